@@ -1,0 +1,1 @@
+"""Compiled stages: manifest, build, and the executors that run them."""

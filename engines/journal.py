@@ -1,0 +1,62 @@
+"""What an unfinished build has done so far, so that the next call goes on from there.
+
+`.build.json` in the engine folder holds the fingerprint of the request, the steps that are on disk, and the hashes of
+source files that were made on the way. It is replaced atomically after each step and removed when the manifest
+is written. A journal of another request is worth nothing but its hashes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from scail2_rt.engines.manifest import SourceFile, write_json
+
+JOURNAL = ".build.json"
+
+
+class Journal:
+    """The journal of one folder; `load` never fails: a damaged journal is an empty one."""
+
+    def __init__(self, path: Path, fingerprint: str = "", done: Iterable[str] = ()) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.done = list(done)
+        self.hashed: list[SourceFile] = []
+
+    @classmethod
+    def load(cls, directory: Path) -> "Journal":
+        journal = cls(directory / JOURNAL)
+        try:
+            document = json.loads(journal.path.read_text())
+            journal.hashed = [SourceFile(**file) for file in document["hashed"]]
+            journal.done = [str(step) for step in document["done"]]
+            journal.fingerprint = str(document["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(journal.path)
+        return journal
+
+    def begin(self, fingerprint: str) -> bool:
+        """Take up the request; False when what the journal knew was of another one and is forgotten."""
+        same = fingerprint == self.fingerprint
+        if not same:
+            self.fingerprint, self.done = fingerprint, []
+        self.save()
+        return same
+
+    def finish_step(self, step: str) -> None:
+        self.done.append(step)
+        self.save()
+
+    def save(self) -> None:
+        write_json(
+            self.path,
+            {
+                "fingerprint": self.fingerprint,
+                "done": self.done,
+                "hashed": [dataclasses.asdict(file) for file in self.hashed],
+            },
+        )
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

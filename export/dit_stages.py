@@ -1,0 +1,314 @@
+"""The transformer cut into token-wise engine stages.
+
+Between `qkv` and `mid` the runtime runs self-attention, between `mid` and `ffn` cross-attention; everything here works
+on rows alone, so that one engine serves every resolution, length and number of references, in chunks of any size.
+The residual stream x is fp32 in every stage; `mod` holds the block's six modulation rows.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scail2_rt.export.config import DiTConfig
+from scail2_rt.export.layers import Linear, parameter
+from scail2_rt.export.precision import Numerics
+from scail2_rt.export.spec import ROWS, Dim, StageDefinition, TensorSpec
+from scail2_rt.kernels.rows import gate_residual, gelu, layer_norm, norm_modulate, rms_norm
+
+IMG_EMB_EPS = 1e-5
+
+
+class Norm(nn.Module):
+    """The affine weights of a norm: `weight` and, for a LayerNorm, `bias`; fp32."""
+
+    def __init__(self, dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = parameter(dim)
+        self.bias = parameter(dim) if bias else None
+
+
+class Embed(nn.Module):
+    """Patches to tokens: latent patches through the video or the driving embedding, plus the mask embedding."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.patch = Linear(config.in_channels * 4, config.dim, numerics)
+        self.pose = Linear(config.in_channels * 4, config.dim, numerics)
+        self.mask = Linear(config.mask_channels * 4, config.dim, numerics)
+
+    def forward(self, latent: Tensor, mask: Tensor, driving: Tensor) -> Tensor:
+        driving = driving.float()
+        tokens = self.patch(latent).float() * (1 - driving) + self.pose(latent).float() * driving
+        return tokens + self.mask(mask).float()
+
+
+class Time(nn.Module):
+    """Sinusoids to the time embedding e and its projection to six modulation rows; fp32."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.embedding_0 = Linear(config.freq_dim, config.dim, numerics)
+        self.embedding_2 = Linear(config.dim, config.dim, numerics)
+        self.projection = Linear(config.dim, 6 * config.dim, numerics)
+
+    def forward(self, sinusoid: Tensor) -> tuple[Tensor, Tensor]:
+        e = self.embedding_2(F.silu(self.embedding_0(sinusoid)))
+        return e, self.projection(F.silu(e))
+
+
+class Context(nn.Module):
+    """Text and CLIP features to the contexts of the cross-attentions."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.compute = numerics.compute
+        self.text_0 = Linear(config.text_dim, config.dim, numerics)
+        self.text_2 = Linear(config.dim, config.dim, numerics)
+        self.clip_norm_0 = Norm(config.clip_dim, bias=True)
+        self.clip_1 = Linear(config.clip_dim, config.clip_dim, numerics)
+        self.clip_3 = Linear(config.clip_dim, config.dim, numerics)
+        self.clip_norm_4 = Norm(config.dim, bias=True)
+
+    def forward(self, text: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+        text = self.text_2(gelu(self.text_0(text)))
+        clip = layer_norm(clip, IMG_EMB_EPS, self.clip_norm_0.weight, self.clip_norm_0.bias)
+        clip = self.clip_3(F.gelu(self.clip_1(clip).float()))
+        clip = layer_norm(clip, IMG_EMB_EPS, self.clip_norm_4.weight, self.clip_norm_4.bias)
+        return text, clip.to(self.compute)
+
+
+class ContextKV(nn.Module):
+    """Contexts to one block's cross-attention keys and values, k | v, keys RMS-normed."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.text = Linear(config.dim, 2 * config.dim, numerics)
+        self.image = Linear(config.dim, 2 * config.dim, numerics)
+        self.norm_k = Norm(config.dim)
+        self.norm_k_img = Norm(config.dim)
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self._normed(self.text(text), self.norm_k), self._normed(self.image(image), self.norm_k_img)
+
+    def _normed(self, kv: Tensor, norm: Norm) -> Tensor:
+        k, v = kv.chunk(2, dim=-1)
+        return torch.cat([rms_norm(k, norm.weight, self.eps).to(kv.dtype), v], dim=-1)
+
+
+class QKV(nn.Module):
+    """LN, modulate, q | k | v."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.eps, self.compute = config.eps, numerics.compute
+        self.linear = Linear(config.dim, 3 * config.dim, numerics)
+
+    def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+        return self.linear(norm_modulate(x, mod[0], mod[1], self.eps, self.compute))
+
+
+class Mid(nn.Module):
+    """Self-attention's output projection, gate and residual; then LN3 and the normed query of cross-attention."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.o = Linear(config.dim, config.dim, numerics)
+        self.norm3 = Norm(config.dim, bias=True)
+        self.q = Linear(config.dim, config.dim, numerics)
+        self.norm_q = Norm(config.dim)
+
+    def forward(self, x: Tensor, attention: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
+        x = gate_residual(x, self.o(attention), mod[2])
+        q = self.q(layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias))
+        return x, rms_norm(q, self.norm_q.weight, self.eps).to(q.dtype)
+
+
+class FFN(nn.Module):
+    """Cross-attention's output projection and residual; then LN, modulate, feed-forward, gate, residual."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.eps, self.compute = config.eps, numerics.compute
+        self.o = Linear(config.dim, config.dim, numerics)
+        self.up = Linear(config.dim, config.ffn_dim, numerics)
+        self.down = Linear(config.ffn_dim, config.dim, numerics)
+
+    def forward(self, x: Tensor, attention: Tensor, mod: Tensor) -> Tensor:
+        x = gate_residual(x, self.o(attention))
+        h = norm_modulate(x, mod[3], mod[4], self.eps, self.compute)
+        return gate_residual(x, self.down(gelu(self.up(h))), mod[5])
+
+
+class Head(nn.Module):
+    """Tokens to velocity patches; fp32. `mod` is [2, C]: shift, scale."""
+
+    def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.linear = Linear(config.dim, config.out_channels * 4, numerics)
+
+    def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+        return self.linear(norm_modulate(x, mod[0], mod[1], self.eps, torch.float32))
+
+
+def _linear(parameter_name: str, *sources: str) -> dict[str, tuple[str, ...]]:
+    """Weight and bias of one linear, fed by one or several stacked checkpoint linears."""
+    return {f"{parameter_name}.{kind}": tuple(f"{source}.{kind}" for source in sources) for kind in ("weight", "bias")}
+
+
+def _specs(
+    numerics: Numerics,
+    inputs: dict[str, tuple[bool, tuple[Dim, ...]]],
+    outputs: dict[str, tuple[bool, tuple[Dim, ...]]],
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Specs from name → (in the compute type? else fp32, dims)."""
+
+    def make(tensors: dict[str, tuple[bool, tuple[Dim, ...]]]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(name, numerics.compute if compute else torch.float32, dims)
+            for name, (compute, dims) in tensors.items()
+        )
+
+    return make(inputs), make(outputs)
+
+
+def _block(config: DiTConfig, index: int) -> list[StageDefinition]:
+    c, block, stage = config.dim, f"blocks.{index}", f"dit.blocks.{index}"
+    self_attn, cross = f"{block}.self_attn", f"{block}.cross_attn"
+    x, mod = (False, (ROWS, c)), (False, (6, c))
+    return [
+        StageDefinition(
+            name=f"{stage}.context_kv",
+            build=partial(ContextKV, config),
+            io=partial(
+                _specs,
+                inputs={"text": (True, ("t", c)), "image": (True, ("i", c))},
+                outputs={"text_kv": (True, ("t", 2 * c)), "image_kv": (True, ("i", 2 * c))},
+            ),
+            weights={
+                **_linear("text", f"{cross}.k", f"{cross}.v"),
+                **_linear("image", f"{cross}.k_img", f"{cross}.v_img"),
+                "norm_k.weight": (f"{cross}.norm_k.weight",),
+                "norm_k_img.weight": (f"{cross}.norm_k_img.weight",),
+            },
+            family="dit.blocks.context_kv",
+        ),
+        StageDefinition(
+            name=f"{stage}.qkv",
+            build=partial(QKV, config),
+            io=partial(_specs, inputs={"x": x, "mod": mod}, outputs={"qkv": (True, (ROWS, 3 * c))}),
+            weights=_linear("linear", f"{self_attn}.q", f"{self_attn}.k", f"{self_attn}.v"),
+            family="dit.blocks.qkv",
+        ),
+        StageDefinition(
+            name=f"{stage}.mid",
+            build=partial(Mid, config),
+            io=partial(
+                _specs,
+                inputs={"x": x, "attention": (True, (ROWS, c)), "mod": mod},
+                outputs={"x_out": x, "q": (True, (ROWS, c))},
+            ),
+            weights={
+                **_linear("o", f"{self_attn}.o"),
+                **_linear("norm3", f"{block}.norm3"),
+                **_linear("q", f"{cross}.q"),
+                "norm_q.weight": (f"{cross}.norm_q.weight",),
+            },
+            family="dit.blocks.mid",
+        ),
+        StageDefinition(
+            name=f"{stage}.ffn",
+            build=partial(FFN, config),
+            io=partial(_specs, inputs={"x": x, "attention": (True, (ROWS, c)), "mod": mod}, outputs={"x_out": x}),
+            weights={
+                **_linear("o", f"{cross}.o"),
+                **_linear("up", f"{block}.ffn.0"),
+                **_linear("down", f"{block}.ffn.2"),
+            },
+            family="dit.blocks.ffn",
+        ),
+    ]
+
+
+def definitions(config: DiTConfig) -> list[StageDefinition]:
+    """All stages of the transformer, in the order in which a generation first needs them."""
+    c = config.dim
+    embed = StageDefinition(
+        name="dit.embed",
+        build=partial(Embed, config),
+        io=partial(
+            _specs,
+            inputs={
+                "latent": (True, (ROWS, config.in_channels * 4)),
+                "mask": (True, (ROWS, config.mask_channels * 4)),
+                "driving": (True, (ROWS, 1)),
+            },
+            outputs={"x": (False, (ROWS, c))},
+        ),
+        weights={
+            **_linear("patch", "patch_embedding"),
+            **_linear("pose", "patch_embedding_pose"),
+            **_linear("mask", "patch_embedding_mask"),
+        },
+        family="dit.embed",
+    )
+    time = StageDefinition(
+        name="dit.time",
+        build=partial(Time, config),
+        io=partial(
+            _specs,
+            inputs={"sinusoid": (False, (ROWS, config.freq_dim))},
+            outputs={"e": (False, (ROWS, c)), "projection": (False, (ROWS, 6 * c))},
+        ),
+        weights={
+            **_linear("embedding_0", "time_embedding.0"),
+            **_linear("embedding_2", "time_embedding.2"),
+            **_linear("projection", "time_projection.1"),
+        },
+        family="dit.time",
+    )
+    context = StageDefinition(
+        name="dit.context",
+        build=partial(Context, config),
+        io=partial(
+            _specs,
+            inputs={"text": (True, ("t", config.text_dim)), "clip": (True, ("i", config.clip_dim))},
+            outputs={"text_context": (True, ("t", c)), "image_context": (True, ("i", c))},
+        ),
+        weights={
+            **_linear("text_0", "text_embedding.0"),
+            **_linear("text_2", "text_embedding.2"),
+            **_linear("clip_norm_0", "img_emb.proj.0"),
+            **_linear("clip_1", "img_emb.proj.1"),
+            **_linear("clip_3", "img_emb.proj.3"),
+            **_linear("clip_norm_4", "img_emb.proj.4"),
+        },
+        family="dit.context",
+    )
+    head = StageDefinition(
+        name="dit.head",
+        build=partial(Head, config),
+        io=partial(
+            _specs,
+            inputs={"x": (False, (ROWS, c)), "mod": (False, (2, c))},
+            outputs={"out": (False, (ROWS, config.out_channels * 4))},
+        ),
+        weights=_linear("linear", "head.head"),
+        family="dit.head",
+    )
+    blocks = [stage for index in range(config.layers) for stage in _block(config, index)]
+    return [context, time, embed, *blocks, head]
+
+
+def table_sources(config: DiTConfig) -> dict[str, str]:
+    """Runtime table → checkpoint tensor: what the runtime itself needs between the stages."""
+    tables = {"head.modulation": "head.modulation"}
+    for i in range(config.layers):
+        tables[f"blocks.{i}.modulation"] = f"blocks.{i}.modulation"
+        tables[f"blocks.{i}.norm_q"] = f"blocks.{i}.self_attn.norm_q.weight"
+        tables[f"blocks.{i}.norm_k"] = f"blocks.{i}.self_attn.norm_k.weight"
+    return tables

@@ -1,0 +1,53 @@
+"""What each precision flag means for each component (the table in the README and the design).
+
+A `Numerics` says how one stage stores its weights and in which type it computes. Arithmetic can differ from storage:
+ONNX Runtime on a CPU has no bf16 GEMM, so a bf16 or fp8 stage runs there in fp32 arithmetic on the same stored values.
+The residual stream, norms, modulation, RoPE, the time embedding and the head are fp32 everywhere.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+Component = Literal["dit", "vae", "umt5", "clip"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Storage type of weights, type of GEMM operands and of activations between stages, and whether the stage's
+    large linears are e4m3 with one weight scale per output channel and one activation scale per row."""
+
+    storage: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    fp8: bool = False
+
+    def in_arithmetic(self, compute: torch.dtype) -> "Numerics":
+        """The same stored values, computed in another type."""
+        return Numerics(self.storage, compute, self.fp8)
+
+
+FP32 = Numerics()
+BF16 = Numerics(torch.bfloat16, torch.bfloat16)
+FP16 = Numerics(torch.float16, torch.float16)
+
+_REST_OF_DIT = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "fp8": BF16}
+_COMPONENTS: dict[str, dict[str, Numerics]] = {
+    "vae": {"fp32": FP32, "bf16": FP16, "fp16": FP16, "fp8": FP16},
+    "clip": {"fp32": FP32, "bf16": FP16, "fp16": FP16, "fp8": FP16},
+    "umt5": {"fp32": FP32, "bf16": BF16, "fp16": BF16, "fp8": BF16},  # fp16 overflows in umT5
+}
+
+
+def numerics_of(stage: str, precision: Precision) -> Numerics:
+    """Numerics of the stage called `stage` (`dit.blocks.7.ffn`, `vae.decode_step`, ...) under a precision flag."""
+    component, _, rest = stage.partition(".")
+    if component != "dit":
+        return _COMPONENTS[component][precision]
+    if rest in ("time", "head"):
+        return FP32
+    if precision == "fp8" and rest.rpartition(".")[2] in ("qkv", "mid", "ffn"):
+        return Numerics(torch.bfloat16, torch.bfloat16, fp8=True)
+    return _REST_OF_DIT[precision]

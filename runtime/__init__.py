@@ -1,0 +1,1 @@
+"""Request to video: command line, media, masks, conditioning, segments, solvers, transformer, VAE streaming."""

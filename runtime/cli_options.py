@@ -1,0 +1,266 @@
+"""The pieces that the commands are made of: options grouped into sections of the help, and the parameter types.
+
+Only click is imported here and in `cli.py`, so that `--help` answers at once. The value lists repeat what the modules
+behind them define (a test compares them), because importing those would load PyTorch.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
+SOLVERS = ("unipc", "dpm++", "euler")
+CODECS = ("h264", "h265")
+PRESETS: dict[str, dict[str, Any]] = {
+    "quality": {"solver": "unipc", "steps": 40, "shift": 3.0, "guidance": 5.0},
+    "fast": {"solver": "euler", "steps": 6, "shift": 5.0, "guidance": 1.0},
+}
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class SectionOption(click.Option):
+    """An option that `--help` lists under the heading `section`."""
+
+    def __init__(self, *args: Any, section: str = "Options", **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.section = section
+
+
+class SectionCommand(click.Command):
+    """A command whose help lists its options by section, in the order in which the sections first occur."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+class SizeType(click.ParamType):
+    """`512x896` → (512, 896): height first, as the model's sizes are written."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)[x×X*](\d+)", value.strip())
+        if not match:
+            self.fail(f"{value!r} is not a size: write height and width as in 512x896", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+PATH = click.Path(path_type=Path)
+
+
+def in_section(section: str, *options: Callable[..., Decorator]) -> Decorator:
+    """Apply option factories, each called with the section's name, so that they are listed in the order given."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for make in reversed(options):
+            function = make(section)(function)
+        return function
+
+    return decorate
+
+
+def option(*names: str, **attributes: Any) -> Callable[[str], Decorator]:
+    """An option factory for `in_section`."""
+    return lambda section: click.option(*names, cls=SectionOption, section=section, **attributes)
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and isinstance(ctx.obj, dict):
+        ctx.obj["debug"] = True
+
+
+def debug_option(section: str = "Other") -> Decorator:
+    """`--debug`, accepted before and after the command's name."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_debug,
+        cls=SectionOption,
+        section=section,
+        help="Show the traceback of an error.",
+    )
+
+
+def reporting(function: F) -> Callable[..., Any]:
+    """`--json` and `--debug`, which every command that reports has."""
+    json_option = click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        cls=SectionOption,
+        section="Other",
+        help="Print one JSON object on stdout and nothing else there.",
+    )
+    return json_option(debug_option()(function))
+
+
+INPUT_OPTIONS = in_section(
+    "Inputs (a case folder, a batch file, or the four files)",
+    option(
+        "--case",
+        type=PATH,
+        metavar="DIR",
+        help="Folder in the official layout: ref.*, ref_mask.*, rendered_v2.mp4, "
+        "and rendered_mask_v2.mp4 (animate) or replace_mask.mp4 (replace).",
+    ),
+    option(
+        "--batch",
+        type=PATH,
+        metavar="FILE",
+        help="Lines of prompt@@case_dir; engines load once, one bad case does not stop the others. -o names a folder.",
+    ),
+    option("--image", type=PATH, metavar="FILE", help="Reference image: the character."),
+    option("--mask-image", type=PATH, metavar="FILE", help="Colour mask of the reference image."),
+    option("--driving", type=PATH, metavar="FILE", help="Driving video: the motion, its frame rate and its audio."),
+    option("--mask-video", type=PATH, metavar="FILE", help="Colour mask of the driving video."),
+    option(
+        "--extra-ref",
+        "extra_refs",
+        type=(PATH, PATH),
+        multiple=True,
+        metavar="IMAGE MASK",
+        help="Another view of the character and its mask; may be repeated.",
+    ),
+    option(
+        "--mode",
+        type=click.Choice(["auto", "animate", "replace"]),
+        default="auto",
+        show_default=True,
+        help="animate keeps the reference's background, replace keeps the driving video's scene; auto reads it from "
+        "the case folder or the masks.",
+    ),
+    option("--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use."),
+    option("--frames", type=int, metavar="N", help="Number of driving frames to use.  [default: to the end]"),
+)
+PROMPT_OPTIONS = in_section(
+    "Prompt",
+    option("--prompt", metavar="TEXT", help="What the generated video shows (a description, not an instruction)."),
+    option("--prompt-file", type=PATH, metavar="FILE", help="Read the prompt from a text file."),
+    option("--negative-prompt", default="", metavar="TEXT", help="What it should not show (used when guidance > 1)."),
+)
+OUTPUT_OPTIONS = in_section(
+    "Output",
+    option(
+        "-o", "--output", type=PATH, required=True, metavar="PATH", help="The .mp4 to write; a folder with --batch."
+    ),
+    option("--overwrite", is_flag=True, help="Replace an output that exists."),
+    option(
+        "--size",
+        type=SizeType(),
+        help="Height and width, multiples of 32, taken as given.  [default: 512x896, "
+        "turned to the reference image's orientation]",
+    ),
+    option("--codec", type=click.Choice(CODECS), default="h264", show_default=True, help="Video codec."),
+    option(
+        "--crf",
+        type=int,
+        default=16,
+        show_default=True,
+        metavar="N",
+        help="Constant rate factor, 0 (lossless) to 51 (smallest).",
+    ),
+    option(
+        "--dry-run", is_flag=True, help="Check everything and print segments, tokens, memory and time; load nothing."
+    ),
+)
+SAMPLING_OPTIONS = in_section(
+    "Sampling",
+    option(
+        "--preset",
+        type=click.Choice(list(PRESETS)),
+        default="quality",
+        show_default=True,
+        help="quality: 40 UniPC steps, shift 3, guidance 5. fast (needs a step-distilled LoRA): 6 Euler steps, "
+        "shift 5, guidance 1. The options below override it.",
+    ),
+    option("--solver", type=click.Choice(SOLVERS), help="Flow-matching solver."),
+    option("--steps", type=int, metavar="N", help="Denoising steps of each segment."),
+    option("--shift", type=float, metavar="X", help="Shift of the noise schedule towards high noise."),
+    option("--guidance", type=float, metavar="X", help="Guidance scale; 1 or less runs one pass a step, not two."),
+    option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the noise."),
+    option(
+        "--noise-device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="Where noise is drawn. cpu: equal seeds give equal noise on any machine; cuda: as the official pipeline.",
+    ),
+)
+LONG_CLIP_OPTIONS = in_section(
+    "Long clips",
+    option(
+        "--segment-length", type=int, default=81, show_default=True, metavar="N", help="Frames denoised together, 4n+1."
+    ),
+    option(
+        "--segment-overlap",
+        type=int,
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="Frames that a segment takes over from the one before, 4n+1.",
+    ),
+)
+ENGINE_OPTIONS = in_section(
+    "Engines",
+    option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="Executor to run; one that is named is used or refused, never replaced.",
+    ),
+    option(
+        "--max-rows",
+        type=int,
+        default=16384,
+        show_default=True,
+        metavar="N",
+        help="Most tokens a stage sees at once: fewer need less memory.",
+    ),
+)
+BUILD_OPTIONS = in_section(
+    "Build",
+    option("-o", "--output", type=PATH, required=True, metavar="DIR", help="The engine folder to make or complete."),
+    option(
+        "--backend",
+        "backends",
+        type=click.Choice(BACKENDS),
+        multiple=True,
+        default=("auto",),
+        show_default=True,
+        help="Executor to build for; may be repeated.",
+    ),
+    option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        help="Precision of weights and arithmetic.  [default: fp8 on a "
+        "GPU that has it, bf16 on another GPU, fp32 on a CPU]",
+    ),
+    option("--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA to fuse; may be repeated."),
+    option("--lora-partial", is_flag=True, help="Apply what fits of a LoRA that does not fit wholly."),
+    option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
+)
+COMPONENT_OPTIONS = in_section(
+    "Parts of the checkpoint that lie elsewhere",
+    option("--vae", type=PATH, metavar="FILE", help="Wan 2.1 VAE."),
+    option("--t5", type=PATH, metavar="FILE", help="umT5 encoder."),
+    option("--clip", type=PATH, metavar="FILE", help="CLIP visual tower."),
+    option("--tokenizer", type=PATH, metavar="PATH", help="tokenizer.json, or its folder."),
+)

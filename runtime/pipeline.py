@@ -1,0 +1,209 @@
+"""One generation, top to bottom: conditions, then for each segment noise, denoising, decoding, writing.
+
+`generate` is what the command line calls. `animate` is the part between encoded conditions and finished frames, which
+the parity tests drive with recorded inputs. Everything that needs no weights was checked before (`runtime.request`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scail2_rt.engines.executors import EngineSet
+from scail2_rt.runtime.conditioning import (
+    Conditions,
+    clip_features,
+    encode_prompts,
+    encode_references,
+    load_reference,
+)
+from scail2_rt.runtime.driving import DrivingClip, encode_driving, read_clips
+from scail2_rt.runtime.geometry import Layout
+from scail2_rt.runtime.media import VideoWriter
+from scail2_rt.runtime.preprocess import quantise_frames
+from scail2_rt.runtime.progress import Progress
+from scail2_rt.runtime.request import JobPlan
+from scail2_rt.runtime.solvers import make_solver
+from scail2_rt.runtime.text import PromptCache
+from scail2_rt.runtime.transformer import BlockKV, SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.vae import decode, encode_clip
+
+Observer = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the denoising runs: solver name, number of steps, sigma shift, guidance scale (≤ 1: one pass)."""
+
+    solver: str
+    steps: int
+    shift: float
+    guidance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Finished frames, uint8 [n, H, W, 3]; `ends_segment` on the last of a segment."""
+
+    pixels: Tensor
+    ends_segment: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    output: Path
+    frames: int
+
+
+def generate(plan: JobPlan, engines: EngineSet, progress: Progress, cache: PromptCache | None = None) -> Result:
+    """Animate the plan's character and write the video. A failure or Ctrl-C keeps the finished segments."""
+    request = plan.request
+    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance)
+    conditions = encode_conditions(plan, engines, progress, cache)
+    noise = torch.Generator(request.noise_device).manual_seed(request.seed)
+
+    def draw_noise(layout: Layout) -> Tensor:
+        shape = (16, layout.frames, layout.height, layout.width)
+        return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
+
+    progress.begin(len(plan.segments), request.steps)
+    writer = VideoWriter.for_plan(plan)
+    written = 0
+    try:
+        clips = read_clips(plan)
+        overlap = request.segment_overlap
+        for frames in animate(engines, conditions, clips, sampling, plan.mode, draw_noise, progress, overlap):
+            writer.write(frames.pixels.cpu().numpy())
+            written += len(frames.pixels)
+            if frames.ends_segment:
+                writer.segment_done()
+        with progress.phase("finish"):
+            writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    return Result(request.output, written)
+
+
+def encode_conditions(
+    plan: JobPlan, engines: EngineSet, progress: Progress, cache: PromptCache | None = None
+) -> Conditions:
+    """Prompts, CLIP features and references of a request."""
+    request = plan.request
+    prompts = [request.prompt, request.negative_prompt] if request.guidance > 1 else [request.prompt]
+    with progress.phase("text"):
+        contexts = encode_prompts(engines, prompts, cache)
+    with progress.phase("reference"):
+        files = ((request.image, request.mask_image), *request.extra_refs)
+        references = [tuple(load_reference(file, plan.height, plan.width) for file in pair) for pair in files]
+        encoded = encode_references(engines, [(image, mask) for image, mask in references])
+    with progress.phase("clip"):
+        clip = clip_features(engines, references[0][0])
+    return Conditions(contexts, clip, *encoded)
+
+
+def animate(
+    engines: EngineSet,
+    conditions: Conditions,
+    clips: Iterable[DrivingClip],
+    sampling: Sampling,
+    mode: str,
+    draw_noise: Callable[[Layout], Tensor],
+    progress: Progress,
+    overlap: int = 5,
+    history: Tensor | None = None,
+    observe: Observer = lambda name, value: None,
+) -> Iterator[Frames]:
+    """Frames of the driving clips in order, every driving frame once.
+
+    `overlap`: how many last frames of a segment the next one starts from.
+    `history`: the last decoded frames [3, O, H, W] of the segment before the first clip, when it is not the video's
+    first. `observe` is told intermediate tensors by name (parity tests)."""
+    passes = len(conditions.contexts) if sampling.guidance > 1 else 1
+    with progress.phase("context"):
+        contexts = context_kv(engines, conditions.contexts[:passes], conditions.clip)
+    for index, clip in enumerate(clips):
+        progress.segment(index)
+        segment = clip.segment
+        with progress.phase("driving"):
+            driving, driving_mask = encode_driving(engines, clip)
+            observe("driving", driving)
+            observe("driving_mask", driving_mask)
+            clean = None
+            if segment.overlap and history is not None:
+                history = history.to(torch.bfloat16).float()
+                clean = encode_clip(engines, history)
+                observe("history", history)
+                observe("history_latent", clean)
+        frames, _, height, width = clip.frames.shape
+        extra = conditions.additional_refs.shape[1]
+        layout = Layout.of(frames, height, width, additional_refs=extra, replace=mode == "replace")
+        inputs = SegmentInputs(
+            conditions.reference,
+            conditions.reference_mask,
+            driving,
+            driving_mask,
+            conditions.additional_refs,
+            conditions.additional_masks,
+        )
+        with progress.phase("denoise"):
+            latent = denoise(engines, layout, inputs, contexts, sampling, draw_noise(layout), clean, progress, observe)
+        observe("final_latent", latent)
+        history = None
+        for start, pixels in decoded_frames(engines, latent, progress):
+            end = start + pixels.shape[1]
+            history = pixels if history is None else torch.cat([history, pixels], dim=1)
+            history = history[:, -overlap:]
+            observe("pixels", pixels)
+            new = pixels[:, max(segment.overlap - start, 0) : segment.valid_frames - start]
+            if new.shape[1]:
+                yield Frames(quantise_frames(new), ends_segment=end >= segment.valid_frames)
+
+
+def denoise(
+    engines: EngineSet,
+    layout: Layout,
+    inputs: SegmentInputs,
+    contexts: list[BlockKV],
+    sampling: Sampling,
+    x: Tensor,
+    clean: Tensor | None,
+    progress: Progress,
+    observe: Observer = lambda name, value: None,
+) -> Tensor:
+    """From noise x fp32 [16, F, h, w] to a clean latent. `clean` [16, Th, h, w] holds the history latents: they
+    overwrite the first Th frames before every model call and after every step, where the history mask is 1."""
+    solver = make_solver(sampling.solver, sampling.steps, sampling.shift)
+    transformer = Transformer(engines, layout, inputs, contexts, solver.timesteps)
+    frozen = 0 if clean is None else clean.shape[1]
+    history_mask = x.new_zeros(4, *x.shape[1:])
+    history_mask[:, :frozen] = 1
+
+    def with_history(x: Tensor) -> Tensor:
+        return x if clean is None else torch.cat([clean, x[:, frozen:]], dim=1)
+
+    x = with_history(x)
+    for step in range(sampling.steps):
+        velocity, *unguided = transformer.velocities(x, history_mask, step)
+        observe("velocity", velocity)
+        if unguided:
+            observe("velocity_unguided", unguided[0])
+            velocity = unguided[0] + sampling.guidance * (velocity - unguided[0])
+        x = with_history(solver.step(velocity, x))
+        observe("latent", x)
+        progress.step(step)
+    return x
+
+
+def decoded_frames(engines: EngineSet, latent: Tensor, progress: Progress) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first frame, pixels [3, 1 or 4, H, W]) in order; only the decoding itself is timed."""
+    start, chunks = 0, decode(engines, latent)
+    while True:
+        with progress.phase("decode"):
+            pixels = next(chunks, None)
+        if pixels is None:
+            return
+        yield start, pixels
+        start += pixels.shape[1]

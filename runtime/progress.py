@@ -1,0 +1,142 @@
+"""What a run tells the person who waits for it, and how long each phase took.
+
+The pipeline knows only the `Progress` protocol: phases that are timed, and a count of segments and steps. A terminal gets
+a bar with the time left; a log file gets a line now and then. Everything goes to stderr: stdout belongs to results.
+Phases that are entered again add up. A phase ends when the GPU has finished what was queued in it.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Protocol
+
+LINE_INTERVAL_S = 10.0
+
+
+class Progress(Protocol):
+    """timings: seconds by phase name (load, text, clip, reference, driving, denoise, decode, finish)."""
+
+    timings: dict[str, float]
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time what runs inside as `name`."""
+
+    def begin(self, segments: int, steps: int) -> None:
+        """The run has this many segments of this many denoising steps."""
+
+    def segment(self, index: int) -> None:
+        """Segment `index`, from 0, starts."""
+
+    def step(self, index: int) -> None:
+        """Step `index`, from 0, of the current segment is done."""
+
+
+def _wait_for_gpu() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class SilentProgress:
+    """Times phases and counts steps without showing anything; the other two derive from it."""
+
+    def __init__(self) -> None:
+        self.timings: dict[str, float] = {}
+        self.segments, self.steps, self.current, self.done = 0, 0, 0, 0
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._show(name)
+        try:
+            yield
+            _wait_for_gpu()
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    def begin(self, segments: int, steps: int) -> None:
+        self.segments, self.steps, self.done = segments, steps, 0
+        self.started = time.perf_counter()
+
+    def segment(self, index: int) -> None:
+        self.current, self.done = index, index * self.steps
+        self._show("segment")
+
+    def step(self, index: int) -> None:
+        self.done = self.current * self.steps + index + 1
+        self._show("step")
+
+    def position(self) -> str:
+        """`segment 2/3, step 5/40`; empty before the segments begin."""
+        if not self.segments:
+            return ""
+        step = self.done - self.current * self.steps
+        return f"segment {self.current + 1}/{self.segments}, step {step}/{self.steps}"
+
+    def _show(self, event: str) -> None:
+        """Called at every event: a phase's name, `segment` or `step`."""
+
+
+class LineProgress(SilentProgress):
+    """Plain lines on stderr for logs: each segment's start, and a step every `LINE_INTERVAL_S` seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.printed = 0.0
+
+    def _show(self, event: str) -> None:
+        now = time.perf_counter()
+        if not self.segments or event not in ("segment", "step"):
+            return
+        if event == "step" and now - self.printed < LINE_INTERVAL_S and self.done < self.segments * self.steps:
+            return
+        self.printed = now
+        left = ""
+        if self.done:
+            seconds = (now - self.started) / self.done * (self.segments * self.steps - self.done)
+            left = f", about {seconds:.0f} s left"
+        print(f"{self.position()}{left}", file=sys.stderr, flush=True)
+
+
+class BarProgress(SilentProgress):
+    """A bar on the terminal (stderr): segment, step, phase, time left. Use as a context manager."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        super().__init__()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = RichProgress(*columns, *times, console=Console(stderr=True), transient=True)
+        self.task = self.bar.add_task("starting", total=None)
+
+    def begin(self, segments: int, steps: int) -> None:
+        super().begin(segments, steps)
+        self.bar.reset(self.task, total=segments * steps)
+
+    def _show(self, event: str) -> None:
+        label = "" if event in ("segment", "step") else event
+        text = ", ".join(part for part in (self.position(), label) if part)
+        self.bar.update(self.task, description=text, completed=self.done)
+
+    def __enter__(self) -> "BarProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.bar.stop()
+
+
+@contextmanager
+def open_progress() -> Iterator[Progress]:
+    """The bar when stderr is a terminal, else plain lines."""
+    if sys.stderr.isatty():
+        with BarProgress() as bar:
+            yield bar
+    else:
+        yield LineProgress()

@@ -1,0 +1,26 @@
+"""Fixtures that several test files share: the golden folder (skipped when absent) and one tiny checkpoint a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden reference data: `SCAIL2_GOLDEN`, or `../shared/golden` beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    folder = Path(os.environ.get("SCAIL2_GOLDEN", beside))
+    if not (folder / "manifest.json").is_file():
+        pytest.skip(f"golden data not found at {folder}; set SCAIL2_GOLDEN to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the `tiny` preset in the official folder layout. Read only: copy it before changing it."""
+    from scail2_rt.export.random_checkpoint import make_checkpoint
+
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    make_checkpoint(directory, preset="tiny", seed=0)
+    return directory

@@ -1,0 +1,1 @@
+"""Every golden fixture against the code that the program runs."""

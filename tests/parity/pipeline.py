@@ -1,0 +1,112 @@
+"""Pipeline fixtures: from prepared inputs to frames through the same generator that `scail2-rt generate` consumes."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scail2_rt.engines.executors import EngineSet
+from scail2_rt.runtime.conditioning import Conditions, encode_references
+from scail2_rt.runtime.driving import DrivingClip
+from scail2_rt.runtime.geometry import Layout, Segment, plan_segments
+from scail2_rt.runtime.pipeline import Sampling, animate
+from scail2_rt.runtime.progress import SilentProgress
+from scail2_rt.runtime.solvers import make_solver
+from tests.parity.fixtures import Fixture, Golden, Row, compare, exact
+from tests.parity.networks import dit_fixture
+
+TOLERANCE, LATER_SEGMENT = 1e-3, 2e-2  # later segments: tiny differences flip roundings of the bf16 history
+MASK, SIGMAS = 1e-6, 1e-7
+
+
+def check_pipeline(golden: Golden, fixture: Fixture) -> Iterator[Row]:
+    """The whole video, then every later segment by itself from the recorded history."""
+    case = fixture.metadata["case"]
+    engines = golden.engines(
+        dit=dit_fixture(golden, fixture.metadata["dit_weights"]), vae=golden.load(fixture.metadata["vae_weights"])
+    )
+    conditions = _conditions(golden, fixture, engines)
+    yield compare(f"{fixture.name} ref_latent", conditions.reference, fixture["ref_latent"], TOLERANCE)
+    yield compare(f"{fixture.name} ref_mask28", conditions.reference_mask, fixture["ref_mask28"], MASK)
+    segments = plan_segments(case["T"], case["segment_len"], case["overlap"])
+    planned = [{key: row[key] for key in asdict(segments[0])} for row in fixture.metadata["segments"]]
+    yield exact(f"{fixture.name} segments", [asdict(segment) for segment in segments] == planned)
+    solver = make_solver(case["solver"], case["steps"], case["shift"])
+    yield compare(f"{fixture.name} sigmas", torch.tensor(solver.sigmas), fixture["seg0.sigmas"], SIGMAS)
+    yield compare(f"{fixture.name} timesteps", torch.tensor(solver.timesteps), fixture["seg0.timesteps"], 0)
+
+    video, frames = [], []
+    for index, seen in enumerate(_run(engines, conditions, fixture, segments)):
+        tolerance = TOLERANCE if index == 0 else LATER_SEGMENT
+        yield from _segment_rows(fixture, index, seen, tolerance)
+        video.append(torch.cat(seen["pixels"], 1)[:, segments[index].overlap : segments[index].valid_frames])
+        frames += seen["frames"]
+    tolerance = TOLERANCE if len(segments) == 1 else LATER_SEGMENT
+    yield compare(f"{fixture.name} video", torch.cat(video, 1), fixture["video"], tolerance)
+    levels = 1 + int(127.5 * tolerance)
+    yield compare(f"{fixture.name} frames_u8 (levels)", torch.cat(frames).int(), fixture["frames_u8"], levels)
+    for index in range(1, len(segments)):
+        (seen,) = _run(engines, conditions, fixture, segments[index : index + 1], index)
+        for row in _segment_rows(fixture, index, seen, TOLERANCE):
+            yield Row(f"{row.name} from recorded history", row.error, row.tolerance)
+
+
+def _conditions(golden: Golden, fixture: Fixture, engines: EngineSet) -> Conditions:
+    references = [(fixture["in.ref_image"], fixture["in.ref_mask"])]
+    additional = [name for name in fixture.tensors if name.startswith("in.additional_ref")]
+    if additional:
+        images, masks = sorted(additional)  # …images, …masks: [N, 3, H, W]
+        references += list(zip(fixture[images], fixture[masks], strict=True))
+    contexts = (fixture["in.context"], fixture["in.context_null"])
+    clip = golden.load(fixture.metadata["clip_fea"])["clip_fea"][0].float()
+    return Conditions(contexts, clip, *encode_references(engines, references))
+
+
+def _run(
+    engines: EngineSet, conditions: Conditions, fixture: Fixture, segments: tuple[Segment, ...], first: int = 0
+) -> Iterator[dict[str, list[Any]]]:
+    """What was seen of each segment; `first` is the number of the first one in the fixture."""
+    case = fixture.metadata["case"]
+    sampling = Sampling(case["solver"], case["steps"], case["shift"], case["guide"])
+    noises = iter([fixture[f"seg{first + i}.noise"] for i in range(len(segments))])
+    seen: dict[str, list[Any]] = {}
+
+    def clips() -> Iterator[DrivingClip]:
+        for segment in segments:
+            index = torch.arange(segment.start, segment.start + segment.padded_frames).clamp_max(segment.valid_end - 1)
+            yield DrivingClip(segment, fixture["in.driving_u8"][index], fixture["in.driving_mask_u8"][index])
+
+    def draw_noise(layout: Layout) -> Tensor:
+        return next(noises).to(engines.device)
+
+    def observe(name: str, value: Tensor) -> None:
+        seen.setdefault(name, []).append(value.cpu())
+
+    mode = "replace" if case["replace"] else "animate"
+    history = fixture[f"seg{first}.history_pixels"].to(engines.device) if first else None
+    for frames in animate(
+        engines, conditions, clips(), sampling, mode, draw_noise, SilentProgress(), case["overlap"], history, observe
+    ):
+        seen.setdefault("frames", []).append(frames.pixels.cpu())
+        if frames.ends_segment:
+            yield seen
+            seen = {}
+
+
+def _segment_rows(fixture: Fixture, index: int, seen: dict[str, list[Any]], tolerance: float) -> Iterator[Row]:
+    recorded = {
+        "pose_latent": seen["driving"][0],
+        "driving_mask28": seen["driving_mask"][0],
+        "step0.v_cond": seen["velocity"][0],
+        "step0.v_uncond": seen["velocity_unguided"][0] if "velocity_unguided" in seen else None,
+        "latents_per_step": torch.stack(seen["latent"]),
+        "final_latent": seen["final_latent"][0],
+        "history_pixels": seen["history"][0] if "history" in seen else None,
+        "history_latent": seen["history_latent"][0] if "history_latent" in seen else None,
+    }
+    for name, value in recorded.items():
+        if (key := f"seg{index}.{name}") in fixture:
+            limit = MASK if name == "driving_mask28" else tolerance
+            yield compare(f"{fixture.name} {key}", torch.zeros(0) if value is None else value, fixture[key], limit)
