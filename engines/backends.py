@@ -1,9 +1,9 @@
 """Which executor runs, in which arithmetic, and why.
 
-The choice is made once, at the start, and always comes with a printable reason. A backend that the user named is used or
-refused; only `auto` chooses. Storage follows from the precision alone, so all executors of a folder share one store;
-arithmetic may differ: ONNX Runtime has no bf16 GEMM on a CPU, so its files compute bf16 and fp8 stages in fp32 from the
-same stored values.
+The choice is made once, at the start, and always comes with a printable reason. A backend that the user named is used
+or refused; only `auto` chooses. Storage follows from the precision alone, so all executors of a folder share one
+store; arithmetic may differ: ONNX Runtime has no bf16 GEMM on a CPU, so its files compute bf16 and fp8 stages in fp32
+from the same stored values.
 """
 
 import importlib.metadata

@@ -1,65 +1,48 @@
 """Building an engine folder: checkpoint → weight store, tables, tokenizer, executors' artefacts, manifest.
 
-The order makes every interruption harmless: first what can be refused (backend, options, place, disk space), then
-the weights stage by stage into the store, then each executor's files, and the manifest last, atomically. A journal knows
-which steps are on disk, so that the same command goes on from there. With nothing to do it answers from the manifest,
-without reading a weight. One folder holds one set of weights in one precision: anything else is refused by naming the
-fields that differ, and replaced only with `rebuild`; another executor adds its own files and leaves the rest alone.
+This module decides; `assemble` does. The order makes every interruption harmless: first what can be refused (backend,
+options, place, disk space, a folder of other weights), then the work, and the manifest last. With nothing to do a call
+answers from the manifest, without reading a weight. One folder holds one set of weights in one precision: anything
+else is refused by naming the fields that differ, and replaced only with `rebuild`; another executor adds its own files
+and leaves the rest alone.
 """
 
 import contextlib
+import dataclasses
 import errno
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scail2_rt.engines.backends import (
-    check_precision,
-    choose_backend,
-    default_precision,
-    gpu,
-    refuse_unbuildable,
-    stage_numerics,
-    versions,
-)
+from scail2_rt.engines.assemble import Plan, assemble
+from scail2_rt.engines.backends import check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.engines.journal import JOURNAL, Journal
 from scail2_rt.engines.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     STAGES,
-    TABLES,
-    TOKENIZER,
-    Artefact,
-    ExecutorRecord,
     Identity,
     LoRARecord,
     Manifest,
-    SourceFile,
-    StageRecord,
+    build_command,
     check_folder,
-    describe_command,
     differences,
     read_manifest,
     write_manifest,
 )
-from scail2_rt.engines.observe import BuildObserver, BuildStep, Phase, SilentObserver
-from scail2_rt.engines.sources import Hasher, files_by_component, hash_file, memory_record
-from scail2_rt.engines.store import STORE_NAME, StoreLayout, StoreWriter
-from scail2_rt.engines.weights import EMBEDDING, StageTensors, plan_store, planned_tensors, runtime_tables, write_stage
+from scail2_rt.engines.observe import BuildObserver, BuildStep, SilentObserver
+from scail2_rt.engines.sources import LORA_PART, file_groups, hash_sources
+from scail2_rt.engines.weights import plan_store, planned_tensors
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.precision import Precision
-from scail2_rt.export.spec import StageDefinition
 from scail2_rt.export.stages import stage_definitions
 
 if TYPE_CHECKING:
     from scail2_rt.export.checkpoint import Checkpoint
-    from scail2_rt.export.lora import LoRASpec
+    from scail2_rt.export.lora import LoRAReport, LoRASpec
     from scail2_rt.export.tensors import TensorSource
 
 __all__ = ["BuildObserver", "BuildReport", "BuildRequest", "BuildStep", "SilentObserver", "build", "choose_backend"]
@@ -70,8 +53,8 @@ DISK_MARGIN = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """What to build. `components`: the parts given apart, for the rebuild command ("vae", "umt5", "clip",
-    "tokenizer" → path); `precision` None: the folder's, else what suits the hardware."""
+    """What to build. precision None: the folder's, else what suits the hardware. components: parts of the checkpoint
+    that were named apart ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds."""
 
     checkpoint: Path
     output: Path
@@ -84,17 +67,9 @@ class BuildRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class LoRAReport:
-    """How many tensors of a LoRA file were applied, and what was skipped (with `lora_partial` only)."""
-
-    file: str
-    applied: int
-    skipped: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What a build did. `up_to_date`: there was nothing to do. `resumed_steps`: done by an interrupted call before."""
+    """What a build did. backends: all that the folder now holds; added: those of this call; up_to_date: there was
+    nothing to do; resumed_steps: done by an interrupted call before."""
 
     directory: str
     backends: tuple[str, ...]
@@ -104,30 +79,13 @@ class BuildReport:
     stages: int
     weight_bytes: int
     folder_bytes: int
-    seconds: float
+    wall_s: float
     resumed_steps: int = 0
     notes: tuple[str, ...] = ()
-    loras: tuple[LoRAReport, ...] = ()
+    loras: "tuple[LoRAReport, ...]" = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Everything that follows from request and checkpoint before a weight is read."""
-
-    request: BuildRequest
-    directory: Path
-    checkpoint: "Checkpoint"
-    precision: Precision
-    backends: tuple[str, ...]
-    definitions: dict[str, StageDefinition]
-    tensors: dict[str, StageTensors]
-    layout: StoreLayout
-    sources: "dict[str, TensorSource]"
-
-
-def build(
-    request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserver | None = None
-) -> BuildReport:
+def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserver | None = None) -> BuildReport:
     """Make or complete the engine folder `request.output` from an open checkpoint (which may lack components).
 
     InputError: a backend or precision that cannot be had, a folder of other weights or options, a place that cannot be
@@ -141,19 +99,38 @@ def build(
     plan = _make_plan(request, directory, checkpoint, previous, noted)
     if previous is None:
         _check_room(plan)
+    added: tuple[str, ...] = ()
+    resumed = 0
     try:
         with _held(directory):
-            identity = _identity(plan, previous, noted)
+            identity = _identity(plan, request, checkpoint, previous, noted)
             if previous is not None:
-                _check_previous(plan, previous, identity)
-                if not set(plan.backends) - set(previous.backends):
-                    _refresh(directory, previous, identity)
-                    noted.note(f"{directory} is up to date: nothing to do.")
-                    return _report(plan, previous, started, noted, added=())
-            manifest, added, resumed = _Builder(plan, identity, previous, noted).run()
+                _check_same(plan, request, previous, identity)
+            if previous is not None and set(plan.backends) <= set(previous.backends):
+                manifest = dataclasses.replace(previous, identity=identity)
+                if manifest != previous:  # files were moved or touched: their new names and times save a hash next time
+                    write_manifest(directory, manifest)
+                    Journal.load(directory).remove_if_idle()
+                noted.note(f"{directory} is up to date; there is nothing to do")
+            else:
+                done = assemble(plan, identity, previous, noted)
+                manifest, added, resumed = done.manifest, done.added, done.resumed_steps
     except OSError as error:
         raise _disk_error(error, directory) from error
-    return _report(plan, manifest, started, noted, added, resumed)
+    return BuildReport(
+        directory=str(directory),
+        backends=manifest.backends,
+        added=added,
+        precision=plan.precision,
+        up_to_date=not added,
+        stages=len(manifest.stages),
+        weight_bytes=plan.layout.size,
+        folder_bytes=sum(artefact.size for artefact in manifest.artefacts),
+        wall_s=time.monotonic() - started,
+        resumed_steps=resumed,
+        notes=tuple(noted.notes),
+        loras=getattr(plan.sources.get("dit"), "report", ()),
+    )
 
 
 class _Noted:
@@ -184,7 +161,7 @@ def _previous(directory: Path, rebuild: bool) -> Manifest | None:
 
 def _make_plan(
     request: BuildRequest, directory: Path, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
-) -> _Plan:
+) -> Plan:
     backends = _backends(request, observer)
     precision = _precision(request, backends, previous, observer)
     sources: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}
@@ -196,8 +173,21 @@ def _make_plan(
         sources["dit"] = apply_loras(sources["dit"], request.loras, request.lora_partial)
     definitions = stage_definitions(checkpoint.config)
     tensors = planned_tensors(checkpoint.config, definitions, precision)
-    layout = plan_store(tensors)
-    return _Plan(request, directory, checkpoint, precision, backends, definitions, tensors, layout, sources)
+    tokenizer = checkpoint.tokenizer
+    return Plan(
+        directory=directory,
+        config=checkpoint.config,
+        precision=precision,
+        backends=backends,
+        definitions=definitions,
+        tensors=tensors,
+        layout=plan_store(tensors),
+        sources=sources,
+        tokenizer=tokenizer / "tokenizer.json" if tokenizer is not None and tokenizer.is_dir() else tokenizer,
+        origin=str(request.checkpoint),
+        overrides={name: str(path) for name, path in request.components.items()},
+        lora_partial=request.lora_partial,
+    )
 
 
 def _backends(request: BuildRequest, observer: _Noted) -> tuple[str, ...]:
@@ -223,13 +213,13 @@ def _precision(
     return precision
 
 
-def _check_room(plan: _Plan) -> None:
+def _check_room(plan: Plan) -> None:
     """InputError when the place cannot be written or the disk has too little room for what is still to come."""
     place = plan.directory
     while not place.exists():
         place = place.parent
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"the output {plan.directory} cannot be written: no right to write in {place}; choose another -o.")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"the output {plan.directory} cannot be made: {place} cannot be written; choose another -o.")
     needed = plan.layout.size + DISK_MARGIN
     if "onnxruntime" in plan.backends:
         needed += GRAPH_BYTES * len(plan.definitions)
@@ -246,58 +236,65 @@ def _check_room(plan: _Plan) -> None:
 
 @contextlib.contextmanager
 def _held(directory: Path) -> Iterator[None]:
-    """The folder, made if needed, locked against a second build; an empty one that was made here is taken away again."""
+    """The folder, made if needed, locked against a second build; one that was made here and stays empty goes again."""
     import fcntl
 
     made = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the output {directory} cannot be made: {error.strerror}; choose another -o.") from error
+    directory.mkdir(parents=True, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another build is writing to {directory}; wait until it ends.") from None
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise InputError(f"the output {directory} cannot be written; choose another folder with -o.")
         yield
     finally:
         os.close(handle)
         if made:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # not empty: it is the folder that was asked for
                 directory.rmdir()
 
 
-def _identity(plan: _Plan, previous: Manifest | None, observer: _Noted) -> Identity:
-    """Hashes of everything the build reads; unchanged files are not read again."""
+def _identity(
+    plan: Plan, request: BuildRequest, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
+) -> Identity:
+    """Hashes of everything that the build reads; unchanged files are not read again."""
     journal = Journal.load(plan.directory)
-    # a LoRA is hashed and remembered like any other file, as the component "lora"
-    remembered = [*(previous.identity.files if previous else ()), *journal.hashed]
+    known = list(journal.hashed)
     if previous is not None:
-        remembered += [file for file in _lora_files(previous) if file is not None]
-    hasher = Hasher(remembered)
-    groups = files_by_component(plan.checkpoint.sources, _tokenizer_file(plan.checkpoint.tokenizer))
-    groups += [("lora", (spec.path,)) for spec in plan.request.loras]
-    new = {str(path): path.stat().st_size for _, paths in groups for path in paths if not hasher.is_known(path)}
-    phase = Phase(observer, "hash", new)
-    records: list[SourceFile] = []
-    for component, paths in groups:
-        if not paths:
-            records.append(memory_record(component, plan.checkpoint.sources[component]))  # type: ignore[index]
-        for path in paths:
-            if hasher.is_known(path):
-                records.append(hasher.record(component, path))
-                continue
-            step = phase.start(str(path))
-            records.append(hasher.record(component, path, lambda done, step=step: observer.advanced(step, done)))
-            phase.finish(step)
-            journal.hashed.append(records[-1])
-            journal.save() if previous is None else None
-    files = tuple(record for record in records if record.component != "lora")
-    fused = [record for record in records if record.component == "lora"]
-    loras = tuple(
-        LoRARecord(file.path, file.sha256, spec.strength) for file, spec in zip(fused, plan.request.loras, strict=True)
+        known += [*previous.identity.files, *(lora.file for lora in previous.loras)]
+    plain: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}  # without LoRA
+    groups = file_groups(plain, plan.tokenizer, [spec.path for spec in request.loras])
+    records = hash_sources(groups, plain, known, observer, journal.remember)
+    fused = [record for record in records if record.component == LORA_PART]
+    return Identity(
+        config=plan.config,
+        precision=plan.precision,
+        files=tuple(record for record in records if record.component != LORA_PART),
+        loras=tuple(LoRARecord(file, spec.strength) for file, spec in zip(fused, request.loras, strict=True)),
     )
-    return Identity(plan.checkpoint.config, plan.precision, files, loras)
+
+
+def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity: Identity) -> None:
+    """InputError when the finished folder is not of this request, or is damaged."""
+    found = differences(previous, identity)
+    if found:
+        command = build_command(
+            plan.origin,
+            plan.directory,
+            plan.precision,
+            plan.backends,
+            [(str(spec.path), spec.strength) for spec in request.loras],
+            request.lora_partial,
+            plan.overrides,
+            rebuild=True,
+        )
+        listed = "; ".join(map(str, found))
+        raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
+    check_folder(plan.directory, previous, plan.definitions)
+
+
+def _disk_error(error: OSError, directory: Path) -> Scail2Error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = f"the disk of {directory} is full" if full else f"building {directory} failed: {error}"
+    return Scail2Error(f"{what}; finished steps are kept, and the same command continues when this is put right.")

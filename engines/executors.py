@@ -1,8 +1,8 @@
 """Running stages: what an engine is, and the set of engines of one folder.
 
-An `EngineSet` is opened once a process. It checks the folder against the definitions of this version, chooses the executor
-and says why, loads a stage when it is first run and forgets it when told to, and cuts long token sequences into row
-chunks. Constants that the runtime itself needs (modulation, q/k norm weights) are in `tables`.
+An `EngineSet` is opened once a process. Opening checks the folder against the definitions of this version, chooses the
+executor and says why. The set loads a stage when it is first run and forgets it when told to, and cuts long token
+sequences into row chunks. Constants that the runtime itself needs (modulation, q/k norm weights) are in `tables`.
 """
 
 import hashlib

@@ -36,16 +36,28 @@ class Journal:
             return cls(journal.path)
         return journal
 
-    def begin(self, fingerprint: str) -> bool:
-        """Take up the request; False when what the journal knew was of another one and is forgotten."""
-        same = fingerprint == self.fingerprint
+    def begin(self, fingerprint: str, afresh: bool = False) -> bool:
+        """Take up the request; False when the known steps are not of it (or not wanted) and are forgotten."""
+        same = fingerprint == self.fingerprint and not afresh
         if not same:
             self.fingerprint, self.done = fingerprint, []
         self.save()
         return same
 
-    def finish_step(self, step: str) -> None:
-        self.done.append(step)
+    def has(self, phase: str, step: str) -> bool:
+        return f"{phase}/{step}" in self.done
+
+    def add(self, phase: str, step: str) -> None:
+        self.done.append(f"{phase}/{step}")
+        self.save()
+
+    def forget(self, phase: str) -> None:
+        self.done = [step for step in self.done if not step.startswith(f"{phase}/")]
+        self.save()
+
+    def remember(self, file: SourceFile) -> None:
+        """Keep the hash of a source file."""
+        self.hashed.append(file)
         self.save()
 
     def save(self) -> None:
@@ -57,6 +69,11 @@ class Journal:
                 "hashed": [dataclasses.asdict(file) for file in self.hashed],
             },
         )
+
+    def remove_if_idle(self) -> None:
+        """Remove a journal that holds nothing but hashes: the manifest has them now."""
+        if not self.done:
+            self.remove()
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 """The manifest of an engine folder: everything that its engines depend on, and what lies in the folder.
 
-A folder is valid when it has a manifest; it is written last and atomically. Opening compares it with the definitions of the
-running version and with the files on disk; building compares it with what is asked for. A difference names the field,
-both values and the command that repairs it. Source files are hashed once: the hash is kept with size and modification
-time, and a file that has neither changed is not read again.
+A folder is valid when it has a manifest; it is written last and atomically. Opening compares it with the definitions of
+the running version and with the files on disk; building compares it with what is asked for. A difference names the
+field, both values and the command that repairs it. Source files are hashed once: the hash is kept with size and
+modification time, and a file whose two have not changed is not read again.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 STAGES = "stages"
 TABLES = "tables.safetensors"
 TOKENIZER = "tokenizer/tokenizer.json"
+_OPTIONS = {"umt5": "t5"}  # components whose command-line option has another name
 _CONFIGS: dict[str, Any] = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
 
 
@@ -45,12 +46,11 @@ class SourceFile:
 class LoRARecord:
     """One fused LoRA file."""
 
-    path: str
-    sha256: str
+    file: SourceFile
     strength: float
 
     def __str__(self) -> str:
-        return f"{Path(self.path).name} (sha256 {self.sha256[:12]}) at strength {self.strength:g}"
+        return f"{Path(self.file.path).name} (sha256 {self.file.sha256[:12]}) at strength {self.strength:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def differences(manifest: Manifest, wanted: Identity) -> list[Difference]:
     for part in have.sources | wanted.sources:
         if have.sources.get(part) != wanted.sources.get(part):
             found.append(Difference(f"sources.{part}", _files(have, part), _files(wanted, part)))
-    if [(r.sha256, r.strength) for r in have.loras] != [(r.sha256, r.strength) for r in wanted.loras]:
+    if [(r.file.sha256, r.strength) for r in have.loras] != [(r.file.sha256, r.strength) for r in wanted.loras]:
         found.append(Difference("loras", _loras(have.loras), _loras(wanted.loras)))
     return found
 
@@ -176,16 +176,39 @@ def _loras(loras: Iterable[LoRARecord]) -> str:
 
 def describe_command(manifest: Manifest, directory: Path, backend: str | None = None) -> str:
     """The command that rebuilds this folder, or that adds `backend` to it."""
-    words = ["scail2-rt", "build-engines", manifest.checkpoint]
-    for component, path in manifest.overrides.items():
-        words += [f"--{component}", path]
-    words += ["-o", str(directory), "--precision", manifest.precision]
-    for lora in manifest.loras:
-        words += ["--lora", f"{lora.path}:{lora.strength:g}"]
-    words += ["--lora-partial"] if manifest.lora_partial else []
-    for name in manifest.backends if backend is None else (backend,):
+    return build_command(
+        manifest.checkpoint,
+        directory,
+        manifest.precision,
+        (backend,) if backend else manifest.backends,
+        [(lora.file.path, lora.strength) for lora in manifest.loras],
+        manifest.lora_partial,
+        manifest.overrides,
+        rebuild=backend is None,
+    )
+
+
+def build_command(
+    checkpoint: str,
+    directory: Path,
+    precision: str,
+    backends: Iterable[str],
+    loras: Iterable[tuple[str, float]] = (),
+    lora_partial: bool = False,
+    overrides: Mapping[str, str] | None = None,
+    rebuild: bool = False,
+) -> str:
+    """A `scail2-rt build-engines` command line, quoted for a shell."""
+    words = ["scail2-rt", "build-engines", checkpoint]
+    for component, path in (overrides or {}).items():
+        words += [f"--{_OPTIONS.get(component, component)}", path]
+    words += ["-o", str(directory), "--precision", precision]
+    for lora, strength in loras:
+        words += ["--lora", f"{lora}:{strength:g}"]
+    words += ["--lora-partial"] if lora_partial else []
+    for name in backends:
         words += ["--backend", name]
-    return shlex.join(words if backend else [*words, "--rebuild"])
+    return shlex.join([*words, "--rebuild"] if rebuild else words)
 
 
 def check_folder(directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition]) -> None:
@@ -316,7 +339,7 @@ def _decode(document: dict[str, Any]) -> Manifest:
         config=_decode_config(document["model"]),
         precision=document["precision"],
         files=tuple(SourceFile(**file) for file in document["sources"]),
-        loras=tuple(LoRARecord(**lora) for lora in document["loras"]),
+        loras=tuple(LoRARecord(SourceFile(**lora["file"]), lora["strength"]) for lora in document["loras"]),
     )
     return Manifest(
         identity=identity,

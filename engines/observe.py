@@ -7,9 +7,9 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class BuildStep:
-    """One step. phase: "hash" (source files), "weights" (the store, stage by stage), a backend's name (its artefacts), "seal"
-    (hashes of what was built). index counts from 1 to total within the phase; seconds is 0 when the step starts;
-    remaining_s is the estimate for the rest of the phase, None while nothing is known."""
+    """One step. phase: "hash" (source files), "weights" (the store, stage by stage), a backend's name (its artefacts),
+    "seal" (hashes of what was built). index counts from 1 to total within the phase; seconds is 0 when the step
+    starts; remaining_s is the estimate for the rest of the phase, None while nothing is known."""
 
     phase: str
     index: int

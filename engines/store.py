@@ -4,8 +4,8 @@ The file is written in place. All names, types and shapes are known before a wei
 device), so the header comes first and each tensor has its final offset; a build that is interrupted leaves a `.partial`
 file whose finished stages stay valid. Tensors lie in descending element size, then stage order: no holes (the format
 forbids them) and every tensor is aligned to its element size. The header is padded so that data starts on a page.
-ONNX files point into the store by absolute offset. Reading is a read-only shared mapping: no copy, and no commit charge,
-so a store larger than the memory of the machine can be opened.
+ONNX files point into the store by absolute offset. Reading is a read-only shared mapping: no copy, and no commit
+charge, so a store larger than the memory of the machine can be opened.
 """
 
 import json
@@ -165,7 +165,7 @@ class StoreWriter:
         if data.dtype != place.dtype or first + data.nbytes > place.length:
             raise ValueError(f"{name}: {data.dtype} {tuple(data.shape)} at element {start} does not fit {place}")
         raw = data.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_at(self._file, memoryview(raw), place.offset + first)
+        _write_at(self._file, raw.data, place.offset + first)
 
     def flush(self) -> None:
         """What was written survives a crash of the machine from here on."""

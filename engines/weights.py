@@ -1,9 +1,9 @@
 """From checkpoint tensors to the store: which tensors a stage has, and how their values are made.
 
-Names, shapes and types come from the stage's module on the meta device. A value is the checkpoint's tensors one after the
-other along dimension 0, which in memory is plain concatenation, cast from their own type through fp32; e4m3 weights get
-one scale per output channel. Everything is done in pieces of at most 64 MiB, so a build's own memory does not
-depend on the size of the model.
+Names, shapes and types come from the stage's module on the meta device. A value is the checkpoint's tensors one after
+the other along dimension 0, which in memory is plain concatenation, cast from their own type through fp32; e4m3 weights
+get one scale per output channel. Everything is done in pieces of at most 64 MiB, so that a build's own memory does
+not depend on the size of the model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +80,7 @@ def write_stage(
                 writer.write(f"{stage}.{_scale_of(parameter)}", scale, position // target.shape[-1])
             else:
                 data = values.to(target.dtype)
-                if data.dtype != torch.float32 and not torch.isfinite(data).all():
+                if not torch.isfinite(data).all():
                     raise Scail2Error(_overflow(stage, name, values, target.dtype, precision))
             writer.write(f"{stage}.{parameter}", data, position)
             position += values.numel()
@@ -103,7 +103,8 @@ def _check_shapes(
         raise InputError(f"the checkpoint has no tensor {', '.join(missing)}, which stage {stage} needs.")
     shapes = [source.shape(name) for name in names]
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    if count != torch.Size(target.shape).numel():
+    rows = target.dtype == E4M3 and any(shape[-1] != target.shape[-1] for shape in shapes)
+    if rows or count != torch.Size(target.shape).numel():
         raise InputError(
             f"tensors {', '.join(names)} have shapes {[list(shape) for shape in shapes]}, but stage {stage} needs "
             f"{list(target.shape)} for its {parameter}; the checkpoint is not of the model it seems to be."

@@ -167,7 +167,7 @@ def umt5_definitions(config: UMT5Config) -> list[StageDefinition]:
 
 
 def _clip_weights(config: CLIPConfig) -> dict[str, tuple[str, ...]]:
-    weights = {
+    weights: dict[str, tuple[str, ...]] = {
         name: (f"visual.{name}",)
         for name in (
             "patch_embedding.weight",

@@ -1,10 +1,11 @@
 """A small checkpoint that anyone can make: seeded random weights in the official folder layout.
 
-Everything downstream of a download can then be run and tested without one: the SAT file with its fused tensors, the VAE,
-umT5 and CLIP pickles under their official names, and a real tokenizer file that encodes any text. Weights are scaled by
-their fan-in, norms are near one and modulations small, so that signals neither vanish nor explode; each tensor has its
-own seed from its name, so a preset can grow without changing what it had. `wide` makes a multi-gigabyte SAT file whose
-large matrices are zero below their first row: memory pages that are never touched, so writing it needs little memory.
+Everything downstream of a download can then be run and tested without one: the SAT file with its fused tensors, the
+VAE, umT5 and CLIP pickles under their official names, and a real tokenizer file that encodes any text. Weights are
+scaled by their fan-in, norms are near one and modulations small, so that signals neither vanish nor explode; each
+tensor has its own seed from its name, so a preset can grow without changing what it had. `wide` makes a SAT file of
+several gigabytes whose large matrices are zero below their first row: memory pages that nobody touches, so that
+writing it needs little memory.
 """
 
 import math
@@ -31,6 +32,13 @@ CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14-onlyvisual.pth"
 TOKENIZER_FILE = "umt5-xxl/tokenizer.json"
 _SMALL = 4_000_000  # elements; a larger tensor of a sparse preset is zero below its first row
 _CLIP_OUT_DIM = 64
+_WORDS = """
+a an and are at background before black blue boy camera character city clothes dance dances dancing day dog dress face
+fast forest from girl green hair hand hands hat he her his in into is it jacket jump jumps light long man moves music of
+on person red robot room run runs she shirt short sitting slow smile smiles standing street style sun the their they to
+turns video walk walking walks wall waves wearing white with woman yellow
+"""
+_ENDINGS = "ing ed er es ly th ch sh ou ea ar or an in on re st"
 
 Shape = tuple[int, ...]
 
@@ -161,7 +169,8 @@ def write_tokenizer(path: Path, vocab: int) -> None:
     pieces: list[tuple[str, float]] = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     pieces += [("▁", -4.0)] + [(chr(code), -8.0) for code in range(33, 127)]
-    pieces += [(word, -6.0 - 0.01 * i) for i, word in enumerate(_WORDS)]
+    pieces += [(f"▁{word}", -6.0 - 0.01 * i) for i, word in enumerate(_WORDS.split())]
+    pieces += [(ending, -7.0) for ending in _ENDINGS.split()]
     if len(pieces) > vocab:
         raise ValueError(f"vocab {vocab} is below the {len(pieces)} pieces of the tokenizer")
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
@@ -174,14 +183,3 @@ def write_tokenizer(path: Path, vocab: int) -> None:
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.save(str(path))
-
-
-_WORDS = tuple(
-    "▁" + word
-    for word in (
-        "a an and are at background before black blue boy camera character city clothes dance dances dancing day dog "
-        "dress face fast forest from girl green hair hand hands hat he her his in into is it jacket jump jumps light "
-        "long man moves music of on person red robot room run runs she shirt short sitting slow smile smiles standing "
-        "street style sun the their they to turns video walk walking walks wall waves wearing white with woman yellow"
-    ).split()
-) + tuple("ing ed er es ly th ch sh ou ea ar or an in on re st".split())

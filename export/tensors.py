@@ -373,7 +373,8 @@ def _inert_numpy_globals() -> list[Any]:
     """What a pickled random state of NumPy needs (official LoRA files carry one): numeric arrays, nothing else."""
     import numpy as np
 
-    reconstruct = np._core.multiarray._reconstruct if hasattr(np, "_core") else np.core.multiarray._reconstruct
+    core = getattr(np, "_core" if hasattr(np, "_core") else "core")  # NumPy 2, NumPy 1
+    reconstruct = core.multiarray._reconstruct
     return [
         np.ndarray,
         np.dtype,
@@ -399,10 +400,10 @@ def _torch_place(tensor: Tensor) -> tuple[Place | None, int]:
     if tensor.layout != torch.strided or tensor.is_quantized:
         return None, 0
     record = getattr(tensor.untyped_storage(), "_checkpoint_offset", -1)
-    offset = record + tensor.storage_offset() * tensor.dtype.itemsize
+    offset = record + int(tensor.storage_offset()) * tensor.dtype.itemsize
     return Place(offset, tensor.dtype, tuple(tensor.shape), tensor.stride()), record
 
 
 def _span(tensor: Tensor, place: Place) -> int:
     """Bytes of its storage that the tensor needs, from the storage's start."""
-    return 0 if place.nbytes == 0 else tensor.storage_offset() * tensor.dtype.itemsize + place.nbytes
+    return 0 if place.nbytes == 0 else int(tensor.storage_offset()) * tensor.dtype.itemsize + place.nbytes

@@ -34,6 +34,7 @@ LATENT_STD = (
 # fmt: on
 NORM_FLOOR = 1e-12  # smallest norm that RMSNorm divides by
 FRAMES_PER_LATENT = 4  # pixel frames of every latent frame but the first
+PIXELS_PER_CELL = 8  # pixels of a latent cell, per side
 
 
 class Caches:
@@ -58,7 +59,7 @@ class Caches:
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast an fp32 sum for a convolution; fp16 keeps it finite, the other types have fp32's range."""
+    """Cast an fp32 sum between blocks for a convolution: fp16 keeps it finite, the other types have fp32's range."""
     if dtype == torch.float16:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
@@ -84,7 +85,7 @@ class CausalConv3d(Conv):
     x [B, C, T, H, W] of any float type → [B, O, T, H, W] in the compute type."""
 
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
-        x = saturate(x, self.compute)
+        x = x.to(self.compute)
         if self.kernel[0] > 1:
             x = caches.extend(x, self.kernel[0] - 1)
         return F.conv3d(x, *self.weights(), padding=(0, self.kernel[1] // 2, self.kernel[2] // 2))
@@ -106,7 +107,7 @@ class Conv2d(Conv):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(saturate(x, self.compute), *self.weights(), stride=self.stride, padding=self.padding)
+        return F.conv2d(x.to(self.compute), *self.weights(), stride=self.stride, padding=self.padding)
 
 
 def frames_of(x: Tensor) -> Tensor:
@@ -155,7 +156,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
         h = self.residual["2"](F.silu(self.residual["0"](x)), caches)
         h = self.residual["6"](F.silu(self.residual["3"](h)), caches)
-        return (x if self.shortcut is None else self.shortcut(x, caches).float()) + h.float()
+        if self.shortcut is not None:
+            x = self.shortcut(saturate(x, self.shortcut.compute), caches).float()
+        return x + h.float()
 
 
 class AttentionBlock(nn.Module):
@@ -191,18 +194,18 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, temporal: bool, numerics: Numerics) -> None:
         super().__init__()
+        self.temporal, self.compute = temporal, numerics.compute
         conv = Conv2d(channels, channels, (3, 3), numerics, stride=2)
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
         self.time_conv = Conv(channels, channels, (3, 1, 1), numerics) if temporal else None
 
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
-        x = video_of(self.resample(frames_of(x)), len(x))
-        if self.time_conv is None:
-            return x.float()
-        if caches.first:
+        x = video_of(self.resample(frames_of(saturate(x, self.compute))), len(x))
+        if self.temporal and caches.first:
             caches.start(x)
-            return x.float()
-        return F.conv3d(caches.extend(x, 1), *self.time_conv.weights(), stride=(2, 1, 1)).float()
+        elif self.time_conv is not None:
+            x = F.conv3d(caches.extend(x, 1), *self.time_conv.weights(), stride=(2, 1, 1))
+        return x.float()
 
 
 class Upsample(nn.Module):
@@ -213,25 +216,27 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, temporal: bool, numerics: Numerics) -> None:
         super().__init__()
-        self.compute = numerics.compute
+        self.temporal, self.compute = temporal, numerics.compute
         conv = Conv2d(channels, channels // 2, (3, 3), numerics, padding=1)
         self.resample = nn.ModuleDict({"1": conv})
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), numerics) if temporal else None
 
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
-        if self.time_conv is not None:
-            x = self._in_time(self.time_conv, saturate(x, self.compute), caches)
-        frames = self.resample["1"](_twice(frames_of(saturate(x, self.compute))))
-        return video_of(frames, len(x)).float()
-
-    @staticmethod
-    def _in_time(time_conv: CausalConv3d, x: Tensor, caches: Caches) -> Tensor:
+        x = saturate(x, self.compute)
         batch, channels, frames, height, width = x.shape
-        if caches.first:
+        if self.temporal and caches.first:
             caches.start(x.new_zeros(batch, channels, 2, height, width))
-            return x
-        halves = time_conv(x, caches).reshape(batch, 2, channels, frames, height, width)
-        return halves.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * frames, height, width)
+        elif self.time_conv is not None:
+            halves = self.time_conv(x, caches).reshape(batch, 2, channels, frames, height, width)
+            x = halves.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * frames, height, width)
+        return video_of(self.resample["1"](_twice(frames_of(x))), batch).float()
+
+
+def drop_time_convs(layers: nn.ModuleList) -> None:
+    """Remove the temporal convolutions of resamplings, which the first frame of a video never meets."""
+    for layer in layers:
+        if isinstance(layer, Downsample | Upsample):
+            layer.time_conv = None
 
 
 class Head(nn.ModuleDict):
@@ -347,11 +352,13 @@ def decode_chunk(
 
 
 def check_config(config: VAEConfig) -> None:
-    """InputError when the latent statistics of the Wan 2.1 VAE do not apply."""
-    if config.z_dim != len(LATENT_MEAN):
+    """InputError when the VAE is not of the Wan 2.1 kind: 16 latent channels, 8×8×4 pixels a latent cell."""
+    side, frames = 2 ** (len(config.dim_mult) - 1), 2 ** sum(config.temporal_downsample)
+    levels_agree = len(config.temporal_downsample) == len(config.dim_mult) - 1
+    if (config.z_dim, side, frames) != (len(LATENT_MEAN), PIXELS_PER_CELL, FRAMES_PER_LATENT) or not levels_agree:
         raise InputError(
-            f"The VAE has {config.z_dim} latent channels; the Wan 2.1 VAE of SCAIL-2 has {len(LATENT_MEAN)}. "
-            "Give the checkpoint's own Wan2.1_VAE file."
+            f"The VAE has {config.z_dim} latent channels and {side}×{side}×{frames} pixels a latent cell; the Wan 2.1 "
+            "VAE of SCAIL-2 has 16 and 8×8×4. Give the checkpoint's own Wan2.1_VAE file."
         )
 
 

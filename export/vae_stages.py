@@ -17,16 +17,16 @@ from scail2_rt.export.precision import FP32, Numerics
 from scail2_rt.export.spec import Dim, StageDefinition, TensorSpec
 from scail2_rt.export.vae import (
     FRAMES_PER_LATENT,
+    PIXELS_PER_CELL,
     VAE,
     Decoder,
     Encoder,
     channel_mixing,
     check_config,
     decode_chunk,
+    drop_time_convs,
     encode_chunk,
 )
-
-PIXELS_PER_CELL = 8  # per side
 
 
 class EncoderHalf(nn.Module):
@@ -50,6 +50,10 @@ class DecoderHalf(nn.Module):
 class EncodeFirst(EncoderHalf):
     """video [1, 3, 1, 8h, 8w] → latent [1, 16, 1, h, w] fp32, caches."""
 
+    def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
+        super().__init__(config, numerics)
+        drop_time_convs(self.encoder.downsamples)
+
     def forward(self, video: Tensor) -> tuple[Tensor, ...]:
         latent, caches = encode_chunk(self.encoder, self.conv1, video, None)
         return latent, *caches
@@ -65,6 +69,10 @@ class EncodeStep(EncoderHalf):
 
 class DecodeFirst(DecoderHalf):
     """latent [1, 16, 1, h, w] fp32 → video [1, 3, 1, 8h, 8w] fp32, caches."""
+
+    def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
+        super().__init__(config, numerics)
+        drop_time_convs(self.decoder.upsamples)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
         video, caches = decode_chunk(self.decoder, self.conv2, latent, None)

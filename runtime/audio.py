@@ -3,14 +3,15 @@
 Every audio track is kept. A track whose codec mp4 players read is copied, packet by packet, untouched; any other is
 encoded to AAC. The cut at the start is exact to the sample either way: packets up to `_PREROLL_S` before it are kept with
 negative times, which mp4 stores as an edit list (the decoder needs them to warm up, the player does not play them); for
-encoded tracks samples are cut. The cut at the end is exact for encoded tracks and at the next packet's end (about 20 ms)
-for copied ones.
+encoded tracks samples are cut. The cut at the end is written
+as the track's exact duration; the last packet's data runs over it by at most one packet (about 20 ms).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -25,3 +26,152 @@ _COPIED = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"})
 _PREROLL_S = Fraction(1, 10)  # Opus wants 80 ms, AAC one or two packets, MP3 a few
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 _AAC_BIT_RATE = 192_000
+_FRAME_SAMPLES = 1024  # of an AAC packet
+_GAP_SAMPLES = 2400  # at 48 kHz a twentieth of a second
+
+_Timed = tuple[Fraction, Any]  # seconds in the result, packet
+
+
+def open_audio(path: Path) -> Any:
+    """The opened container; `InputError` when it cannot be opened. It may hold no audio: then the result has none."""
+    try:
+        return av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"The audio of {path} cannot be read ({error}): re-encode the file.") from error
+
+
+def remux(
+    video: Path, target: Path, ticks: int, end_s: Fraction, audio_from: Path | None, start_s: Fraction = Fraction(0)
+) -> None:
+    """Writes `target` (mp4 with its index in front) from the encoded `video`, copied, and the audio of `audio_from`
+    between `start_s` and `start_s + end_s` seconds after that file's first video frame. `ticks` a second is the video
+    track's timescale, `end_s` the video's exact duration."""
+    options = {"movflags": "+faststart", "video_track_timescale": str(ticks)}
+    kind = "mov" if target.suffix.lower() == ".mov" else "mp4"
+    with ExitStack() as stack:
+        source = stack.enter_context(av.open(str(video)))
+        out = stack.enter_context(av.open(str(target), "w", format=kind, options=options))
+        picture = source.streams.video[0]
+        copy = out.add_stream_from_template(picture, opaque=True)  # by codec: an AV1 decoder has no encoder of its name
+        copy.codec_context.codec_tag = picture.codec_context.codec_tag
+        copy.time_base = Fraction(1, ticks)
+        tracks: list[Iterator[_Timed]] = [_video_packets(source, picture, copy, end_s)]
+        if audio_from is not None:
+            zero = _first_frame_s(audio_from) + start_s
+            count = len(stack.enter_context(open_audio(audio_from)).streams.audio)
+            for index in range(count):  # a container of its own for each track, so that they can be read in step
+                container = stack.enter_context(open_audio(audio_from))
+                tracks.append(_audio_packets(container, container.streams.audio[index], out, zero, end_s))
+        for _, packet in heapq.merge(*tracks, key=lambda timed: timed[0]):
+            out.mux(packet)
+
+
+def _first_frame_s(path: Path) -> Fraction:
+    """Presentation time of the first video frame of a file in its own timeline, in seconds (0 without video)."""
+    with open_audio(path) as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            return Fraction(0)
+        frame = next(container.decode(stream), None)
+        return frame.pts * frame.time_base if frame is not None and frame.pts is not None else Fraction(0)
+
+
+def _video_packets(container: Any, stream: Any, copy: Any, end_s: Fraction) -> Iterator[_Timed]:
+    previous = None
+    for packet in container.demux(stream):
+        if previous is not None:
+            if packet.dts is None:
+                previous.duration = round(end_s / previous.time_base) - previous.pts
+            previous.stream = copy
+            yield previous.pts * stream.time_base, previous
+        previous = packet if packet.dts is not None else None
+
+
+def _audio_packets(container: Any, stream: Any, out: Any, zero: Fraction, end_s: Fraction) -> Iterator[_Timed]:
+    """Adds the track to `out` at once, and returns the iterator of its packets."""
+    if stream.codec_context is not None and stream.codec_context.codec.canonical_name in _COPIED:
+        copy = out.add_stream_from_template(stream)
+        packets = _copied(container, stream, copy, zero, end_s)
+    else:
+        packets = _encoded(container, stream, *_add_aac(stream, out), zero, end_s)
+    return packets
+
+
+def _copied(container: Any, stream: Any, copy: Any, zero: Fraction, end_s: Fraction) -> Iterator[_Timed]:
+    shift = round(zero / stream.time_base)
+    for packet in container.demux(stream):
+        if packet.pts is None:
+            continue
+        packet.pts -= shift
+        packet.dts = packet.pts
+        begin = packet.pts * stream.time_base
+        if begin >= end_s:
+            return
+        if begin + (packet.duration or 0) * stream.time_base > -_PREROLL_S:
+            _end_at(packet, end_s)
+            packet.stream = copy
+            yield begin, packet
+
+
+def _end_at(packet: Any, end_s: Fraction) -> None:
+    """Shortens a packet that would play beyond the end; its data stays whole."""
+    packet.duration = min(packet.duration or 0, round(end_s / packet.time_base) - packet.pts)
+
+
+def _add_aac(stream: Any, out: Any) -> tuple[Any, Any]:
+    """An AAC track for the decoded `stream`, and the resampler that brings it to what AAC can hold."""
+    rate = stream.codec_context.sample_rate
+    rate = rate if rate in _AAC_RATES else next((r for r in reversed(_AAC_RATES) if r >= rate), 48000)
+    layout = {1: "mono", 2: "stereo", 6: "5.1"}.get(stream.codec_context.channels, "stereo")
+    track = out.add_stream("aac", rate=rate, layout=layout)
+    track.codec_context.bit_rate = _AAC_BIT_RATE
+    track.codec_context.time_base = track.time_base = Fraction(1, rate)
+    return track, av.AudioResampler(format="fltp", layout=layout, rate=rate)
+
+
+def _encoded(
+    container: Any, stream: Any, track: Any, resampler: Any, zero: Fraction, end_s: Fraction
+) -> Iterator[_Timed]:
+    rate = track.codec_context.sample_rate
+    first, total = round(zero * rate), round(end_s * rate)
+
+    def packets(frame: Any) -> Iterator[_Timed]:
+        for packet in track.encode(frame):
+            _end_at(packet, end_s)
+            yield packet.pts * packet.time_base, packet
+
+    for position, samples in _blocks(_samples(container, stream, resampler, first, total)):
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=resampler.layout.name)
+        frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
+        yield from packets(frame)
+    yield from packets(None)
+
+
+def _samples(
+    container: Any, stream: Any, resampler: Any, first: int, total: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, samples [channels, n]) pieces of the decoded track within 0 ≤ position < total."""
+    for decoded in itertools.chain(container.decode(stream), [None]):
+        for frame in resampler.resample(decoded):
+            position = round(frame.pts * frame.time_base * frame.sample_rate) - first
+            skip, stop = max(0, -position), min(frame.samples, total - position)
+            if stop > skip:
+                yield position + skip, frame.to_ndarray()[:, skip:stop]
+
+
+def _blocks(pieces: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """The same samples in pieces of the encoder's frame size, the last one shorter. Gaps are filled with silence; smaller
+    differences are the container's rounding of times."""
+    begin, held = 0, None
+    for position, samples in pieces:
+        if held is None:
+            begin, held = position, samples
+        else:
+            gap = position - begin - held.shape[1]
+            silence = np.zeros((len(held), gap if gap > _GAP_SAMPLES else 0), held.dtype)
+            held = np.concatenate([held, silence, samples], axis=1)
+        while held.shape[1] >= _FRAME_SAMPLES:
+            yield begin, held[:, :_FRAME_SAMPLES]
+            begin, held = begin + _FRAME_SAMPLES, held[:, _FRAME_SAMPLES:]
+    if held is not None and held.shape[1]:
+        yield begin, held

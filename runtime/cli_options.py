@@ -7,21 +7,20 @@ behind them define (a test compares them), because importing those would load Py
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
 SOLVERS = ("unipc", "dpm++", "euler")
-CODECS = ("h264", "h265")
+CODECS = ("h264", "hevc", "av1", "vp9")
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"solver": "unipc", "steps": 40, "shift": 3.0, "guidance": 5.0},
     "fast": {"solver": "euler", "steps": 6, "shift": 5.0, "guidance": 1.0},
 }
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SectionOption(click.Option):
@@ -79,36 +78,40 @@ def option(*names: str, **attributes: Any) -> Callable[[str], Decorator]:
     return lambda section: click.option(*names, cls=SectionOption, section=section, **attributes)
 
 
-def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Flags that the error handler needs even when the command never runs: it finds them in the root's `obj`."""
     if value and isinstance(ctx.obj, dict):
-        ctx.obj["debug"] = True
+        ctx.obj[parameter.name] = True
+    return value
 
 
-def debug_option(section: str = "Other") -> Decorator:
+def debug_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--debug`, accepted before and after the command's name."""
     return click.option(
         "--debug",
         is_flag=True,
         expose_value=False,
         is_eager=True,
-        callback=_set_debug,
+        callback=_remember,
         cls=SectionOption,
-        section=section,
+        section="Other",
         help="Show the traceback of an error.",
-    )
+    )(function)
 
 
-def reporting(function: F) -> Callable[..., Any]:
+def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--json` and `--debug`, which every command that reports has."""
     json_option = click.option(
         "--json",
         "as_json",
         is_flag=True,
+        is_eager=True,
+        callback=_remember,
         cls=SectionOption,
         section="Other",
         help="Print one JSON object on stdout and nothing else there.",
     )
-    return json_option(debug_option()(function))
+    return json_option(debug_option(function))
 
 
 INPUT_OPTIONS = in_section(
@@ -158,7 +161,12 @@ PROMPT_OPTIONS = in_section(
 OUTPUT_OPTIONS = in_section(
     "Output",
     option(
-        "-o", "--output", type=PATH, required=True, metavar="PATH", help="The .mp4 to write; a folder with --batch."
+        "-o",
+        "--output",
+        type=PATH,
+        required=True,
+        metavar="PATH",
+        help="The video to write (.mp4); a folder with --batch.",
     ),
     option("--overwrite", is_flag=True, help="Replace an output that exists."),
     option(
@@ -171,10 +179,10 @@ OUTPUT_OPTIONS = in_section(
     option(
         "--crf",
         type=int,
-        default=16,
+        default=18,
         show_default=True,
         metavar="N",
-        help="Constant rate factor, 0 (lossless) to 51 (smallest).",
+        help="Constant rate factor, 0 (lossless) to 51 or 63 (smallest).",
     ),
     option(
         "--dry-run", is_flag=True, help="Check everything and print segments, tokens, memory and time; load nothing."
@@ -260,7 +268,25 @@ BUILD_OPTIONS = in_section(
 COMPONENT_OPTIONS = in_section(
     "Parts of the checkpoint that lie elsewhere",
     option("--vae", type=PATH, metavar="FILE", help="Wan 2.1 VAE."),
-    option("--t5", type=PATH, metavar="FILE", help="umT5 encoder."),
+    option("--t5", "--umt5", "umt5", type=PATH, metavar="FILE", help="umT5 encoder."),
     option("--clip", type=PATH, metavar="FILE", help="CLIP visual tower."),
     option("--tokenizer", type=PATH, metavar="PATH", help="tokenizer.json, or its folder."),
+)
+CHECKPOINT_OPTIONS = in_section(
+    "Options",
+    option("--preset", default="tiny", show_default=True, metavar="NAME", help="Sizes of the networks."),
+    option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the weights."),
+)
+DEMO_OPTIONS = in_section(
+    "Options",
+    option(
+        "-o",
+        "--output",
+        type=PATH,
+        default=Path("out"),
+        show_default=True,
+        metavar="DIR",
+        help="Folder for the checkpoint, the engines, the case and demo.mp4.",
+    ),
+    option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Executor to run."),
 )

@@ -15,7 +15,7 @@ from scail2_rt.export.umt5 import relative_buckets
 from scail2_rt.runtime.masks import mask_latents
 from scail2_rt.runtime.media import load_image
 from scail2_rt.runtime.preprocess import clip_pixels, normalise_image, resize_cover
-from scail2_rt.runtime.text import PromptCache, Tokenizer
+from scail2_rt.runtime.text import PromptCache, Tokenizer, clean_prompt
 from scail2_rt.runtime.vae import encode_clip
 
 
@@ -34,12 +34,14 @@ class Conditions:
 
 
 def encode_prompts(engines: EngineSet, prompts: Sequence[str], cache: PromptCache | None) -> tuple[Tensor, ...]:
-    """Each prompt → fp32 [n ≤ 512, text_dim], its true length."""
+    """Each prompt, cleaned → fp32 [n ≤ 512, text_dim] on the CPU, its true length."""
+    assert engines.config.umt5 is not None
     encodings = []
-    for prompt in prompts:
+    for prompt in map(clean_prompt, prompts):
         encoding = cache.load(prompt) if cache else None
         if encoding is None:
-            encoding = encode_ids(engines, Tokenizer(engines.tokenizer_path).encode(prompt))
+            tokenizer = Tokenizer(engines.tokenizer_path, engines.config.umt5.vocab)
+            encoding = encode_ids(engines, tokenizer.encode(prompt)).cpu()
             if cache:
                 cache.store(prompt, encoding)
         encodings.append(encoding)

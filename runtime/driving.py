@@ -19,6 +19,8 @@ from scail2_rt.runtime.preprocess import half_resolution, normalise_video, resiz
 from scail2_rt.runtime.request import JobPlan
 from scail2_rt.runtime.vae import encode, frame_groups
 
+FRAMES_AT_ONCE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class DrivingClip:
@@ -50,13 +52,17 @@ def read_clips(plan: JobPlan, first: int = 0) -> Iterator[DrivingClip]:
 
 
 def _read(reader: VideoReader, count: int, height: int, width: int) -> Tensor:
-    frames = reader.read(count)
-    if len(frames) < count:
-        raise Scail2Error(
-            f"{reader.path} ended {count - len(frames)} frames early: it changed or cannot be decoded to its end; "
-            "re-encode it and try again"
-        )
-    return resize_cover(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width)
+    """The next `count` frames at the output size; only a few at a time are held at the video's own size."""
+    parts = []
+    for wanted in range(count, 0, -FRAMES_AT_ONCE):
+        frames = reader.read(min(wanted, FRAMES_AT_ONCE))
+        if len(frames) < min(wanted, FRAMES_AT_ONCE):
+            raise Scail2Error(
+                f"{reader.path} ended at frame {reader.position}, {wanted - len(frames)} frames early: it changed or "
+                "cannot be decoded to its end. Re-encode it and try again."
+            )
+        parts.append(resize_cover(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width))
+    return torch.cat(parts)
 
 
 def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tensor]:

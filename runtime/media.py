@@ -61,7 +61,7 @@ def probe_video(path: Path) -> VideoInfo:
     """Decodes the whole file without converting pixels. Raises `InputError` for a file that holds no usable video."""
     with _open(path) as (container, stream):
         pts: list[int | None] = []
-        size, hdr, corrupt = (0, 0), False, False
+        size, hdr = (0, 0), False
         for frame in _decode(container, stream, path):
             if not pts:
                 size, hdr = _upright_size(frame, stream), int(frame.color_trc) in _HDR_TRANSFERS
@@ -104,11 +104,18 @@ class VideoReader:
         self._reformatter = VideoReformatter()
         self._first_pts: int | None = None
         self._size: tuple[int, int] | None = None
-        for _ in range(start):
+        try:
+            self._skip(start)
+        except InputError:
+            self.close()
+            raise
+
+    def _skip(self, count: int) -> None:
+        for _ in range(count):
             if self._next() is None:
-                count = self.position
-                self.close()
-                raise InputError(f"{path} has {count} frames, so it cannot start at frame {start}: start earlier.")
+                raise InputError(
+                    f"{self.path} has {self.position} frames, so it cannot start at frame {count}: start earlier."
+                )
 
     def _next(self) -> av.VideoFrame | None:
         frame = next(self._frames, None)

@@ -69,7 +69,17 @@ def generate(plan: JobPlan, engines: EngineSet, progress: Progress, cache: Promp
         return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
 
     progress.begin(len(plan.segments), request.steps)
-    writer = VideoWriter.for_plan(plan)
+    writer = VideoWriter(
+        request.output,
+        plan.width,
+        plan.height,
+        plan.frame_rate,
+        request.codec,
+        request.crf,
+        request.driving if plan.audio else None,
+        plan.start_s,
+        plan.timestamps,
+    )
     written = 0
     try:
         clips = read_clips(plan)

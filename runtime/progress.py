@@ -1,8 +1,8 @@
 """What a run tells the person who waits for it, and how long each phase took.
 
-The pipeline knows only the `Progress` protocol: phases that are timed, and a count of segments and steps. A terminal gets
-a bar with the time left; a log file gets a line now and then. Everything goes to stderr: stdout belongs to results.
-Phases that are entered again add up. A phase ends when the GPU has finished what was queued in it.
+The pipeline knows only the `Progress` protocol: phases that are timed, and a count of segments and steps. A terminal
+gets a bar with the time left; a log file gets a line now and then. Everything goes to stderr: stdout belongs to
+results. Phases that are entered again add up. A phase ends when the GPU has finished what was queued in it.
 """
 
 import sys
@@ -10,7 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.observe import BuildStep
 
 LINE_INTERVAL_S = 10.0
 
@@ -140,3 +143,21 @@ def open_progress() -> Iterator[Progress]:
             yield bar
     else:
         yield LineProgress()
+
+
+class BuildLines:
+    """What `build-engines` shows on stderr: a line for each finished step, with its size, its time and what is left."""
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def started(self, step: "BuildStep") -> None:
+        """A step is shown when it is done."""
+
+    def advanced(self, step: "BuildStep", done_bytes: int) -> None:
+        """Steps are short enough to be shown only when done."""
+
+    def done(self, step: "BuildStep") -> None:
+        left = "" if step.remaining_s is None or step.remaining_s < 1 else f", about {step.remaining_s:.0f} s left"
+        size = f"{step.size_bytes / 2**20:.1f} MiB, {step.seconds:.1f} s"
+        print(f"{step.phase} {step.index}/{step.total} {step.name}: {size}{left}", file=sys.stderr, flush=True)

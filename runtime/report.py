@@ -1,6 +1,6 @@
 """The JSON report beside a video: everything needed to repeat the run, and what it cost.
 
-Written once, atomically, when a run ends in whatever way: `complete`, `partial` (interrupted, finished segments kept) or
+Written once, atomically, when a run ends in whatever way: `complete`, `partial` (stopped, finished segments kept) or
 `failed`. Hashes are SHA-256. Memory peaks are the process's own: resident host memory by the operating system, device
 memory by PyTorch's allocator and, since engines of other libraries allocate too, as the driver saw it at the end.
 """
@@ -16,10 +16,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scail2_rt.engines.executors import EngineSet
-from scail2_rt.runtime.request import JobPlan, Request
+from scail2_rt.runtime.request import JobPlan, Request, reference_pairs
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.executors import EngineSet
 
 REPORT_VERSION = 1
 PACKAGES = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av", "numpy", "tokenizers")
@@ -46,14 +48,10 @@ def file_hash(path: Path) -> str:
 
 def input_files(request: Request) -> dict[str, Path]:
     """Label → file, for every file that the result depends on."""
-    files = {
-        "image": request.image,
-        "mask_image": request.mask_image,
-        "driving": request.driving,
-        "mask_video": request.mask_video,
-    }
-    for index, (image, mask) in enumerate(request.extra_refs):
-        files |= {f"extra_ref_{index}": image, f"extra_ref_{index}_mask": mask}
+    files = {"driving": request.driving, "mask_video": request.mask_video}
+    for index, (image, mask) in enumerate(reference_pairs(request)):
+        label = f"extra_ref_{index}" if index else "image"
+        files |= {label: image, f"{label}_mask": mask}
     return files
 
 
@@ -80,7 +78,7 @@ def memory_peaks() -> dict[str, float]:
     return {name: round(value, 3) for name, value in peaks.items()}
 
 
-def describe_device(engines: EngineSet) -> dict[str, Any]:
+def describe_device(engines: "EngineSet") -> dict[str, Any]:
     """The executor, the device it runs on, and the machine."""
     name = platform.processor() or platform.machine()
     if engines.device.type == "cuda":
@@ -91,7 +89,7 @@ def describe_device(engines: EngineSet) -> dict[str, Any]:
     return device | {"system": platform.platform(), "cpu_count": os.cpu_count()}
 
 
-def describe_engines(engines: EngineSet) -> dict[str, Any]:
+def describe_engines(engines: "EngineSet") -> dict[str, Any]:
     """What the engine folder was made of: enough to tell two folders apart."""
     manifest_file = engines.directory / "manifest.json"
     identity = engines.manifest.identity

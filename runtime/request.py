@@ -1,13 +1,11 @@
 """What the user asked for, and the plan that follows from it: every check that needs no weights happens here.
 
-`Request` is one generation as given. `check_request` reads the media (not the engines), refuses what cannot work with one
-sentence, and returns the `JobPlan` that the pipeline carries out: the size, the segments, the resolved mode. Checks run
-from cheap to dear; the output is checked last, since that may create its folder. Nothing else is written.
+`Request` is one generation as given. `check_request` reads the media (not the engines), refuses what cannot work with
+one sentence, and returns the `JobPlan` that the pipeline carries out: the size, the segments, the resolved mode. Checks
+run from cheap to dear; the driving video and its mask are decoded once each. Nothing is written.
 """
 
 import math
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,10 +19,13 @@ from scail2_rt.runtime.text import MAX_TOKENS, Tokenizer, clean_prompt
 if TYPE_CHECKING:
     import numpy as np
 
+    from scail2_rt.runtime.media import VideoInfo
+
+
 DEFAULT_SIZE = (512, 896)
 MAX_STEPS = 1000  # the model was trained on 1000 noise levels
 MAX_SEED = 2**63 - 1
-MIB = 1 << 20
+OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 Mode = Literal["auto", "animate", "replace"]
 
 
@@ -57,7 +58,7 @@ class Request:
     seed: int = 0
     segment_length: int = 81
     segment_overlap: int = 5
-    crf: int = 16
+    crf: int = 18
     codec: str = "h264"
     noise_device: str = "cpu"
     overwrite: bool = False
@@ -70,8 +71,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
-    """A request that can be carried out. `request` holds the cleaned prompts; `layout` is that of the largest segment;
-    `frames` T is the length of the output; `warnings` are sentences for the user."""
+    """A request that can be carried out.
+
+    request      as given, with cleaned prompts
+    frames       T, the length of the output; segments count from its first frame
+    mode, layout the resolved mode, and the token layout of the largest segment
+    warnings     sentences for the user
+    timestamps   presentation times of the output's frames in the driving video, in seconds, where its rate varies
+    audio        whether the driving video has any"""
 
     request: Request
     height: int
@@ -82,6 +89,13 @@ class JobPlan:
     mode: Literal["animate", "replace"]
     layout: Layout
     warnings: tuple[str, ...]
+    timestamps: tuple[Fraction, ...] | None = None
+    audio: bool = False
+
+    @property
+    def start_s(self) -> Fraction:
+        """Seconds of the driving video before the output's first frame."""
+        return self.request.start / self.frame_rate if self.timestamps is None else self.timestamps[0]
 
 
 def check_request(request: Request) -> JobPlan:
@@ -91,12 +105,13 @@ def check_request(request: Request) -> JobPlan:
     _check_options(request)
     _check_files(request)
     images, masks = _load_references(request)
-    total, frame_rate, warnings = _check_videos(request)
-    frames = _trimmed(request, total)
+    driving, warnings = _check_videos(request)
+    frames = _trimmed(request, driving.frames)
     image_height, image_width = images[0].shape[:2]
     height, width = request.size or oriented(DEFAULT_SIZE, image_height, image_width)
     check_size(height, width)
     segments = plan_segments(frames, request.segment_length, request.segment_overlap)
+    _check_output(request, frames * height * width)
     report = check_masks(
         masks,
         request.mask_video,
@@ -107,12 +122,24 @@ def check_request(request: Request) -> JobPlan:
     )
     largest = max(segment.padded_frames for segment in segments)
     layout = Layout.of(largest, height, width, len(request.extra_refs), report.mode == "replace")
-    _check_output(request, frames * height * width)
     cleaned = replace(
         request, prompt=clean_prompt(request.prompt), negative_prompt=clean_prompt(request.negative_prompt)
     )
     warnings += report.warnings
-    return JobPlan(cleaned, height, width, frame_rate, frames, segments, report.mode, layout, warnings)
+    times = driving.timestamps and driving.timestamps[request.start : request.start + frames]
+    return JobPlan(
+        cleaned,
+        height,
+        width,
+        driving.frame_rate,
+        frames,
+        segments,
+        report.mode,
+        layout,
+        warnings,
+        times,
+        driving.audio,
+    )
 
 
 def reference_pairs(request: Request) -> tuple[tuple[Path, Path], ...]:
@@ -121,11 +148,11 @@ def reference_pairs(request: Request) -> tuple[tuple[Path, Path], ...]:
 
 
 def prompt_warnings(plan: JobPlan, tokenizer_path: Path) -> tuple[str, ...]:
-    """A sentence for each prompt that is longer than what the model reads."""
+    """A sentence for each prompt that fills what the model reads (it may well be longer)."""
     tokenizer = Tokenizer(tokenizer_path)
     prompts = {"prompt": plan.request.prompt, "negative prompt": plan.request.negative_prompt}
     return tuple(
-        f"The {name} has more than {MAX_TOKENS - 1} tokens: what comes after them is cut off."
+        f"The {name} fills the {MAX_TOKENS} tokens that the model reads: what comes after them is cut off."
         for name, text in prompts.items()
         if len(tokenizer.encode(text)) == MAX_TOKENS
     )
@@ -139,7 +166,6 @@ def _check_options(request: Request) -> None:
         f"--guidance must be 0 or more, not {request.guidance}": math.isfinite(request.guidance)
         and request.guidance >= 0,
         f"--seed must be 0 to {MAX_SEED}, not {request.seed}": 0 <= request.seed <= MAX_SEED,
-        f"--crf must be 0 to 51, not {request.crf}": 0 <= request.crf <= 51,
         f"--start must be 0 or more, not {request.start}": request.start >= 0,
         f"--frames must be 1 or more, not {request.frames}": request.frames is None or request.frames >= 1,
         f"--solver must be one of {', '.join(SOLVERS)}, not {request.solver}": request.solver in SOLVERS,
@@ -173,12 +199,12 @@ def _check_files(request: Request) -> None:
 
 
 def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"]]:
-    """Images and masks uint8 [H, W, 3]; a pair must have one aspect ratio, or the mask would lie beside the character."""
-    from scail2_rt.runtime.media import load_image
+    """Images and masks uint8 [H, W, 3]; a pair must have one aspect ratio: else the mask lies beside the character."""
+    from scail2_rt.runtime.media import load_image, load_mask_image
 
     images, masks = [], []
     for image_path, mask_path in reference_pairs(request):
-        image, mask = load_image(image_path), load_image(mask_path)
+        image, mask = load_image(image_path), load_mask_image(mask_path)
         (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[:2]
         if abs(height * mask_width - width * mask_height) > max(height * mask_width, width * mask_height) * 0.02:
             raise InputError(
@@ -190,8 +216,8 @@ def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.nda
     return images, masks
 
 
-def _check_videos(request: Request) -> tuple[int, Fraction, tuple[str, ...]]:
-    """→ frames and frame rate of the driving video, and warnings."""
+def _check_videos(request: Request) -> tuple["VideoInfo", tuple[str, ...]]:
+    """→ what the driving video is, and warnings."""
     from scail2_rt.runtime.media import probe_video
 
     driving, mask = probe_video(request.driving), probe_video(request.mask_video)
@@ -200,13 +226,13 @@ def _check_videos(request: Request) -> tuple[int, Fraction, tuple[str, ...]]:
             f"The driving video {request.driving} has {driving.frames} frames but its mask {request.mask_video} has "
             f"{mask.frames}: make the mask video from this very clip, one mask a frame."
         )
-    warnings = []
+    warnings = [*driving.warnings, *mask.warnings]
     if abs(driving.width * mask.height - driving.height * mask.width) > 0.02 * driving.width * mask.height:
         warnings.append(
-            f"The driving video is {driving.height}x{driving.width} but its mask is {mask.height}x{mask.width} (height x "
-            "width): both are cropped to the output's shape, so the mask may lie beside the character."
+            f"The driving video is {driving.height}x{driving.width} but its mask is {mask.height}x{mask.width} "
+            "(height x width): both are cropped to the output's shape, so the mask may lie beside the character."
         )
-    return driving.frames, driving.frame_rate, tuple(warnings)
+    return driving, tuple(warnings)
 
 
 def _trimmed(request: Request, total: int) -> int:
@@ -225,27 +251,15 @@ def _trimmed(request: Request, total: int) -> int:
 
 
 def _check_output(request: Request, pixels: int) -> None:
-    """The folder of the output is made if need be, then written to for a try, and must have room.
+    """An existing output is kept unless `overwrite`; its place must be writable and have room.
 
-    pixels: T·H·W. A quarter of a byte each is above what H.264 at crf 16 takes; at crf 0 one and a half."""
-    output, folder = request.output, request.output.parent
-    if output.suffix.lower() != ".mp4":
-        raise InputError(f"The output {output} must be an .mp4 file: choose another name with -o.")
-    if output.is_dir():
-        raise InputError(f"The output {output} is a folder: give a file in it, such as {output / 'out.mp4'}.")
-    if output.exists() and not request.overwrite:
-        raise InputError(f"The output {output} exists: choose another name with -o, or replace it with --overwrite.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
-    except OSError as error:
+    pixels: T·H·W. H.264 at crf 18 takes about a tenth of a byte each, without loss about one and a half; both files are
+    there for a moment when the audio is added."""
+    from scail2_rt.runtime.video_writer import check_codec, check_writable
+
+    check_codec(request.codec, request.crf)
+    check_writable(request.output, int(pixels * (3 if request.crf == 0 else 0.3)) + OUTPUT_MARGIN)
+    if request.output.exists() and not request.overwrite:
         raise InputError(
-            f"The output {output} cannot be written ({error.strerror}): choose a folder you may write to with -o."
-        ) from error
-    needed = int(pixels * (1.5 if request.crf == 0 else 0.25)) + 16 * MIB
-    if free < needed:
-        raise InputError(
-            f"There is no room for the output: about {needed / MIB:.0f} MiB are needed in {folder}, {free / MIB:.0f} MiB "
-            "are free. Free some space, or choose another folder with -o."
+            f"The output {request.output} exists: choose another name with -o, or replace it with --overwrite."
         )

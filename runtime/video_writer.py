@@ -51,7 +51,7 @@ class Codec:
 CODECS: Final = {
     "h264": Codec("libx264", 51),
     "hevc": Codec("libx265", 51, (("x265-params", "bframes=0:log-level=error"),)),
-    "av1": Codec("libsvtav1", 63, (("preset", "8"), ("svtav1-params", "fast-decode=0"))),
+    "av1": Codec("libsvtav1", 63, (("preset", "8"),)),
     "vp9": Codec("libvpx-vp9", 63, (("b", "0"), ("row-mt", "1"))),
 }
 
@@ -167,7 +167,7 @@ class VideoWriter:
             raise Scail2Error(f"No frame was made, so {self.path} was not written.")
         temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp{self.path.suffix}")
         try:
-            remux(self.partial, temporary, self._clock.ticks, self._clock.end_s, self._audio_from, self._start_s)
+            remux(self.partial, temporary, self._clock.ticks, self._clock.end_s(self.frames), self._audio_from, self._start_s)
             os.replace(temporary, self.path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)

@@ -17,6 +17,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from scail2_rt.engines.build import BuildRequest, build
+from scail2_rt.engines.executors import EngineSet, open_engines
+from scail2_rt.export.checkpoint import Checkpoint
+from scail2_rt.export.config import ModelConfig
+from scail2_rt.export.derive import clip_config, dit_config, umt5_config, vae_config
+from scail2_rt.export.precision import Component
+from scail2_rt.export.tensors import MappingSource, TensorSource, shapes_of
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -116,6 +124,19 @@ class Golden:
             self._stack.callback(engines.close)
             self._engines[key] = engines
         return self._engines[key]
+
+
+_CONFIGS = {"dit": dit_config, "vae": vae_config, "umt5": umt5_config, "clip": clip_config}
+
+
+def build_and_open(directory: Path, sources: dict[Component, TensorSource], backend: str, device: str) -> EngineSet:
+    """An fp32 engine folder of these components, built and opened as the command line does it."""
+    config = ModelConfig(
+        **{name: _CONFIGS[name](shapes_of(source), source.metadata) for name, source in sources.items()}
+    )
+    checkpoint = Checkpoint(directory, config, sources, None)
+    build(BuildRequest(directory, directory / "engines", (backend,), "fp32"), checkpoint)
+    return open_engines(directory / "engines", backend, device=device)
 
 
 def _parsed(text: str) -> Any:

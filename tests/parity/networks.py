@@ -187,7 +187,7 @@ def _vae_taps(engines: EngineSet, fixture: Fixture, weights: Fixture) -> Iterato
     stream = VAEStream(engines, "vae.decode")
     taps = {tap.partition(".")[2] for tap in fixture.tensors if tap.startswith("chunk")} - {"out"}
     with tapped(model, {tap: tap for tap in taps} | {"conv2": "conv2"}) as seen:
-        model.decode(fixture["latent"])
+        model.decode(fixture["latent"][None])
     frames = fixture["latent"].split(1, dim=1)
     for name, expected in fixture.tensors.items():
         chunk, _, tap = name.partition(".")

@@ -1,0 +1,229 @@
+"""Putting an engine folder together, step by step, each step on disk before the next one starts.
+
+Weights go stage by stage into the store, then come the runtime's tables and the tokenizer, then the files of each
+executor, then hashes of all that, then the manifest. Files appear whole, by renaming. The journal names the finished
+steps: a call after an interruption skips them, whatever interrupted it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scail2_rt.engines.backends import device_of, gpu, stage_numerics, versions
+from scail2_rt.engines.journal import Journal
+from scail2_rt.engines.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    STAGES,
+    TABLES,
+    TOKENIZER,
+    Artefact,
+    ExecutorRecord,
+    Identity,
+    Manifest,
+    StageRecord,
+    write_manifest,
+)
+from scail2_rt.engines.observe import BuildObserver, Phase
+from scail2_rt.engines.sources import hash_file
+from scail2_rt.engines.store import STORE_NAME, StoreLayout, StoreWriter
+from scail2_rt.engines.weights import EMBEDDING, StageTensors, runtime_tables, write_stage
+from scail2_rt.export.config import ModelConfig
+from scail2_rt.export.precision import Precision
+from scail2_rt.export.spec import StageDefinition
+
+if TYPE_CHECKING:
+    from scail2_rt.export.tensors import TensorSource
+
+EMBEDDING_SOURCE = "token_embedding.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be built, all of it known before a weight is read. `sources`: component → tensors, LoRA included;
+    `origin`: the checkpoint as the user named it; `overrides`: parts named apart."""
+
+    directory: Path
+    config: ModelConfig
+    precision: Precision
+    backends: tuple[str, ...]
+    definitions: dict[str, StageDefinition]
+    tensors: dict[str, StageTensors]
+    layout: StoreLayout
+    sources: "dict[str, TensorSource]"
+    tokenizer: Path | None
+    origin: str
+    overrides: dict[str, str]
+    lora_partial: bool
+
+    def stage_bytes(self, stage: str) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors[stage].values())
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """The manifest that was written, the executors that are new, and the steps that an earlier call had done."""
+
+    manifest: Manifest
+    added: tuple[str, ...]
+    resumed_steps: int
+
+
+def assemble(plan: Plan, identity: Identity, previous: Manifest | None, observer: BuildObserver) -> Assembled:
+    """Build everything (`previous` None), or add the executors that the finished folder lacks."""
+    return _Assembly(plan, identity, previous, observer).run()
+
+
+def _fingerprint(identity: Identity, layout: StoreLayout) -> str:
+    """Equal for two requests exactly when the steps of one serve the other."""
+    document = [
+        FORMAT_VERSION,
+        dataclasses.asdict(identity.config),
+        identity.precision,
+        identity.sources,
+        [(lora.file.sha256, lora.strength) for lora in identity.loras],
+    ]
+    return hashlib.sha256(json.dumps(document).encode() + layout.header).hexdigest()
+
+
+class _Assembly:
+    def __init__(self, plan: Plan, identity: Identity, previous: Manifest | None, observer: BuildObserver) -> None:
+        self.plan, self.identity, self.previous, self.observer = plan, identity, previous, observer
+        self.stages = plan.directory / STAGES
+        self.journal = Journal.load(plan.directory)
+
+    def run(self) -> Assembled:
+        plan, previous = self.plan, self.previous
+        replaced = previous is None and (plan.directory / MANIFEST).exists()
+        continued = self.journal.begin(_fingerprint(self.identity, plan.layout), afresh=replaced)
+        resumed = len(self.journal.done)
+        if resumed:
+            self.observer.note(f"continuing an interrupted build: {resumed} steps are done already")
+        if previous is None:
+            if not continued:
+                self._clear()
+            self._weights()
+            self._tables()
+            self._tokenizer()
+        added = tuple(name for name in plan.backends if previous is None or name not in previous.backends)
+        for backend in added:
+            self._artefacts(backend)
+        manifest = self._manifest(added, self._seal(added))
+        write_manifest(plan.directory, manifest)
+        self.journal.remove()
+        return Assembled(manifest, added, resumed)
+
+    def _clear(self) -> None:
+        """Take away what an earlier build made; the manifest first, so that the folder is not taken for valid."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.plan.directory / MANIFEST).unlink()
+        for file in (self.plan.directory / TABLES, self.plan.directory / TOKENIZER, *self._old_stages()):
+            file.unlink(missing_ok=True)
+
+    def _old_stages(self) -> list[Path]:
+        return [*self.stages.glob(f"{STORE_NAME}*"), *self.stages.glob("*.onnx")]
+
+    def _weights(self) -> None:
+        plan = self.plan
+        phase = Phase(self.observer, "weights", {stage: plan.stage_bytes(stage) for stage in plan.tensors})
+        store = self.stages / STORE_NAME
+        if store.is_file() and all(self.journal.has("weights", stage) for stage in plan.tensors):
+            return
+        self.stages.mkdir(exist_ok=True)
+        writer = StoreWriter(store, plan.layout)
+        try:
+            if not writer.resumed:
+                self.journal.forget("weights")
+            for stage in plan.tensors:
+                if self.journal.has("weights", stage):
+                    phase.skip(stage)
+                    continue
+                step = phase.start(stage)
+                self._write_stage(writer, stage)
+                writer.flush()
+                self.journal.add("weights", stage)
+                phase.finish(step)
+            writer.finish()
+        finally:
+            writer.close()
+
+    def _write_stage(self, writer: StoreWriter, stage: str) -> None:
+        component = stage.partition(".")[0]
+        weights = {"weight": (EMBEDDING_SOURCE,)} if stage == EMBEDDING else self.plan.definitions[stage].weights
+        source = self.plan.sources[component]
+        write_stage(writer, stage, self.plan.tensors[stage], weights, source, self.plan.precision)
+
+    def _tables(self) -> None:
+        from safetensors.torch import save_file
+
+        path = self.plan.directory / TABLES
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(runtime_tables(self.plan.config, self.plan.sources.get("dit")), partial)
+        os.replace(partial, path)
+
+    def _tokenizer(self) -> None:
+        if self.plan.tokenizer is None:
+            return
+        path = self.plan.directory / TOKENIZER
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(self.plan.tokenizer, path)
+
+    def _artefacts(self, backend: str) -> None:
+        """The files of one executor; the torch executor runs from the store alone."""
+        if backend != "onnxruntime":
+            return
+        from scail2_rt.export.onnx_stages import export_stage
+
+        plan = self.plan
+        phase = Phase(self.observer, backend, {stage: plan.stage_bytes(stage) for stage in plan.definitions})
+        for stage, definition in plan.definitions.items():
+            path = self.stages / f"{stage}.onnx"
+            if self.journal.has(backend, stage) and path.is_file():
+                phase.skip(stage)
+                continue
+            step = phase.start(stage)
+            export_stage(definition, stage_numerics(definition, plan.precision, backend), path, plan.layout)
+            self.journal.add(backend, stage)
+            phase.finish(step)
+
+    def _seal(self, added: tuple[str, ...]) -> tuple[Artefact, ...]:
+        """Size and hash of every file of the folder; those of an existing manifest are kept."""
+        kept = self.previous.artefacts if self.previous is not None else ()
+        paths = [] if kept else [f"{STAGES}/{STORE_NAME}", TABLES, *([TOKENIZER] if self.plan.tokenizer else [])]
+        if "onnxruntime" in added:
+            paths += [f"{STAGES}/{stage}.onnx" for stage in self.plan.definitions]
+        sizes = {path: (self.plan.directory / path).stat().st_size for path in paths}
+        phase = Phase(self.observer, "seal", sizes)
+        sealed = []
+        for path, size in sizes.items():
+            step = phase.start(path)
+            digest = hash_file(self.plan.directory / path, partial(self.observer.advanced, step))
+            sealed.append(Artefact(path, size, digest))
+            phase.finish(step)
+        return (*kept, *sealed)
+
+    def _manifest(self, added: tuple[str, ...], artefacts: tuple[Artefact, ...]) -> Manifest:
+        plan = self.plan
+        new = [ExecutorRecord(name, versions(name), gpu() if device_of(name) == "cuda" else None) for name in added]
+        stages = []
+        for name, definition in plan.definitions.items():
+            inputs, outputs = definition.io(definition.numerics(plan.precision))
+            stages.append(StageRecord(name, inputs, outputs, plan.stage_bytes(name)))
+        return Manifest(
+            identity=self.identity,
+            checkpoint=plan.origin,
+            overrides=plan.overrides,
+            lora_partial=plan.lora_partial,
+            executors=(*(self.previous.executors if self.previous is not None else ()), *new),
+            stages=tuple(stages),
+            artefacts=artefacts,
+            created_by=f"scail2-rt {importlib.metadata.version('scail2-rt')}",
+        )

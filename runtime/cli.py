@@ -1,0 +1,207 @@
+"""`scail2-rt`: the command line. Read this first.
+
+    make-checkpoint  random weights in the official layout      export.random_checkpoint
+    build-engines    checkpoint → engine folder                 export.checkpoint → engines.build
+    generate         engines + case → video                     jobs → request → pipeline
+    demo             all three on a case that it draws itself   demo
+
+Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
+code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
+holds one JSON object and nothing else; an error is one too.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scail2_rt.runtime import cli_options as o
+
+INTERRUPTED = 130
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT, invoke_without_command=True)
+@click.version_option(importlib.metadata.version("scail2-rt"), prog_name="scail2-rt")
+@o.debug_option
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Animate characters with SCAIL-2: build engines from a checkpoint once, then turn a reference image and a driving
+    video into a new video.
+
+    \b
+    Start here:  scail2-rt demo
+    Then:        scail2-rt build-engines SCAIL-2/ -o engines/
+                 scail2-rt generate engines/ --case my_case/ -o out.mp4
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command(cls=o.SectionCommand)
+@click.argument("checkpoint", type=o.PATH)
+@o.BUILD_OPTIONS
+@o.COMPONENT_OPTIONS
+@o.reporting
+def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Turn CHECKPOINT (a SCAIL-2 folder or a *.safetensors file) into an engine folder.
+
+    A second call with the same options does nothing; an interrupted build continues."""
+    from scail2_rt.engines.build import BuildReport, BuildRequest, build
+    from scail2_rt.export.checkpoint import open_checkpoint
+    from scail2_rt.export.lora import parse_lora
+    from scail2_rt.runtime.progress import BuildLines
+
+    parts = {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+    request = BuildRequest(
+        checkpoint,
+        options["output"],
+        tuple(options["backends"]),
+        options["precision"],
+        tuple(parse_lora(lora) for lora in options["loras"]),
+        options["lora_partial"],
+        options["rebuild"],
+        parts,
+    )
+    with stdout_for(as_json):
+        report: BuildReport = build(request, open_checkpoint(checkpoint, **parts), BuildLines())
+    built = "nothing to do" if report.up_to_date else f"built for {', '.join(report.added)} in {report.wall_s:.1f} s"
+    text = (
+        f"{report.directory}: {built}; {report.stages} stages in {report.precision}, "
+        f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
+    )
+    for lora in report.loras:
+        skipped = f", {len(lora.skipped)} skipped" if lora.skipped else ""
+        text += f"\n{lora.path}: {lora.applied} tensors applied{skipped}"
+    show(report, text, as_json)
+
+
+@cli.command(cls=o.SectionCommand)
+@click.argument("engines", type=o.PATH)
+@o.INPUT_OPTIONS
+@o.PROMPT_OPTIONS
+@o.OUTPUT_OPTIONS
+@o.SAMPLING_OPTIONS
+@o.LONG_CLIP_OPTIONS
+@o.ENGINE_OPTIONS
+@o.reporting
+def generate(engines: Path, as_json: bool, **options: Any) -> None:
+    """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
+
+    A report (<output>.json) is written beside the video."""
+    from scail2_rt.runtime import jobs
+
+    choice = jobs.EngineChoice(engines, options["backend"], options["max_rows"])
+    preset = o.PRESETS[options["preset"]]
+    sampling = {name: default if options[name] is None else options[name] for name, default in preset.items()}
+    common = {**sampling, **{name: options[name] for name in jobs.SHARED}, "prompt": jobs.read_prompt(options)}
+    with stdout_for(as_json):
+        manifest = jobs.engine_manifest(choice)
+        if options["batch"] is not None:
+            cases = jobs.batch_cases(options, common)
+            result, text, failed = jobs.run_batch(cases, choice, manifest, options["preset"], options["dry_run"])
+        else:
+            case = jobs.single_case(options, common)
+            plan = jobs.check_case(case, choice, manifest, options["preset"])
+            result, text = jobs.run_single(plan, choice, manifest, options["dry_run"])
+            failed = 0
+    show(result, text, as_json)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command(cls=o.SectionCommand)
+@click.argument("directory", type=o.PATH)
+@o.CHECKPOINT_OPTIONS
+@o.reporting
+def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> None:
+    """Write a small checkpoint of random weights to DIRECTORY, in the official folder layout.
+
+    Its videos are coloured noise; it is for trying the program and for tests."""
+    from scail2_rt.export.random_checkpoint import make_checkpoint as make
+
+    with stdout_for(as_json):
+        make(directory, preset=preset, seed=seed)
+    files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
+    lines = [f"{directory}: random weights, preset {preset}, seed {seed}"]
+    lines += [f"  {size:>12,} bytes  {name}" for name, size in files.items()]
+    show({"directory": str(directory), "preset": preset, "seed": seed, "files": files}, "\n".join(lines), as_json)
+
+
+@cli.command(cls=o.SectionCommand)
+@o.DEMO_OPTIONS
+@o.reporting
+def demo(output: Path, backend: str, as_json: bool) -> None:
+    """Show the whole way on any machine: a random checkpoint, a drawn driving case with sound, engines, a video.
+
+    The weights are random, so the video is coloured noise; what it proves is that every part works."""
+    from scail2_rt.runtime.demo import run_demo
+
+    with stdout_for(as_json):
+        result, text = run_demo(output, backend)
+    show(result, text, as_json)
+
+
+@contextlib.contextmanager
+def stdout_for(as_json: bool) -> Iterator[None]:
+    """While a command works, what libraries print goes to stderr if stdout must hold JSON alone."""
+    if not as_json:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def show(result: Any, text: str, as_json: bool) -> None:
+    """The result of a command on stdout: one JSON object, or text for people."""
+    if not as_json:
+        click.echo(text)
+        return
+    from scail2_rt.runtime.report import plain
+
+    click.echo(json.dumps(plain(result), ensure_ascii=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script: runs a command and turns what goes wrong into one line and an exit code."""
+    flags: dict[str, bool] = {}
+    try:
+        code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = explain(error)
+        if flags.get("debug"):
+            traceback.print_exc()
+        click.echo(f"error: {message}", err=True)
+        if flags.get("as_json"):
+            click.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+        sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """(one line for the user, exit code)."""
+    from scail2_rt.export.errors import Scail2Error
+
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, click.ClickException):
+        ctx = getattr(error, "ctx", None)
+        hint = f" (see {ctx.command_path} --help)" if ctx is not None else ""
+        return one_line(error.format_message()) + hint, 2
+    if isinstance(error, Scail2Error):
+        return one_line(str(error)), error.exit_code
+    return f"{type(error).__name__}: {one_line(str(error))} (a fault of the program: run with --debug for details)", 1
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""`scail2-rt generate` behind the command line: one case or many through one set of engines.
+
+Everything is checked before anything is loaded: the engine folder's manifest, then each case. A single case that
+cannot work ends the command; in a batch it is reported and the others run. However a run ends, its report is written
+beside the video, and what was finished is named.
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scail2_rt.export.errors import InputError, Scail2Error
+from scail2_rt.runtime import report
+from scail2_rt.runtime.case import read_batch, read_case
+from scail2_rt.runtime.request import JobPlan, Request, check_request, prompt_warnings
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.executors import EngineSet
+    from scail2_rt.engines.manifest import Manifest
+
+FILES = ("image", "mask_image", "driving", "mask_video")
+SHARED = ("mode", "negative_prompt", "size", "start", "frames", "seed", "segment_length", "segment_overlap")
+SHARED += ("crf", "codec", "noise_device", "overwrite", "extra_refs")  # options that are fields of `Request` as they are
+MANY_STEPS = 10  # from here on steps and guidance are those of a model that was not distilled
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The engine folder and how to run it."""
+
+    directory: Path
+    backend: str = "auto"
+    max_rows: int = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of work: a request, or why there is none."""
+
+    name: str
+    request: Request | None
+    error: Scail2Error | None = None
+
+
+def single_case(options: Mapping[str, Any], common: Mapping[str, Any]) -> Case:
+    """The case of `--case DIR`, or of the four files. `common`: the fields of `Request` that are not files."""
+    given = [name for name in FILES if options[name] is not None]
+    if options["case"] is not None:
+        if given:
+            raise InputError(f"--case and {_flags(given)} were both given: use the folder or the four files.")
+        return Case(str(options["case"]), _from_folder(options["case"], options["output"], common))
+    if lacking := [name for name in FILES if options[name] is None]:
+        raise InputError(f"{_flags(lacking)} is missing: give --case DIR, --batch FILE, or all of {_flags(FILES)}.")
+    files = {name: options[name] for name in FILES}
+    return Case(str(options["driving"]), Request(**files, output=options["output"], **common))
+
+
+def batch_cases(options: Mapping[str, Any], common: Mapping[str, Any]) -> list[Case]:
+    """The cases of `--batch FILE`, each writing `<case folder>.mp4` into the output folder; names are made unique."""
+    others = [name for name in ("case", *FILES, "extra_refs", "prompt", "prompt_file") if options[name]]
+    if others:
+        raise InputError(f"--batch and {_flags(others)} were both given: a batch file names its cases and prompts.")
+    folder: Path = options["output"]
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"The output {folder} is a file, but --batch writes a video a case: give a folder with -o.")
+    cases: list[Case] = []
+    taken: set[str] = set()
+    for line in read_batch(options["batch"]):
+        name = line.directory.resolve().name
+        unique = next(n for i in range(len(taken) + 1) if (n := f"{name}-{i + 1}" if i else name) not in taken)
+        taken.add(unique)
+        label = f"line {line.number}, {line.directory}"
+        try:
+            fields = {**common, "prompt": line.prompt}
+            cases.append(Case(label, _from_folder(line.directory, folder / f"{unique}.mp4", fields)))
+        except Scail2Error as error:
+            cases.append(Case(label, None, error))
+    return cases
+
+
+def _from_folder(directory: Path, output: Path, common: Mapping[str, Any]) -> Request:
+    mode = common["mode"]
+    files = read_case(directory, None if mode == "auto" else mode)
+    found = {name: getattr(files, name) for name in FILES}
+    return Request(**found, output=output, **{**common, "mode": files.mode})
+
+
+def _flags(names: Any) -> str:
+    return ", ".join("--" + name.rstrip("s").replace("_", "-") for name in names)
+
+
+def read_prompt(options: Mapping[str, Any]) -> str:
+    """The prompt of `--prompt` or `--prompt-file`, else empty."""
+    if options["prompt_file"] is None:
+        return options["prompt"] or ""
+    if options["prompt"] is not None:
+        raise InputError("--prompt and --prompt-file were both given: use one of them.")
+    try:
+        return options["prompt_file"].read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The prompt file {options['prompt_file']} cannot be read ({error}).") from error
+
+
+def engine_manifest(choice: EngineChoice) -> "Manifest":
+    """The manifest of the engine folder, checked against this version; no weights are touched."""
+    from scail2_rt.engines.backends import choose_backend
+    from scail2_rt.engines.manifest import check_folder, read_manifest
+    from scail2_rt.export.stages import stage_definitions
+
+    if choice.max_rows < 1:
+        raise InputError(f"--max-rows must be 1 or more, not {choice.max_rows}.")
+    manifest = read_manifest(choice.directory)
+    check_folder(choice.directory, manifest, stage_definitions(manifest.config))
+    choose_backend(choice.backend, manifest.backends)
+    return manifest
+
+
+def check_case(case: Case, choice: EngineChoice, manifest: "Manifest", preset: str) -> JobPlan:
+    """The plan of a case with every warning; InputError when it cannot work."""
+    if case.request is None:
+        raise case.error or InputError(f"{case.name} holds no request.")
+    plan = check_request(case.request)
+    if case.request.noise_device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU here: use cpu.")
+    warnings = list(plan.warnings)
+    tokenizer = choice.directory / "tokenizer" / "tokenizer.json"
+    if tokenizer.is_file():
+        warnings += prompt_warnings(plan, tokenizer)
+    if preset == "fast" and not manifest.loras and case.request.steps < MANY_STEPS:
+        warnings.append(
+            "--preset fast needs engines with a step-distilled LoRA, and these have none: expect a blurred video; "
+            "build with --lora FILE, or use --preset quality."
+        )
+    return replace(plan, warnings=tuple(warnings))
+
+
+def dry_run(plan: JobPlan, manifest: "Manifest", choice: EngineChoice) -> tuple[dict[str, Any], str]:
+    """(JSON object, text) of the estimate."""
+    from scail2_rt.runtime import estimate
+
+    result = estimate.estimate(plan, manifest, choice.directory, choice.backend, choice.max_rows)
+    return estimate.describe(plan, result), estimate.as_text(plan, result)
+
+
+@contextmanager
+def opened(choice: EngineChoice) -> "Iterator[EngineSet]":
+    """The engines of a folder, with their choice printed on stderr; SIGTERM ends a run as Ctrl-C does."""
+    from scail2_rt.engines.executors import open_engines
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with open_engines(choice.directory, choice.backend, choice.max_rows) as engines:
+        print(f"engines: {engines.choice}", file=sys.stderr)
+        yield engines
+
+
+class _Warnings(logging.Handler):
+    """Collects what modules log as warnings, so that it reaches the report as well."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.sentences: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.sentences.append(record.getMessage())
+        print(f"warning: {record.getMessage()}", file=sys.stderr)
+
+
+def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
+    """Generate one video and write its report, which is returned. Whatever is raised, the report is there."""
+    from scail2_rt.runtime.estimate import remember_run
+    from scail2_rt.runtime.pipeline import generate
+    from scail2_rt.runtime.progress import open_progress
+    from scail2_rt.runtime.text import PromptCache
+
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    output, partial = plan.request.output, report.partial_path(plan.request.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)  # of an earlier run: what is there afterwards is this run's
+    cache = PromptCache(None, engines.encoder_hash)
+    logged = _Warnings()
+    logging.getLogger("scail2_rt").addHandler(logged)
+    about = {**report.describe_plan(plan), "prompt_cache": _cache_hits(plan, cache)}
+    about |= {"engines": report.describe_engines(engines), "device": report.describe_device(engines)}
+    about["versions"] = report.versions()
+    timings: dict[str, float] = {}
+
+    def finished(status: str, video: Path, error: str | None = None) -> dict[str, Any]:
+        end = report.describe_end(status, video, timings, (*plan.warnings, *logged.sentences), error)
+        report.write_report(report.report_path(output), {**about, **end})
+        return {**about, **end, "report": str(report.report_path(output))}
+
+    try:
+        with open_progress() as progress:
+            timings = progress.timings
+            generate(plan, engines, progress, cache)
+    except BaseException as error:
+        kept = partial.is_file()
+        name = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        finished("partial" if kept else "failed", partial, name)
+        what = f"the finished segments are in {partial}" if kept else "no segment was finished, so no video is kept"
+        print(f"stopped: {what}", file=sys.stderr)
+        raise
+    finally:
+        logging.getLogger("scail2_rt").removeHandler(logged)
+    remember_run(engines.directory, plan, engines.manifest, engines.backend, timings)
+    return finished("complete", output)
+
+
+def run_single(
+    plan: JobPlan, choice: EngineChoice, manifest: "Manifest", estimate_only: bool
+) -> tuple[dict[str, Any], str]:
+    """(result, text) of one case, or of its estimate."""
+    if estimate_only:
+        return dry_run(plan, manifest, choice)
+    with opened(choice) as engines:
+        result = run_plan(plan, engines)
+    return result, summary(result)
+
+
+def run_batch(
+    cases: Sequence[Case], choice: EngineChoice, manifest: "Manifest", preset: str, estimate_only: bool
+) -> tuple[dict[str, Any], str, int]:
+    """(result, text, number of failed cases). Every case is checked before the engines load once for all of them."""
+    results: list[dict[str, Any]] = []
+    texts: list[str] = []
+    plans: list[tuple[Case, JobPlan]] = []
+
+    def failed(case: Case, error: Exception) -> None:
+        reason = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
+        print(f"error: {case.name}: {reason}", file=sys.stderr)
+        results.append({"case": case.name, "status": "failed", "error": reason})
+
+    for case in cases:
+        try:
+            plans.append((case, check_case(case, choice, manifest, preset)))
+        except Exception as error:  # whatever is wrong with one case, the others run
+            failed(case, error)
+    engines_or_none = opened(choice) if plans and not estimate_only else nullcontext()
+    with engines_or_none as engines:
+        for case, plan in plans:
+            try:
+                if engines is None:
+                    result, text = dry_run(plan, manifest, choice)
+                else:
+                    result = run_plan(plan, engines)
+                    text = summary(result)
+            except Exception as error:  # as above
+                failed(case, error)
+            else:
+                results.append({"case": case.name, **result})
+                texts.append(text)
+    lost = sum(result["status"] == "failed" for result in results)
+    texts.append(f"{len(results) - lost} of {len(results)} cases done" + (f", {lost} failed" if lost else ""))
+    return {"cases": results, "failed": lost}, "\n".join(texts), lost
+
+
+def _cache_hits(plan: JobPlan, cache: Any) -> dict[str, int]:
+    request = plan.request
+    prompts = (request.prompt, request.negative_prompt)[: request.passes]
+    hits = sum(cache.path(prompt).is_file() for prompt in prompts)
+    return {"hits": hits, "misses": len(prompts) - hits}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """One complete run for people: the file, what it is, how long it took and what for."""
+    timings: Mapping[str, float] = result["timings_s"]
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in timings.items() if seconds >= 0.05)
+    rate = f"{float(Fraction(result['frame_rate'])):.6g}"
+    return (
+        f"{result['output']}: {result['frames']} frames of {result['height']}x{result['width']} at {rate} fps, "
+        f"{len(result['segments'])} segments in {sum(timings.values()):.1f} s ({phases})\n"
+        f"report: {result['report']}"
+    )
