@@ -190,7 +190,8 @@ class _Assembly:
                 phase.skip(stage)
                 continue
             step = phase.start(stage)
-            export_stage(definition, stage_numerics(definition, plan.precision, backend), path, plan.layout)
+            numerics = stage_numerics(definition, plan.precision, backend, device_of(backend))
+            export_stage(definition, numerics, path, plan.layout)
             self.journal.add(backend, stage)
             phase.finish(step)
 
@@ -212,7 +213,10 @@ class _Assembly:
 
     def _manifest(self, added: tuple[str, ...], artefacts: tuple[Artefact, ...]) -> Manifest:
         plan = self.plan
-        new = [ExecutorRecord(name, versions(name), gpu() if device_of(name) == "cuda" else None) for name in added]
+        devices = {name: device_of(name) for name in added}
+        new = [
+            ExecutorRecord(name, at, versions(name), gpu() if at == "cuda" else None) for name, at in devices.items()
+        ]
         stages = []
         for name, definition in plan.definitions.items():
             inputs, outputs = definition.io(definition.numerics(plan.precision))

@@ -6,7 +6,6 @@ sequences into row chunks. Constants that the runtime itself needs (modulation, 
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -32,25 +31,14 @@ from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import StageDefinition, TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """Signature of an engine, in the types that its executor computes in."""
+class Engine(Protocol):
+    """One loaded stage: tensors of the executor's device in, tensors out, on the current stream.
+
+    `inputs` and `outputs` are in the types that the executor computes in."""
 
     name: str
-    family: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-    @classmethod
-    def of(cls, definition: StageDefinition, numerics: Numerics) -> "EngineSpec":
-        inputs, outputs = definition.io(numerics)
-        return cls(definition.name, definition.family or definition.name, inputs, outputs)
-
-
-class Engine(Protocol):
-    """One loaded stage: tensors of the executor's device in, tensors out, on the current stream."""
-
-    spec: EngineSpec
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -102,7 +90,9 @@ class EngineSet:
         return tuple(self._engines)
 
     def numerics(self, stage: str) -> Numerics:
-        return stage_numerics(self._definition(stage), self.manifest.precision, self.backend)
+        """Storage and arithmetic of a stage in this executor."""
+        built_on = next((e.device for e in self.manifest.executors if e.backend == self.backend), "cpu")
+        return stage_numerics(self._definition(stage), self.manifest.precision, self.backend, built_on)
 
     def compute_dtype(self, stage: str) -> torch.dtype:
         """Type of a stage's activations in this executor."""
@@ -115,18 +105,17 @@ class EngineSet:
         engine = self._engines.get(name)
         if engine is None:
             engine = self._engines[name] = self._load(name)
-        spec = engine.spec
         have = [tensor.dtype for tensor in inputs]
-        want = [tensor.dtype for tensor in spec.inputs]
+        want = [spec.dtype for spec in engine.inputs]
         if have != want:
             raise Scail2Error(f"stage {name} needs inputs of types {want}, it was given {have}.")
-        return self._chunks.run(engine, spec.family, (spec.inputs, spec.outputs), inputs)
+        return self._chunks.run(engine, self._family(name), (engine.inputs, engine.outputs), inputs)
 
     def release(self, prefix: str) -> None:
         """Drop every loaded stage whose name begins with `prefix`; a later run loads it again."""
         for name in [name for name in self._engines if name.startswith(prefix)]:
             self._engines.pop(name).close()
-        self._chunks.keep({engine.spec.family for engine in self._engines.values()})
+        self._chunks.keep({self._family(name) for name in self._engines})
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Rows of the umT5 token embedding, read from the mapped store. ids [n] → fp32 [n, dim] on the device."""
@@ -158,6 +147,9 @@ class EngineSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _family(self, name: str) -> str:
+        return self.definitions[name].family or name
 
     def _definition(self, name: str) -> StageDefinition:
         try:

@@ -65,9 +65,11 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorRecord:
-    """An executor built into the folder: library versions and the GPU that it was built on, if any."""
+    """An executor built into the folder: the device whose arithmetic its files have ("cpu" or "cuda"), library
+    versions, and the GPU of the machine that built it, if it was used."""
 
     backend: str
+    device: str
     versions: dict[str, str]
     gpu: str | None
 

@@ -4,8 +4,7 @@ Everything downstream of a download can then be run and tested without one: the 
 VAE, umT5 and CLIP pickles under their official names, and a real tokenizer file that encodes any text. Weights are
 scaled by their fan-in, norms are near one and modulations small, so that signals neither vanish nor explode; each
 tensor has its own seed from its name, so a preset can grow without changing what it had. `wide` makes a SAT file of
-several gigabytes whose large matrices are zero below their first row: memory pages that nobody touches, so that
-writing it needs little memory.
+several gigabytes whose large matrices are zero below their first row: holes in the file, written in a second.
 """
 
 import math
@@ -24,13 +23,14 @@ from scail2_rt.export.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from scail2_rt.export.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.sat_names import SAT_PREFIX, wan_to_sat
+from scail2_rt.export.tensors import open_torch
 
 SAT_FILE = "model/1/fsdp2_rank_0000_checkpoint.pt"
 VAE_FILE = "Wan2.1_VAE.pth"
 UMT5_FILE = "umt5-xxl/models_t5_umt5-xxl-enc-bf16.pth"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14-onlyvisual.pth"
 TOKENIZER_FILE = "umt5-xxl/tokenizer.json"
-_SMALL = 4_000_000  # elements; a larger tensor of a sparse preset is zero below its first row
+_SMALL = 1_000_000  # elements; a larger tensor of a sparse preset is zero below its first row
 _CLIP_OUT_DIM = 64
 _WORDS = """
 a an and are at background before black blue boy camera character city clothes dance dances dancing day dog dress face
@@ -62,9 +62,9 @@ _TINY = Preset(
 )
 PRESETS: dict[str, Preset] = {
     "tiny": _TINY,
-    # 4.3 GB of fp32: the largest fused tensor is 0.2 GB, as in a real block
+    # 3.6 GB of fp32, of which the largest fused tensor has 0.2 GB; the real one has 65.6 GB and 0.3 GB
     "wide": Preset(
-        dit=DiTConfig(dim=4096, heads=32, layers=4, ffn_dim=11264, text_dim=64, clip_dim=160),
+        dit=DiTConfig(dim=4096, heads=32, layers=3, ffn_dim=11264, text_dim=64, clip_dim=160),
         vae=_TINY.vae,
         umt5=_TINY.umt5,
         clip=_TINY.clip,
@@ -103,7 +103,10 @@ def _write(folder: Path, preset: Preset, seed: int) -> None:
     for file in (SAT_FILE, UMT5_FILE):
         (folder / file).parent.mkdir(parents=True)
     (folder / "model/latest").write_text("1")
-    torch.save({"module": _sat_weights(preset, seed)}, folder / SAT_FILE)
+    if preset.sparse:
+        _write_sparse_sat(folder / SAT_FILE, dit_shapes(preset.dit), seed)
+    else:
+        torch.save({"module": _sat_weights(dit_shapes(preset.dit), seed)}, folder / SAT_FILE)
     torch.save(_weights("vae", vae_shapes(preset.vae), seed), folder / VAE_FILE)
     umt5 = _weights("umt5", umt5_shapes(preset.umt5), seed)
     torch.save({name: tensor.bfloat16() for name, tensor in umt5.items()}, folder / UMT5_FILE)
@@ -112,20 +115,34 @@ def _write(folder: Path, preset: Preset, seed: int) -> None:
     write_tokenizer(folder / TOKENIZER_FILE, preset.umt5.vocab)
 
 
-def _sat_weights(preset: Preset, seed: int) -> dict[str, Tensor]:
+def _sat_weights(shapes: Mapping[str, Shape], seed: int) -> dict[str, Tensor]:
     """The transformer's fp32 weights under SAT names: the Wan tensors that a fused one stacks keep their own seeds."""
-    shapes = dit_shapes(preset.dit)
-    tensors = {}
-    for sat, parts in wan_to_sat(set(shapes)).items():
+    tensors = _weights("dit", shapes, seed)
+    return {
+        SAT_PREFIX + sat: torch.cat([tensors[part] for part in parts]) for sat, parts in wan_to_sat(set(shapes)).items()
+    }
+
+
+def _write_sparse_sat(path: Path, shapes: Mapping[str, Shape], seed: int) -> None:
+    """The same, but of a large matrix only the first row is written: the rest is a hole in the file, which reads as
+    zero and takes neither disk nor memory."""
+    stacks = wan_to_sat(set(shapes))
+    module = {}
+    for sat, parts in stacks.items():
         rows, *rest = shapes[parts[0]]
-        if preset.sparse and len(parts) * rows * math.prod(rest) > _SMALL:
-            fused = torch.zeros(len(parts) * rows, *rest)  # calloc: untouched pages cost nothing
-            for i, part in enumerate(parts):
-                fused[i * rows] = random_tensor("dit", part, (1, *shapes[part][1:]), seed)[0]
-        else:
-            fused = torch.cat([random_tensor("dit", part, shapes[part], seed) for part in parts])
-        tensors[SAT_PREFIX + sat] = fused
-    return tensors
+        module[SAT_PREFIX + sat] = torch.empty(len(parts) * rows, *rest)  # never touched, so no memory
+    with torch.serialization.skip_data():
+        torch.save({"module": module}, path)
+    layout = open_torch(path)
+    with path.open("r+b") as file:
+        for sat, parts in stacks.items():
+            offset = layout.place(SAT_PREFIX + sat).offset
+            for part in parts:
+                shape = shapes[part]
+                written = shape if math.prod(shape) <= _SMALL else (1, *shape[1:])
+                file.seek(offset)
+                file.write(random_tensor("dit", part, written, seed).numpy().tobytes())
+                offset += math.prod(shape) * torch.float32.itemsize
 
 
 def _weights(component: str, shapes: Mapping[str, Shape], seed: int) -> dict[str, Tensor]:

@@ -109,6 +109,9 @@ class FileSource:
     def keys(self) -> Iterable[str]:
         return self._places.keys()
 
+    def place(self, name: str) -> Place:
+        return self._places[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
 

@@ -1,10 +1,10 @@
 """The driving video's audio in the result, and the final file.
 
 Every audio track is kept. A track whose codec mp4 players read is copied, packet by packet, untouched; any other is
-encoded to AAC. The cut at the start is exact to the sample either way: packets up to `_PREROLL_S` before it are kept with
-negative times, which mp4 stores as an edit list (the decoder needs them to warm up, the player does not play them); for
-encoded tracks samples are cut. The cut at the end is written
-as the track's exact duration; the last packet's data runs over it by at most one packet (about 20 ms).
+encoded to AAC. The cut at the start is exact to the sample either way: of a copied track, packets up to `_PREROLL_S`
+before it are kept with negative times, which mp4 stores as an edit list (the decoder needs them to warm up, the player
+does not play them); of an encoded track, samples are cut. The end is exact as the track's stated duration; the data of
+the last packet may run over it (by about 20 ms at most).
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ def _encoded(
     yield from packets(None)
 
 
-def _samples(
-    container: Any, stream: Any, resampler: Any, first: int, total: int
-) -> Iterator[tuple[int, np.ndarray]]:
+def _samples(container: Any, stream: Any, resampler: Any, first: int, total: int) -> Iterator[tuple[int, np.ndarray]]:
     """(position, samples [channels, n]) pieces of the decoded track within 0 ≤ position < total."""
     for decoded in itertools.chain(container.decode(stream), [None]):
         for frame in resampler.resample(decoded):
@@ -160,8 +158,8 @@ def _samples(
 
 
 def _blocks(pieces: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    """The same samples in pieces of the encoder's frame size, the last one shorter. Gaps are filled with silence; smaller
-    differences are the container's rounding of times."""
+    """The same samples in pieces of the encoder's frame size, the last one shorter. Gaps are filled with silence;
+    smaller differences are the container's rounding of times."""
     begin, held = 0, None
     for position, samples in pieces:
         if held is None:

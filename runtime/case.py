@@ -16,7 +16,9 @@ Mode = Literal["animate", "replace"]
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 IMAGES = tuple(stem + ending for stem in ("ref", "ref_image") for ending in _IMAGE_ENDINGS)
-MASK_IMAGES = tuple(stem + ending for stem in ("ref_mask", "ref_image_mask") for ending in (".png", ".jpg", ".jpeg", ".webp"))
+MASK_IMAGES = tuple(
+    stem + ending for stem in ("ref_mask", "ref_image_mask") for ending in (".png", ".jpg", ".jpeg", ".webp")
+)
 DRIVING = ("rendered_v2.mp4", "rendered_aligned.mp4", "rendered.mp4", "driving.mp4")
 ANIMATE_MASKS = ("rendered_mask_v2.mp4", "rendered_mask.mp4")
 REPLACE_MASKS = ("replace_mask.mp4",)
@@ -51,7 +53,9 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
     """
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
-        raise InputError(f"The case folder {directory} {what}: give a folder that holds a reference and a driving video.")
+        raise InputError(
+            f"The case folder {directory} {what}: give a folder that holds a reference and a driving video."
+        )
     masks = {"replace": REPLACE_MASKS + ANIMATE_MASKS, "animate": ANIMATE_MASKS + REPLACE_MASKS}[mode or "replace"]
     wanted: dict[str, Sequence[str]] = {
         "the reference image (ref.jpg, ref.png, ref_image.jpg or ref_image.png)": IMAGES,
@@ -73,8 +77,8 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
 def read_batch(file: Path) -> list[BatchLine]:
     """Lines of a batch file; blank lines and lines that start with `#` are skipped, folders are relative to the file.
 
-    Raises `InputError` with the line's number for a line without `@@` or without a folder, and for a file without cases.
-    Whether a folder exists is not checked: one bad case must not stop the others.
+    Raises `InputError` with the line's number for a line without `@@` or without a folder, and for a file without
+    cases. Whether a folder exists is not checked: one bad case must not stop the others.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")

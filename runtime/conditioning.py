@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scail2_rt.engines.executors import EngineSet
 from scail2_rt.export.umt5 import relative_buckets
 from scail2_rt.runtime.masks import mask_latents
-from scail2_rt.runtime.media import load_image
+from scail2_rt.runtime.media import load_image, load_mask_image
 from scail2_rt.runtime.preprocess import clip_pixels, normalise_image, resize_cover
 from scail2_rt.runtime.text import PromptCache, Tokenizer, clean_prompt
 from scail2_rt.runtime.vae import encode_clip
@@ -71,10 +72,14 @@ def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
     return features.float()
 
 
-def load_reference(path: Path, height: int, width: int) -> Tensor:
-    """An image file → fp32 [3, H, W]: scaled to -1..1 first, then resized to cover and cropped, overshoot kept."""
-    image = torch.from_numpy(load_image(path)).permute(2, 0, 1)
-    return resize_cover(normalise_image(image)[None], height, width)[0]
+def load_reference(image: Path, mask: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Image and mask files → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped, overshoot kept."""
+
+    def prepared(pixels: np.ndarray) -> Tensor:
+        channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
+        return resize_cover(normalise_image(channels_first)[None], height, width)[0]
+
+    return prepared(load_image(image)), prepared(load_mask_image(mask))
 
 
 def encode_reference(engines: EngineSet, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ time. Random weights make coloured noise: what the demo shows is the way from fi
 with its sound.
 """
 
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from typing import Any
 import av
 import numpy as np
 
-from scail2_rt.engines.build import BuildRequest, build
+from scail2_rt.engines.build import BuildReport, BuildRequest, build
 from scail2_rt.export.checkpoint import open_checkpoint
+from scail2_rt.export.errors import InputError
 from scail2_rt.export.random_checkpoint import make_checkpoint
 from scail2_rt.runtime import jobs, report
 from scail2_rt.runtime.media import probe_video
@@ -35,7 +38,7 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     started = time.perf_counter()
     checkpoint, engines, case = output / "checkpoint", output / "engines", output / "case"
     said = [_checkpoint(checkpoint)]
-    build_report = build(BuildRequest(checkpoint, engines, (backend,)), open_checkpoint(checkpoint), BuildLines())
+    build_report = _engines(checkpoint, engines, backend)
     reused = "are there already" if build_report.up_to_date else f"took {build_report.wall_s:.1f} s"
     said.append(f"engines     {engines} ({build_report.stages} stages for {', '.join(build_report.backends)}) {reused}")
     draw_case(case)
@@ -66,6 +69,19 @@ def _checkpoint(directory: Path) -> str:
     return f"checkpoint  {directory}: random weights, made in {time.perf_counter() - started:.1f} s"
 
 
+def _engines(checkpoint: Path, engines: Path, backend: str) -> BuildReport:
+    """Engines of the demo's own folder: what an older version or a half-deleted folder left there is built anew."""
+    request = BuildRequest(checkpoint, engines, (backend,))
+    opened = open_checkpoint(checkpoint)
+    try:
+        return build(request, opened, BuildLines())
+    except InputError as error:
+        if not engines.is_dir():
+            raise
+        print(f"building the engines anew: {error}", file=sys.stderr)
+        return build(replace(request, rebuild=True), opened, BuildLines())
+
+
 def _request(case: Path, output: Path) -> Request:
     return Request(
         case / "ref.png",
@@ -86,7 +102,7 @@ def draw_case(
     frames: int = FRAMES,
     height: int = HEIGHT,
     width: int = WIDTH,
-    replace: bool = False,
+    replace_mode: bool = False,
     audio: bool = True,
 ) -> None:
     """A case in the official layout: the reference (the figure at rest), its mask, the driving video and its mask.
@@ -96,11 +112,11 @@ def draw_case(
     directory.mkdir(parents=True, exist_ok=True)
     reference, shape = _figure(0.0, height, width)
     _write_image(directory / "ref.png", reference)
-    _write_image(directory / "ref_mask.png", _mask(shape, BLACK if replace else WHITE))
+    _write_image(directory / "ref_mask.png", _mask(shape, BLACK if replace_mode else WHITE))
     poses = [_figure(index / max(frames - 1, 1), height, width) for index in range(frames)]
     write_video(directory / "rendered_v2.mp4", (image for image, _ in poses), FRAME_RATE, audio=audio)
-    name = "replace_mask.mp4" if replace else "rendered_mask_v2.mp4"
-    write_video(directory / name, (_mask(shape, WHITE if replace else BLACK) for _, shape in poses), FRAME_RATE)
+    name = "replace_mask.mp4" if replace_mode else "rendered_mask_v2.mp4"
+    write_video(directory / name, (_mask(shape, WHITE if replace_mode else BLACK) for _, shape in poses), FRAME_RATE)
 
 
 def _figure(phase: float, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,10 @@
 """Colour-coded masks: the 28 channels the transformer reads, and the checks that need no weights.
 
 A channel of a mask pixel is on when its 8-bit value is above 225. Seven combinations mean something (white: background
-that shows; six colours: characters), every other pixel is in no class: the model treats black, grey and soft edges alike.
+that shows; six colours: characters), every other pixel is in no class: black, grey and soft edges are one to the model.
 The checks look at masks as people have them, that is, after H.264 or JPEG: areas below `SPECK` of a frame are ignored,
-and a colour outside the palette counts only where it is a flat region (edges are never flat), because (255, 128, 0)
-passes the threshold as red and would silently bind two characters to one.
+and a colour outside the palette counts only where it is a flat region (edges are never flat). Such a colour is refused
+because (255, 128, 0) passes the threshold as red and would silently bind two characters to one.
 
 `MaskStats` takes frames as they come and keeps a few numbers a frame, so a mask video is read once, a few frames at a
 time, at its own size.
@@ -69,23 +69,21 @@ def mask_latents(mask: Tensor) -> Tensor:
     return groups.reshape(28, -1, *size)
 
 
-def class_shares(frame: np.ndarray) -> np.ndarray:
-    """Share of the pixels of one frame (uint8 [H, W, 3]) in each of the seven classes, in `COLOURS` order."""
-    r, g, b = np.ascontiguousarray(frame.transpose(2, 0, 1)) > ON_ABOVE
+def class_shares(frame: np.ndarray, clean: bool = False) -> np.ndarray:
+    """Share of the pixels of one frame (uint8 [H, W, 3]) in each of the seven classes, in `COLOURS` order.
+
+    As the model classifies them; with `clean` only pixels that are close to their class's colour count, which leaves
+    out the fringes that lossy coding makes (a white pixel beside red can pass the threshold as yellow).
+    """
+    channels = np.ascontiguousarray(frame.transpose(2, 0, 1))
+    on = channels > ON_ABOVE
+    if clean:
+        on &= ((channels <= _OFF_BELOW) | on).all(0)
+    r, g, b = on
     rg, rb, gb = r & g, r & b, g & b
-    n = {name: np.count_nonzero(plane) for name, plane in (("r", r), ("g", g), ("b", b), ("w", rg & b))}
-    n |= {name: np.count_nonzero(plane) for name, plane in (("rg", rg), ("rb", rb), ("gb", gb))}
-    white = n["w"]
-    counts = [
-        white,
-        n["r"] - n["rg"] - n["rb"] + white,
-        n["g"] - n["rg"] - n["gb"] + white,
-        n["b"] - n["rb"] - n["gb"] + white,
-        n["rg"] - white,
-        n["rb"] - white,
-        n["gb"] - white,
-    ]
-    return np.array(counts) / r.size
+    n_r, n_g, n_b, n_rg, n_rb, n_gb, white = (np.count_nonzero(plane) for plane in (r, g, b, rg, rb, gb, rg & b))
+    red, green, blue = n_r - n_rg - n_rb + white, n_g - n_rg - n_gb + white, n_b - n_rb - n_gb + white
+    return np.array([white, red, green, blue, n_rg - white, n_rb - white, n_gb - white]) / r.size
 
 
 def classes_present(frames: np.ndarray) -> dict[str, float]:
@@ -114,7 +112,7 @@ def flat_strangers(frame: np.ndarray) -> list[tuple[RGB, float]]:
         bins, counts = np.unique(pixels // 32, axis=0, return_counts=True)
         seed = pixels[(pixels // 32 == bins[counts.argmax()]).all(-1)].mean(0)
         same = np.abs(pixels - seed).max(-1) <= 40
-        colour = tuple(int(round(value)) for value in pixels[same].mean(0).tolist())
+        colour = tuple(round(value) for value in pixels[same].mean(0).tolist())
         found.append(((colour[0], colour[1], colour[2]), float(same.sum() / middle[..., 0].size)))
         pixels = pixels[~same]
     return [(colour, share) for colour, share in found if share >= REGION]
@@ -145,7 +143,8 @@ class MaskStats:
         for frame in frames:
             for colour, share in flat_strangers(frame):
                 self._meet(colour, share)
-            self._shares.append(class_shares(frame))
+            step = max(1, min(frame.shape[:2]) // 256)  # shares are estimates: every step-th pixel is enough
+            self._shares.append(class_shares(frame[::step, ::step], clean=True))
 
     def _meet(self, colour: RGB, share: float) -> None:
         for known in self.strangers:
@@ -160,7 +159,7 @@ class MaskStats:
 
     @property
     def shares(self) -> np.ndarray:
-        """Share of each class in each frame, float [T, 7]."""
+        """Share of each class in each frame without fringes (`class_shares` with `clean`), float [T, 7]."""
         return np.array(self._shares).reshape(-1, len(COLOURS))
 
     @property
@@ -175,7 +174,7 @@ class MaskStats:
 
 
 def guess_mode(frames: np.ndarray) -> Mode:
-    """Mode that a driving mask is made for: a white background shows the scene (replace), a black one hides it (animate).
+    """Mode that a driving mask is made for: white background shows the scene (replace), black hides it (animate).
 
     frames uint8 [T, H, W, 3], the first few of the driving mask.
     """
@@ -248,8 +247,8 @@ def _reference_stats(mask: np.ndarray, name: str) -> MaskStats:
     _refuse_strangers(stats, name, None)
     if not stats.first_frames:
         raise InputError(
-            f"{name} has none of the mask colours: paint the character in its colour and the background white or black. "
-            f"The colours are {_PALETTE}."
+            f"{name} has none of the mask colours: paint the character in its colour and the background white or "
+            f"black. The colours are {_PALETTE}."
         )
     return stats
 
@@ -281,8 +280,8 @@ def _refuse_strangers(stats: MaskStats, name: str, start: int | None) -> None:
     count = len(stats.characters) + len(strangers)
     if count > len(CHARACTERS):
         raise InputError(
-            f"{name} shows more than six characters ({count} colours): {what} and has no meaning to the model. Use at most "
-            f"six of its character colours and paint the others black. The colours are {_PALETTE}."
+            f"{name} shows more than six characters ({count} colours): {what} and means nothing to the model. Use at "
+            f"most six of its character colours and paint the others black. The colours are {_PALETTE}."
         )
     raise InputError(f"{what}, and is not one of the mask colours: repaint it. The colours are {_PALETTE}.")
 
@@ -292,17 +291,17 @@ def _check_characters(
 ) -> None:
     if not driving.characters:
         raise InputError(
-            f"{name} shows no character in any of its {driving.frames} frames: paint each character in the colour that it "
-            f"has in the reference mask. The colours are {_PALETTE}."
+            f"{name} shows no character in any of its {driving.frames} frames: paint each character in the colour that "
+            f"it has in the reference mask. The colours are {_PALETTE}."
         )
     known = {colour for stats in references for colour in stats.characters}
     for colour in driving.characters:
         if colour not in known:
             have = ", ".join(sorted(known, key=CHARACTERS.index)) or "no character"
             raise InputError(
-                f"{name} shows a {colour} character from frame {start + driving.first_frames[colour]} on, but no reference "
-                f"mask has {colour} ({', '.join(names)}: {have}). Paint the character in the reference mask in the same "
-                f"colour, or add a reference of it with --extra-ref."
+                f"{name} shows a {colour} character from frame {start + driving.first_frames[colour]} on, but no "
+                f"reference mask has {colour} ({', '.join(names)}: {have}). Paint the character in the reference mask "
+                f"in the same colour, or add a reference of it with --extra-ref."
             )
 
 
@@ -313,13 +312,14 @@ def _driving_warnings(stats: MaskStats, name: str, mode: Mode, start: int) -> li
         warnings.append(f"{name} has no white background, but in replace mode the scene shows only where it is white.")
     if mode == "animate" and white >= SPECK:
         warnings.append(
-            f"{name} is white on {100 * white:.1f} % of its pixels, which is how replace masks look; in animate mode the "
-            f"driving background is black."
+            f"{name} is white on {100 * white:.1f} % of its pixels, which is how replace masks look; in animate mode "
+            f"the driving background is black."
         )
     absent = np.flatnonzero((stats.shares[:, 1:] < SPECK).all(1))
     if len(absent):
         warnings.append(
-            f"{name} shows no character in {len(absent)} of {stats.frames} frames (the first is frame {start + absent[0]})."
+            f"{name} shows no character in {len(absent)} of {stats.frames} frames "
+            f"(the first is frame {start + absent[0]})."
         )
     return warnings
 
@@ -340,6 +340,6 @@ def _reference_warnings(stats: MaskStats, name: str, mode: Mode, driving: MaskSt
 def _grey_warning(stranger: Stranger, name: str, start: int | None) -> str:
     where = "" if start is None else f" in frame {start + stranger.frame}"
     return (
-        f"{name} is grey {stranger.colour} on {100 * stranger.share:.1f} % of its pixels{where}: grey counts as hidden, "
-        f"like black."
+        f"{name} is grey {stranger.colour} on {100 * stranger.share:.1f} % of its pixels{where}: grey counts as "
+        f"hidden, like black."
     )

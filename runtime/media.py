@@ -1,18 +1,19 @@
 """Reading videos and images, with PyAV and Pillow.
 
-Frames come out as an upright viewer sees them: RGB 8-bit, display rotation applied, non-square pixels stretched to square
-ones (the width changes), grey and alpha turned into plain RGB. The conversion is FFmpeg's plain one, with the stream's own
+Frames come out as a viewer sees them: RGB 8-bit, display rotation applied, non-square pixels stretched to square ones
+(the width changes), grey and alpha turned into plain RGB. The conversion is FFmpeg's plain one, with the stream's own
 matrix and range (BT.601 and limited range where a file says nothing, which is what FFmpeg assumes when it writes such
 files); 10-bit and HDR are brought to 8 bit without tone mapping. Interlaced frames are taken as they are.
 
-What a container says about itself is not believed: frames are counted by decoding, and the frame rate must fit the frames'
-own presentation times, which are kept when no constant rate does. The writer is in `video_writer.py`.
+What a container says about itself is not believed: frames are counted by decoding, and the frame rate must fit the
+frames' own presentation times, which are kept when no constant rate does. The writer is in `video_writer.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -73,10 +74,13 @@ def probe_video(path: Path) -> VideoInfo:
         warnings = []
         if stream.frames and stream.frames != len(pts):
             warnings.append(
-                f"{path} says it holds {stream.frames} frames but {len(pts)} can be decoded: it may be damaged or cut short."
+                f"{path} says it holds {stream.frames} frames but {len(pts)} can be decoded: it may be damaged or cut "
+                "short."
             )
         if hdr:
-            warnings.append(f"{path} is HDR: it is read without tone mapping and will look flat; convert it to SDR first.")
+            warnings.append(
+                f"{path} is HDR: it is read without tone mapping and will look flat; convert it to SDR first."
+            )
         return VideoInfo(
             path=path,
             width=size[0],
@@ -163,13 +167,15 @@ class VideoReader:
     def __enter__(self) -> VideoReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """An image file as RGB uint8 [H, W, 3]: EXIF orientation applied, grey and palette images expanded, 16 bit scaled to
-    8, transparent pixels laid over `background` (white, as image viewers do). Colour profiles are ignored, as in the
+    """An image file as RGB uint8 [H, W, 3]: EXIF orientation applied, grey and palette images expanded, 16 bit scaled
+    to 8, transparent pixels laid over `background` (white, as image viewers do). Colour profiles are ignored, as in the
     public pipeline. Raises `InputError` for anything that is not a readable image."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -226,7 +232,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
             f"{path} cannot be opened as a video ({_reason(error)}): it is damaged, cut short or no video; {_REPAIR}."
         ) from error
     with container:
-        stream = container.streams.best("video")
+        stream: Any = container.streams.best("video")
         if stream is None:
             raise InputError(f"{path} holds no video stream: give a video file.")
         if stream.codec_context is None:
@@ -235,7 +241,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _decode(container: Any, stream: Any, path: Path) -> Iterator[Any]:
+def _decode(container: Any, stream: Any, path: Path) -> Generator[Any, None, None]:
     """All frames of the stream. A decoder error names the frame."""
     count = 0
     try:
@@ -251,7 +257,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
-    """The 2×2 part (a, b, c, d) of the display matrix: a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards."""
+    """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return 1, 0, 0, 1
@@ -260,7 +266,7 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
 
 
 def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """Turns and mirrors [H, W, 3] by multiples of 90°, which is all that cameras write; other angles stay as they are."""
+    """Turns and mirrors [H, W, 3] by multiples of 90°, which is all that cameras write; other angles stay."""
     a, b, c, d = matrix
     if a == d == 0 and b and c:
         pixels, horizontal, vertical = pixels.transpose(1, 0, 2), c, b
@@ -286,9 +292,9 @@ def _upright_size(frame: Any, stream: Any) -> tuple[int, int]:
 
 
 def _relative_times(pts: list[int | None], time_base: Fraction | None) -> tuple[Fraction, ...] | None:
-    """Seconds from the first frame, or None when the file gives no usable times (missing, equal or running backwards)."""
+    """Seconds from the first frame, or None when the file's times are unusable (missing, equal, running backwards)."""
     known = [value for value in pts if value is not None]
-    if time_base is None or len(known) != len(pts) or any(b <= a for a, b in zip(known, known[1:], strict=False)):
+    if time_base is None or len(known) != len(pts) or any(b <= a for a, b in itertools.pairwise(known)):
         return None
     return tuple((value - known[0]) * time_base for value in known)
 
@@ -300,15 +306,15 @@ def _sane_rate(rate: Any) -> Fraction | None:
 def _frame_rate(stream: Any, times: tuple[Fraction, ...] | None) -> tuple[Fraction, bool]:
     """(frame rate, whether it is constant).
 
-    The first of the container's rates that agrees with every presentation time to within one tick of the time base (what
-    rounding explains), else the rate that the times themselves have, constant if they are evenly spaced.
+    The first of the container's rates that agrees with every presentation time to within one tick of the time base
+    (what rounding explains), else the rate of evenly spaced times; failing that, the mean rate, not constant.
     """
     rates = [_sane_rate(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate)]
     candidates = [rate for rate in rates if rate]
     if times is None or len(times) == 1:
         return (candidates or [_DEFAULT_RATE])[0], True
     tick = stream.time_base
-    steps = {b - a for a, b in zip(times, times[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(times)}
     own = _sane_rate(1 / min(steps))
     if len(steps) == 1 and own:
         candidates.append(own)

@@ -107,8 +107,8 @@ def encode_conditions(
         contexts = encode_prompts(engines, prompts, cache)
     with progress.phase("reference"):
         files = ((request.image, request.mask_image), *request.extra_refs)
-        references = [tuple(load_reference(file, plan.height, plan.width) for file in pair) for pair in files]
-        encoded = encode_references(engines, [(image, mask) for image, mask in references])
+        references = [load_reference(*pair, plan.height, plan.width) for pair in files]
+        encoded = encode_references(engines, references)
     with progress.phase("clip"):
         clip = clip_features(engines, references[0][0])
     return Conditions(contexts, clip, *encoded)

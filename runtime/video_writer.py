@@ -2,11 +2,11 @@
 
 Each segment is encoded by an encoder of its own into a fragment in memory; `segment_done` appends the fragment to
 `NAME.partial.mp4` (fragmented mp4) in one write. Whatever stops the program, the partial file therefore holds finished
-segments only and plays. `finish` copies the encoded video, unchanged, with the driving video's audio into a temporary file
-and moves it into place. Frames are queued to a thread, so the caller goes on decoding while it encodes.
+segments only and plays. `finish` copies the encoded video, unchanged, with the driving video's audio into a temporary
+file and moves it into place. Frames are queued to a thread, so the caller goes on decoding while it encodes.
 
-There are no B frames: decode order is display order, presentation times are stored as they are, and fragments of separate
-encoders join without an edit list. Colours are BT.709 limited range, converted and tagged.
+There are no B frames: decode order is display order, presentation times are stored as they are, and fragments of
+separate encoders join without an edit list. Colours are BT.709 limited range, converted and tagged.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def check_writable(path: Path, expected_bytes: int = 0) -> None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        raise InputError(f"The output {path} cannot be made because {folder} is a file, not a folder: choose another place.")
+        raise InputError(
+            f"The output {path} cannot be made because {folder} is a file, not a folder: choose another place."
+        )
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
@@ -89,17 +91,17 @@ def check_writable(path: Path, expected_bytes: int = 0) -> None:
         raise InputError(f"The folder {folder} cannot be written ({error.strerror}): choose another output.") from error
     if free < expected_bytes:
         raise InputError(
-            f"The disk of {folder} has {free / 2**20:.0f} MiB free and the output may need {expected_bytes / 2**20:.0f} MiB: "
-            f"free some space or choose another output."
+            f"The disk of {folder} has {free / 2**20:.0f} MiB free and the output may need "
+            f"{expected_bytes / 2**20:.0f} MiB: free some space or choose another output."
         )
 
 
 class VideoWriter:
     """Encodes RGB frames to `path`. Use as a context manager: leaving it without `finish` aborts.
 
-    `timestamps`: presentation times (seconds, increasing) of the output frames when the rate is variable, at least as many
-    as frames are written; None means constant `frame_rate`. `audio_from`: a video whose audio, from `start_s` seconds after
-    its first frame on, goes into the result.
+    `timestamps`: presentation times (seconds, increasing) of the output frames when the rate is variable, at least as
+    many as frames are written; None means constant `frame_rate`. `audio_from`: a video whose audio, from `start_s`
+    seconds after its first frame on, goes into the result.
     """
 
     def __init__(
@@ -145,8 +147,8 @@ class VideoWriter:
             self.frames += 1
 
     def segment_done(self, wait: bool = False) -> None:
-        """Says that all frames so far are final: they go to the partial file as soon as they are encoded. With `wait`, it
-        returns when they are there."""
+        """Says that all frames so far are final: they go to the partial file as soon as they are encoded. With `wait`,
+        it returns when they are there."""
         self._put(_SEGMENT)
         if wait:
             while self._queue.unfinished_tasks and self._error is None:
@@ -167,7 +169,14 @@ class VideoWriter:
             raise Scail2Error(f"No frame was made, so {self.path} was not written.")
         temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp{self.path.suffix}")
         try:
-            remux(self.partial, temporary, self._clock.ticks, self._clock.end_s(self.frames), self._audio_from, self._start_s)
+            remux(
+                self.partial,
+                temporary,
+                self._clock.ticks,
+                self._clock.end_s(self.frames),
+                self._audio_from,
+                self._start_s,
+            )
             os.replace(temporary, self.path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
@@ -194,7 +203,9 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._closed:
             self.abort()
 
@@ -348,7 +359,7 @@ class _Encoder:
         self.segments += 1
 
     def _append(self, data: bytes) -> None:
-        """One write for the whole segment; a failed one is taken back, so that the file never ends in half a segment."""
+        """One write for the whole segment; a failed one is taken back: the file never ends in half a segment."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         with self._partial.open("ab" if self.segments else "wb") as file:
             size = file.tell()
@@ -367,8 +378,8 @@ class _Encoder:
 def _split_fragment(data: bytes, first_tick: int) -> tuple[bytes, bytes]:
     """Cuts a one-segment file into its header (ftyp, moov) and its fragments, and sets when the fragments begin.
 
-    A muxer starts every file at time 0; the decode time of a track fragment (`tfdt`, ISO/IEC 14496-12 §8.8.12, version 1:
-    64 bit) is what places it in the whole video.
+    A muxer starts every file at time 0; the decode time of a track fragment (`tfdt`, ISO/IEC 14496-12 §8.8.12,
+    version 1: 64 bit) is what places it in the whole video.
     """
     position, start = 0, None
     patched = bytearray(data)

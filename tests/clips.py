@@ -42,9 +42,9 @@ def write_clip(
     audio: Sequence[tuple[str, int, str]] = (),
     audio_s: float | None = None,
 ) -> Path:
-    """A video of RGB frames (or frames already in `pixel_format` when they are not [T, H, W, 3] uint8).
+    """A video of RGB frames, uint8 [T, H, W, 3].
 
-    `audio`: (codec, sample rate, layout) of each track: a click every 0.25 s, as long as the video or `audio_s` seconds.
+    `audio`: (codec, sample rate, layout) of each track: a click every 0.25 s, as long as the video or `audio_s`.
     """
     with av.open(str(path), "w", options=container_options or {}) as out:
         stream = out.add_stream(codec, rate=rate, options={"crf": "10"} if options is None else options)

@@ -17,7 +17,9 @@ def folder(path: Path, *names: str) -> Path:
 
 class TestCase:
     def test_official_animate(self, tmp_path: Path) -> None:
-        case = read_case(folder(tmp_path, "ref.jpg", "ref_mask.jpg", "rendered_v2.mp4", "rendered_mask_v2.mp4", "driving.mp4"))
+        case = read_case(
+            folder(tmp_path, "ref.jpg", "ref_mask.jpg", "rendered_v2.mp4", "rendered_mask_v2.mp4", "driving.mp4")
+        )
         assert (case.image.name, case.mask_image.name) == ("ref.jpg", "ref_mask.jpg")
         assert (case.driving.name, case.mask_video.name) == ("rendered_v2.mp4", "rendered_mask_v2.mp4")
         assert case.mode == "animate"
@@ -33,7 +35,9 @@ class TestCase:
     def test_forced_mode_takes_the_only_mask(self, tmp_path: Path) -> None:
         case = read_case(folder(tmp_path, "ref.png", "ref_mask.png", "driving.mp4", "replace_mask.mp4"), mode="animate")
         assert (case.mode, case.mask_video.name) == ("animate", "replace_mask.mp4")
-        case = read_case(folder(tmp_path / "b", "ref.png", "ref_mask.png", "driving.mp4", "rendered_mask.mp4"), "replace")
+        case = read_case(
+            folder(tmp_path / "b", "ref.png", "ref_mask.png", "driving.mp4", "rendered_mask.mp4"), "replace"
+        )
         assert (case.mode, case.mask_video.name) == ("replace", "rendered_mask.mp4")
 
     def test_precedence_of_driving_names(self, tmp_path: Path) -> None:
@@ -42,7 +46,7 @@ class TestCase:
         for name in order:
             assert read_case(tmp_path).driving.name == name
             (tmp_path / name).unlink()
-        with pytest.raises(InputError, match="rendered_v2.mp4 or rendered_aligned.mp4 or rendered.mp4 or driving.mp4"):
+        with pytest.raises(InputError, match=r"rendered_v2[.]mp4 or .*or rendered[.]mp4 or driving"):
             read_case(tmp_path)
 
     def test_capital_endings(self, tmp_path: Path) -> None:
@@ -53,7 +57,12 @@ class TestCase:
         with pytest.raises(InputError) as caught:
             read_case(folder(tmp_path, "driving.mp4", "notes.txt"))
         message = str(caught.value)
-        for part in ("the reference image (ref.jpg", "the reference mask (ref_mask.png", "replace_mask.mp4", "notes.txt"):
+        for part in (
+            "the reference image (ref.jpg",
+            "the reference mask (ref_mask.png",
+            "replace_mask.mp4",
+            "notes.txt",
+        ):
             assert part in message
         assert "the driving video" not in message
 

@@ -395,7 +395,9 @@ class TestRefusals:
             open_torch(tmp_path / "packed.pt")
 
     def test_a_torchscript_archive_is_refused(self, tmp_path):
-        torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(tmp_path / "script.pt"))
+        torch.save({"x": torch.ones(2)}, tmp_path / "script.pt")
+        with zipfile.ZipFile(tmp_path / "script.pt", "a") as archive:
+            archive.writestr("script/constants.pkl", b"")  # what tells such an archive
         with pytest.raises(InputError, match=r"refused.*TorchScript"):
             open_torch(tmp_path / "script.pt")
 

@@ -182,7 +182,7 @@ class TestUnusableVideo:
         path = write_clip(tmp_path / "a.mp4", ramp(3), container_options={"movflags": "faststart"})
         data = path.read_bytes()
         path.write_bytes(data[: data.index(b"mdat") + 8])
-        with pytest.raises(InputError, match="no frame of it can be decoded|cannot be decoded at frame 0"):
+        with pytest.raises(InputError, match=r"no frame of it can be decoded|cannot be decoded at frame 0"):
             probe_video(path)
 
     def test_damage_names_the_frame(self, tmp_path: Path) -> None:

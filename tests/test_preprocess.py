@@ -76,9 +76,7 @@ class TestRules:
             ((31, 25), (32, 64), (79, 64)),
         ],
     )
-    def test_covering_size(
-        self, source: tuple[int, int], target: tuple[int, int], expected: tuple[int, int]
-    ) -> None:
+    def test_covering_size(self, source: tuple[int, int], target: tuple[int, int], expected: tuple[int, int]) -> None:
         assert covering_size(*source, *target) == expected
 
     def test_every_size_is_covered(self) -> None:
