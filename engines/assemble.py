@@ -129,7 +129,7 @@ class _Assembly:
             file.unlink(missing_ok=True)
 
     def _old_stages(self) -> list[Path]:
-        return [*self.stages.glob(f"{STORE_NAME}*"), *self.stages.glob("*.onnx")]
+        return [*self.stages.glob(f"{STORE_NAME}*"), *self.stages.glob("*.onnx*")]
 
     def _weights(self) -> None:
         plan = self.plan
@@ -174,7 +174,9 @@ class _Assembly:
             return
         path = self.plan.directory / TOKENIZER
         path.parent.mkdir(exist_ok=True)
-        shutil.copyfile(self.plan.tokenizer, path)
+        partial = path.with_name(f"{path.name}.partial")
+        shutil.copyfile(self.plan.tokenizer, partial)
+        os.replace(partial, path)
 
     def _artefacts(self, backend: str) -> None:
         """The files of one executor; the torch executor runs from the store alone."""
@@ -190,7 +192,7 @@ class _Assembly:
                 phase.skip(stage)
                 continue
             step = phase.start(stage)
-            numerics = stage_numerics(definition, plan.precision, backend, device_of(backend))
+            numerics = stage_numerics(definition, plan.precision, backend)
             export_stage(definition, numerics, path, plan.layout)
             self.journal.add(backend, stage)
             phase.finish(step)
@@ -213,10 +215,7 @@ class _Assembly:
 
     def _manifest(self, added: tuple[str, ...], artefacts: tuple[Artefact, ...]) -> Manifest:
         plan = self.plan
-        devices = {name: device_of(name) for name in added}
-        new = [
-            ExecutorRecord(name, at, versions(name), gpu() if at == "cuda" else None) for name, at in devices.items()
-        ]
+        new = [ExecutorRecord(name, versions(name), gpu() if device_of(name) == "cuda" else None) for name in added]
         stages = []
         for name, definition in plan.definitions.items():
             inputs, outputs = definition.io(definition.numerics(plan.precision))

@@ -2,8 +2,8 @@
 
 The choice is made once, at the start, and always comes with a printable reason. A backend that the user named is used
 or refused; only `auto` chooses. Storage follows from the precision alone, so all executors of a folder share one
-store; arithmetic may differ: ONNX Runtime has no 16-bit GEMM on a CPU, so files for it compute in fp32 from the same
-stored values.
+store; arithmetic may differ: ONNX Runtime has no bf16 GEMM on a CPU, so files for it compute bf16 and fp8 stages in
+fp32 from the same stored values.
 """
 
 import importlib.metadata
@@ -110,13 +110,13 @@ def check_precision(precision: str) -> Precision:
     raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
 
 
-def stage_numerics(definition: StageDefinition, precision: Precision, backend: str, device: str) -> Numerics:
-    """Numerics of a stage in the form that this executor runs; `device`: the one that its files were built for."""
+def stage_numerics(definition: StageDefinition, precision: Precision, backend: str) -> Numerics:
+    """Numerics of a stage in the form that this executor runs."""
     numerics = definition.numerics(precision)
     if backend == "onnxruntime":
         from scail2_rt.engines.onnx_executor import onnxruntime_numerics
 
-        return onnxruntime_numerics(numerics, device)
+        return onnxruntime_numerics(numerics)
     return numerics
 
 

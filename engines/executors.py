@@ -6,6 +6,7 @@ sequences into row chunks. Constants that the runtime itself needs (modulation, 
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -31,14 +32,25 @@ from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import StageDefinition, TensorSpec
 
 
-class Engine(Protocol):
-    """One loaded stage: tensors of the executor's device in, tensors out, on the current stream.
-
-    `inputs` and `outputs` are in the types that the executor computes in."""
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Signature of an engine, in the types that its executor computes in."""
 
     name: str
+    family: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, definition: StageDefinition, numerics: Numerics) -> "EngineSpec":
+        inputs, outputs = definition.io(numerics)
+        return cls(definition.name, definition.family or definition.name, inputs, outputs)
+
+
+class Engine(Protocol):
+    """One loaded stage: tensors of the executor's device in, tensors out, on the current stream."""
+
+    spec: EngineSpec
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -91,8 +103,7 @@ class EngineSet:
 
     def numerics(self, stage: str) -> Numerics:
         """Storage and arithmetic of a stage in this executor."""
-        built_on = next((e.device for e in self.manifest.executors if e.backend == self.backend), "cpu")
-        return stage_numerics(self._definition(stage), self.manifest.precision, self.backend, built_on)
+        return stage_numerics(self._definition(stage), self.manifest.precision, self.backend)
 
     def compute_dtype(self, stage: str) -> torch.dtype:
         """Type of a stage's activations in this executor."""
@@ -106,16 +117,16 @@ class EngineSet:
         if engine is None:
             engine = self._engines[name] = self._load(name)
         have = [tensor.dtype for tensor in inputs]
-        want = [spec.dtype for spec in engine.inputs]
+        want = [spec.dtype for spec in engine.spec.inputs]
         if have != want:
             raise Scail2Error(f"stage {name} needs inputs of types {want}, it was given {have}.")
-        return self._chunks.run(engine, self._family(name), (engine.inputs, engine.outputs), inputs)
+        return self._chunks.run(engine, engine.spec.family, (engine.spec.inputs, engine.spec.outputs), inputs)
 
     def release(self, prefix: str) -> None:
         """Drop every loaded stage whose name begins with `prefix`; a later run loads it again."""
         for name in [name for name in self._engines if name.startswith(prefix)]:
             self._engines.pop(name).close()
-        self._chunks.keep({self._family(name) for name in self._engines})
+        self._chunks.keep({engine.spec.family for engine in self._engines.values()})
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Rows of the umT5 token embedding, read from the mapped store. ids [n] → fp32 [n, dim] on the device."""
@@ -147,9 +158,6 @@ class EngineSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _family(self, name: str) -> str:
-        return self.definitions[name].family or name
 
     def _definition(self, name: str) -> StageDefinition:
         try:

@@ -65,11 +65,9 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorRecord:
-    """An executor built into the folder: the device whose arithmetic its files have ("cpu" or "cuda"), library
-    versions, and the GPU of the machine that built it, if it was used."""
+    """An executor built into the folder: library versions, and the GPU that it was built for, if any."""
 
     backend: str
-    device: str
     versions: dict[str, str]
     gpu: str | None
 

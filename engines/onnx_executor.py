@@ -1,9 +1,9 @@
 """One engine stage in ONNX Runtime.
 
-The session maps the weight store into memory and torch tensors are bound by address on both sides: the sizes of the outputs
-follow from those of the inputs, so the outputs are allocated here and nothing is copied unless a type must change.
+The session maps the weight store into memory and torch tensors are bound by address on both sides: the sizes of the
+outputs follow from those of the inputs, so they are allocated here and nothing is copied unless a type must change.
 ONNX Runtime has no bf16 arithmetic on a CPU (and on a GPU only for some operations), so stages that compute in bf16 run
-there in fp32 on the values as stored: the graph casts them. The e4m3 rule then also runs in fp32, which is exact as long
+in fp32 on the values as stored: the graph casts them. The e4m3 rule then also runs in fp32, which is exact as long
 as no optimiser rewrites its Q/DQ pairs; a session option sees to that.
 """
 
@@ -27,12 +27,9 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def onnxruntime_numerics(numerics: Numerics, device: torch.device | str = "cpu") -> Numerics:
-    """The arithmetic in which ONNX Runtime runs a stage: fp32 on a CPU; on a GPU fp16 stages keep theirs.
-
-    Storage stays as it is."""
-    if torch.device(device).type == "cuda" and numerics.compute == torch.float16:
-        return numerics
-    return numerics.in_arithmetic(torch.float32)
+    """The arithmetic of a stage in ONNX Runtime, and so of its file: fp32 in place of bf16, on every device, because a
+    file serves them all. Storage stays as it is."""
+    return numerics.in_arithmetic(torch.float32) if numerics.compute == torch.bfloat16 else numerics
 
 
 class OnnxEngine:

@@ -7,6 +7,7 @@ on a GPU they are copied. Arithmetic is PyTorch's own in the stage's compute typ
 import torch
 from torch import Tensor
 
+from scail2_rt.engines.executors import EngineSpec
 from scail2_rt.engines.store import StoreReader
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.precision import Numerics
@@ -19,8 +20,7 @@ class TorchEngine:
     def __init__(
         self, definition: StageDefinition, numerics: Numerics, store: StoreReader, device: torch.device
     ) -> None:
-        self.name = definition.name
-        self.inputs, self.outputs = definition.io(numerics)
+        self.spec = EngineSpec.of(definition, numerics)
         with torch.device("meta"):
             module = definition.build(numerics)
         weights = store.stage(definition.name, module.state_dict())
@@ -39,7 +39,7 @@ class TorchEngine:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if self._module is None:
-            raise ValueError(f"engine {self.name} was closed")
+            raise ValueError(f"engine {self.spec.name} was closed")
         with torch.inference_mode():
             outputs = self._module(*inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)

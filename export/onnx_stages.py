@@ -2,9 +2,9 @@
 
 `torch.onnx.export` traces the stage's own module, so the graph and the PyTorch form cannot drift apart. The weights are
 *inputs* of the traced function and become initialisers afterwards: nothing can fold or copy one, no memory is spent on
-them, and each initialiser ends as a reference (offset, length) into the engine folder's weight store. Stages of one family
-share a graph; only the references differ. A trace takes seconds, so graphs are also kept in a cache on disk, under a key
-of everything that a graph follows from.
+them, and each ends as a reference (offset, length) into the engine folder's weight store. Stages of one family share a
+graph; only the references differ. A trace takes seconds (a VAE stage half a minute), so graphs are also kept in a cache
+on disk, under a key of everything that a graph follows from.
 The e4m3 operations become QuantizeLinear and DequantizeLinear with the scalar scale 1 around one MatMul, the form that
 TensorRT fuses. Opset 21 is the newest in which RMS norms stay plain fp32 operations, which TensorRT 10.13 knows.
 """
@@ -13,8 +13,10 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +32,6 @@ from scail2_rt.export.spec import Dim, StageDefinition, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
-    import onnxscript
 
 OPSET = 21
 WEIGHTS_FILE = "weights.safetensors"
@@ -59,16 +60,9 @@ def export_stage(definition: StageDefinition, numerics: Numerics, path: Path, st
               reference out of it)
     store     where each tensor `<stage name>.<parameter name>` lies in that file
 
-    Scail2Error when the store holds a tensor in another type or shape than the stage needs, or the file cannot be
-    written."""
-    model = stage_model(definition, numerics, store)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(model.SerializeToString(deterministic=True))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise Scail2Error(f"Cannot write the stage {path}: {error.strerror}. Free some space or choose another folder.")
+    Scail2Error when the store holds a tensor in another type or shape than the stage needs; OSError when the file
+    cannot be written."""
+    path.write_bytes(stage_model(definition, numerics, store).SerializeToString(deterministic=True))
 
 
 def stage_model(definition: StageDefinition, numerics: Numerics, store: WeightLocations) -> "onnx.ModelProto":
@@ -125,40 +119,47 @@ class _Trace:
     """What a graph follows from; equal values have equal graphs."""
 
     family: str
-    build: object
+    module: str  # where the stage's module class is defined
+    recipe: object  # the class and its arguments
     numerics: Numerics
     definition: StageDefinition = field(compare=False)
 
-    @property
-    def key(self) -> str | None:
-        """Name of the graph in the cache on disk; None when the recipe has no stable text form."""
-        text = repr((self.family, self.build, self.numerics, OPSET, _tracer()))
-        return None if " at 0x" in text else hashlib.sha256(text.encode()).hexdigest()
+    def kept(self) -> Path | None:
+        """The graph's file in the cache on disk; None when the recipe has no stable text form."""
+        text = repr((self.family, self.recipe, self.numerics, OPSET, _sources(self.module)))
+        if " at 0x" in text:
+            return None
+        root = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(root) if root else Path.home() / ".cache") / "scail2-rt" / "graphs"
+        return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.onnx"
 
 
 def stage_graph(definition: StageDefinition, numerics: Numerics) -> "onnx.ModelProto":
     """The graph of the stage's family; its inputs are the stage's inputs, then every weight by parameter name.
 
     Shared between calls: not to be changed."""
-    build: object = definition.build
+    build: Any = definition.build
+    recipe: object = build
     if isinstance(build, functools.partial):
-        build = (f"{build.func.__module__}.{build.func.__qualname__}", build.args, tuple(sorted(build.keywords.items())))
-    return _graph(_Trace(definition.family or definition.name, build, numerics, definition))
+        recipe = (build.func.__qualname__, build.args, tuple(sorted(build.keywords.items())))
+        build = build.func
+    return _graph(_Trace(definition.family or definition.name, build.__module__, recipe, numerics, definition))
 
 
 @functools.lru_cache(maxsize=64)
 def _graph(trace: _Trace) -> "onnx.ModelProto":
     import onnx
+    from google.protobuf.message import DecodeError
 
-    kept = None if trace.key is None else _cache_folder() / f"{trace.key}.onnx"
+    kept = trace.kept()
     if kept is not None:
-        with contextlib.suppress(OSError, onnx.checker.ValidationError, ValueError, RuntimeError):
+        with contextlib.suppress(OSError, DecodeError, onnx.checker.ValidationError):
             model = onnx.load(kept)
             onnx.checker.check_model(model)
             return model
     model = _traced(trace.definition, trace.numerics)
     if kept is not None:
-        with contextlib.suppress(OSError):  # no cache, no harm
+        with contextlib.suppress(OSError):  # without a cache the next build traces again
             kept.parent.mkdir(parents=True, exist_ok=True)
             partial = kept.with_suffix(f".{os.getpid()}")
             partial.write_bytes(model.SerializeToString(deterministic=True))
@@ -166,18 +167,21 @@ def _graph(trace: _Trace) -> "onnx.ModelProto":
     return model
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "scail2-rt" / "graphs"
-
-
 @functools.cache
-def _tracer() -> str:
-    """Digest of our model code and the versions of the packages that trace it."""
+def _sources(module: str) -> str:
+    """Digest of what decides the form of a graph: the code of `module`, of this module and of every module of ours that
+    they import, and the versions of the packages that trace."""
     digest = hashlib.sha256(repr([(name, importlib.metadata.version(name)) for name in TRACERS]).encode())
-    root = Path(__file__).resolve().parents[1]
-    for source in sorted([*(root / "export").glob("*.py"), *(root / "kernels").glob("*.py")]):
-        digest.update(source.read_bytes())
+    found: set[str] = set()
+    queue = [module, __name__]
+    while queue:
+        spec = importlib.util.find_spec(queue.pop())
+        if spec is not None and spec.has_location and spec.origin is not None and spec.origin not in found:
+            found.add(spec.origin)
+            source = Path(spec.origin).read_text(encoding="utf-8")
+            queue += re.findall(r"^\s*(?:from|import) (scail2_rt[\w.]*)", source, re.MULTILINE)
+    for origin in sorted(found):
+        digest.update(Path(origin).read_bytes())
     return digest.hexdigest()
 
 
@@ -206,7 +210,9 @@ def _traced(definition: StageDefinition, numerics: Numerics) -> "onnx.ModelProto
     free = {symbol: torch.export.Dim(symbol, min=1) for symbol in symbols}
     examples = [torch.empty([_size(dim, sizes) for dim in spec.dims], dtype=spec.dtype) for spec in inputs]
     examples += [torch.empty((), dtype=weight.dtype).expand(weight.shape) for weight in weights.values()]
-    shapes = [{axis: _free(dim, free) for axis, dim in enumerate(spec.dims) if not isinstance(dim, int)} for spec in inputs]
+    shapes = [
+        {axis: _free(dim, free) for axis, dim in enumerate(spec.dims) if not isinstance(dim, int)} for spec in inputs
+    ]
     shapes += [{} for _ in weights]
     with _quiet():
         program = torch.onnx.export(
@@ -257,18 +263,19 @@ def _quiet() -> Iterator[None]:
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our e4m3 operations in ONNX: unit scales, no Cast between DequantizeLinear and MatMul, weight kept [out, in]."""
     import onnx_ir as ir
-    from onnxscript import opset21 as op
+    from onnxscript import opset21
 
-    def one(data_type: ir.DataType) -> "onnxscript.values.OnnxFunction":
-        return op.Constant(value=ir.tensor(1.0, dtype=data_type))
+    op: Any = opset21  # its methods are typed for the Python form of ONNX functions, not for tracing
+
+    def constant(value: float, data_type: ir.DataType) -> Any:
+        return op.Constant(value=ir.tensor(value, dtype=data_type))
 
     def to_e4m3(x: ir.Value) -> Any:
         assert x.dtype is not None
-        zero = op.Constant(value=ir.tensor(0.0, dtype=ir.DataType.FLOAT8E4M3FN))
-        return op.QuantizeLinear(x, one(x.dtype), zero)
+        return op.QuantizeLinear(x, constant(1.0, x.dtype), constant(0.0, ir.DataType.FLOAT8E4M3FN))
 
     def e4m3_matmul(data: ir.Value, weight: ir.Value, dtype: int) -> Any:
-        scale = one(ir.DataType(dtype))
+        scale = constant(1.0, ir.DataType(dtype))
         transposed = op.Transpose(op.DequantizeLinear(weight, scale), perm=[1, 0])
         return op.MatMul(op.DequantizeLinear(data, scale), transposed)
 

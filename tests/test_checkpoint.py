@@ -1,5 +1,6 @@
 """Every layout of a checkpoint opens to the same tensors, lazily; every broken one is refused with one sentence."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scail2_rt.export.checkpoint import Checkpoint, open_checkpoint
-from scail2_rt.export.derive import dit_shapes
+from scail2_rt.export.derive import dit_shapes, vae_shapes
 from scail2_rt.export.errors import InputError
 from scail2_rt.export.random_checkpoint import CLIP_FILE, PRESETS, SAT_FILE, UMT5_FILE, VAE_FILE, random_tensor
 from scail2_rt.export.tensors import MappingSource, MergedSource, TensorSource, open_safetensors, open_torch
@@ -325,6 +326,22 @@ class TestRefusals:
             official, umt5=tmp_path / "umt5.safetensors"
         )
 
+    def test_clip_and_vae_must_fit_the_transformer(self, official, tmp_path):
+        other = dataclasses.replace(PRESETS["tiny"].dit, clip_dim=80)
+        save_file({name: torch.zeros(shape) for name, shape in dit_shapes(other).items()}, tmp_path / "dit.safetensors")
+        vae = dataclasses.replace(PRESETS["tiny"].vae, z_dim=4)
+        other_vae = tmp_path / "elsewhere/vae/weights.safetensors"
+        other_vae.parent.mkdir(parents=True)
+        save_file({name: torch.zeros(shape) for name, shape in vae_shapes(vae).items()}, other_vae)
+        parts = {
+            "vae": official / VAE_FILE,
+            "umt5": official / UMT5_FILE,
+            "clip": official / CLIP_FILE,
+            "tokenizer": official / "umt5-xxl",
+        }
+        assert "CLIP features of width 80, but the tower gives 160" in refused(tmp_path / "dit.safetensors", **parts)
+        assert "16 latent channels, but the VAE has 4" in refused(official, vae=other_vae)
+
     @pytest.mark.parametrize("kept", [0, 3, 100, 5000, 0.5, 0.999])
     @pytest.mark.parametrize("file", [SAT_FILE, VAE_FILE])
     def test_truncated_pickles(self, official, file, kept):
@@ -377,10 +394,18 @@ class TestRefusals:
         message = refused(official)
         assert 'torch.save(torch.load("Wan2.1_VAE.pth", weights_only=True), "new.pth")' in message
 
-    def test_a_damaged_pickle_is_refused(self, official):
+    @pytest.mark.parametrize(
+        "damage", [(b"_rebuild_tensor_v2", b"_rebuild_tensor_v9"), (b"ctorch._u", b"\xfftorch._u")]
+    )
+    def test_a_damaged_pickle_is_refused(self, official, damage):
         data = (official / VAE_FILE).read_bytes()
-        (official / VAE_FILE).write_bytes(data.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v9", 1))
+        (official / VAE_FILE).write_bytes(data.replace(*damage, 1))
         assert "was refused" in refused(official)
+
+    def test_sparse_tensors_cannot_be_mapped(self, tmp_path):
+        torch.save({"x": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+        with pytest.raises(InputError, match=r"x of .* cannot be memory-mapped"):
+            open_torch(tmp_path / "sparse.pt")
 
     def test_pickles_without_tensors_and_compressed_ones(self, tmp_path, wan):
         torch.save({"epoch": 3}, tmp_path / "state.pt")

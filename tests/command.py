@@ -1,0 +1,62 @@
+"""What the tests of the installed command call: its environment, what it printed, and the video that it wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+SCAIL2_RT = Path(sys.executable).with_name("scail2-rt")
+SMALL = ("--size", "64x96", "--steps", "2", "--segment-length", "13", "--guidance", "1")  # 64x96, one pass a step
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video decoded to its end."""
+
+    frames: int
+    width: int
+    height: int
+    frame_rate: Fraction | None
+    audio_s: float
+    pixels: np.ndarray
+
+
+def read_video(path: Path) -> Video:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        pixels = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        rate = stream.average_rate
+    audio_s = 0.0
+    with av.open(str(path)) as container:
+        if container.streams.audio:
+            audio_s = sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+    return Video(len(pixels), pixels.shape[2], pixels.shape[1], rate, audio_s, pixels)
+
+
+def command_environment(cache: Path, **changes: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "SCAIL2_RT_CACHE": str(cache), "COLUMNS": "120", **changes}
+
+
+def one_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object on stdout."""
+    assert result.stdout.count("\n") == 1, result.stdout
+    return json.loads(result.stdout)
+
+
+def error_of(result: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The error line of a command that failed with this exit code: the last of stderr, no traceback, empty stdout."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last.removeprefix("error: ")

@@ -1,0 +1,54 @@
+"""Fixtures of the tests that run the installed command: the command, tiny engines, drawn cases.
+
+A test module loads them with `pytest_plugins = ["tests.runtime_fixtures"]`."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scail2_rt.runtime.demo import draw_case
+from tests.command import SCAIL2_RT, Run, command_environment
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prompt cache of the test session's own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def scail2(cache: Path) -> Run:
+    """Runs the installed console script with these arguments."""
+
+    def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        words = [str(SCAIL2_RT), *(str(argument) for argument in arguments)]
+        env = command_environment(cache, **environment)
+        return subprocess.run(words, capture_output=True, text=True, env=env, timeout=600, cwd=cwd, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, scail2: Run) -> Path:
+    """An engine folder of the tiny checkpoint for the torch executor, built by the installed command."""
+    directory = tmp_path_factory.mktemp("engines") / "tiny"
+    result = scail2("build-engines", tiny_checkpoint, "-o", directory, "--backend", "torch", "--precision", "fp32")
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An animate case: 21 frames of 64x96 at 16 fps with a tone."""
+    directory = tmp_path_factory.mktemp("cases") / "walk"
+    draw_case(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def replace_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A replace case of 9 frames without sound."""
+    directory = tmp_path_factory.mktemp("cases") / "swap"
+    draw_case(directory, frames=9, replace_mode=True, audio=False)
+    return directory
