@@ -48,9 +48,8 @@ class EngineSpec:
 
 
 class Engine(Protocol):
-    """One loaded stage: tensors of the executor's device in, tensors out, on the current stream."""
-
-    spec: EngineSpec
+    """One loaded stage: tensors of the executor's device in, in the types of its `EngineSpec`, tensors out, on the
+    current stream."""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -77,7 +76,7 @@ class EngineSet:
         self.store = StoreReader(directory / STAGES / STORE_NAME)
         self.tables: dict[str, Tensor] = load_file(directory / TABLES, device=str(device))
         self._chunks = RowChunks(max_rows)
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, tuple[Engine, EngineSpec]] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -113,20 +112,20 @@ class EngineSet:
         """The outputs of a stage; it is loaded on first use, and cut into row chunks beyond `max_rows`.
 
         Inputs must have the types of the stage's specs and be on `device`."""
-        engine = self._engines.get(name)
-        if engine is None:
-            engine = self._engines[name] = self._load(name)
+        if name not in self._engines:
+            self._engines[name] = self._load(name), EngineSpec.of(self._definition(name), self.numerics(name))
+        engine, spec = self._engines[name]
         have = [tensor.dtype for tensor in inputs]
-        want = [spec.dtype for spec in engine.spec.inputs]
+        want = [tensor.dtype for tensor in spec.inputs]
         if have != want:
             raise Scail2Error(f"stage {name} needs inputs of types {want}, it was given {have}.")
-        return self._chunks.run(engine, engine.spec.family, (engine.spec.inputs, engine.spec.outputs), inputs)
+        return self._chunks.run(engine, spec.family, (spec.inputs, spec.outputs), inputs)
 
     def release(self, prefix: str) -> None:
         """Drop every loaded stage whose name begins with `prefix`; a later run loads it again."""
         for name in [name for name in self._engines if name.startswith(prefix)]:
-            self._engines.pop(name).close()
-        self._chunks.keep({engine.spec.family for engine in self._engines.values()})
+            self._engines.pop(name)[0].close()
+        self._chunks.keep({spec.family for _, spec in self._engines.values()})
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Rows of the umT5 token embedding, read from the mapped store. ids [n] → fp32 [n, dim] on the device."""

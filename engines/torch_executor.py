@@ -7,7 +7,6 @@ on a GPU they are copied. Arithmetic is PyTorch's own in the stage's compute typ
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.executors import EngineSpec
 from scail2_rt.engines.store import StoreReader
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.precision import Numerics
@@ -20,7 +19,7 @@ class TorchEngine:
     def __init__(
         self, definition: StageDefinition, numerics: Numerics, store: StoreReader, device: torch.device
     ) -> None:
-        self.spec = EngineSpec.of(definition, numerics)
+        self.name = definition.name
         with torch.device("meta"):
             module = definition.build(numerics)
         weights = store.stage(definition.name, module.state_dict())
@@ -39,7 +38,7 @@ class TorchEngine:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if self._module is None:
-            raise ValueError(f"engine {self.spec.name} was closed")
+            raise ValueError(f"engine {self.name} was closed")
         with torch.inference_mode():
             outputs = self._module(*inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)

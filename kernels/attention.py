@@ -48,8 +48,9 @@ def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int)
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, head_dim)).transpose(0, 1)[None]
 
-    parts = (
-        F.scaled_dot_product_attention(split(q), split(kv.chunk(2, -1)[0]), split(kv.chunk(2, -1)[1]))
-        for kv in (text_kv, image_kv)
-    )
-    return sum(part.float() for part in parts)[0].transpose(0, 1).flatten(1).to(q.dtype)
+    def attended(kv: Tensor) -> Tensor:
+        k, v = kv.chunk(2, dim=-1)
+        return F.scaled_dot_product_attention(split(q), split(k), split(v))[0].float()
+
+    both = attended(text_kv) + attended(image_kv)
+    return both.transpose(0, 1).flatten(1).to(q.dtype)

@@ -48,7 +48,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def replace_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A replace case of 9 frames without sound."""
+    """A replace case of 13 frames without sound."""
     directory = tmp_path_factory.mktemp("cases") / "swap"
-    draw_case(directory, frames=9, replace_mode=True, audio=False)
+    draw_case(directory, frames=13, replace_mode=True, audio=False)
     return directory

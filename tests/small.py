@@ -1,9 +1,11 @@
-"""Checkpoints in memory that are smaller than the `tiny` preset, for tests that build many engine folders."""
+"""Checkpoints in memory that are smaller than the `tiny` preset, for tests that build many engine folders; and building
+them, with an observer that remembers."""
 
 from pathlib import Path
 
 import torch
 
+from scail2_rt.engines.build import BuildReport, BuildRequest, BuildStep, SilentObserver, build
 from scail2_rt.export.checkpoint import Checkpoint
 from scail2_rt.export.config import DiTConfig, ModelConfig, UMT5Config
 from scail2_rt.export.derive import dit_shapes, umt5_shapes
@@ -23,3 +25,28 @@ def small_checkpoint(seed: int = 0, **changed: torch.Tensor) -> Checkpoint:
     dit = random_tensors(dit_shapes(DIT), seed) | {name.replace("__", "."): value for name, value in changed.items()}
     sources = {"dit": MappingSource(dit), "umt5": MappingSource(random_tensors(umt5_shapes(UMT5), seed + 1))}
     return Checkpoint(Path("small"), ModelConfig(dit=DIT, umt5=UMT5), sources, None)
+
+
+class Steps(SilentObserver):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.steps: list[BuildStep] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def done(self, step: BuildStep) -> None:
+        self.steps.append(step)
+
+    def names(self, phase: str) -> list[str]:
+        return [step.name for step in self.steps if step.phase == phase]
+
+
+def request(output: Path, precision: str | None = "fp32", **more: object) -> BuildRequest:
+    return BuildRequest(Path("small"), output, ("torch",), precision, **more)  # type: ignore[arg-type]
+
+
+def build_small(output: Path, precision: str | None = "fp32", **more: object) -> BuildReport:
+    return build(request(output, precision, **more), small_checkpoint())

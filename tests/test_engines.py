@@ -141,7 +141,7 @@ def test_stages_load_when_run_and_go_when_released(engines: EngineSet) -> None:
     x, mod = inputs_of(engines, "dit.blocks.0.qkv", 3)
     engines.run("dit.blocks.0.qkv", x, mod)
     engines.run("dit.head", x, mod[:2])
-    engine = engines._engines["dit.blocks.0.qkv"]
+    engine, _ = engines._engines["dit.blocks.0.qkv"]
     engines.release("dit.blocks.")
     assert engines.loaded == ("dit.head",)
     with pytest.raises(ValueError, match="closed"):
