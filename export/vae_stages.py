@@ -3,11 +3,12 @@
 A stage is one chunk with its causal caches as inputs and outputs, so an executor needs no state of its own: `*_first`
 takes none and gives the caches that `*_step` takes and gives back. The layers, and so the parameter names, are those of
 `export.vae`; the weights of a stage are its half of the checkpoint. Sizes are symbols in latent cells: a video is 8·h
-by 8·w. The specs of the caches are read off a run on the meta device, where only shapes exist, at h = w = 1.
+by 8·w. The specs of the caches follow from the layers; running the network on the meta device would take seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from scail2_rt.export.vae import (
     PIXELS_PER_CELL,
     VAE,
     Decoder,
+    Downsample,
     Encoder,
+    ResidualBlock,
+    Upsample,
     channel_mixing,
     check_config,
     decode_chunk,
@@ -96,12 +100,39 @@ def _cache_dims(config: VAEConfig) -> dict[str, tuple[tuple[Dim, ...], ...]]:
     """Dimensions of every cache: "encode" and "decode" → one tuple each, in layer order."""
     with torch.device("meta"):
         vae = VAE(config)
-        _, encode = vae.encode_first(torch.empty(1, 3, 1, PIXELS_PER_CELL, PIXELS_PER_CELL))
-        _, decode = vae.decode_first(torch.empty(1, config.z_dim, 1, 1, 1))
-    return {
-        half: tuple((*x.shape[:3], _multiple(x.shape[3], "h"), _multiple(x.shape[4], "w")) for x in caches)
-        for half, caches in (("encode", encode), ("decode", decode))
+    halves = {
+        "encode": [(3, 2, PIXELS_PER_CELL), *_layer_caches(vae.encoder.downsamples, PIXELS_PER_CELL)],
+        "decode": [(config.z_dim, 2, 1)],
     }
+    halves["encode"] += [*_layer_caches(vae.encoder.middle, 1), (_in_channels(vae.encoder.head["2"]), 2, 1)]
+    halves["decode"] += [*_layer_caches(vae.decoder.middle, 1), *_layer_caches(vae.decoder.upsamples, 1)]
+    halves["decode"] += [(_in_channels(vae.decoder.head["2"]), 2, PIXELS_PER_CELL)]
+    return {
+        half: tuple(
+            (1, channels, frames, _multiple(scale, "h"), _multiple(scale, "w")) for channels, frames, scale in caches
+        )
+        for half, caches in halves.items()
+    }
+
+
+def _in_channels(conv: Any) -> int:
+    return conv.weight.shape[1]
+
+
+def _layer_caches(layers: nn.ModuleList, scale: int) -> Iterator[tuple[int, int, int]]:
+    """(channels, frames, cells a latent cell) of the caches of these layers, which start at `scale`."""
+    for layer in layers:
+        if isinstance(layer, ResidualBlock):
+            for conv in ("2", "6"):
+                yield _in_channels(layer.residual[conv]), 2, scale
+        elif isinstance(layer, Downsample):
+            scale //= 2
+            if layer.time_conv is not None:
+                yield _in_channels(layer.time_conv), 1, scale
+        elif isinstance(layer, Upsample):
+            if layer.time_conv is not None:
+                yield _in_channels(layer.time_conv), 2, scale
+            scale *= 2
 
 
 def _io(

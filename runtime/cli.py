@@ -101,16 +101,14 @@ def generate(engines: Path, as_json: bool, **options: Any) -> None:
     preset = o.PRESETS[options["preset"]]
     sampling = {name: default if options[name] is None else options[name] for name, default in preset.items()}
     common = {**sampling, **{name: options[name] for name in jobs.SHARED}, "prompt": jobs.read_prompt(options)}
+    failed = 0
     with stdout_for(as_json):
-        manifest = jobs.engine_manifest(choice)
         if options["batch"] is not None:
             cases = jobs.batch_cases(options, common)
-            result, text, failed = jobs.run_batch(cases, choice, manifest, options["preset"], options["dry_run"])
+            result, text, failed = jobs.run_batch(cases, choice, options["preset"], options["dry_run"])
         else:
             case = jobs.single_case(options, common)
-            plan = jobs.check_case(case, choice, manifest, options["preset"])
-            result, text = jobs.run_single(plan, choice, manifest, options["dry_run"])
-            failed = 0
+            result, text = jobs.run_single(case, choice, options["preset"], options["dry_run"])
     show(result, text, as_json)
     if failed:
         raise click.exceptions.Exit(1)

@@ -43,10 +43,8 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     said.append(f"engines     {engines} ({build_report.stages} stages for {', '.join(build_report.backends)}) {reused}")
     draw_case(case)
     said.append(f"case        {case}: {FRAMES} drawn frames at {FRAME_RATE} fps, masks, a {TONE_HZ:g} Hz tone")
-    choice = jobs.EngineChoice(engines, backend)
-    manifest = jobs.engine_manifest(choice)
-    plan = jobs.check_case(jobs.Case(str(case), _request(case, output / "demo.mp4")), choice, manifest, "quality")
-    result, text = jobs.run_single(plan, choice, manifest, estimate_only=False)
+    job = jobs.Case(str(case), _request(case, output / "demo.mp4"))
+    result, text = jobs.run_single(job, jobs.EngineChoice(engines, backend), "quality", estimate_only=False)
     video = probe_video(output / "demo.mp4")
     said += [
         f"video       {text}",

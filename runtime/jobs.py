@@ -1,19 +1,20 @@
 """`scail2-rt generate` behind the command line: one case or many through one set of engines.
 
-Everything is checked before anything is loaded: the engine folder's manifest, then each case. A single case that
-cannot work ends the command; in a batch it is reported and the others run. However a run ends, its report is written
-beside the video, and what was finished is named.
+Everything is checked before anything is loaded: each case first (without PyTorch, so that mistakes are told at once),
+then the engine folder's manifest. A single case that cannot work ends the command; in a batch it is reported and the
+others run. However a run ends, its report is written beside the video, and what was finished is named.
 """
 
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime import report
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
     from scail2_rt.engines.manifest import Manifest
 
 FILES = ("image", "mask_image", "driving", "mask_video")
-SHARED = ("mode", "negative_prompt", "size", "start", "frames", "seed", "segment_length", "segment_overlap")
-SHARED += ("crf", "codec", "noise_device", "overwrite", "extra_refs")  # options that are fields of `Request` as they are
+SHARED = (  # options that are fields of `Request` as they are
+    *("mode", "negative_prompt", "size", "start", "frames", "seed", "segment_length", "segment_overlap"),
+    *("crf", "codec", "noise_device", "overwrite", "extra_refs"),
+)
+T = TypeVar("T")
 MANY_STEPS = 10  # from here on steps and guidance are those of a model that was not distilled
 
 
@@ -37,6 +41,10 @@ class EngineChoice:
     directory: Path
     backend: str = "auto"
     max_rows: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise InputError(f"--max-rows must be 1 or more, not {self.max_rows}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +115,29 @@ def read_prompt(options: Mapping[str, Any]) -> str:
         raise InputError(f"The prompt file {options['prompt_file']} cannot be read ({error}).") from error
 
 
+def check_case(case: Case) -> JobPlan:
+    """The plan of a case; InputError when it cannot work."""
+    if case.request is None:
+        raise case.error or InputError(f"{case.name} holds no request.")
+    return check_request(case.request)
+
+
 def engine_manifest(choice: EngineChoice) -> "Manifest":
     """The manifest of the engine folder, checked against this version; no weights are touched."""
     from scail2_rt.engines.backends import choose_backend
     from scail2_rt.engines.manifest import check_folder, read_manifest
     from scail2_rt.export.stages import stage_definitions
 
-    if choice.max_rows < 1:
-        raise InputError(f"--max-rows must be 1 or more, not {choice.max_rows}.")
     manifest = read_manifest(choice.directory)
     check_folder(choice.directory, manifest, stage_definitions(manifest.config))
     choose_backend(choice.backend, manifest.backends)
     return manifest
 
 
-def check_case(case: Case, choice: EngineChoice, manifest: "Manifest", preset: str) -> JobPlan:
-    """The plan of a case with every warning; InputError when it cannot work."""
-    if case.request is None:
-        raise case.error or InputError(f"{case.name} holds no request.")
-    plan = check_request(case.request)
-    if case.request.noise_device == "cuda":
+def fit_engines(plan: JobPlan, choice: EngineChoice, manifest: "Manifest", preset: str) -> JobPlan:
+    """The plan with the warnings that depend on the engines; InputError for noise from a GPU that is not there."""
+    request = plan.request
+    if request.noise_device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
@@ -135,7 +146,7 @@ def check_case(case: Case, choice: EngineChoice, manifest: "Manifest", preset: s
     tokenizer = choice.directory / "tokenizer" / "tokenizer.json"
     if tokenizer.is_file():
         warnings += prompt_warnings(plan, tokenizer)
-    if preset == "fast" and not manifest.loras and case.request.steps < MANY_STEPS:
+    if preset == "fast" and not manifest.loras and request.steps < MANY_STEPS:
         warnings.append(
             "--preset fast needs engines with a step-distilled LoRA, and these have none: expect a blurred video; "
             "build with --lora FILE, or use --preset quality."
@@ -183,9 +194,9 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    output, partial = plan.request.output, report.partial_path(plan.request.output)
+    output, unfinished = plan.request.output, report.partial_path(plan.request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial.unlink(missing_ok=True)  # of an earlier run: what is there afterwards is this run's
+    unfinished.unlink(missing_ok=True)  # of an earlier run: what is there afterwards is this run's
     cache = PromptCache(None, engines.encoder_hash)
     logged = _Warnings()
     logging.getLogger("scail2_rt").addHandler(logged)
@@ -204,10 +215,10 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
             timings = progress.timings
             generate(plan, engines, progress, cache)
     except BaseException as error:
-        kept = partial.is_file()
+        kept = unfinished.is_file()
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-        finished("partial" if kept else "failed", partial, name)
-        what = f"the finished segments are in {partial}" if kept else "no segment was finished, so no video is kept"
+        finished("partial" if kept else "failed", unfinished, name)
+        what = f"the finished segments are in {unfinished}" if kept else "no segment was finished, so no video is kept"
         print(f"stopped: {what}", file=sys.stderr)
         raise
     finally:
@@ -216,10 +227,11 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
     return finished("complete", output)
 
 
-def run_single(
-    plan: JobPlan, choice: EngineChoice, manifest: "Manifest", estimate_only: bool
-) -> tuple[dict[str, Any], str]:
+def run_single(case: Case, choice: EngineChoice, preset: str, estimate_only: bool) -> tuple[dict[str, Any], str]:
     """(result, text) of one case, or of its estimate."""
+    plan = check_case(case)
+    manifest = engine_manifest(choice)
+    plan = fit_engines(plan, choice, manifest, preset)
     if estimate_only:
         return dry_run(plan, manifest, choice)
     with opened(choice) as engines:
@@ -228,40 +240,42 @@ def run_single(
 
 
 def run_batch(
-    cases: Sequence[Case], choice: EngineChoice, manifest: "Manifest", preset: str, estimate_only: bool
+    cases: Sequence[Case], choice: EngineChoice, preset: str, estimate_only: bool
 ) -> tuple[dict[str, Any], str, int]:
     """(result, text, number of failed cases). Every case is checked before the engines load once for all of them."""
-    results: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
     texts: list[str] = []
-    plans: list[tuple[Case, JobPlan]] = []
 
-    def failed(case: Case, error: Exception) -> None:
-        reason = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
-        print(f"error: {case.name}: {reason}", file=sys.stderr)
-        results.append({"case": case.name, "status": "failed", "error": reason})
-
-    for case in cases:
+    def attempt(case: Case, work: Callable[[], T]) -> T | None:
+        """What `work` returns; whatever is wrong with one case is reported, and the others run."""
         try:
-            plans.append((case, check_case(case, choice, manifest, preset)))
-        except Exception as error:  # whatever is wrong with one case, the others run
-            failed(case, error)
-    engines_or_none = opened(choice) if plans and not estimate_only else nullcontext()
-    with engines_or_none as engines:
+            return work()
+        except Exception as error:
+            reason = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
+            print(f"error: {case.name}: {reason}", file=sys.stderr)
+            results[case.name] = {"case": case.name, "status": "failed", "error": reason}
+            return None
+
+    checked = [(case, attempt(case, partial(check_case, case))) for case in cases]
+    plans = [(case, plan) for case, plan in checked if plan is not None]
+    manifest = engine_manifest(choice)
+    with opened(choice) if plans and not estimate_only else nullcontext() as engines:
         for case, plan in plans:
-            try:
+
+            def work(plan: JobPlan = plan) -> tuple[dict[str, Any], str]:
+                fitting = fit_engines(plan, choice, manifest, preset)
                 if engines is None:
-                    result, text = dry_run(plan, manifest, choice)
-                else:
-                    result = run_plan(plan, engines)
-                    text = summary(result)
-            except Exception as error:  # as above
-                failed(case, error)
-            else:
-                results.append({"case": case.name, **result})
-                texts.append(text)
-    lost = sum(result["status"] == "failed" for result in results)
-    texts.append(f"{len(results) - lost} of {len(results)} cases done" + (f", {lost} failed" if lost else ""))
-    return {"cases": results, "failed": lost}, "\n".join(texts), lost
+                    return dry_run(fitting, manifest, choice)
+                result = run_plan(fitting, engines)
+                return result, summary(result)
+
+            if done := attempt(case, work):
+                results[case.name] = {"case": case.name, **done[0]}
+                texts.append(done[1])
+    in_order = [results[case.name] for case in cases]
+    lost = sum(result["status"] == "failed" for result in in_order)
+    texts.append(f"{len(in_order) - lost} of {len(in_order)} cases done" + (f", {lost} failed" if lost else ""))
+    return {"cases": in_order, "failed": lost}, "\n".join(texts), lost
 
 
 def _cache_hits(plan: JobPlan, cache: Any) -> dict[str, int]:
