@@ -5,6 +5,8 @@ outputs follow from those of the inputs, so they are allocated here and nothing 
 ONNX Runtime has no bf16 arithmetic on a CPU (and on a GPU only for some operations), so stages that compute in bf16 run
 in fp32 on the values as stored: the graph casts them. The e4m3 rule then also runs in fp32, which is exact as long
 as no optimiser rewrites its Q/DQ pairs; a session option sees to that.
+Weights stay in the mapping: no packed and no cast copy is kept, so a model larger than the memory of the machine runs. In
+fp32 that costs nothing measurable; a stage of the 14B in fp8 is cast for some seconds a call, whatever its row count.
 """
 
 import os
@@ -105,12 +107,16 @@ def _session(path: Path, device: torch.device, providers: Sequence[str] | None) 
             "Install onnxruntime-gpu instead of onnxruntime, or choose --backend torch."
         )
     options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # it would keep the largest cast weights of every loaded stage
     options.log_severity_level = 4  # what goes wrong is raised, and so reported once
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # a Q/DQ pair is a rounding that we want
+    options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch's threads work between stages
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+        return onnxruntime.InferenceSession(
+            os.fspath(path), options, providers=list(providers), disabled_optimizers=["ConstantFolding"]
+        )
     except Exception as error:
         raise Scail2Error(
             f"ONNX Runtime cannot load the stage {path}: {_sentence(error)} Build the engine folder again."

@@ -6,11 +6,13 @@ adds what the runtime does between the stages: patches, the time sinusoid, RMS n
 (opset 23), and the cut back to a latent. Making it costs eight small traces, however many blocks there are, and memory
 for names, never for weights.
 The rotary multipliers are inputs (their modulus is not one for driving tokens), so that one graph serves animate and
-replace mode; every size is free, and N, the number of additional references, may be 0. The stage graphs are of opset 21:
-what they use changed between 21 and 23 in the types it accepts, not in what it computes.
+replace mode; every size is free, and N, the number of additional references, may be 0. The angles of the time sinusoid
+are fp32 here (the runtime's are fp64): at most 1e-4 rad off. The stage graphs are of opset 21: what they use changed
+between 21 and 23 in the types it accepts, not in what it computes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +104,7 @@ def transformer_model(
     import onnx
 
     inputs, outputs = signature(config, clip_tokens)
-    graph = _Graph({spec.name: element_type(spec.dtype) for spec in inputs})
+    graph = _Graph(config, {spec.name: spec.dtype for spec in inputs})
     stages = {definition.name: definition for definition in definitions(config)}
 
     def stage(name: str, *values: str) -> tuple[str, ...]:
@@ -111,46 +113,231 @@ def transformer_model(
         return graph.inline(stage_model(definition, kinds, store), definition, kinds, values)
 
     tables = {name: graph.weight(f"{TABLES}.{name}", store) for name in table_sources(config)}
-    _transformer(graph, config, stage, tables)
-    made = onnx.helper.make_graph(
-        graph.nodes,
-        "transformer",
-        [onnx.helper.make_tensor_value_info(s.name, element_type(s.dtype), s.dims) for s in inputs],
-        [onnx.helper.make_tensor_value_info(s.name, element_type(s.dtype), s.dims) for s in outputs],
-        graph.initializers,
+    _transformer(graph, stage, tables)
+    inputs_info, outputs_info = (
+        [onnx.helper.make_tensor_value_info(spec.name, element_type(spec.dtype), spec.dims) for spec in specs]
+        for specs in (inputs, outputs)
     )
+    made = onnx.helper.make_graph(graph.nodes, "transformer", inputs_info, outputs_info, graph.initializers)
     opset = onnx.helper.make_opsetid("", OPSET)
     return onnx.helper.make_model(made, opset_imports=[opset], ir_version=IR_VERSION, producer_name="scail2-rt")
 
 
-def _transformer(
-    graph: "_Graph", config: DiTConfig, stage: Callable[..., tuple[str, ...]], tables: Mapping[str, str]
-) -> None:
+Stage = Callable[..., tuple[str, ...]]  # stage name, input values → output values
+
+
+def _transformer(graph: "_Graph", stage: Stage, tables: Mapping[str, str]) -> None:
     """The forward pass of `export.dit.DiT`, as nodes."""
-    op, c = graph.op, config.dim
-    grid = _Grid(graph)
-    (x,) = stage("embed", *_patches(graph, grid))
-    e, projection = stage("time", _sinusoid(graph, config.freq_dim))
-    projection = op("Reshape", projection, graph.ints(6, c))
+    op, config = graph.op, graph.config
+    grid = _Grid.of(graph)
+    e, projection = stage("time", _sinusoid(graph))
+    projection = op("Reshape", projection, graph.ints(6, config.dim))
     text, image = stage("context", "text", "clip")
-    cos, sin = (op("Unsqueeze", table, graph.ints(0)) for table in ("cos", "sin"))  # [1, L, D/2]
+    rope = tuple(op("Unsqueeze", table, graph.ints(0)) for table in ("cos", "sin"))  # [1, L, D/2]
+    (x,) = stage("embed", *_tokens(graph, grid))
     for i in range(config.layers):
         block = f"blocks.{i}"
         mod = op("Add", projection, tables[f"{block}.modulation"])
         (qkv,) = stage(f"{block}.qkv", x, mod)
-        q, k, v = op.split(qkv, 3)
-        q, k = (
-            graph.cast(op("RotaryEmbedding", _heads(graph, config, normed), cos, sin, interleaved=1), like=qkv)
-            for normed in (
-                op("RMSNormalization", graph.cast(t, "x32"), tables[f"{block}.{norm}"], epsilon=config.eps)
-                for t, norm in ((q, "norm_q"), (k, "norm_k"))
-            )
+        q, k, v = graph.split(qkv, 3)
+        q, k = (_rotated(graph, t, tables[f"{block}.norm_{name}"], rope) for t, name in ((q, "q"), (k, "k")))
+        attended = op("Attention", q, k, _heads(graph, v))
+        x, q = stage(f"{block}.mid", x, _rows(graph, attended), mod)
+        q = _heads(graph, q)
+        of_text, of_image = (
+            graph.cast(op("Attention", q, *(_heads(graph, t) for t in graph.split(kv, 2))), torch.float32)
+            for kv in stage(f"{block}.context_kv", text, image)
         )
-        a = _rows(graph, c, op("Attention", q, k, _heads(graph, config, v)))
-        x, q = stage(f"{block}.mid", x, a, mod)
-        parts = []
-        for kv in stage(f"{block}.context_kv", text, image):
-            k, v = (_heads(graph, config, t) for t in op.split(kv, 2))
-            parts.append(graph.cast(op("Attention", _heads(graph, config, q), k, v), "x32"))
-        both = graph.cast(_rows(graph, c, op("Add", *parts)), like=q)
-        (x,) = stage(f"{block}.ffn", x, both, mod)
+        (x,) = stage(f"{block}.ffn", x, _rows(graph, op("Add", of_text, of_image)), mod)
+    video = op("Slice", x, grid.video_start, op("Add", grid.video_start, grid.video_rows), graph.ints(0))
+    (rows,) = stage("head", video, op("Add", tables["head.modulation"], e))
+    patches = op("Reshape", rows, graph.shape(grid.frames, grid.rows, grid.columns, 2, 2, config.out_channels))
+    patches = op("Transpose", patches, perm=[5, 0, 1, 3, 2, 4])
+    size = graph.shape(config.out_channels, grid.frames, grid.height, grid.width)
+    op("Reshape", patches, size, result="velocity")
+
+
+def _rotated(graph: "_Graph", t: str, weight: str, rope: tuple[str, ...]) -> str:
+    """RMS norm over all heads and RoPE, both in fp32. t [L, C] → [1, H, L, D] in t's type."""
+    normed = graph.op(
+        "RMSNormalization", graph.cast(t, torch.float32), weight, axis=-1, epsilon=graph.config.eps, stash_type=1
+    )
+    turned = graph.op("RotaryEmbedding", _heads(graph, normed), *rope, interleaved=1)
+    return graph.cast(turned, graph.types[t])
+
+
+def _heads(graph: "_Graph", t: str) -> str:
+    """[L, C] → [1, H, L, D]."""
+    split = graph.op("Reshape", t, graph.ints(1, -1, graph.config.heads, graph.config.head_dim))
+    return graph.op("Transpose", split, perm=[0, 2, 1, 3])
+
+
+def _rows(graph: "_Graph", t: str) -> str:
+    """[1, H, L, D] → [L, C]."""
+    return graph.op("Reshape", graph.op("Transpose", t, perm=[0, 2, 1, 3]), graph.ints(-1, graph.config.dim))
+
+
+def _sinusoid(graph: "_Graph") -> str:
+    """[cos | sin] of timestep · 10000^(-i/half), [1, width]; the frequencies are rounded from fp64."""
+    half = graph.config.freq_dim // 2
+    frequencies = graph.constant((10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)).float())
+    angle = graph.op("Mul", graph.op("Unsqueeze", "timestep", graph.ints(1)), frequencies)
+    return graph.op("Concat", graph.op("Cos", angle), graph.op("Sin", angle), axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Sizes as int64 values [1]: frames F, h, w, the token grid h/2 and w/2, and where the video's rows are."""
+
+    frames: str
+    height: str
+    width: str
+    rows: str
+    columns: str
+    video_start: str
+    video_rows: str
+
+    @classmethod
+    def of(cls, graph: "_Graph") -> "_Grid":
+        op, two = graph.op, graph.ints(2)
+        frames, height, width = (graph.size("latent", axis) for axis in (1, 2, 3))
+        rows, columns = op("Div", height, two), op("Div", width, two)
+        frame = op("Mul", rows, columns)
+        references = op("Add", graph.size("additional_refs", 1), graph.ints(1))
+        return cls(frames, height, width, rows, columns, op("Mul", references, frame), op("Mul", frames, frame))
+
+
+def _tokens(graph: "_Graph", grid: _Grid) -> tuple[str, str, str]:
+    """Inputs of the embed stage for the whole sequence: additional references | reference | video | driving.
+
+    The history channels are 1 for references and driving; the last value says which rows are driving's."""
+    op, config = graph.op, graph.config
+    one = graph.constant(torch.ones(1))
+    channels = config.history_channels
+
+    def ones_like(latent: str) -> str:
+        return op("Expand", one, graph.shape(channels, *(graph.size(latent, axis) for axis in (1, 2, 3))))
+
+    references = op("Concat", "additional_refs", "reference", axis=1)
+    frames = op("Concat", references, "latent", axis=1)
+    history = op("Concat", ones_like(references), "history_mask", axis=1)
+    masks = op("Concat", "additional_masks", "reference_mask", axis=1)
+    driving = op("Concat", "driving", ones_like("driving"), axis=0)
+    half = [op("Div", size, graph.ints(2)) for size in (grid.rows, grid.columns)]
+    full = [grid.rows, grid.columns]
+    parts = {
+        "latent": ((op("Concat", frames, history, axis=0), full), (driving, half), config.in_channels),
+        "mask": ((masks, full), ("driving_mask", half), config.mask_channels),
+    }
+    rows: dict[str, list[str]] = {
+        name: [_patchify(graph, value, size, depth) for value, size in (wide, narrow)]
+        for name, (wide, narrow, depth) in parts.items()
+    }
+    flags = [
+        op("Expand", graph.constant(torch.full((1, 1), value)), graph.shape(graph.size(part, 0), 1))
+        for value, part in zip((0.0, 1.0), rows["mask"], strict=True)
+    ]
+    latent, mask, flag = (op("Concat", *values, axis=0) for values in (rows["latent"], rows["mask"], flags))
+    return latent, mask, flag
+
+
+def _patchify(graph: "_Graph", value: str, size: list[str], channels: int) -> str:
+    """`export.dit.patchify` with `size` = (h/2, w/2): [C, T, h, w] → [T·h/2·w/2, C·4]."""
+    cells = graph.op("Reshape", value, graph.shape(channels, -1, size[0], 2, size[1], 2))
+    return graph.op("Reshape", graph.op("Transpose", cells, perm=[1, 2, 4, 0, 3, 5]), graph.ints(-1, channels * 4))
+
+
+class _Graph:
+    """Nodes and initialisers as they come, and the type of every value."""
+
+    def __init__(self, config: DiTConfig, inputs: Mapping[str, torch.dtype]) -> None:
+        self.config = config
+        self.types = dict(inputs)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._ints: dict[tuple[int, ...], str] = {}
+
+    def op(self, kind: str, *inputs: str, result: str = "", **attributes: Any) -> str:
+        """Add a node of one output, which has the type of the first input."""
+        return self._node(kind, inputs, [result or f"{kind}_{len(self.nodes)}"], attributes)[0]
+
+    def split(self, value: str, count: int) -> list[str]:
+        """Equal parts along the last axis."""
+        names = [f"Split_{len(self.nodes)}_{i}" for i in range(count)]
+        return self._node("Split", (value,), names, {"axis": -1, "num_outputs": count})
+
+    def _node(self, kind: str, inputs: tuple[str, ...], outputs: list[str], attributes: dict[str, Any]) -> list[str]:
+        import onnx
+
+        self.nodes.append(onnx.helper.make_node(kind, inputs, outputs, f"{kind}_{len(self.nodes)}", **attributes))
+        self.types |= dict.fromkeys(outputs, self.types[inputs[0]])
+        return outputs
+
+    def cast(self, value: str, dtype: torch.dtype) -> str:
+        """The value in another type; itself when it has that type."""
+        if self.types[value] == dtype:
+            return value
+        result = self.op("Cast", value, to=element_type(dtype))
+        self.types[result] = dtype
+        return result
+
+    def constant(self, tensor: Tensor) -> str:
+        """A small tensor stored in the graph."""
+        import onnx
+
+        name = f"constant_{len(self.initializers)}"
+        self.initializers.append(onnx.numpy_helper.from_array(tensor.numpy(), name))
+        self.types[name] = tensor.dtype
+        return name
+
+    def ints(self, *values: int) -> str:
+        """int64 [n]; equal ones are stored once."""
+        if values not in self._ints:
+            self._ints[values] = self.constant(torch.tensor(values))
+        return self._ints[values]
+
+    def size(self, value: str, axis: int) -> str:
+        """int64 [1]: one dimension of a value."""
+        result = self.op("Shape", value, start=axis, end=axis + 1)
+        self.types[result] = torch.int64
+        return result
+
+    def shape(self, *sizes: int | str) -> str:
+        """A shape from fixed sizes and int64 values [1]."""
+        return self.op("Concat", *(self.ints(size) if isinstance(size, int) else size for size in sizes), axis=0)
+
+    def weight(self, name: str, store: WeightLocations) -> str:
+        """The store's tensor `name`, by reference."""
+        import onnx
+
+        offset, length, dtype, shape = store.location(name)
+        tensor = onnx.TensorProto(name=name, dims=shape, data_type=element_type(dtype))
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, entry in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=entry)
+        self.initializers.append(tensor)
+        self.types[name] = dtype
+        return name
+
+    def inline(
+        self, model: "onnx.ModelProto", definition: StageDefinition, numerics: Numerics, values: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """Take in a stage's graph, its names behind the stage's, and return the names of its outputs.
+
+        Values of another type than the stage takes are cast."""
+        inputs, outputs = definition.io(numerics)
+        names = {"": ""}
+        for spec, value in zip(inputs, values, strict=True):
+            names[spec.name] = self.cast(value, spec.dtype)
+        for initializer in model.graph.initializer:
+            self.initializers.append(initializer)
+            names[initializer.name] = initializer.name = f"{definition.name}.{initializer.name}"
+        for node in model.graph.node:
+            for inner in node.output:
+                names.setdefault(inner, f"{definition.name}/{inner}")
+            node.name = f"{definition.name}/{node.name}"
+            for field in (node.input, node.output):
+                field[:] = [names[inner] for inner in field]
+            self.nodes.append(node)
+        self.types |= {names[spec.name]: spec.dtype for spec in outputs}
+        return tuple(names[spec.name] for spec in outputs)

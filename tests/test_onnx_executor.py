@@ -128,6 +128,24 @@ def test_real_size_fp32(name: str, tmp_path: Path) -> None:
         (tmp_path / STORE_NAME).unlink()  # up to 0.8 GB
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+@pytest.mark.parametrize("stored", [FP32, BF16, FP8], ids=["fp32", "bf16", "fp8"])
+def test_weights_stay_in_the_mapping(stored: Numerics, tmp_path: Path) -> None:
+    stage = stage_definitions(ModelConfig(dit=DiTConfig(dim=2048, heads=16, layers=1, ffn_dim=64)))["dit.blocks.0.qkv"]
+    case = make_case(stage, onnxruntime_numerics(stored), tmp_path, stored=stored)
+    inputs = case.inputs({"rows": 4})
+    before = anonymous_mib()
+    engine = engine_of(case)
+    engine(*inputs)
+    assert anonymous_mib() - before < 20  # the weights in fp32: 48
+
+
+def anonymous_mib() -> float:
+    """Memory of this process that no file backs."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 1024
+
+
 @pytest.fixture
 def head(tmp_path: Path) -> Case:
     return make_case(STAGES["dit.head"], FP32, tmp_path)

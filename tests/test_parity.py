@@ -46,7 +46,7 @@ def test_a_wrong_number_or_an_unknown_fixture_fails_the_command(golden: Path, tm
     save_file(tensors, copy, metadata)
     changed = command(tmp_path)
     assert changed.returncode == 1
-    assert "FAIL solvers/anything.safetensors shift3.0_steps8 euler" in changed.stdout
+    assert "FAIL solvers/anything.safetensors:shift3.0_steps8:euler " in changed.stdout
     copy.unlink()
     save_file({"x": torch.zeros(1)}, tmp_path / "solvers" / "stranger.safetensors")
     unknown = command(tmp_path)

@@ -39,7 +39,9 @@ class Row:
         return self.error <= self.tolerance  # NaN fails
 
     def __str__(self) -> str:
-        return f"{'PASS' if self.passed else 'FAIL'} {self.name} {self.error:.3g} {self.tolerance:.3g}"
+        """Four fields with one blank between them."""
+        name = self.name.replace(" ", ":")
+        return f"{'PASS' if self.passed else 'FAIL'} {name} {self.error:.3g} {self.tolerance:.3g}"
 
 
 @dataclass(frozen=True, slots=True)

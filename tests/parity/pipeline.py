@@ -55,13 +55,22 @@ def check_pipeline(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 def _conditions(golden: Golden, fixture: Fixture, engines: EngineSet) -> Conditions:
     references = [(fixture["in.ref_image"], fixture["in.ref_mask"])]
-    additional = [name for name in fixture.tensors if name.startswith("in.additional_ref")]
-    if additional:
-        images, masks = sorted(additional)  # …images, …masks: [N, 3, H, W]
-        references += list(zip(fixture[images], fixture[masks], strict=True))
+    names = sorted(name for name in fixture.tensors if name.startswith("in.additional_ref"))
+    images, masks = (
+        [picture for name in names if ("mask" in name) == is_mask for picture in _pictures(fixture[name])]
+        for is_mask in (False, True)
+    )
+    references += list(zip(images, masks, strict=True))
     contexts = (fixture["in.context"], fixture["in.context_null"])
     clip = golden.load(fixture.metadata["clip_fea"])["clip_fea"][0].float()
     return Conditions(contexts, clip, *encode_references(engines, references))
+
+
+def _pictures(tensor: Tensor) -> list[Tensor]:
+    """[3, H, W], [N, 3, H, W] or [3, N, H, W] → N pictures [3, H, W]."""
+    if tensor.ndim == 3:
+        return [tensor]
+    return list(tensor.unbind(0 if tensor.shape[1] == 3 else 1))
 
 
 def _run(
