@@ -11,13 +11,14 @@ import fnmatch
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from scail2_rt.engines.manifest import STAGES
-from scail2_rt.engines.observe import BuildObserver, Phase
+from scail2_rt.engines.observe import BuildObserver, BuildStep, Phase
 from scail2_rt.engines.tensorrt_library import process_log, process_logger
 from scail2_rt.engines.tensorrt_plans import (
     LOGS,
@@ -99,11 +100,11 @@ def build_plans(
     phase = Phase(observer, BACKEND, {name: weight_bytes.get(name, 0) for name in wanted})
     todo: dict[str, tuple[str, tuple[Profile, ...]]] = {}
     for name in wanted:
-        definition = definitions[name]
-        numerics = definition.numerics(precision)
-        export_stage(definition, numerics, graph_path(stages, name), store)
-        profiles = stage_profiles(definition, numerics, config, options)
-        digest = plan_digest(graph_path(stages, name), profiles, options, environment)
+        numerics = definitions[name].numerics(precision)
+        graph = graph_path(stages, name)
+        export_stage(definitions[name], numerics, graph, store)
+        profiles = stage_profiles(definitions[name], numerics, config, options)
+        digest = plan_digest(graph, profiles, options, environment)
         if ledger.good(name, digest):
             phase.skip(name)
         else:
@@ -114,14 +115,14 @@ def build_plans(
         started = time.monotonic()
         files = PlanFiles(graph_path(stages, name), plan_path(stages, name), directory / LOGS / f"{name}.log")
         inputs = definitions[name].io(definitions[name].numerics(precision))[0]
-
-        def advanced(fraction: float, step_size: int = step.size_bytes) -> None:
-            observer.advanced(step, int(fraction * step_size))  # noqa: B023: called only while this step runs
-
-        build_plan(name, inputs, files, profiles, options, timings, advanced)
+        build_plan(name, inputs, files, profiles, options, timings, partial(_advance, observer, step))
         ledger.add(name, PlanRecord(digest, files.plan.stat().st_size, time.monotonic() - started))
         phase.finish(step)
     return PlansReport(environment, tuple(todo), tuple(name for name in wanted if name not in todo))
+
+
+def _advance(observer: BuildObserver, step: BuildStep, fraction: float) -> None:
+    observer.advanced(step, int(fraction * step.size_bytes))
 
 
 def build_plan(
@@ -153,7 +154,14 @@ def build_plan(
         progress = BuildProgress(advanced)
         monitor = progress_monitor(progress)
         config.progress_monitor = monitor
-        plan = interruptible(lambda: builder.build_serialized_network(network, config), progress.cancel)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def build() -> "trt.IHostMemory | None":
+            if device is not None:
+                torch.cuda.set_device(device)  # each thread has its own
+            return builder.build_serialized_network(network, config)
+
+        plan = interruptible(build, progress.cancel)
         if plan is None:
             raise _failure(stage, files, "TensorRT could not build it")
         write_file(files.plan, plan)
@@ -166,8 +174,8 @@ def _configure(builder: "trt.Builder", options: PlanOptions) -> "trt.IBuilderCon
 
     config = builder.create_builder_config()
     gpu = find_gpu()
-    workspace = options.workspace_bytes if gpu is None else min(options.workspace_bytes, int(gpu.free_bytes * FREE_SHARE))
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    room = options.workspace_bytes if gpu is None else int(gpu.free_bytes * FREE_SHARE)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, min(options.workspace_bytes, room))
     config.max_aux_streams = 0
     config.builder_optimization_level = options.optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -204,9 +212,7 @@ def _inputs(network: "trt.INetworkDefinition") -> "list[trt.ITensor]":
     return [network.get_input(index) for index in range(network.num_inputs)]
 
 
-def _check_inputs(
-    stage: str, network: "trt.INetworkDefinition", specs: Sequence[TensorSpec], files: PlanFiles
-) -> None:
+def _check_inputs(stage: str, network: "trt.INetworkDefinition", specs: Sequence[TensorSpec], files: PlanFiles) -> None:
     """Names and types of what the parser made are those of the stage."""
     have = {tensor.name: tensor.dtype for tensor in _inputs(network)}
     want = {spec.name: data_type(spec.dtype) for spec in specs}
@@ -235,6 +241,6 @@ def _failure(stage: str, files: PlanFiles, what: str, messages: Sequence[str] = 
     said = [*messages, *(text for text in process_log().recent() if not any(text in known for known in messages))]
     quoted = "; ".join(said) or "nothing"
     return Scail2Error(
-        f"stage {stage} cannot be built from {files.graph}: {what}. TensorRT said: {quoted}. All of it is in {files.log}; "
-        "the stages built so far are kept."
+        f"stage {stage} cannot be built from {files.graph}: {what}. TensorRT said: {quoted}. "
+        f"All of it is in {files.log}; the stages built so far are kept."
     )

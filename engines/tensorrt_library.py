@@ -25,7 +25,7 @@ KEPT_MESSAGES = 8
 
 
 def require_library() -> str:
-    """Version of the TensorRT that is installed. InputError when there is none, it cannot be loaded, or it is too old."""
+    """Version of the installed TensorRT. InputError when there is none, it cannot be loaded, or it is too old."""
     try:
         import tensorrt as trt
     except (ImportError, OSError) as error:

@@ -78,9 +78,7 @@ class PlanLedger:
         write_json(self.stages / PLANS, {name: dataclasses.asdict(known) for name, known in self.records.items()})
 
 
-def plan_digest(
-    graph: Path, profiles: Sequence[Profile], options: PlanOptions, environment: Environment, extra: Sequence[str] = ()
-) -> str:
+def plan_digest(graph: Path, profiles: Sequence[Profile], options: PlanOptions, environment: Environment) -> str:
     """SHA-256 of everything that a plan follows from. Weights count by value, not by their place in the store.
 
     Scail2Error when the store is shorter than the graph says."""
@@ -95,7 +93,6 @@ def plan_digest(
         options.workspace_bytes,
         options.optimization_level,
         dataclasses.asdict(environment),
-        list(extra),
         weights,
     ]
     return hashlib.sha256(json.dumps(request).encode() + model.SerializeToString(deterministic=True)).hexdigest()

@@ -23,6 +23,10 @@ PLAN_FACTOR = 1.15  # of a stage's weights: they are padded and come with kernel
 PLAN_BYTES = 8 << 20  # of a plan without weights
 SCRATCH_BYTES = 1 << 30  # GPU memory that a build needs beside two copies of the weights
 GIB = 1 << 30
+CGROUP_FILES = (  # limit and use, of version 2 and of version 1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,8 @@ def check_machine(precision: Precision | None = None) -> Environment:
         )
     if gpu.capability < SMALLEST_CAPABILITY:
         raise InputError(
-            f"backend tensorrt needs a GPU of compute capability 8.0 or newer, and this is {gpu.text}; use --backend torch."
+            f"backend tensorrt needs a GPU of compute capability 8.0 or newer, and this is {gpu.text}; "
+            "use --backend torch."
         )
     if precision == "fp8" and gpu.capability < FP8_CAPABILITY:
         raise InputError(
@@ -71,7 +76,7 @@ def check_machine(precision: Precision | None = None) -> Environment:
 
 
 def check_resources(stage_bytes: Mapping[str, int], directory: Path) -> None:
-    """Room for the plans of these stages (name → bytes of weights): disk, host memory, GPU memory. InputError if not."""
+    """InputError without room for the plans of these stages (name → bytes of weights): disk, host and GPU memory."""
     if not stage_bytes:
         return
     largest = max(stage_bytes, key=lambda name: stage_bytes[name])
@@ -112,7 +117,7 @@ def host_memory(root: Path = Path("/")) -> int:
     if available is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     group = root / "sys/fs/cgroup"
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in CGROUP_FILES:
         try:
             left = int((group / limit).read_text()) - int((group / used).read_text())
         except (OSError, ValueError):  # no such file, or "max"

@@ -5,6 +5,7 @@ on rows alone, so that one engine serves every resolution, length and number of 
 The residual stream x is fp32 in every stage; `mod` holds the block's six modulation rows.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -160,14 +161,14 @@ def _linear(parameter_name: str, *sources: str) -> dict[str, tuple[str, ...]]:
     return {f"{parameter_name}.{kind}": tuple(f"{source}.{kind}" for source in sources) for kind in ("weight", "bias")}
 
 
-def _specs(
-    numerics: Numerics,
-    inputs: dict[str, tuple[bool, tuple[Dim, ...]]],
-    outputs: dict[str, tuple[bool, tuple[Dim, ...]]],
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Specs from name → (in the compute type? else fp32, dims)."""
+# name → (in the compute type? else fp32, dimensions)
+Tensors = dict[str, tuple[bool, tuple[Dim, ...]]]
 
-    def make(tensors: dict[str, tuple[bool, tuple[Dim, ...]]]) -> tuple[TensorSpec, ...]:
+
+def _specs(
+    numerics: Numerics, inputs: Tensors, outputs: Tensors
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    def make(tensors: Tensors) -> tuple[TensorSpec, ...]:
         return tuple(
             TensorSpec(name, numerics.compute if compute else torch.float32, dims)
             for name, (compute, dims) in tensors.items()
@@ -176,132 +177,105 @@ def _specs(
     return make(inputs), make(outputs)
 
 
+def _stage(
+    name: str,
+    module: Callable[[DiTConfig, Numerics], nn.Module],
+    config: DiTConfig,
+    inputs: Tensors,
+    outputs: Tensors,
+    weights: dict[str, tuple[str, ...]],
+) -> StageDefinition:
+    """Stages of different blocks with the same last name are one family."""
+    parts = name.split(".")
+    family = f"dit.blocks.{parts[-1]}" if len(parts) == 4 else name
+    return StageDefinition(
+        name, partial(module, config), partial(_specs, inputs=inputs, outputs=outputs), weights, family
+    )
+
+
 def _block(config: DiTConfig, index: int) -> list[StageDefinition]:
     c, block, stage = config.dim, f"blocks.{index}", f"dit.blocks.{index}"
     self_attn, cross = f"{block}.self_attn", f"{block}.cross_attn"
-    x, mod = (False, (ROWS, c)), (False, (6, c))
+    rows, x, mod = (True, (ROWS, c)), (False, (ROWS, c)), (False, (6, c))
+    kv_weights = {
+        **_linear("text", f"{cross}.k", f"{cross}.v"),
+        **_linear("image", f"{cross}.k_img", f"{cross}.v_img"),
+        "norm_k.weight": (f"{cross}.norm_k.weight",),
+        "norm_k_img.weight": (f"{cross}.norm_k_img.weight",),
+    }
+    mid_weights = {
+        **_linear("o", f"{self_attn}.o"),
+        **_linear("norm3", f"{block}.norm3"),
+        **_linear("q", f"{cross}.q"),
+        "norm_q.weight": (f"{cross}.norm_q.weight",),
+    }
+    ffn_weights = {
+        **_linear("o", f"{cross}.o"),
+        **_linear("up", f"{block}.ffn.0"),
+        **_linear("down", f"{block}.ffn.2"),
+    }
+    contexts: Tensors = {"text": (True, ("t", c)), "image": (True, ("i", c))}
+    kv: Tensors = {"text_kv": (True, ("t", 2 * c)), "image_kv": (True, ("i", 2 * c))}
+    qkv: Tensors = {"qkv": (True, (ROWS, 3 * c))}
+    qkv_weights = _linear("linear", f"{self_attn}.q", f"{self_attn}.k", f"{self_attn}.v")
+    attended: Tensors = {"x": x, "attention": rows, "mod": mod}
     return [
-        StageDefinition(
-            name=f"{stage}.context_kv",
-            build=partial(ContextKV, config),
-            io=partial(
-                _specs,
-                inputs={"text": (True, ("t", c)), "image": (True, ("i", c))},
-                outputs={"text_kv": (True, ("t", 2 * c)), "image_kv": (True, ("i", 2 * c))},
-            ),
-            weights={
-                **_linear("text", f"{cross}.k", f"{cross}.v"),
-                **_linear("image", f"{cross}.k_img", f"{cross}.v_img"),
-                "norm_k.weight": (f"{cross}.norm_k.weight",),
-                "norm_k_img.weight": (f"{cross}.norm_k_img.weight",),
-            },
-            family="dit.blocks.context_kv",
-        ),
-        StageDefinition(
-            name=f"{stage}.qkv",
-            build=partial(QKV, config),
-            io=partial(_specs, inputs={"x": x, "mod": mod}, outputs={"qkv": (True, (ROWS, 3 * c))}),
-            weights=_linear("linear", f"{self_attn}.q", f"{self_attn}.k", f"{self_attn}.v"),
-            family="dit.blocks.qkv",
-        ),
-        StageDefinition(
-            name=f"{stage}.mid",
-            build=partial(Mid, config),
-            io=partial(
-                _specs,
-                inputs={"x": x, "attention": (True, (ROWS, c)), "mod": mod},
-                outputs={"x_out": x, "q": (True, (ROWS, c))},
-            ),
-            weights={
-                **_linear("o", f"{self_attn}.o"),
-                **_linear("norm3", f"{block}.norm3"),
-                **_linear("q", f"{cross}.q"),
-                "norm_q.weight": (f"{cross}.norm_q.weight",),
-            },
-            family="dit.blocks.mid",
-        ),
-        StageDefinition(
-            name=f"{stage}.ffn",
-            build=partial(FFN, config),
-            io=partial(_specs, inputs={"x": x, "attention": (True, (ROWS, c)), "mod": mod}, outputs={"x_out": x}),
-            weights={
-                **_linear("o", f"{cross}.o"),
-                **_linear("up", f"{block}.ffn.0"),
-                **_linear("down", f"{block}.ffn.2"),
-            },
-            family="dit.blocks.ffn",
-        ),
+        _stage(f"{stage}.context_kv", ContextKV, config, contexts, kv, kv_weights),
+        _stage(f"{stage}.qkv", QKV, config, {"x": x, "mod": mod}, qkv, qkv_weights),
+        _stage(f"{stage}.mid", Mid, config, attended, {"x_out": x, "q": rows}, mid_weights),
+        _stage(f"{stage}.ffn", FFN, config, attended, {"x_out": x}, ffn_weights),
     ]
+
+
+def _context(config: DiTConfig) -> StageDefinition:
+    inputs: Tensors = {"text": (True, ("t", config.text_dim)), "clip": (True, ("i", config.clip_dim))}
+    outputs: Tensors = {"text_context": (True, ("t", config.dim)), "image_context": (True, ("i", config.dim))}
+    weights = {
+        **_linear("text_0", "text_embedding.0"),
+        **_linear("text_2", "text_embedding.2"),
+        **_linear("clip_norm_0", "img_emb.proj.0"),
+        **_linear("clip_1", "img_emb.proj.1"),
+        **_linear("clip_3", "img_emb.proj.3"),
+        **_linear("clip_norm_4", "img_emb.proj.4"),
+    }
+    return _stage("dit.context", Context, config, inputs, outputs, weights)
+
+
+def _time(config: DiTConfig) -> StageDefinition:
+    c = config.dim
+    weights = {
+        **_linear("embedding_0", "time_embedding.0"),
+        **_linear("embedding_2", "time_embedding.2"),
+        **_linear("projection", "time_projection.1"),
+    }
+    outputs: Tensors = {"e": (False, (ROWS, c)), "projection": (False, (ROWS, 6 * c))}
+    return _stage("dit.time", Time, config, {"sinusoid": (False, (ROWS, config.freq_dim))}, outputs, weights)
+
+
+def _embed(config: DiTConfig) -> StageDefinition:
+    inputs: Tensors = {
+        "latent": (True, (ROWS, config.in_channels * 4)),
+        "mask": (True, (ROWS, config.mask_channels * 4)),
+        "driving": (True, (ROWS, 1)),
+    }
+    weights = {
+        **_linear("patch", "patch_embedding"),
+        **_linear("pose", "patch_embedding_pose"),
+        **_linear("mask", "patch_embedding_mask"),
+    }
+    return _stage("dit.embed", Embed, config, inputs, {"x": (False, (ROWS, config.dim))}, weights)
+
+
+def _head(config: DiTConfig) -> StageDefinition:
+    inputs: Tensors = {"x": (False, (ROWS, config.dim)), "mod": (False, (2, config.dim))}
+    outputs: Tensors = {"out": (False, (ROWS, config.out_channels * 4))}
+    return _stage("dit.head", Head, config, inputs, outputs, _linear("linear", "head.head"))
 
 
 def definitions(config: DiTConfig) -> list[StageDefinition]:
     """All stages of the transformer, in the order in which a generation first needs them."""
-    c = config.dim
-    embed = StageDefinition(
-        name="dit.embed",
-        build=partial(Embed, config),
-        io=partial(
-            _specs,
-            inputs={
-                "latent": (True, (ROWS, config.in_channels * 4)),
-                "mask": (True, (ROWS, config.mask_channels * 4)),
-                "driving": (True, (ROWS, 1)),
-            },
-            outputs={"x": (False, (ROWS, c))},
-        ),
-        weights={
-            **_linear("patch", "patch_embedding"),
-            **_linear("pose", "patch_embedding_pose"),
-            **_linear("mask", "patch_embedding_mask"),
-        },
-        family="dit.embed",
-    )
-    time = StageDefinition(
-        name="dit.time",
-        build=partial(Time, config),
-        io=partial(
-            _specs,
-            inputs={"sinusoid": (False, (ROWS, config.freq_dim))},
-            outputs={"e": (False, (ROWS, c)), "projection": (False, (ROWS, 6 * c))},
-        ),
-        weights={
-            **_linear("embedding_0", "time_embedding.0"),
-            **_linear("embedding_2", "time_embedding.2"),
-            **_linear("projection", "time_projection.1"),
-        },
-        family="dit.time",
-    )
-    context = StageDefinition(
-        name="dit.context",
-        build=partial(Context, config),
-        io=partial(
-            _specs,
-            inputs={"text": (True, ("t", config.text_dim)), "clip": (True, ("i", config.clip_dim))},
-            outputs={"text_context": (True, ("t", c)), "image_context": (True, ("i", c))},
-        ),
-        weights={
-            **_linear("text_0", "text_embedding.0"),
-            **_linear("text_2", "text_embedding.2"),
-            **_linear("clip_norm_0", "img_emb.proj.0"),
-            **_linear("clip_1", "img_emb.proj.1"),
-            **_linear("clip_3", "img_emb.proj.3"),
-            **_linear("clip_norm_4", "img_emb.proj.4"),
-        },
-        family="dit.context",
-    )
-    head = StageDefinition(
-        name="dit.head",
-        build=partial(Head, config),
-        io=partial(
-            _specs,
-            inputs={"x": (False, (ROWS, c)), "mod": (False, (2, c))},
-            outputs={"out": (False, (ROWS, config.out_channels * 4))},
-        ),
-        weights=_linear("linear", "head.head"),
-        family="dit.head",
-    )
     blocks = [stage for index in range(config.layers) for stage in _block(config, index)]
-    return [context, time, embed, *blocks, head]
+    return [_context(config), _time(config), _embed(config), *blocks, _head(config)]
 
 
 def table_sources(config: DiTConfig) -> dict[str, str]:

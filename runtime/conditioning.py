@@ -73,7 +73,7 @@ def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
 
 
 def load_reference(image: Path, mask: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Image and mask files → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped, overshoot kept."""
+    """Image and mask files → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped."""
 
     def prepared(pixels: np.ndarray) -> Tensor:
         channels_first = torch.from_numpy(pixels).permute(2, 0, 1)

@@ -150,7 +150,7 @@ def plan_segments(total: int, length: int = 81, overlap: int = 5) -> tuple[Segme
 
     Each segment starts `overlap` frames before the end of the one before; only the last may be short, and it is padded
     to the next 4n+1. Raises InputError unless total > 0, both lengths are 4n+1, and 0 < overlap < length.
-    Source: the segment rule of MODEL.md §3 (fixture `segments`, column `plan`)."""
+    The official scripts drop a trailing partial segment instead (zai-org/SCAIL-2, `wan-scail2` pipeline)."""
     if total <= 0:
         raise InputError(f"There are {total} driving frames to animate; at least one is needed.")
     _check_segment_lengths(length, overlap)
@@ -187,7 +187,7 @@ def _nearest(value: int, lowest: int, highest: int | None) -> str:
 
 def oriented(size: tuple[int, int], image_height: int, image_width: int) -> tuple[int, int]:
     """`size` (H, W), swapped if one of size and reference image is portrait and the other landscape. A square one
-    of either kind swaps nothing. Source: MODEL.md §1, the orientation rule of the SCAIL-2 Wan branch."""
+    of either kind swaps nothing. Source: the orientation rule of the SCAIL-2 Wan branch."""
     height, width = size
     opposed = (height > width and image_height < image_width) or (height < width and image_height > image_width)
     return (width, height) if opposed else size
@@ -208,7 +208,7 @@ def check_size(height: int, width: int) -> None:
 def forward_flops(config: DiTConfig, layout: Layout, clip_tokens: int = CLIP_TOKENS) -> int:
     """FLOP of the matrix products of one transformer forward pass, everything computed anew.
 
-    3.16e15 for the 14B model at 512×896×81 frames, 9.9e15 at 704×1280×81 (MODEL.md §4)."""
+    3.16e15 for the 14B model at 512×896×81 frames, 9.9e15 at 704×1280×81."""
     c, rows, context = config.dim, layout.tokens, config.text_len + clip_tokens
     linears = rows * (6 * c * c + 2 * c * config.ffn_dim)  # q k v o, cross q o, ffn up and down
     attention = 2 * rows * rows * c + 2 * rows * context * c  # QKᵀ and PV, self and cross
@@ -223,10 +223,10 @@ def forward_flops(config: DiTConfig, layout: Layout, clip_tokens: int = CLIP_TOK
 
 def vae_encode_flops(frames: int, height: int, width: int) -> float:
     """FLOP to encode T pixel frames (4n+1) of H×W: 3.1e12 for one frame of 512×896, 12.4e12 for five; a frame after
-    the first costs 3/4 of it, since the deep levels see it at half and at a quarter of the rate (MODEL.md §6)."""
+    the first costs 3/4 of it, since the deep levels see it at half and at a quarter of the rate."""
     return 3.1e12 * (1 + 0.75 * (frames - 1)) * height * width / (512 * 896)
 
 
 def vae_decode_flops(frames: int, height: int, width: int) -> float:
-    """FLOP to decode to T pixel frames of H×W: 317e12 for 81 frames of 512×896 (MODEL.md §6), scaled by pixels."""
+    """FLOP to decode to T pixel frames of H×W: 317e12 for 81 frames of 512×896, scaled by pixels."""
     return 317e12 * frames * height * width / (81 * 512 * 896)

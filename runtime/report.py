@@ -108,6 +108,7 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
     """Every option, resolved, with the plan that follows from it."""
     request = plan.request
     return {
+        "report_version": REPORT_VERSION,
         "options": plain(request),
         "mode": plan.mode,
         "seed": request.seed,
@@ -136,7 +137,7 @@ def describe_end(
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Write the report so that a reader sees all of it or nothing."""
-    text = json.dumps({"report_version": REPORT_VERSION, **report}, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".json", delete=False
     ) as file:

@@ -1,5 +1,5 @@
-"""The one-graph transformer: against the golden fixtures and the plain reference in ONNX Runtime, in every precision, and
-its structure; and the folders that `export-onnx` writes."""
+"""The one-graph transformer: against the golden fixtures and the plain reference in ONNX Runtime, in every precision,
+and its structure; and the folders that `export-onnx` writes."""
 
 import json
 import time
@@ -29,7 +29,6 @@ from tests.small import DIT, random_tensors, small_checkpoint
 
 TOLERANCE = 2e-4  # of the golden DiT fixtures
 CASES = [(1, 4, 4, 0, False), (2, 8, 4, 0, True), (3, 4, 8, 1, False), (1, 4, 8, 3, True)]  # F, h, w, N, replace
-ALLOWED = {"Cast": "bf16 and fp16 graphs", "QuantizeLinear": "fp8", "DequantizeLinear": "fp8"}
 
 
 def dit_only(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Checkpoint:
@@ -124,7 +123,7 @@ def test_every_size_runs_in_one_graph(fp32: Path, case: tuple[int, int, int, int
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.03), ("fp16", 4e-3), ("fp8", 0.2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 2e-3), ("fp8", 0.15)])
 def test_stored_values_of_other_precisions(tmp_path: Path, precision: str, tolerance: float) -> None:
     """ONNX Runtime has no bf16 on a CPU: the same stored values and the same rules, in fp32 arithmetic."""
     checkpoint = small_dit()
@@ -139,7 +138,7 @@ def test_stored_values_of_other_precisions(tmp_path: Path, precision: str, toler
     assert 1e-5 < error <= tolerance
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp8", 0.2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp8", 0.15)])
 def test_the_exported_form_in_the_reference_evaluator(tmp_path: Path, precision: str, tolerance: float) -> None:
     """The file as it is written, in real bf16 and e4m3 arithmetic, node by node."""
     checkpoint = small_dit()
@@ -300,6 +299,6 @@ class TestFolders:
 
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr("scail2_rt.engines.onnx_folder.shutil.disk_usage", lambda path: usage)
-        with pytest.raises(InputError, match="needs 0.06 GiB"):
+        with pytest.raises(InputError, match=r"needs 0\.06 GiB"):
             export_onnx(small_dit(), tmp_path / "m", "monolithic")
         assert not list(tmp_path.iterdir())

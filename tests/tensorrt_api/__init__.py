@@ -1,0 +1,1 @@
+"""TensorRT's genuine Python interface without its library: bindings, type stubs, and a recorder that enforces them."""
