@@ -5,8 +5,8 @@ outputs follow from those of the inputs, so they are allocated here and nothing 
 ONNX Runtime has no bf16 arithmetic on a CPU (and on a GPU only for some operations), so stages that compute in bf16 run
 in fp32 on the values as stored: the graph casts them. The e4m3 rule then also runs in fp32, which is exact as long
 as no optimiser rewrites its Q/DQ pairs; a session option sees to that.
-Weights stay in the mapping: no packed and no cast copy is kept, so a model larger than the memory of the machine runs. In
-fp32 that costs nothing measurable; a stage of the 14B in fp8 is cast for some seconds a call, whatever its row count.
+Weights stay in the mapping: no packed and no cast copy is kept, so a model larger than the machine's memory runs. In
+fp32 that costs nothing measurable; a stage of the 14B in fp8 casts for some seconds a call, whatever its row count.
 """
 
 import os

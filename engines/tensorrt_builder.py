@@ -201,7 +201,7 @@ def _add_profiles(
         target = builder.create_optimization_profile()
         for name, shapes in profile.items():
             try:
-                target.set_shape(name, *(trt.Dims(shape) for shape in shapes))
+                target.set_shape(name, *(trt.Dims(list(shape)) for shape in shapes))
             except ValueError as error:
                 raise _failure(stage, files, f"TensorRT refuses the sizes {shapes} of {name} ({error})") from error
         if config.add_optimization_profile(target) < 0:

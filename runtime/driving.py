@@ -73,4 +73,5 @@ def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tenso
 
     groups = (half(clip.frames[group]).transpose(0, 1) for group in frame_groups(len(clip.frames)))
     latent = encode(engines, groups)
-    return latent, mask_latents(half(clip.mask)).to(latent.device)
+    mask = torch.cat([half(frames) for frames in clip.mask.split(FRAMES_AT_ONCE)])
+    return latent, mask_latents(mask).to(latent.device)

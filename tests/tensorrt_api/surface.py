@@ -23,6 +23,7 @@ def members(owner):
             for n, c in vars(owner).items() if inspect.isclass(c) and hasattr(c, "__members__")}
 found = members(tensorrt)
 found["ILogger.Severity"] = members(tensorrt.ILogger)["Severity"]
+assert tuple(tensorrt.Dims([2, 3])) == tuple(tensorrt.Dims((2, 3))) == (2, 3)
 print(json.dumps({"version": tensorrt.__version__, "enums": found}))
 """
 

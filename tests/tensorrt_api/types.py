@@ -31,7 +31,7 @@ def type_errors(version: str, sources: Sequence[Path], folder: Path) -> list[str
     before = os.environ.get("MYPYPATH")
     os.environ["MYPYPATH"] = paths
     try:
-        arguments = ["--config-file", str(configuration), "--cache-dir", str(folder / f"cache-{version}")]
+        arguments = ["--config-file", str(configuration), "--cache-dir", str(stubs(version).parent / "mypy-cache")]
         executable = ["--python-executable", sys.executable, "--no-error-summary", "--hide-error-context"]
         out, problem, _ = api.run([*arguments, *executable, *map(str, sources)])
     finally:

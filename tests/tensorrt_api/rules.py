@@ -1,0 +1,12 @@
+"""How a broken rule is reported."""
+
+ALIGNMENT = 256  # bytes; what TensorRT asks of scratch memory, and what we hold for every address
+
+
+class Violation(AssertionError):
+    """Our code did with TensorRT what must not be done."""
+
+
+def demand(condition: bool, broken: str) -> None:
+    if not condition:
+        raise Violation(broken)
