@@ -1,8 +1,8 @@
 """What TensorRT's engine inspector says about the matrix products of a plan.
 
-A plan can be correct and slow: an fp8 stage whose product was dequantised first runs in 16 bits. The layer's tactic name
-does not tell; the data types of the operands do. The inspector's JSON (plans are built with detailed verbosity) has one
-object a layer, with its kind and, for every input, a description such as "Row major linear FP8 format".
+A plan can be correct and slow: an fp8 stage whose product was dequantised first runs in 16 bits. The layer's tactic
+name does not tell; the data types of the operands do. The inspector's JSON (plans are built with detailed verbosity) has
+one object a layer, with its kind and, for every input, a description such as "Row major linear FP8 format".
 """
 
 import json
@@ -34,7 +34,7 @@ class Product:
 
 
 def products(text: str) -> list[Product]:
-    """The matrix products in the inspector's JSON of one engine. Scail2Error when it cannot be read or has no details."""
+    """The matrix products in the inspector's JSON of one engine. Scail2Error when it has no details or is no JSON."""
     try:
         layers = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError) as error:

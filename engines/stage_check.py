@@ -1,8 +1,9 @@
 """One stage against its reference: inputs, the plain fp32 stage, errors, times, and a CUDA graph's result.
 
-The reference is the stage's own module in fp32 on the CPU with weights straight from the checkpoint: nothing of the weight
-store or of the build is in it. Inputs are random with the scales of real ones, of order one and nowhere zero; flags,
-masks and relative positions are what they are in a run.
+The reference is the stage's own module in fp32 on the CPU with weights straight from the checkpoint: nothing of the
+weight store or of the build is in it. Inputs are random with the scales of real ones, of order one and nowhere zero;
+flags, masks and relative positions are what they are in a run. A tolerance is about three times the worst error that was
+seen over the tiny checkpoint's stages on a CPU: fp32 3e-6, fp16 3e-3, bf16 6e-3, fp8 5e-2.
 """
 
 import statistics
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from scail2_rt.export.tensors import TensorSource
 
 # max |actual - reference| / max |reference|, by the coarsest type that a value passes through
-TOLERANCES = {"fp32": 5e-5, "fp16": 1e-2, "bf16": 4e-2, "fp8": 1.2e-1}
+TOLERANCES = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 2e-2, "fp8": 1.5e-1}
 CLIP_TOKENS = 257
 PROMPT_TOKENS = 48
 LATENT = (4, 6)  # h, w: a picture of 32×48
@@ -40,7 +41,7 @@ def level(numerics: Numerics) -> str:
 
 
 def stage_inputs(definition: StageDefinition, config: ModelConfig, rows: int, seed: int) -> list[Tensor]:
-    """Inputs in fp32 (positions in int64), equal for equal stage, sizes and seed. `rows`: tokens of a token-wise stage."""
+    """Inputs in fp32 (positions in int64), equal for equal stage, sizes and seed. rows: of a token-wise stage."""
     text = 0 if config.dit is None else config.dit.text_len
     image = CLIP_TOKENS if config.clip is None else config.clip.tokens
     sizes = {"": 1, ROWS: rows, "t": text, "i": image, "n": PROMPT_TOKENS, "h": LATENT[0], "w": LATENT[1]}
@@ -87,15 +88,19 @@ class Reference:
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max |actual - expected| / max |expected|; infinite for another shape or values that are not finite."""
-    actual = actual.detach().float().cpu()
-    if actual.shape != expected.shape or not actual.isfinite().all():
-        return float("inf")
-    scale = expected.abs().max()
-    if not scale > 0:
-        raise Scail2Error("the reference gives only zeros for a stage, so it says nothing; is the checkpoint empty?")
-    return float((actual - expected).abs().max() / scale)
+def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    """max |actual - expected| / max |expected| of the worst output; of an output that is all zeros (caches begin so) the
+    absolute value. None when shapes differ or values are not finite. Scail2Error when the reference is all zeros."""
+    if not any(bool(e.any()) for e in expected):
+        raise Scail2Error("the reference gives only zeros, so it says nothing; is the checkpoint empty?")
+    errors = []
+    for a, e in zip(actual, expected, strict=True):
+        a = a.detach().float().cpu()
+        if a.shape != e.shape or not a.isfinite().all():
+            return None
+        scale = float(e.abs().max())
+        errors.append(float((a - e).abs().max()) / (scale or 1.0))
+    return max(errors)
 
 
 def median_s(call: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -20,7 +20,7 @@ from scail2_rt.engines.manifest import ExecutorRecord
 from scail2_rt.engines.onnx_executor import _size, _sizes
 from scail2_rt.engines.tensorrt_builder import data_type
 from scail2_rt.engines.tensorrt_profiles import PICTURE_MULTIPLE, InputRange
-from scail2_rt.engines.tensorrt_session import ALIGNMENT, TensorRTSession
+from scail2_rt.engines.tensorrt_session import ALIGNMENT, Device, TensorRTSession
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import ROWS, StageDefinition
@@ -84,13 +84,10 @@ class TensorRTEngine:
         sizes = _sizes(self.name, self.inputs, inputs)
         device = self._session.device
         tensors = [
-            _readable(tensor.to(device.torch_device, spec.dtype))
+            _readable(tensor.to(device.torch_device, spec.dtype), device)
             for spec, tensor in zip(self.inputs, inputs, strict=True)
         ]
-        outputs = tuple(
-            torch.empty([_size(dim, sizes) for dim in spec.dims], dtype=spec.dtype, device=device.torch_device)
-            for spec in self.outputs
-        )
+        outputs = tuple(device.empty([_size(dim, sizes) for dim in spec.dims], spec.dtype) for spec in self.outputs)
         addresses = {spec.name: tensor.data_ptr() for spec, tensor in zip(self.inputs, tensors, strict=True)}
         addresses |= {spec.name: tensor.data_ptr() for spec, tensor in zip(self.outputs, outputs, strict=True)}
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
@@ -235,7 +232,8 @@ def _range(engine: "trt.ICudaEngine", name: str, profile: int) -> InputRange:
     return InputRange(*(tuple(shape) for shape in engine.get_tensor_profile_shape(name, profile)))
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor as TensorRT reads it: contiguous, at an aligned address. A copy only where it is neither."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+def _readable(tensor: Tensor, device: Device) -> Tensor:
+    """The tensor as TensorRT reads it: contiguous, at an aligned address. A copy only where it is not so already."""
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return device.empty(tensor.shape, tensor.dtype).copy_(tensor)

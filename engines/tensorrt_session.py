@@ -9,7 +9,7 @@ call); when the caller is on it, work goes to a stream of the session's own, ord
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +33,10 @@ class Device(Protocol):
     def stream(self) -> contextlib.AbstractContextManager[int]:
         """The handle of a stream that is not the default one; work on it lies, for the caller, between what it did
         before and what it does after."""
+        ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor at an aligned address."""
         ...
 
     def capturing(self) -> bool:
@@ -70,6 +74,9 @@ class CudaDevice:
                 yield self._own.cuda_stream
             finally:
                 current.wait_stream(self._own)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.torch_device)  # PyTorch aligns blocks to 512 bytes
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -2,9 +2,9 @@
 
 Four questions, each with its own answer, because each finds what the others miss. Are the files those of the manifest
 (hashes)? Is every value in the weight store the checkpoint's value in the folder's precision (bit by bit; this finds
-one changed weight, whatever the manifest says)? Does every stage of every executor compute what the plain fp32 stage does
-(random inputs)? And does it compute as it was meant to: same numbers under a CUDA graph, fp8 operands in an fp8 plan, and
-how long does it take. Stage by stage, one in memory at a time, so that a 14B folder needs no more than its largest
+one changed weight, whatever the manifest says)? Does every stage of every executor compute what the plain fp32 stage
+does (random inputs)? And does it compute as it was meant to: the same numbers under a CUDA graph, fp8 operands in an fp8
+plan, and how fast. Stage by stage, one in memory at a time, so that a 14B folder needs no more memory than its largest
 stage in fp32.
 """
 
@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from scail2_rt.engines import inspector
 from scail2_rt.engines.backends import stage_numerics
 from scail2_rt.engines.executors import EngineSet, open_engines
 from scail2_rt.engines.manifest import Identity, Manifest, check_folder, differences, read_manifest
-from scail2_rt.engines.stage_check import TOLERANCES, Reference, level, median_s, relative_error, replayed, stage_inputs
+from scail2_rt.engines.stage_check import TOLERANCES, Reference, level, median_s, replayed, stage_inputs, worst_error
 from scail2_rt.engines.store_check import check_files, check_sources, check_tables, check_weights
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.lora import LoRASpec, apply_loras
@@ -66,20 +65,21 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """One stage in one executor. error: max |actual - reference| / max |reference| over its worst output; level: the
-    numerics that decide the tolerance; fault: what failed besides the error, or None."""
+    """One stage in one executor. error: max |actual - reference| / max |reference| of its worst output, None when there
+    is nothing to compare; level: the numerics that decide the tolerance; fault: what failed besides the error, or None.
+    """
 
     stage: str
     backend: str
     level: str
-    error: float
+    error: float | None
     tolerance: float
     median_s: float
     fault: str | None
     passed: bool
 
     def __str__(self) -> str:
-        if self.fault is not None:
+        if self.fault is not None or self.error is None:
             return f"{self.backend}: {self.fault}"
         return f"{self.backend} {self.error:.2g} (at most {self.tolerance:g}), {self.median_s * 1e3:.3g} ms"
 
@@ -110,10 +110,10 @@ class VerifyReport:
         lines = []
         for key in dict.fromkeys((result.backend, result.level) for result in self.stages):
             group = [result for result in self.stages if (result.backend, result.level) == key]
-            worst = max(group, key=lambda result: result.error)
+            error, stage = max((result.error or 0.0, result.stage) for result in group)
             lines.append(
-                f"{key[0]} in {key[1]}: {len(group)} stages, worst error {worst.error:.2g} ({worst.stage}), tolerance "
-                f"{worst.tolerance:g}, {sum(result.median_s for result in group) * 1e3:.3g} ms in all"
+                f"{key[0]} in {key[1]}: {len(group)} stages, worst error {error:.2g} ({stage}), tolerance "
+                f"{group[0].tolerance:g}, {sum(result.median_s for result in group) * 1e3:.3g} ms in all"
             )
         failed = [check.name for check in self.checks if check.passed is False]
         failed += [f"{result.stage} in {result.backend}" for result in self.stages if not result.passed]
@@ -223,7 +223,7 @@ def _check_stage(
     for backend, engines in sets.items():
         numerics = stage_numerics(definition, manifest.precision, backend)
         name = level(numerics)
-        result = StageResult(definition.name, backend, name, float("inf"), TOLERANCES[name], 0.0, None, False)
+        result = StageResult(definition.name, backend, name, None, TOLERANCES[name], 0.0, None, False)
         given = [x.to(spec.dtype) for x, spec in zip(plain, definition.io(numerics)[0], strict=True)]
         try:
             results.append(_measured(result, reference, given, engines, request.repeats, inspectors.get(backend)))
@@ -246,7 +246,9 @@ def _measured(
     expected = reference(given)
     inputs = [tensor.to(engines.device) for tensor in given]
     actual = engines.run(name, *inputs)
-    error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+    error = worst_error(actual, expected)
+    if error is None:
+        return dataclasses.replace(result, fault="its outputs have another shape, or values that are not finite")
     seconds = median_s(lambda: engines.run(name, *inputs), repeats, engines.device)
     fault = None
     if has_graphs(engines):

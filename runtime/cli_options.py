@@ -172,6 +172,7 @@ OUTPUT_OPTIONS = in_section(
     option(
         "--size",
         type=SizeType(),
+        metavar="HxW",
         help="Height and width, multiples of 32, taken as given.  [default: 512x896, "
         "turned to the reference image's orientation]",
     ),

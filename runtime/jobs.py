@@ -119,6 +119,11 @@ def check_case(case: Case) -> JobPlan:
     """The plan of a case; InputError when it cannot work."""
     if case.request is None:
         raise case.error or InputError(f"{case.name} holds no request.")
+    beside = report.report_path(case.request.output)
+    if beside.exists() and not report.is_report(beside):
+        raise InputError(
+            f"The report would replace {beside}, which is no report of scail2-rt: choose another name with -o."
+        )
     return check_request(case.request)
 
 
@@ -260,7 +265,8 @@ def run_batch(
     plans = [(case, plan) for case, plan in checked if plan is not None]
     manifest = engine_manifest(choice)
     with opened(choice) if plans and not estimate_only else nullcontext() as engines:
-        for case, plan in plans:
+        for number, (case, plan) in enumerate(plans, 1):
+            print(f"case {number}/{len(plans)}: {case.name}", file=sys.stderr)
 
             def work(plan: JobPlan = plan) -> tuple[dict[str, Any], str]:
                 fitting = fit_engines(plan, choice, manifest, preset)

@@ -37,6 +37,14 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.partial.mp4")
 
 
+def is_report(path: Path) -> bool:
+    """Was this file written by `write_report`? Anything else of that name is the user's and must be kept."""
+    try:
+        return "report_version" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:

@@ -148,6 +148,13 @@ def test_an_existing_output_is_kept(scail2: Run, engines: Path, case: Path, tmp_
     assert (tmp_path / "a.mp4").read_text() == "mine"
 
 
+def test_a_file_in_the_place_of_the_report_is_kept(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"poses": []}')
+    message = error_of(scail2("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL))
+    assert "a.json" in message
+    assert (tmp_path / "a.json").read_text() == '{"poses": []}'
+
+
 @pytest.mark.parametrize(
     ("output", "says"),
     [

@@ -143,6 +143,7 @@ def test_batch_runs_the_good_cases_and_reports_the_bad_one(
     assert reply["failed"] == 1
     assert sorted(entry["status"] for entry in reply["cases"]) == ["complete", "complete", "failed"]
     assert "error: line 3" in result.stderr
+    assert "case 2/2: line 4" in result.stderr
     assert result.stderr.count("engines:") == 1
     name = replace_case.name
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

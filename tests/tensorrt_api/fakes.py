@@ -7,7 +7,6 @@ a small JSON document; executing it runs the plan's ONNX file in ONNX Runtime, o
 """
 
 import ctypes
-import gc
 import json
 import threading
 import weakref
@@ -30,7 +29,6 @@ class Fake:
     _r: Any = None
 
     def _alive(self, reference: "weakref.ref[Any]", what: str) -> Any:
-        gc.collect()
         found = reference()
         demand(found is not None, f"{what} was dropped while {type(self).__name__} still needed it")
         return found

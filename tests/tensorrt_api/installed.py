@@ -34,7 +34,9 @@ def installed(version: str) -> Iterator[Recorder]:
         pytest.skip(f"no TensorRT bindings: {error}")
     gpu = tensorrt_preflight.GpuFacts("NVIDIA H200", (9, 0), GPU_BYTES)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(sys.modules, {"tensorrt": recorder.module}))
+        before = sys.modules.get("tensorrt")
+        sys.modules["tensorrt"] = recorder.module  # this entry alone: what is imported meanwhile must stay
+        stack.callback(lambda: sys.modules.pop("tensorrt") if before is None else sys.modules.update(tensorrt=before))
         for module in (tensorrt_builder, tensorrt_preflight):
             stack.enter_context(mock.patch.object(module, "find_gpu", return_value=gpu))
         forget_logger(tensorrt_library)

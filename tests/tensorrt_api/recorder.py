@@ -12,7 +12,7 @@ import importlib.machinery
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tests.tensorrt_api import fakes
-from tests.tensorrt_api.rules import Violation, demand
+from tests.tensorrt_api.rules import ALIGNMENT, Violation, demand
 from tests.tensorrt_api.surface import Surface, surface
 
 CALLBACKS = {
@@ -71,6 +71,12 @@ class FakeDevice:
             yield self.handle
         finally:
             self.open = False
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        count = int(torch.Size(shape).numel())
+        block = torch.empty(count * dtype.itemsize + ALIGNMENT, dtype=torch.uint8)
+        start = -block.data_ptr() % ALIGNMENT
+        return block[start : start + count * dtype.itemsize].view(dtype).view(list(shape))
 
     def capturing(self) -> bool:
         return self.recording
