@@ -1,8 +1,9 @@
 """What TensorRT's engine inspector says about the matrix products of a plan.
 
 A plan can be correct and slow: an fp8 stage whose product was dequantised first runs in 16 bits. The layer's tactic
-name does not tell; the data types of the operands do. The inspector's JSON (plans are built with detailed verbosity) has
-one object a layer, with its kind and, for every input, a description such as "Row major linear FP8 format".
+name does not tell; the data types of the operands do. The inspector's JSON (plans are built with detailed verbosity)
+has one object a layer, with its kind and, for every input, a description such as "Row major linear FP8 format". The
+form is the documented one; no real report has been seen here.
 """
 
 import json

@@ -49,13 +49,18 @@ class SilentObserver:
 
 
 class Phase:
-    """Steps of one phase: counts them, times them, and estimates the rest from the bytes done so far."""
+    """Steps of one phase: counts them, times them, and estimates the rest from the effort of the steps done so far.
 
-    def __init__(self, observer: BuildObserver, name: str, sizes: dict[str, int]) -> None:
+    `sizes` in bytes; `effort` in any unit, where bytes do not tell how long a step takes."""
+
+    def __init__(
+        self, observer: BuildObserver, name: str, sizes: dict[str, int], effort: dict[str, float] | None = None
+    ) -> None:
         self.observer, self.name, self.sizes = observer, name, sizes
+        self._effort = effort or {step: float(max(size, 1)) for step, size in sizes.items()}
         self._order = {step: i + 1 for i, step in enumerate(sizes)}
         self._left = set(sizes)
-        self._worked_bytes, self._worked_s, self._start = 0, 0.0, 0.0
+        self._worked, self._worked_s, self._start = 0.0, 0.0, 0.0
 
     def skip(self, name: str) -> None:
         """This step was done by an earlier call."""
@@ -71,6 +76,6 @@ class Phase:
         seconds = time.monotonic() - self._start
         self._left.discard(step.name)
         self._worked_s += seconds
-        self._worked_bytes += max(step.size_bytes, 1)
-        left = sum(max(self.sizes[name], 1) for name in self._left)
-        self.observer.done(replace(step, seconds=seconds, remaining_s=self._worked_s * left / self._worked_bytes))
+        self._worked += self._effort[step.name]
+        left = sum(self._effort[name] for name in self._left)
+        self.observer.done(replace(step, seconds=seconds, remaining_s=self._worked_s * left / self._worked))

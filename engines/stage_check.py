@@ -2,8 +2,8 @@
 
 The reference is the stage's own module in fp32 on the CPU with weights straight from the checkpoint: nothing of the
 weight store or of the build is in it. Inputs are random with the scales of real ones, of order one and nowhere zero;
-flags, masks and relative positions are what they are in a run. A tolerance is about three times the worst error that was
-seen over the tiny checkpoint's stages on a CPU: fp32 3e-6, fp16 3e-3, bf16 6e-3, fp8 5e-2.
+flags, masks and relative positions are what they are in a run. A tolerance is about three times the worst error over
+the tiny checkpoint's stages on a CPU: fp32 3e-6, fp16 3e-3, bf16 6e-3, fp8 5e-2.
 """
 
 import statistics
@@ -89,8 +89,8 @@ class Reference:
 
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
-    """max |actual - expected| / max |expected| of the worst output; of an output that is all zeros (caches begin so) the
-    absolute value. None when shapes differ or values are not finite. Scail2Error when the reference is all zeros."""
+    """max |actual - expected| / max |expected| of the worst output; of an output that is all zeros (caches begin so)
+    the absolute value. None when shapes differ or values are not finite. Scail2Error when the reference is all zeros."""
     if not any(bool(e.any()) for e in expected):
         raise Scail2Error("the reference gives only zeros, so it says nothing; is the checkpoint empty?")
     errors = []

@@ -3,9 +3,9 @@
 Four questions, each with its own answer, because each finds what the others miss. Are the files those of the manifest
 (hashes)? Is every value in the weight store the checkpoint's value in the folder's precision (bit by bit; this finds
 one changed weight, whatever the manifest says)? Does every stage of every executor compute what the plain fp32 stage
-does (random inputs)? And does it compute as it was meant to: the same numbers under a CUDA graph, fp8 operands in an fp8
-plan, and how fast. Stage by stage, one in memory at a time, so that a 14B folder needs no more memory than its largest
-stage in fp32.
+does (random inputs)? And does it compute as it was meant to: the same numbers under a CUDA graph, fp8 operands in an
+fp8 plan, and how fast. Stage by stage, one in memory at a time, so that a 14B folder needs no more memory than its
+largest stage in fp32.
 """
 
 import dataclasses

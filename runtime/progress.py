@@ -146,16 +146,24 @@ def open_progress() -> Iterator[Progress]:
 
 
 class BuildLines:
-    """What `build-engines` shows on stderr: a line for each finished step, with its size, its time and what is left."""
+    """What `build-engines` shows on stderr: a line for each finished step, with its size, its time and what is left; for
+    a long one (hashing a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
+
+    def __init__(self) -> None:
+        self.printed = 0.0
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def started(self, step: "BuildStep") -> None:
-        """A step is shown when it is done."""
+        self.printed = time.monotonic()
 
     def advanced(self, step: "BuildStep", done_bytes: int) -> None:
-        """Steps are short enough to be shown only when done."""
+        if time.monotonic() - self.printed < LINE_INTERVAL_S:
+            return
+        self.printed = time.monotonic()
+        done, size = done_bytes / 2**30, step.size_bytes / 2**30
+        print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB", file=sys.stderr, flush=True)
 
     def done(self, step: "BuildStep") -> None:
         if step.phase == "seal":

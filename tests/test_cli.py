@@ -269,3 +269,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(scail2: Run, tmp_path: Path) ->
 def test_an_interrupted_json_error_is_parseable() -> None:
     message, code = explain(KeyboardInterrupt())
     assert (json.loads(json.dumps(message)), code) == ("interrupted", 130)
+
+
+def test_a_long_step_of_a_build_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scail2_rt.engines.observe import BuildStep
+    from scail2_rt.runtime import progress
+
+    lines, step = progress.BuildLines(), BuildStep("hash", 1, 2, "model.pt", 60 * 2**30)
+    lines.started(step)
+    lines.advanced(step, 2**30)
+    assert capsys.readouterr().err == ""  # too early
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
+    lines.advanced(step, 15 * 2**30)
+    assert capsys.readouterr().err == "hash model.pt: 15.0 of 60.0 GiB\n"

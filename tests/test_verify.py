@@ -1,4 +1,4 @@
-"""The acceptance test of engine folders: passes on good ones, and finds each kind of damage by the check made for it."""
+"""The acceptance test of engine folders: it passes good ones, and finds each kind of damage by the check made for it."""
 
 import dataclasses
 import json
@@ -118,7 +118,10 @@ class TestDamage:
         build_small(tmp_path / "e", precision)
         tensor = "dit.blocks.0.qkv.linear.weight"
         width = StoreLayout.read(tmp_path / "e" / STORE).location(tensor).dtype.itemsize
-        change_value(tmp_path / "e", tensor, 5 * width + width - 1, 0x40)  # the highest bit of the exponent
+        if precision == "fp8":  # one weight has too little room there; a column's scale times or by 2
+            change_value(tmp_path / "e", "dit.blocks.0.qkv.linear.scale", 4 * 5 + 2, 0x80)
+        else:
+            change_value(tmp_path / "e", tensor, 5 * width + width - 1, 0x40)  # the highest bit of the exponent
         rewrite_hash(tmp_path / "e", STORE)
         report = run(tmp_path / "e", small_checkpoint())
         assert failed(report) == {("dit.blocks.0.qkv", "torch")}
@@ -328,6 +331,5 @@ class TestInspector:
 def test_progress_hears_every_line(small: Path) -> None:
     lines: list[str] = []
     report = verify(VerifyRequest(small), small_checkpoint(), lines.append)
-    assert [line for line in report.text.splitlines() if line[:4] in ("PASS", "----")][:-1] == sorted(
-        lines, key=lambda line: (line.split(":")[0].split(" ", 1)[1] not in verdicts(report), lines.index(line))
-    )
+    assert len(lines) == len(report.checks) + len(report.stages)  # one executor: a line a stage
+    assert set(lines) <= set(report.text.splitlines())
