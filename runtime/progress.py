@@ -146,8 +146,8 @@ def open_progress() -> Iterator[Progress]:
 
 
 class BuildLines:
-    """What `build-engines` shows on stderr: a line for each finished step, with its size, its time and what is left; for
-    a long one (hashing a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
+    """What `build-engines` shows on stderr: a line for each finished step, with its size, its time and what is left;
+    for a long one (hashing a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
 
     def __init__(self) -> None:
         self.printed = 0.0

@@ -94,6 +94,7 @@ class Builder(Fake):
         config._check(network)
         monitor = self._alive(config._monitor, "the progress monitor")
         cache = self._alive(config._cache, "the timing cache")
+        self._r.log("INFO", "Detected inputs and output network tensors.", logger)
         go_on = self._r.play_phases(monitor)
         if not go_on:
             return None
