@@ -90,7 +90,7 @@ class Reference:
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
     """max |actual - expected| / max |expected| of the worst output; of an output that is all zeros (caches begin so)
-    the absolute value. None when shapes differ or values are not finite. Scail2Error when the reference is all zeros."""
+    the absolute value. None for another shape or values that are not finite. Scail2Error when the reference is zero."""
     if not any(bool(e.any()) for e in expected):
         raise Scail2Error("the reference gives only zeros, so it says nothing; is the checkpoint empty?")
     errors = []

@@ -170,6 +170,17 @@ def verify(
     return VerifyReport(str(request.directory), manifest.precision, passed, tuple(checks), tuple(stages), wall_s)
 
 
+def open_for(directory: Path, checkpoint: Path, parts: Mapping[str, Path] | None = None) -> "Checkpoint":
+    """The checkpoint, with the components that the engine folder has. parts: "vae", "umt5", "clip", "tokenizer" → path;
+    what is not given is taken from where the build found it, if it named it apart."""
+    from scail2_rt.export.checkpoint import COMPONENTS, open_checkpoint
+
+    manifest = read_manifest(directory)
+    components = [name for name in COMPONENTS if getattr(manifest.config, name) is not None]
+    named = {name: Path(path) for name, path in manifest.overrides.items()}
+    return open_checkpoint(checkpoint, **{**named, **(parts or {})}, components=components)
+
+
 def _check_model(manifest: Manifest, checkpoint: "Checkpoint") -> None:
     """InputError when the checkpoint is not even of the folder's sizes."""
     wanted = dataclasses.replace(manifest.identity, config=checkpoint.config)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from scail2_rt.export.cache import cache_directory
 from scail2_rt.export.errors import Scail2Error
 from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import Dim, StageDefinition, TensorSpec
@@ -129,9 +130,7 @@ class _Trace:
         text = repr((self.family, self.recipe, self.numerics, OPSET, _sources(self.module)))
         if " at 0x" in text:
             return None
-        root = os.environ.get("XDG_CACHE_HOME")
-        folder = (Path(root) if root else Path.home() / ".cache") / "scail2-rt" / "graphs"
-        return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.onnx"
+        return cache_directory() / "graphs" / f"{hashlib.sha256(text.encode()).hexdigest()}.onnx"
 
 
 def stage_graph(definition: StageDefinition, numerics: Numerics) -> "onnx.ModelProto":

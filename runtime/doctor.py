@@ -1,9 +1,9 @@
 """`doctor`: what this machine has, which executor `auto` would take and why, and what would make it faster.
 
-It must answer on a machine where things are missing or broken, so every library is probed by itself: a probe gives text,
-never an error, and says "not installed" or "broken" with the library's own message. Only one of them is slow to
-import (PyTorch); graphics cards are also asked for through the driver's own tool, so that a PyTorch without CUDA is told
-apart from a machine without a GPU.
+It must answer on a machine where things are missing or broken, so every library is probed by itself: a probe gives
+text, never an error, and says "not installed" or "broken" with the library's own message. Graphics cards are asked for
+through the driver's own tool, so that a PyTorch without CUDA is told apart from a machine without a GPU. Most of
+the time goes into importing PyTorch.
 """
 
 import importlib
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,8 @@ class Library:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The answers, in the order of the screen. engines: does the folder that was named open here; None: none was named."""
+    """The answers, in the order of the screen. engines, engines_open: None when no folder was named; backend: None when
+    none can run."""
 
     python: str
     system: str
@@ -117,10 +119,10 @@ def _of(free: float | None, total: float | None, word: str) -> str:
 
 def diagnose(engines: Path | None = None) -> Diagnosis:
     """Look at this machine, and at an engine folder if one is named. Raises nothing."""
-    gpus = _gpus()
     libraries = (_torch(), _triton(), _tensorrt(), _onnxruntime(), _pyav())
     by_name = {library.name: library for library in libraries}
     cuda, torch_sees_gpu = _cuda(by_name["PyTorch"])
+    gpus = _gpus() or (_gpus_of_torch() if torch_sees_gpu else ())
     backend, reason = _choice(by_name["PyTorch"])
     opened: tuple[str, bool] | None = None if engines is None else _opens(engines, by_name["PyTorch"])
     place = engines if engines is not None and engines.is_dir() else Path.cwd()
@@ -159,7 +161,8 @@ def _one_line(error: BaseException) -> str:
 
 def _probe(name: str, module: str, packages: tuple[str, ...], describe: Callable[[ModuleType], str]) -> Library:
     """Import a library and describe it; `packages`: distributions that bring it."""
-    version = next((v for v in (_attempt(lambda p=p: importlib.metadata.version(p)) for p in packages) if v), None)
+    versions = (_attempt(partial(importlib.metadata.version, package)) for package in packages)
+    version = next((found for found in versions if found), None)
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -227,6 +230,22 @@ def _gpus() -> tuple[GPU, ...]:
     def ask() -> tuple[GPU, ...]:
         done = subprocess.run(DRIVER_TOOL, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
         return tuple(_parse_gpu(line) for line in done.stdout.splitlines() if line.strip())
+
+    return _attempt(ask) or ()
+
+
+def _gpus_of_torch() -> tuple[GPU, ...]:
+    """The cards by PyTorch, for containers without the driver's tool."""
+
+    def ask() -> tuple[GPU, ...]:
+        import torch
+
+        found = []
+        for index in range(torch.cuda.device_count()):
+            free, total = (amount / GIB for amount in torch.cuda.mem_get_info(index))
+            capability = torch.cuda.get_device_capability(index)
+            found.append(GPU(torch.cuda.get_device_name(index), capability, free, total, "unknown"))
+        return tuple(found)
 
     return _attempt(ask) or ()
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 import hashlib
 import html
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from scail2_rt.export.cache import cache_directory
 from scail2_rt.export.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,20 +80,6 @@ class Tokenizer:
                 f"use the {TOKENIZER_FILE} that came with this checkpoint."
             )
         return ids
-
-
-def cache_directory() -> Path:
-    """$SCAIL2_RT_CACHE, or scail2-rt in $XDG_CACHE_HOME, in ~/.cache, or (for a user without a home) in the system's
-    folder of temporary files."""
-    if own := os.environ.get("SCAIL2_RT_CACHE"):
-        return Path(own)
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if xdg.is_absolute():  # the XDG specification says to ignore a relative one
-        return xdg / "scail2-rt"
-    try:
-        return Path.home() / ".cache" / "scail2-rt"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / "scail2-rt"
 
 
 class PromptCache:

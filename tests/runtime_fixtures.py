@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from scail2_rt.export.cache import cache_directory
 from scail2_rt.runtime.demo import draw_case
 from tests.command import SCAIL2_RT, Run, command_environment
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prompt cache of the test session's own."""
-    return tmp_path_factory.mktemp("cache")
+    """A cache of the test session's own for prompts; traced graphs are the user's, since tracing takes minutes."""
+    directory, graphs = tmp_path_factory.mktemp("cache"), cache_directory() / "graphs"
+    graphs.mkdir(parents=True, exist_ok=True)
+    (directory / "graphs").symlink_to(graphs)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,7 @@ def traces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str
         return original(definition, numerics)  # type: ignore[arg-type]
 
     monkeypatch.setattr(onnx_stages, "_traced", counted)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCAIL2_RT_CACHE", str(tmp_path / "cache"))
     onnx_stages._graph.cache_clear()
     yield names
     onnx_stages._graph.cache_clear()
@@ -216,7 +216,7 @@ def test_graphs_are_kept_on_disk(traces: list[str], tmp_path: Path) -> None:
     onnx_stages._graph.cache_clear()
     assert stage_graph(stage, FP32).SerializeToString(deterministic=True) == first
     assert traces == ["umt5.final"]
-    (kept,) = (tmp_path / "cache" / "scail2-rt" / "graphs").glob("*")
+    (kept,) = (tmp_path / "cache" / "graphs").glob("*")
     for damage in (first[: len(first) // 2], b"", b"no graph"):
         kept.write_bytes(damage)
         onnx_stages._graph.cache_clear()
@@ -237,7 +237,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
     traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("SCAIL2_RT_CACHE", str(tmp_path / "file"))
     assert len(stage_graph(STAGES["umt5.final"], FP32).graph.node) > 3
     assert traces == ["umt5.final"]
 

@@ -38,11 +38,7 @@ FAULTS = [
     Fault("builder", "    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED\n", ""),
     Fault("builder", "config.set_memory_pool_limit(", "str("),
     Fault("builder", "set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, ", "set_memory_pool_limit("),
-    Fault(
-        "builder",
-        "config.builder_optimization_level = options.optimization_level",
-        "config.builder_optimization_level = 0",
-    ),
+    Fault("builder", "level = options.optimization_level", "level = 0"),
     # its profiles
     Fault("builder", "in profile.items():", "in list(profile.items())[1:]:"),
     Fault("builder", "if config.add_optimization_profile(target) < 0:", "if False:"),
@@ -61,9 +57,7 @@ FAULTS = [
     Fault("builder", "config.progress_monitor = monitor", "config.progress_monitor = monitor\n        del monitor"),
     Fault("progress", "            trt.IProgressMonitor.__init__(self)\n", "            pass\n"),
     Fault("progress", "return progress.step(", "progress.step("),
-    Fault(
-        "progress", "def step_complete(self, phase_name: str, step:", "def step_completed(self, phase_name: str, step:"
-    ),
+    Fault("progress", "def step_complete(", "def step_completed("),
     Fault("progress", "def phase_start(self, phase_name: str, parent_phase", "def phase_start(self, parent_phase"),
     # the result
     Fault("builder", "        write_file(files.plan, plan)\n", ""),
@@ -74,33 +68,19 @@ FAULTS = [
     Fault("library", "severity.name, msg", "severity.label, msg"),
     Fault("session", "        self._runtime.error_recorder = self._recorder\n", ""),
     Fault("session", "        self._recorder = error_recorder(self._errors)\n", ""),
-    Fault(
-        "session",
-        "self._runtime.error_recorder = self._recorder",
-        "self._runtime.error_recorder = error_recorder(self._errors)",
-    ),
+    Fault("session", "error_recorder = self._recorder", "error_recorder = error_recorder(self._errors)"),
     # contexts and memory
     Fault("executor", "ExecutionContextAllocationStrategy.USER_MANAGED", "ExecutionContextAllocationStrategy.STATIC"),
     Fault("executor", "bound.context.set_device_memory(scratch.pointer, scratch.size)", "pass"),
-    Fault(
-        "executor",
-        "set_device_memory(scratch.pointer, scratch.size)",
-        "set_device_memory(scratch.pointer + 8, scratch.size)",
-    ),
-    Fault("executor", "set_device_memory(scratch.pointer, scratch.size)", "set_device_memory(scratch.pointer, 1)"),
+    Fault("executor", "memory(scratch.pointer, ", "memory(scratch.pointer + 8, "),
+    Fault("executor", "(scratch.pointer, scratch.size)", "(scratch.pointer, 1)"),
     Fault("executor", "session.scratch.reserve(self._engine.device_memory_size_v2)", "session.scratch.reserve(1)"),
     Fault("executor", "device_memory_size_v2", "device_memory_size_v3"),
     Fault("session", "return -(-self._block.data_ptr() // ALIGNMENT) * ALIGNMENT", "return self._block.data_ptr() + 1"),
     Fault("executor", "if profile and not context.set_optimization_profile_async(profile, stream):", "if False:"),
-    Fault(
-        "executor", "set_optimization_profile_async(profile, stream)", "set_optimization_profile_async(stream, profile)"
-    ),
+    Fault("executor", "profile_async(profile, stream)", "profile_async(stream, profile)"),
     Fault("executor", "            missing = context.infer_shapes()", "            missing = []"),
-    Fault(
-        "executor",
-        "in zip(self.inputs, shapes, strict=True):\n            if not",
-        "in zip(self.inputs[1:], shapes[1:]):\n            if not",
-    ),
+    Fault("executor", "if not context.set_input_shape(spec.name, shape):", "if False:"),
     # running
     Fault("executor", "for name, address in addresses.items():", "for name, address in list(addresses.items())[:-1]:"),
     Fault("executor", "for name, address in addresses.items():", "for name, address in list(addresses.items())[1:]:"),
@@ -108,19 +88,15 @@ FAULTS = [
     Fault("executor", "if bound.addresses.get(name) != address:", "if name not in bound.addresses:"),
     Fault("executor", "if not bound.context.execute_async_v3(stream):", "if not bound.context.execute_async_v3(0):"),
     Fault("executor", "if not bound.context.execute_async_v3(stream):", "if not bound.context.execute_v2([stream]):"),
-    Fault(
-        "executor",
-        "if not bound.context.execute_async_v3(stream):",
-        "if bound.context.execute_async_v3(stream) is None:",
-    ),
+    Fault("executor", "if not bound.context.execute_async_v3(", "if None is bound.context.execute_async_v3("),
     Fault("executor", "if capturing and (", "if False and ("),
     Fault("executor", "        bound.warm = True\n", ""),
     Fault("executor", "tensor.is_contiguous() and ", ""),
     Fault("executor", " and tensor.data_ptr() % ALIGNMENT == 0", ""),
     Fault(
         "executor",
-        "            self._session.device.synchronize()\n            self._contexts.clear()",
-        "            self._contexts.clear()",
+        "device.synchronize()\n            self._contexts.clear()",
+        "device\n            self._contexts.clear()",
     ),
 ]
 
@@ -147,11 +123,8 @@ def scenario(modules: dict[str, ModuleType], recorder: Recorder, folder: Path) -
     _must_fail(lambda: modules["builder"].build_plans(*arguments, modules["profiles"].PlanOptions(max_rows=99)))
     recorder.settings.refuse_profile = False
     session = modules["session"].TensorRTSession(recorder.device)
-    for name, sizes in (
-        ("dit.head", [{"rows": 4}, {"rows": 9}]),
-        ("vae.picture", [{"h": 4, "w": 90}, {"h": 90, "w": 4}]),
-    ):
-        _run(modules, recorder, session, stages, name, sizes)
+    _run(modules, recorder, session, stages, "dit.head", [{"rows": 4}, {"rows": 9}])
+    _run(modules, recorder, session, stages, "vae.picture", [{"h": 4, "w": 90}, {"h": 90, "w": 4}])
     session.close()
 
 
@@ -206,5 +179,6 @@ def test_a_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
             try:
                 scenario(modules, recorder, tmp_path / version)
             except (Exception, pytest.fail.Exception) as error:
-                caught.append(f"{version}: {error}")
+                caught.append(f"{version}: {type(error).__name__}: {error}")
+    print(*caught, sep="\n")
     assert caught, "nothing noticed it"

@@ -9,8 +9,9 @@ import pytest
 import tokenizers
 import torch
 
+from scail2_rt.export.cache import cache_directory
 from scail2_rt.export.errors import InputError
-from scail2_rt.runtime.text import PromptCache, Tokenizer, cache_directory, clean_prompt
+from scail2_rt.runtime.text import PromptCache, Tokenizer, clean_prompt
 
 VOCABULARY = ["<pad>", "</s>", "<unk>", "a", "man", "dances", "ein", "Mädchen", "一个女孩"]
 END = VOCABULARY.index("</s>")

@@ -1,4 +1,4 @@
-"""The acceptance test of engine folders: it passes good ones, and finds each kind of damage by the check made for it."""
+"""The acceptance test of engine folders passes good ones and finds each kind of damage by the check made for it."""
 
 import dataclasses
 import json
@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from scail2_rt.engines import inspector
 from scail2_rt.engines.build import BuildRequest, build
+from scail2_rt.engines.executors import EngineSet
 from scail2_rt.engines.manifest import MANIFEST, read_manifest, write_manifest
 from scail2_rt.engines.sources import hash_file
 from scail2_rt.engines.stage_check import TOLERANCES, level, stage_inputs, worst_error
 from scail2_rt.engines.store import STORE_NAME, StoreLayout
-from scail2_rt.engines.verify import VerifyReport, VerifyRequest, verify
+from scail2_rt.engines.verify import VerifyReport, VerifyRequest, open_for, verify
 from scail2_rt.export.checkpoint import Checkpoint, open_checkpoint
 from scail2_rt.export.config import ModelConfig
 from scail2_rt.export.errors import InputError, Scail2Error
@@ -333,3 +334,36 @@ def test_progress_hears_every_line(small: Path) -> None:
     report = verify(VerifyRequest(small), small_checkpoint(), lines.append)
     assert len(lines) == len(report.checks) + len(report.stages)  # one executor: a line a stage
     assert set(lines) <= set(report.text.splitlines())
+
+
+def test_a_graph_that_differs_fails_the_stage(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the report makes of a CUDA graph's difference; the recording itself needs a GPU."""
+    monkeypatch.setattr("scail2_rt.engines.verify.has_graphs", lambda engines: True)
+    differences = {"dit.time": 0.25}
+    running: list[str] = []
+    original = EngineSet.run
+
+    def run_noted(self: EngineSet, name: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        running.append(name)
+        return original(self, name, *inputs)
+
+    monkeypatch.setattr(EngineSet, "run", run_noted)
+    monkeypatch.setattr("scail2_rt.engines.verify.replayed", lambda call, eager: differences.get(running[-1], 0.0))
+    report = run(small, small_checkpoint())
+    assert failed(report) == {("dit.time", "torch")}
+    assert verdicts(report)["graph against eager"] is False
+    assert "differs from the eager one by 0.25" in report.text
+
+
+def test_the_checkpoint_is_opened_as_the_build_did(tiny: Checkpoint, tmp_path: Path) -> None:
+    """A part that the build was given apart is found again through the manifest."""
+    apart = tmp_path / "apart.pth"
+    shutil.copy(tiny.sources["clip"].files[0], apart)
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(tiny.path, copy)
+    (copy / tiny.sources["clip"].files[0].relative_to(tiny.path)).unlink()
+    request = BuildRequest(copy, tmp_path / "e", ("torch",), "fp32", components={"clip": apart})
+    build(request, open_checkpoint(copy, clip=apart))
+    checkpoint = open_for(tmp_path / "e", copy)
+    assert checkpoint.sources["clip"].files == (apart,)
+    assert run(tmp_path / "e", checkpoint).passed
