@@ -117,7 +117,7 @@ class _Comparer:
         if not different.any():
             return
         first = int(different.nonzero()[0])
-        text = f"{int(different.sum())} values, the first at {start + first}: {have[first]:.6g}, not {want[first]:.6g}"
+        text = f"{int(different.sum())} values, the first at {start + first}: {have[first]:.9g}, not {want[first]:.9g}"
         self.wrong.setdefault(name, text)
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.manifest import ExecutorRecord
 from scail2_rt.engines.onnx_executor import _size, _sizes
 from scail2_rt.engines.tensorrt_builder import data_type
 from scail2_rt.engines.tensorrt_profiles import PICTURE_MULTIPLE, InputRange
@@ -32,19 +31,6 @@ if TYPE_CHECKING:
 MAX_CONTEXTS = 4  # shapes that a stage keeps prepared, beside those that a CUDA graph has recorded
 
 Shapes = tuple[tuple[int, ...], ...]
-
-
-def check_record(record: ExecutorRecord, version: str, gpu: str, remedy: str) -> None:
-    """InputError when the plans of a folder were built by another TensorRT or on another GPU than are here."""
-    for field, have, want in (
-        ("executors.tensorrt.versions.tensorrt", record.versions.get("tensorrt"), version),
-        ("executors.tensorrt.gpu", record.gpu, gpu),
-    ):
-        if have != want:
-            raise InputError(
-                f"{field}: the plans were built with {have}, and this machine has {want}; plans run only where "
-                f"they were built. Build them again with: {remedy}"
-            )
 
 
 class _Context:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from scail2_rt.engines.manifest import ExecutorRecord
 from scail2_rt.engines.tensorrt_library import require_library
 from scail2_rt.engines.tensorrt_plans import Environment
 from scail2_rt.export.errors import InputError
@@ -59,8 +60,8 @@ def check_machine(precision: Precision | None = None) -> Environment:
     gpu = find_gpu()
     if gpu is None:
         raise InputError(
-            "backend tensorrt builds plans on the GPU that will run them, and PyTorch finds no CUDA GPU on this "
-            "machine; build there, or use --backend onnxruntime here."
+            "backend tensorrt builds its plans on the GPU that runs them, and PyTorch finds no CUDA GPU on this "
+            "machine; use a machine with one, or --backend onnxruntime here."
         )
     if gpu.capability < SMALLEST_CAPABILITY:
         raise InputError(
@@ -73,6 +74,21 @@ def check_machine(precision: Precision | None = None) -> Environment:
             "use --precision bf16."
         )
     return Environment(version, gpu.text)
+
+
+def check_place(record: ExecutorRecord, remedy: str) -> None:
+    """InputError when a folder's plans were built by another TensorRT or on another GPU than are here. `remedy`: the
+    command that builds them again."""
+    here = check_machine()
+    for field, have, want in (
+        ("executors.tensorrt.versions.tensorrt", record.versions.get("tensorrt"), here.tensorrt),
+        ("executors.tensorrt.gpu", record.gpu, here.gpu),
+    ):
+        if have != want:
+            raise InputError(
+                f"{field}: the plans were built with {have}, and this machine has {want}; plans run only where "
+                f"they were built. Build them again with: {remedy}"
+            )
 
 
 def check_resources(stage_bytes: Mapping[str, int], directory: Path) -> None:

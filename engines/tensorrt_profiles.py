@@ -25,6 +25,7 @@ LARGEST_PICTURE = (704, 1280)
 PROMPT_TOKENS = 512
 CLIP_TOKENS = 257
 GIB = 1 << 30
+WORKSPACE_BYTES = 8 * GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class PlanOptions:
 
     max_rows: int = MAX_ROWS
     max_picture: tuple[int, int] = LARGEST_PICTURE
-    workspace_bytes: int = 8 * GIB
+    workspace_bytes: int = WORKSPACE_BYTES
     optimization_level: int = 3
 
     def __post_init__(self) -> None:
@@ -50,6 +51,14 @@ class PlanOptions:
                 f"{self.workspace_bytes} bytes; needed are at least 1 row, a level from 1 to 5 (0 would ignore the "
                 "timing cache) and 1 MiB."
             )
+
+
+def plan_options(max_picture: tuple[int, int] | None, workspace_gib: float | None) -> PlanOptions | None:
+    """What the command line was told; None when it was told nothing."""
+    if max_picture is None and workspace_gib is None:
+        return None
+    workspace = WORKSPACE_BYTES if workspace_gib is None else int(workspace_gib * GIB)
+    return PlanOptions(max_picture=max_picture or LARGEST_PICTURE, workspace_bytes=workspace)
 
 
 class Range(NamedTuple):

@@ -3,6 +3,9 @@
     make-checkpoint  random weights in the official layout      export.random_checkpoint
     build-engines    checkpoint → engine folder                 export.checkpoint → engines.build
     generate         engines + case → video                     jobs → request → pipeline
+    verify           engine folder against its checkpoint       engines.verify
+    export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
+    doctor           what this machine has                      doctor
     demo             all three on a case that it draws itself   demo
 
 Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
@@ -130,6 +133,80 @@ def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> N
     lines = [f"{directory}: random weights, preset {preset}, seed {seed}"]
     lines += [f"  {size:>12,} bytes  {name}" for name, size in files.items()]
     show({"directory": str(directory), "preset": preset, "seed": seed, "files": files}, "\n".join(lines), as_json)
+
+
+@cli.command(cls=o.SectionCommand)
+@click.argument("checkpoint", type=o.PATH)
+@o.EXPORT_OPTIONS
+@o.COMPONENT_OPTIONS
+@o.reporting
+def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Write the networks of CHECKPOINT as ONNX files, for other tools.
+
+    stages: one file for each engine stage. monolithic: the whole transformer as one graph with Attention and
+    RotaryEmbedding (opset 23). All weights are in one file beside them."""
+    from scail2_rt.engines.onnx_folder import export_onnx as export
+    from scail2_rt.export.checkpoint import COMPONENTS, open_checkpoint
+    from scail2_rt.export.lora import parse_lora
+    from scail2_rt.runtime.progress import BuildLines
+
+    alone = options["layout"] == "monolithic"  # needs the transformer only
+    parts = {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+    with stdout_for(as_json):
+        opened = open_checkpoint(checkpoint, **({} if alone else parts), components=("dit",) if alone else COMPONENTS)
+        report = export(
+            opened,
+            options["output"],
+            options["layout"],
+            options["precision"],
+            tuple(parse_lora(lora) for lora in options["loras"]),
+            options["lora_partial"],
+            BuildLines(),
+        )
+    text = (
+        f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
+        f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
+    )
+    for lora in report.loras:
+        skipped = f", {len(lora.skipped)} skipped" if lora.skipped else ""
+        text += f"\n{lora.path}: {lora.applied} tensors applied{skipped}"
+    show(report, text, as_json)
+
+
+@cli.command(cls=o.SectionCommand)
+@click.argument("engines", type=o.PATH)
+@o.VERIFY_OPTIONS
+@o.COMPONENT_OPTIONS
+@o.reporting
+def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Test the engine folder ENGINES against the checkpoint that it was built from. Exit code 1 when something fails.
+
+    File hashes, every stored value, every stage of every executor against the fp32 stage on random inputs, its time,
+    and on a GPU its CUDA graph."""
+    from scail2_rt.engines.verify import VerifyRequest, open_for
+    from scail2_rt.engines.verify import verify as run_verify
+
+    request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
+    parts = {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+    with stdout_for(as_json):
+        report = run_verify(request, open_for(engines, checkpoint, parts), lambda line: click.echo(line, err=True))
+    show(report, report.text, as_json)
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command(cls=o.SectionCommand)
+@click.argument("engines", type=o.PATH, required=False)
+@o.reporting
+def doctor(engines: Path | None, as_json: bool) -> None:
+    """Show what this machine has, which backend auto would take and why, and what would make it faster.
+
+    With ENGINES, also whether that engine folder opens here."""
+    from scail2_rt.runtime.doctor import diagnose
+
+    with stdout_for(as_json):
+        found = diagnose(engines)
+    show(found, found.text, as_json)
 
 
 @cli.command(cls=o.SectionCommand)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -244,6 +245,10 @@ ENGINE_OPTIONS = in_section(
         help="Most tokens a stage sees at once: fewer need less memory.",
     ),
 )
+LORA_OPTIONS = (
+    option("--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA to fuse; may be repeated."),
+    option("--lora-partial", is_flag=True, help="Apply what fits of a LoRA that does not fit wholly."),
+)
 BUILD_OPTIONS = in_section(
     "Build",
     option("-o", "--output", type=PATH, required=True, metavar="DIR", help="The engine folder to make or complete."),
@@ -262,8 +267,7 @@ BUILD_OPTIONS = in_section(
         help="Precision of weights and arithmetic.  [default: fp8 on a "
         "GPU that has it, bf16 on another GPU, fp32 on a CPU]",
     ),
-    option("--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA to fuse; may be repeated."),
-    option("--lora-partial", is_flag=True, help="Apply what fits of a LoRA that does not fit wholly."),
+    *LORA_OPTIONS,
     option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
 )
 COMPONENT_OPTIONS = in_section(
@@ -277,6 +281,41 @@ CHECKPOINT_OPTIONS = in_section(
     "Options",
     option("--preset", default="tiny", show_default=True, metavar="NAME", help="Sizes of the networks."),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the weights."),
+)
+EXPORT_OPTIONS = in_section(
+    "Export",
+    option("-o", "--output", type=PATH, required=True, metavar="DIR", help="The new folder to write."),
+    option(
+        "--layout",
+        type=click.Choice(LAYOUTS),
+        default="stages",
+        show_default=True,
+        help="One file for each engine stage, or the transformer as one graph.",
+    ),
+    option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="fp32",
+        show_default=True,
+        help="Types of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16; bf16, fp8 are for TensorRT.",
+    ),
+    *LORA_OPTIONS,
+)
+VERIFY_OPTIONS = in_section(
+    "Verify",
+    option(
+        "--checkpoint", type=PATH, required=True, metavar="PATH", help="The checkpoint that the folder was built from."
+    ),
+    option(
+        "--backend",
+        "backends",
+        type=click.Choice(BACKENDS[1:]),
+        multiple=True,
+        help="Executor to test; may be repeated.  [default: all that the folder holds]",
+    ),
+    option("--repeats", type=int, default=3, show_default=True, metavar="N", help="Timed runs of a stage, at least 3."),
+    option("--rows", type=int, default=64, show_default=True, metavar="N", help="Tokens of a token-wise stage."),
+    option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random inputs."),
 )
 DEMO_OPTIONS = in_section(
     "Options",

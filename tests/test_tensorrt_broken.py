@@ -172,13 +172,12 @@ def test_nothing_broken_passes(recorder: Recorder, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    """By one of the versions at least; a flag that version 11 removed is legal in 10, and the other way round never."""
-    caught = []
+    """By the newest version, or else by an older one."""
     for version in VERSIONS:
         with installed(version) as recorder, broken(fault) as modules:
             try:
                 scenario(modules, recorder, tmp_path / version)
             except (Exception, pytest.fail.Exception) as error:
-                caught.append(f"{version}: {type(error).__name__}: {error}")
-    print(*caught, sep="\n")
-    assert caught, "nothing noticed it"
+                print(f"{version}: {type(error).__name__}: {error}")
+                return
+    pytest.fail("nothing noticed it")

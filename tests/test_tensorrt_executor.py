@@ -12,8 +12,9 @@ from scail2_rt.engines.manifest import ExecutorRecord
 from scail2_rt.engines.observe import SilentObserver
 from scail2_rt.engines.store import STORE_NAME, StoreReader
 from scail2_rt.engines.tensorrt_builder import build_plans
-from scail2_rt.engines.tensorrt_executor import MAX_CONTEXTS, TensorRTEngine, check_record
+from scail2_rt.engines.tensorrt_executor import MAX_CONTEXTS, TensorRTEngine
 from scail2_rt.engines.tensorrt_plans import plan_path
+from scail2_rt.engines.tensorrt_preflight import check_place
 from scail2_rt.engines.tensorrt_session import ALIGNMENT, CudaDevice, SharedScratch, TensorRTSession
 from scail2_rt.engines.torch_executor import TorchEngine
 from scail2_rt.export.errors import InputError, Scail2Error
@@ -221,19 +222,15 @@ def test_plans_that_do_not_fit(folder: Path, session: TensorRTSession, recorder:
         engine(folder, session, "dit.head")
 
 
-def test_another_place_is_refused_by_field() -> None:
-    record = ExecutorRecord("tensorrt", {"tensorrt": "10.13.3.9"}, "NVIDIA H200 (sm90)")
-    check_record(record, "10.13.3.9", "NVIDIA H200 (sm90)", REMEDY)
-    for version, gpu, text in (
-        (
-            "11.4.0.106",
-            "NVIDIA H200 (sm90)",
-            r"versions\.tensorrt: the plans were built with 10\.13\.3\.9, .* 11\.4\.0\.106",
-        ),
-        ("10.13.3.9", "NVIDIA B200 (sm100)", r"executors\.tensorrt\.gpu: .*NVIDIA H200 \(sm90\), .*NVIDIA B200"),
+def test_another_place_is_refused_by_field(recorder: Recorder) -> None:
+    here = {"tensorrt": recorder.surface.version}
+    check_place(ExecutorRecord("tensorrt", here, "NVIDIA H200 (sm90)"), REMEDY)
+    for versions, gpu, text in (
+        ({"tensorrt": "10.14.0"}, "NVIDIA H200 (sm90)", r"versions\.tensorrt: the plans were built with 10\.14\.0"),
+        (here, "NVIDIA B200 (sm100)", r"tensorrt\.gpu: .* NVIDIA B200 \(sm100\), and this machine has NVIDIA H200"),
     ):
         with pytest.raises(InputError, match=rf"{text}.*{REMEDY}"):
-            check_record(record, version, gpu, REMEDY)
+            check_place(ExecutorRecord("tensorrt", versions, gpu), REMEDY)
 
 
 def test_no_runtime_without_a_gpu(recorder: Recorder) -> None:

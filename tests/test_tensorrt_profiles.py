@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from scail2_rt.engines.tensorrt_profiles import InputRange, PlanOptions, stage_profiles
+from scail2_rt.engines.tensorrt_profiles import InputRange, PlanOptions, plan_options, stage_profiles
 from scail2_rt.export.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.spec import TensorSpec
@@ -64,6 +64,12 @@ def test_options_move_the_limits() -> None:
     for wrong in ({"max_picture": (700, 1280)}, {"max_picture": (0, 1280)}, {"max_rows": 0}, {"optimization_level": 0}):
         with pytest.raises(InputError):
             PlanOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_options_of_the_command_line() -> None:
+    assert plan_options(None, None) is None
+    assert plan_options((512, 512), None) == PlanOptions(max_picture=(512, 512))
+    assert plan_options(None, 0.5) == PlanOptions(workspace_bytes=1 << 29)
 
 
 def test_a_range_holds_shapes() -> None:

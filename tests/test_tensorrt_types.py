@@ -15,7 +15,7 @@ REMOVED = [  # in 11; still there in 10.13
     Fault("builder", "clear_flag(trt.BuilderFlag.TF32)", "set_flag(trt.BuilderFlag.FP16)"),
     Fault("builder", "clear_flag(trt.BuilderFlag.TF32)", "set_flag(trt.BuilderFlag.FP8)"),
     Fault("executor", "device_memory_size_v2", "device_memory_size"),
-    Fault("builder", "    network = ", "    builder.platform_has_fast_fp16\n    network = "),
+    Fault("builder", "network = builder.", "builder.platform_has_fast_fp16; network = builder."),
 ]
 WRONG = [
     Fault("builder", "parser.parse_from_file(str(files.graph))", "parser.parse_from_file(files.graph)"),

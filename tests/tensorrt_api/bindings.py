@@ -14,6 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from scail2_rt.export.cache import cache_directory
+
 VERSIONS = ("11.4.0.106", "10.13.3.9")
 DISTRIBUTION = "tensorrt_cu13_bindings"
 ENTRY_POINTS = {
@@ -38,8 +40,7 @@ class Unavailable(Exception):
 
 
 def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "scail2-rt" / "tensorrt-api"
+    return cache_directory() / "tensorrt-api"
 
 
 def bindings(version: str) -> Path:

@@ -37,5 +37,6 @@ def type_errors(version: str, sources: Sequence[Path], folder: Path) -> list[str
     finally:
         os.environ.pop("MYPYPATH") if before is None else os.environ.update(MYPYPATH=before)
     assert not problem, problem
+    assert "[syntax]" not in out, f"mypy stopped: {out}"
     names = {source.name for source in sources}
     return [line for line in out.splitlines() if ": error:" in line and Path(line.split(":")[0]).name in names]
