@@ -42,6 +42,7 @@ from scail2_rt.export.precision import Precision
 from scail2_rt.export.spec import StageDefinition
 
 if TYPE_CHECKING:
+    from scail2_rt.engines.tensorrt_profiles import PlanOptions
     from scail2_rt.export.tensors import TensorSource
 
 EMBEDDING_SOURCE = "token_embedding.weight"
@@ -64,6 +65,14 @@ class Plan:
     origin: str
     overrides: dict[str, str]
     lora_partial: bool
+    plan_options: "PlanOptions | None" = None
+    patterns: tuple[str, ...] = ()
+
+    @property
+    def refreshed(self) -> tuple[str, ...]:
+        """Executors whose artefacts are looked at again although the folder has them: plans that were asked for."""
+        asked = self.plan_options is not None or self.patterns
+        return ("tensorrt",) if asked and "tensorrt" in self.backends else ()
 
     def stage_bytes(self, stage: str) -> int:
         return sum(tensor.nbytes for tensor in self.tensors[stage].values())
@@ -115,11 +124,12 @@ class _Assembly:
             self._tables()
             self._tokenizer()
         added = tuple(name for name in plan.backends if previous is None or name not in previous.backends)
-        for backend in added:
-            self._artefacts(backend)
-        manifest = self._manifest(added, self._seal(added))
-        write_manifest(plan.directory, manifest)
-        self.journal.remove()
+        made = tuple(name for name in plan.backends if name in (*added, *plan.refreshed) and self._artefacts(name))
+        added = tuple(name for name in added if name in made)
+        manifest = self._manifest(made, self._seal(made))
+        if manifest.executors:
+            write_manifest(plan.directory, manifest)
+            self.journal.remove()
         return Assembled(manifest, added, resumed)
 
     def _clear(self) -> None:
@@ -130,7 +140,10 @@ class _Assembly:
             file.unlink(missing_ok=True)
 
     def _old_stages(self) -> list[Path]:
-        return [*self.stages.glob(f"{STORE_NAME}*"), *self.stages.glob("*.onnx*")]
+        patterns = [f"{STORE_NAME}*", "*.onnx*"]
+        if "tensorrt" not in self.plan.backends:  # else plans are kept as far as they are still good
+            patterns += ["*.plan*", "plans.json"]
+        return [file for pattern in patterns for file in self.stages.glob(pattern)]
 
     def _weights(self) -> None:
         plan = self.plan
@@ -179,10 +192,12 @@ class _Assembly:
         shutil.copyfile(self.plan.tokenizer, partial)
         os.replace(partial, path)
 
-    def _artefacts(self, backend: str) -> None:
-        """The files of one executor; the torch executor runs from the store alone."""
-        if backend != "onnxruntime":
-            return
+    def _artefacts(self, backend: str) -> bool:
+        """Make the files of one executor; are they complete? The torch executor runs from the store alone."""
+        if backend == "tensorrt":
+            return self._plans()
+        if backend == "torch":
+            return True
         from scail2_rt.export.onnx_stages import export_stage
 
         plan = self.plan
@@ -198,13 +213,48 @@ class _Assembly:
             export_stage(definition, numerics, path, plan.layout)
             self.journal.add(backend, stage)
             phase.finish(step)
+        return True
+
+    def _plans(self) -> bool:
+        from scail2_rt.engines.tensorrt_builder import build_plans
+
+        plan = self.plan
+        sizes = {stage: plan.stage_bytes(stage) for stage in plan.definitions}
+        build_plans(
+            plan.directory,
+            plan.definitions,
+            sizes,
+            plan.precision,
+            plan.config,
+            plan.layout,
+            self.observer,
+            plan.plan_options,
+            plan.patterns,
+        )
+        files = [plan.directory / file for file in self._plan_files()]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            self.observer.note(
+                f"{len(files) - len(missing)} of {len(files)} files of the TensorRT stages are there; the same command "
+                "without --stages makes the others"
+            )
+        return not missing
+
+    def _plan_files(self) -> list[str]:
+        from scail2_rt.engines.tensorrt_plans import graph_path, plan_path
+
+        folder = Path(STAGES)
+        return [str(path(folder, stage)) for stage in self.plan.definitions for path in (graph_path, plan_path)]
 
     def _seal(self, added: tuple[str, ...]) -> tuple[Artefact, ...]:
-        """Size and hash of every file of the folder; those of an existing manifest are kept."""
-        kept = self.previous.artefacts if self.previous is not None else ()
+        """Size and hash of every file of the folder; those of an existing manifest are kept unless made again."""
+        plans = self._plan_files() if "tensorrt" in added else []
+        before = self.previous.artefacts if self.previous is not None else ()
+        kept = tuple(artefact for artefact in before if artefact.path not in plans)
         paths = [] if kept else [f"{STAGES}/{STORE_NAME}", TABLES, *([TOKENIZER] if self.plan.tokenizer else [])]
         if "onnxruntime" in added:
             paths += [f"{STAGES}/{stage}.onnx" for stage in self.plan.definitions]
+        paths += plans
         sizes = {path: (self.plan.directory / path).stat().st_size for path in paths}
         phase = Phase(self.observer, "seal", sizes)
         sealed = []
@@ -218,6 +268,7 @@ class _Assembly:
     def _manifest(self, added: tuple[str, ...], artefacts: tuple[Artefact, ...]) -> Manifest:
         plan = self.plan
         new = [ExecutorRecord(name, versions(name), gpu() if device_of(name) == "cuda" else None) for name in added]
+        before = self.previous.executors if self.previous is not None else ()
         stages = []
         for name, definition in plan.definitions.items():
             inputs, outputs = definition.io(definition.numerics(plan.precision))
@@ -227,7 +278,7 @@ class _Assembly:
             checkpoint=plan.origin,
             overrides=plan.overrides,
             lora_partial=plan.lora_partial,
-            executors=(*(self.previous.executors if self.previous is not None else ()), *new),
+            executors=(*(record for record in before if record.backend not in added), *new),
             stages=tuple(stages),
             artefacts=artefacts,
             created_by=f"scail2-rt {importlib.metadata.version('scail2-rt')}",

@@ -17,7 +17,7 @@ from scail2_rt.export.precision import PRECISIONS, Numerics, Precision
 from scail2_rt.export.spec import StageDefinition
 
 BACKENDS = ("tensorrt", "torch", "onnxruntime")
-BUILDABLE = ("torch", "onnxruntime")
+BUILT_BY_AUTO = ("torch", "onnxruntime")  # plans take long to build: only who names tensorrt gets them
 FP8_CAPABILITY = (8, 9)
 _INSTALL = {"onnxruntime": 'pip install "scail2-rt[cpu]"', "tensorrt": 'pip install "scail2-rt[tensorrt]"'}
 
@@ -37,6 +37,8 @@ def gpu() -> str | None:
 
 def device_of(backend: str) -> str:
     """ "cuda" or "cpu": where this executor computes on this machine."""
+    if backend == "tensorrt":
+        return "cuda"
     if not torch.cuda.is_available():
         return "cpu"
     if backend == "onnxruntime":
@@ -60,7 +62,7 @@ def choose_backend(requested: str = "auto", built: Collection[str] | None = None
                 "or use --backend auto."
             )
         return requested, "it was named"
-    usable = [name for name in BACKENDS if installed(name) and (name in (BUILDABLE if built is None else built))]
+    usable = [name for name in BACKENDS if installed(name) and (name in (BUILT_BY_AUTO if built is None else built))]
     graphics = gpu()
     if "tensorrt" in usable and graphics:
         return "tensorrt", f"its library and plans are there, and the GPU is {graphics}"
@@ -84,14 +86,13 @@ def _why_not(backend: str, built: Collection[str] | None) -> str:
 
 
 def refuse_unbuildable(backends: Sequence[str]) -> None:
-    """InputError for what this version cannot build."""
+    """InputError for what cannot be built on this machine."""
     for backend in backends:
-        if backend == "tensorrt":
-            raise InputError(
-                "backend tensorrt is not available yet in this version; use --backend torch on a GPU "
-                "or --backend onnxruntime on a CPU."
-            )
         choose_backend(backend)
+        if backend == "tensorrt":
+            from scail2_rt.engines.tensorrt_preflight import check_machine
+
+            check_machine()
 
 
 def default_precision(backends: Sequence[str]) -> tuple[Precision, str]:
@@ -122,7 +123,11 @@ def stage_numerics(definition: StageDefinition, precision: Precision, backend: s
 
 def versions(backend: str) -> dict[str, str]:
     """Versions of the libraries that an executor's artefacts depend on."""
-    packages = {"torch": ("torch",), "onnxruntime": ("onnx", "onnxruntime"), "tensorrt": ("tensorrt",)}[backend]
+    if backend == "tensorrt":
+        from scail2_rt.engines.tensorrt_library import require_library
+
+        return {"tensorrt": require_library()}  # its wheels have many names
+    packages = {"torch": ("torch",), "onnxruntime": ("onnx", "onnxruntime")}[backend]
     found = {}
     for package in packages:
         for distribution in (package, f"{package}-gpu"):

@@ -41,6 +41,7 @@ from scail2_rt.export.precision import Precision
 from scail2_rt.export.stages import stage_definitions
 
 if TYPE_CHECKING:
+    from scail2_rt.engines.tensorrt_profiles import PlanOptions
     from scail2_rt.export.checkpoint import Checkpoint
     from scail2_rt.export.lora import LoRAReport, LoRASpec
     from scail2_rt.export.tensors import TensorSource
@@ -54,7 +55,8 @@ DISK_MARGIN = 1 << 26
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
     """What to build. precision None: the folder's, else what suits the hardware. components: parts of the checkpoint
-    that were named apart ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds."""
+    that were named apart ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds. plan_options and
+    stages (shell patterns of the stages wanted) are for backend tensorrt alone."""
 
     checkpoint: Path
     output: Path
@@ -64,6 +66,8 @@ class BuildRequest:
     lora_partial: bool = False
     rebuild: bool = False
     components: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    plan_options: "PlanOptions | None" = None
+    stages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
             identity = _identity(plan, request, checkpoint, previous, noted)
             if previous is not None:
                 _check_same(plan, request, previous, identity)
-            if previous is not None and set(plan.backends) <= set(previous.backends):
+            if previous is not None and set(plan.backends) <= set(previous.backends) and not plan.refreshed:
                 manifest = dataclasses.replace(previous, identity=identity)
                 if manifest != previous:  # files were moved or touched: their new names and times save a hash next time
                     write_manifest(directory, manifest)
@@ -122,7 +126,7 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
         backends=manifest.backends,
         added=added,
         precision=plan.precision,
-        up_to_date=not added,
+        up_to_date=not added and not plan.refreshed,
         stages=len(manifest.stages),
         weight_bytes=plan.layout.size,
         folder_bytes=sum(artefact.size for artefact in manifest.artefacts),
@@ -187,6 +191,8 @@ def _make_plan(
         origin=str(request.checkpoint),
         overrides={name: str(path) for name, path in request.components.items()},
         lora_partial=request.lora_partial,
+        plan_options=request.plan_options,
+        patterns=request.stages,
     )
 
 
@@ -224,6 +230,15 @@ def _check_room(plan: Plan) -> None:
     if "onnxruntime" in plan.backends:
         needed += GRAPH_BYTES * len(plan.definitions)
     stages = plan.directory / STAGES
+    if "tensorrt" in plan.backends:
+        from scail2_rt.engines.tensorrt_builder import chosen_stages
+        from scail2_rt.engines.tensorrt_plans import plan_path
+        from scail2_rt.engines.tensorrt_preflight import check_machine, check_resources
+
+        check_machine(plan.precision)
+        wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
+        todo = [stage for stage in wanted if not plan_path(stages, stage).is_file()]
+        check_resources({stage: plan.stage_bytes(stage) for stage in todo}, plan.directory)
     for file in stages.glob("*") if stages.is_dir() else ():
         needed -= file.stat().st_blocks * 512  # continued, or replaced
     free = shutil.disk_usage(place).free

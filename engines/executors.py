@@ -8,7 +8,7 @@ sequences into row chunks. Constants that the runtime itself needs (modulation, 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from scail2_rt.export.config import ModelConfig
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import StageDefinition, TensorSpec
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.tensorrt_session import TensorRTSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class EngineSet:
         self.tables: dict[str, Tensor] = load_file(directory / TABLES, device=str(device))
         self._chunks = RowChunks(max_rows)
         self._engines: dict[str, tuple[Engine, EngineSpec]] = {}
+        self._session: TensorRTSession | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -112,14 +116,17 @@ class EngineSet:
         """The outputs of a stage; it is loaded on first use, and cut into row chunks beyond `max_rows`.
 
         Inputs must have the types of the stage's specs and be on `device`."""
-        if name not in self._engines:
-            self._engines[name] = self._load(name), EngineSpec.of(self._definition(name), self.numerics(name))
-        engine, spec = self._engines[name]
+        engine, spec = self._engine(name)
         have = [tensor.dtype for tensor in inputs]
         want = [tensor.dtype for tensor in spec.inputs]
         if have != want:
             raise Scail2Error(f"stage {name} needs inputs of types {want}, it was given {have}.")
         return self._chunks.run(engine, spec.family, (spec.inputs, spec.outputs), inputs)
+
+    def plan_report(self, name: str) -> str | None:
+        """What TensorRT's engine inspector says of a stage's plan, as JSON; None for the other executors."""
+        report = getattr(self._engine(name)[0], "plan_report", None)
+        return None if report is None else report()
 
     def release(self, prefix: str) -> None:
         """Drop every loaded stage whose name begins with `prefix`; a later run loads it again."""
@@ -149,6 +156,9 @@ class EngineSet:
 
     def close(self) -> None:
         self.release("")
+        if self._session is not None:
+            self._session.close()
+            self._session = None
         self.store.close()
         self.tables = {}
 
@@ -157,6 +167,11 @@ class EngineSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _engine(self, name: str) -> tuple[Engine, EngineSpec]:
+        if name not in self._engines:
+            self._engines[name] = self._load(name), EngineSpec.of(self._definition(name), self.numerics(name))
+        return self._engines[name]
 
     def _definition(self, name: str) -> StageDefinition:
         try:
@@ -174,9 +189,22 @@ class EngineSet:
             from scail2_rt.engines.torch_executor import TorchEngine
 
             return TorchEngine(definition, numerics, self.store, self.device)
+        if self.backend == "tensorrt":
+            return self._load_plan(definition, numerics)
         from scail2_rt.engines.onnx_executor import OnnxEngine
 
         return OnnxEngine(definition, numerics, self.directory / STAGES / f"{name}.onnx", self.device)
+
+    def _load_plan(self, definition: StageDefinition, numerics: Numerics) -> Engine:
+        from scail2_rt.engines.tensorrt_executor import TensorRTEngine
+        from scail2_rt.engines.tensorrt_plans import plan_path
+        from scail2_rt.engines.tensorrt_session import CudaDevice, TensorRTSession
+
+        if self._session is None:
+            self._session = TensorRTSession(CudaDevice(self.device))
+        remedy = describe_command(self.manifest, self.directory)
+        plan = plan_path(self.directory / STAGES, definition.name)
+        return TensorRTEngine(definition, numerics, plan, self._session, remedy)
 
 
 def open_engines(
@@ -197,6 +225,11 @@ def open_engines(
             f"{directory} holds no {name} engines (it holds {', '.join(built)}); add them with: "
             f"{describe_command(manifest, directory, backend=name)}"
         )
+    if name == "tensorrt":
+        from scail2_rt.engines.tensorrt_preflight import check_place
+
+        record = next(executor for executor in manifest.executors if executor.backend == name)
+        check_place(record, describe_command(manifest, directory))
     place = device or device_of(name)
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was named, but PyTorch finds no CUDA GPU on this machine; use the device cpu.")

@@ -60,7 +60,7 @@ class OnnxEngine:
         """The stage's outputs, in the types of the specs, on the engine's device."""
         if self._session is None:
             raise Scail2Error(f"The stage {self.name} was closed before it was called.")
-        sizes = _sizes(self.name, self.inputs, inputs)
+        sizes = symbol_sizes(self.name, self.inputs, inputs)
         index = self.device.index or 0
         binding = self._session.io_binding()
         bound = []  # keeps what is bound alive during the run
@@ -70,7 +70,7 @@ class OnnxEngine:
             address = (self.device.type, index, element_type(spec.dtype), list(tensor.shape), tensor.data_ptr())
             binding.bind_input(spec.name, *address)
         outputs = tuple(
-            torch.empty([_size(dim, sizes) for dim in spec.dims], dtype=spec.dtype, device=self.device)
+            torch.empty([concrete_size(dim, sizes) for dim in spec.dims], dtype=spec.dtype, device=self.device)
             for spec in self.outputs
         )
         for spec, tensor in zip(self.outputs, outputs, strict=True):
@@ -129,7 +129,7 @@ def _sentence(error: Exception) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def _sizes(name: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> dict[str, int]:
+def symbol_sizes(name: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> dict[str, int]:
     """The value of every symbol. Scail2Error when the tensors do not fit the specs."""
     if len(specs) != len(tensors):
         raise Scail2Error(f"The stage {name} takes {len(specs)} inputs and was given {len(tensors)}.")
@@ -148,6 +148,6 @@ def _sizes(name: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) ->
     return sizes
 
 
-def _size(dim: int | str, sizes: dict[str, int]) -> int:
+def concrete_size(dim: int | str, sizes: dict[str, int]) -> int:
     factor, symbol = split_dim(dim)
     return factor * sizes[symbol]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.onnx_executor import _size, _sizes
+from scail2_rt.engines.onnx_executor import concrete_size, symbol_sizes
 from scail2_rt.engines.tensorrt_builder import data_type
 from scail2_rt.engines.tensorrt_profiles import PICTURE_MULTIPLE, InputRange
 from scail2_rt.engines.tensorrt_session import ALIGNMENT, Device, TensorRTSession
@@ -67,13 +67,15 @@ class TensorRTEngine:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The stage's outputs, fresh tensors in the types of the specs."""
-        sizes = _sizes(self.name, self.inputs, inputs)
+        sizes = symbol_sizes(self.name, self.inputs, inputs)
         device = self._session.device
         tensors = [
             _readable(tensor.to(device.torch_device, spec.dtype), device)
             for spec, tensor in zip(self.inputs, inputs, strict=True)
         ]
-        outputs = tuple(device.empty([_size(dim, sizes) for dim in spec.dims], spec.dtype) for spec in self.outputs)
+        outputs = tuple(
+            device.empty([concrete_size(dim, sizes) for dim in spec.dims], spec.dtype) for spec in self.outputs
+        )
         addresses = {spec.name: tensor.data_ptr() for spec, tensor in zip(self.inputs, tensors, strict=True)}
         addresses |= {spec.name: tensor.data_ptr() for spec, tensor in zip(self.outputs, outputs, strict=True)}
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
@@ -86,8 +88,19 @@ class TensorRTEngine:
         call on zeros, outside of any recording."""
         device = self._session.device.torch_device
         values = {"": 1, **sizes}
-        shapes = [[_size(dim, values) for dim in spec.dims] for spec in self.inputs]
+        shapes = [[concrete_size(dim, values) for dim in spec.dims] for spec in self.inputs]
         self(*(torch.zeros(s, dtype=spec.dtype, device=device) for s, spec in zip(shapes, self.inputs, strict=True)))
+
+    def plan_report(self) -> str:
+        """The engine inspector's JSON: every layer with the data types of its operands (plans keep these details)."""
+        import tensorrt as trt
+
+        if self._engine is None:
+            raise Scail2Error(f"stage {self.name} was closed before it was inspected.")
+        inspector = self._engine.create_engine_inspector()
+        if inspector is None:
+            raise self._failure("gave no engine inspector")
+        return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     def close(self) -> None:
         """Free the contexts and the weights, once nothing runs any more."""
@@ -183,7 +196,7 @@ class TensorRTEngine:
         return f"stage {self.name} was built for at most {built}, and {asked_text} was asked for{option}."
 
     def _symbols(self, shapes: Shapes) -> dict[str, int]:
-        return _sizes(self.name, self.inputs, [torch.empty(shape, device="meta") for shape in shapes])
+        return symbol_sizes(self.name, self.inputs, [torch.empty(shape, device="meta") for shape in shapes])
 
     def _check_tensors(self, engine: "trt.ICudaEngine", plan: Path) -> None:
         """The plan's tensors are the stage's: names, directions and types."""

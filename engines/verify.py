@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from scail2_rt.export.spec import StageDefinition
     from scail2_rt.export.tensors import TensorSource
 
-Inspect = Callable[[EngineSet, str], str]  # (engines, stage) → the engine inspector's JSON
-
 
 @dataclass(frozen=True, slots=True)
 class VerifyRequest:
@@ -129,13 +127,11 @@ def verify(
     request: VerifyRequest,
     checkpoint: "Checkpoint",
     progress: Callable[[str], None] = lambda line: None,
-    inspectors: Mapping[str, Inspect] | None = None,
 ) -> VerifyReport:
     """Test the folder; what is wrong with its contents is in the report, not raised.
 
-    progress hears a line as soon as it is known. inspectors: backend → its engine inspector, for executors that have
-    one. InputError: no engine folder, a checkpoint of another model, a LoRA of the manifest that is not there, an
-    executor that cannot run here."""
+    progress hears a line as soon as it is known. InputError: no engine folder, a checkpoint of another model, a LoRA of
+    the manifest that is not there, an executor that cannot run here."""
     started = time.monotonic()
     manifest = read_manifest(request.directory)
     definitions = stage_definitions(manifest.config)
@@ -157,7 +153,7 @@ def verify(
         add("tables", *check_tables(request.directory, manifest, sources.get("dit")))
         stages = []
         for definition in definitions.values():
-            results = _check_stage(definition, manifest, sources[definition.component], sets, request, inspectors or {})
+            results = _check_stage(definition, manifest, sources[definition.component], sets, request)
             stages += results
             progress(f"{_word(all(r.passed for r in results))} {definition.name}: {' | '.join(map(str, results))}")
         add("graph against eager", *_graph_verdict(sets.values(), stages))
@@ -225,7 +221,6 @@ def _check_stage(
     source: "TensorSource",
     sets: Mapping[str, EngineSet],
     request: VerifyRequest,
-    inspectors: Mapping[str, Inspect],
 ) -> list[StageResult]:
     """A stage in every executor against the fp32 stage on the same inputs, rounded to what the executor takes."""
     reference = Reference(definition, source)
@@ -237,7 +232,7 @@ def _check_stage(
         result = StageResult(definition.name, backend, name, None, TOLERANCES[name], 0.0, None, False)
         given = [x.to(spec.dtype) for x, spec in zip(plain, definition.io(numerics)[0], strict=True)]
         try:
-            results.append(_measured(result, reference, given, engines, request.repeats, inspectors.get(backend)))
+            results.append(_measured(result, reference, given, engines, request.repeats))
         except (Scail2Error, RuntimeError) as error:  # one stage that cannot run does not hide the others
             results.append(dataclasses.replace(result, fault=" ".join(str(error).split())))
         finally:
@@ -251,7 +246,6 @@ def _measured(
     given: Sequence[Tensor],
     engines: EngineSet,
     repeats: int,
-    inspect: Inspect | None,
 ) -> StageResult:
     name = result.stage
     expected = reference(given)
@@ -265,8 +259,9 @@ def _measured(
     if has_graphs(engines):
         difference = replayed(lambda: engines.run(name, *inputs), actual)
         fault = None if difference == 0 else f"the CUDA graph's result differs from the eager one by {difference:.2g}"
-    if fault is None and inspect is not None:
-        fault = inspector.fault(inspect(engines, name), engines.numerics(name))
+    report = engines.plan_report(name)
+    if fault is None and report is not None:
+        fault = inspector.fault(report, engines.numerics(name))
     passed = fault is None and error <= result.tolerance
     return dataclasses.replace(result, error=error, median_s=seconds, fault=fault, passed=passed)
 

@@ -57,6 +57,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
     A second call with the same options does nothing; an interrupted build continues."""
     from scail2_rt.engines.build import BuildReport, BuildRequest, build
+    from scail2_rt.engines.tensorrt_profiles import plan_options
     from scail2_rt.export.checkpoint import open_checkpoint
     from scail2_rt.export.lora import parse_lora
     from scail2_rt.runtime.progress import BuildLines
@@ -71,6 +72,8 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         options["lora_partial"],
         options["rebuild"],
         parts,
+        plan_options(options["max_picture"], options["workspace_gib"]),
+        tuple(options["stages"]),
     )
     with stdout_for(as_json):
         report: BuildReport = build(request, open_checkpoint(checkpoint, **parts), BuildLines())

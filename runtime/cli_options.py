@@ -268,6 +268,24 @@ BUILD_OPTIONS = in_section(
         "GPU that has it, bf16 on another GPU, fp32 on a CPU]",
     ),
     *LORA_OPTIONS,
+    option(
+        "--stages",
+        multiple=True,
+        metavar="PATTERN",
+        help="TensorRT: make only the plans of these stages, e.g. 'dit.blocks.*.ffn'; may be repeated.",
+    ),
+    option(
+        "--max-picture",
+        type=SizeType(),
+        metavar="HxW",
+        help="TensorRT: the largest picture that the VAE's plans take, either way round.  [default: 704x1280]",
+    ),
+    option(
+        "--workspace-gib",
+        type=click.FloatRange(min=0.01),
+        metavar="GIB",
+        help="TensorRT: limit for the scratch memory of one layer.  [default: 8]",
+    ),
     option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
 )
 COMPONENT_OPTIONS = in_section(

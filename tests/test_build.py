@@ -308,8 +308,9 @@ class TestPlace:
 
 
 class TestOptions:
-    def test_tensorrt_is_not_available_yet(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"tensorrt is not available yet.*--backend torch.*--backend onnxruntime"):
+    def test_tensorrt_needs_its_library(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("scail2_rt.engines.backends.installed", lambda name: name != "tensorrt")
+        with pytest.raises(InputError, match=r"tensorrt is not installed .*pip install \"scail2-rt\[tensorrt\]\""):
             build(BuildRequest(Path("small"), tmp_path / "e", ("tensorrt",)), small_checkpoint())
         assert not (tmp_path / "e").exists()
 

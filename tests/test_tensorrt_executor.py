@@ -1,5 +1,6 @@
 """Stages run as we promise through the genuine interface of two TensorRT versions; ONNX Runtime does the arithmetic."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -239,3 +240,11 @@ def test_no_runtime_without_a_gpu(recorder: Recorder) -> None:
         TensorRTSession(FakeDevice())
     with pytest.raises(InputError, match="the device cpu was named"):
         CudaDevice(torch.device("cpu"))
+
+
+def test_the_inspectors_report_reaches_the_caller(folder: Path, session: TensorRTSession) -> None:
+    run = engine(folder, session, "dit.head")
+    assert [layer["Name"] for layer in json.loads(run.plan_report())["Layers"]] == ["x", "mod", "out"]
+    run.close()
+    with pytest.raises(Scail2Error, match="closed"):
+        run.plan_report()

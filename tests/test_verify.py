@@ -319,11 +319,11 @@ class TestInspector:
         with pytest.raises(Scail2Error, match=r"cannot be read|without detailed verbosity"):
             inspector.products(text)
 
-    def test_it_fails_the_stage(self, tmp_path: Path) -> None:
+    def test_it_fails_the_stage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build_small(tmp_path / "e", "fp8")
         request = VerifyRequest(tmp_path / "e")
-        reports = {"torch": lambda engines, stage: plan_report("FP8", "Half")}
-        report = verify(request, small_checkpoint(), inspectors=reports)
+        monkeypatch.setattr(EngineSet, "plan_report", lambda engines, stage: plan_report("FP8", "Half"))
+        report = verify(request, small_checkpoint())
         kinds = {stage.rpartition(".")[2] for stage, _ in failed(report)}
         assert kinds == {"qkv", "mid", "ffn"}
         assert not report.passed

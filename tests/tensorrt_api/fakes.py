@@ -356,6 +356,18 @@ class ICudaEngine(Fake):
             return None
         return self._r.make("IExecutionContext", self)
 
+    def create_engine_inspector(self) -> Any:
+        return self._r.make("EngineInspector", self)
+
+
+class EngineInspector(Fake):
+    def __init__(self, engine: Any = None) -> None:
+        self._engine = weakref.ref(engine)
+
+    def get_engine_information(self, format: Any) -> str:
+        demand(format.name == "JSON", f"the report is wanted as {format.name}")
+        return json.dumps({"Layers": [{"Name": tensor} for tensor in self._engine()._tensors]})
+
 
 class IExecutionContext(Fake):
     def __init__(self, engine: Any = None) -> None:

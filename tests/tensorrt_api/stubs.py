@@ -17,7 +17,7 @@ from tests.tensorrt_api.bindings import Unavailable, bindings, run
 MAY_BE_NONE = {
     "Builder": ("build_serialized_network", "build_engine_with_config"),
     "Runtime": ("deserialize_cuda_engine",),
-    "ICudaEngine": ("create_execution_context",),
+    "ICudaEngine": ("create_execution_context", "create_engine_inspector"),
     "IBuilderConfig": ("get_timing_cache", "create_timing_cache"),
 }
 MISSING = {
