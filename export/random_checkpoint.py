@@ -56,7 +56,7 @@ class Preset:
 
 _TINY = Preset(
     dit=DiTConfig(dim=256, heads=2, layers=2, ffn_dim=512, text_dim=64, clip_dim=160),
-    vae=VAEConfig(dim=8),
+    vae=VAEConfig(dim=6),
     umt5=UMT5Config(vocab=768, dim=64, attn_dim=64, ffn_dim=128, heads=4, layers=2),
     clip=CLIPConfig(image_size=224, patch=14, dim=160, heads=2, layers=3, mlp_dim=320),
 )
