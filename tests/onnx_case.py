@@ -21,6 +21,12 @@ SMALL = ModelConfig(
     umt5=UMT5Config(vocab=50, dim=24, attn_dim=16, ffn_dim=40, heads=2, layers=2),
     clip=CLIPConfig(image_size=28, patch=14, dim=32, heads=2, layers=3, mlp_dim=64),
 )
+REAL = ModelConfig(
+    dit=DiTConfig(dim=5120, heads=40, layers=1, ffn_dim=13824),
+    vae=VAEConfig(dim=96),
+    umt5=UMT5Config(vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, layers=1),
+    clip=CLIPConfig(image_size=224, patch=14, dim=1280, heads=16, layers=4, mlp_dim=5120),
+)
 STAGES = {name: stage for name, stage in stage_definitions(SMALL).items() if ".1." not in f"{name}."}  # one a family
 
 

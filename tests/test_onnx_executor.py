@@ -9,11 +9,11 @@ import torch
 
 from scail2_rt.engines.onnx_executor import OnnxEngine, onnxruntime_numerics
 from scail2_rt.engines.store import STORE_NAME
-from scail2_rt.export.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
+from scail2_rt.export.config import DiTConfig, ModelConfig
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.precision import BF16, FP16, FP32, Numerics
 from scail2_rt.export.stages import stage_definitions
-from tests.onnx_case import STAGES, Case, make_case, on_meta, relative_error
+from tests.onnx_case import REAL, STAGES, Case, make_case, on_meta, relative_error
 
 FP8 = Numerics(torch.bfloat16, torch.bfloat16, fp8=True)
 SIZES = [
@@ -106,13 +106,7 @@ def test_fp8_rounds_at_all(tmp_path: Path) -> None:
     assert relative_error(actual, h @ weight.T + case.module.linear.bias.float()) > 3e-3
 
 
-REAL = ModelConfig(
-    dit=DiTConfig(dim=5120, heads=40, layers=1, ffn_dim=13824),
-    vae=VAEConfig(dim=96),
-    umt5=UMT5Config(vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, layers=1),
-    clip=CLIPConfig(image_size=224, patch=14, dim=1280, heads=16, layers=4, mlp_dim=5120),
-)
-REAL_STAGES = [name for name in stage_definitions(REAL) if name not in ("vae.encode_first", "vae.decode_first")]
+REAL_STAGES = list(stage_definitions(REAL))
 
 
 @pytest.mark.slow
