@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.lora import parse_lora
     from scail2_rt.runtime.progress import BuildLines
 
-    parts = {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+    parts = parts_apart(options)
     request = BuildRequest(
         checkpoint,
         options["output"],
@@ -82,10 +82,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         f"{report.directory}: {built}; {report.stages} stages in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
-    for lora in report.loras:
-        skipped = f", {len(lora.skipped)} skipped" if lora.skipped else ""
-        text += f"\n{lora.path}: {lora.applied} tensors applied{skipped}"
-    show(report, text, as_json)
+    show(report, text + lora_lines(report.loras), as_json)
 
 
 @cli.command(cls=o.SectionCommand)
@@ -154,7 +151,7 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.runtime.progress import BuildLines
 
     alone = options["layout"] == "monolithic"  # needs the transformer only
-    parts = {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+    parts = parts_apart(options)
     with stdout_for(as_json):
         opened = open_checkpoint(checkpoint, **({} if alone else parts), components=("dit",) if alone else COMPONENTS)
         report = export(
@@ -170,10 +167,7 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
         f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
     )
-    for lora in report.loras:
-        skipped = f", {len(lora.skipped)} skipped" if lora.skipped else ""
-        text += f"\n{lora.path}: {lora.applied} tensors applied{skipped}"
-    show(report, text, as_json)
+    show(report, text + lora_lines(report.loras), as_json)
 
 
 @cli.command(cls=o.SectionCommand)
@@ -190,7 +184,7 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     from scail2_rt.engines.verify import verify as run_verify
 
     request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
-    parts = {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+    parts = parts_apart(options)
     with stdout_for(as_json):
         report = run_verify(request, open_for(engines, checkpoint, parts), lambda line: click.echo(line, err=True))
     show(report, report.text, as_json)
@@ -224,6 +218,19 @@ def demo(output: Path, backend: str, as_json: bool) -> None:
     with stdout_for(as_json):
         result, text = run_demo(output, backend)
     show(result, text, as_json)
+
+
+def parts_apart(options: Mapping[str, Any]) -> dict[str, Path]:
+    """The parts of the checkpoint that were named apart."""
+    return {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+
+
+def lora_lines(loras: Sequence[Any]) -> str:
+    """A line for each fused LoRA."""
+    return "".join(
+        f"\n{lora.path}: {lora.applied} tensors applied{f', {len(lora.skipped)} skipped' if lora.skipped else ''}"
+        for lora in loras
+    )
 
 
 @contextlib.contextmanager
