@@ -1,9 +1,17 @@
 """Fixtures that several test files share: the golden folder (skipped when absent) and one tiny checkpoint a session."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> None:
+    """A shell starts background jobs deaf to SIGINT, and children inherit that; the tests of Ctrl-C must not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
