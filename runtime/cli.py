@@ -220,8 +220,8 @@ def demo(output: Path, backend: str, as_json: bool) -> None:
     show(result, text, as_json)
 
 
-def parts_apart(options: Mapping[str, Any]) -> dict[str, Path]:
-    """The parts of the checkpoint that were named apart."""
+def parts_apart(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the checkpoint that were named apart, as keyword arguments of `open_checkpoint`: name → path."""
     return {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
 
 
