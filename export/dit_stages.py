@@ -13,21 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.config import DiTConfig
-from scail2_rt.export.layers import Linear, parameter
+from scail2_rt.export.layers import Linear, Norm
 from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import ROWS, Dim, StageDefinition, TensorSpec
 from scail2_rt.kernels.rows import gate_residual, gelu, layer_norm, norm_modulate, rms_norm
 
 IMG_EMB_EPS = 1e-5
-
-
-class Norm(nn.Module):
-    """The affine weights of a norm: `weight` and, for a LayerNorm, `bias`; fp32."""
-
-    def __init__(self, dim: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = parameter(dim)
-        self.bias = parameter(dim) if bias else None
 
 
 class Embed(nn.Module):

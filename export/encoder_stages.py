@@ -14,21 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.config import CLIPConfig, UMT5Config
-from scail2_rt.export.layers import Linear, parameter
+from scail2_rt.export.layers import Linear, Norm, parameter
 from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import StageDefinition, TensorSpec
 from scail2_rt.kernels.rows import layer_norm, rms_norm
 
 TOKENS = "n"  # text tokens: 1 to 512
-
-
-class Norm(nn.Module):
-    """The weights of a norm, fp32: `weight` and, for a LayerNorm, `bias`."""
-
-    def __init__(self, dim: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = parameter(dim)
-        self.bias = parameter(dim) if bias else None
 
 
 class UMT5Layer(nn.Module):
@@ -203,8 +194,3 @@ def clip_definitions(config: CLIPConfig) -> list[StageDefinition]:
             family="clip",
         )
     ]
-
-
-def definitions(config: UMT5Config | CLIPConfig) -> list[StageDefinition]:
-    """The stages of either encoder."""
-    return umt5_definitions(config) if isinstance(config, UMT5Config) else clip_definitions(config)

@@ -1,6 +1,6 @@
-"""The linear layer of the engine stages.
+"""The linear layer of the engine stages, and the weights of their norms.
 
-One class carries the precision rule, so that a stage reads like the model: weights in the storage type, GEMM operands
+`Linear` carries the precision rule, so that a stage reads like the model: weights in the storage type, GEMM operands
 in the compute type, and, where the numerics say fp8, the unit-scale e4m3 rule of `kernels.rows`.
 """
 
@@ -32,6 +32,15 @@ class Linear(nn.Module):
             return fp8_linear(data, row_scale, self.weight, self.scale, self.bias, compute)
         bias = None if self.bias is None else self.bias.to(compute)
         return F.linear(x.to(compute), self.weight.to(compute), bias)
+
+
+class Norm(nn.Module):
+    """The affine weights of a norm: `weight` and, for a LayerNorm, `bias`; fp32."""
+
+    def __init__(self, dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = parameter(dim)
+        self.bias = parameter(dim) if bias else None
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:

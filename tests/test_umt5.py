@@ -36,7 +36,7 @@ def run_stages(encoder: UMT5Encoder, numerics: Numerics, ids: Tensor, mask: Tens
     config, weights = encoder.config, encoder.state_dict()
     x = weights["token_embedding.weight"][ids]
     buckets = relative_buckets(len(ids), config.buckets, config.max_distance)
-    for definition in encoder_stages.definitions(config):
+    for definition in encoder_stages.umt5_definitions(config):
         module = definition.build(numerics).eval()
         state = module.state_dict()
         assert set(state) == set(definition.weights)
@@ -162,7 +162,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
         encoder = UMT5Encoder(XXL)
     assert {name: tuple(p.shape) for name, p in encoder.state_dict().items()} == expected
     used: list[str] = []
-    for definition in encoder_stages.definitions(XXL):
+    for definition in encoder_stages.umt5_definitions(XXL):
         with torch.device("meta"):
             state = definition.build(BF16).state_dict()
         assert set(state) == set(definition.weights)
@@ -173,7 +173,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
 
 
 def test_stage_names_and_families() -> None:
-    stages = encoder_stages.definitions(CONFIG)
+    stages = encoder_stages.umt5_definitions(CONFIG)
     assert [d.name for d in stages] == ["umt5.layers.0", "umt5.layers.1", "umt5.layers.2", "umt5.final"]
     assert [d.family for d in stages] == ["umt5.layers"] * 3 + ["umt5.final"]
     given, made = stages[0].io(BF16)
