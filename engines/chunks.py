@@ -6,7 +6,7 @@ stage sees one shape and one set of addresses for a whole layout and can be capt
 into full-size tensors. A sequence that fits is passed through untouched.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ def piece_size(rows: int, max_rows: int) -> tuple[int, int]:
     """(number of pieces, rows a piece): the fewest equal pieces of at most `max_rows` that cover `rows`."""
     count = -(-rows // max_rows)
     return count, -(-rows // count)
+
+
+def row_pieces(rows: int, max_rows: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of each piece; the last one may be shorter."""
+    _, size = piece_size(rows, max_rows)
+    for start in range(0, rows, size):
+        yield start, min(size, rows - start)
 
 
 class RowChunks:

@@ -5,8 +5,12 @@ executor and says why. The set loads a stage when it is first run and forgets it
 sequences into row chunks. Constants that the runtime itself needs (modulation, q/k norm weights) are in `tables`.
 """
 
+import contextlib
 import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +19,9 @@ from torch import Tensor
 
 from scail2_rt.engines.backends import choose_backend, device_of, stage_numerics
 from scail2_rt.engines.chunks import MAX_ROWS, RowChunks
+from scail2_rt.engines.loading import Loading, StageStream, WeightLoader
 from scail2_rt.engines.manifest import (
+    KERNELS,
     STAGES,
     TABLES,
     TOKENIZER,
@@ -24,7 +30,7 @@ from scail2_rt.engines.manifest import (
     describe_command,
     read_manifest,
 )
-from scail2_rt.engines.store import STORE_NAME, StoreReader
+from scail2_rt.engines.store import STORE_NAME, StoreReader, TensorShape
 from scail2_rt.engines.weights import EMBEDDING
 from scail2_rt.export.config import ModelConfig
 from scail2_rt.export.errors import InputError, Scail2Error
@@ -33,6 +39,7 @@ from scail2_rt.export.spec import StageDefinition, TensorSpec
 
 if TYPE_CHECKING:
     from scail2_rt.engines.tensorrt_session import TensorRTSession
+    from scail2_rt.engines.torch_executor import TorchEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +66,40 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+def use_kernel_cache(directory: Path) -> None:
+    """Let Triton and NVRTC keep compiled kernels in `directory`, unless the user said where or it cannot be written."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(exist_ok=True)
+        for variable in ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS"):
+            os.environ.setdefault(variable, str(directory))
+
+
+class VAERings(Protocol):
+    """A half of the VAE that keeps its causal caches itself."""
+
+    def reset(self) -> None: ...
+
+    def step(self, x: Tensor) -> Tensor: ...
+
+    def free(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How engines run. `attention`: a variant of `kernels.attention` or "auto"; `graphs`: record denoising steps in
+    CUDA graphs (on a GPU); `vram_limit`: bytes of GPU memory that the process may use, None for what is free."""
+
+    max_rows: int = MAX_ROWS
+    attention: str = "auto"
+    graphs: bool = True
+    vram_limit: int | None = None
+
+
+DEFAULT_EXECUTION = Execution()
+
+
 class EngineSet:
-    """The stages of one engine folder on one device."""
+    """The stages of one engine folder on one device. `store` and `tables` replace those of the folder (benchmarks)."""
 
     def __init__(
         self,
@@ -70,17 +109,33 @@ class EngineSet:
         backend: str,
         reason: str,
         device: torch.device,
-        max_rows: int = MAX_ROWS,
+        execution: Execution = DEFAULT_EXECUTION,
+        store: StoreReader | None = None,
+        tables: dict[str, Tensor] | None = None,
     ) -> None:
         from safetensors.torch import load_file
 
         self.directory, self.manifest, self.definitions = directory, manifest, definitions
         self.backend, self.reason, self.device = backend, reason, device
-        self.store = StoreReader(directory / STAGES / STORE_NAME)
-        self.tables: dict[str, Tensor] = load_file(directory / TABLES, device=str(device))
-        self._chunks = RowChunks(max_rows)
+        self.store = store or StoreReader(directory / STAGES / STORE_NAME)
+        if tables is None:
+            tables = load_file(directory / TABLES, device=str(device))
+        self.tables = tables
+        self.execution = execution
+        self._chunks = RowChunks(self.execution.max_rows)
         self._engines: dict[str, tuple[Engine, EngineSpec]] = {}
         self._session: TensorRTSession | None = None
+        if backend == "torch" and device.type == "cuda":
+            use_kernel_cache(directory / KERNELS)
+        if manifest.precision == "fp32" and device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; fp32 means fp32 here
+        self.attention, self.attention_reason = self._choose_attention()
+        self._on_gpu = backend == "torch" and device.type == "cuda"
+        self._loader = WeightLoader(self.store, device) if isinstance(self.store, StoreReader) else None
+        self._loading: dict[str, Loading] = {}
+        self._rings: dict[str, VAERings] = {}
+        self._streamed: dict[str, tuple[str, ...]] = {}  # stage → the stages of its family that share buffers
+        self._streams: dict[str, StageStream[TorchEngine]] = {}  # family → the shared buffers
 
     @property
     def config(self) -> ModelConfig:
@@ -97,7 +152,13 @@ class EngineSet:
     @property
     def choice(self) -> str:
         """One printable line: what runs, where, and why."""
-        return f"{self.backend} on {self.device} in {self.manifest.precision}, because {self.reason}"
+        attention = f"; attention {self.attention}, because {self.attention_reason}"
+        return f"{self.backend} on {self.device} in {self.manifest.precision}, because {self.reason}{attention}"
+
+    @property
+    def graphs(self) -> bool:
+        """Are denoising steps recorded in CUDA graphs? Weights that are streamed come from the host, so then not."""
+        return self.execution.graphs and self._on_gpu and not self._streamed
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -112,16 +173,49 @@ class EngineSet:
         """Type of a stage's activations in this executor."""
         return self.numerics(stage).compute
 
-    def run(self, name: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def run(self, name: str, *inputs: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
         """The outputs of a stage; it is loaded on first use, and cut into row chunks beyond `max_rows`.
 
-        Inputs must have the types of the stage's specs and be on `device`."""
+        Inputs must have the types of the stage's specs and be on `device`. `out`: where the first output may be written
+        (the first input itself, say); the torch executor does so, the others return tensors of their own."""
         engine, spec = self._engine(name)
         have = [tensor.dtype for tensor in inputs]
         want = [tensor.dtype for tensor in spec.inputs]
         if have != want:
             raise Scail2Error(f"stage {name} needs inputs of types {want}, it was given {have}.")
+        if self.backend == "torch":
+            from scail2_rt.engines.torch_executor import TorchEngine, run_rows
+
+            assert isinstance(engine, TorchEngine)
+            return run_rows(engine, (spec.inputs, spec.outputs), inputs, self.max_rows, out)
         return self._chunks.run(engine, spec.family, (spec.inputs, spec.outputs), inputs)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to load these stages in the background, in this order. Only the torch executor on a GPU does so."""
+        if not self._on_gpu or self._loader is None:
+            return
+        for name in names:
+            if name not in self._engines and name not in self._loading and name not in self._streamed:
+                self._loading[name] = self._loader.start(name, self._tensors(name))
+
+    def stream(self, names: Sequence[str]) -> None:
+        """From here on these stages, run in this order over and over, share two device buffers a family; all others
+        stay loaded."""
+        if set(names) == set(self._streamed):
+            return
+        for stage in {*names, *self._streamed}:
+            self.release(stage)
+        for family in list(self._streams):
+            self._streams.pop(family).close()
+        families: dict[str, list[str]] = {}
+        for name in names:
+            families.setdefault(self._definition(name).family, []).append(name)
+        self._streamed = {name: tuple(family) for family in families.values() for name in family}
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """Names of the stages whose weights pass through shared buffers."""
+        return tuple(self._streamed)
 
     def plan_report(self, name: str) -> str | None:
         """What TensorRT's engine inspector says of a stage's plan, as JSON; None for the other executors."""
@@ -130,9 +224,29 @@ class EngineSet:
 
     def release(self, prefix: str) -> None:
         """Drop every loaded stage whose name begins with `prefix`; a later run loads it again."""
+        for name in [name for name in self._loading if name.startswith(prefix)]:
+            self._loading.pop(name).wait()
         for name in [name for name in self._engines if name.startswith(prefix)]:
             self._engines.pop(name)[0].close()
+        for family in [family for family in self._streams if family.startswith(prefix)]:
+            self._streams.pop(family).close()
+        self._rings = {stage: rings for stage, rings in self._rings.items() if not stage.startswith(prefix)}
         self._chunks.keep({spec.family for _, spec in self._engines.values()})
+
+    def vae_rings(self, stage: str) -> "VAERings | None":
+        """The GPU form of `vae.encode` or `vae.decode`, made once; None for other executors and on a CPU."""
+        if not self._on_gpu:
+            return None
+        if stage not in self._rings:
+            from scail2_rt.engines.torch_vae import DecodeStream, EncodeStream
+
+            assert self.config.vae is not None
+            name = f"{stage}_step"
+            self.prefetch([name])
+            weights = self._loading.pop(name).wait() if name in self._loading else self._stored(name)
+            form = EncodeStream if stage == "vae.encode" else DecodeStream
+            self._rings[stage] = form(weights, self.config.vae, self.device, self.compute_dtype(name))
+        return self._rings[stage]
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Rows of the umT5 token embedding, read from the mapped store. ids [n] → fp32 [n, dim] on the device."""
@@ -159,6 +273,8 @@ class EngineSet:
         if self._session is not None:
             self._session.close()
             self._session = None
+        if self._loader is not None:
+            self._loader.close()
         self.store.close()
         self.tables = {}
 
@@ -169,9 +285,42 @@ class EngineSet:
         self.close()
 
     def _engine(self, name: str) -> tuple[Engine, EngineSpec]:
+        if name in self._streamed:
+            return self._stream_of(name).take(name), EngineSpec.of(self._definition(name), self.numerics(name))
         if name not in self._engines:
             self._engines[name] = self._load(name), EngineSpec.of(self._definition(name), self.numerics(name))
         return self._engines[name]
+
+    def _choose_attention(self) -> tuple[str, str]:
+        from scail2_rt.kernels.attention import choose_attention
+
+        if self.config.dit is None:
+            return "none", "the folder has no transformer"
+        return choose_attention(
+            self.execution.attention, self.manifest.precision, self.device, self.config.dit.head_dim
+        )
+
+    def _stream_of(self, name: str) -> "StageStream[TorchEngine]":
+        definition = self._definition(name)
+        if definition.family not in self._streams:
+            from scail2_rt.engines.torch_executor import TorchEngine
+
+            assert self._loader is not None
+            make = partial(TorchEngine, definition, self.numerics(name), self.store, self.device)
+            tensors = self._tensors(name)
+            self._streams[definition.family] = StageStream(self._loader, self._streamed[name], tensors, make)
+        return self._streams[definition.family]
+
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        return self.store.stage(name, self._tensors(name))
+
+    def _tensors(self, name: str) -> dict[str, TensorShape]:
+        """The weights of a stage, checked against the store."""
+        from scail2_rt.engines.torch_executor import check_stored, stage_tensors
+
+        tensors = stage_tensors(self._definition(name), self.numerics(name))
+        check_stored(name, tensors, self.store)
+        return tensors
 
     def _definition(self, name: str) -> StageDefinition:
         try:
@@ -188,7 +337,11 @@ class EngineSet:
         if self.backend == "torch":
             from scail2_rt.engines.torch_executor import TorchEngine
 
-            return TorchEngine(definition, numerics, self.store, self.device)
+            weights = None
+            if self._on_gpu and self._loader is not None:
+                self.prefetch([name])
+                weights = self._loading.pop(name).wait()
+            return TorchEngine(definition, numerics, self.store, self.device, weights)
         if self.backend == "tensorrt":
             return self._load_plan(definition, numerics)
         from scail2_rt.engines.onnx_executor import OnnxEngine
@@ -208,7 +361,7 @@ class EngineSet:
 
 
 def open_engines(
-    directory: Path, backend: str = "auto", max_rows: int = MAX_ROWS, device: str | None = None
+    directory: Path, backend: str = "auto", execution: Execution = DEFAULT_EXECUTION, device: str | None = None
 ) -> EngineSet:
     """Check an engine folder and open it. `device`: "cpu" or "cuda", by default where the executor is fastest.
 
@@ -233,4 +386,7 @@ def open_engines(
     place = device or device_of(name)
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was named, but PyTorch finds no CUDA GPU on this machine; use the device cpu.")
-    return EngineSet(directory, manifest, definitions, name, reason, torch.device(place), max_rows)
+    if execution.vram_limit is not None and (name, place) != ("torch", "cuda"):
+        why = "plans carry their weights" if name == "tensorrt" else f"{name} runs on the {place} here"
+        raise InputError(f"a limit of GPU memory needs the torch executor on a GPU, but {why}; use --backend torch.")
+    return EngineSet(directory, manifest, definitions, name, reason, torch.device(place), execution)

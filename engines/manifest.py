@@ -25,6 +25,7 @@ from scail2_rt.export.spec import StageDefinition, TensorSpec
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STAGES = "stages"
+KERNELS = "kernels"  # what the GPU's kernels were compiled to; made anew when missing
 TABLES = "tables.safetensors"
 TOKENIZER = "tokenizer/tokenizer.json"
 _OPTIONS = {"umt5": "t5"}  # components whose command-line option has another name

@@ -197,6 +197,7 @@ class StoreReader:
         self.layout = StoreLayout.read(path)
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = os.dup(file.fileno())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and says so
             self._bytes: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -212,6 +213,18 @@ class StoreReader:
         """Parameter name → tensor of one stage."""
         return {parameter: self.get(f"{name}.{parameter}") for parameter in parameters}
 
+    def read_into(self, name: str, start: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of a tensor from its byte `start` on, by reading the file: touching a fresh
+        mapping page by page is slower. InputError when the file has become shorter."""
+        offset = self.layout.location(name).offset + start
+        while target:
+            count = os.preadv(self._file, [target], offset)
+            if count == 0:
+                raise InputError(f"{self.path} ends before the tensor {name}; rebuild the engine folder.")
+            target, offset = target[count:], offset + count
+
     def close(self) -> None:
         """Drop the mapping; it is unmapped when the last tensor taken from it is gone."""
+        if self._bytes is not None:
+            os.close(self._file)
         self._bytes = None

@@ -14,9 +14,20 @@ from torch.nn import functional as F
 
 from scail2_rt.export.config import DiTConfig
 from scail2_rt.export.layers import Linear, Norm
-from scail2_rt.export.precision import Numerics
+from scail2_rt.export.precision import FP8_ACCUMULATION, Numerics
 from scail2_rt.export.spec import ROWS, Dim, StageDefinition, TensorSpec
-from scail2_rt.kernels.rows import gate_residual, gelu, layer_norm, norm_modulate, rms_norm
+from scail2_rt.kernels.rows import (
+    gate_residual,
+    gelu,
+    gelu_rows,
+    layer_norm,
+    modulation,
+    norm_modulate,
+    norm_rows,
+    residual_norm,
+    rms_norm,
+    rms_norm_rows,
+)
 
 IMG_EMB_EPS = 1e-5
 
@@ -95,44 +106,52 @@ class QKV(nn.Module):
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
-        self.eps, self.compute = config.eps, numerics.compute
-        self.linear = Linear(config.dim, 3 * config.dim, numerics)
+        self.eps = config.eps
+        self.linear = Linear(config.dim, 3 * config.dim, numerics, accumulation=FP8_ACCUMULATION["qkv.linear"])
 
-    def forward(self, x: Tensor, mod: Tensor) -> Tensor:
-        return self.linear(norm_modulate(x, mod[0], mod[1], self.eps, self.compute))
+    def forward(self, x: Tensor, mod: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.linear.project(norm_rows(x, modulation(mod[0], mod[1]), self.eps, self.linear.form), out)
 
 
 class Mid(nn.Module):
-    """Self-attention's output projection, gate and residual; then LN3 and the normed query of cross-attention."""
+    """Self-attention's output projection, gate and residual; then LN3 and the normed query of cross-attention.
+
+    `out`: where x and q go; x may go to its own place."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
         self.eps = config.eps
-        self.o = Linear(config.dim, config.dim, numerics)
+        self.o = Linear(config.dim, config.dim, numerics, accumulation=FP8_ACCUMULATION["mid.o"])
         self.norm3 = Norm(config.dim, bias=True)
-        self.q = Linear(config.dim, config.dim, numerics)
+        self.q = Linear(config.dim, config.dim, numerics, accumulation=FP8_ACCUMULATION["mid.q"])
         self.norm_q = Norm(config.dim)
 
-    def forward(self, x: Tensor, attention: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
-        x = gate_residual(x, self.o(attention), mod[2])
-        q = self.q(layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias))
-        return x, rms_norm(q, self.norm_q.weight, self.eps).to(q.dtype)
+    def forward(
+        self, x: Tensor, attention: Tensor, mod: Tensor, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x_out, q_out = out or (None, None)
+        x, rows = residual_norm(x, self.o(attention), mod[2], self.norm3.affine, self.eps, self.q.form, x_out)
+        q = self.q.project(rows, q_out)
+        return x, rms_norm_rows(q, self.norm_q.weight, self.eps, q_out)
 
 
 class FFN(nn.Module):
-    """Cross-attention's output projection and residual; then LN, modulate, feed-forward, gate, residual."""
+    """Cross-attention's output projection and residual; then LN, modulate, feed-forward, gate, residual.
+
+    `out`: where x goes, which may be its own place. The widest intermediate is given up as soon as it is activated."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
-        self.eps, self.compute = config.eps, numerics.compute
-        self.o = Linear(config.dim, config.dim, numerics)
-        self.up = Linear(config.dim, config.ffn_dim, numerics)
-        self.down = Linear(config.ffn_dim, config.dim, numerics)
+        self.eps = config.eps
+        self.o = Linear(config.dim, config.dim, numerics, accumulation=FP8_ACCUMULATION["ffn.o"])
+        self.up = Linear(config.dim, config.ffn_dim, numerics, accumulation=FP8_ACCUMULATION["ffn.up"])
+        self.down = Linear(config.ffn_dim, config.dim, numerics, accumulation=FP8_ACCUMULATION["ffn.down"])
 
-    def forward(self, x: Tensor, attention: Tensor, mod: Tensor) -> Tensor:
-        x = gate_residual(x, self.o(attention))
-        h = norm_modulate(x, mod[3], mod[4], self.eps, self.compute)
-        return gate_residual(x, self.down(gelu(self.up(h))), mod[5])
+    def forward(self, x: Tensor, attention: Tensor, mod: Tensor, out: Tensor | None = None) -> Tensor:
+        affine = modulation(mod[3], mod[4])
+        x, rows = residual_norm(x, self.o(attention), None, affine, self.eps, self.up.form, out)
+        rows = gelu_rows(self.up.project(rows), self.down.form, reuse=True)
+        return gate_residual(x, self.down.project(rows), mod[5], out)
 
 
 class Head(nn.Module):

@@ -1,15 +1,18 @@
 """The linear layer of the engine stages, and the weights of their norms.
 
 `Linear` carries the precision rule, so that a stage reads like the model: weights in the storage type, GEMM operands
-in the compute type, and, where the numerics say fp8, the unit-scale e4m3 rule of `kernels.rows`.
+in the compute type, and, where the numerics say fp8, the unit-scale e4m3 rule of `kernels.rows`. A row operation that
+feeds a linear asks for its `form` and hands the rows to `project`; `forward` is for rows in any float type.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scail2_rt.export.precision import Numerics
-from scail2_rt.kernels.rows import E4M3, fp8_linear, quantise_rows
+from scail2_rt.export.precision import Accumulation, Numerics
+from scail2_rt.kernels.rows import E4M3, Affine, RowForm, Rows, as_rows, fp8_linear
 
 
 class Linear(nn.Module):
@@ -17,21 +20,40 @@ class Linear(nn.Module):
 
     Parameters: weight [out, in], bias [out] in the storage type; under fp8 weight is e4m3 and `scale` fp32 [out]."""
 
-    def __init__(self, in_features: int, out_features: int, numerics: Numerics, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        numerics: Numerics,
+        bias: bool = True,
+        accumulation: Accumulation = "fast",
+    ) -> None:
         super().__init__()
-        self.numerics = numerics
+        self.numerics, self.accumulation = numerics, accumulation
+        self.form = RowForm(numerics.compute, numerics.fp8)
         weight_type = E4M3 if numerics.fp8 else numerics.storage
         self.weight = parameter(out_features, in_features, dtype=weight_type)
         self.scale = parameter(out_features) if numerics.fp8 else None
         self.bias = parameter(out_features, dtype=numerics.storage) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.project(as_rows(x, self.form), out)
+
+    def project(self, rows: Rows, out: Tensor | None = None) -> Tensor:
+        """The product for rows [L, in] in `form`, written to `out` [L, out] when it is given."""
         compute = self.numerics.compute
         if self.scale is not None:
-            data, row_scale = quantise_rows(x.to(compute))
-            return fp8_linear(data, row_scale, self.weight, self.scale, self.bias, compute)
+            data, row_scale = rows
+            fast = self.accumulation == "fast"
+            return fp8_linear(data, row_scale, self.weight, self.scale, self.bias, compute, out, fast)
+        rows = cast(Tensor, rows)  # by `form`
+        weight = self.weight.to(compute)
         bias = None if self.bias is None else self.bias.to(compute)
-        return F.linear(x.to(compute), self.weight.to(compute), bias)
+        if out is None:
+            return F.linear(rows, weight, bias)
+        if bias is None:
+            return torch.mm(rows, weight.t(), out=out)
+        return torch.addmm(bias, rows, weight.t(), out=out)
 
 
 class Norm(nn.Module):
@@ -41,6 +63,11 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = parameter(dim)
         self.bias = parameter(dim) if bias else None
+
+    @property
+    def affine(self) -> Affine:
+        """Of a LayerNorm."""
+        return Affine(self.weight, cast(Tensor, self.bias))
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -7,6 +7,7 @@
     export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
     doctor           what this machine has                      doctor
     demo             all three on a case that it draws itself   demo
+    bench            speed, memory and error, with baselines    benchmarks
 
 Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
 code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
@@ -24,6 +25,7 @@ from typing import Any
 
 import click
 
+from scail2_rt.benchmarks.command import bench
 from scail2_rt.runtime import cli_options as o
 
 INTERRUPTED = 130
@@ -61,6 +63,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint import open_checkpoint
     from scail2_rt.export.lora import parse_lora
     from scail2_rt.runtime.progress import BuildLines
+    from scail2_rt.runtime.warm import warm_kernels
 
     parts = parts_apart(options)
     request = BuildRequest(
@@ -82,6 +85,8 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         f"{report.directory}: {built}; {report.stages} stages in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
+    if "torch" in report.added and (compiled := warm_kernels(Path(report.directory))):
+        text += f"\n{compiled}"
     show(report, text + lora_lines(report.loras), as_json)
 
 
@@ -100,7 +105,8 @@ def generate(engines: Path, as_json: bool, **options: Any) -> None:
     A report (<output>.json) is written beside the video."""
     from scail2_rt.runtime import jobs
 
-    choice = jobs.EngineChoice(engines, options["backend"], options["max_rows"])
+    how = {name: options[name] for name in ("backend", "max_rows", "attention", "vram_limit")}
+    choice = jobs.EngineChoice(engines, **how, graphs=not options["no_graphs"])
     preset = o.PRESETS[options["preset"]]
     sampling = {name: default if options[name] is None else options[name] for name, default in preset.items()}
     common = {**sampling, **{name: options[name] for name in jobs.SHARED}, "prompt": jobs.read_prompt(options)}
@@ -218,6 +224,9 @@ def demo(output: Path, backend: str, as_json: bool) -> None:
     with stdout_for(as_json):
         result, text = run_demo(output, backend)
     show(result, text, as_json)
+
+
+cli.add_command(bench)
 
 
 def parts_apart(options: Mapping[str, Any]) -> dict[str, Any]:

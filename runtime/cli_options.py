@@ -7,13 +7,14 @@ behind them define (a test compares them), because importing those would load Py
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
+ATTENTION = ("auto", "8bit", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")  # kernels.attention.VARIANTS
 SOLVERS = ("unipc", "dpm++", "euler")
 CODECS = ("h264", "hevc", "av1", "vp9")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,21 @@ class SizeType(click.ParamType):
         if not match:
             self.fail(f"{value!r} is not a size: write height and width as in 512x896", param, ctx)
         return int(match[1]), int(match[2])
+
+
+class MemorySize(click.ParamType):
+    """`12GiB`, `900MiB`, `16G` → bytes."""
+
+    name = "SIZE"
+    UNITS: ClassVar = {"M": 2**20, "G": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([MG])(?:i?B)?)", value.strip(), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size of memory: write it as in 12GiB", param, ctx)
+        return int(float(match[1]) * self.UNITS[match[2].upper()])
 
 
 PATH = click.Path(path_type=Path)
@@ -244,6 +260,21 @@ ENGINE_OPTIONS = in_section(
         metavar="N",
         help="Most tokens a stage sees at once: fewer need less memory.",
     ),
+    option(
+        "--attention",
+        type=click.Choice(ATTENTION),
+        default="auto",
+        show_default=True,
+        help="Self-attention of the torch executor. auto: 8 bit with fp8 engines, else the fastest 16-bit one; a named "
+        "one is used or refused.",
+    ),
+    option(
+        "--vram-limit",
+        type=MemorySize(),
+        metavar="SIZE",
+        help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
+    ),
+    option("--no-graphs", is_flag=True, help="Launch every kernel anew instead of replaying a CUDA graph a step."),
 )
 LORA_OPTIONS = (
     option("--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA to fuse; may be repeated."),

@@ -19,6 +19,8 @@ from scail2_rt.runtime.preprocess import clip_pixels, normalise_image, resize_co
 from scail2_rt.runtime.text import PromptCache, Tokenizer, clean_prompt
 from scail2_rt.runtime.vae import encode_clip
 
+AHEAD = 4  # layers of the text encoder whose weights are on their way while one is used
+
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
@@ -37,30 +39,34 @@ class Conditions:
 def encode_prompts(engines: EngineSet, prompts: Sequence[str], cache: PromptCache | None) -> tuple[Tensor, ...]:
     """Each prompt, cleaned → fp32 [n ≤ 512, text_dim] on the CPU, its true length."""
     assert engines.config.umt5 is not None
-    encodings = []
-    for prompt in map(clean_prompt, prompts):
-        encoding = cache.load(prompt) if cache else None
-        if encoding is None:
-            tokenizer = Tokenizer(engines.tokenizer_path, engines.config.umt5.vocab)
-            encoding = encode_ids(engines, tokenizer.encode(prompt)).cpu()
+    texts = [clean_prompt(prompt) for prompt in prompts]
+    found = {text: cache.load(text) if cache else None for text in texts}
+    missing = [text for text, encoding in found.items() if encoding is None]
+    if missing:
+        tokenizer = Tokenizer(engines.tokenizer_path, engines.config.umt5.vocab)
+        encodings = encode_ids(engines, [tokenizer.encode(text) for text in missing])
+        for text, rows in zip(missing, encodings, strict=True):
+            found[text] = rows.cpu()
             if cache:
-                cache.store(prompt, encoding)
-        encodings.append(encoding)
-    engines.release("umt5.")
-    return tuple(encodings)
+                cache.store(text, rows)
+    return tuple(encoding for text in texts if (encoding := found[text]) is not None)
 
 
-def encode_ids(engines: EngineSet, ids: Sequence[int]) -> Tensor:
-    """umT5 over one prompt's token ids, without padding: the encoder masks padding, so it changes nothing."""
+def encode_ids(engines: EngineSet, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """umT5 over each prompt's token ids, without padding: the encoder masks padding, so it changes nothing. All
+    prompts pass a layer before its weights leave memory."""
     config = engines.config.umt5
     assert config is not None
-    x = engines.embedding_rows(torch.tensor(ids)).to(engines.device, torch.float32)
-    buckets = relative_buckets(len(ids), config.buckets, config.max_distance).to(engines.device)
-    mask = torch.ones(len(ids), device=engines.device)
+    rows = [engines.embedding_rows(torch.tensor(ids)).to(engines.device, torch.float32) for ids in prompts]
+    buckets = [relative_buckets(len(ids), config.buckets, config.max_distance).to(engines.device) for ids in prompts]
+    masks = [torch.ones(len(ids), device=engines.device) for ids in prompts]
     for i in range(config.layers):
-        (x,) = engines.run(f"umt5.layers.{i}", x, buckets, mask)
-    (encoding,) = engines.run("umt5.final", x)
-    return encoding.float()
+        engines.prefetch(f"umt5.layers.{j}" for j in range(i, min(i + AHEAD, config.layers)))
+        rows = [engines.run(f"umt5.layers.{i}", *inputs)[0] for inputs in zip(rows, buckets, masks, strict=True)]
+        engines.release(f"umt5.layers.{i}")
+    encodings = [engines.run("umt5.final", x)[0].float() for x in rows]
+    engines.release("umt5.")
+    return encodings
 
 
 def clip_features(engines: EngineSet, image: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from scail2_rt.engines.manifest import Manifest, write_json
 from scail2_rt.export.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from scail2_rt.export.errors import InputError
 from scail2_rt.runtime.geometry import Layout, forward_flops, vae_decode_flops, vae_encode_flops
+from scail2_rt.runtime.memory import activation_bytes, context_bytes, decode_bytes
 from scail2_rt.runtime.request import JobPlan
 
 LAST_RUN = "last_run.json"
@@ -25,7 +26,6 @@ BENCHMARK_S = 0.3
 BENCHMARK_SIZE = {"cpu": 1024, "cuda": 8192}
 MATMUL_SHARE = 0.5  # of the bare matrix product's rate; whole runs reach 0.3 to 0.7
 VAE_REFERENCE_DIM = 96  # the width for which the VAE's FLOP were measured
-VAE_BUFFERS = 44  # pixel-sized [dim, H, W] buffers alive while decoding: four frames at work and two-frame caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +88,18 @@ def memory_gib(plan: JobPlan, manifest: Manifest, max_rows: int) -> dict[str, fl
     """GiB of weights and activations while each phase runs, beside what Python and its libraries take."""
     dit, vae, _, _ = _parts(manifest)
     element = 4 if manifest.precision == "fp32" else 2
-    width, tokens, passes = dit.dim, plan.layout.tokens, plan.request.passes
-    pixels = plan.height * plan.width
-    residual = (2 + passes) * tokens * width * 4  # fp32: static tokens, the stream in and out, the shared prefix
-    streams = 8 * tokens * width * element  # q k v as projected and as prepared, attention, cross query
-    context = passes * dit.layers * (dit.text_len + 257) * 2 * width * element
-    hidden = 2 * min(tokens, max_rows) * dit.ffn_dim * element
-    vae_work = VAE_BUFFERS * vae.dim * pixels * element
+    passes = plan.request.passes
+    streams = activation_bytes(dit, plan.layout, passes, element, manifest.precision == "fp8")
+    context = context_bytes(dit, passes, element)
+    hidden = 2 * min(plan.layout.tokens, max_rows) * dit.ffn_dim * element
+    vae_work = decode_bytes(vae, plan.height, plan.width, element)
     kv = _weights(manifest, "dit.", ".context_kv")
     resident = _weights(manifest, "dit.") - kv + _weights(manifest, "vae.")
     phases = {
         "text": _weights(manifest, "umt5."),
         "clip": _weights(manifest, "clip"),
         "reference": _weights(manifest, "vae.encode") + vae_work,
-        "denoise": resident + residual + streams + context + hidden,
+        "denoise": resident + streams + context + hidden,
         "decode": resident + context + vae_work,
     }
     return {phase: amount / 2**30 for phase, amount in phases.items()}

@@ -41,6 +41,9 @@ class EngineChoice:
     directory: Path
     backend: str = "auto"
     max_rows: int = 16_384
+    attention: str = "auto"
+    graphs: bool = True
+    vram_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
@@ -170,10 +173,11 @@ def dry_run(plan: JobPlan, manifest: "Manifest", choice: EngineChoice) -> tuple[
 @contextmanager
 def opened(choice: EngineChoice) -> "Iterator[EngineSet]":
     """The engines of a folder, with their choice printed on stderr; SIGTERM ends a run as Ctrl-C does."""
-    from scail2_rt.engines.executors import open_engines
+    from scail2_rt.engines.executors import Execution, open_engines
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open_engines(choice.directory, choice.backend, choice.max_rows) as engines:
+    execution = Execution(choice.max_rows, choice.attention, choice.graphs, choice.vram_limit)
+    with open_engines(choice.directory, choice.backend, execution) as engines:
         print(f"engines: {engines.choice}", file=sys.stderr)
         yield engines
 
@@ -193,6 +197,7 @@ class _Warnings(logging.Handler):
 def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
     """Generate one video and write its report, which is returned. Whatever is raised, the report is there."""
     from scail2_rt.runtime.estimate import remember_run
+    from scail2_rt.runtime.memory import apply, plan_memory
     from scail2_rt.runtime.pipeline import generate
     from scail2_rt.runtime.progress import open_progress
     from scail2_rt.runtime.text import PromptCache
@@ -208,6 +213,11 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
     about = {**report.describe_plan(plan), "prompt_cache": _cache_hits(plan, cache)}
     about |= {"engines": report.describe_engines(engines), "device": report.describe_device(engines)}
     about["versions"] = report.versions()
+    memory = plan_memory(plan, engines)
+    if memory is not None:
+        apply(memory, engines)
+        print(f"memory: {memory.line}", file=sys.stderr)
+    about["memory_plan"] = None if memory is None else memory.line
     timings: dict[str, float] = {}
 
     def finished(status: str, video: Path, error: str | None = None) -> dict[str, Any]:
@@ -218,7 +228,7 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
     try:
         with open_progress() as progress:
             timings = progress.timings
-            generate(plan, engines, progress, cache)
+            generate(plan, engines, progress, cache, memory)
     except BaseException as error:
         kept = unfinished.is_file()
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"

@@ -21,7 +21,9 @@ from scail2_rt.runtime.conditioning import (
 )
 from scail2_rt.runtime.driving import DrivingClip, encode_driving, read_clips
 from scail2_rt.runtime.geometry import Layout
+from scail2_rt.runtime.leaving import Leaving, leave
 from scail2_rt.runtime.media import VideoWriter
+from scail2_rt.runtime.memory import MemoryPlan, resident_stages
 from scail2_rt.runtime.preprocess import quantise_frames
 from scail2_rt.runtime.progress import Progress
 from scail2_rt.runtime.request import JobPlan
@@ -45,7 +47,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Finished frames, uint8 [n, H, W, 3]; `ends_segment` on the last of a segment."""
+    """Finished frames, uint8 [n, H, W, 3] on the CPU; `ends_segment` on the last of a segment."""
 
     pixels: Tensor
     ends_segment: bool
@@ -57,7 +59,13 @@ class Result:
     frames: int
 
 
-def generate(plan: JobPlan, engines: EngineSet, progress: Progress, cache: PromptCache | None = None) -> Result:
+def generate(
+    plan: JobPlan,
+    engines: EngineSet,
+    progress: Progress,
+    cache: PromptCache | None = None,
+    memory: MemoryPlan | None = None,
+) -> Result:
     """Animate the plan's character and write the video. A failure or Ctrl-C keeps the finished segments."""
     request = plan.request
     sampling = Sampling(request.solver, request.steps, request.shift, request.guidance)
@@ -84,8 +92,10 @@ def generate(plan: JobPlan, engines: EngineSet, progress: Progress, cache: Promp
     try:
         clips = read_clips(plan)
         overlap = request.segment_overlap
-        for frames in animate(engines, conditions, clips, sampling, plan.mode, draw_noise, progress, overlap):
-            writer.write(frames.pixels.cpu().numpy())
+        for frames in animate(
+            engines, conditions, clips, sampling, plan.mode, draw_noise, progress, overlap, memory=memory
+        ):
+            writer.write(frames.pixels.numpy())
             written += len(frames.pixels)
             if frames.ends_segment:
                 writer.segment_done()
@@ -125,6 +135,7 @@ def animate(
     overlap: int = 5,
     history: Tensor | None = None,
     observe: Observer = lambda name, value: None,
+    memory: MemoryPlan | None = None,
 ) -> Iterator[Frames]:
     """Frames of the driving clips in order, every driving frame once.
 
@@ -134,9 +145,11 @@ def animate(
     passes = len(conditions.contexts) if sampling.guidance > 1 else 1
     with progress.phase("context"):
         contexts = context_kv(engines, conditions.contexts[:passes], conditions.clip)
+    stages = resident_stages(memory) if memory else []
     for index, clip in enumerate(clips):
         progress.segment(index)
         segment = clip.segment
+        engines.prefetch(stages)  # on their way while the driving clip is encoded
         with progress.phase("driving"):
             driving, driving_mask = encode_driving(engines, clip)
             observe("driving", driving)
@@ -161,15 +174,17 @@ def animate(
         with progress.phase("denoise"):
             latent = denoise(engines, layout, inputs, contexts, sampling, draw_noise(layout), clean, progress, observe)
         observe("final_latent", latent)
+        if memory and memory.drops_blocks:
+            engines.release("dit.blocks.")
         history = None
-        for start, pixels in decoded_frames(engines, latent, progress):
+        for start, pixels, levels in decoded_frames(engines, latent, progress):
             end = start + pixels.shape[1]
             history = pixels if history is None else torch.cat([history, pixels], dim=1)
             history = history[:, -overlap:]
             observe("pixels", pixels)
-            new = pixels[:, max(segment.overlap - start, 0) : segment.valid_frames - start]
-            if new.shape[1]:
-                yield Frames(quantise_frames(new), ends_segment=end >= segment.valid_frames)
+            new = levels[max(segment.overlap - start, 0) : segment.valid_frames - start]
+            if len(new):
+                yield Frames(new, ends_segment=end >= segment.valid_frames)
 
 
 def denoise(
@@ -207,13 +222,20 @@ def denoise(
     return x
 
 
-def decoded_frames(engines: EngineSet, latent: Tensor, progress: Progress) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first frame, pixels [3, 1 or 4, H, W]) in order; only the decoding itself is timed."""
+def decoded_frames(engines: EngineSet, latent: Tensor, progress: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(index of the first frame, pixels [3, 1 or 4, H, W], the same as uint8 [1 or 4, H, W, 3] on the CPU) in order.
+
+    On a GPU a group of frames leaves while the next is decoded: it is handed out when the next has been queued."""
     start, chunks = 0, decode(engines, latent)
+    waiting: tuple[int, Tensor, Leaving] | None = None
     while True:
-        with progress.phase("decode"):
+        with progress.phase("decode", wait=False):
             pixels = next(chunks, None)
-        if pixels is None:
+            upcoming = None if pixels is None else (start, pixels, leave(quantise_frames(pixels)))
+            if waiting is not None:
+                arrived = waiting[2].arrive()
+        if waiting is not None:
+            yield waiting[0], waiting[1], arrived
+        if upcoming is None:
             return
-        yield start, pixels
-        start += pixels.shape[1]
+        waiting, start = upcoming, start + upcoming[1].shape[1]

@@ -2,15 +2,19 @@
 
 The pipeline knows only the `Progress` protocol: phases that are timed, and a count of segments and steps. A terminal
 gets a bar with the time left; a log file gets a line now and then. Everything goes to stderr: stdout belongs to
-results. Phases that are entered again add up. A phase ends when the GPU has finished what was queued in it.
+results. Phases that are entered again add up. A phase ends when the GPU has finished what
+was queued in it, except where work of the next is queued already (decoding).
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
+
+from scail2_rt.export.errors import Scail2Error
 
 if TYPE_CHECKING:
     from scail2_rt.engines.observe import BuildStep
@@ -23,8 +27,8 @@ class Progress(Protocol):
 
     timings: dict[str, float]
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time what runs inside as `name`."""
+    def phase(self, name: str, wait: bool = True) -> AbstractContextManager[None]:
+        """Time what runs inside as `name`; with `wait` until the GPU has finished it."""
 
     def begin(self, segments: int, steps: int) -> None:
         """The run has this many segments of this many denoising steps."""
@@ -42,6 +46,19 @@ def _wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
+def _told(error: Exception, phase: str) -> Exception:
+    """An error of the device's memory as a sentence that says what to do; any other as it is."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return error
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    what = f", which asked for another {asked[1]}" if asked else ""
+    return Scail2Error(
+        f"the GPU's memory ran out in the phase {phase}{what}: give --vram-limit a size below what is free, "
+        "or a smaller --size, --segment-length or --max-rows."
+    )
+
+
 class SilentProgress:
     """Times phases and counts steps without showing anything; the other two derive from it."""
 
@@ -51,12 +68,18 @@ class SilentProgress:
         self.started = time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, wait: bool = True) -> Iterator[None]:
         start = time.perf_counter()
         self._show(name)
         try:
             yield
-            _wait_for_gpu()
+            if wait:
+                _wait_for_gpu()
+        except Exception as error:
+            told = _told(error, name)
+            if told is error:
+                raise
+            raise told from error
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 

@@ -99,6 +99,8 @@ def describe_device(engines: "EngineSet") -> dict[str, Any]:
 
 def describe_engines(engines: "EngineSet") -> dict[str, Any]:
     """What the engine folder was made of: enough to tell two folders apart."""
+    from scail2_rt.export.precision import FP8_ACCUMULATION  # imports torch
+
     manifest_file = engines.directory / "manifest.json"
     identity = engines.manifest.identity
     return {
@@ -109,6 +111,9 @@ def describe_engines(engines: "EngineSet") -> dict[str, Any]:
         "sources": plain(identity.sources),
         "loras": plain(identity.loras),
         "max_rows": engines.max_rows,
+        "attention": engines.attention,
+        "graphs": engines.graphs,
+        "fp8_accumulation": FP8_ACCUMULATION if engines.manifest.precision == "fp8" else None,
     }
 
 

@@ -18,7 +18,9 @@ from scail2_rt.export.dit import patchify, sinusoid, unpatchify
 from scail2_rt.kernels.attention import cross_attention, prepare_qkv, self_attention
 from scail2_rt.kernels.rope import rope_table
 from scail2_rt.runtime.geometry import Layout
+from scail2_rt.runtime.graphs import CapturedFunction
 
+AHEAD = 4  # blocks whose context weights are on their way while one is used
 BlockKV = list[tuple[Tensor, Tensor]]  # per block: text k|v [512, 2C], image k|v [257, 2C]
 
 
@@ -54,6 +56,7 @@ def context_kv(engines: EngineSet, contexts: Sequence[Tensor], clip: Tensor) -> 
     engines.release("dit.context")
     result: list[BlockKV] = [[] for _ in contexts]
     for i in range(config.layers):
+        engines.prefetch(f"dit.blocks.{j}.context_kv" for j in range(i, min(i + AHEAD, config.layers)))
         for kv, (text, image) in zip(result, embedded, strict=True):
             text_kv, image_kv = engines.run(f"dit.blocks.{i}.context_kv", text, image)
             kv.append((text_kv, image_kv))
@@ -81,46 +84,58 @@ class Transformer:
         ).to(engines.device)
         times = sinusoid(torch.tensor(timesteps, dtype=torch.float64), self.config.freq_dim).to(engines.device)
         self.time, projection = engines.run("dit.time", times)
+        engines.release("dit.time")  # fp32, and all its results are here
         self.modulation = projection.view(len(timesteps), 6, self.config.dim)
-        self.x = torch.empty(layout.tokens, self.config.dim, device=engines.device)
-        self.x[layout.references] = self._references(inputs)
-        self.x[layout.driving] = self._embed(self._with_history(inputs.driving, 1.0), inputs.driving_mask, driving=True)
+        tables = engines.tables
+        self.block_modulation = torch.stack([tables[f"blocks.{i}.modulation"] for i in range(self.config.layers)])
+        self.references = self._references(inputs)
+        self.driving = self._embed(self._with_history(inputs.driving, 1.0), inputs.driving_mask, driving=True)
         video_mask = inputs.reference_mask[:, 1:]
         self.video_mask = (
             video_mask
             if video_mask.shape[1]
             else video_mask.new_zeros(1).expand(self.config.mask_channels, layout.frames, layout.height, layout.width)
         )
+        self._forward = CapturedFunction(self._network) if engines.graphs else self._network
 
     def velocities(self, latent: Tensor, history_mask: Tensor, step: int) -> list[Tensor]:
         """latent fp32 [16, F, h, w], history_mask [4, F, h, w] → one fp32 velocity [16, F, h, w] per context."""
-        layout, tables = self.layout, self.engines.tables
-        x = self.x.clone()
-        x[layout.video] = self._embed(torch.cat([latent, history_mask]), self.video_mask)
-        head = tables["head.modulation"] + self.time[step]
-        shared_x, shared_q = self._attend(0, x, step)
+        return self._forward(torch.cat([latent, history_mask]), self.modulation[step], self.time[step])
+
+    def _network(self, video: Tensor, modulation: Tensor, time: Tensor) -> list[Tensor]:
+        """video fp32 [20, F, h, w], modulation fp32 [6, C], time fp32 [C]: a function of these tensors alone, so that
+        it can be captured. The residual stream is one buffer that the stages update in place; with several contexts
+        each but the last continues from block 0 in a buffer of its own."""
+        layout = self.layout
+        mods = (self.block_modulation + modulation).unbind()
+        x = torch.empty(layout.tokens, self.config.dim, device=self.engines.device)
+        x[layout.references], x[layout.driving] = self.references, self.driving
+        x[layout.video] = self._embed(video, self.video_mask)
+        head = self.engines.tables["head.modulation"] + time
+        shared_x, shared_q = self._attend(0, x, mods[0])
         result = []
-        for kv in self.contexts:
+        for number, kv in enumerate(self.contexts):
+            last = number == len(self.contexts) - 1
             x, q = shared_x, shared_q
             for i in range(self.config.layers):
                 if i > 0:
-                    x, q = self._attend(i, x, step)
+                    x, q = self._attend(i, x, mods[i])
                 attention = cross_attention(q, *kv[i], self.config.head_dim)
-                (x,) = self.engines.run(f"dit.blocks.{i}.ffn", x, attention, self._mod(i, step))
+                into = x if i > 0 or last else torch.empty_like(x)
+                (x,) = self.engines.run(f"dit.blocks.{i}.ffn", x, attention, mods[i], out=into)
             (rows,) = self.engines.run("dit.head", x[layout.video], head)
             result.append(unpatchify(rows, layout.frames, layout.height, layout.width))
         return result
 
-    def _attend(self, i: int, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Block i up to its cross-attention query: x [L, C] → x, q."""
-        mod, tables = self._mod(i, step), self.engines.tables
+    def _attend(self, i: int, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
+        """Block i up to its cross-attention query: x [L, C], updated in place where the executor can → x, q."""
+        tables = self.engines.tables
         (qkv,) = self.engines.run(f"dit.blocks.{i}.qkv", x, mod)
-        prepared = prepare_qkv(qkv, tables[f"blocks.{i}.norm_q"], tables[f"blocks.{i}.norm_k"], self.rope)
-        x, q = self.engines.run(f"dit.blocks.{i}.mid", x, self_attention(prepared), mod)
+        norms = tables[f"blocks.{i}.norm_q"], tables[f"blocks.{i}.norm_k"]
+        prepared = prepare_qkv(qkv, *norms, self.rope, self.engines.attention)
+        del qkv  # in 8 bit nothing refers to it any more, and attention needs the room
+        x, q = self.engines.run(f"dit.blocks.{i}.mid", x, self_attention(prepared), mod, out=x)
         return x, q
-
-    def _mod(self, i: int, step: int) -> Tensor:
-        return self.engines.tables[f"blocks.{i}.modulation"] + self.modulation[step]
 
     def _references(self, inputs: SegmentInputs) -> Tensor:
         latents = torch.cat([inputs.additional_refs, inputs.reference], dim=1)

@@ -5,6 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton's interpreter runs them on the CPU
 
 
 @pytest.fixture(scope="session", autouse=True)

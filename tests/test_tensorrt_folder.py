@@ -8,7 +8,7 @@ import torch
 
 from scail2_rt.engines import tensorrt_session
 from scail2_rt.engines.build import BuildReport, BuildRequest, build
-from scail2_rt.engines.executors import open_engines
+from scail2_rt.engines.executors import Execution, open_engines
 from scail2_rt.engines.manifest import read_manifest
 from scail2_rt.engines.tensorrt_profiles import PlanOptions
 from scail2_rt.export.errors import InputError
@@ -42,7 +42,7 @@ def test_runs_like_the_torch_executor(recorder: Recorder, tmp_path: Path) -> Non
     )
     x, mod = torch.randn(50, 32), torch.randn(2, 32)
     with (
-        open_engines(tmp_path / "e", "tensorrt", max_rows=16, device="cpu") as plans,
+        open_engines(tmp_path / "e", "tensorrt", Execution(max_rows=16), device="cpu") as plans,
         open_engines(tmp_path / "e", "torch", device="cpu") as reference,
     ):
         torch.testing.assert_close(

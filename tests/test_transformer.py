@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.executors import EngineSet, open_engines
+from scail2_rt.engines.executors import EngineSet, Execution, open_engines
 from scail2_rt.export.dit import DiT, DiTInputs, patchify, unpatchify
 from scail2_rt.runtime.geometry import Layout
 from scail2_rt.runtime.transformer import SegmentInputs, Transformer, context_kv
@@ -97,7 +97,7 @@ def test_row_chunks_leave_the_velocity_alone(tmp_path: Path, inputs: DiTInputs) 
     build_small(tmp_path / "small")
     velocities = []
     for max_rows in (1000, 37):  # 162 tokens: one piece; five pieces, the last one padded
-        with open_engines(tmp_path / "small", "torch", max_rows) as engines:
+        with open_engines(tmp_path / "small", "torch", Execution(max_rows=max_rows)) as engines:
             transformer = transformer_of(engines, inputs, [inputs.text], [500])
             velocities += transformer.velocities(inputs.latent, inputs.history_mask, 0)
     assert relative_error(velocities[1], velocities[0]) < 1e-6

@@ -228,7 +228,7 @@ def check_umt5(golden: Golden, fixture: Fixture) -> Iterator[Row]:
     config = engines.config.umt5
     ids, mask, expected = fixture["in.ids"], fixture["in.mask"], fixture["out.last_hidden"]
     for i, length in enumerate(fixture["out.seq_lens"].tolist()):
-        encoding = encode_ids(engines, ids[i, :length].tolist())
+        (encoding,) = encode_ids(engines, [ids[i, :length].tolist()])
         yield compare(f"{fixture.name} prompt {i}", encoding, expected[i, :length], ENCODER)
     model = load_reference(UMT5Encoder(config), weights.weights())
     yield compare(f"{fixture.name} reference", model(ids, mask), expected, ENCODER)

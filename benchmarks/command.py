@@ -1,0 +1,180 @@
+"""The command group `scail2-rt bench`. Only click is imported here, so that `--help` answers at once."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scail2_rt.runtime.cli_options import ATTENTION, PATH, SectionCommand, debug_option, in_section, option
+
+SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate")
+ABOUT = {
+    "attention": "Self-attention: every variant, its speed at full length and its error on six input families.",
+    "kernels": "Preparation, cross-attention and row operations, against the copy ceiling and their PyTorch twins.",
+    "stages": "The stages of a transformer block, with embed and head, in every precision.",
+    "forward": "One pass of the denoising network, against the official dataflow and a compiled one.",
+    "vae": "Decoding a segment and encoding its driving clip, against the plain layers.",
+    "load": "Engine folder to first denoising step, in a fresh process.",
+    "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
+    "all": "Every section, each in a process of its own, merged.",
+}
+MODELS = ("14b", "1.3b", "tiny")  # benchmarks.models.MODELS
+WORK = Path(tempfile.gettempdir()) / "scail2-rt-bench"
+
+RUN_OPTIONS = in_section(
+    "What to measure",
+    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
+    option("--weights", default="random", show_default=True, metavar="random|DIR", help="Random, or an engine folder."),
+    option(
+        "--sizes",
+        metavar="LIST",
+        help="Token counts of standard sizes, or HxWxT, separated by commas.  [default: 48832,95920; tiny: 64x96x13]",
+    ),
+    option("--runs", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Timed runs of each."),
+    option(
+        "--attention",
+        type=click.Choice(ATTENTION),
+        default="auto",
+        show_default=True,
+        help="One variant instead of all (section attention) or of the default.",
+    ),
+    option(
+        "--only",
+        multiple=True,
+        metavar="PATTERN",
+        help="Sections forward, vae: only rows of these names, as in 'forward/fp8/*'; may be repeated.",
+    ),
+)
+RESULT_OPTIONS = in_section(
+    "Results",
+    option("--json", "output", type=PATH, metavar="FILE", help="Save there, after every measurement."),
+    option("--report", type=PATH, metavar="FILE.html", help="Write an HTML report with plots."),
+    option("--summary", "summary_file", type=PATH, metavar="FILE", help="Write the flat summary."),
+    option(
+        "--work",
+        type=PATH,
+        default=WORK,
+        metavar="DIR",
+        help="Folder for random engines, the drawn case and its video; kept, since the engines take long to write.  "
+        f"[default: {WORK}]",
+    ),
+)
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed, memory and error on this machine, against baselines in the same run.
+
+    \b
+    scail2-rt bench all --config 14b --weights random --json r.json --report r.html
+    scail2-rt bench compare before.json after.json
+    """
+
+
+def _add_section(name: str) -> None:
+    def command(**options: Any) -> None:
+        _run(name, **options)
+
+    decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(RESULT_OPTIONS(command)))
+    bench.command(name, cls=SectionCommand, help=ABOUT[name])(decorated)
+
+
+for _name in (*SECTIONS, "all"):
+    _add_section(_name)
+
+
+def _run(
+    section: str,
+    config: str,
+    weights: str,
+    sizes: str | None,
+    runs: int,
+    attention: str,
+    only: tuple[str, ...],
+    output: Path | None,
+    report: Path | None,
+    summary_file: Path | None,
+    work: Path,
+) -> None:
+    from scail2_rt.benchmarks.bench import Options
+    from scail2_rt.benchmarks.models import default_sizes, parse_sizes
+    from scail2_rt.benchmarks.sections import last_line, run_all, run_section, text_of
+
+    works = parse_sizes(sizes) if sizes else default_sizes(config)
+    options = Options(config, weights, works, runs, attention, work, output, only)
+    if section == "all":
+        words = ["--config", config, "--weights", weights, "--runs", str(runs), "--attention", attention]
+        words += ["--work", str(work), "--sizes", ",".join(map(str, works))]
+        words += [word for pattern in only for word in ("--only", pattern)]
+        results, failed = run_all(options, words)
+    else:
+        debug = bool((click.get_current_context().find_root().obj or {}).get("debug"))
+        results, failed = run_section(section, options, debug)
+    click.echo(text_of(results))
+    _write_outputs(results, report, summary_file)
+    click.echo(last_line(results, failed, output))
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _write_outputs(results: Any, report: Path | None, summary_file: Path | None) -> None:
+    if report is not None:
+        from scail2_rt.benchmarks.report import write_report
+
+        write_report(results, report)
+    if summary_file is not None:
+        from scail2_rt.benchmarks.goals import summary_document
+
+        summary_file.parent.mkdir(parents=True, exist_ok=True)
+        summary_file.write_text(json.dumps(summary_document(results), indent=1, ensure_ascii=False) + "\n")
+
+
+@bench.command(cls=SectionCommand)
+@click.argument("before", type=PATH)
+@click.argument("after", type=PATH)
+@debug_option
+def compare(before: Path, after: Path) -> None:
+    """Compare two results row by row. Exit code 1 when AFTER is worse by more than the noise: 3 % or twice the spread
+    of the runs, whichever is larger; for an error, 10 %."""
+    from scail2_rt.benchmarks.compare import compare_results
+    from scail2_rt.benchmarks.record import load
+
+    comparison = compare_results(load(before), load(after))
+    click.echo(comparison.text)
+    click.echo(json.dumps(comparison.document(), ensure_ascii=False))
+    if comparison.regressions:
+        raise click.exceptions.Exit(1)
+
+
+@bench.command(cls=SectionCommand)
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=PATH, required=True, help="The merged result.")
+@debug_option
+def merge(files: tuple[Path, ...], output: Path) -> None:
+    """Put several results of one model into one; of rows with the same name the last measured one is kept."""
+    from scail2_rt.benchmarks.record import load
+    from scail2_rt.benchmarks.record import merge as merged
+
+    results = merged([load(file) for file in files])
+    results.save(output)
+    click.echo(f"{output}: {len(results.rows)} rows of {len(results.runs)} runs")
+
+
+@bench.command("report", cls=SectionCommand)
+@click.argument("file", type=PATH)
+@click.option("-o", "--output", type=PATH, help="HTML report with plots.")
+@click.option("--summary", "summary_file", type=PATH, help="Flat summary as JSON.")
+@debug_option
+def report_command(file: Path, output: Path | None, summary_file: Path | None) -> None:
+    """Print a saved result with its goals; write its HTML report and its flat summary where asked."""
+    from scail2_rt.benchmarks.record import load
+    from scail2_rt.benchmarks.sections import last_line, text_of
+
+    results = load(file)
+    click.echo(text_of(results))
+    _write_outputs(results, output, summary_file)
+    failed = [row.name for row in results.rows.values() if row.failure]
+    click.echo(last_line(results, failed, file))

@@ -1,0 +1,69 @@
+"""Which self-attention runs: chosen once, at start, with the reason in words.
+
+`auto` takes the fastest one whose accuracy the precision asks for; a variant the user named is used or refused. Lossy
+ones ("8bit", "8bit-bf16pv", "sage") come with the fp8 precision or by name, never otherwise.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+from scail2_rt.export.errors import InputError
+
+VARIANTS = {
+    "8bit": "int8 QK, fp8 PV with two-level accumulation (Triton)",
+    "8bit-bf16pv": "int8 QK, 16-bit PV (Triton)",
+    "bf16": "16-bit (Triton)",
+    "cudnn": "16-bit, cuDNN through PyTorch",
+    "flash": "16-bit, the flash-attn package",
+    "sage": "8-bit QK, the sageattention package",
+    "sdpa": "PyTorch's own choice",
+}
+PACKAGES = {"flash": "flash_attn", "sage": "sageattention"}
+LOWEST = {"8bit": (8, 9), "8bit-bf16pv": (8, 0), "bf16": (8, 0), "cudnn": (8, 0), "flash": (8, 0), "sage": (8, 0)}
+HEAD_DIMS = {"8bit": (64, 128), "8bit-bf16pv": (64, 128), "bf16": (64, 128)}
+
+
+def choose_attention(requested: str, precision: str, device: torch.device | str, head_dim: int) -> tuple[str, str]:
+    """→ (variant, why). requested: "auto" or a key of VARIANTS; precision: fp32, bf16, fp16 or fp8.
+
+    Raises InputError if the named variant is unknown or cannot run here."""
+    device = torch.device(device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if requested != "auto":
+        if requested not in VARIANTS:
+            raise InputError(f"unknown attention {requested!r}; choose auto, {', '.join(VARIANTS)}")
+        problem = obstacle(requested, precision, capability, head_dim)
+        if problem:
+            raise InputError(f"attention {requested!r} cannot run: {problem}; choose another or auto")
+        return requested, f"{VARIANTS[requested]}, as asked"
+    if capability is None:
+        return "sdpa", f"{VARIANTS['sdpa']}: the device is {device.type}"
+    name = f"sm{capability[0]}{capability[1]}"
+    if precision == "fp8":
+        problem = obstacle("8bit", precision, capability, head_dim)
+        if problem is None:
+            return "8bit", f"{VARIANTS['8bit']}: precision fp8 on {name}"
+    if precision != "fp32" and capability[0] in (9, 10):
+        return "cudnn", f"{VARIANTS['cudnn']}: the fastest 16-bit one on {name}"
+    return "sdpa", f"{VARIANTS['sdpa']}: precision {precision} on {name}"
+
+
+def obstacle(variant: str, precision: str, capability: tuple[int, int] | None, head_dim: int) -> str | None:
+    """Why `variant` cannot run on a GPU of this capability (None: a CPU), or None if it can."""
+    eight_bit = variant in ("8bit", "8bit-bf16pv")
+    if variant == "sdpa" or (eight_bit and capability is None):
+        return None  # the twins of the 8-bit ones run anywhere
+    if capability is None:
+        return "it needs an NVIDIA GPU and the device is a CPU"
+    if precision == "fp32" and not eight_bit:
+        return "it computes in 16 bit and the precision is fp32"
+    if capability < LOWEST[variant]:
+        needed, found = LOWEST[variant], capability
+        return f"it needs a GPU of capability {needed[0]}.{needed[1]}, this one has {found[0]}.{found[1]}"
+    if variant in HEAD_DIMS and head_dim not in HEAD_DIMS[variant]:
+        return f"its heads must be 64 or 128 wide, here they are {head_dim}"
+    package = PACKAGES.get(variant, "triton" if variant in HEAD_DIMS else None)
+    if package is not None and find_spec(package) is None:
+        return f"the package {package} is not installed"
+    return None

@@ -1,0 +1,49 @@
+"""CUDA graphs: a function of a few tensors, recorded once and replayed.
+
+The first call runs eagerly (kernels compile, libraries make their workspaces, weights finish loading); the second is
+recorded, and from then on a call copies its inputs into the recorded ones and replays. The results are copied out, so
+they live as long as the caller likes. A recording that fails is an error, never a silent return to eager running.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from scail2_rt.export.errors import Scail2Error
+
+
+class CapturedFunction:
+    """`function(*tensors) -> list of tensors` behind a CUDA graph. Inputs keep their shapes from call to call."""
+
+    def __init__(self, function: Callable[..., list[Tensor]]) -> None:
+        self._function = function
+        self._warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        if not self._warm:
+            self._warm = True
+            return self._function(*inputs)
+        if self._graph is None:
+            self._record(inputs)
+        assert self._graph is not None
+        for recorded, tensor in zip(self._inputs, inputs, strict=True):
+            recorded.copy_(tensor)
+        self._graph.replay()
+        return [output.clone() for output in self._outputs]
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = [tensor.clone() for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the threads that read weights and write video may go on using the device
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._outputs = self._function(*self._inputs)
+        except Exception as error:
+            raise Scail2Error(
+                f"the denoising step cannot be captured in a CUDA graph ({error}); run with --no-graphs."
+            ) from error
+        self._graph = graph
