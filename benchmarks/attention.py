@@ -83,7 +83,7 @@ def _speed(bench: Bench, variants: list[str], tokens: int) -> None:
             percent_of_ceiling=100 * rate / ceiling if ceiling else None,
             percent_of_cudnn=100 * cudnn.median_s / timing.median_s if cudnn else None,
             flops=flops,
-            bytes=4.0 * tokens * heads * width * (1 if variant == "8bit" else 2),
+            bytes=4.0 * tokens * heads * width * (1 if variant in ("8bit", "8bit-triton") else 2),
         )
 
 

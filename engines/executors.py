@@ -389,4 +389,5 @@ def open_engines(
     if execution.vram_limit is not None and (name, place) != ("torch", "cuda"):
         why = "plans carry their weights" if name == "tensorrt" else f"{name} runs on the {place} here"
         raise InputError(f"a limit of GPU memory needs the torch executor on a GPU, but {why}; use --backend torch.")
-    return EngineSet(directory, manifest, definitions, name, reason, torch.device(place), execution)
+    where = torch.device("cuda", torch.cuda.current_device()) if place == "cuda" else torch.device(place)
+    return EngineSet(directory, manifest, definitions, name, reason, where, execution)

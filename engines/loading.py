@@ -87,7 +87,8 @@ class WeightLoader:
             self.store.read_into(name, start, part.numpy().data)
             return
         if not hasattr(self._own, "pinned"):
-            torch.cuda.set_device(self.device)
+            if self.device.index is not None:
+                torch.cuda.set_device(self.device)  # a new thread is on GPU 0
             self._own.pinned = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
             self._own.stream = torch.cuda.Stream(self.device)
         pinned, stream = self._own.pinned[: len(part)], self._own.stream

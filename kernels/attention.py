@@ -6,7 +6,7 @@ checked against; on a GPU the Triton kernels or a library's attention. Only this
 `PreparedQKV` feeds the 16-bit ones, `Prepared8` (kernels.eight_bit) the 8-bit ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scail2_rt.kernels import eight_bit
-from scail2_rt.kernels.attention_choice import VARIANTS, choose_attention
+from scail2_rt.kernels.attention_choice import EIGHT_BIT, VARIANTS, choose_attention, hopper_obstacle
 from scail2_rt.kernels.eight_bit import Prepared8
 from scail2_rt.kernels.rope import Rope, rotate
 from scail2_rt.kernels.rows import rms_norm
@@ -50,8 +50,9 @@ def prepare_qkv(
     shapes and variant, is written instead of new buffers (its v stays a view of this qkv where v is not quantised).
     qkv must outlive the result."""
     heads = q_weight.shape[0] // rope.head_dim
-    if variant in ("8bit", "8bit-bf16pv"):
-        return _prepare_8bit(qkv, q_weight, k_weight, rope, variant == "8bit", _as_type(out, Prepared8))
+    if variant in EIGHT_BIT:
+        made = _prepare_8bit(qkv, q_weight, k_weight, rope, variant != "8bit-bf16pv", _as_type(out, Prepared8))
+        return replace(made, triton=variant == "8bit-triton")
     v = qkv.chunk(3, dim=-1)[2].unflatten(-1, (heads, -1)).transpose(0, 1)
     earlier = _as_type(out, PreparedQKV)
     if qkv.is_cuda:
@@ -101,15 +102,7 @@ def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
 
     → [L, C] in the attention's 16-bit type (bf16 for "8bit"); `out` [L, C] is written and returned if given."""
     if isinstance(prepared, Prepared8):
-        if not prepared.q.is_cuda:
-            return _into(out, eight_bit.attention_8bit(prepared))
-        from scail2_rt.kernels import attention_triton
-
-        if out is None:
-            dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
-            heads, _, dim = prepared.q.shape
-            out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
-        return attention_triton.attention_8bit(prepared, out)
+        return _eight_bit_attention(prepared, out)
     q, k, v = prepared.q, prepared.k, prepared.v
     if prepared.variant == "bf16":
         from scail2_rt.kernels import attention_triton
@@ -126,6 +119,22 @@ def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
     else:
         attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
     return _into(out, attended.transpose(0, 1).flatten(1))
+
+
+def _eight_bit_attention(prepared: Prepared8, out: Tensor | None) -> Tensor:
+    if not prepared.q.is_cuda:
+        return _into(out, eight_bit.attention_8bit(prepared))
+    heads, _, dim = prepared.q.shape
+    if out is None:
+        dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
+        out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
+    if prepared.variant == "8bit" and hopper_obstacle(prepared.q.device, dim) is None:
+        from scail2_rt.kernels.hopper_attention import hopper_attention
+
+        return hopper_attention(prepared, out)
+    from scail2_rt.kernels import attention_triton
+
+    return attention_triton.attention_8bit(prepared, out)
 
 
 def _library_attention(prepared: PreparedQKV) -> Tensor:

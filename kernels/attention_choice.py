@@ -1,7 +1,8 @@
 """Which self-attention runs: chosen once, at start, with the reason in words.
 
 `auto` takes the fastest one whose accuracy the precision asks for; a variant the user named is used or refused. Lossy
-ones ("8bit", "8bit-bf16pv", "sage") come with the fp8 precision or by name, never otherwise.
+ones (those of 8 bit) come with the fp8 precision or by name, never otherwise. "8bit" is two kernels for the same
+operands: the one written for sm90 where that runs, else the Triton one; "8bit-triton" is always the latter.
 """
 
 from importlib.util import find_spec
@@ -11,7 +12,8 @@ import torch
 from scail2_rt.export.errors import InputError
 
 VARIANTS = {
-    "8bit": "int8 QK, fp8 PV with two-level accumulation (Triton)",
+    "8bit": "int8 QK, fp8 PV with two-level accumulation",
+    "8bit-triton": "int8 QK, fp8 PV with two-level accumulation (Triton)",
     "8bit-bf16pv": "int8 QK, 16-bit PV (Triton)",
     "bf16": "16-bit (Triton)",
     "cudnn": "16-bit, cuDNN through PyTorch",
@@ -20,8 +22,9 @@ VARIANTS = {
     "sdpa": "PyTorch's own choice",
 }
 PACKAGES = {"flash": "flash_attn", "sage": "sageattention"}
-LOWEST = {"8bit": (8, 9), "8bit-bf16pv": (8, 0), "bf16": (8, 0), "cudnn": (8, 0), "flash": (8, 0), "sage": (8, 0)}
-HEAD_DIMS = {"8bit": (64, 128), "8bit-bf16pv": (64, 128), "bf16": (64, 128)}
+EIGHT_BIT = ("8bit", "8bit-triton", "8bit-bf16pv")
+LOWEST = dict.fromkeys(VARIANTS, (8, 0)) | {"8bit": (8, 9), "8bit-triton": (8, 9)}
+HEAD_DIMS = dict.fromkeys((*EIGHT_BIT, "bf16"), (64, 128))
 
 
 def choose_attention(requested: str, precision: str, device: torch.device | str, head_dim: int) -> tuple[str, str]:
@@ -36,22 +39,42 @@ def choose_attention(requested: str, precision: str, device: torch.device | str,
         problem = obstacle(requested, precision, capability, head_dim)
         if problem:
             raise InputError(f"attention {requested!r} cannot run: {problem}; choose another or auto")
-        return requested, f"{VARIANTS[requested]}, as asked"
+        return requested, f"{_description(requested, device, head_dim)}, as asked"
     if capability is None:
         return "sdpa", f"{VARIANTS['sdpa']}: the device is {device.type}"
     name = f"sm{capability[0]}{capability[1]}"
     if precision == "fp8":
         problem = obstacle("8bit", precision, capability, head_dim)
         if problem is None:
-            return "8bit", f"{VARIANTS['8bit']}: precision fp8 on {name}"
+            return "8bit", f"{_description('8bit', device, head_dim)}: precision fp8 on {name}"
     if precision != "fp32" and capability[0] in (9, 10):
         return "cudnn", f"{VARIANTS['cudnn']}: the fastest 16-bit one on {name}"
     return "sdpa", f"{VARIANTS['sdpa']}: precision {precision} on {name}"
 
 
+def _description(variant: str, device: torch.device, head_dim: int) -> str:
+    """What `variant` is; for "8bit" on a GPU also which of its kernels runs and why not the other."""
+    if variant != "8bit" or device.type != "cuda":
+        return VARIANTS[variant]
+    problem = hopper_obstacle(device, head_dim)
+    kernel = "the sm90 CUDA kernel" if problem is None else f"Triton, not the sm90 CUDA kernel: {problem}"
+    return f"{VARIANTS[variant]} ({kernel})"
+
+
+def hopper_obstacle(device: torch.device, head_dim: int) -> str | None:
+    """Why the kernel written for sm90 cannot run on this GPU, or None. The first call may compile and load it:
+    `choose_attention` makes that call, so that none falls into the capture of a CUDA graph."""
+    from scail2_rt.kernels import hopper_attention
+
+    if head_dim != hopper_attention.WIDTH:
+        return f"its heads are {hopper_attention.WIDTH} wide, here they are {head_dim}"
+    with torch.cuda.device(device):
+        return hopper_attention.available()
+
+
 def obstacle(variant: str, precision: str, capability: tuple[int, int] | None, head_dim: int) -> str | None:
     """Why `variant` cannot run on a GPU of this capability (None: a CPU), or None if it can."""
-    eight_bit = variant in ("8bit", "8bit-bf16pv")
+    eight_bit = variant in EIGHT_BIT
     if variant == "sdpa" or (eight_bit and capability is None):
         return None  # the twins of the 8-bit ones run anywhere
     if capability is None:
@@ -63,7 +86,7 @@ def obstacle(variant: str, precision: str, capability: tuple[int, int] | None, h
         return f"it needs a GPU of capability {needed[0]}.{needed[1]}, this one has {found[0]}.{found[1]}"
     if variant in HEAD_DIMS and head_dim not in HEAD_DIMS[variant]:
         return f"its heads must be 64 or 128 wide, here they are {head_dim}"
-    package = PACKAGES.get(variant, "triton" if variant in HEAD_DIMS else None)
+    package = PACKAGES.get(variant, "triton" if variant in HEAD_DIMS else None)  # the preparation is Triton's always
     if package is not None and find_spec(package) is None:
         return f"the package {package} is not installed"
     return None

@@ -27,14 +27,12 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Query rows and keys of a tile, warps, pipeline stages; `scores`: how int8 scores become floats
-    (convert: an instruction; add: integer addition of MAGIC_BITS; start: the accumulator starts there)."""
+    """Query rows and keys of a tile, warps, pipeline stages."""
 
     rows: int = 64
     keys: int = 128
     warps: int = 4
-    stages: int = 3
-    scores: str = "add"
+    stages: int = 2
 
 
 @triton.jit
@@ -51,8 +49,7 @@ def _tile(source, row, column, row_stride, rows_end, R: tl.constexpr, C: tl.cons
 @triton.jit
 def _attention_8bit(
     q, k, v, q_scale, k_scale, v_scale, v_shift, out, length, padded, v_stride, channels,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, SCORES: tl.constexpr,
-    TMA: tl.constexpr, IMPRECISE: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, IMPRECISE: tl.constexpr,
 ):  # fmt: skip
     """One head × M query rows. q int8 [H·Lp, D]; k the same; v e4m3 [H·D, Lp] in stored order, or 16-bit [L, C]."""
     head = tl.program_id(1)
@@ -67,22 +64,11 @@ def _attention_8bit(
     for start in range(0, padded, N):
         key = _tile(k, head * padded + start, 0, D, (head64 + 1) * padded, N, D, TMA)
         scale = row_scale * tl.load(k_scale + head64 * (padded // 128) + start // 128)
-        if SCORES == "start":
-            bits = tl.dot(query, key.T, tl.full((M, N), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
-        else:
-            bits = tl.dot(query, key.T, out_dtype=tl.int32)
-            if SCORES == "add":
-                bits += MAGIC_BITS
-        if SCORES == "convert":
-            score = bits.to(tl.float32)
-            peak = tl.max(bits, 1).to(tl.float32)
-            zero = 0.0
-        else:
-            score = bits.to(tl.float32, bitcast=True)
-            peak = tl.max(bits, 1).to(tl.float32, bitcast=True) - MAGIC
-            zero = MAGIC
+        bits = tl.dot(query, key.T, tl.full((M, N), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
+        score = bits.to(tl.float32, bitcast=True)  # MAGIC + n, without a conversion instruction
+        peak = tl.max(bits, 1).to(tl.float32, bitcast=True) - MAGIC
         highest = tl.maximum(top, peak * scale)
-        offset = highest + zero * scale
+        offset = highest + MAGIC * scale
         if FP8:
             offset -= P_SHIFT
         p = tl.exp2(score * scale[:, None] - offset[:, None])
@@ -196,7 +182,9 @@ def default_config(device: torch.device, kind: str) -> Config:
     major = _major(device)
     if kind.startswith("8bit"):
         return Config() if major == 9 else Config(rows=64, keys=64, warps=4, stages=2 if kind == "8bit" else 3)
-    if major in (9, 10):
+    if major == 9:
+        return Config(rows=64, keys=64, warps=4, stages=3)
+    if major == 10:
         return Config(rows=128, keys=128, warps=8, stages=2)
     if kind == "bf16":
         return Config(rows=128, keys=64, warps=8, stages=2)
@@ -220,7 +208,7 @@ def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = Non
         _matrix(q, m, dim, tma), _matrix(k, n, dim, tma), _matrix(v, *value_tile, tma),
         prepared.q_scale, prepared.k_scale, prepared.v_scale, prepared.v_shift, out,
         prepared.tokens, padded, v.stride(0), heads * dim,
-        D=dim, M=m, N=n, FP8=fp8, SCORES=config.scores, TMA=tma, IMPRECISE=imprecise,
+        D=dim, M=m, N=n, FP8=fp8, TMA=tma, IMPRECISE=imprecise,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out

@@ -188,23 +188,20 @@ def conv(
     if weights.backend == "torch":
         _torch_conv(src, weights, clock, frames, raw, residual, normed, norm, planar)
         return
+    from scail2_rt.kernels import hopper_conv
     from scail2_rt.kernels.conv_launch import launch_conv, launch_norm
 
+    on_hopper = config is None and hopper_conv.takes(src, weights, planar)
     config = config or choose_conv(src.data.device, weights.c_in, weights.c_out, weights.stride)
-    fused = norm is not None and config.columns >= weights.c_out
-    store_raw = raw if keep_raw or not fused else None
-    launch_conv(
-        src,
-        weights,
-        clock,
-        frames,
-        config,
-        store_raw,
-        residual,
-        normed if fused else None,
-        norm if fused else None,
-        planar,
+    fused = norm is not None and (
+        weights.c_out <= hopper_conv.FUSED_CHANNELS if on_hopper else config.columns >= weights.c_out
     )
+    store_raw = raw if keep_raw or not fused else None
+    stored = (store_raw, residual, normed if fused else None, norm if fused else None, planar)
+    if on_hopper:
+        hopper_conv.launch_conv(src, weights, clock, frames, None, *stored)
+    else:
+        launch_conv(src, weights, clock, frames, config, *stored)
     if norm is not None and not fused:
         if raw is None or normed is None:
             raise ValueError("a norm that cannot be fused needs both destinations")

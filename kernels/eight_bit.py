@@ -20,7 +20,7 @@ from scail2_rt.kernels.rope import Rope, rotate
 from scail2_rt.kernels.rows import E4M3, E4M3_MAX, rms_norm
 
 TILE = 128  # tokens that share one key scale; L is padded to a multiple of it
-SAMPLES = 4096  # tokens that the mean key is taken over, at most
+SAMPLES = 1024  # tokens that the mean key is taken over, at most
 INT8_MAX = 127.0
 TINY = 1e-12  # a scale's floor: all-zero rows stay zero
 
@@ -43,10 +43,13 @@ class Prepared8:
     v_scale: Tensor | None
     v_shift: Tensor | None
     tokens: int
+    triton: bool = False  # keep away from the kernel written for sm90
 
     @property
     def variant(self) -> str:
-        return "8bit-bf16pv" if self.v_scale is None else "8bit"
+        if self.v_scale is None:
+            return "8bit-bf16pv"
+        return "8bit-triton" if self.triton else "8bit"
 
 
 def padded_length(tokens: int) -> int:

@@ -1,6 +1,6 @@
 // Self-attention for sm_90a: int8 Q.K^T, softmax in fp32, fp8 (e4m3) P.V with two-level accumulation. Head width 128.
 //
-// One block = NWG consumer warpgroups of 64 query rows + one producer warpgroup (one thread of it issues TMA loads).
+// One block = three consumer warpgroups of 64 query rows + one producer warpgroup (one thread of it issues TMA loads).
 // Keys and values pass in tiles of 128 through two rings of STAGES buffers in shared memory.
 //
 // Fragments (PTX ISA, wgmma m64nNk32, lane l of warp w, r = 16w + l/4, b = l%4):
@@ -22,98 +22,26 @@
 // beyond L are zero: their score is 0, they never raise the maximum, their V is zero, and their exp leaves the row sum
 // at the end.
 //
-// Build switches; NWG 3 with STAGES 4 is the shape it was made for.
-#ifndef NWG
-#define NWG 3  // consumer warpgroups: 2 or 3
-#endif
+// The consumer warpgroups run freely: the softmax of one hides behind the products of the others, and handing turns
+// around costs more than it orders. The compiler gets `hopper_ptx.cu` in front of this file.
 #ifndef STAGES
 #define STAGES 4  // buffers of each ring
 #endif
-#ifndef PINGPONG
-#define PINGPONG 1  // 0: none; 1: the turn to issue QK passes on once QK is issued; 2: once QK is finished
-#endif
-#ifndef LAZY
-#define LAZY 1  // rescale the output only in warps where a maximum grew
-#endif
-#ifndef SLACK
-#define SLACK 0.75f  // growth of the maximum (log2) that e4m3 absorbs: 2^(8 + 0.75) = 431 < 448. Lazy only
-#endif
-#ifndef OVERLAP
-#define OVERLAP 0  // issue QK of the next tile before PV of this one; needs the registers of NWG 2
-#endif
-#ifndef MAGIC
-#define MAGIC 1  // scores read as floats through the offset
-#endif
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 constexpr int WIDTH = 128;                  // head width
 constexpr int KEYS = 128;                   // keys a tile
-constexpr int ROWS = 64 * NWG;              // query rows a block
+constexpr int GROUPS = 3;                   // consumer warpgroups
+constexpr int ROWS = 64 * GROUPS;           // query rows a block
 constexpr int TILE_BYTES = KEYS * WIDTH;    // one K or V tile, 1 byte an element
 constexpr int Q_BYTES = ROWS * WIDTH;
-constexpr int OFFSET_BITS = MAGIC ? 0x4B400000 : 0;
-constexpr float OFFSET = MAGIC ? 12582912.0f : 0.0f;
+constexpr int OFFSET_BITS = 0x4B400000;
+constexpr float OFFSET = 12582912.0f;
 constexpr float P_LOG2 = 8.0f;              // probabilities are scaled by 2^8 to use the range of e4m3
-constexpr int PRODUCER_REGS = NWG == 3 ? 32 : 24;
-constexpr int CONSUMER_REGS = NWG == 3 ? 160 : 240;
-
-struct alignas(64) TensorMap {
-    unsigned char bytes[128];
-};
-
-__device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// ---- mbarriers, TMA, named barriers -----------------------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-// Returns once the phase of this parity has completed.
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n\t.reg .pred done;\n\t"
-        "again:\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-        "@!done bra again;\n\t}" ::"r"(bar), "r"(parity) : "memory");
-}
-
-// Coordinates fastest first; what lies outside the tensor arrives as zeros and counts towards the bytes expected.
-__device__ __forceinline__ void load_tile(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5}], [%2];"
-        ::"r"(dst), "l"((u64)map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
-}
-
-__device__ __forceinline__ void named_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+// The output is rescaled only in warps where a maximum grew by more than e4m3 absorbs: 2^(8 + 0.75) = 431 < 448.
+constexpr float SLACK = 0.75f;
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------
 
-// K-major operand whose rows are 128 bytes, 128-byte swizzle: groups of 8 rows lie 1024 bytes apart (stride field, in
-// 16 bytes); the leading field is unused; 1 in the top two bits names the swizzle. A k-step of 32 bytes adds 2.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-#define LIST8(c, x, i) \
-    c(x[i]), c(x[i + 1]), c(x[i + 2]), c(x[i + 3]), c(x[i + 4]), c(x[i + 5]), c(x[i + 6]), c(x[i + 7])
 #define LIST64(c, x)                                                                                            \
     LIST8(c, x, 0), LIST8(c, x, 8), LIST8(c, x, 16), LIST8(c, x, 24), LIST8(c, x, 32), LIST8(c, x, 40),         \
         LIST8(c, x, 48), LIST8(c, x, 56)
@@ -123,24 +51,18 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                          \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
 // The registers are operands of the wait, so that the compiler cannot read or reuse them before it.
-template <int PENDING>
 __device__ __forceinline__ void wgmma_wait(int (&s)[64]) {
-    asm volatile("wgmma.wait_group.sync.aligned %64;" : LIST64("+r", s) : "n"(PENDING) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST64("+r", s)::"memory");
 }
 __device__ __forceinline__ void wgmma_wait(float (&t)[64], u32 (&p)[16]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST64("+f", t), LIST8("+r", p, 0), LIST8("+r", p, 8)::"memory");
 }
 
-// s (+)= Q[64 rows, 32 of D] . K[128 keys, 32 of D]^T; overwrites s when accumulate is 0.
-__device__ __forceinline__ void wgmma_qk(int (&s)[64], u64 q, u64 k, int accumulate) {
-    asm volatile(
-        "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %66, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " OPERANDS64 ", %64, %65, add;\n\t}"
-        : LIST64("+r", s) : "l"(q), "l"(k), "r"(accumulate) : "memory");
+// s += Q[64 rows, 32 of D] . K[128 keys, 32 of D]^T.
+__device__ __forceinline__ void wgmma_qk(int (&s)[64], u64 q, u64 k) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " OPERANDS64 ", %64, %65, 1;"
+                 : LIST64("+r", s) : "l"(q), "l"(k) : "memory");
 }
 
 // t (+)= P[64 rows, 32 keys] . V[32 keys, 128]; P in registers, V stored [128 of D, keys].
@@ -158,7 +80,7 @@ __device__ __forceinline__ void issue_qk(int (&s)[64], u64 q, u64 k) {
     for (int i = 0; i < 64; ++i) s[i] = OFFSET_BITS;
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) wgmma_qk(s, q + 2 * step, k + 2 * step, MAGIC || step);
+    for (int step = 0; step < 4; ++step) wgmma_qk(s, q + 2 * step, k + 2 * step);
     wgmma_commit();
 }
 
@@ -172,12 +94,6 @@ __device__ __forceinline__ void issue_pv(float (&t)[64], const u32 (&p)[16], u64
 }
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Four floats to e4m3, the first in the lowest byte.
 __device__ __forceinline__ u32 pack_e4m3(float x0, float x1, float x2, float x3) {
@@ -196,16 +112,10 @@ __device__ __forceinline__ u32 pack_bf16(float x0, float x1) {
     return out;
 }
 
-__device__ __forceinline__ float score_float(int s) { return MAGIC ? __int_as_float(s) : (float)s; }
-
 // A row lives in the four lanes of a quad.
 __device__ __forceinline__ int quad_max(int x) {
     x = max(x, __shfl_xor_sync(~0u, x, 1));
     return max(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 // What a thread carries from tile to tile for its two rows.
@@ -215,7 +125,7 @@ struct Row {
     float sum;    // this lane's part of the sum of 2^8 p
 };
 
-// 2^(P_LOG2 - top + score * scale) is exp2(fma(score_float, scale, shift(...))).
+// 2^(P_LOG2 - top + score * scale) is exp2(fma(score read as a float, scale, shift(...))).
 __device__ __forceinline__ float shift(const Row& row, float scale) { return fmaf(-OFFSET, scale, P_LOG2 - row.top); }
 
 // Raises the maxima of both rows to cover the scores of this tile, and rescales the sums to them. If it returns true,
@@ -231,7 +141,7 @@ __device__ __forceinline__ bool raise_maximum(const int (&s)[64], float scale0, 
     const float new0 = (float)(quad_max(top0) - OFFSET_BITS) * scale0;
     const float new1 = (float)(quad_max(top1) - OFFSET_BITS) * scale1;
     alpha0 = alpha1 = 1.0f;
-    if (LAZY && !__any_sync(~0u, new0 > row0.top + SLACK || new1 > row1.top + SLACK)) return false;
+    if (!__any_sync(~0u, new0 > row0.top + SLACK || new1 > row1.top + SLACK)) return false;
     const float old0 = row0.top, old1 = row1.top;
     row0.top = fmaxf(old0, new0);
     row1.top = fmaxf(old1, new1);
@@ -264,14 +174,14 @@ __device__ __forceinline__ void probabilities(const int (&s)[64], float scale0, 
 #pragma unroll
     for (int pair = 0; pair < 8; ++pair) {  // column groups 2 pair and 2 pair + 1: 16 tokens
         const int i = 8 * pair;
-        const float x0 = exp2_fast(fmaf(score_float(s[i]), scale0, shift0));
-        const float x1 = exp2_fast(fmaf(score_float(s[i + 1]), scale0, shift0));
-        const float x2 = exp2_fast(fmaf(score_float(s[i + 4]), scale0, shift0));
-        const float x3 = exp2_fast(fmaf(score_float(s[i + 5]), scale0, shift0));
-        const float y0 = exp2_fast(fmaf(score_float(s[i + 2]), scale1, shift1));
-        const float y1 = exp2_fast(fmaf(score_float(s[i + 3]), scale1, shift1));
-        const float y2 = exp2_fast(fmaf(score_float(s[i + 6]), scale1, shift1));
-        const float y3 = exp2_fast(fmaf(score_float(s[i + 7]), scale1, shift1));
+        const float x0 = exp2_fast(fmaf(__int_as_float(s[i]), scale0, shift0));
+        const float x1 = exp2_fast(fmaf(__int_as_float(s[i + 1]), scale0, shift0));
+        const float x2 = exp2_fast(fmaf(__int_as_float(s[i + 4]), scale0, shift0));
+        const float x3 = exp2_fast(fmaf(__int_as_float(s[i + 5]), scale0, shift0));
+        const float y0 = exp2_fast(fmaf(__int_as_float(s[i + 2]), scale1, shift1));
+        const float y1 = exp2_fast(fmaf(__int_as_float(s[i + 3]), scale1, shift1));
+        const float y2 = exp2_fast(fmaf(__int_as_float(s[i + 6]), scale1, shift1));
+        const float y3 = exp2_fast(fmaf(__int_as_float(s[i + 7]), scale1, shift1));
         even0 += x0, odd0 += x1, even1 += y0, odd1 += y1;
         even0 += x2, odd0 += x3, even1 += y2, odd1 += y3;
         p[2 * pair] = pack_e4m3(x0, x1, x2, x3);
@@ -318,15 +228,14 @@ __device__ __forceinline__ void store_row(const float (&acc)[64], float sum, con
     }
 }
 
-// What a consumer warpgroup holds: its thread's part of the output, two rows, and where it is in the rings.
+// What a thread of a consumer warpgroup holds: its part of the output and its two rows.
 struct Consumer {
     float acc[64];
     Row row0, row1;
     float scale0, scale1;  // of this tile's integer scores
     const float* k_scale;
     u64 q;
-    int group, lane, stage;
-    u32 parity;
+    int lane;
 };
 
 // Scales for `tile`; the key's was asked for one tile ahead.
@@ -335,92 +244,31 @@ __device__ __forceinline__ void next_scales(Consumer& c, float& key_scale, int t
     key_scale = __ldg(c.k_scale + min(tile + 1, tiles - 1));
 }
 
-// Hands the turn on; the last turn of all is not: nobody waits for it.
-__device__ __forceinline__ void pass_turn(int group, bool last_tile) {
-    if (!(group == NWG - 1 && last_tile)) named_arrive(1 + (group + 1) % NWG, 256);
-}
-
-// One tile after the other; the warpgroups overlap with each other.
 __device__ __forceinline__ void attend(const Shared& at, Consumer& c, int tiles) {
     float key_scale = __ldg(c.k_scale);
-    if (PINGPONG && c.group == NWG - 1) named_arrive(1, 256);  // the first turn is warpgroup 0's
+    int stage = 0;
+    u32 parity = 0;
     for (int tile = 0; tile < tiles; ++tile) {
         next_scales(c, key_scale, tile, tiles);
         u32 p[16];
         {
             int s[64];
-            barrier_wait(at.k_full + 8 * c.stage, c.parity);
-            if (PINGPONG) named_sync(1 + c.group, 256);
-            issue_qk(s, c.q, descriptor(at.k + c.stage * TILE_BYTES));
-            if (PINGPONG == 1) pass_turn(c.group, tile == tiles - 1);
-            wgmma_wait<0>(s);
-            if (PINGPONG == 2) pass_turn(c.group, tile == tiles - 1);
-            if (c.lane == 0) barrier_arrive(at.k_empty + 8 * c.stage);
+            barrier_wait(at.k_full + 8 * stage, parity);
+            issue_qk(s, c.q, descriptor<128>(at.k + stage * TILE_BYTES));
+            wgmma_wait(s);
+            if (c.lane == 0) barrier_arrive(at.k_empty + 8 * stage);
             float alpha0, alpha1;
             if (raise_maximum(s, c.scale0, c.scale1, c.row0, c.row1, alpha0, alpha1)) rescale(c.acc, alpha0, alpha1);
             probabilities(s, c.scale0, c.scale1, c.row0, c.row1, p);
         }
         float t[64];
-        barrier_wait(at.v_full + 8 * c.stage, c.parity);
-        issue_pv(t, p, descriptor(at.v + c.stage * TILE_BYTES));
+        barrier_wait(at.v_full + 8 * stage, parity);
+        issue_pv(t, p, descriptor<128>(at.v + stage * TILE_BYTES));
         wgmma_wait(t, p);
-        if (c.lane == 0) barrier_arrive(at.v_empty + 8 * c.stage);
+        if (c.lane == 0) barrier_arrive(at.v_empty + 8 * stage);
         add(c.acc, t);
-        if (++c.stage == STAGES) c.stage = 0, c.parity ^= 1;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
-}
-
-// The same, the scores of the next tile under way while this tile's PV is. c.stage is that of the V tile.
-__device__ __forceinline__ void attend_overlapped(const Shared& at, Consumer& c, int tiles) {
-    float key_scale = __ldg(c.k_scale), alpha0, alpha1;
-    u32 p[16];
-    if (PINGPONG && c.group == NWG - 1 && tiles > 1) named_arrive(1, 256);
-    {
-        int s[64];
-        next_scales(c, key_scale, 0, tiles);
-        barrier_wait(at.k_full, 0);
-        issue_qk(s, c.q, descriptor(at.k));
-        wgmma_wait<0>(s);
-        if (c.lane == 0) barrier_arrive(at.k_empty);
-        raise_maximum(s, c.scale0, c.scale1, c.row0, c.row1, alpha0, alpha1);  // the output is still 0
-        probabilities(s, c.scale0, c.scale1, c.row0, c.row1, p);
-    }
-    barrier_wait(at.v_full, 0);
-    for (int tile = 1; tile < tiles; ++tile) {
-        const bool wrap = c.stage == STAGES - 1;
-        const int next = wrap ? 0 : c.stage + 1;
-        const u32 next_parity = c.parity ^ wrap;
-        next_scales(c, key_scale, tile, tiles);
-        int s[64];
-        float t[64];
-        u32 p_next[16];
-        barrier_wait(at.k_full + 8 * next, next_parity);
-        if (PINGPONG) named_sync(1 + c.group, 256);
-        issue_qk(s, c.q, descriptor(at.k + next * TILE_BYTES));
-        issue_pv(t, p, descriptor(at.v + c.stage * TILE_BYTES));
-        if (PINGPONG) pass_turn(c.group, tile == tiles - 1);
-        wgmma_wait<1>(s);
-        if (c.lane == 0) barrier_arrive(at.k_empty + 8 * next);
-        const bool raised = raise_maximum(s, c.scale0, c.scale1, c.row0, c.row1, alpha0, alpha1);
-        probabilities(s, c.scale0, c.scale1, c.row0, c.row1, p_next);
-        // Left alone, the compiler computes p_next after the wait for PV. No p has a sign bit, which it cannot know:
-        // the wait for the next V tile now needs all of p_next.
-        u32 signs = 0;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) signs |= p_next[i];
-        barrier_wait(at.v_full + 8 * next, next_parity ^ (signs >> 31));
-        wgmma_wait(t, p);
-        if (c.lane == 0) barrier_arrive(at.v_empty + 8 * c.stage);
-        add(c.acc, t);
-        if (raised) rescale(c.acc, alpha0, alpha1);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) p[i] = p_next[i];
-        c.stage = next, c.parity = next_parity;
-    }
-    float t[64];
-    issue_pv(t, p, descriptor(at.v + c.stage * TILE_BYTES));
-    wgmma_wait(t, p);
-    add(c.acc, t);
 }
 
 __device__ __forceinline__ void consume(const Shared& at, const float* q_scale, const float* k_scale,
@@ -432,13 +280,12 @@ __device__ __forceinline__ void consume(const Shared& at, const float* q_scale, 
     Consumer c;
     c.row0 = {r0 < tokens ? q_scale[r0] : 0.0f, 0.0f, 0.0f}, c.row1 = {r1 < tokens ? q_scale[r1] : 0.0f, 0.0f, 0.0f};
     c.k_scale = k_scale + (long long)head * tiles;
-    c.group = threadIdx.x / 128, c.lane = lane, c.stage = 0, c.parity = 0;
-    c.q = descriptor(at.q + c.group * 64 * WIDTH);
+    c.lane = lane;
+    c.q = descriptor<128>(at.q + threadIdx.x / 128 * 64 * WIDTH);
 #pragma unroll
     for (int i = 0; i < 64; ++i) c.acc[i] = 0.0f;
     barrier_wait(at.q_full, 0);
-    if (OVERLAP) attend_overlapped(at, c, tiles);
-    else attend(at, c, tiles);
+    attend(at, c, tiles);
     // A padded key's score is 0: its exp, computed as in the last tile, is the same number bit for bit.
     const float padded = tiles * KEYS - tokens;
     const float zero0 = exp2_fast(fmaf(OFFSET, c.scale0, shift(c.row0, c.scale0)));
@@ -455,7 +302,7 @@ __device__ __forceinline__ void consume(const Shared& at, const float* q_scale, 
 // barriers.
 // q, k int8 [H, Lp, 128], v e4m3 [H, 128, Lp] as tensor maps; q_scale [H, Lp], k_scale [H, Lp / 128],
 // v_scale, v_shift [H, 128] fp32; out bf16 [L, H * 128] as pairs.
-extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     hopper_attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                      const __grid_constant__ TensorMap v_map, const float* q_scale, const float* k_scale,
                      const float* v_scale, const float* v_shift, u32* out, int tokens, int tiles, int heads) {
@@ -474,17 +321,17 @@ extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(at.k_full + 8 * i, 1);
             barrier_init(at.v_full + 8 * i, 1);
-            barrier_init(at.k_empty + 8 * i, 4 * NWG);  // one arrival a consumer warp
-            barrier_init(at.v_empty + 8 * i, 4 * NWG);
+            barrier_init(at.k_empty + 8 * i, 4 * GROUPS);  // one arrival a consumer warp
+            barrier_init(at.v_empty + 8 * i, 4 * GROUPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_init_done();
     }
     __syncthreads();
-    if (threadIdx.x >= 128 * NWG) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGS));
-        if (threadIdx.x == 128 * NWG) produce(at, &q_map, &k_map, &v_map, tiles, blockIdx.y);
+    if (threadIdx.x >= 128 * GROUPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
+        if (threadIdx.x == 128 * GROUPS) produce(at, &q_map, &k_map, &v_map, tiles, blockIdx.y);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(160));
         consume(at, q_scale, k_scale, v_scale, v_shift, out, tokens, tiles, heads, blockIdx.y);
     }
 }

@@ -11,6 +11,7 @@ Only `kernels.attention` calls the launchers.
 
 # mypy: ignore-errors
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,8 +20,6 @@ from torch import Tensor
 
 from scail2_rt.kernels.eight_bit import TILE, Prepared8, sample_step
 from scail2_rt.kernels.rope import Rope
-
-STAT_TOKENS = 512  # tokens per partial sum of V
 
 
 @triton.jit
@@ -71,13 +70,14 @@ def _norm_rope(
 
 
 @triton.jit
-def _v_statistics(v, stride, partial, length, channels, CHUNK: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+def _v_statistics(v, stride, partial, length, channels, CHUNK: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+                  STAGES: tl.constexpr):  # fmt: skip
     """partial fp32 [3, chunks, C]: sum, minimum and maximum of V over CHUNK tokens; one head per program."""
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * D + tl.arange(0, D)
     total = tl.zeros((T, D), tl.float32)
     low, high = tl.full((T, D), float("inf"), tl.float32), tl.full((T, D), float("-inf"), tl.float32)
-    for start in range(0, CHUNK, T):
+    for start in tl.range(0, CHUNK, T, num_stages=STAGES):
         rows = chunk * CHUNK + start + tl.arange(0, T)
         inside = (rows < length)[:, None]
         y = tl.load(v + rows[:, None] * stride + columns[None], mask=inside, other=0.0).to(tl.float32)
@@ -174,7 +174,7 @@ def _int8(y, inverse):
 @triton.jit
 def _quantise_qk(
     x, stride, weight, row_rms, cos, sin, mean, out, scale_out, length, padded, factor,
-    D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr,
+    D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """int8 [H, Lp, D] and scales (q: one a token, k: one per T = 128 tokens) of HEADS heads × T tokens.
 
@@ -188,7 +188,7 @@ def _quantise_qk(
     s0, s1 = _pairs(sin + angle, inside, T, D)
     signs = _signs(D // 4)
     lanes = tl.arange(0, D)
-    for i in range(HEADS):
+    for i in tl.range(HEADS, num_stages=STAGES):
         head = tl.program_id(1).to(tl.int64) * HEADS + i
         y = tl.load(x + rows[:, None] * stride + (head * D + lanes)[None], mask=inside, other=0.0).to(tl.float32)
         y = y * rms * tl.load(weight + head * D + lanes)[None]
@@ -264,31 +264,48 @@ def prepare_16bit(
     )  # fmt: skip
 
 
+def _floats(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the 8-bit preparation is cut up: tokens and warps of a program, pipeline stages of its loop."""
+
+    q_tokens: int = 64
+    qk_warps: int = 8
+    qk_stages: int = 3
+    heads: int = 8
+    sum_tokens: int = 512
+    sum_warps: int = 4
+    sum_stages: int = 3
+    v_warps: int = 8
+
+
 def _statistics(
-    qkv: Tensor, k_weight: Tensor, rope: Rope, eps: float, v_scale: Tensor | None
+    qkv: Tensor, k_weight: Tensor, rope: Rope, eps: float, v_scale: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First read of qkv: 1/rms [2, L] of q and k, mean key [C], mean [C] of V; `v_scale` [H, D] is written."""
     fp8_pv = v_scale is not None
-    length, channels = qkv.shape[0], qkv.shape[1] // 3
-    heads, dim = channels // rope.head_dim, rope.head_dim
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=qkv.device)
-
-    stride, rms = qkv.stride(0), floats(2, length)
+    length, channels, device = qkv.shape[0], qkv.shape[1] // 3, qkv.device
+    heads, dim, stride = channels // rope.head_dim, rope.head_dim, qkv.stride(0)
+    rms = _floats(device, 2, length)
     k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
     block = min(1024, triton.next_power_of_2(channels))
     _row_rms[(triton.cdiv(length, 4), 2)](qkv, stride, rms, length, channels, eps, ROWS=4, BLOCK=block)
     step = sample_step(length)
     samples = triton.cdiv(length, step)
-    k_chunks, v_chunks = triton.cdiv(samples, 64), triton.cdiv(length, STAT_TOKENS) if fp8_pv else 1
-    k_partial, v_partial = floats(k_chunks, channels), floats(3, v_chunks, channels)
+    k_chunks, v_chunks = triton.cdiv(samples, 32), triton.cdiv(length, plan.sum_tokens) if fp8_pv else 1
+    k_partial, v_partial = _floats(device, k_chunks, channels), _floats(device, 3, v_chunks, channels)
     _key_sample[(k_chunks, heads)](
-        k, stride, k_weight, rms[1], rope.cos, rope.sin, k_partial, samples, step, channels, T=64, D=dim
+        k, stride, k_weight, rms[1], rope.cos, rope.sin, k_partial, samples, step, channels, T=32, D=dim
     )
     if fp8_pv:
-        _v_statistics[(v_chunks, heads)](v, stride, v_partial, length, channels, CHUNK=STAT_TOKENS, T=32, D=dim)
-    k_mean, v_mean = floats(channels), floats(channels)
+        _v_statistics[(v_chunks, heads)](
+            v, stride, v_partial, length, channels,
+            CHUNK=plan.sum_tokens, T=32, D=dim, STAGES=plan.sum_stages, num_warps=plan.sum_warps,
+        )  # fmt: skip
+    k_mean, v_mean = _floats(device, channels), _floats(device, channels)
     _finish_statistics[(heads,)](
         v_partial, k_partial, v_mean, v_scale, k_mean, v_chunks, k_chunks, length, samples, channels,
         P=32, D=dim, HAS_V=fp8_pv,
@@ -296,34 +313,36 @@ def _statistics(
     return rms, k_mean, v_mean
 
 
-def _heads_together(heads: int, most: int = 8) -> int:
+def _heads_together(heads: int, most: int) -> int:
     return next(n for n in range(most, 0, -1) if heads % n == 0)
 
 
 def prepare_8bit(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, out: Prepared8, warps: int = 8,
-    together: int = 8, stages: int = 3,
-) -> None:  # fmt: skip
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, out: Prepared8, plan: Plan | None = None
+) -> None:
     """Fill `out`'s buffers (its v too, if it is e4m3) from qkv [L, 3·C], last stride 1."""
+    plan = plan or Plan()
     length, channels, dim = qkv.shape[0], qkv.shape[1] // 3, rope.head_dim
     fp8_pv, stride, padded = out.v_scale is not None, qkv.stride(0), out.q.shape[1]
-    rms, k_mean, v_mean = _statistics(qkv, k_weight, rope, eps, out.v_scale)
+    rms, k_mean, v_mean = _statistics(qkv, k_weight, rope, eps, out.v_scale, plan)
     heads, blocks = channels // dim, padded // TILE
-    group = _heads_together(heads, together)
+    group = _heads_together(heads, plan.heads)
     k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
     # a rotation by the ±1 matrix leaves a factor √D in each; q also takes the softmax's log2(e)/√D
     q_factor, k_factor = math.log2(math.e) / dim, 1 / math.sqrt(dim)
-    for source, weight, row_rms, data, scale, factor, key in (
-        (qkv, q_weight, rms[0], out.q, out.q_scale, q_factor, False),
-        (k, k_weight, rms[1], out.k, out.k_scale, k_factor, True),
+    for source, weight, row_rms, data, scale, factor, key, tokens in (
+        (qkv, q_weight, rms[0], out.q, out.q_scale, q_factor, False, plan.q_tokens),
+        (k, k_weight, rms[1], out.k, out.k_scale, k_factor, True, TILE),
     ):
-        _quantise_qk[(blocks, heads // group)](
+        warps = max(4, plan.qk_warps * tokens // TILE)  # as many values a thread for q as for k
+        _quantise_qk[(padded // tokens, heads // group)](
             source, stride, weight, row_rms, rope.cos, rope.sin, k_mean, data, scale, length, padded, factor,
-            D=dim, T=TILE, HEADS=group, KEY=key, num_warps=warps, num_stages=stages,
+            D=dim, T=tokens, HEADS=group, KEY=key, STAGES=plan.qk_stages, num_warps=warps,
         )  # fmt: skip
     if fp8_pv:
-        residual = torch.empty(blocks, channels, dtype=torch.float32, device=qkv.device)
+        residual = _floats(qkv.device, blocks, channels)
         _quantise_v[(blocks, heads)](
-            v, stride, v_mean, out.v_scale, out.v, residual, length, padded, channels, T=TILE, D=dim, num_warps=8
-        )
+            v, stride, v_mean, out.v_scale, out.v, residual, length, padded, channels,
+            T=TILE, D=dim, num_warps=plan.v_warps,
+        )  # fmt: skip
         _v_shift[(heads,)](v_mean, residual, out.v_shift, blocks, length, channels, P=32, D=dim)

@@ -176,6 +176,8 @@ def animate(
         observe("final_latent", latent)
         if memory and memory.drops_blocks:
             engines.release("dit.blocks.")
+        if engines.device.type == "cuda":
+            torch.cuda.empty_cache()  # what denoising held, the graph's memory too, goes to the VAE
         history = None
         for start, pixels, levels in decoded_frames(engines, latent, progress):
             end = start + pixels.shape[1]

