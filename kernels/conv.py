@@ -193,9 +193,8 @@ def conv(
 
     on_hopper = config is None and hopper_conv.takes(src, weights, planar)
     config = config or choose_conv(src.data.device, weights.c_in, weights.c_out, weights.stride)
-    fused = norm is not None and (
-        weights.c_out <= hopper_conv.FUSED_CHANNELS if on_hopper else config.columns >= weights.c_out
-    )
+    columns = hopper_conv.FUSED_CHANNELS if on_hopper else config.columns
+    fused = norm is not None and columns >= weights.c_out
     store_raw = raw if keep_raw or not fused else None
     stored = (store_raw, residual, normed if fused else None, norm if fused else None, planar)
     if on_hopper:

@@ -14,17 +14,8 @@ import click
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
-ATTENTION = (
-    "auto",
-    "8bit",
-    "8bit-triton",
-    "8bit-bf16pv",
-    "bf16",
-    "cudnn",
-    "flash",
-    "sage",
-    "sdpa",
-)  # auto and attention_choice.VARIANTS
+# "auto" and kernels.attention_choice.VARIANTS
+ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
 SOLVERS = ("unipc", "dpm++", "euler")
 CODECS = ("h264", "hevc", "av1", "vp9")
 PRESETS: dict[str, dict[str, Any]] = {

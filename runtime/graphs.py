@@ -14,8 +14,9 @@ from scail2_rt.export.errors import Scail2Error
 
 
 class StepGraph:
-    """`call(function, *tensors)` behind a CUDA graph: always the same function of tensors of the same shapes. It does not
-    hold the function, whose owner may hold it: memory then goes back as soon as the owner is dropped."""
+    """`call(function, *tensors)` behind a CUDA graph: always the same function of tensors of the same shapes.
+
+    It does not hold the function, whose owner may hold it: so memory goes back as soon as the owner is dropped."""
 
     def __init__(self) -> None:
         self._warm = False

@@ -18,7 +18,7 @@ from scail2_rt.runtime.geometry import CLIP_TOKENS, Layout
 from scail2_rt.runtime.request import JobPlan
 
 CONTEXT_BYTES = 600 << 20  # what CUDA, the libraries' workspaces and compiled kernels take beside the allocator
-MARGIN_BYTES = 512 << 20  # fragmentation
+MARGIN_BYTES = 512 << 20
 VAE_BUFFERS = 104  # pixel-sized [dim, H, W] buffers of the decoder's rings and streams (8.3 GiB at 512×896 in fp16)
 BLOCK_STAGES = ("qkv", "mid", "ffn")
 
@@ -83,6 +83,7 @@ def plan_memory(plan: JobPlan, engines: EngineSet) -> MemoryPlan | None:
     element = engines.compute_dtype("dit.blocks.0.qkv").itemsize
     eight_bit = engines.attention.startswith("8bit")
     work = activation_bytes(dit, plan.layout, passes, element, eight_bit) + context_bytes(dit, passes, element)
+    work += plan.layout.tokens * 3 * dit.dim * element  # for fragmentation: the largest buffer, q k v, is one piece
     work += MARGIN_BYTES + sum(engines.store.layout.stage_bytes(f"dit.{name}") for name in ("embed", "head"))
     vae_element = engines.compute_dtype("vae.decode_step").itemsize
     decode = decode_bytes(vae, plan.height, plan.width, vae_element) + MARGIN_BYTES

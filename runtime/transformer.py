@@ -118,6 +118,8 @@ class Transformer:
         for number, kv in enumerate(self.contexts):
             last = number == len(self.contexts) - 1
             x, q = shared_x, shared_q
+            if last:
+                del shared_x, shared_q
             for i in range(self.config.layers):
                 if i > 0:
                     x, q = self._attend(i, x, mods[i])

@@ -16,6 +16,7 @@ import torch
 from scail2_rt.engines.backends import BACKENDS
 from scail2_rt.export.precision import PRECISIONS
 from scail2_rt.export.random_checkpoint import CLIP_FILE, SAT_FILE, VAE_FILE
+from scail2_rt.kernels.attention_choice import VARIANTS
 from scail2_rt.runtime import cli_options
 from scail2_rt.runtime.cli import cli, explain
 from scail2_rt.runtime.solvers import SOLVERS
@@ -74,6 +75,7 @@ def test_version(scail2: Run) -> None:
 def test_option_values_are_those_of_the_modules() -> None:
     assert cli_options.PRECISIONS == PRECISIONS
     assert set(cli_options.BACKENDS) == {"auto", *BACKENDS}
+    assert ("auto", *VARIANTS) == cli_options.ATTENTION
     assert cli_options.SOLVERS == SOLVERS
     assert tuple(CODECS) == cli_options.CODECS
 
