@@ -1,1 +1,1 @@
-"""What mixes tokens, and the fused row operations: PyTorch twins of every kernel, run on any device."""
+"""What mixes tokens, the fused row operations and the VAE's convolutions: kernels for GPUs, each with a twin."""

@@ -78,6 +78,7 @@ class Transformer:
         assert engines.config.dit is not None
         self.engines, self.layout, self.contexts, self.config = engines, layout, contexts, engines.config.dit
         self.embed_dtype = engines.compute_dtype("dit.embed")
+        self.block_dtype = engines.compute_dtype("dit.blocks.0.mid")
         grid_height, grid_width = layout.height // 2, layout.width // 2
         self.rope = rope_table(
             layout.frames, grid_height, grid_width, self.config.head_dim, layout.additional_refs, layout.replace
@@ -138,7 +139,8 @@ class Transformer:
         norms = tables[f"blocks.{i}.norm_q"], tables[f"blocks.{i}.norm_k"]
         prepared = prepare_qkv(qkv, *norms, self.rope, self.engines.attention)
         del qkv  # in 8 bit nothing refers to it any more, and attention needs the room
-        x, q = self.engines.run(f"dit.blocks.{i}.mid", x, self_attention(prepared), mod, out=x)
+        attended = self_attention(prepared).to(self.block_dtype)  # 8 bit gives bf16, whatever the engines' type
+        x, q = self.engines.run(f"dit.blocks.{i}.mid", x, attended, mod, out=x)
         return x, q
 
     def _references(self, inputs: SegmentInputs) -> Tensor:

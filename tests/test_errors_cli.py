@@ -99,6 +99,9 @@ BAD = [
     Bad("crf", ("--crf 99",), arguments=("--crf", "99")),
     Bad("max rows", ("--max-rows",), arguments=("--max-rows", "0")),
     Bad("a backend that is not built", ("onnxruntime", "build-engines"), arguments=("--backend", "onnxruntime")),
+    Bad("memory limit on a CPU", ("GPU memory", "--backend torch"), arguments=("--vram-limit", "12GiB")),
+    Bad("memory limit of no size", ("'plenty'", "12GiB"), arguments=("--vram-limit", "plenty")),
+    Bad("attention of a GPU", ("'cudnn' cannot run", "a CPU"), arguments=("--attention", "cudnn")),
     Bad("cuda noise", ("--noise-device cuda",), arguments=("--noise-device", "cuda")),
     Bad("case and files", ("--case and --image",), arguments=("--image", "a.png")),
     Bad(

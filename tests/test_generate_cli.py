@@ -95,6 +95,14 @@ def test_trim_keeps_the_sound_of_the_frames(scail2: Run, engines: Path, case: Pa
     assert reply["segments"] == [{"start": 0, "valid_end": 8, "padded_frames": 9, "overlap": 0}]
 
 
+def test_a_named_attention_is_used_and_reported(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    words = (*SMALL, "--steps", "1", "--frames", "5", "--attention", "8bit", "--no-graphs", "--json")
+    result = scail2("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *words)
+    assert result.returncode == 0, result.stderr
+    assert one_json(result)["engines"]["attention"] == "8bit"
+    assert "attention 8bit, because" in result.stderr
+
+
 def test_fast_preset_warns_without_a_distilled_lora(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
     words = ("--preset", "fast", "--size", "64x96", "--dry-run")
     result = scail2("generate", engines, "--case", case, "-o", tmp_path / "f.mp4", *words, "--json")
