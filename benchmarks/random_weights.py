@@ -8,7 +8,6 @@ be compared with an fp32 run. A seed gives other numbers on a CPU than on a GPU.
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,13 +16,13 @@ from scail2_rt.benchmarks.models import model
 from scail2_rt.engines.backends import gpu, versions
 from scail2_rt.engines.executors import DEFAULT_EXECUTION, EngineSet, Execution
 from scail2_rt.engines.manifest import ExecutorRecord, Identity, Manifest, SourceFile, StageRecord
-from scail2_rt.engines.store import StoreLayout, StoreReader
+from scail2_rt.engines.store import StoreLayout
 from scail2_rt.engines.weights import EMBEDDING, plan_store, planned_tensors
 from scail2_rt.export.config import ModelConfig
 from scail2_rt.export.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
 from scail2_rt.export.dit_stages import table_sources
 from scail2_rt.export.precision import Precision
-from scail2_rt.export.random_checkpoint import _distribution as distribution
+from scail2_rt.export.random_checkpoint import distribution
 from scail2_rt.export.stages import stage_definitions
 from scail2_rt.kernels.rows import E4M3, quantise_columns
 
@@ -66,7 +65,7 @@ class RandomWeights:
 
 
 class RandomStore:
-    """The methods of `engines.store.StoreReader`; tensors are made on the weights' device, anew at every call."""
+    """The methods of `engines.store.WeightStore`; tensors are made on the weights' device, anew at every call."""
 
     def __init__(self, config: ModelConfig, precision: Precision, weights: RandomWeights) -> None:
         definitions = stage_definitions(config)
@@ -143,6 +142,6 @@ def random_engines(
         "random weights were asked for",
         place,
         execution,
-        store=cast(StoreReader, store),  # the same methods
+        store=store,
         tables=weights.tables(config),
     )

@@ -30,7 +30,7 @@ from scail2_rt.engines.manifest import (
     describe_command,
     read_manifest,
 )
-from scail2_rt.engines.store import STORE_NAME, StoreReader, TensorShape
+from scail2_rt.engines.store import STORE_NAME, StoreReader, TensorShape, WeightStore
 from scail2_rt.engines.weights import EMBEDDING
 from scail2_rt.export.config import ModelConfig
 from scail2_rt.export.errors import InputError, Scail2Error
@@ -110,14 +110,14 @@ class EngineSet:
         reason: str,
         device: torch.device,
         execution: Execution = DEFAULT_EXECUTION,
-        store: StoreReader | None = None,
+        store: WeightStore | None = None,
         tables: dict[str, Tensor] | None = None,
     ) -> None:
         from safetensors.torch import load_file
 
         self.directory, self.manifest, self.definitions = directory, manifest, definitions
         self.backend, self.reason, self.device = backend, reason, device
-        self.store = store or StoreReader(directory / STAGES / STORE_NAME)
+        self.store: WeightStore = store or StoreReader(directory / STAGES / STORE_NAME)
         if tables is None:
             tables = load_file(directory / TABLES, device=str(device))
         self.tables = tables

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -187,6 +187,18 @@ def _write_at(file: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
+
+
+class WeightStore(Protocol):
+    """Where engines find weights."""
+
+    layout: StoreLayout
+
+    def get(self, name: str) -> Tensor: ...
+
+    def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]: ...
+
+    def close(self) -> None: ...
 
 
 class StoreReader:

@@ -18,7 +18,7 @@ from scail2_rt.engines.assemble import EMBEDDING_SOURCE
 from scail2_rt.engines.manifest import TABLES, TOKENIZER, Manifest
 from scail2_rt.engines.observe import SilentObserver
 from scail2_rt.engines.sources import LORA_PART, TOKENIZER_PART, file_groups, hash_file, hash_sources
-from scail2_rt.engines.store import StoreReader, StoreWriter
+from scail2_rt.engines.store import StoreWriter, WeightStore
 from scail2_rt.engines.weights import EMBEDDING, planned_tensors, runtime_tables, write_stage
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.spec import StageDefinition
@@ -69,7 +69,7 @@ def check_weights(
     manifest: Manifest,
     definitions: Mapping[str, StageDefinition],
     sources: "Mapping[str, TensorSource]",
-    store: StoreReader,
+    store: WeightStore,
 ) -> Verdict:
     """Every value of the store against a new conversion of the checkpoint."""
     plan = planned_tensors(manifest.config, definitions, manifest.precision)
@@ -95,7 +95,7 @@ class _Comparer:
 
     wrong: tensor → what differs; inexact: tensors that may differ by one rounding step."""
 
-    def __init__(self, store: StoreReader) -> None:
+    def __init__(self, store: WeightStore) -> None:
         self._store = store
         self.values = 0
         self.wrong: dict[str, str] = {}

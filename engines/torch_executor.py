@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.engines.chunks import row_pieces
-from scail2_rt.engines.store import StoreReader, TensorShape
+from scail2_rt.engines.store import TensorShape, WeightStore
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.export.precision import Numerics
 from scail2_rt.export.spec import ROWS, StageDefinition, TensorSpec
@@ -26,7 +26,7 @@ def stage_tensors(definition: StageDefinition, numerics: Numerics) -> dict[str, 
     return {name: TensorShape(value.dtype, tuple(value.shape)) for name, value in state.items()}
 
 
-def check_stored(name: str, tensors: Mapping[str, TensorShape], store: StoreReader) -> None:
+def check_stored(name: str, tensors: Mapping[str, TensorShape], store: WeightStore) -> None:
     """InputError when the store holds a weight of a stage in another type or shape."""
     for parameter, expected in tensors.items():
         have = store.layout.location(f"{name}.{parameter}")
@@ -44,7 +44,7 @@ class TorchEngine:
         self,
         definition: StageDefinition,
         numerics: Numerics,
-        store: StoreReader,
+        store: WeightStore,
         device: torch.device,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:

@@ -152,11 +152,11 @@ def _weights(component: str, shapes: Mapping[str, Shape], seed: int) -> dict[str
 def random_tensor(component: str, name: str, shape: Shape, seed: int) -> Tensor:
     """fp32 weights of one tensor, the same on every machine for a name, shape and seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{component}/{name}".encode()))
-    mean, deviation = _distribution(component, name, shape)
+    mean, deviation = distribution(component, name, shape)
     return torch.randn(shape, generator=generator) * deviation + mean
 
 
-def _distribution(component: str, name: str, shape: Shape) -> tuple[float, float]:
+def distribution(component: str, name: str, shape: Shape) -> tuple[float, float]:
     """Mean and standard deviation: fan-in scaling for matrices, with the exceptions that each network needs."""
     if name == "log_scale":
         return math.log(1 / 0.07), 0.0
