@@ -9,7 +9,10 @@ from scail2_rt.benchmarks.plots import roofline, stacked_bars
 from scail2_rt.benchmarks.record import Results
 from scail2_rt.benchmarks.table import table
 
-_STYLE = "body{font-family:sans-serif;max-width:1100px;margin:2em auto;padding:0 2em}pre{overflow-x:auto;background:#f6f6f6;padding:1em}"
+_STYLE = (
+    "body{font-family:sans-serif;max-width:1100px;margin:2em auto;padding:0 2em}"
+    "pre{overflow-x:auto;background:#f6f6f6;padding:1em}"
+)
 
 
 def write_report(results: Results, path: Path) -> None:
