@@ -135,7 +135,8 @@ def _baseline(
         f"forward/{name}/{work.tokens}",
         timing,
         "baseline",
-        slow_baseline(name, timing, bench.options.config, work.tokens),
+        slow_baseline(name, timing, bench.options.config, work.tokens)
+        or ("eager: compiled on a GPU only" if name == "compile" and not bench.on_gpu else ""),
         tflops=flops / timing.median_s / 1e12,
         flops=flops,
         breakdown=gpu_breakdown(call)[0] if bench.on_gpu else {},

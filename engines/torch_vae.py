@@ -7,6 +7,7 @@ for the first frame and one for all later steps, since the position in the rings
 The 1×1×1 convolution beside the latent and the latent's statistics are one small fp32 matrix.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     return "triton"
 
 
-class _Stream:
+class _Stream(ABC):
     """What both halves share: weights, one set of buffers, and whether the next chunk is the first."""
 
     def __init__(
@@ -49,6 +50,7 @@ class _Stream:
         self._plans: dict[bool, Plan] = {}
         self._buffers: Buffers | None = None
         self._first = True
+        self._mix, self._bias = self._latent_map(weights)
 
     @property
     def at_start(self) -> bool:
@@ -77,8 +79,13 @@ class _Stream:
         self._layers.forget_source()  # all are laid out now
         self._cells = (height, width)
 
+    @abstractmethod
+    def _latent_map(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The 1×1×1 convolution beside the latent together with the latent's statistics: fp32 matrix and bias."""
+
+    @abstractmethod
     def _build(self, buffers: Buffers, first: bool, cells: Size) -> Plan:
-        raise NotImplementedError
+        """The operations of a first or of a later step."""
 
     def _next(self) -> tuple[Plan, Buffers]:
         if self._buffers is None:
@@ -91,17 +98,9 @@ class _Stream:
 class DecodeStream(_Stream):
     """Latent frames → pixels. weights: those of `vae.decode_step`, in any float type on any device."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        config: VAEConfig,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        backend: Backend | None = None,
-    ) -> None:
-        super().__init__(weights, config, device, dtype, backend)
+    def _latent_map(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         mix, bias, mean, std = _mixing(weights, "conv2", self.device)
-        self._mix, self._bias = mix * std, bias + mix @ mean  # of latent · std + mean
+        return mix * std, bias + mix @ mean  # of latent · std + mean
 
     def step(self, latent: Tensor) -> Tensor:
         """Normalised latent [16, 1, h, w] → unclamped pixels, fp32 [3, 1 (first chunk) or 4, 8h, 8w]."""
@@ -139,18 +138,10 @@ class DecodeStream(_Stream):
 class EncodeStream(_Stream):
     """Pixels → latent frames. weights: those of `vae.encode_step`, in any float type on any device."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        config: VAEConfig,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        backend: Backend | None = None,
-    ) -> None:
-        super().__init__(weights, config, device, dtype, backend)
+    def _latent_map(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         mix, bias, mean, std = _mixing(weights, "conv1", self.device)
-        half = config.z_dim  # the other half of the outputs is a variance that nothing reads
-        self._mix, self._bias = mix[:half] / std[:, None], (bias[:half] - mean) / std
+        half = self.config.z_dim  # the other half of the outputs is a variance that nothing reads
+        return mix[:half] / std[:, None], (bias[:half] - mean) / std
 
     def step(self, video: Tensor) -> Tensor:
         """video [3, 1 (first chunk) or 4, 8h, 8w] in -1..1 → normalised latent, fp32 [16, 1, h, w]."""

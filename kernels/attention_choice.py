@@ -42,14 +42,15 @@ def choose_attention(requested: str, precision: str, device: torch.device | str,
         return requested, f"{_description(requested, device, head_dim)}, as asked"
     if capability is None:
         return "sdpa", f"{VARIANTS['sdpa']}: the device is {device.type}"
-    name = f"sm{capability[0]}{capability[1]}"
+    name, instead = f"sm{capability[0]}{capability[1]}", ""
     if precision == "fp8":
         problem = obstacle("8bit", precision, capability, head_dim)
         if problem is None:
             return "8bit", f"{_description('8bit', device, head_dim)}: precision fp8 on {name}"
+        instead = f"; 8bit cannot run: {problem}"
     if precision != "fp32" and capability[0] in (9, 10):
-        return "cudnn", f"{VARIANTS['cudnn']}: the fastest 16-bit one on {name}"
-    return "sdpa", f"{VARIANTS['sdpa']}: precision {precision} on {name}"
+        return "cudnn", f"{VARIANTS['cudnn']}: the fastest 16-bit one on {name}{instead}"
+    return "sdpa", f"{VARIANTS['sdpa']}: precision {precision} on {name}{instead}"
 
 
 def _description(variant: str, device: torch.device, head_dim: int) -> str:

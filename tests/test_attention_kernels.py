@@ -278,6 +278,7 @@ def test_auto_choice(
     assert chosen == variant
     assert precision in reason or "16-bit" in reason
     assert ("Triton, not the sm90 CUDA kernel: no cuda-python" in reason) == (chosen == "8bit")
+    assert ("8bit cannot run" in reason) == (precision == "fp8" and chosen != "8bit")
 
 
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])
