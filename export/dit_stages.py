@@ -19,7 +19,6 @@ from scail2_rt.export.spec import ROWS, Dim, StageDefinition, TensorSpec
 from scail2_rt.kernels.rows import (
     gate_residual,
     gelu,
-    gelu_rows,
     layer_norm,
     modulation,
     norm_modulate,
@@ -150,7 +149,7 @@ class FFN(nn.Module):
     def forward(self, x: Tensor, attention: Tensor, mod: Tensor, out: Tensor | None = None) -> Tensor:
         affine = modulation(mod[3], mod[4])
         x, rows = residual_norm(x, self.o(attention), None, affine, self.eps, self.up.form, out)
-        rows = gelu_rows(self.up.project(rows), self.down.form, reuse=True)
+        rows = self.up.project_gelu(rows, self.down.form)
         return gate_residual(x, self.down.project(rows), mod[5], out)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.precision import Accumulation, Numerics
-from scail2_rt.kernels.rows import E4M3, Affine, RowForm, Rows, as_rows, fp8_linear
+from scail2_rt.kernels.rows import E4M3, Affine, RowForm, Rows, as_rows, fp8_linear, gelu_linear, gelu_rows
 
 
 class Linear(nn.Module):
@@ -54,6 +54,16 @@ class Linear(nn.Module):
         if bias is None:
             return torch.mm(rows, weight.t(), out=out)
         return torch.addmm(bias, rows, weight.t(), out=out)
+
+    def project_gelu(self, rows: Rows, form: RowForm) -> Rows:
+        """GELU, tanh form, of the product, as rows in `form`; no second buffer where `form` is the product's own type.
+
+        A 16-bit product on a GPU applies it before it stores, elsewhere it is a row operation."""
+        compute = self.numerics.compute
+        sixteen_bit = self.scale is None and compute in (torch.bfloat16, torch.float16)
+        if sixteen_bit and self.bias is not None and self.weight.is_cuda and form == RowForm(compute):
+            return gelu_linear(cast(Tensor, rows), self.weight.to(compute), self.bias.to(compute))
+        return gelu_rows(self.project(rows), form, reuse=True)
 
 
 class Norm(nn.Module):

@@ -128,6 +128,12 @@ def gelu_rows(h: Tensor, form: RowForm, reuse: bool = False) -> Rows:
     return _activation_on_gpu(h, form, gelu=True, reuse=reuse)
 
 
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU, tanh form, of x · weightᵀ + bias: one GEMM whose epilogue applies it to the fp32 sums (cuBLASLt's
+    GELU_BIAS). GPU only. x [L, C], weight [O, C], bias [O], all of one 16-bit type → [L, O] in that type."""
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
 def gelu_quant(h: Tensor) -> Quantised:
     """`gelu`, quantised: h [L, F] → (e4m3 [L, F], fp32 [L, 1])."""
     return cast(Quantised, gelu_rows(h, RowForm(h.dtype, quantised=True)))

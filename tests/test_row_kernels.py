@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scail2_rt.export import layers
 from scail2_rt.export.config import DiTConfig
 from scail2_rt.export.dit_stages import definitions
 from scail2_rt.export.errors import Scail2Error
@@ -197,6 +199,39 @@ def test_stages_write_where_they_are_told(stage: str, precision: str) -> None:
         limit = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2, "fp8": 5e-2}[precision]
         assert relative_error(whole[1:8].cpu(), expected) < limit
         assert whole[[0, 8]].isnan().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gelu_joins_the_16_bit_product_on_a_gpu(device: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which operations run, on tensors without data: one for 16 bit on a GPU, else product and row operation."""
+    numerics = numerics_of("dit.blocks.0.ffn", precision)  # type: ignore[arg-type]
+    called = []
+
+    def record(name: str, result: int) -> None:
+        monkeypatch.setattr(layers, name, lambda *args, **_: called.append(name) or args[result])
+
+    for name in ("gelu_linear", "gelu_rows", "fp8_linear"):
+        record(name, 0)
+    form = rows.RowForm(numerics.compute, numerics.fp8)
+    with FakeTensorMode(), torch.device(device):
+        linear = layers.Linear(64, 96, numerics)
+        x = torch.empty(5, 64, dtype=numerics.compute)
+        linear.project_gelu((x, x) if numerics.fp8 else x, form)
+    joined = device == "cuda" and precision in ("bf16", "fp16")
+    assert called == (["gelu_linear"] if joined else ["fp8_linear"] * numerics.fp8 + ["gelu_rows"])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuBLASLt's epilogue")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "c", "o"), [(1, 64, 96), (7, 48, 80), (333, 512, 1024)])
+def test_gelu_in_the_product(count: int, c: int, o: int, dtype: torch.dtype) -> None:
+    """Against fp64. A single row, which cuBLASLt does not take, is rounded before GELU as well as after."""
+    x, weight = random(count, c, dtype=dtype) * 2, random(o, c, seed=1, dtype=dtype) * c**-0.5
+    bias = random(o, seed=2, dtype=dtype)
+    h = x.double() @ weight.double().T + bias.double()
+    want = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    assert relative_error(rows.gelu_linear(x, weight, bias), want) < 2 * TOLERANCE[dtype]
 
 
 def test_every_fp8_linear_has_its_accumulation() -> None:
