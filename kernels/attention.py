@@ -105,9 +105,11 @@ def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
         return _eight_bit_attention(prepared, out)
     q, k, v = prepared.q, prepared.k, prepared.v
     if prepared.variant == "bf16":
-        from scail2_rt.kernels import attention_triton
+        from scail2_rt.kernels import attention_triton, hopper_attention_16bit
 
         out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2]) if out is None else out
+        if hopper_obstacle(q.device, q.shape[2], q.dtype) is None:
+            return hopper_attention_16bit.hopper_attention_16bit(q, k, v, out)
         return attention_triton.attention_16bit(q, k, v, out)
     if prepared.variant in ("flash", "sage"):
         return _into(out, _library_attention(prepared))
@@ -128,7 +130,7 @@ def _eight_bit_attention(prepared: Prepared8, out: Tensor | None) -> Tensor:
     if out is None:
         dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
         out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
-    if prepared.variant == "8bit" and hopper_obstacle(prepared.q.device, dim) is None:
+    if prepared.variant == "8bit" and hopper_obstacle(prepared.q.device, dim, prepared.q.dtype) is None:
         from scail2_rt.kernels.hopper_attention import hopper_attention
 
         return hopper_attention(prepared, out)

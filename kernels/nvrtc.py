@@ -8,6 +8,8 @@ passed by value, so a captured CUDA graph replays with them; the tensors they de
 import ctypes
 import functools
 import hashlib
+import itertools
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ _ELEMENTS = {  # what a tensor map calls a type; 8-bit ones are bytes
     torch.int8: "UINT8",
     torch.float8_e4m3fn: "UINT8",
     torch.float16: "FLOAT16",
+    torch.bfloat16: "BFLOAT16",
 }
 
 
@@ -97,18 +100,19 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def tensor_map(tensor: Tensor, sizes: Sequence[int], box: Sequence[int], swizzle: int) -> Any:
-    """Contiguous elements as a tensor of `sizes`, fastest first, read in boxes; `swizzle` 64 or 128 bytes, zeros
-    outside.
+def tensor_map(
+    tensor: Tensor, sizes: Sequence[int], box: Sequence[int], swizzle: int, strides: Sequence[int] | None = None
+) -> Any:
+    """Elements from `tensor`'s first one on as a tensor of `sizes`, fastest first, read in boxes; `swizzle` 64 or 128
+    bytes, zeros outside. `strides`, in elements, of all dimensions but the first, which is dense; None: all are.
 
     The driver asks for a descriptor at a multiple of 64 bytes, which cuda-python's own wrapper does not give: hence
     ctypes. → an array of the descriptor's 128 bytes that lies so."""
     driver = _bindings("driver")
     storage = (ctypes.c_ubyte * 192)()
     descriptor = (ctypes.c_ubyte * 128).from_buffer(storage, -ctypes.addressof(storage) % 64)  # keeps `storage` alive
-    rank, pitches = len(sizes), [tensor.element_size()]
-    for size in sizes[:-1]:
-        pitches.append(pitches[-1] * size)
+    rank = len(sizes)
+    pitches = [tensor.element_size() * s for s in strides or itertools.accumulate(sizes[:-1], operator.mul)]
     element = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_ELEMENTS[tensor.dtype]}")
     pattern = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle}B")
     code = _encoder()(
@@ -117,7 +121,7 @@ def tensor_map(tensor: Tensor, sizes: Sequence[int], box: Sequence[int], swizzle
         ctypes.c_uint32(rank),
         ctypes.c_void_p(tensor.data_ptr()),
         (ctypes.c_uint64 * rank)(*sizes),
-        (ctypes.c_uint64 * (rank - 1))(*pitches[1:]),
+        (ctypes.c_uint64 * (rank - 1))(*pitches),
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         ctypes.c_int(int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE)),

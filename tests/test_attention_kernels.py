@@ -282,6 +282,43 @@ def test_auto_choice(
 
 
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_auto_choice_where_the_16_bit_kernel_is_faster(
+    monkeypatch: pytest.MonkeyPatch, precision: str, problem: str | None
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(attention_choice, "SIXTEEN_BIT", {9: "bf16"})
+    monkeypatch.setattr(attention_choice, "hopper_obstacle", lambda *args: asked.append(args[-1]) or problem)
+    chosen, reason = choose_attention("auto", precision, "cuda", 128)
+    assert chosen == ("cudnn" if problem else "bf16")
+    assert ("(the sm90 CUDA kernel)" in reason) == (problem is None)
+    assert ("sm90 CUDA kernel: no cuda-python" in reason) == (problem is not None)
+    assert set(asked) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    assert choose_attention("auto", "fp32", "cuda", 128)[0] == "sdpa"
+
+
+@pytest.mark.parametrize("problem", [None, "no cuda-python"])
+def test_16bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    from scail2_rt.kernels import attention, attention_triton, hopper_attention_16bit
+
+    called = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for module in (attention, attention_choice):
+        monkeypatch.setattr(module, "hopper_obstacle", lambda *_: problem)
+    monkeypatch.setattr(
+        hopper_attention_16bit, "hopper_attention_16bit", lambda *args: called.append("sm90") or args[-1]
+    )
+    monkeypatch.setattr(attention_triton, "attention_16bit", lambda *args: called.append("triton") or args[-1])
+    reason = choose_attention("bf16", "bf16", "cuda", 128)[1]
+    assert "the sm90 CUDA kernel" in reason
+    assert ("Triton" in reason) == (problem is not None)
+    x = torch.zeros(2, 30, 128, dtype=torch.bfloat16)
+    assert self_attention(PreparedQKV(x, x, x, "bf16")).shape == (30, 256)
+    assert called == ["triton" if problem else "sm90"]
+
+
+@pytest.mark.parametrize("problem", [None, "no cuda-python"])
 def test_8bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
     """Stand-ins for both kernels and for a GPU: which one is called, for which variant, and what the reason says."""
     from scail2_rt.kernels import attention, attention_triton, hopper_attention
