@@ -14,7 +14,6 @@ from scail2_rt.benchmarks.record import Timing
 from scail2_rt.engines.executors import Execution, open_engines
 from scail2_rt.runtime.progress import SilentProgress
 
-MOST_RUNS = 3  # half a minute each
 LIMIT_GIB = 12
 
 
@@ -24,7 +23,7 @@ def run(bench: Bench) -> None:
     limited = f"generate/limit-{LIMIT_GIB}GiB/{job.name}"
     with bench.attempt(resident):
         folder = engine_folder(bench)
-        _measure(bench, resident, folder, job, None, min(MOST_RUNS, bench.options.runs) if bench.on_gpu else 1)
+        _measure(bench, resident, folder, job, None, bench.options.runs if bench.on_gpu else 1)
         if not bench.on_gpu:
             bench.skip(limited)
             return

@@ -1,10 +1,10 @@
 """The SCAIL-2 transformer in plain PyTorch, with the key names of the Wan-branch checkpoint.
 
 This is the reference that every stage, executor and kernel must agree with: one sequence, no chunks, no constants taken
-out of the loop, everything in the type of its weights. Source: SCAIL-2 `wan/modules/model_scail2.py`.
+out of the loop, everything in the type of its weights. Every tensor may have batch dimensions in front, which training
+uses. Source: SCAIL-2 `wan/modules/model_scail2.py`.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +52,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """q [L, C], k and v [M, C] → [L, C]."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
-    weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
-    return (weights @ v).transpose(0, 1).flatten(1)
+    q, k, v = (t.to(v.dtype).unflatten(-1, (heads, -1)).transpose(-2, -3) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
 
 
 class SelfAttention(nn.Module):
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         q, k = (
-            rotate(norm(linear(x)).unflatten(-1, (self.heads, -1)), rope).flatten(1)
+            rotate(norm(linear(x)).unflatten(-1, (self.heads, -1)), rope).flatten(-2)
             for norm, linear in ((self.norm_q, self.q), (self.norm_k, self.k))
         )
         return self.o(_attention(q, k, self.v(x), self.heads))
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, rope: Rope) -> Tensor:
         """x [L, C], time [6, C], text [512, C], image [257, C] → [L, C]."""
-        m = self.modulation[0] + time
+        m = (self.modulation[0] + time).unsqueeze(-2).unbind(-3)
         x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
         x = x + self.cross_attn(self.norm3(x), text, image)
         return x + m[5] * self.ffn(self.norm2(x) * (1 + m[4]) + m[3])
@@ -120,7 +120,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        m = self.modulation[0] + e
+        """x [L, C], e [C]."""
+        m = (self.modulation[0] + e.unsqueeze(-2)).unsqueeze(-2).unbind(-3)
         return self.head(self.norm(x) * (1 + m[1]) + m[0])
 
 
@@ -160,38 +161,41 @@ class DiT(nn.Module):
         """Patch embeddings in sequence order → [L, C]."""
 
         def with_channels(latent: Tensor, value: Tensor | float) -> Tensor:
-            extra = latent.new_zeros(self.config.history_channels, *latent.shape[1:]) + value
-            return torch.cat([latent, extra])[None]
+            *batch, _, frames, height, width = latent.shape
+            extra = latent.new_zeros(*batch, self.config.history_channels, frames, height, width) + value
+            return torch.cat([latent, extra], dim=-4)
 
         history = 0.0 if inputs.history_mask is None else inputs.history_mask
         parts = []
         if inputs.additional_refs is not None and inputs.additional_masks is not None:
             parts.append(
                 self.patch_embedding(with_channels(inputs.additional_refs, 1.0))
-                + self.patch_embedding_mask(inputs.additional_masks[None])
+                + self.patch_embedding_mask(inputs.additional_masks)
             )
-        video = torch.cat([with_channels(inputs.reference, 1.0), with_channels(inputs.latent, history)], dim=2)
-        parts.append(self.patch_embedding(video) + self.patch_embedding_mask(inputs.reference_mask[None]))
+        video = torch.cat([with_channels(inputs.reference, 1.0), with_channels(inputs.latent, history)], dim=-3)
+        parts.append(self.patch_embedding(video) + self.patch_embedding_mask(inputs.reference_mask))
         parts.append(
             self.patch_embedding_pose(with_channels(inputs.driving, 1.0))
-            + self.patch_embedding_mask(inputs.driving_mask[None])
+            + self.patch_embedding_mask(inputs.driving_mask)
         )
-        return torch.cat([part[0].flatten(1).T for part in parts])
+        return torch.cat([part.flatten(-3).transpose(-1, -2) for part in parts], dim=-2)
 
-    def forward(self, inputs: DiTInputs, t: float) -> Tensor:
-        """→ velocity [16, F, h, w] at scheduler timestep t (0…1000)."""
-        _, frames, height, width = inputs.latent.shape
-        additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[1]
+    def forward(self, inputs: DiTInputs, t: float | Tensor) -> Tensor:
+        """→ velocity [16, F, h, w] at scheduler timestep t (0…1000; a tensor of the batch dimensions for a batch)."""
+        *batch, _, frames, height, width = inputs.latent.shape
+        additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
         rope = rope_table(frames, height // 2, width // 2, self.config.head_dim, additional, inputs.replace)
-        e = self.time_embedding(sinusoid(torch.tensor([t], dtype=torch.float64), self.config.freq_dim))[0]
-        time = self.time_projection(e).view(6, -1)
-        text = self.text_embedding(F.pad(inputs.text, (0, 0, 0, self.config.text_len - inputs.text.shape[0])))
+        rope = rope.to(inputs.latent.device)
+        times = sinusoid(torch.as_tensor(t, dtype=torch.float64).reshape(-1), self.config.freq_dim)
+        e = self.time_embedding(times.to(inputs.latent.device)).reshape(*batch, -1)
+        time = self.time_projection(e).unflatten(-1, (6, -1))
+        text = self.text_embedding(F.pad(inputs.text, (0, 0, 0, self.config.text_len - inputs.text.shape[-2])))
         image = self.img_emb(inputs.clip)
         x = self.tokens(inputs)
         for block in self.blocks:
             x = block(x, time, text, image, rope)
         start = (additional + 1) * (height // 2) * (width // 2)
-        video = self.head(x[start : start + frames * (height // 2) * (width // 2)], e)
+        video = self.head(x.narrow(-2, start, frames * (height // 2) * (width // 2)), e)
         return unpatchify(video, frames, height, width)
 
 
@@ -204,5 +208,5 @@ def patchify(latent: Tensor) -> Tensor:
 
 def unpatchify(rows: Tensor, frames: int, height: int, width: int) -> Tensor:
     """Head rows [F·h/2·w/2, 2·2·16], channel last, → [16, F, h, w]."""
-    patches = rows.view(frames, height // 2, width // 2, 2, 2, -1).permute(5, 0, 1, 3, 2, 4)
-    return patches.reshape(-1, frames, height, width)
+    patches = rows.unflatten(-2, (frames, height // 2, width // 2)).unflatten(-1, (2, 2, -1))
+    return torch.einsum("...fhwabc->...cfhawb", patches).flatten(-4, -3).flatten(-2)

@@ -31,7 +31,7 @@ UMT5_FILE = "umt5-xxl/models_t5_umt5-xxl-enc-bf16.pth"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14-onlyvisual.pth"
 TOKENIZER_FILE = "umt5-xxl/tokenizer.json"
 _SMALL = 1_000_000  # elements; a larger tensor of a sparse preset is zero below its first row
-_CLIP_OUT_DIM = 64
+CLIP_OUT_DIM = 64
 _WORDS = """
 a an and are at background before black blue boy camera character city clothes dance dances dancing day dog dress face
 fast forest from girl green hair hand hands hat he her his in into is it jacket jump jumps light long man moves music of
@@ -106,20 +106,20 @@ def _write(folder: Path, preset: Preset, seed: int) -> None:
     if preset.sparse:
         _write_sparse_sat(folder / SAT_FILE, dit_shapes(preset.dit), seed)
     else:
-        torch.save({"module": _sat_weights(dit_shapes(preset.dit), seed)}, folder / SAT_FILE)
+        torch.save({"module": sat_module(_weights("dit", dit_shapes(preset.dit), seed))}, folder / SAT_FILE)
     torch.save(_weights("vae", vae_shapes(preset.vae), seed), folder / VAE_FILE)
     umt5 = _weights("umt5", umt5_shapes(preset.umt5), seed)
     torch.save({name: tensor.bfloat16() for name, tensor in umt5.items()}, folder / UMT5_FILE)
-    clip = _weights("clip", clip_shapes(preset.clip, _CLIP_OUT_DIM), seed)
+    clip = _weights("clip", clip_shapes(preset.clip, CLIP_OUT_DIM), seed)
     torch.save({name: tensor.half() for name, tensor in clip.items()}, folder / CLIP_FILE)
     write_tokenizer(folder / TOKENIZER_FILE, preset.umt5.vocab)
 
 
-def _sat_weights(shapes: Mapping[str, Shape], seed: int) -> dict[str, Tensor]:
-    """The transformer's fp32 weights under SAT names: the Wan tensors that a fused one stacks keep their own seeds."""
-    tensors = _weights("dit", shapes, seed)
+def sat_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's tensors under their SAT names, stacked as there."""
     return {
-        SAT_PREFIX + sat: torch.cat([tensors[part] for part in parts]) for sat, parts in wan_to_sat(set(shapes)).items()
+        SAT_PREFIX + sat: torch.cat([tensors[part] for part in parts])
+        for sat, parts in wan_to_sat(set(tensors)).items()
     }
 
 

@@ -1,0 +1,153 @@
+"""Train the sprite checkpoint: VAE, then the data set, then the transformer; into the official folder layout.
+
+    python -m scail2_rt.benchmarks.sprites.train OUTPUT --work DIR            all of it, on one GPU
+    torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.train …       on two
+
+Flow matching under the pipeline's exact conditioning: x_σ = (1-σ)·x₀ + σ·noise, the model predicts noise - x₀. In part
+of the samples the first latents are history: clean up to a little noise, marked in the history mask, not in the loss.
+In part the prompt is dropped, so that guidance has something to compare with. An interrupted run goes on; what is
+finished in DIR (`vae.pt`) is not done again.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from scail2_rt.benchmarks.sprites import train_vae
+from scail2_rt.benchmarks.sprites.cases import CasePlan
+from scail2_rt.benchmarks.sprites.dataset import GROUPS, Encoding, Samples, group_requests
+from scail2_rt.benchmarks.sprites.drawing import plan_many
+from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
+from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_dit, make_vae, write_checkpoint
+from scail2_rt.export.dit import DiT
+from scail2_rt.export.random_checkpoint import write_tokenizer
+from scail2_rt.runtime.solvers import TRAINING_STEPS
+
+RATE = 1e-3
+SHIFT = 3.0  # of the noise levels, as the solvers' default
+HISTORY, HISTORY_LATENTS, HISTORY_NOISE = 0.3, 2, 0.1  # share of samples, latents, deviation of the noise on them
+DROPPED_TEXT = 0.1
+CHARACTER_WEIGHT = 3.0
+PLANS_AT_ONCE = 32
+
+
+class Batches:
+    """Draws a group, samples of it, noise levels and history; → the loss of a model on them."""
+
+    def __init__(self, groups: dict[str, Samples], empty: Tensor, size: int) -> None:
+        self.groups, self.empty, self.size = groups, empty, size
+        self.names = list(groups)
+        parts = torch.tensor([float(sum(GROUPS[name].values())) for name in self.names])
+        self.shares = parts / parts.sum()
+
+    def loss(self, dit: DiT, generator: torch.Generator) -> Tensor:
+        device = generator.device
+        name = self.names[torch.multinomial(self.shares.to(device), 1, generator=generator).item()]  # type: ignore[index]
+        group = self.groups[name]
+        chosen = torch.randint(len(group), (self.size,), generator=generator, device=device)
+        batch = group.take(chosen)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(self.size, *shape, generator=generator, device=device)
+
+        def normal(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator, device=device)
+
+        clean, even = batch.latent, uniform(1, 1, 1, 1)
+        sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
+        noise = normal(clean)
+        noisy = clean + sigma * (noise - clean)
+        frozen = torch.zeros_like(clean[:, :1])
+        frozen[:, :, :HISTORY_LATENTS] = (uniform(1, 1, 1, 1) < HISTORY).float()
+        history = clean + HISTORY_NOISE * uniform(1, 1, 1, 1) * normal(clean)
+        noisy = torch.lerp(noisy, history, frozen)
+        dropped = uniform(1, 1) < DROPPED_TEXT
+        text = torch.where(dropped, self.empty, batch.text)
+        inputs = batch.inputs(noisy, frozen.expand(-1, 4, -1, -1, -1), text, name == "replace")
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            velocity = dit(inputs, TRAINING_STEPS * sigma.flatten())
+        weight = (1 + CHARACTER_WEIGHT * batch.weight[:, None]) * (1 - frozen)
+        return ((velocity.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])
+
+
+def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path) -> Weights:
+    dit = make_dit().to(workers.device)
+    if workers.device.type == "cuda":
+        for block in dit.blocks:
+            block.compile()
+    state, log = work / "dit.state", work / "dit.jsonl"
+    return fit(dit, lambda generator: batches.loss(dit, generator), budget, RATE, workers, state, log)
+
+
+def encoded_groups(encoding: Encoding, samples: int, workers: Workers) -> dict[str, Samples]:
+    """This process's share of a set of `samples`, encoded."""
+    mine = samples // workers.count
+    groups = {}
+    for name in GROUPS:
+        plans = plan_many(group_requests(name, mine, first=workers.rank * mine))
+        groups[name] = Samples.join([encoding.samples(part) for part in _pieces(plans)])
+    return groups
+
+
+def _pieces(plans: Iterator[CasePlan]) -> Iterator[list[CasePlan]]:
+    piece = []
+    for plan in plans:
+        piece.append(plan)
+        if len(piece) == PLANS_AT_ONCE:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for states and logs.")
+@click.option("--vae-minutes", default=8.0, show_default=True)
+@click.option("--minutes", default=12.0, show_default=True, help="Training of the transformer.")
+@click.option("--steps", default=0, help="Steps of each instead of minutes.")
+@click.option("--vae-cases", default=1600, show_default=True)
+@click.option("--samples", default=24_000, show_default=True, help="Cases of the transformer's data set.")
+@click.option("--vae-batch", default=64, show_default=True, help="Clips a step and process.")
+@click.option("--batch", default=64, show_default=True, help="Samples a step and process.")
+@click.option("--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs the VAE in --work.")
+def main(
+    output: Path, work: Path, vae_minutes: float, minutes: float, steps: int, vae_cases: int, samples: int,
+    vae_batch: int, batch: int, only: str | None,
+) -> None:  # fmt: skip
+    """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    workers, finished = Workers.here(), work / "vae.pt"
+    if not finished.is_file() and only != "dit":
+        clips = train_vae.Clips(list(plan_many(train_vae.vae_requests(vae_cases))), workers.device)
+        weights = train_vae.train_vae(clips, Budget(vae_minutes, steps), vae_batch, workers, work)
+        vae = make_vae(weights).to(workers.device)
+        whole, characters = train_vae.reconstruction_psnr(vae, clips)
+        if workers.rank == 0:
+            print(f"VAE: PSNR {whole:.2f} dB, of characters {characters:.2f} dB", flush=True)
+            torch.save(weights, finished)
+        del clips, vae
+    if only == "vae":
+        return
+    if workers.count > 1:
+        torch.distributed.barrier()
+    vae_weights = torch.load(finished, weights_only=True)
+    write_tokenizer(work / f"tokenizer.{workers.rank}.json", UMT5.vocab)
+    compute = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
+    encoding = Encoding(make_vae(vae_weights, compute), work / f"tokenizer.{workers.rank}.json", workers.device)
+    groups = encoded_groups(encoding, samples, workers)
+    batches = Batches(groups, encoding.text([""]), batch)
+    print(f"data set: { ({name: len(group) for name, group in groups.items()}) } samples here", flush=True)
+    dit = train_dit(batches, Budget(minutes, steps), workers, work)
+    if workers.rank == 0:
+        write_checkpoint(output, dit, vae_weights)
+        print(json.dumps({"output": str(output)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Training the sprite VAE: short clips of everything that will pass it, at full and at half size.
+
+The loss is on pixels, those of characters weighing more. Latents get noise on the way to the decoder, so that the
+transformer's small errors stay small. Afterwards the affine freedom between encoder and decoder is used up: `conv1` and
+`conv2` are rescaled so that latents have the mean and deviation that Wan's constants say, per channel.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scail2_rt.benchmarks.sprites.cases import TASKS, CasePlan
+from scail2_rt.benchmarks.sprites.drawing import draw_pictures
+from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
+from scail2_rt.benchmarks.sprites.model import Weights, make_vae
+from scail2_rt.export.vae import LATENT_MEAN, LATENT_STD, VAE
+from scail2_rt.runtime.preprocess import half_resolution
+
+CLIP_FRAMES = (9, 9, 13)
+CROP = 64
+WHOLE_EVERY = 4  # every so many batches hold whole pictures, whose middle attention sees four times as much
+NOISE = 0.1  # of the latents' deviation
+CHARACTER_WEIGHT = 3.0
+RATE = 2e-3
+
+
+class Clips:
+    """Drawn videos that batches are cut from: image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W]."""
+
+    def __init__(self, plans: Sequence[CasePlan], device: torch.device) -> None:
+        parts = []
+        for start in range(0, len(plans), 32):
+            chosen = plans[start : start + 32]
+            parts.append(draw_pictures([plan.truth for plan in chosen], device))
+            parts.append(draw_pictures([plan.driving.picture for plan in chosen], device))
+        self.image, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def batch(self, size: int, frames: int, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """→ video [B, 3, T, h, w] in -1..1, weight [B, 1, T, h, w]. `kind`: "whole", "half" (size) or "crop"."""
+
+        def pick(low: int, high: int) -> Tensor:
+            return torch.randint(low, high, (size,), generator=generator, device=self.image.device)
+
+        chosen, first = pick(0, len(self.image)), pick(0, self.image.shape[1] - frames + 1)
+        times = first[:, None] + torch.arange(frames, device=first.device)
+        video, labels = self.image[chosen[:, None], times], self.labels[chosen[:, None], times]
+        if kind == "crop":
+            rows, columns = (pick(0, side - CROP + 1)[:, None] for side in video.shape[-2:])
+            span = torch.arange(CROP, device=first.device)
+            every = torch.arange(size, device=first.device)[:, None, None]
+            place = (every, slice(None), (rows + span)[:, :, None], (columns + span)[:, None, :])
+            video = video.permute(0, 1, 3, 4, 2)[place].permute(0, 3, 4, 1, 2)
+            labels = labels[place].permute(0, 3, 1, 2)
+        video = (video.float() - 127.5) / 127.5
+        weight = (labels > 0).float()[:, :, None]
+        if kind == "half":
+            video, weight = (half_resolution(x.flatten(0, 1)).unflatten(0, (size, frames)) for x in (video, weight))
+        return video.transpose(1, 2), 1 + CHARACTER_WEIGHT * weight.transpose(1, 2)
+
+
+def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
+    """→ fp32 weights of a VAE whose latents are normalised."""
+    gpu = workers.device.type == "cuda"
+    vae = make_vae(compute=torch.bfloat16 if gpu else torch.float32).to(workers.device)
+    torch.backends.cudnn.benchmark = gpu
+    count = 0
+
+    def loss(generator: torch.Generator) -> Tensor:
+        nonlocal count
+        count += 1
+        frames = CLIP_FRAMES[count % len(CLIP_FRAMES)]
+        kind = "whole" if count % WHOLE_EVERY == 0 else ("half", "crop", "crop")[count % 3]
+        video, weight = clips.batch(batch // 4 if kind == "whole" else batch, frames, kind, generator)
+        latent = vae.encode(video)
+        deviation = latent.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+        noise = torch.randn(latent.shape, generator=generator, device=latent.device)
+        share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator, device=latent.device)
+        error = vae.decode(latent + NOISE * share * deviation * noise) - video
+        return ((error.square() + 0.1 * (error.square() + 1e-4).sqrt()) * weight).mean()
+
+    weights = fit(vae, loss, budget, RATE, workers, work / "vae.state", work / "vae.jsonl")
+    vae.load_state_dict(weights)
+    return normalised(vae, clips)
+
+
+@torch.no_grad()
+def normalised(vae: VAE, clips: Clips) -> Weights:
+    """The weights, with latents of the mean and deviation of Wan's. At 0 and 1 they are after normalisation."""
+    generator = torch.Generator(clips.image.device).manual_seed(1)
+    encoded = [vae.encode(clips.batch(16, 9, kind, generator)[0]) for kind in ("whole", "half")]
+    values = torch.cat([latent.transpose(0, 1).flatten(1) for latent in encoded], dim=1).cpu()
+    mean, deviation = values.mean(1), values.std(1)
+    offset, scale = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
+    weights = {name: tensor.float().cpu() for name, tensor in vae.state_dict().items()}
+    # before: z = scale·n + offset with n of `mean`, `deviation`; wanted: z' = scale·(n - mean)/deviation + offset
+    low, factor = scale * mean + offset, 1 / deviation
+    out = weights["conv1.weight"].shape[0] // 2
+    weights["conv1.weight"][:out] *= factor.view(-1, 1, 1, 1, 1)
+    weights["conv1.bias"][:out] = (weights["conv1.bias"][:out] - low) * factor + offset
+    mixing = weights["conv2.weight"]
+    weights["conv2.bias"] += (mixing[:, :, 0, 0, 0] * (low - offset * deviation)).sum(1)
+    weights["conv2.weight"] = mixing * deviation.view(1, -1, 1, 1, 1)
+    return weights
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: VAE, clips: Clips) -> tuple[float, float]:
+    """PSNR in dB of whole pictures: all pixels, and those of characters."""
+    generator = torch.Generator(clips.image.device).manual_seed(2)
+    video, weight = clips.batch(16, 9, "whole", generator)
+    error = ((vae.decode(vae.encode(video)).clamp(-1, 1) - video) / 2).square().mean(1, keepdim=True)
+    inside = weight > 1
+    return tuple(float(-10 * e.mean().log10()) for e in (error, error[inside]))  # type: ignore[return-value]
+
+
+def vae_requests(count: int) -> list[tuple[str, range]]:
+    """Cases to learn from, evenly over the tasks."""
+    return [(task, range(count // len(TASKS))) for task in TASKS]
