@@ -18,7 +18,7 @@
 // of the others.
 //
 // CLUSTER 2: two neighbouring blocks of query rows read the same tiles; each loads one half of every tile for both,
-// which halves what the L2 cache delivers (128 rows a block ask for about 22 bytes a clock and multiprocessor). A buffer
+// which halves what the L2 cache delivers (128 rows a block ask for some 22 bytes a clock and multiprocessor). A buffer
 // is free when the consumers of both blocks have given it back.
 //
 // The running maximum is raised, and the output rescaled, only where a weight would exceed 2^SLACK; up to there weights
@@ -50,15 +50,15 @@
 #define CLUSTER 1  // blocks that share key and value tiles: 1 or 2
 #endif
 
-constexpr int WIDTH = 128;                      // head width
-constexpr int ROWS = 64 * GROUPS;               // query rows a block
-constexpr int ROW_BYTES = 128;                  // of one half of a token
+constexpr int WIDTH = 128;                        // head width
+constexpr int ROWS = 64 * GROUPS;                 // query rows a block
+constexpr int ROW_BYTES = 128;                    // of one half of a token
 constexpr int Q_BYTES = 2 * ROWS * ROW_BYTES;
 constexpr int TILE_BYTES = 2 * KEYS * ROW_BYTES;  // one K or V tile
 constexpr int HALF_BYTES = TILE_BYTES / 2;
-constexpr int SCORES = KEYS / 2;                // accumulator elements a thread
-constexpr int PAIRS = KEYS / 4;                 // packed probabilities a thread
-constexpr int STEPS = KEYS / 16;                // k-steps of P.V
+constexpr int SCORES = KEYS / 2;                  // accumulator elements a thread
+constexpr int PAIRS = KEYS / 4;                   // packed probabilities a thread
+constexpr int STEPS = KEYS / 16;                  // k-steps of P.V
 constexpr float SCALE = 1.4426950408889634f * 0.08838834764831845f;  // log2(e) / sqrt(WIDTH)
 constexpr float SLACK = 8.0f;
 #define MINUS_INFINITY __int_as_float(0xFF800000)
