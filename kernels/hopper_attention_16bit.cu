@@ -17,6 +17,10 @@
 // runs. TURNS: warpgroups issue their products one after the other, so that the softmax of one falls into the products
 // of the others.
 //
+// CLUSTER 2: two neighbouring blocks of query rows read the same tiles; each loads one half of every tile for both,
+// which halves what the L2 cache delivers (128 rows a block ask for some 22 bytes a clock and multiprocessor). A buffer
+// is free when the consumers of both blocks have given it back.
+//
 // The running maximum is raised, and the output rescaled, only where a weight would exceed 2^SLACK; up to there weights
 // above 1 lose nothing, neither in 16-bit operands nor in fp32 sums.
 //
@@ -42,15 +46,19 @@
 #ifndef TURNS
 #define TURNS 1
 #endif
+#ifndef CLUSTER
+#define CLUSTER 1  // blocks that share key and value tiles: 1 or 2
+#endif
 
-constexpr int WIDTH = 128;                      // head width
-constexpr int ROWS = 64 * GROUPS;               // query rows a block
-constexpr int ROW_BYTES = 128;                  // of one half of a token
+constexpr int WIDTH = 128;                        // head width
+constexpr int ROWS = 64 * GROUPS;                 // query rows a block
+constexpr int ROW_BYTES = 128;                    // of one half of a token
 constexpr int Q_BYTES = 2 * ROWS * ROW_BYTES;
 constexpr int TILE_BYTES = 2 * KEYS * ROW_BYTES;  // one K or V tile
-constexpr int SCORES = KEYS / 2;                // accumulator elements a thread
-constexpr int PAIRS = KEYS / 4;                 // packed probabilities a thread
-constexpr int STEPS = KEYS / 16;                // k-steps of P.V
+constexpr int HALF_BYTES = TILE_BYTES / 2;
+constexpr int SCORES = KEYS / 2;                  // accumulator elements a thread
+constexpr int PAIRS = KEYS / 4;                   // packed probabilities a thread
+constexpr int STEPS = KEYS / 16;                  // k-steps of P.V
 constexpr float SCALE = 1.4426950408889634f * 0.08838834764831845f;  // log2(e) / sqrt(WIDTH)
 constexpr float SLACK = 8.0f;
 #define MINUS_INFINITY __int_as_float(0xFF800000)
@@ -221,6 +229,36 @@ __device__ __forceinline__ void pack_all(u32 (&p)[PAIRS], const float (&s)[SCORE
     for (int j = 0; j < PAIRS; ++j) p[j] = pack(s[2 * j], s[2 * j + 1]);
 }
 
+// ---- two blocks of a cluster ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    __syncwarp();  // one lane of a producer warp comes later than the others
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// To the same place in both blocks, where it also counts towards the bytes that the same barrier expects.
+__device__ __forceinline__ void load_for_both(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5}], [%2], %6;"
+        ::"r"(dst), "l"((u64)map), "r"(bar), "r"(x), "r"(y), "r"(z), "h"((unsigned short)3) : "memory");
+}
+
+// Arrives at the barrier of this place in the block of that rank. Reads by wgmma are done once waited for: a release of
+// cluster scope would add a memory fence for nothing.
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
+    asm volatile(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(bar), "r"(rank) : "memory");
+}
+
 // ---- roles ------------------------------------------------------------------------------------------------------
 
 // Buffers of one ring; byte addresses in shared memory.
@@ -248,7 +286,7 @@ template <int STAGES>
 __device__ __forceinline__ void init_ring(const Ring<STAGES>& ring) {
     for (int i = 0; i < STAGES; ++i) {
         barrier_init(ring.full + 8 * i, 1);
-        barrier_init(ring.empty + 8 * i, 4 * GROUPS);  // one arrival a consumer warp
+        barrier_init(ring.empty + 8 * i, CLUSTER * 4 * GROUPS);  // one arrival a consumer warp
     }
 }
 
@@ -256,12 +294,17 @@ __device__ __forceinline__ void init_ring(const Ring<STAGES>& ring) {
 template <int STAGES>
 __device__ __forceinline__ void fill(const Ring<STAGES>& ring, const TensorMap* map, int tiles, int head) {
     Position<STAGES> at(1);  // the first pass over the ring finds every buffer empty
+    const u32 half = CLUSTER == 2 ? rank_in_cluster() : 0;
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; --tile, at.next()) {
         const u32 full = ring.full + 8 * at.stage;
         barrier_wait(ring.empty + 8 * at.stage, at.parity);
         barrier_expect(full, TILE_BYTES);
-        load_tile(ring.data + at.stage * TILE_BYTES, map, full, 0, tile * KEYS, 2 * head);
+        const u32 data = ring.data + at.stage * TILE_BYTES;
+        if (CLUSTER == 2)
+            load_for_both(data + half * HALF_BYTES, map, full, 0, tile * KEYS, 2 * head + half);
+        else
+            load_tile(data, map, full, 0, tile * KEYS, 2 * head);
     }
 }
 
@@ -273,7 +316,9 @@ __device__ __forceinline__ u32 take(const Ring<STAGES>& ring, const Position<STA
 }
 template <int STAGES>
 __device__ __forceinline__ void release(const Ring<STAGES>& ring, Position<STAGES>& at, int lane) {
-    if (lane == 0) barrier_arrive(ring.empty + 8 * at.stage);
+    const u32 empty = ring.empty + 8 * at.stage;
+    if (CLUSTER == 2 && lane < 2) barrier_arrive_at(empty, lane);
+    if (CLUSTER == 1 && lane == 0) barrier_arrive(empty);
     at.next();
 }
 
@@ -391,10 +436,14 @@ __device__ __forceinline__ void consume(u32 q, u32 q_full, const Ring<K_STAGES>&
     if (r1 < tokens) store_row<1>(c.acc, sum1, out + r1 * pitch, c.lane);
 }
 
-// Grid (query blocks, heads). Dynamic shared memory: 1024 to align, Q_BYTES, K_STAGES + V_STAGES tiles,
-// 8 + 16 * (K_STAGES + V_STAGES) of barriers.
+// Grid (query blocks, a multiple of CLUSTER; heads). Dynamic shared memory: 1024 to align, Q_BYTES, K_STAGES + V_STAGES
+// tiles, 8 + 16 * (K_STAGES + V_STAGES) of barriers.
 // q, k, v 16-bit [L, H * 128] as tensor maps [2 H halves, L, 64]; out 16-bit [L, H * 128] as pairs.
-extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+extern "C" __global__ void
+#if CLUSTER == 2
+__cluster_dims__(2, 1, 1)
+#endif
+__launch_bounds__(128 * (GROUPS + 1), 1)
     hopper_attention_16bit(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                            const __grid_constant__ TensorMap v_map, u32* out, int tokens, int tiles, int heads) {
     extern __shared__ unsigned char raw[];
@@ -408,7 +457,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         init_ring(values);
         barrier_init_done();
     }
-    __syncthreads();
+    if (CLUSTER == 2)
+        cluster_sync();
+    else
+        __syncthreads();
     if (threadIdx.x >= 128 * GROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 24 : 32));
         if (threadIdx.x == 128 * GROUPS) {
@@ -422,4 +474,5 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 240 : 160));
         consume(q, q_full, keys, values, out, tokens, tiles, heads, blockIdx.y);
     }
+    if (CLUSTER == 2) cluster_sync();  // the other block may still load into this one, or arrive at its barriers
 }

@@ -18,16 +18,17 @@ TYPES = (torch.bfloat16, torch.float16)
 
 def kernel(
     dtype: torch.dtype, groups: int = 2, keys: int = 176, stages: tuple[int, int] = (2, 2),
-    overlap: bool = True, turns: bool = True,
+    overlap: bool = True, turns: bool = True, cluster: int = 1,
 ) -> Kernel:  # fmt: skip
-    """The kernel for blocks of `groups`·64 query rows, tiles of `keys`, rings of `stages` key and value tiles.
+    """The kernel for blocks of `groups`·64 query rows, tiles of `keys`, rings of `stages` key and value tiles;
+    `cluster` 2: pairs of blocks share their tiles.
 
     Shared memory: 1024 to align, Q, both rings, barriers."""
     count = sum(stages)
     shared = 1024 + 2 * WIDTH * (64 * groups + count * keys) + 8 + 16 * count
     defines = {
         "FP16": dtype == torch.float16, "GROUPS": groups, "KEYS": keys, "K_STAGES": stages[0], "V_STAGES": stages[1],
-        "OVERLAP": overlap, "TURNS": turns,
+        "OVERLAP": overlap, "TURNS": turns, "CLUSTER": cluster,
     }  # fmt: skip
     pairs = tuple((name, int(value)) for name, value in defines.items())
     return Kernel("hopper_attention_16bit", 128 * (groups + 1), shared, pairs)
@@ -61,23 +62,24 @@ def hopper_attention_16bit(q: Tensor, k: Tensor, v: Tensor, out: Tensor, build: 
         return out
     build = build or DEFAULTS[q.dtype]
     defines = dict(build.defines)
-    rows, keys = 64 * defines["GROUPS"], defines["KEYS"]
+    rows, keys, cluster = 64 * defines["GROUPS"], defines["KEYS"], defines["CLUSTER"]
     arguments: list[Any] = [
-        *(_halves(t, count) for t, count in ((q, rows), (k, keys), (v, keys))),
+        _halves(q, rows, 2),
+        *(_halves(t, keys, 2 // cluster) for t in (k, v)),
         pointer(out),
         *(ctypes.c_int(n) for n in (tokens, -(-tokens // keys), heads)),
     ]
-    blocks = -(-tokens // rows)  # of one head, neighbours: they read the same keys
+    blocks = -(-tokens // (rows * cluster)) * cluster  # of one head, neighbours: they read the same keys
     launch(build, (blocks, heads), arguments, out.device)
     return out
 
 
-def _halves(x: Tensor, tokens: int) -> Any:
-    """x [H, L, 128] as [2·H halves of a head, L, 64], read in boxes of both halves of `tokens` rows: a swizzled row of
-    shared memory holds 64 elements."""
+def _halves(x: Tensor, tokens: int, count: int) -> Any:
+    """x [H, L, 128] as [2·H halves of a head, L, 64], read in boxes of `tokens` rows of `count` halves: a swizzled row
+    of shared memory holds 64 elements."""
     heads, length, width = x.shape
     half = width // 2
-    return tensor_map(x, (half, length, 2 * heads), (half, tokens, 2), 128, (x.stride(1), half))
+    return tensor_map(x, (half, length, 2 * heads), (half, tokens, count), 128, (x.stride(1), half))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

@@ -21,6 +21,8 @@ FORMS = {
     "3x128": {"groups": 3, "keys": 128, "stages": (3, 2), "overlap": False, "turns": False},
     "2x128": {"groups": 2, "keys": 128, "stages": (3, 3), "turns": False},
     "3x80": {"groups": 3, "keys": 80, "stages": (4, 4)},
+    "2x176 in pairs": {"cluster": 2},
+    "3x128 in pairs": {"groups": 3, "keys": 128, "stages": (3, 2), "overlap": False, "turns": False, "cluster": 2},
 }
 
 
