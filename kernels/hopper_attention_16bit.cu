@@ -1,8 +1,8 @@
 // Self-attention for sm_90a with bf16 or fp16 operands, softmax and sums in fp32. Head width 128.
 //
-// One block = GROUPS consumer warpgroups of 64 query rows + one producer warpgroup, of which one thread fills the ring
-// of key tiles and one that of value tiles. The order of the tiles is from the last to the first: only the first one
-// of the loop can hold keys beyond L, which are masked there.
+// One block = three consumer warpgroups of 64 query rows + one producer warpgroup, of which one thread fills the ring of
+// key tiles and one that of value tiles. The order of the tiles is from the last to the first: only the first one can
+// hold keys beyond L, which are masked there.
 //
 // Shared memory: a tile of n tokens is two halves of 64 dimensions, [half][token][128 bytes], each with the 128-byte
 // swizzle; one TMA box of three dimensions (64 dimensions, n tokens, 2 halves) writes it. Q and K are read as K-major
@@ -13,13 +13,9 @@
 //   16-bit A     register 2h + i, half c    row r + 8i, k      8h + 2b + c          (h, i, c in 0..1)
 // So the packed accumulator elements 2j and 2j + 1 of the scores ARE register j of the A operands of P.V, in order.
 //
-// OVERLAP: a warpgroup issues Q.K of the next tile before P.V of this one and does the next tile's softmax while P.V
-// runs. TURNS: warpgroups issue their products one after the other, so that the softmax of one falls into the products
-// of the others.
-//
-// CLUSTER 2: two neighbouring blocks of query rows read the same tiles; each loads one half of every tile for both,
-// which halves what the L2 cache delivers (128 rows a block ask for some 22 bytes a clock and multiprocessor). A buffer
-// is free when the consumers of both blocks have given it back.
+// A warpgroup issues Q.K of the next tile before P.V of this one and does the next tile's softmax while P.V runs. So it
+// holds scores, probabilities and output at once, and tiles of 80 keys are what the registers of three warpgroups leave
+// room for. The warpgroups run freely, as in `hopper_attention.cu`.
 //
 // The running maximum is raised, and the output rescaled, only where a weight would exceed 2^SLACK; up to there weights
 // above 1 lose nothing, neither in 16-bit operands nor in fp32 sums.
@@ -28,34 +24,15 @@
 #ifndef FP16
 #define FP16 0  // operands and output: 0 bf16, 1 fp16
 #endif
-#ifndef GROUPS
-#define GROUPS 2  // consumer warpgroups: 2 or 3
-#endif
-#ifndef KEYS
-#define KEYS 176  // keys a tile: 80, 128 or 176
-#endif
-#ifndef K_STAGES
-#define K_STAGES 2  // buffers of the ring of key tiles
-#endif
-#ifndef V_STAGES
-#define V_STAGES 2
-#endif
-#ifndef OVERLAP
-#define OVERLAP 1
-#endif
-#ifndef TURNS
-#define TURNS 1
-#endif
-#ifndef CLUSTER
-#define CLUSTER 1  // blocks that share key and value tiles: 1 or 2
-#endif
 
 constexpr int WIDTH = 128;                        // head width
+constexpr int GROUPS = 3;                         // consumer warpgroups
+constexpr int KEYS = 80;                          // keys a tile
+constexpr int STAGES = 4;                         // buffers of each ring
 constexpr int ROWS = 64 * GROUPS;                 // query rows a block
 constexpr int ROW_BYTES = 128;                    // of one half of a token
 constexpr int Q_BYTES = 2 * ROWS * ROW_BYTES;
 constexpr int TILE_BYTES = 2 * KEYS * ROW_BYTES;  // one K or V tile
-constexpr int HALF_BYTES = TILE_BYTES / 2;
 constexpr int SCORES = KEYS / 2;                  // accumulator elements a thread
 constexpr int PAIRS = KEYS / 4;                   // packed probabilities a thread
 constexpr int STEPS = KEYS / 16;                  // k-steps of P.V
@@ -65,61 +42,44 @@ constexpr float SLACK = 8.0f;
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------
 
-#define LIST16(c, x, i) LIST8(c, x, i), LIST8(c, x, i + 8)
-#define LIST40(c, x) LIST16(c, x, 0), LIST16(c, x, 16), LIST8(c, x, 32)
-#define LIST64(c, x) LIST40(c, x), LIST8(c, x, 40), LIST16(c, x, 48)
-#define LIST88(c, x) LIST64(c, x), LIST16(c, x, 64), LIST8(c, x, 80)
+#define LIST20(c, x) LIST8(c, x, 0), LIST8(c, x, 8), c(x[16]), c(x[17]), c(x[18]), c(x[19])
+#define LIST40(c, x) LIST8(c, x, 0), LIST8(c, x, 8), LIST8(c, x, 16), LIST8(c, x, 24), LIST8(c, x, 32)
+#define LIST64(c, x) LIST40(c, x), LIST8(c, x, 40), LIST8(c, x, 48), LIST8(c, x, 56)
 #define NUMBERS40                                                                                               \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "                \
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
 #define NUMBERS64                                                                                               \
     NUMBERS40 ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "              \
     "%56, %57, %58, %59, %60, %61, %62, %63"
-#define NUMBERS88                                                                                               \
-    NUMBERS64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "              \
-    "%80, %81, %82, %83, %84, %85, %86, %87"
 #if FP16
 #define TYPES ".f32.f16.f16 {"
 #else
 #define TYPES ".f32.bf16.bf16 {"
 #endif
-#define ADD(operand) "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, " operand ", 0;\n\t"
-#if KEYS == 80
-#define SCORE_LIST(c, x) LIST40(c, x)
-#define PAIR_LIST(c, x) LIST16(c, x, 0), c(x[16]), c(x[17]), c(x[18]), c(x[19])
-#define QK ADD("%42") "wgmma.mma_async.sync.aligned.m64n80k16" TYPES NUMBERS40 "}, %40, %41, add, 1, 1, 0, 0;\n\t}"
-#elif KEYS == 128
-#define SCORE_LIST(c, x) LIST64(c, x)
-#define PAIR_LIST(c, x) LIST16(c, x, 0), LIST16(c, x, 16)
-#define QK ADD("%66") "wgmma.mma_async.sync.aligned.m64n128k16" TYPES NUMBERS64 "}, %64, %65, add, 1, 1, 0, 0;\n\t}"
-#elif KEYS == 176
-#define SCORE_LIST(c, x) LIST88(c, x)
-#define PAIR_LIST(c, x) LIST40(c, x), c(x[40]), c(x[41]), c(x[42]), c(x[43])
-#define QK ADD("%90") "wgmma.mma_async.sync.aligned.m64n176k16" TYPES NUMBERS88 "}, %88, %89, add, 1, 1, 0, 0;\n\t}"
-#else
-#error "KEYS must be 80, 128 or 176"
-#endif
 
 // The registers are operands of a wait, so that the compiler cannot read or reuse them before it.
 __device__ __forceinline__ void wait_scores(float (&s)[SCORES]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : SCORE_LIST("+f", s)::"memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST40("+f", s)::"memory");
 }
 // P.V, issued after the scores, may still run.
 __device__ __forceinline__ void wait_scores_only(float (&s)[SCORES]) {
-    asm volatile("wgmma.wait_group.sync.aligned 1;" : SCORE_LIST("+f", s)::"memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" : LIST40("+f", s)::"memory");
 }
 __device__ __forceinline__ void wait_output(float (&acc)[64], u32 (&p)[PAIRS]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST64("+f", acc), PAIR_LIST("+r", p)::"memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST64("+f", acc), LIST20("+r", p)::"memory");
 }
 
 // Keeps the compiler from moving what makes these values behind the next wait, where no products hide it.
 __device__ __forceinline__ void made_here(float (&s)[SCORES], float& sum0, float& sum1) {
-    asm volatile("" : SCORE_LIST("+f", s), "+f"(sum0), "+f"(sum1));
+    asm volatile("" : LIST40("+f", s), "+f"(sum0), "+f"(sum1));
 }
 
 // s (+)= Q[64 rows, 16 of D] . K[keys, 16 of D]^T.
 __device__ __forceinline__ void wgmma_qk(float (&s)[SCORES], u64 q, u64 k, int accumulate) {
-    asm volatile(QK : SCORE_LIST("+f", s) : "l"(q), "l"(k), "r"(accumulate) : "memory");
+    asm volatile(
+        "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %42, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n80k16" TYPES NUMBERS40 "}, %40, %41, add, 1, 1, 0, 0;\n\t}"
+        : LIST40("+f", s) : "l"(q), "l"(k), "r"(accumulate) : "memory");
 }
 
 // acc += P[64 rows, 16 keys] . V[16 keys, 128]; P in registers, V stored [keys, 128].
@@ -229,112 +189,48 @@ __device__ __forceinline__ void pack_all(u32 (&p)[PAIRS], const float (&s)[SCORE
     for (int j = 0; j < PAIRS; ++j) p[j] = pack(s[2 * j], s[2 * j + 1]);
 }
 
-// ---- two blocks of a cluster ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 rank_in_cluster() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    __syncwarp();  // one lane of a producer warp comes later than the others
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// To the same place in both blocks, where it also counts towards the bytes that the same barrier expects.
-__device__ __forceinline__ void load_for_both(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4, %5}], [%2], %6;"
-        ::"r"(dst), "l"((u64)map), "r"(bar), "r"(x), "r"(y), "r"(z), "h"((unsigned short)3) : "memory");
-}
-
-// Arrives at the barrier of this place in the block of that rank. Reads by wgmma are done once waited for: a release of
-// cluster scope would add a memory fence for nothing.
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
-    asm volatile(
-        "{\n\t.reg .b32 there;\n\t"
-        "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(bar), "r"(rank) : "memory");
-}
-
 // ---- roles ------------------------------------------------------------------------------------------------------
 
 // Buffers of one ring; byte addresses in shared memory.
-template <int STAGES>
 struct Ring {
     u32 data, full, empty;
 };
 
-template <int STAGES>
 struct Position {
-    int stage = 0;
+    int stage;
     u32 parity;
-    __device__ __forceinline__ explicit Position(u32 first) : parity(first) {}
     __device__ __forceinline__ void next() {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
 
-template <int STAGES>
-__device__ __forceinline__ Ring<STAGES> make_ring(u32 data, u32 barriers) {
-    return {data, barriers, barriers + 8 * STAGES};
-}
-
-template <int STAGES>
-__device__ __forceinline__ void init_ring(const Ring<STAGES>& ring) {
+__device__ __forceinline__ void init_ring(const Ring& ring) {
     for (int i = 0; i < STAGES; ++i) {
         barrier_init(ring.full + 8 * i, 1);
-        barrier_init(ring.empty + 8 * i, CLUSTER * 4 * GROUPS);  // one arrival a consumer warp
+        barrier_init(ring.empty + 8 * i, 4 * GROUPS);  // one arrival a consumer warp
     }
 }
 
 // The producer of one ring: tiles of `head` from the last to the first.
-template <int STAGES>
-__device__ __forceinline__ void fill(const Ring<STAGES>& ring, const TensorMap* map, int tiles, int head) {
-    Position<STAGES> at(1);  // the first pass over the ring finds every buffer empty
-    const u32 half = CLUSTER == 2 ? rank_in_cluster() : 0;
+__device__ __forceinline__ void fill(const Ring& ring, const TensorMap* map, int tiles, int head) {
+    Position at = {0, 1};  // the first pass over the ring finds every buffer empty
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; --tile, at.next()) {
         const u32 full = ring.full + 8 * at.stage;
         barrier_wait(ring.empty + 8 * at.stage, at.parity);
         barrier_expect(full, TILE_BYTES);
-        const u32 data = ring.data + at.stage * TILE_BYTES;
-        if (CLUSTER == 2)
-            load_for_both(data + half * HALF_BYTES, map, full, 0, tile * KEYS, 2 * head + half);
-        else
-            load_tile(data, map, full, 0, tile * KEYS, 2 * head);
+        load_tile(ring.data + at.stage * TILE_BYTES, map, full, 0, tile * KEYS, 2 * head);
     }
 }
 
 // A consumer's view of a ring: waits for the next tile; gives a tile back.
-template <int STAGES>
-__device__ __forceinline__ u32 take(const Ring<STAGES>& ring, const Position<STAGES>& at) {
+__device__ __forceinline__ u32 take(const Ring& ring, const Position& at) {
     barrier_wait(ring.full + 8 * at.stage, at.parity);
     return ring.data + at.stage * TILE_BYTES;
 }
-template <int STAGES>
-__device__ __forceinline__ void release(const Ring<STAGES>& ring, Position<STAGES>& at, int lane) {
-    const u32 empty = ring.empty + 8 * at.stage;
-    if (CLUSTER == 2 && lane < 2) barrier_arrive_at(empty, lane);
-    if (CLUSTER == 1 && lane == 0) barrier_arrive(empty);
+__device__ __forceinline__ void release(const Ring& ring, Position& at, int lane) {
+    if (lane == 0) barrier_arrive(ring.empty + 8 * at.stage);
     at.next();
-}
-
-// Named barrier 1 + group: it is that warpgroup's turn to issue. Two warpgroups meet: one waits, one hands on.
-__device__ __forceinline__ void turn_wait(int group) {
-    if (TURNS) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
-}
-__device__ __forceinline__ void turn_give(int group) {
-    if (TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(1 + group) : "memory");
-}
-// After the last tile nobody waits any more for the last warpgroup.
-__device__ __forceinline__ void turn_pass(int group, bool last) {
-    if (group < GROUPS - 1)
-        turn_give(group + 1);
-    else if (!last)
-        turn_give(0);
 }
 
 // What a thread of a consumer warpgroup holds: its part of the output and its two rows.
@@ -342,17 +238,13 @@ struct Consumer {
     float acc[64];
     Row row0, row1;
     u64 q;
-    int group, lane;
+    int lane;
 };
 
-#if OVERLAP
-__device__ __forceinline__ void attend(const Ring<K_STAGES>& keys, const Ring<V_STAGES>& values, Consumer& c, int tiles,
-                                       int rest) {
-    Position<K_STAGES> k_at(0);
-    Position<V_STAGES> v_at(0);
+__device__ __forceinline__ void attend(const Ring& keys, const Ring& values, Consumer& c, int tiles, int rest) {
+    Position k_at = {0, 0}, v_at = {0, 0};
     float s[SCORES], alpha0, alpha1;
     u32 p[PAIRS];
-    if (c.group == GROUPS - 1 && tiles > 1) turn_give(0);
     issue_qk(s, c.q, descriptor<ROW_BYTES>(take(keys, k_at)));
     wait_scores(s);
     release(keys, k_at, c.lane);
@@ -362,10 +254,8 @@ __device__ __forceinline__ void attend(const Ring<K_STAGES>& keys, const Ring<V_
     pack_all(p, s);
     u32 key_tile = tiles > 1 ? take(keys, k_at) : 0;
     for (int tile = 1; tile < tiles; ++tile) {
-        turn_wait(c.group);
         issue_qk(s, c.q, descriptor<ROW_BYTES>(key_tile));
         issue_pv(c.acc, p, value_descriptor(take(values, v_at)));
-        turn_pass(c.group, tile == tiles - 1);
         wait_scores_only(s);
         release(keys, k_at, c.lane);
         const bool grew = raise_maximum(s, c.row0, c.row1, alpha0, alpha1);
@@ -380,33 +270,6 @@ __device__ __forceinline__ void attend(const Ring<K_STAGES>& keys, const Ring<V_
     issue_pv(c.acc, p, value_descriptor(take(values, v_at)));
     wait_output(c.acc, p);
 }
-#else
-__device__ __forceinline__ void attend(const Ring<K_STAGES>& keys, const Ring<V_STAGES>& values, Consumer& c, int tiles,
-                                       int rest) {
-    Position<K_STAGES> k_at(0);
-    Position<V_STAGES> v_at(0);
-    if (c.group == GROUPS - 1) turn_give(0);
-    for (int tile = 0; tile < tiles; ++tile) {
-        u32 p[PAIRS];
-        {
-            float s[SCORES], alpha0, alpha1;
-            const u32 key_tile = take(keys, k_at);
-            turn_wait(c.group);
-            issue_qk(s, c.q, descriptor<ROW_BYTES>(key_tile));
-            turn_pass(c.group, tile == tiles - 1);
-            wait_scores(s);
-            release(keys, k_at, c.lane);
-            if (tile == 0 && rest < KEYS) mask(s, rest, c.lane);
-            if (raise_maximum(s, c.row0, c.row1, alpha0, alpha1)) rescale(c.acc, alpha0, alpha1);
-            exponentials(s, c.row0, c.row1);
-            pack_all(p, s);
-        }
-        issue_pv(c.acc, p, value_descriptor(take(values, v_at)));
-        wait_output(c.acc, p);
-        release(values, v_at, c.lane);
-    }
-}
-#endif
 
 // acc / sum of one row -> 16 bits.
 template <int I>
@@ -417,13 +280,13 @@ __device__ __forceinline__ void store_row(const float (&acc)[64], float sum, u32
         out[4 * g + lane % 4] = pack(acc[4 * g + 2 * I] * inverse, acc[4 * g + 2 * I + 1] * inverse);
 }
 
-__device__ __forceinline__ void consume(u32 q, u32 q_full, const Ring<K_STAGES>& keys, const Ring<V_STAGES>& values,
-                                        u32* out, int tokens, int tiles, int heads, int head) {
+__device__ __forceinline__ void consume(u32 q, u32 q_full, const Ring& keys, const Ring& values, u32* out,
+                                        int tokens, int tiles, int heads, int head) {
     Consumer c;
     c.row0 = c.row1 = {MINUS_INFINITY, 0.0f};
-    c.group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // so that the compiler knows it is the same in all lanes
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // so that the compiler knows it is the same in all lanes
     c.lane = threadIdx.x % 32;
-    c.q = descriptor<ROW_BYTES>(q + c.group * 64 * ROW_BYTES);
+    c.q = descriptor<ROW_BYTES>(q + group * 64 * ROW_BYTES);
 #pragma unroll
     for (int i = 0; i < 64; ++i) c.acc[i] = 0.0f;
     barrier_wait(q_full, 0);
@@ -436,33 +299,26 @@ __device__ __forceinline__ void consume(u32 q, u32 q_full, const Ring<K_STAGES>&
     if (r1 < tokens) store_row<1>(c.acc, sum1, out + r1 * pitch, c.lane);
 }
 
-// Grid (query blocks, a multiple of CLUSTER; heads). Dynamic shared memory: 1024 to align, Q_BYTES, K_STAGES + V_STAGES
-// tiles, 8 + 16 * (K_STAGES + V_STAGES) of barriers.
+// Grid (query blocks, heads). Dynamic shared memory: 1024 to align, Q_BYTES, 2 * STAGES tiles, 8 + 32 * STAGES of
+// barriers.
 // q, k, v 16-bit [L, H * 128] as tensor maps [2 H halves, L, 64]; out 16-bit [L, H * 128] as pairs.
-extern "C" __global__ void
-#if CLUSTER == 2
-__cluster_dims__(2, 1, 1)
-#endif
-__launch_bounds__(128 * (GROUPS + 1), 1)
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     hopper_attention_16bit(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                            const __grid_constant__ TensorMap v_map, u32* out, int tokens, int tiles, int heads) {
     extern __shared__ unsigned char raw[];
     const u32 q = (smem_address(raw) + 1023) & ~1023u;  // the 128-byte swizzle repeats every 1024 bytes
-    const u32 k = q + Q_BYTES, v = k + K_STAGES * TILE_BYTES, q_full = v + V_STAGES * TILE_BYTES;
-    const Ring<K_STAGES> keys = make_ring<K_STAGES>(k, q_full + 8);
-    const Ring<V_STAGES> values = make_ring<V_STAGES>(v, q_full + 8 + 16 * K_STAGES);
+    const u32 k = q + Q_BYTES, v = k + STAGES * TILE_BYTES, q_full = v + STAGES * TILE_BYTES;
+    const u32 k_barriers = q_full + 8, v_barriers = k_barriers + 16 * STAGES;
+    const Ring keys = {k, k_barriers, k_barriers + 8 * STAGES}, values = {v, v_barriers, v_barriers + 8 * STAGES};
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1);
         init_ring(keys);
         init_ring(values);
         barrier_init_done();
     }
-    if (CLUSTER == 2)
-        cluster_sync();
-    else
-        __syncthreads();
+    __syncthreads();
     if (threadIdx.x >= 128 * GROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 24 : 32));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
         if (threadIdx.x == 128 * GROUPS) {
             barrier_expect(q_full, Q_BYTES);
             load_tile(q, &q_map, q_full, 0, blockIdx.x * ROWS, 2 * blockIdx.y);
@@ -471,8 +327,7 @@ __launch_bounds__(128 * (GROUPS + 1), 1)
             fill(values, &v_map, tiles, blockIdx.y);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 240 : 160));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(160));
         consume(q, q_full, keys, values, out, tokens, tiles, heads, blockIdx.y);
     }
-    if (CLUSTER == 2) cluster_sync();  // the other block may still load into this one, or arrive at its barriers
 }

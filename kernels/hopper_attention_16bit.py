@@ -13,45 +13,31 @@ from torch import Tensor
 from scail2_rt.kernels.nvrtc import Kernel, launch, pointer, tensor_map, unavailable
 
 WIDTH = 128  # head width
-TYPES = (torch.bfloat16, torch.float16)
-
-
-def kernel(
-    dtype: torch.dtype, groups: int = 2, keys: int = 176, stages: tuple[int, int] = (2, 2),
-    overlap: bool = True, turns: bool = True, cluster: int = 1,
-) -> Kernel:  # fmt: skip
-    """The kernel for blocks of `groups`·64 query rows, tiles of `keys`, rings of `stages` key and value tiles;
-    `cluster` 2: pairs of blocks share their tiles.
-
-    Shared memory: 1024 to align, Q, both rings, barriers."""
-    count = sum(stages)
-    shared = 1024 + 2 * WIDTH * (64 * groups + count * keys) + 8 + 16 * count
-    defines = {
-        "FP16": dtype == torch.float16, "GROUPS": groups, "KEYS": keys, "K_STAGES": stages[0], "V_STAGES": stages[1],
-        "OVERLAP": overlap, "TURNS": turns, "CLUSTER": cluster,
-    }  # fmt: skip
-    pairs = tuple((name, int(value)) for name, value in defines.items())
-    return Kernel("hopper_attention_16bit", 128 * (groups + 1), shared, pairs)
-
-
-DEFAULTS = {dtype: kernel(dtype) for dtype in TYPES}
+KEYS = 80  # keys a tile
+ROWS = 192  # query rows a block
+STAGES = 4  # tiles of each ring
+SHARED = 1024 + 2 * WIDTH * (ROWS + 2 * STAGES * KEYS) + 8 + 32 * STAGES  # to align, Q, both rings, barriers
+KERNELS = {
+    dtype: Kernel("hopper_attention_16bit", 2 * ROWS + 128, SHARED, (("FP16", fp16),))
+    for dtype, fp16 in ((torch.bfloat16, 0), (torch.float16, 1))
+}
 
 
 def available(dtype: torch.dtype) -> str | None:
     """None if this process can run the kernel on the current GPU, else the reason why not. Compiles it if need be."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if dtype not in DEFAULTS:
+    if dtype not in KERNELS:
         return f"its operands are bf16 or fp16, here they are {dtype}"
     return _availability(dtype, torch.cuda.current_device())
 
 
 @functools.cache
 def _availability(dtype: torch.dtype, device: int) -> str | None:
-    return unavailable(DEFAULTS[dtype], device)
+    return unavailable(KERNELS[dtype], device)
 
 
-def hopper_attention_16bit(q: Tensor, k: Tensor, v: Tensor, out: Tensor, build: Kernel | None = None) -> Tensor:
+def hopper_attention_16bit(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
     """Softmax attention over all L tokens, scale 1/√128, written to `out` [L, H·128], which is returned.
 
     q, k, v [H, L, 128]: views of matrices with the heads side by side, each with its own row stride. All bf16 or all
@@ -60,32 +46,28 @@ def hopper_attention_16bit(q: Tensor, k: Tensor, v: Tensor, out: Tensor, build: 
     heads, tokens, _ = q.shape
     if heads == 0 or tokens == 0:
         return out
-    build = build or DEFAULTS[q.dtype]
-    defines = dict(build.defines)
-    rows, keys, cluster = 64 * defines["GROUPS"], defines["KEYS"], defines["CLUSTER"]
     arguments: list[Any] = [
-        _halves(q, rows, 2),
-        *(_halves(t, keys, 2 // cluster) for t in (k, v)),
+        *(_halves(t, rows) for t, rows in ((q, ROWS), (k, KEYS), (v, KEYS))),
         pointer(out),
-        *(ctypes.c_int(n) for n in (tokens, -(-tokens // keys), heads)),
+        *(ctypes.c_int(n) for n in (tokens, -(-tokens // KEYS), heads)),
     ]
-    blocks = -(-tokens // (rows * cluster)) * cluster  # of one head, neighbours: they read the same keys
-    launch(build, (blocks, heads), arguments, out.device)
+    blocks = -(-tokens // ROWS)  # of one head, neighbours: they read the same keys
+    launch(KERNELS[q.dtype], (blocks, heads), arguments, out.device)
     return out
 
 
-def _halves(x: Tensor, tokens: int, count: int) -> Any:
-    """x [H, L, 128] as [2·H halves of a head, L, 64], read in boxes of `tokens` rows of `count` halves: a swizzled row
-    of shared memory holds 64 elements."""
+def _halves(x: Tensor, tokens: int) -> Any:
+    """x [H, L, 128] as [2·H halves of a head, L, 64], read in boxes of `tokens` rows of one head: a swizzled row of
+    shared memory holds 64 elements."""
     heads, length, width = x.shape
     half = width // 2
-    return tensor_map(x, (half, length, 2 * heads), (half, tokens, count), 128, (x.stride(1), half))
+    return tensor_map(x, (half, length, 2 * heads), (half, tokens, 2), 128, (x.stride(1), half))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """The kernel trusts its pointers and strides, so nothing else may pass."""
     heads, tokens, width = q.shape
-    if width != WIDTH or q.dtype not in TYPES or q.device.type != "cuda":
+    if width != WIDTH or q.dtype not in KERNELS or q.device.type != "cuda":
         raise ValueError(
             f"q is {q.dtype} {list(q.shape)} on {q.device}; needed: bf16 or fp16, {WIDTH} wide heads, on a GPU"
         )

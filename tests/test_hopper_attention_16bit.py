@@ -10,20 +10,13 @@ from torch import Tensor
 
 from scail2_rt.export.errors import Scail2Error
 from scail2_rt.kernels import hopper_attention_16bit as hopper
-from scail2_rt.kernels.nvrtc import Kernel, compile_cubin
+from scail2_rt.kernels.nvrtc import compile_cubin
 
 WIDTH = 128
 UNAVAILABLE = hopper.available(torch.bfloat16)
 needs_hopper = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"CUDA C++ kernel: {UNAVAILABLE}")
 LIMITS = {torch.bfloat16: 0.006, torch.float16: 0.0015}  # relative, of P and the output rounded once each
-SIZES = [(1, 1), (1, 3), (63, 2), (175, 2), (176, 1), (177, 3), (1000, 3), (4001, 3), (1000, 40)]
-FORMS = {
-    "3x128": {"groups": 3, "keys": 128, "stages": (3, 2), "overlap": False, "turns": False},
-    "2x128": {"groups": 2, "keys": 128, "stages": (3, 3), "turns": False},
-    "3x80": {"groups": 3, "keys": 80, "stages": (4, 4)},
-    "2x176 in pairs": {"cluster": 2},
-    "3x128 in pairs": {"groups": 3, "keys": 128, "stages": (3, 2), "overlap": False, "turns": False, "cluster": 2},
-}
+SIZES = [(1, 1), (1, 3), (79, 2), (80, 1), (81, 3), (191, 2), (193, 1), (1000, 3), (4001, 3), (1000, 40)]
 
 
 def operands(
@@ -53,9 +46,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.softmax(q @ k.transpose(1, 2) / math.sqrt(WIDTH), -1) @ v).transpose(0, 1).flatten(1)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, build: Kernel | None = None) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_full((q.shape[1], q.shape[0] * WIDTH), float("nan"))
-    assert hopper.hopper_attention_16bit(q, k, v, out, build) is out
+    assert hopper.hopper_attention_16bit(q, k, v, out) is out
     torch.cuda.synchronize()
     return out
 
@@ -69,23 +62,23 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 def test_packed_scores_are_the_second_products_operand() -> None:
     """P through the fragment layouts of wgmma m64nNk16 as the PTX ISA gives them: register j is pair j, in order."""
-    p = np.random.default_rng(0).integers(0, 9, (64, 176))
+    p = np.random.default_rng(0).integers(0, 9, (64, hopper.KEYS))
     a = np.zeros_like(p)  # the A operand that the registers amount to
     for thread in range(128):
         row, b = thread // 32 * 16 + thread % 32 // 4, thread % 4
         # accumulator element 4g + 2i + c: row + 8i, column 8g + 2b + c
-        s = [p[row + 8 * (e // 2 % 2), 8 * (e // 4) + 2 * b + e % 2] for e in range(88)]
-        for j in range(44):  # as `pack_all` and `issue_pv` hand them on: register j % 4 of k-step j // 4
+        s = [p[row + 8 * (e // 2 % 2), 8 * (e // 4) + 2 * b + e % 2] for e in range(hopper.KEYS // 2)]
+        for j in range(hopper.KEYS // 4):  # as `pack_all` and `issue_pv` hand them on: register j % 4 of k-step j // 4
             step, half, i = j // 4, j % 4 // 2, j % 2
             for c in range(2):
                 a[row + 8 * i, 16 * step + 8 * half + 2 * b + c] = s[2 * j + c]
     assert np.array_equal(a, p)
 
 
-@pytest.mark.parametrize("keys", [80, 128, 176])
-def test_descriptors_find_every_element(keys: int) -> None:
+def test_descriptors_find_every_element() -> None:
     """Shared memory as TMA writes a tile, [half][token][64 elements] with the 128-byte swizzle, read through the
     canonical layouts of K-major and MN-major operands with the offsets of the kernel's descriptors and k-steps."""
+    keys = hopper.KEYS
     tile = np.arange(keys * WIDTH).reshape(keys, WIDTH)
     memory = np.zeros(keys * WIDTH, tile.dtype)
 
@@ -105,11 +98,11 @@ def test_descriptors_find_every_element(keys: int) -> None:
         assert np.array_equal(memory[swizzled(at)], tile[16 * step :][:16])
 
 
-@pytest.mark.parametrize("dtype", hopper.TYPES, ids=str)
+@pytest.mark.parametrize("dtype", hopper.KERNELS, ids=str)
 def test_compiles(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCAIL2_RT_KERNELS", str(tmp_path))
     try:
-        cubin = compile_cubin(hopper.DEFAULTS[dtype])
+        cubin = compile_cubin(hopper.KERNELS[dtype])
     except Scail2Error as reason:
         if "could not compile" in str(reason):
             raise
@@ -118,8 +111,7 @@ def test_compiles(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_shared_memory_fits() -> None:
-    kernels = [*hopper.DEFAULTS.values(), *(hopper.kernel(torch.bfloat16, **form) for form in FORMS.values())]  # type: ignore[arg-type]
-    assert all(kernel.shared_bytes <= 227 * 1024 for kernel in kernels)
+    assert hopper.SHARED <= 227 * 1024
 
 
 def test_refuses_tensors_on_a_cpu() -> None:
@@ -132,7 +124,7 @@ def test_refuses_tensors_on_a_cpu() -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize("dtype", hopper.TYPES, ids=str)
+@pytest.mark.parametrize("dtype", hopper.KERNELS, ids=str)
 @pytest.mark.parametrize(("tokens", "heads"), SIZES)
 def test_agrees_with_fp64(tokens: int, heads: int, dtype: torch.dtype) -> None:
     q, k, v = operands(tokens, heads, dtype, "cuda")
@@ -140,7 +132,7 @@ def test_agrees_with_fp64(tokens: int, heads: int, dtype: torch.dtype) -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize("dtype", hopper.TYPES, ids=str)
+@pytest.mark.parametrize("dtype", hopper.KERNELS, ids=str)
 @pytest.mark.parametrize(
     ("v_shift", "k_shift", "sharpness"), [(3, 0, 1), (0, 2, 1), (0, 8, 1), (0, 0, 4), (0, 0, 0), (0, 0, 0.1)]
 )
@@ -157,15 +149,6 @@ def test_keys_beyond_the_end_have_no_weight() -> None:
     q, k = q * 0.1 - 2.6, k * 0.1 + 2.1
     assert exact(q, k, v).isfinite().all()
     assert error(run(q, k, v), exact(q, k, v)) < LIMITS[torch.bfloat16]
-
-
-@needs_hopper
-@pytest.mark.parametrize("form", FORMS)
-def test_any_form_agrees(form: str) -> None:
-    build = hopper.kernel(torch.bfloat16, **FORMS[form])  # type: ignore[arg-type]
-    for tokens in (1, 80, 129, 1000):
-        q, k, v = operands(tokens, 3, torch.bfloat16, "cuda")
-        assert error(run(q, k, v, build), exact(q, k, v)) < LIMITS[torch.bfloat16]
 
 
 @needs_hopper
