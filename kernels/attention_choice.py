@@ -25,7 +25,7 @@ VARIANTS = {
 PACKAGES = {"flash": "flash_attn", "sage": "sageattention"}
 EIGHT_BIT = ("8bit", "8bit-triton", "8bit-bf16pv")
 # major capability → what auto takes for bf16 and fp16, as measured; "bf16" only where its sm90 kernel runs, else cuDNN
-SIXTEEN_BIT = {9: "cudnn", 10: "cudnn"}
+SIXTEEN_BIT = {9: "bf16", 10: "cudnn"}
 LOWEST = dict.fromkeys(VARIANTS, (8, 0)) | {"8bit": (8, 9), "8bit-triton": (8, 9)}
 HEAD_DIMS = dict.fromkeys((*EIGHT_BIT, "bf16"), (64, 128))
 
@@ -59,7 +59,7 @@ def choose_attention(requested: str, precision: str, device: torch.device | str,
             variant, instead = "cudnn", f"{instead}; bf16 cannot run in its sm90 CUDA kernel: {problem}"
     if variant is not None:
         described = _description(variant, device, head_dim, precision)
-        return variant, f"{described}: the fastest 16-bit one on {name}{instead}"
+        return variant, f"{described}: the fastest 16-bit one that runs on {name}{instead}"
     return "sdpa", f"{VARIANTS['sdpa']}: precision {precision} on {name}{instead}"
 
 

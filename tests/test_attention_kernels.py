@@ -283,12 +283,11 @@ def test_auto_choice(
 
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_auto_choice_where_the_16_bit_kernel_is_faster(
+def test_auto_takes_the_16_bit_sm90_kernel_where_that_runs(
     monkeypatch: pytest.MonkeyPatch, precision: str, problem: str | None
 ) -> None:
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(attention_choice, "SIXTEEN_BIT", {9: "bf16"})
     monkeypatch.setattr(attention_choice, "hopper_obstacle", lambda *args: asked.append(args[-1]) or problem)
     chosen, reason = choose_attention("auto", precision, "cuda", 128)
     assert chosen == ("cudnn" if problem else "bf16")
@@ -296,6 +295,13 @@ def test_auto_choice_where_the_16_bit_kernel_is_faster(
     assert ("sm90 CUDA kernel: no cuda-python" in reason) == (problem is not None)
     assert set(asked) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
     assert choose_attention("auto", "fp32", "cuda", 128)[0] == "sdpa"
+
+
+def test_auto_takes_cudnn_for_heads_that_the_sm90_kernel_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    chosen, reason = choose_attention("auto", "bf16", "cuda", 64)
+    assert chosen == "cudnn"
+    assert "its heads are 128 wide, here they are 64" in reason
 
 
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])

@@ -1,15 +1,20 @@
 """The 16-bit CUDA C++ attention for Hopper: operand layouts and compilation anywhere, results against fp32 on sm_90."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from scail2_rt.engines.executors import use_kernel_cache
 from scail2_rt.export.errors import Scail2Error
 from scail2_rt.kernels import hopper_attention_16bit as hopper
+from scail2_rt.kernels import nvrtc
+from scail2_rt.kernels.attention_choice import choose_attention
 from scail2_rt.kernels.nvrtc import compile_cubin
 
 WIDTH = 128
@@ -108,6 +113,36 @@ def test_compiles(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.Monkey
             raise
         pytest.skip(f"NVRTC: {reason}")
     assert cubin[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernel"),
+    [("bf16", "hopper_attention_16bit"), ("fp16", "hopper_attention_16bit"), ("fp8", "hopper_attention")],
+)
+def test_the_choice_leaves_its_kernel_in_the_engine_folder(
+    precision: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for the GPU and for NVRTC: opening a folder, as `build-engines` does at its end, compiles what auto
+    takes, and where the next process looks for it."""
+    for variable in ("SCAIL2_RT_KERNELS", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # so that what `use_kernel_cache` sets is undone
+        monkeypatch.delenv(variable)
+    use_kernel_cache(tmp_path)
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "current_device": lambda: 99,  # not a device whose availability may be known already
+        "get_device_capability": lambda *_: (9, 0),
+        "device": nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(nvrtc, "_bindings", lambda _: SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0)))
+    monkeypatch.setattr(nvrtc, "_nvrtc_compile", lambda *_: b"compiled")
+    monkeypatch.setattr(nvrtc, "_load", lambda kernel, _: nvrtc.compile_cubin(kernel))
+    reason = choose_attention("auto", precision, "cuda", 128)[1]
+    assert "(the sm90 CUDA kernel)" in reason
+    (kept,) = tmp_path.glob("*.cubin")
+    assert kept.name.startswith(f"{kernel}-")
+    assert kept.read_bytes() == b"compiled"
 
 
 def test_shared_memory_fits() -> None:
