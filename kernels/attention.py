@@ -7,7 +7,6 @@ checked against; on a GPU the Triton kernels or a library's attention. Only this
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,78 +40,56 @@ class PreparedQKV:
 Prepared = PreparedQKV | Prepared8
 
 
-def prepare_qkv(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, variant: str = "sdpa", out: Prepared | None = None
-) -> Prepared:
+def prepare_qkv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, variant: str = "sdpa") -> Prepared:
     """RMS norm over all heads, then RoPE; for the 8-bit variants also rotation and quantisation.
 
-    qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. `out`, an earlier result of the same
-    shapes and variant, is written instead of new buffers (its v stays a view of this qkv where v is not quantised).
-    qkv must outlive the result."""
-    heads = q_weight.shape[0] // rope.head_dim
+    qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. In 16 bit v stays a view of qkv."""
     if variant in EIGHT_BIT:
-        made = _prepare_8bit(qkv, q_weight, k_weight, rope, variant != "8bit-bf16pv", _as_type(out, Prepared8))
+        made = _prepare_8bit(qkv, q_weight, k_weight, rope, variant != "8bit-bf16pv")
         return replace(made, triton=variant == "8bit-triton")
+    heads = q_weight.shape[0] // rope.head_dim
     v = qkv.chunk(3, dim=-1)[2].unflatten(-1, (heads, -1)).transpose(0, 1)
-    earlier = _as_type(out, PreparedQKV)
     if qkv.is_cuda:
         from scail2_rt.kernels import prepare_triton
 
-        if earlier is None:
-            q, k = (qkv.new_empty(qkv.shape[0], q_weight.shape[0]) for _ in range(2))
-        else:
-            q, k = (t.transpose(0, 1).flatten(1) for t in (earlier.q, earlier.k))
+        q, k = (qkv.new_empty(qkv.shape[0], q_weight.shape[0]) for _ in range(2))
         prepare_triton.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, q, k)
         q, k = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k))
         return PreparedQKV(q, k, v, variant)
     q, k, _ = qkv.chunk(3, dim=-1)
     q, k = rms_norm(q, q_weight, EPS), rms_norm(k, k_weight, EPS)
     q, k = (rotate(t.unflatten(-1, (heads, -1)), rope).to(qkv.dtype).transpose(0, 1) for t in (q, k))
-    if earlier is None:
-        return PreparedQKV(q, k, v, variant)
-    return PreparedQKV(earlier.q.copy_(q), earlier.k.copy_(k), v, variant)
+    return PreparedQKV(q, k, v, variant)
 
 
-def _as_type(out: Prepared | None, kind: type) -> Any:
-    if out is not None and not isinstance(out, kind):
-        raise TypeError(f"out is a {type(out).__name__}; this variant needs a {kind.__name__}")
-    return out
-
-
-def _prepare_8bit(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, fp8_pv: bool, out: Prepared8 | None
-) -> Prepared8:
+def _prepare_8bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, fp8_pv: bool) -> Prepared8:
     if not qkv.is_cuda:
-        made = eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, fp8_pv)
-        return made if out is None else eight_bit.copied_into(out, made)
+        return eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, fp8_pv)
     from scail2_rt.kernels import prepare_triton
 
     heads = q_weight.shape[0] // rope.head_dim
     v = None if fp8_pv else eight_bit.sixteen_bit_v(qkv, rope.head_dim)
-    if out is None:
-        out = eight_bit.empty_prepared8(heads, qkv.shape[0], rope.head_dim, v, qkv.device)
-    elif v is not None:
-        out = Prepared8(out.q, out.q_scale, out.k, out.k_scale, v, None, None, out.tokens)
-    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, out)
-    return out
+    made = eight_bit.empty_prepared8(heads, qkv.shape[0], rope.head_dim, v, qkv.device)
+    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made)
+    return made
 
 
-def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
+def self_attention(prepared: Prepared) -> Tensor:
     """Softmax attention over all tokens, scale 1/√D, no mask, by the variant it was prepared for.
 
-    → [L, C] in the attention's 16-bit type (bf16 for "8bit"); `out` [L, C] is written and returned if given."""
+    → [L, C] in the attention's 16-bit type (bf16 for "8bit")."""
     if isinstance(prepared, Prepared8):
-        return _eight_bit_attention(prepared, out)
+        return _eight_bit_attention(prepared)
     q, k, v = prepared.q, prepared.k, prepared.v
     if prepared.variant == "bf16":
         from scail2_rt.kernels import attention_triton, hopper_attention_16bit
 
-        out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2]) if out is None else out
+        out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2])
         if hopper_obstacle(q.device, q.shape[2], q.dtype) is None:
             return hopper_attention_16bit.hopper_attention_16bit(q, k, v, out)
         return attention_triton.attention_16bit(q, k, v, out)
     if prepared.variant in ("flash", "sage"):
-        return _into(out, _library_attention(prepared))
+        return _library_attention(prepared)
     if prepared.variant == "cudnn":
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -120,16 +97,15 @@ def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
             attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
     else:
         attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-    return _into(out, attended.transpose(0, 1).flatten(1))
+    return attended.transpose(0, 1).flatten(1)
 
 
-def _eight_bit_attention(prepared: Prepared8, out: Tensor | None) -> Tensor:
+def _eight_bit_attention(prepared: Prepared8) -> Tensor:
     if not prepared.q.is_cuda:
-        return _into(out, eight_bit.attention_8bit(prepared))
+        return eight_bit.attention_8bit(prepared)
     heads, _, dim = prepared.q.shape
-    if out is None:
-        dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
-        out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
+    dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
+    out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
     if prepared.variant == "8bit" and hopper_obstacle(prepared.q.device, dim, prepared.q.dtype) is None:
         from scail2_rt.kernels.hopper_attention import hopper_attention
 
@@ -151,11 +127,7 @@ def _library_attention(prepared: PreparedQKV) -> Tensor:
     return sageattn(q, k, v, tensor_layout="NHD")[0].flatten(1)
 
 
-def _into(out: Tensor | None, value: Tensor) -> Tensor:
-    return value if out is None else out.copy_(value)
-
-
-def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int, out: Tensor | None = None) -> Tensor:
+def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int) -> Tensor:
     """softmax(q·k_textᵀ)·v_text + softmax(q·k_imageᵀ)·v_image: two softmaxes, outputs added.
 
     q [L, C] (RMS-normed), text_kv [T, 2·C] and image_kv [I, 2·C] as k | v → [L, C] in q's type. 16-bit tensors on a
@@ -163,9 +135,7 @@ def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int,
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from scail2_rt.kernels import attention_triton
 
-        return attention_triton.cross_attention(
-            q, text_kv, image_kv, head_dim, torch.empty_like(q) if out is None else out
-        )
+        return attention_triton.cross_attention(q, text_kv, image_kv, head_dim, torch.empty_like(q))
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, head_dim)).transpose(0, 1)[None]
@@ -175,4 +145,4 @@ def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int,
         return F.scaled_dot_product_attention(split(q), split(k), split(v))[0].float()
 
     both = attended(text_kv) + attended(image_kv)
-    return _into(out, both.transpose(0, 1).flatten(1).to(q.dtype))
+    return both.transpose(0, 1).flatten(1).to(q.dtype)

@@ -83,17 +83,6 @@ def sixteen_bit_v(qkv: Tensor, head_dim: int) -> Tensor:
     return v.unflatten(-1, (-1, head_dim)).transpose(0, 1)
 
 
-def copied_into(out: Prepared8, made: Prepared8) -> Prepared8:
-    """`made` in the buffers of `out`, except for a V that is not quantised."""
-    for field in ("q", "q_scale", "k", "k_scale"):
-        getattr(out, field).copy_(getattr(made, field))
-    if made.v_scale is None:
-        return Prepared8(out.q, out.q_scale, out.k, out.k_scale, made.v, None, None, made.tokens)
-    for field in ("v", "v_scale", "v_shift"):
-        getattr(out, field).copy_(getattr(made, field))
-    return out
-
-
 def hadamard(n: int) -> Tensor:
     """The ±1 Sylvester matrix, fp32 [n, n]; n a power of two. Divided by √n it is orthonormal."""
     matrix = torch.ones(1, 1)

@@ -56,9 +56,9 @@ def _exact_e4m3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def case(tokens: int, heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Rope]:
+def case(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Rope]:
     """qkv with outlier channels, a common key and shifted V; RoPE multipliers of modulus below one."""
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(0)
     channels = heads * dim
     weights = [torch.rand(channels, generator=gen) + 0.5 for _ in range(2)]
     for weight in weights:
@@ -243,18 +243,7 @@ def test_prepare_and_attend_by_variant(variant: str, dtype: torch.dtype) -> None
     assert prepared.variant == variant
     out = self_attention(prepared)
     assert error(out, exact(*normed(*inputs))) < (0.04 if variant in ("8bit", "8bit-triton") else 0.02)
-    again = prepare_qkv(*case(131, 2, 128, dtype, seed=1), variant=variant)
-    again = prepare_qkv(*inputs, variant=variant, out=again)
-    buffer = torch.full_like(out, math.nan)
-    assert self_attention(again, out=buffer) is buffer
-    assert torch.equal(buffer, out)  # same inputs, same bits
-
-
-def test_out_of_the_wrong_kind_is_refused() -> None:
-    inputs = case(20, 1, 64, torch.bfloat16)
-    q = torch.zeros(1, 20, 64, device=DEVICE)
-    with pytest.raises(TypeError, match="Prepared8"):
-        prepare_qkv(*inputs, variant="8bit", out=PreparedQKV(q, q, q))
+    assert torch.equal(self_attention(prepare_qkv(*inputs, variant=variant)), out)  # same inputs, same bits
 
 
 @pytest.mark.parametrize(
