@@ -31,13 +31,10 @@
 #ifndef BOX
 #define BOX 200  // pixels of one TMA load: a multiple of 8, at most 256
 #endif
-#ifndef SHARED_DX
-#define SHARED_DX 1  // 0: every dx has its own stage and pixels
-#endif
 
 constexpr int ROWS = 64 * TILES * GROUPS;
 constexpr int VALUES = COLUMNS / 2;            // accumulator elements a thread
-constexpr int TAPS = SHARED_DX ? 3 : 1;        // taps a stage
+constexpr int TAPS = 3;                        // of a stage: all dx
 constexpr int ROW_BYTES = 64;                  // 32 channels
 constexpr int BOXES = (ROWS + TAPS - 1 + BOX - 1) / BOX;
 constexpr int A_BYTES = BOXES * BOX * ROW_BYTES;
@@ -150,7 +147,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const Problem& p, cons
         for (int dt = 0; dt < 3; ++dt) {
             for (int dy = 0; dy < 3; ++dy) {
                 const int row = slot * p.frame_rows + dy * p.pitch + tile.row, k = (dt * 3 + dy) * p.group_pitch;
-                for (int dx = 0; dx < 3; dx += TAPS) {
+                for (int dx = 0; dx < 3; dx += TAPS) {  // one round: without it the compiler schedules this differently
                     for (int channel = 0; channel < p.c_in; channel += 32) {
                         barrier_wait(ring.empty + 8 * at.stage, at.parity);
                         load_stage(ring, at.stage, pixels, weights, row + dx, channel, k + dx * p.c_in + channel,
@@ -287,7 +284,7 @@ __device__ __forceinline__ void multiply(float (&acc)[TILES][VALUES], u64 a, u64
 
 __device__ __forceinline__ void consume(const Ring& ring, const Problem& p, int count) {
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-    const int first = group * TILES * 64, steps = (9 * 3 / TAPS) * (p.c_in / 32);
+    const int first = group * TILES * 64, steps = 9 * (p.c_in / 32);
     Position at = {0, 0};
     for (int index = blockIdx.x; index < count; index += gridDim.x) {
         float acc[TILES][VALUES];

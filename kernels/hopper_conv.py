@@ -26,7 +26,6 @@ class ConvTile:
     columns: int
     groups: int
     tiles: int
-    shared_dx: bool = True
 
     @property
     def rows(self) -> int:
@@ -35,15 +34,14 @@ class ConvTile:
     @property
     def box(self) -> int:
         """Pixels of one TMA load: a tile and what its taps reach beyond it, in equal loads of at most 256."""
-        pixels = self.rows + (2 if self.shared_dx else 0)
+        pixels = self.rows + 2
         loads = -(-pixels // 256)
         return -(-pixels // (8 * loads)) * 8
 
     @property
     def stage_bytes(self) -> int:
         loads = -(-self.rows // self.box)
-        taps = 3 if self.shared_dx else 1
-        return _up(_up(loads * self.box * 2 * CHUNK) + taps * self.columns * 2 * CHUNK)
+        return _up(_up(loads * self.box * 2 * CHUNK) + 3 * self.columns * 2 * CHUNK)
 
     @property
     def stages(self) -> int:
@@ -56,7 +54,6 @@ class ConvTile:
             "TILES": self.tiles,
             "STAGES": self.stages,
             "BOX": self.box,
-            "SHARED_DX": int(self.shared_dx),
         }
         shared = 1024 + self.stages * (self.stage_bytes + 16)
         return Kernel("hopper_conv", 128 * (self.groups + 1), shared, tuple(defines.items()))
