@@ -11,7 +11,6 @@ Only `kernels.attention` calls the launchers.
 
 # mypy: ignore-errors
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,6 +19,11 @@ from torch import Tensor
 
 from scail2_rt.kernels.eight_bit import TILE, Prepared8, sample_step
 from scail2_rt.kernels.rope import Rope
+
+# how the 8-bit preparation is cut up
+Q_TOKENS = 64  # of a program that quantises q; those of k and v take a TILE
+HEADS_TOGETHER = 8  # at most, in a program that quantises q or k
+SUM_TOKENS = 512  # of a program that sums up V
 
 
 @triton.jit
@@ -268,22 +272,8 @@ def _floats(device: torch.device, *shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float32, device=device)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How the 8-bit preparation is cut up: tokens and warps of a program, pipeline stages of its loop."""
-
-    q_tokens: int = 64
-    qk_warps: int = 8
-    qk_stages: int = 3
-    heads: int = 8
-    sum_tokens: int = 512
-    sum_warps: int = 4
-    sum_stages: int = 3
-    v_warps: int = 8
-
-
 def _statistics(
-    qkv: Tensor, k_weight: Tensor, rope: Rope, eps: float, v_scale: Tensor | None, plan: Plan
+    qkv: Tensor, k_weight: Tensor, rope: Rope, eps: float, v_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First read of qkv: 1/rms [2, L] of q and k, mean key [C], mean [C] of V; `v_scale` [H, D] is written."""
     fp8_pv = v_scale is not None
@@ -295,16 +285,15 @@ def _statistics(
     _row_rms[(triton.cdiv(length, 4), 2)](qkv, stride, rms, length, channels, eps, ROWS=4, BLOCK=block)
     step = sample_step(length)
     samples = triton.cdiv(length, step)
-    k_chunks, v_chunks = triton.cdiv(samples, 32), triton.cdiv(length, plan.sum_tokens) if fp8_pv else 1
+    k_chunks, v_chunks = triton.cdiv(samples, 32), triton.cdiv(length, SUM_TOKENS) if fp8_pv else 1
     k_partial, v_partial = _floats(device, k_chunks, channels), _floats(device, 3, v_chunks, channels)
     _key_sample[(k_chunks, heads)](
         k, stride, k_weight, rms[1], rope.cos, rope.sin, k_partial, samples, step, channels, T=32, D=dim
     )
     if fp8_pv:
         _v_statistics[(v_chunks, heads)](
-            v, stride, v_partial, length, channels,
-            CHUNK=plan.sum_tokens, T=32, D=dim, STAGES=plan.sum_stages, num_warps=plan.sum_warps,
-        )  # fmt: skip
+            v, stride, v_partial, length, channels, CHUNK=SUM_TOKENS, T=32, D=dim, STAGES=3, num_warps=4
+        )
     k_mean, v_mean = _floats(device, channels), _floats(device, channels)
     _finish_statistics[(heads,)](
         v_partial, k_partial, v_mean, v_scale, k_mean, v_chunks, k_chunks, length, samples, channels,
@@ -313,36 +302,28 @@ def _statistics(
     return rms, k_mean, v_mean
 
 
-def _heads_together(heads: int, most: int) -> int:
-    return next(n for n in range(most, 0, -1) if heads % n == 0)
-
-
-def prepare_8bit(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, out: Prepared8, plan: Plan | None = None
-) -> None:
+def prepare_8bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, out: Prepared8) -> None:
     """Fill `out`'s buffers (its v too, if it is e4m3) from qkv [L, 3·C], last stride 1."""
-    plan = plan or Plan()
     length, channels, dim = qkv.shape[0], qkv.shape[1] // 3, rope.head_dim
     fp8_pv, stride, padded = out.v_scale is not None, qkv.stride(0), out.q.shape[1]
-    rms, k_mean, v_mean = _statistics(qkv, k_weight, rope, eps, out.v_scale, plan)
+    rms, k_mean, v_mean = _statistics(qkv, k_weight, rope, eps, out.v_scale)
     heads, blocks = channels // dim, padded // TILE
-    group = _heads_together(heads, plan.heads)
+    group = next(n for n in range(HEADS_TOGETHER, 0, -1) if heads % n == 0)
     k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
     # a rotation by the ±1 matrix leaves a factor √D in each; q also takes the softmax's log2(e)/√D
     q_factor, k_factor = math.log2(math.e) / dim, 1 / math.sqrt(dim)
     for source, weight, row_rms, data, scale, factor, key, tokens in (
-        (qkv, q_weight, rms[0], out.q, out.q_scale, q_factor, False, plan.q_tokens),
+        (qkv, q_weight, rms[0], out.q, out.q_scale, q_factor, False, Q_TOKENS),
         (k, k_weight, rms[1], out.k, out.k_scale, k_factor, True, TILE),
     ):
-        warps = max(4, plan.qk_warps * tokens // TILE)  # as many values a thread for q as for k
+        warps = tokens // 16  # as many values a thread for q as for k
         _quantise_qk[(padded // tokens, heads // group)](
             source, stride, weight, row_rms, rope.cos, rope.sin, k_mean, data, scale, length, padded, factor,
-            D=dim, T=tokens, HEADS=group, KEY=key, STAGES=plan.qk_stages, num_warps=warps,
+            D=dim, T=tokens, HEADS=group, KEY=key, STAGES=3, num_warps=warps,
         )  # fmt: skip
     if fp8_pv:
         residual = _floats(qkv.device, blocks, channels)
         _quantise_v[(blocks, heads)](
-            v, stride, v_mean, out.v_scale, out.v, residual, length, padded, channels,
-            T=TILE, D=dim, num_warps=plan.v_warps,
-        )  # fmt: skip
+            v, stride, v_mean, out.v_scale, out.v, residual, length, padded, channels, T=TILE, D=dim, num_warps=8
+        )
         _v_shift[(heads,)](v_mean, residual, out.v_shift, blocks, length, channels, P=32, D=dim)
