@@ -1,8 +1,8 @@
 """Animated WebP as a video.
 
-FFmpeg has no decoder for it (the still pictures only), Pillow has. The frames are stored without loss in a Matroska file
-in memory, with their own times, so that everything behind `media` sees an ordinary video. Such files are short: they
-come from chats and sticker sets.
+FFmpeg has no decoder for it (for still pictures only), Pillow has. The frames are stored without loss in a Matroska
+file in memory, with their own times, so that everything behind `media` sees an ordinary video. Such files are short:
+they come from chats and sticker sets.
 """
 
 from __future__ import annotations
