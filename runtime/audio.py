@@ -11,7 +11,6 @@ about 20 ms at most).
 from __future__ import annotations
 
 import heapq
-import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -71,7 +70,7 @@ def remux(
                     copy = out.add_stream_from_template(stream)
                     tracks.append(_copied(container, stream, copy, zero, end_s))
                 else:
-                    tracks.append(_encoded(container, stream, *_add_aac(stream, out), zero, end_s))
+                    tracks.append(_encoded(container, stream, _add_aac(stream, out), zero, end_s))
         for _, packet in heapq.merge(*tracks, key=lambda timed: timed[0]):
             out.mux(packet)
 
@@ -85,7 +84,7 @@ def _known_tracks(path: Path) -> list[int]:
 def _first_frame_s(path: Path) -> Fraction:
     """Presentation time of the first video frame of a file in its own timeline, in seconds (0 without video).
 
-    An avi has no such times: it shows its n-th frame at n / rate, where FFmpeg's guess is late by the decoder's delay."""
+    An avi has no such times, it shows its n-th frame at n / rate; FFmpeg's guess is late by the decoder's delay."""
     with open_audio(path) as container:
         stream = container.streams.best("video")
         if stream is None:
@@ -110,19 +109,17 @@ def _video_packets(container: Any, stream: Any, copy: Any, end_s: Fraction) -> I
 def _copied(container: Any, stream: Any, copy: Any, zero: Fraction, end_s: Fraction) -> Iterator[_Timed]:
     """Times are counted in samples: a container's own unit may be a whole packet (AVI), too coarse for the cut."""
     unit = Fraction(1, stream.codec_context.sample_rate or 48_000)
-    previous = None
+    timeline, previous = _Timeline(unit.denominator), None
     for packet in container.demux(stream):
         if packet.pts is None:
             continue
-        packet.pts, duration = (
-            round((packet.pts * stream.time_base - zero) / unit),
-            round((packet.duration or 0) * stream.time_base / unit),
-        )
+        duration = round((packet.duration or 0) * stream.time_base / unit)
+        packet.pts = timeline.place(round((packet.pts * stream.time_base - zero) / unit), duration)
         packet.dts, packet.duration, packet.time_base = packet.pts, duration, unit
         begin = packet.pts * unit
         if begin >= end_s:
             return
-        repeats = previous is not None and packet.pts <= previous  # a file stitched together; no container takes it
+        repeats = previous is not None and packet.pts <= previous  # no container takes it
         if begin + duration * unit > -_PREROLL_S and not repeats:
             previous = packet.pts
             _end_at(packet, end_s)
@@ -130,26 +127,39 @@ def _copied(container: Any, stream: Any, copy: Any, zero: Fraction, end_s: Fract
             yield begin, packet
 
 
+class _Timeline:
+    """Times of a track in samples. Where they fall back by more than a second, as in transport streams that were joined
+    end to end, they go on behind what was there, as the frames do."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate, self._shift = rate, 0
+        self._end: int | None = None
+
+    def place(self, position: int, length: int) -> int:
+        if self._end is not None and position + self._shift < self._end - self._rate:
+            self._shift = self._end - position
+        self._end = position + self._shift + length
+        return position + self._shift
+
+
 def _end_at(packet: Any, end_s: Fraction) -> None:
     """Shortens a packet that would play beyond the end; its data stays whole."""
     packet.duration = min(packet.duration or 0, round(end_s / packet.time_base) - packet.pts)
 
 
-def _add_aac(stream: Any, out: Any) -> tuple[Any, Any]:
-    """An AAC track for the decoded `stream`, and the resampler that brings it to what AAC can hold."""
+def _add_aac(stream: Any, out: Any) -> Any:
+    """An AAC track for the decoded `stream`, of a sample rate and layout that AAC can hold."""
     rate = stream.codec_context.sample_rate
     rate = rate if rate in _AAC_RATES else next((r for r in reversed(_AAC_RATES) if r >= rate), 48000)
     layout = {1: "mono", 2: "stereo", 6: "5.1"}.get(stream.codec_context.channels, "stereo")
     track = out.add_stream("aac", rate=rate, layout=layout)
     track.codec_context.bit_rate = _AAC_BIT_RATE
     track.codec_context.time_base = track.time_base = Fraction(1, rate)
-    return track, av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    return track
 
 
-def _encoded(
-    container: Any, stream: Any, track: Any, resampler: Any, zero: Fraction, end_s: Fraction
-) -> Iterator[_Timed]:
-    rate = track.codec_context.sample_rate
+def _encoded(container: Any, stream: Any, track: Any, zero: Fraction, end_s: Fraction) -> Iterator[_Timed]:
+    rate, layout = track.codec_context.sample_rate, track.codec_context.layout.name
     first, total = round(zero * rate), round(end_s * rate)
 
     def packets(frame: Any) -> Iterator[_Timed]:
@@ -157,21 +167,38 @@ def _encoded(
             _end_at(packet, end_s)
             yield packet.pts * packet.time_base, packet
 
-    for position, samples in _blocks(_samples(container, stream, resampler, first, total), int(_GAP_S * rate)):
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=resampler.layout.name)
+    frames = _resampled(_decoded(container, stream), layout, rate)
+    for position, samples in _blocks(_samples(frames, first, total), int(_GAP_S * rate)):
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
         yield from packets(frame)
     yield from packets(None)
 
 
-def _samples(container: Any, stream: Any, resampler: Any, first: int, total: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(position, samples [channels, n]) pieces of the decoded track within 0 ≤ position < total."""
-    for decoded in itertools.chain(_decoded(container, stream), [None]):
-        for frame in resampler.resample(decoded):
-            position = round(frame.pts * frame.time_base * frame.sample_rate) - first
-            skip, stop = max(0, -position), min(frame.samples, total - position)
-            if stop > skip:
-                yield position + skip, frame.to_ndarray()[:, skip:stop]
+def _samples(frames: Iterator[Any], first: int, total: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, samples [channels, n]) pieces of the resampled track within 0 ≤ position < total."""
+    timeline: _Timeline | None = None
+    for frame in frames:
+        timeline = timeline or _Timeline(frame.sample_rate)
+        time = round(frame.pts * frame.time_base * frame.sample_rate)
+        position = timeline.place(time, frame.samples) - first
+        skip, stop = max(0, -position), min(frame.samples, total - position)
+        if stop > skip:
+            yield position + skip, frame.to_ndarray()[:, skip:stop]
+
+
+def _resampled(frames: Iterator[Any], layout: str, rate: int) -> Iterator[Any]:
+    """The frames as fltp. A track may change its rate or layout on the way (broadcasts do); a resampler cannot."""
+    resampler, kind = None, None
+    for frame in frames:
+        if resampler is None or kind != (frame.format.name, frame.layout.name, frame.sample_rate):
+            if resampler is not None:
+                yield from resampler.resample(None)
+            kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+        yield from resampler.resample(frame)
+    if resampler is not None:
+        yield from resampler.resample(None)
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:

@@ -119,6 +119,16 @@ def raw_stream(folder: Path) -> None:
     write_clip(folder / "a.h264", scene(9), 25).rename(folder / "driving.mp4")
 
 
+def joined(*tracks: tuple[str, int, str]) -> Make:
+    """Transport streams end to end, one for each track: times start anew in each."""
+
+    def make(folder: Path) -> None:
+        parts = [write_clip(folder / f"{i}.ts", scene(13), RATE, audio=[track]) for i, track in enumerate(tracks)]
+        (folder / "driving.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+
+    return make
+
+
 def forget_codec(path: Path) -> None:
     """Gives the PCM track of a mov a codec that nobody knows."""
     data = path.read_bytes()
@@ -304,6 +314,22 @@ ROWS = [
         sound("mkv", ("aac", 44100, "mono"), pts=range(5, 18), audio_s=2),
         ("aac", 44100, 1),
         heard=(0.1, 0.35, 0.6, 0.85),
+    ),
+    Row(
+        "joined streams, sound copied",
+        joined(("aac", 44100, "stereo"), ("aac", 44100, "stereo")),
+        numbers=(*range(13), *range(13)),
+        tracks=(("aac", 44100, 2),),
+        heard=(0, 0.25, 0.5, 0.75, 1, 1.29, 1.54, 1.79, 2.04),
+        sync_s=0.03,
+    ),
+    Row(
+        "joined streams, sound of two kinds",
+        joined(("mp2", 44100, "stereo"), ("mp2", 44100, "mono")),
+        numbers=(*range(13), *range(13)),
+        tracks=(("aac", 44100, 1),),
+        heard=(0, 0.25, 0.5, 0.75, 1, 1.29, 1.54, 1.79, 2.04),
+        sync_s=0.03,
     ),
     heard(
         "damaged sound",
