@@ -1,4 +1,4 @@
-"""Reading videos and images, with PyAV and Pillow.
+"""Reading videos with PyAV (images: `images.py`).
 
 Frames come out as a viewer sees them: RGB 8-bit, display rotation applied, non-square pixels stretched to square ones
 (the width changes), grey turned into RGB, transparent pixels black. The conversion is FFmpeg's plain one, with the
@@ -29,6 +29,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from scail2_rt.export.errors import InputError
 from scail2_rt.runtime.animated_webp import as_matroska, is_animated_webp
+from scail2_rt.runtime.images import check_file, load_image, load_mask_image
 from scail2_rt.runtime.video_writer import VideoWriter, check_writable
 
 __all__ = ["VideoInfo", "VideoReader", "VideoWriter", "check_writable", "load_image", "load_mask_image", "probe_video"]
@@ -224,58 +225,10 @@ class VideoReader:
         self.close()
 
 
-def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """An image file as RGB uint8 [H, W, 3]: EXIF orientation applied, grey and palette images expanded, 16 bit scaled
-    to 8, transparent pixels laid over `background` (white, as image viewers do). Colour profiles are ignored, as in the
-    public pipeline. Raises `InputError` for anything that is not a readable image."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    _check_file(path)
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _grey_to_rgb(np.asarray(image))
-            if image.has_transparency_data:
-                layers = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layers.size, (*background, 255)), layers)
-            return np.array(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image that can be read: give a PNG, JPEG or WebP file.") from error
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is a damaged or unusable image ({error}): save it again as PNG or JPEG.") from error
-
-
-def load_mask_image(path: Path) -> np.ndarray:
-    """`load_image` for masks: transparent pixels are black, that is, in no class."""
-    return load_image(path, background=(0, 0, 0))
-
-
-def _grey_to_rgb(levels: np.ndarray) -> np.ndarray:
-    """16-bit grey (integers above 255, or a 16-bit type) and float grey to RGB uint8."""
-    sixteen = levels.dtype.itemsize == 2 or levels.max(initial=0) > 255
-    grey = np.clip(np.rint(levels / 257 if sixteen else levels), 0, 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
-
-
 def _on_black(rgba: np.ndarray) -> np.ndarray:
     """RGBA uint8 (straight alpha) over black: what players show, and in a mask no class."""
     levels, opacity = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
     return ((levels * opacity + 127) // 255).astype(np.uint8)
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give a file.")
-    if not path.exists():
-        raise InputError(f"{path} does not exist: check the path.")
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
-    if empty:
-        raise InputError(f"{path} is empty: give a file with content.")
 
 
 @contextmanager
@@ -284,7 +237,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
 
     Only threads within a frame decode: with a thread a frame, FFmpeg reports damage late, and near the end not at all,
     so that what a file holds would depend on the number of cores."""
-    _check_file(path)
+    check_file(path)
     try:  # the absolute path, as FFmpeg takes what precedes a colon in `12:30.mp4` for a protocol
         container = av.open(as_matroska(path) if is_animated_webp(path) else str(path.absolute()))
     except (av.FFmpegError, OSError, ValueError) as error:
