@@ -111,7 +111,7 @@ def _copied(container: Any, stream: Any, copy: Any, zero: Fraction, end_s: Fract
     unit = Fraction(1, stream.codec_context.sample_rate or 48_000)
     timeline, previous = _Timeline(unit.denominator), None
     for packet in container.demux(stream):
-        if packet.pts is None:
+        if packet.pts is None or packet.is_corrupt:  # of a file cut short, the last one
             continue
         duration = round((packet.duration or 0) * stream.time_base / unit)
         packet.pts = timeline.place(round((packet.pts * stream.time_base - zero) / unit), duration)

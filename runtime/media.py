@@ -80,7 +80,7 @@ def probe_video(path: Path) -> VideoInfo:
             raise InputError(f"{path} holds a video stream but no frame of it can be decoded: {_REPAIR}.")
         times = _relative_times(pts, stream.time_base)
         rate, constant = _frame_rate(stream, times)
-        warnings = _length_warnings(path, stream, len(pts), times if constant else None, rate)
+        warnings = _length_warnings(path, stream, len(pts), times)
         if damaged:
             warnings.append(
                 f"{path} is damaged: {len(damaged)} of its frames are patched up by the decoder (the first is frame "
@@ -111,24 +111,24 @@ def probe_video(path: Path) -> VideoInfo:
         )
 
 
-def _length_warnings(
-    path: Path, stream: Any, frames: int, times: tuple[Fraction, ...] | None, rate: Fraction
-) -> list[str]:
+def _length_warnings(path: Path, stream: Any, frames: int, times: tuple[Fraction, ...] | None) -> list[str]:
     """Says when the file holds less or more than its header tells. Frames that an edit list hides (a clip trimmed on a
-    phone) are in the header's count but not in its duration. `times` only where the rate is constant: the last frame of
-    others may last long."""
+    phone) are in the header's count but not in its duration."""
     declared_s = _declared_s(stream)
-    ends_early = declared_s is not None and times is not None and times[-1] + 2 / rate < declared_s
+    ends_early = False
+    if declared_s is not None and times is not None:
+        longest = max((b - a for a, b in itertools.pairwise(times)), default=0)  # the last frame may last as long
+        ends_early = times[-1] + 2 * longest < declared_s
     if stream.frames > frames and (ends_early or declared_s is None or times is None):
         return [
             f"{path} says it holds {stream.frames} frames but {frames} can be decoded: it may be damaged or cut short."
         ]
     if 0 < stream.frames < frames:
         return [f"{path} says it holds {stream.frames} frames but has {frames}: its header is wrong, all are used."]
-    if not stream.frames and ends_early and declared_s is not None:
+    if not stream.frames and frames > 1 and ends_early and declared_s is not None and times is not None:
         return [
-            f"{path} says it lasts {float(declared_s):.2f} s but ends after {float(frames / rate):.2f} s "
-            f"({frames} frames): it may be damaged or cut short."
+            f"{path} says it lasts {float(declared_s):.2f} s but its last frame ({frames - 1}) is at "
+            f"{float(times[-1]):.2f} s: it may be damaged or cut short."
         ]
     return []
 

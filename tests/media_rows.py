@@ -313,6 +313,15 @@ ROWS = [
         sync_s=0.03,
     ),
     heard(
+        "sound of a file cut short",
+        then(
+            clip("mp4", 20, audio=[("aac", 44100, "mono")], container_options=INDEX_IN_FRONT, options=NO_B_FRAMES),
+            lambda path: cut_in_packet(path, 13),
+        ),
+        ("aac", 44100, 1),
+        warns=("20 frames but 13 can be decoded",),
+    ),
+    heard(
         "damaged sound",
         then(
             sound("mov", ("mp2", 44100, "mono")),

@@ -3,8 +3,8 @@
 Every row of `ROWS` (in `media_rows.py`) is a case folder. One `generate --batch` for each output size makes all their
 videos (tiny engines, one step), and each row is then held against its own: frames, rate and times, warnings, tracks,
 durations and when the clicks are heard. The generated pixels are noise, so colours and orientation are looked at where
-the model reads them, in the driving clips that `read_clips` gives for the same folder. `BAD` are the inputs that must be
-refused in one line. What single functions do with such files is tested in `test_media.py` and `test_video_writer.py`.
+the model reads them, in the driving clips that `read_clips` gives for the same folder. `BAD` are the inputs that must
+be refused in one line. What single functions do with such files is in `test_media.py` and `test_video_writer.py`.
 """
 
 import shutil
