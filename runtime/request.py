@@ -222,17 +222,36 @@ def _check_videos(request: Request) -> tuple["VideoInfo", tuple[str, ...]]:
 
     driving, mask = probe_video(request.driving), probe_video(request.mask_video)
     if driving.frames != mask.frames:
-        raise InputError(
-            f"The driving video {request.driving} has {driving.frames} frames but its mask {request.mask_video} has "
-            f"{mask.frames}: make the mask video from this very clip, one mask a frame."
-        )
+        raise InputError(_lengths_differ(driving, mask))
     warnings = [*driving.warnings, *mask.warnings]
+    if driving.frame_rate != mask.frame_rate and driving.frames > 1 and not driving.variable_frame_rate:
+        warnings.append(
+            f"The driving video runs at {_fps(driving)} but its mask at {_fps(mask)}: the n-th mask is used for the "
+            "n-th frame."
+        )
     if abs(driving.width * mask.height - driving.height * mask.width) > 0.02 * driving.width * mask.height:
         warnings.append(
             f"The driving video is {driving.height}x{driving.width} but its mask is {mask.height}x{mask.width} "
             "(height x width): both are cropped to the output's shape, so the mask may lie beside the character."
         )
     return driving, tuple(warnings)
+
+
+def _lengths_differ(driving: "VideoInfo", mask: "VideoInfo") -> str:
+    """The counts, and what explains them: other frame rates, or a damaged file."""
+    rates = [f" at {_fps(info)}" if driving.frame_rate != mask.frame_rate else "" for info in (driving, mask)]
+    return " ".join(
+        [
+            f"The driving video {driving.path} has {driving.frames} frames{rates[0]} but its mask {mask.path} has "
+            f"{mask.frames}{rates[1]}: make the mask video from this very clip, one mask a frame.",
+            *driving.warnings,
+            *mask.warnings,
+        ]
+    )
+
+
+def _fps(info: "VideoInfo") -> str:
+    return f"{float(info.frame_rate):.6g} fps"
 
 
 def _trimmed(request: Request, total: int) -> int:
@@ -258,6 +277,8 @@ def _check_output(request: Request, pixels: int) -> None:
     from scail2_rt.runtime.video_writer import check_codec, check_writable
 
     check_codec(request.codec, request.crf)
+    if request.codec in ("av1", "vp9") and request.output.suffix.lower() == ".mov":
+        raise InputError(f"A .mov file cannot hold {request.codec} video: name the output .mp4, or use --codec hevc.")
     check_writable(request.output, int(pixels * (3 if request.crf == 0 else 0.3)) + OUTPUT_MARGIN)
     if request.output.exists() and not request.overwrite:
         raise InputError(
