@@ -22,12 +22,12 @@ from scail2_rt.export.checkpoint import (
     group_of,
     open_group,
     open_sources,
-    recognise,
 )
 from scail2_rt.export.errors import InputError
 from scail2_rt.export.lora_facts import LoRAFacts, lora_facts
 from scail2_rt.export.precision import Component
 from scail2_rt.export.quantised import Dequantised
+from scail2_rt.export.recognise import recognise
 from scail2_rt.export.stages import stage_definitions
 from scail2_rt.export.tensors import TensorSource
 
