@@ -98,7 +98,10 @@ class HuggingFace:
             response = http_backoff("GET", hf_hub_url(repository, path, revision=commit), headers=headers, timeout=60)
             hf_raise_for_status(response)
         except Exception as error:
-            raise _unreachable(error) from error
+            raise Scail2Error(
+                f"{path} cannot be had from the hub ({type(error).__name__}: {_first_line(error)}); what came is kept, "
+                "and the same command continues"
+            ) from error
         return response.content
 
 
