@@ -82,11 +82,18 @@ def serve(files: dict[str, bytes]) -> Iterator[FakeHub]:
             elif path.startswith("api/models/"):
                 self.answer(404, b"{}", "application/json", {"X-Error-Code": "RepoNotFound"})
             else:
-                name = path.removeprefix(f"{REPOSITORY}/resolve/{COMMIT}/")
-                wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-                if name not in hub.files or wanted is None:
-                    self.answer(404, b"", "text/plain", {"X-Error-Code": "EntryNotFound"})
-                    return
+                self.file(path.removeprefix(f"{REPOSITORY}/resolve/{COMMIT}/"))
+
+        def file(self, path: str) -> None:
+            """A range of a file, by a redirection to the store of large files, as the hub does it."""
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            name = path.removeprefix("store/")
+            if name not in hub.files or wanted is None:
+                self.answer(404, b"", "text/plain", {"X-Error-Code": "EntryNotFound"})
+            elif name == path:
+                store = f"http://localhost:{self.server.server_address[1]}/store/{name}"
+                self.answer(302, b"", "text/plain", {"Location": store})
+            else:
                 self.answer(206, hub.part(name, int(wanted[1]), int(wanted[2])), "application/octet-stream")
 
         def answer(self, code: int, body: bytes, kind: str, extra: dict[str, str] | None = None) -> None:

@@ -24,7 +24,7 @@ from scail2_rt.runtime.video_writer import CODECS
 from tests.command import SCAIL2_RT, Run, error_of, one_json
 
 pytest_plugins = ["tests.runtime_fixtures"]
-COMMANDS = ("build-engines", "generate", "make-checkpoint", "demo")
+COMMANDS = ("build-engines", "generate", "make-checkpoint", "demo", "convert", "download")
 
 
 def test_help_answers_in_half_a_second() -> None:

@@ -45,7 +45,7 @@ def hub(content: dict[str, bytes]) -> Iterator[FakeHub]:
 
 
 def at(hub: FakeHub) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1"}
+    return {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1,localhost"}
 
 
 def test_the_default_repository_is_the_one_that_help_names() -> None:
