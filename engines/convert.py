@@ -271,8 +271,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if target.exists() and target.samefile(source):
-        return
+    """The whole file or nothing."""
     unfinished = target.with_name(f"{target.name}.partial")
     shutil.copyfile(source, unfinished)
     os.replace(unfinished, target)

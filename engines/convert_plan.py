@@ -133,9 +133,15 @@ def check_places(targets: list[Target], checkpoint: Checkpoint, tokenizer: Path 
         known = target.record.is_file() or target.journal.is_file()
         if target.path.exists() and not known and not overwrite:
             raise InputError(f"{target.path} exists; give another -o, or --overwrite to replace it")
-    if tokenizer is not None and tokenizer.exists() and checkpoint.tokenizer is not None and not overwrite:
-        same = tokenizer.read_bytes() == checkpoint.tokenizer.read_bytes()
-        if not same:
+    if tokenizer is not None and checkpoint.tokenizer is not None:
+        searched = [file for file in sources if folder.resolve() in (file.parent, file.parent.parent)]
+        if searched:  # opening the folder would find each part twice
+            raise InputError(
+                f"the parts of the checkpoint are in {folder} already ({searched[0].name}, ...), and a folder can hold "
+                "each only once; give an -o in another folder, or leave out --all"
+            )
+        other = tokenizer.exists() and tokenizer.read_bytes() != checkpoint.tokenizer.read_bytes()
+        if other and not overwrite:
             raise InputError(f"{tokenizer} exists and is another tokenizer; give another -o, or --overwrite")
     while not folder.exists():
         folder = folder.parent

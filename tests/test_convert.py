@@ -340,6 +340,19 @@ class TestRefusals:
         with pytest.raises(InputError, match="is a file of the checkpoint itself"):
             convert(ConvertRequest(tmp_path / "c/dit.safetensors", overwrite=True), opened)
 
+    def test_all_in_a_folder_that_has_the_parts(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        opened = open_checkpoint(tiny_checkpoint)
+        with pytest.raises(InputError, match="a folder can hold each only once"):
+            convert(ConvertRequest(tiny_checkpoint / "x.safetensors", everything=True), opened)
+        (tmp_path / "tokenizer.json").write_text("{}")
+        request = ConvertRequest(tmp_path / "x.safetensors", everything=True)
+        with pytest.raises(InputError, match="is another tokenizer"):
+            convert(request, opened)
+        assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+        convert(dataclasses.replace(request, overwrite=True), opened)
+        assert convert(request, opened).files[3].up_to_date
+        assert open_checkpoint(tmp_path).config == opened.config
+
     def test_a_disk_without_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(InputError, match="are needed on the disk of"):
