@@ -247,6 +247,7 @@ class _Download:
         return True
 
     def _remember(self, file: RemoteFile) -> None:
+        """Keep that a file is what the hub states (of a small one by git's hash, where others have a SHA-256)."""
         path = self.directory / file.path
         state = path.stat()
         self.journal.remember(SourceFile("checkpoint", str(path), state.st_size, state.st_mtime_ns, file.digest))
