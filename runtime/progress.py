@@ -169,24 +169,31 @@ def open_progress() -> Iterator[Progress]:
 
 
 class BuildLines:
-    """What `build-engines` shows on stderr: a line for each finished step, with its size, its time and what is left;
-    for a long one (hashing a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
+    """What `build-engines` and the like show on stderr: a line for each finished step, with its size, its time and what
+    is left; for a long one (a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
 
     def __init__(self) -> None:
         self.printed = 0.0
+        self.base: tuple[float, int] | None = None  # when the current step was heard of first, and how far it was
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def started(self, step: "BuildStep") -> None:
-        self.printed = time.monotonic()
+        self.printed, self.base = time.monotonic(), None
 
     def advanced(self, step: "BuildStep", done_bytes: int) -> None:
-        if time.monotonic() - self.printed < LINE_INTERVAL_S:
+        now = time.monotonic()
+        since, before = self.base = self.base or (now, done_bytes)
+        if now - self.printed < LINE_INTERVAL_S:
             return
-        self.printed = time.monotonic()
+        self.printed = now
+        left = ""
+        if done_bytes > before:
+            seconds = (now - since) / (done_bytes - before) * (step.size_bytes - done_bytes)
+            left = f", about {seconds:.0f} s left"
         done, size = done_bytes / 2**30, step.size_bytes / 2**30
-        print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB", file=sys.stderr, flush=True)
+        print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB{left}", file=sys.stderr, flush=True)
 
     def done(self, step: "BuildStep") -> None:
         if step.phase == "seal":
