@@ -248,8 +248,13 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
 
     def finished(status: str, video: Path, error: str | None = None) -> dict[str, Any]:
         end = report.describe_end(status, video, timings, (*plan.warnings, *logged.sentences), error)
-        report.write_report(report.report_path(output), {**about, **end})
-        return {**about, **end, "report": str(report.report_path(output))}
+        beside: Path | None = report.report_path(output)
+        try:
+            report.write_report(report.report_path(output), {**about, **end})
+        except OSError as fault:  # the disk is full, say: what became of the video matters more
+            beside = None
+            print(f"warning: the report {report.report_path(output)} could not be written ({fault})", file=sys.stderr)
+        return {**about, **end, "report": beside and str(beside)}
 
     try:
         with open_progress() as progress:

@@ -158,7 +158,7 @@ def animate(
     with progress.phase("context"):
         contexts = context_kv(engines, conditions.contexts[:passes], conditions.clip)
     stages = resident_stages(memory) if memory else []
-    for index, clip in enumerate(clips, carry.finished):
+    for index, clip in enumerate(timed(clips, progress), carry.finished):
         progress.segment(index)
         engines.prefetch(stages)  # on their way while the driving clip is encoded
         with progress.phase("driving"):
@@ -193,6 +193,17 @@ def animate(
             carry = part.carry or carry
     if joins.blend and carry.history is not None:  # held back for a segment that does not come
         yield Frames(quantise_frames(carry.history.shown[:, -joins.blend :]).cpu(), Carry(carry.finished))
+
+
+def timed(clips: Iterable[DrivingClip], progress: Progress) -> Iterator[DrivingClip]:
+    """The clips; making each is a phase of its own."""
+    made = iter(clips)
+    while True:
+        with progress.phase("read", wait=False):
+            clip = next(made, None)
+        if clip is None:
+            return
+        yield clip
 
 
 def decode_segment(

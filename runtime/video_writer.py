@@ -182,6 +182,8 @@ class VideoWriter:
                 self._audio_from,
                 self._start_s,
             )
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, self.path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
