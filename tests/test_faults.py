@@ -9,14 +9,18 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime.demo import write_video
 from scail2_rt.runtime.media import VideoReader
+from scail2_rt.runtime.progress import SilentProgress
 from scail2_rt.runtime.unfinished import part_ends, partial_path, sidecar_path
 from tests.clips import number_of
 from tests.command import SMALL, Run, error_of, read_video
@@ -232,38 +236,51 @@ import torch
 from scail2_rt.engines import executors
 run = executors.EngineSet.run
 def greedy(self, name, *inputs, **more):
-    if name == {stage!r}:
-        {allocate}
+    if name == "dit.blocks.1.mid":
+        torch.empty(2**50)
     return run(self, name, *inputs, **more)
 executors.EngineSet.run = greedy
 """
 
 
+def test_out_of_memory_in_a_stage(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    words = ("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL, "--steps", "1")
+    message = error_of(scail2(*words, **sabotage(tmp_path, OUT_OF_MEMORY)), code=1)
+    assert message.startswith("the computer's memory ran out in the phase denoise, which asked for another 4194304.00")
+    assert "GiB: give a smaller --size, --segment-length or --max-rows" in message
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def no_cuda_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.40 GiB. GPU 0 has a total capacity of ...")
+
+
+def no_onnxruntime_memory() -> None:
+    raise RuntimeError("Failed to allocate memory for requested buffer of size 3221225472")
+
+
 @pytest.mark.parametrize(
-    ("stage", "allocate", "says"),
+    ("allocate", "phase", "says"),
     [
-        ("dit.blocks.1.mid", "torch.empty(2**50)", ("the computer's", "phase denoise", "GiB", "--segment-length")),
-        ("vae.decode_step", "import numpy; numpy.empty(2**56)", ("the computer's", "phase decode", "PiB", "--size")),
-        (
-            "vae.encode_first",
-            "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.40 GiB. GPU 0 has ...')",
-            ("the GPU's", "phase reference", "another 1.40 GiB", "--vram-limit", "--size"),
-        ),
-        (
-            "dit.blocks.0.ffn",
-            "raise RuntimeError('Failed to allocate memory for requested buffer of size 3221225472')",
-            ("the computer's", "phase denoise", "another 3.00 GiB", "--max-rows"),
-        ),
+        (lambda: np.empty(2**56), "read", ("the computer's memory", "phase read", "512. PiB", "smaller --segment-len")),
+        (lambda: bytearray(2**62), "decode", ("the computer's memory", "phase decode:", "give a smaller --size")),
+        (no_cuda_memory, "reference", ("the GPU's memory", "another 1.40 GiB", "--vram-limit", "--size")),
+        (no_onnxruntime_memory, "denoise", ("the computer's memory", "another 3.00 GiB", "--max-rows")),
     ],
 )
 def test_out_of_memory_names_the_phase_the_need_and_the_remedy(
-    scail2: Run, engines: Path, case: Path, tmp_path: Path, stage: str, allocate: str, says: tuple[str, ...]
+    allocate: Callable[[], object], phase: str, says: tuple[str, ...]
 ) -> None:
-    environment = sabotage(tmp_path, OUT_OF_MEMORY.format(stage=stage, allocate=allocate))
-    words = ("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL, "--steps", "1")
-    message = error_of(scail2(*words, **environment), code=1)
-    assert [part for part in (*says, "memory ran out") if part not in message] == [], message
-    assert not (tmp_path / "a.mp4").exists()
+    with pytest.raises(Scail2Error) as caught, SilentProgress().phase(phase):
+        allocate()
+    assert [part for part in says if part not in str(caught.value)] == [], str(caught.value)
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="buffer of size 3"), SilentProgress().phase("denoise"):
+        raise RuntimeError("a buffer of size 3 is not one of size 4")
+    with pytest.raises(InputError, match="Unable to allocate 3 GiB"), SilentProgress().phase("denoise"):
+        raise InputError("Unable to allocate 3 GiB: as it was told")
 
 
 def test_a_signal_that_limits_send_is_not_the_end() -> None:
