@@ -40,7 +40,7 @@ _EDGE = 6 / 29  # of CIELAB's cube root and its linear part
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB [3, ...] in 0..1 → CIELAB [3, ...] (L 0..100), D65."""
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp_min(0.04) + 0.055) / 1.055) ** 2.4)
-    xyz = torch.einsum("ij,j...->i...", _matrix(rgb), linear)
+    xyz = torch.einsum("ij,j...->i...", _rgb_to_xyz().to(rgb), linear)
     root = torch.where(xyz > _EDGE**3, xyz.clamp_min(_EDGE**3) ** (1 / 3), xyz / (3 * _EDGE**2) + 4 / 29)
     x, y, z = root
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
@@ -52,12 +52,12 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     y = (light + 16) / 116
     root = torch.stack([y + a / 500, y, y - b / 200])
     xyz = torch.where(root > _EDGE, root**3, 3 * _EDGE**2 * (root - 4 / 29))
-    linear = torch.einsum("ij,j...->i...", torch.linalg.inv(_matrix(lab)), xyz)
+    linear = torch.einsum("ij,j...->i...", torch.linalg.inv(_rgb_to_xyz()).to(lab), xyz)
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(0.003) ** (1 / 2.4) - 0.055)
 
 
-def _matrix(like: Tensor) -> Tensor:
-    matrix = torch.tensor(_RGB_TO_XYZ, dtype=like.dtype, device=like.device)
+def _rgb_to_xyz() -> Tensor:
+    matrix = torch.tensor(_RGB_TO_XYZ, dtype=torch.float64)
     return matrix / matrix.sum(1, keepdim=True)
 
 
@@ -65,7 +65,9 @@ def background(mask: Tensor) -> Tensor:
     """Driving mask uint8 [n, 3, H, W] → bool [n, H, W]: neither a character nor near one."""
     character = (mask > _DARK).any(1) & ~(mask > ON_ABOVE).all(1)
     margin = max(min(mask.shape[-2:]) // _MARGIN, 1)
-    return F.max_pool2d(character[:, None].float(), 2 * margin + 1, stride=1, padding=margin)[:, 0] == 0
+    size = 2 * margin + 1
+    near = F.max_pool2d(character[:, None].float(), (size, 1), stride=1, padding=(margin, 0))
+    return F.max_pool2d(near, (1, size), stride=1, padding=(0, margin))[:, 0] == 0
 
 
 def statistics(lab: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

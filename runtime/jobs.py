@@ -225,12 +225,12 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
     about = {**report.describe_plan(plan), "prompt_cache": _cache_hits(plan, cache)}
     about |= {"engines": report.describe_engines(engines), "device": report.describe_device(engines)}
     about["versions"] = report.versions()
-    sidecar = Sidecar(output, identity(about))
-    saved = sidecar.load() if plan.request.resume else None
-    if saved is None and plan.request.resume and output.exists() and not plan.request.overwrite:
-        return _complete_already(output, about)
+    sidecar, resume = Sidecar(output, identity(about)), plan.request.resume
+    saved = sidecar.load() if resume else None
+    if resume and output.exists() and not plan.request.overwrite:
+        return _complete_already(output, about, unfinished=saved is not None)
     about["resumed_after_segments"] = saved.carry.finished if saved else 0
-    if plan.request.resume:
+    if resume:
         after = f"{saved.carry.finished} of {len(plan.segments)} segments" if saved else "nothing: no interrupted run"
         print(f"resuming after {after}", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -277,10 +277,15 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
     return result
 
 
-def _complete_already(output: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of a result that `--resume` finds complete; InputError when it is another request's."""
+def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) -> dict[str, Any]:
+    """The report of a result that `--resume` finds complete; InputError when it is another request's, or one that the
+    interrupted run was to replace."""
     from scail2_rt.runtime.resume import first_difference, identity
 
+    if unfinished:
+        raise InputError(
+            f"The output {output} exists, and the interrupted run was to replace it: give --overwrite with --resume."
+        )
     beside = report.report_path(output)
     before = json.loads(beside.read_text(encoding="utf-8")) if report.is_report(beside) else {}
     if before.get("status") != "complete" or before.get("output_sha256") != report.file_hash(output):
@@ -363,6 +368,6 @@ def summary(result: Mapping[str, Any]) -> str:
     rate = f"{float(Fraction(result['frame_rate'])):.6g}"
     return (
         f"{result['output']}: {result['frames']} frames of {result['height']}x{result['width']} at {rate} fps, "
-        f"{len(result['segments'])} segments in {sum(timings.values()):.1f} s ({phases})\n"
-        f"report: {result['report']}"
+        f"{len(result['segments'])} segments in {sum(timings.values()):.1f} s ({phases})"
+        + (f"\nreport: {result['report']}" if result["report"] else "")
     )

@@ -93,7 +93,7 @@ def generate(
         shape = (16, layout.frames, layout.height, layout.width)
         return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
 
-    progress.begin(len(plan.segments), request.steps)
+    progress.begin(len(plan.segments), request.steps, carry.finished)
     audio = request.driving if plan.audio else None
     picture = plan.width, plan.height, plan.frame_rate, request.codec, request.crf
     writer = VideoWriter(request.output, *picture, audio, plan.start_s, plan.timestamps, after=written)

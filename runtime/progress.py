@@ -31,8 +31,8 @@ class Progress(Protocol):
     def phase(self, name: str, wait: bool = True) -> AbstractContextManager[None]:
         """Time what runs inside as `name`; with `wait` until the GPU has finished it."""
 
-    def begin(self, segments: int, steps: int) -> None:
-        """The run has this many segments of this many denoising steps."""
+    def begin(self, segments: int, steps: int, before: int = 0) -> None:
+        """The run has this many segments of this many denoising steps; `before` of them were done in an earlier one."""
 
     def segment(self, index: int) -> None:
         """Segment `index`, from 0, starts."""
@@ -87,6 +87,7 @@ class SilentProgress:
     def __init__(self) -> None:
         self.timings: dict[str, float] = {}
         self.segments, self.steps, self.current, self.done = 0, 0, 0, 0
+        self.before = 0  # steps that an earlier run has done
         self.started = time.perf_counter()
 
     @contextmanager
@@ -105,8 +106,8 @@ class SilentProgress:
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
-    def begin(self, segments: int, steps: int) -> None:
-        self.segments, self.steps, self.done = segments, steps, 0
+    def begin(self, segments: int, steps: int, before: int = 0) -> None:
+        self.segments, self.steps, self.done, self.before = segments, steps, before * steps, before * steps
         self.started = time.perf_counter()
 
     def segment(self, index: int) -> None:
@@ -143,8 +144,8 @@ class LineProgress(SilentProgress):
             return
         self.printed = now
         left = ""
-        if self.done:
-            seconds = (now - self.started) / self.done * (self.segments * self.steps - self.done)
+        if self.done > self.before:
+            seconds = (now - self.started) / (self.done - self.before) * (self.segments * self.steps - self.done)
             left = f", about {seconds:.0f} s left"
         print(f"{self.position()}{left}", file=sys.stderr, flush=True)
 
@@ -163,9 +164,9 @@ class BarProgress(SilentProgress):
         self.bar = RichProgress(*columns, *times, console=Console(stderr=True), transient=True)
         self.task = self.bar.add_task("starting", total=None)
 
-    def begin(self, segments: int, steps: int) -> None:
-        super().begin(segments, steps)
-        self.bar.reset(self.task, total=segments * steps)
+    def begin(self, segments: int, steps: int, before: int = 0) -> None:
+        super().begin(segments, steps, before)
+        self.bar.reset(self.task, total=segments * steps, completed=before * steps)
 
     def _show(self, event: str) -> None:
         label = "" if event in ("segment", "step") else event

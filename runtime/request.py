@@ -120,7 +120,7 @@ def check_request(request: Request) -> JobPlan:
     height, width = request.size or oriented(DEFAULT_SIZE, image_height, image_width)
     check_size(height, width)
     segments = plan_segments(frames, request.segment_length, request.segment_overlap)
-    _check_output(request, frames * height * width)
+    _check_output(request, frames, height * width)
     report = check_masks(
         masks,
         request.mask_video,
@@ -265,15 +265,16 @@ def _trimmed(request: Request, total: int) -> int:
     return request.frames or left
 
 
-def _check_output(request: Request, pixels: int) -> None:
+def _check_output(request: Request, frames: int, pixels: int) -> None:
     """An existing output is kept unless `overwrite`; its place must be writable and have room.
 
-    pixels: T·H·W. H.264 at crf 18 takes about a tenth of a byte each, without loss about one and a half; both files are
-    there for a moment when the audio is added."""
+    pixels: H·W. H.264 at crf 18 takes about a tenth of a byte each, without loss about one and a half; both files are
+    there for a moment when the audio is added. Two saved states hold the overlap in fp32, decoded and as seen."""
     from scail2_rt.runtime.video_writer import check_codec, check_writable
 
     check_codec(request.codec, request.crf)
-    check_writable(request.output, int(pixels * (3 if request.crf == 0 else 0.3)) + OUTPUT_MARGIN)
+    states = 2 * 2 * 12 * request.segment_overlap * pixels
+    check_writable(request.output, int(frames * pixels * (3 if request.crf == 0 else 0.3)) + states + OUTPUT_MARGIN)
     if request.output.exists() and not (request.overwrite or request.resume):
         raise InputError(
             f"The output {request.output} exists: choose another name with -o, or replace it with --overwrite."

@@ -3,8 +3,8 @@
 The state is one safetensors file beside the partial video (`runtime.unfinished` says when it is written): the history
 in the fp32 values that the next segment starts from, its latents, the colour anchor, the noise generator's state, and
 as metadata the identity of the request: every option, the hashes of the input files, what the engines were made of and
-are run by, and the versions of the packages that compute. What goes on after equal identities is the uninterrupted run,
-bit by bit. A difference is refused by naming it.
+are run by, and the versions of the packages that compute. What goes on after equal identities is the uninterrupted run:
+bit by bit on a CPU, on a GPU as far as its kernels repeat themselves. A difference is refused by naming it.
 """
 
 import json
@@ -26,6 +26,7 @@ from scail2_rt.runtime.unfinished import clear_sidecars, resumable, sidecar_path
 FORMAT = "1"
 # Options that say where things are or how to begin, not what comes out; input files count by their hashes.
 _NO_MATTER = ("overwrite", "resume", "output", "image", "mask_image", "driving", "mask_video", "extra_refs")
+_WHERE = ("directory", "manifest_sha256")  # another executor built into the folder changes its manifest, not this one
 _COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av")
 
 
