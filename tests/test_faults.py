@@ -187,7 +187,8 @@ def test_a_full_disk_ends_the_command_and_keeps_what_was_finished(
         "def fault():\n"
         "    from pathlib import Path\n"
         "    import time\n"
-        f"    while not Path({str(tmp_path / 'a.partial.mp4')!r}).exists():\n"
+        "    from scail2_rt.runtime.unfinished import resumable\n"
+        f"    while not resumable(Path({str(tmp_path / 'a.mp4')!r})):\n"
         "        time.sleep(0.01)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))\n"
     )

@@ -7,6 +7,8 @@ import signal
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,12 @@ SEGMENTS = ("--segment-length", "9", "--segment-overlap", "5")  # 21 frames: 0..
 ALL_JOINS = ("--history", "latents", "--overlap-blend", "3", "--anchor-color", "first")
 
 
-def kill_when(command: list[object], ready: Path, cache: Path, then_s: float = 0.0) -> int:
-    """Start the command, kill it without warning once `ready` exists and a little later; its exit code."""
+def kill_when(ready: Callable[[], object], command: list[object], cache: Path, then_s: float = 0.0) -> int:
+    """Start the command, kill it without warning once it is `ready` and a little later; its exit code."""
     words = [str(word) for word in command]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=command_environment(cache))
     deadline = time.monotonic() + 300
-    while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(then_s)
     process.send_signal(signal.SIGKILL)
@@ -49,7 +51,7 @@ def test_killed_again_and_again_and_the_video_is_the_same(
     output = tmp_path / "a.mp4"
     command = [SCAIL2_RT, "generate", engines, *words, "-o", output, "--resume"]
     for part, then_s in ((1, 0.0), (2, 0.15), (3, 0.05))[: 3 if joins else 2]:
-        assert kill_when(command, sidecar_path(output, part), cache, then_s) == -signal.SIGKILL
+        assert kill_when(sidecar_path(output, part).exists, command, cache, then_s) == -signal.SIGKILL
         assert resumable(output) >= part - 1
     before = resumable(output)
     result = scail2(*command[1:], "--json")
@@ -69,7 +71,7 @@ def interrupted(engines: Path, case: Path, cache: Path, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(case, folder / "case")
     command = [SCAIL2_RT, "generate", engines, "--case", folder / "case", "-o", folder / "a.mp4", *SMALL]
-    assert kill_when(command, folder / "a.partial.mp4", cache) == -signal.SIGKILL
+    assert kill_when(partial(resumable, folder / "a.mp4"), command, cache) == -signal.SIGKILL
     assert resumable(folder / "a.mp4") == 1
     return folder
 
