@@ -27,6 +27,8 @@ MAX_STEPS = 1000  # the model was trained on 1000 noise levels
 MAX_SEED = 2**63 - 1
 OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 Mode = Literal["auto", "animate", "replace"]
+HISTORIES = ("official", "latents")
+ANCHORS = ("off", "first", "previous")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,10 @@ class Request:
     mode         `auto` reads it from the driving mask's background
     size         (H, W) in pixels, taken as given; None: 512×896 turned to the reference image's orientation
     start        first driving frame; frames: how many, None to the end
-    overwrite    an existing output may be replaced"""
+    history      what a segment starts from; overlap_blend: frames of the overlap that fade into the next segment;
+                 anchor_color: what later segments' colours are held to (`runtime.history`, `runtime.anchor`)
+    overwrite    an existing output may be replaced
+    resume       continue an interrupted run of this request where there is one"""
 
     image: Path
     mask_image: Path
@@ -58,10 +63,14 @@ class Request:
     seed: int = 0
     segment_length: int = 81
     segment_overlap: int = 5
+    history: str = "official"
+    overlap_blend: int = 0
+    anchor_color: str = "off"
     crf: int = 18
     codec: str = "h264"
     noise_device: str = "cpu"
     overwrite: bool = False
+    resume: bool = False
 
     @property
     def passes(self) -> int:
@@ -111,7 +120,7 @@ def check_request(request: Request) -> JobPlan:
     height, width = request.size or oriented(DEFAULT_SIZE, image_height, image_width)
     check_size(height, width)
     segments = plan_segments(frames, request.segment_length, request.segment_overlap)
-    _check_output(request, frames * height * width)
+    _check_output(request, frames, height * width)
     report = check_masks(
         masks,
         request.mask_video,
@@ -169,6 +178,12 @@ def _check_options(request: Request) -> None:
         f"--start must be 0 or more, not {request.start}": request.start >= 0,
         f"--frames must be 1 or more, not {request.frames}": request.frames is None or request.frames >= 1,
         f"--solver must be one of {', '.join(SOLVERS)}, not {request.solver}": request.solver in SOLVERS,
+        f"--history must be one of {', '.join(HISTORIES)}, not {request.history}": request.history in HISTORIES,
+        f"--anchor-color must be one of {', '.join(ANCHORS)}, not {request.anchor_color}": request.anchor_color
+        in ANCHORS,
+        f"--overlap-blend must be 0 to --segment-overlap {request.segment_overlap}, not {request.overlap_blend}": 0
+        <= request.overlap_blend
+        <= request.segment_overlap,
     }
     wrong = [sentence for sentence, holds in limits.items() if not holds]
     if wrong:
@@ -269,18 +284,19 @@ def _trimmed(request: Request, total: int) -> int:
     return request.frames or left
 
 
-def _check_output(request: Request, pixels: int) -> None:
+def _check_output(request: Request, frames: int, pixels: int) -> None:
     """An existing output is kept unless `overwrite`; its place must be writable and have room.
 
-    pixels: T·H·W. H.264 at crf 18 takes about a tenth of a byte each, without loss about one and a half; both files are
-    there for a moment when the audio is added."""
+    pixels: H·W. H.264 at crf 18 takes about a tenth of a byte each, without loss about one and a half; both files are
+    there for a moment when the audio is added. Two saved states hold the overlap in fp32, decoded and as seen."""
     from scail2_rt.runtime.video_writer import check_codec, check_writable
 
     check_codec(request.codec, request.crf)
     if request.codec in ("av1", "vp9") and request.output.suffix.lower() == ".mov":
         raise InputError(f"A .mov file cannot hold {request.codec} video: name the output .mp4, or use --codec hevc.")
-    check_writable(request.output, int(pixels * (3 if request.crf == 0 else 0.3)) + OUTPUT_MARGIN)
-    if request.output.exists() and not request.overwrite:
+    states = 2 * 2 * 12 * request.segment_overlap * pixels
+    check_writable(request.output, int(frames * pixels * (3 if request.crf == 0 else 0.3)) + states + OUTPUT_MARGIN)
+    if request.output.exists() and not (request.overwrite or request.resume):
         raise InputError(
             f"The output {request.output} exists: choose another name with -o, or replace it with --overwrite."
         )

@@ -19,6 +19,7 @@ from scail2_rt.export.random_checkpoint import CLIP_FILE, SAT_FILE, VAE_FILE
 from scail2_rt.kernels.attention_choice import VARIANTS
 from scail2_rt.runtime import cli_options
 from scail2_rt.runtime.cli import cli, explain
+from scail2_rt.runtime.request import ANCHORS, HISTORIES
 from scail2_rt.runtime.solvers import SOLVERS
 from scail2_rt.runtime.video_writer import CODECS
 from tests.command import SCAIL2_RT, Run, error_of, one_json
@@ -77,6 +78,7 @@ def test_option_values_are_those_of_the_modules() -> None:
     assert set(cli_options.BACKENDS) == {"auto", *BACKENDS}
     assert ("auto", *VARIANTS) == cli_options.ATTENTION
     assert cli_options.SOLVERS == SOLVERS
+    assert (cli_options.HISTORIES, cli_options.ANCHORS) == (HISTORIES, ANCHORS)
     assert tuple(CODECS) == cli_options.CODECS
 
 
