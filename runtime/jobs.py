@@ -29,6 +29,7 @@ FILES = ("image", "mask_image", "driving", "mask_video")
 SHARED = (  # options that are fields of `Request` as they are
     *("mode", "negative_prompt", "size", "start", "frames", "seed", "segment_length", "segment_overlap"),
     *("crf", "codec", "noise_device", "overwrite", "extra_refs"),
+    *("fit_reference", "allow_mask_problems"),
 )
 T = TypeVar("T")
 MANY_STEPS = 10  # from here on steps and guidance are those of a model that was not distilled

@@ -134,6 +134,9 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
         "inputs": {
             label: {"path": str(path), "sha256": file_hash(path)} for label, path in input_files(request).items()
         },
+        "mask_findings": plain(plan.masks),
+        "framing": plain(plan.framing) and {**plain(plan.framing), "ratio": plan.framing and plan.framing.ratio},
+        "reference_fit": plain(plan.fit),
     }
 
 

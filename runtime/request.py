@@ -19,6 +19,8 @@ from scail2_rt.runtime.text import MAX_TOKENS, Tokenizer, clean_prompt
 if TYPE_CHECKING:
     import numpy as np
 
+    from scail2_rt.runtime.framing import Framing, ReferenceFit
+    from scail2_rt.runtime.mask_lint import Finding, MaskReport
     from scail2_rt.runtime.media import VideoInfo
 
 
@@ -37,7 +39,9 @@ class Request:
     mode         `auto` reads it from the driving mask's background
     size         (H, W) in pixels, taken as given; None: 512×896 turned to the reference image's orientation
     start        first driving frame; frames: how many, None to the end
-    overwrite    an existing output may be replaced"""
+    overwrite    an existing output may be replaced
+    fit_reference, allow_mask_problems
+                 make the reference character as tall as the driving one; go on with masks that are judged unusable"""
 
     image: Path
     mask_image: Path
@@ -62,6 +66,8 @@ class Request:
     codec: str = "h264"
     noise_device: str = "cpu"
     overwrite: bool = False
+    fit_reference: bool = False
+    allow_mask_problems: bool = False
 
     @property
     def passes(self) -> int:
@@ -78,7 +84,9 @@ class JobPlan:
     mode, layout the resolved mode, and the token layout of the largest segment
     warnings     sentences for the user
     timestamps   presentation times of the output's frames in the driving video, in seconds, where its rate varies
-    audio        whether the driving video has any"""
+    audio        whether the driving video has any
+    masks        what the lint found, errors among it if they are allowed
+    framing, fit the characters' heights, and how the reference is scaled to match if that was asked for"""
 
     request: Request
     height: int
@@ -91,6 +99,9 @@ class JobPlan:
     warnings: tuple[str, ...]
     timestamps: tuple[Fraction, ...] | None = None
     audio: bool = False
+    masks: "tuple[Finding, ...]" = ()
+    framing: "Framing | None" = None
+    fit: "ReferenceFit | None" = None
 
     @property
     def start_s(self) -> Fraction:
@@ -100,13 +111,15 @@ class JobPlan:
 
 def check_request(request: Request) -> JobPlan:
     """Check everything that needs no weights. Raises InputError with one sentence for the first thing that is wrong."""
-    from scail2_rt.runtime.masks import check_masks
+    from scail2_rt.runtime.mask_lint import check_masks, refuse, warnings_of
 
     _check_options(request)
     _check_files(request)
-    images, masks = _load_references(request)
-    driving, warnings = _check_videos(request)
-    frames = _trimmed(request, driving.frames)
+    images, masks, findings = _load_references(request)
+    driving, mask_video = _probe_videos(request)
+    findings += _video_findings(driving, mask_video)
+    refuse(findings, request.allow_mask_problems)
+    frames = _trimmed(request, min(driving.frames, mask_video.frames))
     image_height, image_width = images[0].shape[:2]
     height, width = request.size or oriented(DEFAULT_SIZE, image_height, image_width)
     check_size(height, width)
@@ -116,16 +129,22 @@ def check_request(request: Request) -> JobPlan:
         masks,
         request.mask_video,
         request.mode,
-        names=[str(mask.name) for _, mask in reference_pairs(request)],
+        names=[str(mask) for _, mask in reference_pairs(request)],
         start=request.start,
         frames=frames,
+        size=(height, width),
     )
+    findings += report.findings
+    refuse(report.findings, request.allow_mask_problems)
+    fit = _fit(request, images[0], masks[0], report, height, width) if request.fit_reference else None
+    if fit:  # the difference that the lint warns of is mended
+        findings = [finding for finding in findings if finding.rule != "framing"]
     largest = max(segment.padded_frames for segment in segments)
     layout = Layout.of(largest, height, width, len(request.extra_refs), report.mode == "replace")
     cleaned = replace(
         request, prompt=clean_prompt(request.prompt), negative_prompt=clean_prompt(request.negative_prompt)
     )
-    warnings += report.warnings
+    warnings = (*driving.warnings, *mask_video.warnings, *warnings_of(findings))
     times = driving.timestamps and driving.timestamps[request.start : request.start + frames]
     return JobPlan(
         cleaned,
@@ -139,6 +158,9 @@ def check_request(request: Request) -> JobPlan:
         warnings,
         times,
         driving.audio,
+        tuple(findings),
+        report.framing,
+        fit,
     )
 
 
@@ -198,41 +220,44 @@ def _check_files(request: Request) -> None:
             raise InputError(f"The output {request.output} is the {label}: choose another name with -o.")
 
 
-def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"]]:
-    """Images and masks uint8 [H, W, 3]; a pair must have one aspect ratio: else the mask lies beside the character."""
+def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"], list["Finding"]]:
+    """Images and masks uint8 [H, W, 3], and what is wrong with their shapes."""
+    from scail2_rt.runtime.mask_lint import image_pair
     from scail2_rt.runtime.media import load_image, load_mask_image
 
-    images, masks = [], []
+    images, masks, findings = [], [], []
     for image_path, mask_path in reference_pairs(request):
         image, mask = load_image(image_path), load_mask_image(mask_path)
-        (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[:2]
-        if abs(height * mask_width - width * mask_height) > max(height * mask_width, width * mask_height) * 0.02:
-            raise InputError(
-                f"The mask {mask_path} is {mask_height}x{mask_width}, but its image {image_path} is {height}x{width} "
-                "(height x width): make the mask from this very image."
-            )
+        findings += image_pair(str(image_path), image.shape[:2], str(mask_path), mask.shape[:2])
         images.append(image)
         masks.append(mask)
-    return images, masks
+    return images, masks, findings
 
 
-def _check_videos(request: Request) -> tuple["VideoInfo", tuple[str, ...]]:
-    """→ what the driving video is, and warnings."""
+def _probe_videos(request: Request) -> tuple["VideoInfo", "VideoInfo"]:
     from scail2_rt.runtime.media import probe_video
 
-    driving, mask = probe_video(request.driving), probe_video(request.mask_video)
-    if driving.frames != mask.frames:
+    return probe_video(request.driving), probe_video(request.mask_video)
+
+
+def _video_findings(driving: "VideoInfo", mask: "VideoInfo") -> list["Finding"]:
+    from scail2_rt.runtime.mask_lint import video_pair
+
+    sizes = [(video.height, video.width) for video in (driving, mask)]
+    return video_pair(str(driving.path), sizes[0], driving.frames, str(mask.path), sizes[1], mask.frames)
+
+
+def _fit(
+    request: Request, image: "np.ndarray", mask: "np.ndarray", report: "MaskReport", height: int, width: int
+) -> "ReferenceFit":
+    """How `--fit-reference` scales the reference."""
+    from scail2_rt.runtime.framing import fit_reference
+
+    if report.mode != "replace":
         raise InputError(
-            f"The driving video {request.driving} has {driving.frames} frames but its mask {request.mask_video} has "
-            f"{mask.frames}: make the mask video from this very clip, one mask a frame."
+            "--fit-reference is for replace mode: in animate mode the character keeps its place in the reference image."
         )
-    warnings = [*driving.warnings, *mask.warnings]
-    if abs(driving.width * mask.height - driving.height * mask.width) > 0.02 * driving.width * mask.height:
-        warnings.append(
-            f"The driving video is {driving.height}x{driving.width} but its mask is {mask.height}x{mask.width} "
-            "(height x width): both are cropped to the output's shape, so the mask may lie beside the character."
-        )
-    return driving, tuple(warnings)
+    return fit_reference(image, mask, report.framing.driving, height, width)
 
 
 def _trimmed(request: Request, total: int) -> int:

@@ -1,0 +1,166 @@
+"""Masks from what other tools write: an alpha channel, a grey matte, or numbered labels.
+
+Each function turns a source into mask frames: the character in its colour on the background that mode and role ask for.
+Nothing is guessed: a source that has no alpha, no pixel above the threshold, colours where numbers are due, or a label
+that the order does not name is refused. A label is bound to its colour by its number and not by its rank among those
+that occur, so that a character keeps its colour in a picture that lacks another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from scail2_rt.export.errors import InputError
+from scail2_rt.runtime.mask_files import Source, frames_of
+from scail2_rt.runtime.mask_stats import REGION
+from scail2_rt.runtime.masks import CHARACTERS, PALETTE, RGB
+from scail2_rt.runtime.media import load_alpha, load_image, load_labels
+
+BACKGROUND = "background"
+_COLOURFUL = 24  # spread between a pixel's channels above which it is no grey, after lossy coding too
+_COLOUR_SHARE = 0.01
+_LOSSY = 8  # levels that lossy coding may move a label by
+
+
+@dataclass(frozen=True, slots=True)
+class Matte:
+    """A character's colour, what lies around it, and the 8-bit level from which on a pixel is the character's."""
+
+    colour: str
+    background: RGB
+    threshold: int = 128
+    invert: bool = False
+
+
+def masks_from_alpha(source: Source, matte: Matte) -> Iterator[np.ndarray]:
+    """Of an image, or a folder of images, with transparency: where it is opaque the character is."""
+    if source.kind == "video":
+        raise InputError(
+            f"{source.path} is no image: `masks from-alpha` takes an image with transparency or a folder of them; make "
+            "a mask of a matte video with `scail2-rt masks from-grey`."
+        )
+    return _matted(source, frames_of(source, _alpha), matte)
+
+
+def _alpha(path: Path) -> np.ndarray:
+    alpha = load_alpha(path)
+    if alpha is None:
+        raise InputError(
+            f"{path} has no alpha channel: save it as PNG with transparency, or make a mask of a grey matte with "
+            "`scail2-rt masks from-grey`."
+        )
+    return alpha
+
+
+def masks_from_grey(source: Source, matte: Matte) -> Iterator[np.ndarray]:
+    """Of a grey image, video or folder of images: where it is bright the character is (dark with `invert`)."""
+    return _matted(source, (_grey(frame, source.path) for frame in frames_of(source, load_image)), matte)
+
+
+def _grey(frame: np.ndarray, path: Path) -> np.ndarray:
+    """Levels uint8 [H, W] of a frame that is grey but for what lossy coding does."""
+    spread = frame.max(-1).astype(np.int16) - frame.min(-1)
+    if (spread > _COLOURFUL).mean() > _COLOUR_SHARE:
+        raise InputError(
+            f"{path} is in colour, and a matte is grey: if its colours stand for characters, use "
+            "`scail2-rt masks clean` with --map R,G,B=COLOUR."
+        )
+    return np.median(frame, axis=-1).astype(np.uint8)
+
+
+def _matted(source: Source, levels: Iterator[np.ndarray], matte: Matte) -> Iterator[np.ndarray]:
+    brightest, darkest = 0, 255
+    found = whole = False
+    character, background = (np.array(rgb, np.uint8) for rgb in (PALETTE[matte.colour], matte.background))
+    for frame in levels:
+        inside = (frame >= matte.threshold) != matte.invert
+        found, whole = found or bool(inside.any()), whole or not inside.all()
+        brightest, darkest = max(brightest, int(frame.max())), min(darkest, int(frame.min()))
+        yield np.where(
+            inside[..., None], np.array(PALETTE[matte.colour], np.uint8), np.array(matte.background, np.uint8)
+        )
+    if not (found and whole):
+        raise InputError(
+            f"{source.path} has levels from {darkest} to {brightest}, so a threshold of {matte.threshold} makes "
+            f"{'all' if found else 'nothing'} of it the character: choose another --threshold, or a file that tells "
+            "the character apart."
+        )
+
+
+def parse_order(text: str) -> dict[int, str]:
+    """`red,green` (labels 1 and 2) or `128=red,255=background` → label → colour or `background`."""
+    order: dict[int, str] = {}
+    for position, part in enumerate(text.split(","), 1):
+        number, equals, name = part.strip().rpartition("=")
+        if equals and not number.strip().isdigit():
+            raise InputError(f"--order {text!r}: {number!r} is not a label number; write it as in 1=red,2=green.")
+        label = int(number) if equals else position
+        if name not in (*CHARACTERS, BACKGROUND):
+            raise InputError(f"--order {text!r}: {name!r} is none of {', '.join((*CHARACTERS, BACKGROUND))}.")
+        if label in order:
+            raise InputError(f"--order {text!r} gives the label {label} two colours.")
+        if name != BACKGROUND and name in order.values():
+            raise InputError(f"--order {text!r} gives two labels the colour {name}: one colour is one character.")
+        order[label] = name
+    return {0: BACKGROUND, **order}
+
+
+def masks_from_labels(source: Source, order: Mapping[int, str], background: RGB) -> Iterator[np.ndarray]:
+    """Of an indexed or grey image, a folder of them, or a grey video, whose pixels are label numbers."""
+    known = np.array(sorted(order), np.int64)
+    colours = np.array([background if order[int(k)] == BACKGROUND else PALETTE[order[int(k)]] for k in known], np.uint8)
+    gap = int(np.diff(known).min()) if len(known) > 1 else 2 * _LOSSY
+    tolerance = min(_LOSSY, (gap - 1) // 2) if source.kind == "video" else 0
+    found = False
+    for number, frame in enumerate(frames_of(source, _labels)):
+        values = (_grey(frame, source.path) if source.kind == "video" else frame).astype(np.int64)
+        nearest = np.abs(values[..., None] - known).argmin(-1)
+        _refuse_unknown(values, np.abs(values - known[nearest]) > tolerance, source, number, order)
+        found = found or any(order[int(known[i])] != BACKGROUND for i in np.unique(nearest))
+        yield colours[nearest]
+    if not found:
+        raise InputError(
+            f"{source.path} holds background only, no label of {_order_text(order)}: give the labels that it has with "
+            "--order."
+        )
+
+
+def _labels(path: Path) -> np.ndarray:
+    labels = load_labels(path)
+    if labels is None:
+        raise InputError(
+            f"{path} is a colour picture, and labels are numbers (an indexed or a grey image): if its colours stand "
+            "for characters, use `scail2-rt masks clean` with --map R,G,B=COLOUR."
+        )
+    return labels
+
+
+def _refuse_unknown(
+    values: np.ndarray, unknown: np.ndarray, source: Source, number: int, order: Mapping[int, str]
+) -> None:
+    """In an image no pixel may be of an unknown label; in a video edges may, after lossy coding, but no flat area."""
+    if source.kind == "video":
+        flat = np.zeros_like(unknown)
+        middle = values[2:-2, 2:-2]
+        around = (values[:-4, 2:-2], values[4:, 2:-2], values[2:-2, :-4], values[2:-2, 4:])
+        flat[2:-2, 2:-2] = np.all([np.abs(middle - other) <= 2 for other in around], axis=0)
+        unknown = unknown & flat
+        if unknown.mean() < REGION:
+            return
+    if not unknown.any():
+        return
+    labels, counts = np.unique(values[unknown], return_counts=True)
+    shown = ", ".join(str(label) for label in labels[np.argsort(-counts)][:8])
+    at = "" if source.kind == "image" else f" in frame {number}"
+    raise InputError(
+        f"{source.path} holds labels{at} that --order does not name: {shown}. It names {_order_text(order)}; say which "
+        f"colour each has, as in --order {labels[counts.argmax()]}=red, or {labels[counts.argmax()]}=background."
+    )
+
+
+def _order_text(order: Mapping[int, str]) -> str:
+    return ", ".join(f"{label}={name}" for label, name in order.items())
