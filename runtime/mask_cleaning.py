@@ -153,11 +153,11 @@ def connected(labels: np.ndarray) -> np.ndarray:
     for shift in (-1, 0, 1):
         above, below = slice(max(-shift, 0), width - max(shift, 0)), slice(max(shift, 0), width - max(-shift, 0))
         equal = labels[:-1, above] == labels[1:, below]
-        pairs = np.stack([runs[:-1, above][equal], runs[1:, below][equal]], axis=1)
-        if len(pairs):
-            joined.append(pairs[np.r_[True, (pairs[1:] != pairs[:-1]).any(1)]])
+        upper, lower = runs[:-1, above][equal], runs[1:, below][equal]
+        new = np.r_[True, (upper[1:] != upper[:-1]) | (lower[1:] != lower[:-1])][: len(upper)]
+        joined.append((upper[new], lower[new]))
     parent = np.arange(runs[-1, -1] + 1)
-    a, b = np.concatenate(joined).T if joined else (np.empty(0, int), np.empty(0, int))
+    a, b = (np.concatenate(ends) for ends in zip(*joined, strict=True))
     while True:
         low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
         if (low == high).all():

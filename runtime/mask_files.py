@@ -21,7 +21,7 @@ import av
 import numpy as np
 
 from scail2_rt.export.errors import InputError, Scail2Error
-from scail2_rt.runtime.masks import PALETTE, PALETTE_RGB
+from scail2_rt.runtime.masks import CLEAR_LABEL, PALETTE, codes
 from scail2_rt.runtime.media import VideoReader, check_writable, is_image, probe_video
 
 _TICKS = 90_000  # a second, where the frame rate varies
@@ -127,7 +127,7 @@ def write_mask(output: Path, source: Source, masks: Iterable[np.ndarray]) -> Wri
                     f"{shape[0]}x{shape[1]} (height x width): all must have one size."
                 )
             shape = mask.shape[:2]
-            totals = totals + [(mask == colour).all(-1).mean() for colour in PALETTE_RGB]
+            totals = totals + np.bincount(CLEAR_LABEL[codes(mask)].ravel(), minlength=len(PALETTE)) / mask[..., 0].size
             frames += 1
             yield mask
 

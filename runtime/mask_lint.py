@@ -277,9 +277,10 @@ def _identities(driving: MaskStats, name: str, references: Mapping[str, MaskStat
     for colour in driving.characters:
         if colour in known:
             continue
+        present = ranges(np.flatnonzero(driving.shares[:, list(COLOURS).index(colour)] >= SPECK), start)
         says = (
-            f"{name} shows a {colour} character from frame {start + driving.first_frames[colour]} on, but no "
-            f"reference mask has {colour} ({', '.join(references)}: {have})."
+            f"{name} shows a {colour} character in {ranges_text(present)}, but no reference mask has {colour} "
+            f"({', '.join(references)}: {have})."
         )
         remedy = "Paint the character in the reference mask in the same colour, or add a reference with --extra-ref."
         if not known:
@@ -287,7 +288,6 @@ def _identities(driving: MaskStats, name: str, references: Mapping[str, MaskStat
         elif len(known) == len(driving.characters) == 1:
             r, g, b = PALETTE[colour]
             remedy += f" Or recolour the driving mask: {clean_command(name, f'--map {r},{g},{b}={have}')}."
-        present = ranges(np.flatnonzero(driving.shares[:, list(COLOURS).index(colour)] >= SPECK), start)
         found.append(Finding("error", "no reference", name, says, remedy, present))
     for file, stats in references.items():
         for colour in stats.characters:

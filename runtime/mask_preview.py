@@ -28,7 +28,9 @@ from scail2_rt.runtime.masks import (
     MODEL_LABEL,
     PALETTE_RGB,
     RGB,
+    SPECK,
     UNCLEAR,
+    class_shares,
     codes,
 )
 from scail2_rt.runtime.media import VideoReader, VideoWriter, is_image, load_image, load_mask_image, probe_video
@@ -220,17 +222,22 @@ def contact_sheet(stills: Sequence[Still]) -> np.ndarray:
 
 
 def _caption(still: Still) -> str:
-    labels = np.bincount(MODEL_LABEL[codes(still.mask)].ravel(), minlength=UNCLEAR) / still.mask[..., 0].size
-    there = [f"{name} {100 * labels[i]:.1f} %" for i, name in enumerate(COLOURS) if labels[i] >= 0.0005]
+    there = [f"{name} {100 * share:.1f} %" for name, share in _shares(still.mask).items()]
     text = f"{still.caption}: {', '.join(there) or 'no mask colour'}"
     return text if len(text) <= 52 else f"{text[:51]}…"
+
+
+def _shares(mask: np.ndarray) -> dict[str, float]:
+    """Colours that cover more than a speck."""
+    shares = dict(zip(COLOURS, class_shares(mask, clean=True).tolist(), strict=True))
+    return {name: share for name, share in shares.items() if share >= SPECK}
 
 
 def _legend(stills: Sequence[Still]) -> list[tuple[np.ndarray, str]]:
     def swatch(rgb: RGB) -> np.ndarray:
         return overlay(None, np.full((18, 22, 3), rgb, np.uint8))
 
-    seen = {name for still in stills for i, name in enumerate(COLOURS) if (MODEL_LABEL[codes(still.mask)] == i).any()}
+    seen = {name for still in stills for name in _shares(still.mask)}
     entries = [(swatch(COLOURS[name]), f"{name} character") for name in CHARACTERS if name in seen]
     entries += [
         (swatch(COLOURS["white"]), "as it is: background shows (white)"),

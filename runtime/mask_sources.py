@@ -80,9 +80,7 @@ def _matted(source: Source, levels: Iterator[np.ndarray], matte: Matte) -> Itera
         inside = (frame >= matte.threshold) != matte.invert
         found, whole = found or bool(inside.any()), whole or not inside.all()
         brightest, darkest = max(brightest, int(frame.max())), min(darkest, int(frame.min()))
-        yield np.where(
-            inside[..., None], np.array(PALETTE[matte.colour], np.uint8), np.array(matte.background, np.uint8)
-        )
+        yield np.where(inside[..., None], character, background)
     if not (found and whole):
         raise InputError(
             f"{source.path} has levels from {darkest} to {brightest}, so a threshold of {matte.threshold} makes "

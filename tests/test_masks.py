@@ -159,7 +159,7 @@ class TestCheck:
         frames = [*[mask(BLACK, "blue")] * 4, *[mask(BLACK, "red")] * 12, *[mask(BLACK, "blue")] * 4]
         report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames), start=4, frames=12)
         assert (report.frames, dict(report.driving)) == (12, {"red": 4})
-        with pytest.raises(InputError, match="blue character from frame 16 on"):
+        with pytest.raises(InputError, match="blue character in frames 16-19, but"):
             accepted([mask(WHITE, "red")], tmp_path / "m.mp4", start=4)
         with pytest.raises(InputError, match="cannot start at frame 21"):
             accepted([mask(WHITE, "red")], tmp_path / "m.mp4", start=21)
@@ -179,7 +179,7 @@ class TestCheck:
     def test_colour_that_no_reference_has(self, tmp_path: Path) -> None:
         path = video(tmp_path / "m.mp4", [*[mask(BLACK, "red")] * 3, *[mask(BLACK, "red", "green")] * 3])
         with pytest.raises(
-            InputError, match=r"green character from frame 3 on, .*mask has green \(a\.png, b\.png: red, blue\)"
+            InputError, match=r"green character in frames 3-5, .*mask has green \(a\.png, b\.png: red, blue\)"
         ):
             accepted([mask(WHITE, "red"), mask(WHITE, "blue")], path, names=["a.png", "b.png"])
         assert accepted([mask(WHITE, "red"), mask(WHITE, "green")], path).driving == {"red": 0, "green": 3}
