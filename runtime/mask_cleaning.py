@@ -13,7 +13,7 @@ in NumPy, 30 lines, where SciPy would be a dependency for one function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,10 +47,15 @@ def clean_frame(frame: np.ndarray, cleaning: Cleaning, name: str) -> np.ndarray:
     seen = codes(frame)
     labels = CLEAR_LABEL[seen]
     frame_levels = frame.astype(np.int16)
+    sure = EXACT[seen]
     for colour, target in cleaning.recolour.items():
         labels[_near(frame_levels, colour)] = list(PALETTE).index(target)
-    if not EXACT[seen].all():
-        _snap_flat(frame, frame_levels, labels, cleaning.recolour, name)
+        sure |= (frame == colour).all(-1)
+    if not sure.all():
+        for colour, label in _flat_labels(frame, cleaning.recolour, name):
+            labels[_near(frame_levels, colour) & (labels == UNCLEAR)] = label
+            sure |= (frame == colour).all(-1)
+    if not sure.all():
         _repair(frame, labels)
     speck = round(SPECK_SHARE * labels.size) if cleaning.speck is None else cleaning.speck
     if speck > 1:
@@ -64,10 +69,8 @@ def _near(levels: np.ndarray, colour: Sequence[int]) -> np.ndarray:
     return (np.abs(levels - np.array(colour, np.int16)) <= SAME_COLOUR).all(-1)
 
 
-def _snap_flat(
-    frame: np.ndarray, levels: np.ndarray, labels: np.ndarray, recolour: Mapping[RGB, str], name: str
-) -> None:
-    """Labels of the flat areas whose colour is not in the palette."""
+def _flat_labels(frame: np.ndarray, recolour: Mapping[RGB, str], name: str) -> Iterator[tuple[RGB, int]]:
+    """(colour, label) of the flat areas whose colour is not in the palette."""
     for colour, share in flat_strangers(frame):
         if any(max(abs(a - b) for a, b in zip(colour, known, strict=True)) <= SAME_COLOUR for known in recolour):
             continue
@@ -82,7 +85,7 @@ def _snap_flat(
                 f"({r},{g},{b}) covers {100 * share:.1f} % of {name} and is not near any mask colour: say what it is "
                 f"with --map {r},{g},{b}=COLOUR. The colours are {PALETTE_TEXT}."
             )
-        labels[_near(levels, colour) & (labels == UNCLEAR)] = label
+        yield colour, label
 
 
 def _repair(frame: np.ndarray, labels: np.ndarray) -> None:

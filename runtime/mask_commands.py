@@ -193,7 +193,7 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     written = [str(path) for path in (sheet, video) if path]
     text = f"wrote {' and '.join(written)}"
     if result.findings:
-        text += f"; {len(result.findings)} findings, which `scail2-rt masks check` explains"
+        text += f"; findings: {len(result.findings)} (`scail2-rt masks check` explains them)"
     show({"sheet": sheet, "video": video, "check": result.as_json}, text, as_json)
 
 

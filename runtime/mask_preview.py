@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from scail2_rt.runtime.mask_lint import Finding
 
 ORANGE: RGB = (255, 120, 0)
-_PAPER, _INK = (250, 250, 248), (30, 30, 30)
+_PAPER, _INK, _ALARM = (250, 250, 248), (30, 30, 30), (205, 0, 0)
 _TINT, _DIM, _STRIPE = 0.5, 0.35, 0.22
 _BARE = 150  # level of the grey that a mask without a picture is laid over
-_CELL, _GAP, _LINE, _FONT = 420, 14, 26, 16  # pixels
+_CELL, _GAP, _LINE, _FONT, _ENTRY = 420, 14, 26, 16, 330  # pixels
 _FRAMES_AT_ONCE = 8
 
 
@@ -196,25 +196,26 @@ def contact_sheet(stills: Sequence[Still]) -> np.ndarray:
         raise InputError("There is no mask to show.")
     font = ImageFont.load_default(_FONT)
     pictures = [_thumbnail(overlay(still.picture, still.mask)) for still in stills]
-    cell_height = max(picture.height for picture in pictures)
-    columns = min(len(stills), max(2, round(math.sqrt(len(stills) * cell_height / _CELL * 16 / 10))))
-    rows = -(-len(stills) // columns)
+    tallest = max(picture.height for picture in pictures)
+    columns = min(len(stills), max(2, round(math.sqrt(len(stills) * tallest / _CELL * 16 / 10))))
+    tops, foot = [], _GAP  # of each row, and where the legend begins
+    for first in range(0, len(pictures), columns):
+        tops.append(foot)
+        foot += max(picture.height for picture in pictures[first : first + columns]) + _LINE + _GAP
     legend = _legend(stills)
     width = max(_GAP + columns * (_CELL + _GAP), 2 * (_CELL + _GAP) + _GAP)
-    row_height = cell_height + _LINE + _GAP
-    per_line = max(1, width // 330)
-    height = _GAP + rows * row_height + -(-len(legend) // per_line) * _LINE + _GAP
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    per_line = max(1, width // _ENTRY)
+    sheet = Image.new("RGB", (width, foot + -(-len(legend) // per_line) * _LINE + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, (still, picture) in enumerate(zip(stills, pictures, strict=True)):
-        left, top = _GAP + i % columns * (_CELL + _GAP), _GAP + i // columns * row_height
-        draw.text((left, top), _caption(still), _INK if not still.marked else (190, 0, 0), font)
+        left, top = _GAP + i % columns * (_CELL + _GAP), tops[i // columns]
+        draw.text((left, top), _caption(still), _INK if not still.marked else _ALARM, font)
         sheet.paste(picture, (left, top + _LINE))
         if still.marked:
             box = (left - 3, top + _LINE - 3, left + picture.width + 2, top + _LINE + picture.height + 2)
-            draw.rectangle(box, outline=(220, 0, 0), width=3)
+            draw.rectangle(box, outline=_ALARM, width=3)
     for i, (swatch, text) in enumerate(legend):
-        left, top = _GAP + i % per_line * 330, _GAP + rows * row_height + i // per_line * _LINE
+        left, top = _GAP + i % per_line * _ENTRY, foot + i // per_line * _LINE
         sheet.paste(_thumbnail(swatch, 22, 18), (left, top))
         draw.rectangle((left, top, left + 22, top + 18), outline=_INK)
         draw.text((left + 30, top - 1), text, _INK, font)
@@ -245,7 +246,7 @@ def _legend(stills: Sequence[Still]) -> list[tuple[np.ndarray, str]]:
         (swatch((128, 128, 128)), "orange: in no class, soft or grey"),
     ]
     if any(still.marked for still in stills):
-        entries.append((np.full((18, 22, 3), (220, 0, 0), np.uint8), "red frame: see `masks check`"))
+        entries.append((np.full((18, 22, 3), _ALARM, np.uint8), "red frame: see `masks check`"))
     return entries
 
 
