@@ -24,8 +24,8 @@ from scail2_rt.runtime.masks import BLACK, CLEAR_LABEL, EXACT, PALETTE, PALETTE_
 
 SNAP = 80  # largest distance in a channel at which a flat colour counts as the palette colour it is closest to
 SPECK_SHARE = 0.0001  # of a frame: areas below it are specks; 46 pixels at 512×896
-_REACH = 4  # pixels: what coding smears is no further from the area whose colour it had
-_CHROMA = 0.1  # weight of squared chroma differences against luma's; 0.05 to 0.25 do as well, 1 is a third worse
+_REACH = 16  # pixels; 4 loses half of the fingers that coding has left without one clear pixel, 32 gains nothing
+_CHROMA = 0.15  # weight of squared chroma differences against luma's; 0.05 to 0.25 are as good, 1 is a third worse
 _TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]).T  # BT.601
 _WEIGHTS = np.array([1, _CHROMA, _CHROMA])
 
