@@ -136,7 +136,8 @@ def write_mask(output: Path, source: Source, masks: Iterable[np.ndarray]) -> Wri
         unfinished = Path(folder) / output.name
         try:
             if source.kind == "image":
-                write_png(unfinished, next(counted()))
+                (picture,) = counted()  # to the end: a source is judged when all of it has been seen
+                write_png(unfinished, picture)
             else:
                 _write_lossless(unfinished, counted(), source)
             os.replace(unfinished, output)

@@ -251,10 +251,12 @@ def _snaps(stranger: Stranger) -> bool:
 
 def _edges(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
     """Soft edges and coding noise; flat colours outside the palette are judged apart."""
+    if stats.strangers:
+        return []
     unclear, inexact = stats.labels[:, UNCLEAR], stats.inexact
     found = []
     soft = np.flatnonzero(unclear > SOFT)
-    if len(soft) and not stats.strangers:
+    if len(soft):
         where = () if start is None else ranges(soft, start)
         at = f" in {ranges_text(where)}" if where else ""
         says = f"{100 * unclear.max():.1f} % of {name}{at} is neither on nor off: soft edges, or JPEG or video coding."

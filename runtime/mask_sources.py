@@ -152,11 +152,15 @@ def _refuse_unknown(
     if not unknown.any():
         return
     labels, counts = np.unique(values[unknown], return_counts=True)
-    shown = ", ".join(str(label) for label in labels[np.argsort(-counts)][:8])
+    spread = _LOSSY if source.kind == "video" else 0
+    shown: list[int] = []
+    for label in labels[np.argsort(-counts)].tolist():
+        if all(abs(label - other) > spread for other in shown):
+            shown.append(label)
     at = "" if source.kind == "image" else f" in frame {number}"
     raise InputError(
-        f"{source.path} holds labels{at} that --order does not name: {shown}. It names {_order_text(order)}; say which "
-        f"colour each has, as in --order {labels[counts.argmax()]}=red, or {labels[counts.argmax()]}=background."
+        f"{source.path} holds labels{at} that --order does not name: {', '.join(map(str, shown[:8]))}. It names "
+        f"{_order_text(order)}; say which colour each has, as in --order {shown[0]}=red, or {shown[0]}=background."
     )
 
 
