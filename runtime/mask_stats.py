@@ -134,7 +134,7 @@ class MaskStats:
         """Height of each character's bounding box relative to the visible part's height, [6]; 0: not there."""
         top, bottom, left, right = visible_window(*self.shape, *(self._size or self.shape))
         visible = labels[round(top / step) : round(bottom / step), round(left / step) : round(right / step)]
-        least = max(1, round(visible.shape[1] * _ROW_SHARE))  # a speck is no head
+        least = max(2, round(visible.shape[1] * _ROW_SHARE))  # a speck is no head
         heights = np.zeros(len(CHARACTERS))
         for i in range(len(CHARACTERS)):
             rows = np.flatnonzero(np.count_nonzero(visible == i + 1, axis=1) >= least)
