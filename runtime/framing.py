@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,6 +46,11 @@ class Framing:
         """How many times taller the reference's characters are, the median over those that both show."""
         ratios = [self.reference[name] / self.driving[name] for name in self.reference if name in self.driving]
         return median(ratios) if ratios else None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"reference": dict(self.reference), "driving": dict(self.driving), "ratio": self.ratio}
 
     @property
     def differs(self) -> bool:

@@ -52,7 +52,6 @@ class CheckResult:
     def as_json(self) -> dict[str, Any]:
         from scail2_rt.runtime.report import plain
 
-        framing = self.framing and {**plain(self.framing), "ratio": self.framing.ratio}
         counts = {f"{name}s": self.count(name) for name in ("error", "warning", "note")}
         return {
             "usable": self.usable,
@@ -60,7 +59,7 @@ class CheckResult:
             **counts,
             "findings": plain(self.findings),
             "files": plain(self.facts),
-            "framing": framing,
+            "framing": self.framing and self.framing.described,
         }
 
     @property

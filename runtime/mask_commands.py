@@ -133,12 +133,15 @@ _MATTE = (
 )
 
 
-@click.group()
-def masks() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def masks(ctx: click.Context) -> None:
     """Check, show, mend and make the colour masks of a case. No weights are needed.
 
     White: background that shows. Black: what is hidden. Red, green, blue, yellow, magenta, cyan: one colour a
     character, the same in the reference mask and the driving mask."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @masks.command(cls=o.SectionCommand)

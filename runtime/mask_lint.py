@@ -349,7 +349,7 @@ def image_pair(image: str, size: tuple[int, int], mask: str, mask_size: tuple[in
     """A reference and its mask, sizes (H, W), must have one aspect ratio: else the mask lies beside the character."""
     (height, width), (mask_height, mask_width) = size, mask_size
     if not _aspects_differ(size, mask_size):
-        return []
+        return _scaled(mask, mask_size, size)
     says = f"The mask {mask} is {mask_height}x{mask_width}, but its image {image} is {height}x{width} (height x width)."
     return [Finding("error", "size", mask, says, "Make the mask from this very image.")]
 
@@ -370,7 +370,16 @@ def video_pair(
             "both are cropped to the output's shape, so the mask may lie beside the character."
         )
         found.append(Finding("warning", "size", mask, says, "Make the mask from this very clip."))
-    return found
+        return found
+    return [*found, *_scaled(mask, mask_size, size)]
+
+
+def _scaled(mask: str, mask_size: tuple[int, int], size: tuple[int, int]) -> list[Finding]:
+    """A mask of the right shape and another size."""
+    if mask_size == size:
+        return []
+    says = f"The mask {mask} is {mask_size[0]}x{mask_size[1]} and its picture {size[0]}x{size[1]} (height x width)."
+    return [Finding("note", "size", mask, says, "Their shapes agree, so both are scaled alike.")]
 
 
 def _aspects_differ(size: tuple[int, int], other: tuple[int, int]) -> bool:

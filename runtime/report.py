@@ -135,7 +135,7 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
             label: {"path": str(path), "sha256": file_hash(path)} for label, path in input_files(request).items()
         },
         "mask_findings": plain(plan.masks),
-        "framing": plain(plan.framing) and {**plain(plan.framing), "ratio": plan.framing and plan.framing.ratio},
+        "framing": plan.framing and plan.framing.described,
         "reference_fit": plain(plan.fit),
     }
 

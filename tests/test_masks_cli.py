@@ -78,7 +78,8 @@ def findings(scail2: Run, *words: object, code: int = 0) -> dict[str, dict[str, 
 
 
 def test_the_group_lists_its_commands(scail2: Run) -> None:
-    text = scail2("masks", "--help").stdout
+    text = scail2("masks").stdout
+    assert scail2("masks", "--help").stdout == text
     assert [name for name in SUBCOMMANDS if name not in text] == []
     assert "masks" in scail2("--help").stdout
 
@@ -171,6 +172,13 @@ def test_what_is_wrong_is_found_with_its_frames(scail2: Run, tmp_path: Path, nam
     assert found[rule]["frames"] == frames
     assert found[rule]["severity"] == ("error" if code else "warning")
     assert found[rule]["remedy"]
+
+
+def test_another_size_of_the_same_shape_is_a_note(scail2: Run, tmp_path: Path) -> None:
+    double = np.repeat(np.repeat(blocks("white", "red", "green"), 2, 0), 2, 1)
+    found = findings(scail2, "--case", make_case(tmp_path / "case", ref=double))
+    assert (set(found), found["size"]["severity"]) == ({"size"}, "note")
+    assert "is 128x192 and its picture 64x96" in found["size"]["says"]
 
 
 def test_a_character_that_walks_out_is_no_flicker(scail2: Run, tmp_path: Path) -> None:
