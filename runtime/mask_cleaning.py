@@ -13,7 +13,7 @@ in NumPy, 30 lines, where SciPy would be a dependency for one function.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ def clean_frame(frame: np.ndarray, cleaning: Cleaning, name: str) -> np.ndarray:
             labels[_near(frame_levels, colour) & (labels == UNCLEAR)] = label
             sure |= (frame == colour).all(-1)
     if not sure.all():
-        _repair(frame, labels)
+        settle(labels, lambda y, x: _colour_distances(frame[y, x]))
     speck = round(SPECK_SHARE * labels.size) if cleaning.speck is None else cleaning.speck
     if speck > 1:
         _remove_specks(labels, speck)
@@ -88,8 +88,16 @@ def _flat_labels(frame: np.ndarray, recolour: Mapping[RGB, str], name: str) -> I
         yield colour, label
 
 
-def _repair(frame: np.ndarray, labels: np.ndarray) -> None:
-    """A label for every pixel that is unclear, or clear but in an area that is nowhere three pixels thick."""
+def _colour_distances(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [n, 3] → distance to each colour of the palette, [n, 8]."""
+    differences = (pixels @ _TO_YCC)[:, None] - PALETTE_RGB @ _TO_YCC
+    distances: np.ndarray = (differences**2 * _WEIGHTS).sum(-1)
+    return distances
+
+
+def settle(labels: np.ndarray, distances: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """A label for every pixel that is unclear, or clear but in an area that is nowhere three pixels thick: of those
+    around it the nearest by `distances`, which gives the distances of pixels (y, x) to each label, [n, 8]."""
     ids = connected(labels)
     same = np.ones(labels.shape, bool)
     for axis in (0, 1):
@@ -104,12 +112,9 @@ def _repair(frame: np.ndarray, labels: np.ndarray) -> None:
     y, x = np.nonzero(~kept)
     if not len(y):
         return
-    pixels = frame[y, x] @ _TO_YCC
-    palette = PALETTE_RGB @ _TO_YCC
-    distances = (((pixels[:, None] - palette) ** 2) * _WEIGHTS).sum(-1)  # [n, 8]
     there = np.stack([_within_reach(kept & (labels == label), y, x) for label in range(len(PALETTE_RGB))], axis=1)
     there |= ~there.any(1, keepdims=True)  # nothing certain is near: all colours are possible
-    labels[y, x] = np.where(there, distances, np.inf).argmin(1)
+    labels[y, x] = np.where(there, distances(y, x), np.inf).argmin(1)
 
 
 def _shifted(values: np.ndarray, axis: int, by: int) -> np.ndarray:

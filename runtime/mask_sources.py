@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from scail2_rt.export.errors import InputError
+from scail2_rt.runtime.mask_cleaning import settle
 from scail2_rt.runtime.mask_files import Source, frames_of
 from scail2_rt.runtime.mask_stats import REGION
-from scail2_rt.runtime.masks import CHARACTERS, PALETTE, RGB
+from scail2_rt.runtime.masks import CHARACTERS, PALETTE, PALETTE_RGB, RGB, UNCLEAR
 from scail2_rt.runtime.media import load_alpha, load_image, load_labels
 
 BACKGROUND = "background"
@@ -108,23 +110,43 @@ def parse_order(text: str) -> dict[int, str]:
 
 
 def masks_from_labels(source: Source, order: Mapping[int, str], background: RGB) -> Iterator[np.ndarray]:
-    """Of an indexed or grey image, a folder of them, or a grey video, whose pixels are label numbers."""
+    """Of an indexed or grey image, a folder of them, or a grey video, whose pixels are label numbers.
+
+    Coding blurs the labels of a lossy video, and between 0 and 255 lies the label 128: there an area that is nowhere
+    three pixels thick takes a label from around it."""
     known = np.array(sorted(order), np.int64)
-    colours = np.array([background if order[int(k)] == BACKGROUND else PALETTE[order[int(k)]] for k in known], np.uint8)
+    behind = next(name for name in ("white", "black") if PALETTE[name] == background)
+    names = [behind if order[int(label)] == BACKGROUND else order[int(label)] for label in known]
+    meaning = np.array([list(PALETTE).index(name) for name in names], np.uint8)  # of each known label
     gap = int(np.diff(known).min()) if len(known) > 1 else 2 * _LOSSY
     tolerance = min(_LOSSY, (gap - 1) // 2) if source.kind == "video" else 0
     found = False
     for number, frame in enumerate(frames_of(source, _labels)):
         values = (_grey(frame, source.path) if source.kind == "video" else frame).astype(np.int64)
         nearest = np.abs(values[..., None] - known).argmin(-1)
-        _refuse_unknown(values, np.abs(values - known[nearest]) > tolerance, source, number, order)
+        off = np.abs(values - known[nearest])
+        _refuse_unknown(values, off > tolerance, source, number, order)
         found = found or any(order[int(known[i])] != BACKGROUND for i in np.unique(nearest))
-        yield colours[nearest]
+        labels = meaning[nearest]
+        if off.any():
+            labels[off > tolerance] = UNCLEAR
+            settle(labels, partial(_label_distances, values, known, meaning))
+        yield PALETTE_RGB[labels]
     if not found:
         raise InputError(
             f"{source.path} holds background only, no label of {_order_text(order)}: give the labels that it has with "
             "--order."
         )
+
+
+def _label_distances(
+    values: np.ndarray, known: np.ndarray, meaning: np.ndarray, y: np.ndarray, x: np.ndarray
+) -> np.ndarray:
+    """Of the values at (y, x), [n], to the labels that stand for each colour of the palette, [n, 8]."""
+    distances = np.full((len(y), len(PALETTE)), np.inf)
+    for label, colour in zip(known, meaning, strict=True):
+        distances[:, colour] = np.minimum(distances[:, colour], np.abs(values[y, x] - label))
+    return distances
 
 
 def _labels(path: Path) -> np.ndarray:
