@@ -3,6 +3,7 @@
     make-checkpoint  random weights in the official layout      export.random_checkpoint
     build-engines    checkpoint → engine folder                 export.checkpoint → engines.build
     generate         engines + case → video                     jobs → request → pipeline
+    masks            check, show, mend and make colour masks    mask_commands
     verify           engine folder against its checkpoint       engines.verify
     export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
     doctor           what this machine has                      doctor
@@ -30,6 +31,7 @@ import click
 from scail2_rt.benchmarks.command import bench
 from scail2_rt.runtime import cli_options as o
 from scail2_rt.runtime.files_commands import convert, download, inspect
+from scail2_rt.runtime.mask_commands import masks
 from scail2_rt.runtime.output import parts_apart, show, stdout_for
 
 INTERRUPTED = 130
@@ -230,7 +232,7 @@ def demo(output: Path, backend: str, as_json: bool) -> None:
     show(result, text, as_json)
 
 
-for command in (bench, convert, download, inspect):
+for command in (bench, convert, download, inspect, masks):
     cli.add_command(command)
 
 

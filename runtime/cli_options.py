@@ -169,6 +169,16 @@ INPUT_OPTIONS = in_section(
         help="animate keeps the reference's background, replace keeps the driving video's scene; auto reads it from "
         "the case folder or the masks.",
     ),
+    option(
+        "--fit-reference",
+        is_flag=True,
+        help="Replace mode: scale and pad the reference so that its character is as tall as the driving one.",
+    ),
+    option(
+        "--allow-mask-problems",
+        is_flag=True,
+        help="Go on with masks that `masks check` calls unusable; what is wrong is printed and recorded in the report.",
+    ),
     option("--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use."),
     option("--frames", type=int, metavar="N", help="Number of driving frames to use.  [default: to the end]"),
 )

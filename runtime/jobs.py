@@ -33,6 +33,7 @@ SHARED = (  # options that are fields of `Request` as they are
     *("mode", "negative_prompt", "size", "start", "frames", "seed", "segment_length", "segment_overlap"),
     *("history", "overlap_blend", "anchor_color", "resume"),
     *("crf", "codec", "noise_device", "overwrite", "extra_refs"),
+    *("fit_reference", "allow_mask_problems"),
 )
 T = TypeVar("T")
 MANY_STEPS = 10  # from here on steps and guidance are those of a model that was not distilled

@@ -128,7 +128,10 @@ def encode_conditions(
         contexts = encode_prompts(engines, prompts, cache)
     with progress.phase("reference"):
         files = ((request.image, request.mask_image), *request.extra_refs)
-        references = [load_reference(*pair, plan.height, plan.width) for pair in files]
+        fits = (plan.fit, *(None for _ in request.extra_refs))  # other views and close-ups keep their framing
+        references = [
+            load_reference(*pair, plan.height, plan.width, fit) for pair, fit in zip(files, fits, strict=True)
+        ]
         encoded = encode_references(engines, references)
     with progress.phase("clip"):
         clip = clip_features(engines, references[0][0])

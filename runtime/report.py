@@ -129,6 +129,9 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
         "inputs": {
             label: {"path": str(path), "sha256": file_hash(path)} for label, path in input_files(request).items()
         },
+        "mask_findings": plain(plan.masks),
+        "framing": plan.framing and plan.framing.described,
+        "reference_fit": plain(plan.fit),
     }
 
 

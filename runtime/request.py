@@ -19,6 +19,8 @@ from scail2_rt.runtime.text import MAX_TOKENS, Tokenizer, clean_prompt
 if TYPE_CHECKING:
     import numpy as np
 
+    from scail2_rt.runtime.framing import Framing, ReferenceFit
+    from scail2_rt.runtime.mask_lint import Finding, MaskReport
     from scail2_rt.runtime.media import VideoInfo
 
 
@@ -42,7 +44,9 @@ class Request:
     history      what a segment starts from; overlap_blend: frames of the overlap that fade into the next segment;
                  anchor_color: what later segments' colours are held to (`runtime.history`, `runtime.anchor`)
     overwrite    an existing output may be replaced
-    resume       continue an interrupted run of this request where there is one"""
+    resume       continue an interrupted run of this request where there is one
+    fit_reference, allow_mask_problems
+                 make the reference character as tall as the driving one; go on with masks that are judged unusable"""
 
     image: Path
     mask_image: Path
@@ -71,6 +75,8 @@ class Request:
     noise_device: str = "cpu"
     overwrite: bool = False
     resume: bool = False
+    fit_reference: bool = False
+    allow_mask_problems: bool = False
 
     @property
     def passes(self) -> int:
@@ -87,7 +93,9 @@ class JobPlan:
     mode, layout the resolved mode, and the token layout of the largest segment
     warnings     sentences for the user
     timestamps   presentation times of the output's frames in the driving video, in seconds, where its rate varies
-    audio        whether the driving video has any"""
+    audio        whether the driving video has any
+    masks        what the lint found, errors among it if they are allowed
+    framing, fit the characters' heights, and how the reference is scaled to match if that was asked for"""
 
     request: Request
     height: int
@@ -100,6 +108,9 @@ class JobPlan:
     warnings: tuple[str, ...]
     timestamps: tuple[Fraction, ...] | None = None
     audio: bool = False
+    masks: "tuple[Finding, ...]" = ()
+    framing: "Framing | None" = None
+    fit: "ReferenceFit | None" = None
 
     @property
     def start_s(self) -> Fraction:
@@ -109,13 +120,15 @@ class JobPlan:
 
 def check_request(request: Request) -> JobPlan:
     """Check everything that needs no weights. Raises InputError with one sentence for the first thing that is wrong."""
-    from scail2_rt.runtime.masks import check_masks
+    from scail2_rt.runtime.mask_lint import check_masks, refuse, video_pair, warnings_of
 
     _check_options(request)
     _check_files(request)
-    images, masks = _load_references(request)
-    driving, warnings = _check_videos(request)
-    frames = _trimmed(request, driving.frames)
+    images, masks, findings = _load_references(request)
+    driving, mask_video = _probe_videos(request)
+    findings += video_pair(driving, mask_video)
+    refuse(findings, request.allow_mask_problems)
+    frames = _trimmed(request, min(driving.frames, mask_video.frames))
     image_height, image_width = images[0].shape[:2]
     height, width = request.size or oriented(DEFAULT_SIZE, image_height, image_width)
     check_size(height, width)
@@ -125,16 +138,22 @@ def check_request(request: Request) -> JobPlan:
         masks,
         request.mask_video,
         request.mode,
-        names=[str(mask.name) for _, mask in reference_pairs(request)],
+        names=[str(mask) for _, mask in reference_pairs(request)],
         start=request.start,
         frames=frames,
+        size=(height, width),
     )
+    findings += report.findings
+    refuse(report.findings, request.allow_mask_problems)
+    fit = _fit(request, images[0], masks[0], report, height, width) if request.fit_reference else None
+    if fit:  # the difference that the lint warns of is mended
+        findings = [finding for finding in findings if finding.rule != "framing"]
     largest = max(segment.padded_frames for segment in segments)
     layout = Layout.of(largest, height, width, len(request.extra_refs), report.mode == "replace")
     cleaned = replace(
         request, prompt=clean_prompt(request.prompt), negative_prompt=clean_prompt(request.negative_prompt)
     )
-    warnings += report.warnings
+    warnings = (*driving.warnings, *mask_video.warnings, *warnings_of(findings))
     times = driving.timestamps and driving.timestamps[request.start : request.start + frames]
     return JobPlan(
         cleaned,
@@ -148,6 +167,9 @@ def check_request(request: Request) -> JobPlan:
         warnings,
         times,
         driving.audio,
+        tuple(findings),
+        report.framing,
+        fit,
     )
 
 
@@ -213,60 +235,37 @@ def _check_files(request: Request) -> None:
             raise InputError(f"The output {request.output} is the {label}: choose another name with -o.")
 
 
-def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"]]:
-    """Images and masks uint8 [H, W, 3]; a pair must have one aspect ratio: else the mask lies beside the character."""
-    from scail2_rt.runtime.media import load_image, load_mask_image
+def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"], list["Finding"]]:
+    """Images and masks uint8 [H, W, 3], and what is wrong with their shapes."""
+    from scail2_rt.runtime.images import load_image, load_mask_image
+    from scail2_rt.runtime.mask_lint import image_pair
 
-    images, masks = [], []
+    images, masks, findings = [], [], []
     for image_path, mask_path in reference_pairs(request):
         image, mask = load_image(image_path), load_mask_image(mask_path)
-        (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[:2]
-        if abs(height * mask_width - width * mask_height) > max(height * mask_width, width * mask_height) * 0.02:
-            raise InputError(
-                f"The mask {mask_path} is {mask_height}x{mask_width}, but its image {image_path} is {height}x{width} "
-                "(height x width): make the mask from this very image."
-            )
+        findings += image_pair(str(image_path), image.shape[:2], str(mask_path), mask.shape[:2])
         images.append(image)
         masks.append(mask)
-    return images, masks
+    return images, masks, findings
 
 
-def _check_videos(request: Request) -> tuple["VideoInfo", tuple[str, ...]]:
-    """→ what the driving video is, and warnings."""
+def _probe_videos(request: Request) -> tuple["VideoInfo", "VideoInfo"]:
     from scail2_rt.runtime.media import probe_video
 
-    driving, mask = probe_video(request.driving), probe_video(request.mask_video)
-    if driving.frames != mask.frames:
-        raise InputError(_lengths_differ(driving, mask))
-    warnings = [*driving.warnings, *mask.warnings]
-    if driving.frame_rate != mask.frame_rate and driving.frames > 1 and not driving.variable_frame_rate:
-        warnings.append(
-            f"The driving video runs at {_fps(driving)} but its mask at {_fps(mask)}: the n-th mask is used for the "
-            "n-th frame."
+    return probe_video(request.driving), probe_video(request.mask_video)
+
+
+def _fit(
+    request: Request, image: "np.ndarray", mask: "np.ndarray", report: "MaskReport", height: int, width: int
+) -> "ReferenceFit":
+    """How `--fit-reference` scales the reference."""
+    from scail2_rt.runtime.framing import fit_reference
+
+    if report.mode != "replace":
+        raise InputError(
+            "--fit-reference is for replace mode: in animate mode the character keeps its place in the reference image."
         )
-    if abs(driving.width * mask.height - driving.height * mask.width) > 0.02 * driving.width * mask.height:
-        warnings.append(
-            f"The driving video is {driving.height}x{driving.width} but its mask is {mask.height}x{mask.width} "
-            "(height x width): both are cropped to the output's shape, so the mask may lie beside the character."
-        )
-    return driving, tuple(warnings)
-
-
-def _lengths_differ(driving: "VideoInfo", mask: "VideoInfo") -> str:
-    """The counts, and what explains them: other frame rates, or a damaged file."""
-    rates = [f" at {_fps(info)}" if driving.frame_rate != mask.frame_rate else "" for info in (driving, mask)]
-    return " ".join(
-        [
-            f"The driving video {driving.path} has {driving.frames} frames{rates[0]} but its mask {mask.path} has "
-            f"{mask.frames}{rates[1]}: make the mask video from this very clip, one mask a frame.",
-            *driving.warnings,
-            *mask.warnings,
-        ]
-    )
-
-
-def _fps(info: "VideoInfo") -> str:
-    return f"{float(info.frame_rate):.6g} fps"
+    return fit_reference(image, mask, report.framing.driving, height, width)
 
 
 def _trimmed(request: Request, total: int) -> int:

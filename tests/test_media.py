@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from scail2_rt.export.errors import InputError
-from scail2_rt.runtime.media import VideoReader, load_image, load_mask_image, probe_video
+from scail2_rt.runtime.images import load_image, load_mask_image
+from scail2_rt.runtime.media import VideoReader, probe_video
 from tests.clips import flat, number_of, ramp, set_display_matrix, write_clip
 
 NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)

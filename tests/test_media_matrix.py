@@ -19,7 +19,8 @@ import pytest
 
 from scail2_rt.runtime.case import read_case
 from scail2_rt.runtime.driving import read_clips
-from scail2_rt.runtime.media import load_image, probe_video
+from scail2_rt.runtime.images import load_image
+from scail2_rt.runtime.media import probe_video
 from scail2_rt.runtime.request import Request, check_request
 from tests.clips import SCENE, clicks_s, cut_in_packet, number_of, overwrite, packet_at, scene, write_clip
 from tests.command import Run, error_of, one_json
