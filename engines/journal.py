@@ -1,8 +1,8 @@
-"""What an unfinished build has done so far, so that the next call goes on from there.
+"""What unfinished work has done so far, so that the next call goes on from there.
 
-`.build.json` in the engine folder holds the fingerprint of the request, the steps that are on disk, and the hashes of
-source files that were made on the way. It is replaced atomically after each step and removed when the manifest
-is written. A journal of another request is worth nothing but its hashes.
+`.build.json` in an engine folder (a conversion and a download have one of their own) holds the fingerprint of the
+request, the steps that are on disk, and the hashes of source files that were made on the way. It is replaced atomically
+after each step and removed when the work is done. A journal of another request is worth nothing but its hashes.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ JOURNAL = ".build.json"
 
 
 class Journal:
-    """The journal of one folder; `load` never fails: a damaged journal is an empty one."""
+    """The journal in one file; reading never fails: a damaged journal is an empty one."""
 
     def __init__(self, path: Path, fingerprint: str = "", done: Iterable[str] = ()) -> None:
         self.path = path
@@ -26,7 +26,12 @@ class Journal:
 
     @classmethod
     def load(cls, directory: Path) -> "Journal":
-        journal = cls(directory / JOURNAL)
+        """The journal of an engine folder."""
+        return cls.read(directory / JOURNAL)
+
+    @classmethod
+    def read(cls, path: Path) -> "Journal":
+        journal = cls(path)
         try:
             document = json.loads(journal.path.read_text())
             journal.hashed = [SourceFile(**file) for file in document["hashed"]]

@@ -70,10 +70,10 @@ class StoreLayout:
         self.header = header
 
     @classmethod
-    def plan(cls, tensors: Mapping[str, TensorShape]) -> "StoreLayout":
-        """Lay out `tensors` (in stage order). Deterministic: equal tensors give an equal file."""
+    def plan(cls, tensors: Mapping[str, TensorShape], metadata: Mapping[str, str] | None = None) -> "StoreLayout":
+        """Lay out `tensors` (in stage order). Deterministic: equal tensors and metadata give an equal file."""
         order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: stage order within a size
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         relative: dict[str, Location] = {}
         end = 0
         for name, tensor in order:

@@ -72,10 +72,8 @@ def write_stage(
         target = tensors[parameter]
         _check_shapes(stage, parameter, target, names, source)
         position = 0
-        for name, values in _pieces(source, names, target.shape[-1] if target.dtype == E4M3 else 1):
-            extremes = torch.stack(values.aminmax())  # NaN if any is; much faster than isfinite on every value
-            if not extremes.isfinite().all():
-                raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values; get an intact file.")
+        for name, values in pieces(source, names, target.shape[-1] if target.dtype == E4M3 else 1):
+            extremes = finite_extremes(name, values)
             if target.dtype == E4M3:
                 data, scale = quantise_columns(values.view(-1, target.shape[-1]))
                 writer.write(f"{stage}.{_scale_of(parameter)}", scale, position // target.shape[-1])
@@ -87,7 +85,15 @@ def write_stage(
             position += values.numel()
 
 
-def _pieces(source: "TensorSource", names: Sequence[str], multiple: int) -> Iterator[tuple[str, Tensor]]:
+def finite_extremes(name: str, values: Tensor) -> Tensor:
+    """Smallest and largest value, [2]. InputError when a value is not finite."""
+    extremes = torch.stack(values.aminmax())  # NaN if any is; much faster than isfinite on every value
+    if not extremes.isfinite().all():
+        raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values; get an intact file.")
+    return extremes
+
+
+def pieces(source: "TensorSource", names: Sequence[str], multiple: int = 1) -> Iterator[tuple[str, Tensor]]:
     """(source name, at most PIECE values as flat fp32), whole rows of `multiple` elements at a time."""
     size = max(PIECE // multiple, 1) * multiple
     for name in names:

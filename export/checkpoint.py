@@ -1,15 +1,15 @@
 """Opens a SCAIL-2 checkpoint in any layout that users have and gives every network's tensors under their Wan names.
 
 Two layouts: the official folder (SAT keys in `model/<latest>/*.pt`, the others under their own names), and Wan-key
-weights (one file or shards, with or without a prefix) with the VAE, umT5 and CLIP beside them. What a file is, its
-tensor names decide, not its file name: every weights file of the folder is opened (mapped, not read) and recognised.
-Sizes are derived from shapes and every tensor is checked here, before anything is converted. Fused SAT tensors are cut
-by views, so nothing is read until a tensor is asked for.
+weights (one file or shards, with or without a prefix, fp8 with scales too) with the VAE, umT5 and CLIP beside them,
+these also under Hugging Face's names. What a file is, its tensor names decide, not its file name: every weights file of
+the folder is opened (mapped, not read) and recognised. Sizes are derived from shapes and every tensor is checked here,
+before anything is converted. Fused SAT tensors are cut by views, so nothing is read until a tensor is asked for.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from scail2_rt.export.derive import (
 )
 from scail2_rt.export.errors import InputError
 from scail2_rt.export.precision import Component
-from scail2_rt.export.sat_names import sat_to_wan
+from scail2_rt.export.quantised import plain_weights
+from scail2_rt.export.recognise import recognise
 from scail2_rt.export.tensors import Rows, TensorSource, View, open_safetensors, open_weights, shapes_of
 
 COMPONENTS: tuple[Component, ...] = ("dit", "vae", "umt5", "clip")
@@ -37,14 +38,6 @@ _OFFICIAL_PLACE: dict[Component, str] = {
     "vae": "Wan2.1_VAE.pth",
     "umt5": "umt5-xxl/models_t5_umt5-xxl-enc-bf16.pth",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14-onlyvisual.pth",
-}
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
-_SAT_SIGN = re.compile(r"transformer\.layers\.\d+\.(attention\.query_key_value|mlp\.dense_h_to_4h)\.weight")
-_SIGNS: dict[Component, re.Pattern[str]] = {
-    "dit": re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]\.weight|modulation)|patch_embedding_(pose|mask)\.weight"),
-    "vae": re.compile(r"(encoder\.downsamples|decoder\.upsamples)\.\d+\.residual\.\d\.(weight|gamma)"),
-    "umt5": re.compile(r"blocks\.\d+\.(attn\.[qkvo]|pos_embedding\.embedding)\.weight"),
-    "clip": re.compile(r"(visual\.)?(transformer\.\d+\.attn\.to_qkv\.weight|cls_embedding)"),
 }
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
@@ -70,6 +63,14 @@ class Checkpoint:
         return (*files, *((self.tokenizer,) if self.tokenizer else ()))
 
 
+class MissingPart(InputError):
+    """Networks that are in no file. unreadable: why files could not be read, one of which might hold them."""
+
+    def __init__(self, message: str, unreadable: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.unreadable = unreadable
+
+
 def open_checkpoint(
     path: Path | str,
     vae: Path | str | None = None,
@@ -83,79 +84,47 @@ def open_checkpoint(
     Only `components` are opened; all of them must be there, complete and fitting together. InputError otherwise.
     """
     path = Path(path)
+    wanted = tuple(component for component in COMPONENTS if component in set(components))
+    named: dict[Component, Path | str | None] = {"vae": vae, "umt5": umt5, "clip": clip}
+    overrides = {component: Path(file) for component, file in named.items() if file is not None}
+    root, sources = open_sources(path, wanted, overrides)
+    config = check_sources(sources)
+    found_tokenizer = None
+    if "umt5" in wanted or tokenizer is not None:
+        umt5_files = sources["umt5"].files if "umt5" in sources else ()
+        found_tokenizer = find_tokenizer(root, umt5_files, None if tokenizer is None else Path(tokenizer))
+    return Checkpoint(path, config, sources, found_tokenizer)
+
+
+def open_sources(
+    path: Path, wanted: Sequence[Component], overrides: Mapping[Component, Path] | None = None
+) -> tuple[Path, dict[Component, TensorSource]]:
+    """The folder that the parts were searched in, and the tensors of the `wanted` ones, not checked yet.
+
+    InputError: one of them is not there or cannot be read."""
     if not path.exists():
         raise InputError(f"There is no checkpoint at {path}; give a SCAIL-2 folder or a *.safetensors file")
-    wanted = tuple(component for component in COMPONENTS if component in set(components))
     root, main = _locate(path)
     sources: dict[Component, TensorSource] = {}
-    if main:
+    if main and ("dit" in wanted or path.is_file()):
         component, source = _open_main(path, main)
         if component in wanted:
             sources[component] = source
         if component != "dit" and "dit" in wanted:
             raise InputError(f"{path} holds a {LABELS[component]}; give the file or folder with the transformer")
-    overrides: tuple[tuple[Component, Path | str | None], ...] = (("vae", vae), ("umt5", umt5), ("clip", clip))
-    for component, override in overrides:
-        if override is not None and component in wanted:
-            sources[component] = _open_override(component, Path(override))
+    for component in wanted:
+        if overrides and component in overrides:
+            sources[component] = _open_override(component, overrides[component])
     if missing := [component for component in wanted if component not in sources]:
         sources |= _search(path, root, main, missing)
-    sources = {component: _configured(component, sources[component], root) for component in wanted}
-    config = _check(sources)
-    found_tokenizer = None
-    if "umt5" in wanted or tokenizer is not None:
-        umt5_files = sources["umt5"].files if "umt5" in sources else ()
-        found_tokenizer = _find_tokenizer(root, umt5_files, None if tokenizer is None else Path(tokenizer))
-    return Checkpoint(path, config, sources, found_tokenizer)
-
-
-def recognise(source: TensorSource) -> tuple[Component, TensorSource] | None:
-    """Which network a source holds, and its tensors under Wan names without prefix; None when it holds none of them."""
-    names = tuple(source.keys())
-    for prefix in _PREFIXES:
-        inner = {name[len(prefix) :]: Rows(name) for name in names if name.startswith(prefix)}
-        if any(_SAT_SIGN.fullmatch(name) for name in inner):
-            return "dit", _sat_view(source, inner)
-        for component, sign in _SIGNS.items():
-            if any(sign.fullmatch(name) for name in inner):
-                if component == "clip":
-                    inner = _clip_names(inner)
-                return component, View(source, inner)
-    return None
-
-
-def _sat_view(source: TensorSource, inner: Mapping[str, Rows]) -> View:
-    """SAT tensors under their Wan names; fused ones become views of equal rows. Unknown names stay as they are."""
-    parts: dict[str, Rows] = {}
-    for name, whole in inner.items():
-        targets = sat_to_wan(name)
-        if targets is None or len(targets) == 1:
-            parts[targets[0] if targets else name] = whole
-            continue
-        shape = source.shape(whole.name)
-        rows = shape[0] if shape else 1
-        if rows % len(targets):
-            raise InputError(
-                f"{source.files[0] if source.files else 'The checkpoint'}: {whole.name} is {list(shape)}; its first "
-                f"dimension must divide by {len(targets)}, for it stacks {', '.join(targets)}"
-            )
-        each = rows // len(targets)
-        parts |= {target: Rows(whole.name, i * each, (i + 1) * each) for i, target in enumerate(targets)}
-    return View(source, parts)
-
-
-def _clip_names(inner: Mapping[str, Rows]) -> dict[str, Rows]:
-    """The visual tower's tensors with their `visual.` prefix; a text tower in the same file is left out."""
-    if not any(name.startswith("visual.") for name in inner):
-        return {name if name == "log_scale" else f"visual.{name}": rows for name, rows in inner.items()}
-    return {name: rows for name, rows in inner.items() if name.startswith("visual.") or name == "log_scale"}
+    return root, {component: _configured(component, sources[component], root) for component in wanted}
 
 
 def _locate(path: Path) -> tuple[Path, Group | None]:
     """The folder to search for the parts, and the files that `path` itself names (None: it is only a folder)."""
     if path.is_file():
         in_official_folder = path.parent.parent.name == "model" and (path.parent.parent / "latest").is_file()
-        return (path.parents[2] if in_official_folder else path.parent), _group_of(path)
+        return (path.parents[2] if in_official_folder else path.parent), group_of(path)
     if (path / "latest").is_file() and path.name == "model":
         path = path.parent
     latest = path / "model" / "latest"
@@ -174,7 +143,7 @@ def _locate(path: Path) -> tuple[Path, Group | None]:
     return path, (files[0],)
 
 
-def _group_of(path: Path) -> Group:
+def group_of(path: Path) -> Group:
     """The files of the weights that `path` (a file, an index or a folder with one set of weights) stands for."""
     if path.is_dir():
         groups = _groups_in(path)
@@ -221,12 +190,13 @@ def _groups_in(folder: Path) -> list[Group]:
     return groups + [(file,) for file in files if file not in taken]
 
 
-def _open_group(group: Group) -> TensorSource:
-    return open_safetensors(group) if len(group) > 1 else open_weights(group[0])
+def open_group(group: Group) -> TensorSource:
+    """The tensors of one file or of a set of shards, dequantised where the file has scales."""
+    return plain_weights(open_safetensors(group) if len(group) > 1 else open_weights(group[0]))
 
 
 def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
-    source = _open_group(group)
+    source = open_group(group)
     found = recognise(source)
     if found is None:
         names = list(source.keys())
@@ -234,17 +204,17 @@ def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
             f"{group[0]} holds no SCAIL-2 network: its {len(names)} tensors begin with {', '.join(names[:3])}; "
             "SAT keys (model.diffusion_model.transformer.layers.0...) or Wan keys (blocks.0.self_attn...) are needed"
         )
-    return found
+    return found.component, found.source
 
 
 def _open_override(component: Component, path: Path) -> TensorSource:
     if not path.exists():
         raise InputError(f"There is no {LABELS[component]} at {path}; give an existing file")
-    found = recognise(_open_group(_group_of(path)))
-    if found is None or found[0] != component:
-        held = f"a {LABELS[found[0]]}" if found else "no network of SCAIL-2"
+    found = recognise(open_group(group_of(path)))
+    if found is None or found.component != component:
+        held = f"a {LABELS[found.component]}" if found else "no network of SCAIL-2"
         raise InputError(f"{path} was given as the {LABELS[component]}, but it holds {held}; give another file")
-    return found[1]
+    return found.source
 
 
 def _search(path: Path, root: Path, main: Group | None, missing: list[Component]) -> dict[Component, TensorSource]:
@@ -261,18 +231,18 @@ def _search(path: Path, root: Path, main: Group | None, missing: list[Component]
             if group == main:
                 continue
             try:
-                recognised = recognise(_open_group(group))
+                recognised = recognise(open_group(group))
             except InputError as error:
                 unreadable.append(str(error))
                 continue
-            if recognised and recognised[0] in found:
-                found[recognised[0]].append(recognised[1])
+            if recognised and recognised.component in found:
+                found[recognised.component].append(recognised.source)
     for component, sources in found.items():
         if len(sources) > 1:
             names = ", ".join(str(source.files[0].relative_to(root)) for source in sources)
             raise InputError(f"{root} holds several files with a {LABELS[component]} ({names}); name the one to use")
     if absent := [component for component in missing if not found[component]]:
-        raise InputError(_absent(path, root, absent, unreadable))
+        raise MissingPart(_absent(path, root, absent, unreadable), tuple(unreadable))
     return {component: sources[0] for component, sources in found.items()}
 
 
@@ -316,7 +286,7 @@ def _configured(component: Component, source: TensorSource, root: Path) -> Tenso
     return source
 
 
-def _check(sources: Mapping[Component, TensorSource]) -> ModelConfig:
+def check_sources(sources: Mapping[Component, TensorSource]) -> ModelConfig:
     """Derives every component's sizes, checks every tensor, and that the components fit together."""
     shapes = {component: shapes_of(source) for component, source in sources.items()}
 
@@ -347,7 +317,7 @@ def _check(sources: Mapping[Component, TensorSource]) -> ModelConfig:
     return ModelConfig(dit=dit, vae=vae, umt5=umt5, clip=clip)
 
 
-def _find_tokenizer(root: Path, umt5_files: tuple[Path, ...], given: Path | None) -> Path:
+def find_tokenizer(root: Path, umt5_files: tuple[Path, ...], given: Path | None) -> Path:
     """The `tokenizer.json` that was given, or the one with the umT5 encoder. InputError says what is there instead."""
     if given is not None:
         folders = [given.parent if given.is_file() else given]

@@ -53,7 +53,7 @@ _SUFFIX_KINDS: tuple[tuple[str, Kind], ...] = (
     (r"diff_b", "bias"),
     (r"diff_m", "modulation"),
 )
-_SUFFIXES = tuple((re.compile(rf"(?P<module>.+?)\.{suffix}"), kind) for suffix, kind in _SUFFIX_KINDS)
+SUFFIXES = tuple((re.compile(rf"(?P<module>.+?)\.{suffix}"), kind) for suffix, kind in _SUFFIX_KINDS)
 _LISTED = 8
 
 
@@ -224,7 +224,7 @@ class ModuleIndex:
 
     def role(self, name: str) -> TensorRole | None:
         """What the LoRA tensor called `name` is; None when its name means nothing for this transformer."""
-        for pattern, kind in _SUFFIXES:
+        for pattern, kind in SUFFIXES:
             if match := pattern.fullmatch(name):
                 modules = self.find(match["module"])
                 part = match.groupdict().get("part")

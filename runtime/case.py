@@ -2,7 +2,8 @@
 
 A case folder holds a reference image, its mask, a driving video and its mask video under the official names; where
 several names are possible the first of the list wins, and `replace_mask.mp4` means replace mode. A batch file names one
-case a line, `prompt@@case_dir`. Only names are looked at here: whether a file can be read is found out when it is read.
+case a line, `prompt@@case_dir`. A video may end in .mov, .mkv and so on as well. Only names are looked at here: whether
+a file can be read is found out when it is read.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ IMAGES = tuple(stem + ending for stem in ("ref", "ref_image") for ending in _IMA
 MASK_IMAGES = tuple(
     stem + ending for stem in ("ref_mask", "ref_image_mask") for ending in (".png", ".jpg", ".jpeg", ".webp")
 )
+_VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".gif", ".webp")  # official: .mp4
 DRIVING = ("rendered_v2.mp4", "rendered_aligned.mp4", "rendered.mp4", "driving.mp4")
 ANIMATE_MASKS = ("rendered_mask_v2.mp4", "rendered_mask.mp4")
 REPLACE_MASKS = ("replace_mask.mp4",)
@@ -64,14 +66,26 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
         f"the driving mask video ({' or '.join(masks)})": masks,
     }
     there = {path.name.lower(): path for path in sorted(directory.iterdir()) if path.is_file()}
-    found = {what: next((there[name] for name in names if name in there), None) for what, names in wanted.items()}
+    found = {
+        what: next((there[name] for name in _with_other_endings(names) if name in there), None)
+        for what, names in wanted.items()
+    }
     missing = [what for what, path in found.items() if path is None]
     if missing:
         holds = ", ".join(path.name for path in list(there.values())[:20]) or "no file"
         raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}.")
     image, mask_image, driving, mask_video = (path for path in found.values() if path is not None)
-    says: Mode = "replace" if mask_video.name.lower() in REPLACE_MASKS else "animate"
+    says: Mode = "replace" if mask_video.name.lower() in _with_other_endings(REPLACE_MASKS) else "animate"
     return CaseFiles(image, mask_image, driving, mask_video, mode or says)
+
+
+def _with_other_endings(names: Sequence[str]) -> list[str]:
+    """The names; each video's (`.mp4`) is followed by the same with the other endings that videos have."""
+    return [
+        name.removesuffix(".mp4") + ending if name.endswith(".mp4") else name
+        for name in names
+        for ending in (_VIDEO_ENDINGS if name.endswith(".mp4") else ("",))
+    ]
 
 
 def read_batch(file: Path) -> list[BatchLine]:

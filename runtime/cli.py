@@ -3,23 +3,26 @@
     make-checkpoint  random weights in the official layout      export.random_checkpoint
     build-engines    checkpoint → engine folder                 export.checkpoint → engines.build
     generate         engines + case → video                     jobs → request → pipeline
+    masks            check, show, mend and make colour masks    mask_commands
     verify           engine folder against its checkpoint       engines.verify
     export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
     doctor           what this machine has                      doctor
     demo             all three on a case that it draws itself   demo
     bench            speed, memory and error, with baselines    benchmarks
+    convert          checkpoint → one safetensors file          engines.convert
+    download         the official checkpoint from the hub       download
+    inspect          what a file or folder is                   inspection
 
 Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
 code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
 holds one JSON object and nothing else; an error is one too.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ import click
 
 from scail2_rt.benchmarks.command import bench
 from scail2_rt.runtime import cli_options as o
+from scail2_rt.runtime.files_commands import convert, download, inspect
+from scail2_rt.runtime.mask_commands import masks
+from scail2_rt.runtime.output import parts_apart, show, stdout_for
 
 INTERRUPTED = 130
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -226,12 +232,8 @@ def demo(output: Path, backend: str, as_json: bool) -> None:
     show(result, text, as_json)
 
 
-cli.add_command(bench)
-
-
-def parts_apart(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the checkpoint that were named apart, as keyword arguments of `open_checkpoint`: name → path."""
-    return {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
+for command in (bench, convert, download, inspect, masks):
+    cli.add_command(command)
 
 
 def lora_lines(loras: Sequence[Any]) -> str:
@@ -240,26 +242,6 @@ def lora_lines(loras: Sequence[Any]) -> str:
         f"\n{lora.path}: {lora.applied} tensors applied{f', {len(lora.skipped)} skipped' if lora.skipped else ''}"
         for lora in loras
     )
-
-
-@contextlib.contextmanager
-def stdout_for(as_json: bool) -> Iterator[None]:
-    """While a command works, what libraries print goes to stderr if stdout must hold JSON alone."""
-    if not as_json:
-        yield
-        return
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def show(result: Any, text: str, as_json: bool) -> None:
-    """The result of a command on stdout: one JSON object, or text for people."""
-    if not as_json:
-        click.echo(text)
-        return
-    from scail2_rt.runtime.report import plain
-
-    click.echo(json.dumps(plain(result), ensure_ascii=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,6 +17,8 @@ BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
 # "auto" and kernels.attention_choice.VARIANTS
 ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
 SOLVERS = ("unipc", "dpm++", "euler")
+HISTORIES = ("official", "latents")  # runtime.request
+ANCHORS = ("off", "first", "previous")
 CODECS = ("h264", "hevc", "av1", "vp9")
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"solver": "unipc", "steps": 40, "shift": 3.0, "guidance": 5.0},
@@ -167,6 +169,16 @@ INPUT_OPTIONS = in_section(
         help="animate keeps the reference's background, replace keeps the driving video's scene; auto reads it from "
         "the case folder or the masks.",
     ),
+    option(
+        "--fit-reference",
+        is_flag=True,
+        help="Replace mode: scale and pad the reference so that its character is as tall as the driving one.",
+    ),
+    option(
+        "--allow-mask-problems",
+        is_flag=True,
+        help="Go on with masks that `masks check` calls unusable; what is wrong is printed and recorded in the report.",
+    ),
     option("--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use."),
     option("--frames", type=int, metavar="N", help="Number of driving frames to use.  [default: to the end]"),
 )
@@ -242,6 +254,36 @@ LONG_CLIP_OPTIONS = in_section(
         show_default=True,
         metavar="N",
         help="Frames that a segment takes over from the one before, 4n+1.",
+    ),
+    option(
+        "--history",
+        type=click.Choice(HISTORIES),
+        default="official",
+        show_default=True,
+        help="What a segment starts from. official: those frames, encoded again; latents (an experiment): their "
+        "latents, of which only the first is made anew.",
+    ),
+    option(
+        "--overlap-blend",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Fade the last N frames of the overlap from one segment into the next; 0 shows them as the earlier one.",
+    ),
+    option(
+        "--anchor-color",
+        type=click.Choice(ANCHORS),
+        default="off",
+        show_default=True,
+        help="Hold the colours of later segments to those of the first or of the previous one, measured on the "
+        "background.",
+    ),
+    option(
+        "--resume",
+        is_flag=True,
+        help="Continue an interrupted run after its last finished segment: the same command and this flag. What is "
+        "complete stays; what was not begun begins.",
     ),
 )
 ENGINE_OPTIONS = in_section(

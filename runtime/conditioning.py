@@ -13,12 +13,14 @@ from torch import Tensor
 
 from scail2_rt.engines.executors import EngineSet
 from scail2_rt.export.umt5 import relative_buckets
-from scail2_rt.runtime.masks import mask_latents
-from scail2_rt.runtime.media import load_image, load_mask_image
+from scail2_rt.runtime.framing import ReferenceFit, place
+from scail2_rt.runtime.images import load_image, load_mask_image
+from scail2_rt.runtime.masks import PALETTE, RGB, mask_latents
 from scail2_rt.runtime.preprocess import clip_pixels, normalise_image, resize_cover
 from scail2_rt.runtime.text import PromptCache, Tokenizer, clean_prompt
 from scail2_rt.runtime.vae import encode_clip
 
+BLACK: RGB = PALETTE["black"]
 AHEAD = 4  # layers of the text encoder whose weights are on their way while one is used
 
 
@@ -78,14 +80,17 @@ def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
     return features.float()
 
 
-def load_reference(image: Path, mask: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Image and mask files → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped."""
+def load_reference(
+    image: Path, mask: Path, height: int, width: int, fit: ReferenceFit | None = None
+) -> tuple[Tensor, Tensor]:
+    """Image and mask files → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped, or placed as
+    `fit` says."""
 
-    def prepared(pixels: np.ndarray) -> Tensor:
-        channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
-        return resize_cover(normalise_image(channels_first)[None], height, width)[0]
+    def prepared(pixels: np.ndarray, margin: RGB) -> Tensor:
+        picture = normalise_image(torch.from_numpy(pixels).permute(2, 0, 1))[None]
+        return (place(picture, fit, margin, height, width) if fit else resize_cover(picture, height, width))[0]
 
-    return prepared(load_image(image)), prepared(load_mask_image(mask))
+    return prepared(load_image(image), fit.margin if fit else BLACK), prepared(load_mask_image(mask), BLACK)
 
 
 def encode_reference(engines: EngineSet, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,10 @@ class DrivingClip:
 
 
 def read_clips(plan: JobPlan, first: int = 0) -> Iterator[DrivingClip]:
-    """The plan's segments from number `first` on, in order."""
+    """The plan's segments from number `first` on, in order; there may be none left."""
     segments = plan.segments[first:]
+    if not segments:
+        return
     start = plan.request.start + segments[0].start
     with VideoReader(plan.request.driving, start) as driving, VideoReader(plan.request.mask_video, start) as masks:
         tails: list[Tensor | None] = [None, None]

@@ -205,6 +205,21 @@ def check_size(height: int, width: int) -> None:
     raise InputError(f"The size {height}x{width} must have both sides divisible by {SIZE_STEP}: use {offers}.")
 
 
+def covering_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """Size (H, W) with the source's aspect that covers the target; the free side is truncated to whole pixels."""
+    if width * target_height > target_width * height:
+        return target_height, width * target_height // height
+    return height * target_width // width, target_width
+
+
+def visible_window(height: int, width: int, target_height: int, target_width: int) -> tuple[float, float, float, float]:
+    """What a cropped frame shows of an H×W picture: (top, bottom, left, right) in the picture's pixels."""
+    scaled = covering_size(height, width, target_height, target_width)
+    top, left = (scaled[0] - target_height) // 2, (scaled[1] - target_width) // 2
+    rows, columns = height / scaled[0], width / scaled[1]
+    return top * rows, (top + target_height) * rows, left * columns, (left + target_width) * columns
+
+
 def forward_flops(config: DiTConfig, layout: Layout, clip_tokens: int = CLIP_TOKENS) -> int:
     """FLOP of the matrix products of one transformer forward pass, everything computed anew.
 

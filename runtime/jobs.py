@@ -2,9 +2,11 @@
 
 Everything is checked before anything is loaded: each case first (without PyTorch, so that mistakes are told at once),
 then the engine folder's manifest. A single case that cannot work ends the command; in a batch it is reported and the
-others run. However a run ends, its report is written beside the video, and what was finished is named.
+others run. However a run ends, its report is written beside the video, and what was finished is named. With `--resume`,
+a complete result stays, an interrupted one is continued and what was not begun begins.
 """
 
+import json
 import logging
 import signal
 import sys
@@ -20,6 +22,7 @@ from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime import report
 from scail2_rt.runtime.case import read_batch, read_case
 from scail2_rt.runtime.request import JobPlan, Request, check_request, prompt_warnings
+from scail2_rt.runtime.unfinished import clear_sidecars, partial_path, resumable
 
 if TYPE_CHECKING:
     from scail2_rt.engines.executors import EngineSet
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
 FILES = ("image", "mask_image", "driving", "mask_video")
 SHARED = (  # options that are fields of `Request` as they are
     *("mode", "negative_prompt", "size", "start", "frames", "seed", "segment_length", "segment_overlap"),
+    *("history", "overlap_blend", "anchor_color", "resume"),
     *("crf", "codec", "noise_device", "overwrite", "extra_refs"),
+    *("fit_reference", "allow_mask_problems"),
 )
 T = TypeVar("T")
 MANY_STEPS = 10  # from here on steps and guidance are those of a model that was not distilled
@@ -127,7 +132,18 @@ def check_case(case: Case) -> JobPlan:
         raise InputError(
             f"The report would replace {beside}, which is no report of scail2-rt: choose another name with -o."
         )
+    _check_unfinished(case.request)
     return check_request(case.request)
+
+
+def _check_unfinished(request: Request) -> None:
+    """Hours of work in an interrupted run's files are not thrown away unasked."""
+    if request.resume or request.overwrite or not (parts := resumable(request.output)):
+        return
+    raise InputError(
+        f"{partial_path(request.output)} holds {parts} finished segment(s) of an interrupted run: go on with --resume, "
+        "or start anew with --overwrite."
+    )
 
 
 def engine_manifest(choice: EngineChoice) -> "Manifest":
@@ -200,19 +216,30 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
     from scail2_rt.runtime.memory import apply, plan_memory
     from scail2_rt.runtime.pipeline import generate
     from scail2_rt.runtime.progress import open_progress
+    from scail2_rt.runtime.resume import Sidecar, identity
     from scail2_rt.runtime.text import PromptCache
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    output, unfinished = plan.request.output, report.partial_path(plan.request.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.unlink(missing_ok=True)  # of an earlier run: what is there afterwards is this run's
+    output, unfinished = plan.request.output, partial_path(plan.request.output)
     cache = PromptCache(None, engines.encoder_hash)
-    logged = _Warnings()
-    logging.getLogger("scail2_rt").addHandler(logged)
     about = {**report.describe_plan(plan), "prompt_cache": _cache_hits(plan, cache)}
     about |= {"engines": report.describe_engines(engines), "device": report.describe_device(engines)}
     about["versions"] = report.versions()
+    sidecar, resume = Sidecar(output, identity(about)), plan.request.resume
+    saved = sidecar.load() if resume else None
+    if resume and output.exists() and not plan.request.overwrite:
+        return _complete_already(output, about, unfinished=saved is not None)
+    about["resumed_after_segments"] = saved.carry.finished if saved else 0
+    if resume:
+        after = f"{saved.carry.finished} of {len(plan.segments)} segments" if saved else "nothing: no interrupted run"
+        print(f"resuming after {after}", file=sys.stderr)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if saved is None:  # what is there afterwards is this run's
+        unfinished.unlink(missing_ok=True)
+        clear_sidecars(output)
+    logged = _Warnings()
+    logging.getLogger("scail2_rt").addHandler(logged)
     memory = plan_memory(plan, engines)
     if memory is not None:
         apply(memory, engines)
@@ -222,24 +249,58 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
 
     def finished(status: str, video: Path, error: str | None = None) -> dict[str, Any]:
         end = report.describe_end(status, video, timings, (*plan.warnings, *logged.sentences), error)
-        report.write_report(report.report_path(output), {**about, **end})
-        return {**about, **end, "report": str(report.report_path(output))}
+        beside: Path | None = report.report_path(output)
+        try:
+            report.write_report(report.report_path(output), {**about, **end})
+        except OSError as fault:  # the disk is full, say: what became of the video matters more
+            beside = None
+            print(f"warning: the report {report.report_path(output)} could not be written ({fault})", file=sys.stderr)
+        return {**about, **end, "report": beside and str(beside)}
 
     try:
         with open_progress() as progress:
             timings = progress.timings
-            generate(plan, engines, progress, cache, memory)
+            generate(plan, engines, progress, cache, memory, sidecar, saved)
     except BaseException as error:
         kept = unfinished.is_file()
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         finished("partial" if kept else "failed", unfinished, name)
         what = f"the finished segments are in {unfinished}" if kept else "no segment was finished, so no video is kept"
-        print(f"stopped: {what}", file=sys.stderr)
+        more = "; the same command with --resume goes on after them" if resumable(output) else ""
+        print(f"stopped: {what}{more}", file=sys.stderr)
         raise
     finally:
         logging.getLogger("scail2_rt").removeHandler(logged)
-    remember_run(engines.directory, plan, engines.manifest, engines.backend, timings)
-    return finished("complete", output)
+    if saved is None:
+        remember_run(engines.directory, plan, engines.manifest, engines.backend, timings)
+    result = finished("complete", output)
+    sidecar.clear()
+    return result
+
+
+def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) -> dict[str, Any]:
+    """The report of a result that `--resume` finds complete; InputError when it is another request's, or one that the
+    interrupted run was to replace."""
+    from scail2_rt.runtime.resume import first_difference, identity
+
+    if unfinished:
+        raise InputError(
+            f"The output {output} exists, and the interrupted run was to replace it: give --overwrite with --resume."
+        )
+    beside = report.report_path(output)
+    before = json.loads(beside.read_text(encoding="utf-8")) if report.is_report(beside) else {}
+    if before.get("status") != "complete" or before.get("output_sha256") != report.file_hash(output):
+        raise InputError(
+            f"The output {output} exists and is not a complete result of this command: choose another name with -o, or "
+            "replace it with --overwrite."
+        )
+    if difference := first_difference(identity(before), identity(about)):
+        raise InputError(
+            f"The output {output} is complete, but of another request: {difference}. Choose another name with -o, or "
+            "replace it with --overwrite."
+        )
+    print(f"{output} is complete: nothing to resume", file=sys.stderr)
+    return {**before, "report": str(beside)}
 
 
 def run_single(case: Case, choice: EngineChoice, preset: str, estimate_only: bool) -> tuple[dict[str, Any], str]:
@@ -308,6 +369,6 @@ def summary(result: Mapping[str, Any]) -> str:
     rate = f"{float(Fraction(result['frame_rate'])):.6g}"
     return (
         f"{result['output']}: {result['frames']} frames of {result['height']}x{result['width']} at {rate} fps, "
-        f"{len(result['segments'])} segments in {sum(timings.values()):.1f} s ({phases})\n"
-        f"report: {result['report']}"
+        f"{len(result['segments'])} segments in {sum(timings.values()):.1f} s ({phases})"
+        + (f"\nreport: {result['report']}" if result["report"] else "")
     )

@@ -1,17 +1,19 @@
-"""Reading videos and images, with PyAV and Pillow.
+"""Reading videos with PyAV (images: `images.py`).
 
 Frames come out as a viewer sees them: RGB 8-bit, display rotation applied, non-square pixels stretched to square ones
-(the width changes), grey and alpha turned into plain RGB. The conversion is FFmpeg's plain one, with the stream's own
-matrix and range (BT.601 and limited range where a file says nothing, which is what FFmpeg assumes when it writes such
-files); 10-bit and HDR are brought to 8 bit without tone mapping. Interlaced frames are taken as they are.
+(the width changes), grey turned into RGB, transparent pixels black. The conversion is FFmpeg's plain one, with the
+stream's own matrix and range (BT.601 and limited range where a file says nothing, which is what FFmpeg assumes when it
+writes such files); 10-bit and HDR are brought to 8 bit without tone mapping. Interlaced frames are taken as they are.
 
 What a container says about itself is not believed: frames are counted by decoding, and the frame rate must fit the
-frames' own presentation times, which are kept when no constant rate does. The writer is in `video_writer.py`.
+frames' own presentation times, which are kept when no constant rate does. A file that stops in the middle ends there,
+with a warning; damage in the middle is an error. The writer is in `video_writer.py`.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -26,9 +28,11 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from scail2_rt.export.errors import InputError
+from scail2_rt.runtime.animated_webp import as_matroska, is_animated_webp
+from scail2_rt.runtime.images import check_file
 from scail2_rt.runtime.video_writer import VideoWriter, check_writable
 
-__all__ = ["VideoInfo", "VideoReader", "VideoWriter", "check_writable", "load_image", "load_mask_image", "probe_video"]
+__all__ = ["VideoInfo", "VideoReader", "VideoWriter", "check_writable", "probe_video"]
 
 _REPAIR = "re-encode it to H.264, or give another file"
 _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273
@@ -62,36 +66,82 @@ def probe_video(path: Path) -> VideoInfo:
     """Decodes the whole file without converting pixels. Raises `InputError` for a file that holds no usable video."""
     with _open(path) as (container, stream):
         pts: list[int | None] = []
-        size, hdr = (0, 0), False
-        for frame in _decode(container, stream, path):
+        size, hdr, interlaced, damaged = (0, 0), False, False, []
+        for number, frame in enumerate(_decode(container, stream, path)):
             if not pts:
                 size, hdr = _upright_size(frame, stream), int(frame.color_trc) in _HDR_TRANSFERS
+            elif _upright_size(frame, stream) != size:
+                raise _size_changes(path, number)
+            interlaced |= frame.interlaced_frame
+            if frame.is_corrupt:
+                damaged.append(number)
             pts.append(frame.pts)
         if not pts:
             raise InputError(f"{path} holds a video stream but no frame of it can be decoded: {_REPAIR}.")
         times = _relative_times(pts, stream.time_base)
         rate, constant = _frame_rate(stream, times)
-        warnings = []
-        if stream.frames and stream.frames != len(pts):
+        warnings = _length_warnings(path, stream, len(pts), times)
+        if damaged:
             warnings.append(
-                f"{path} says it holds {stream.frames} frames but {len(pts)} can be decoded: it may be damaged or cut "
-                "short."
+                f"{path} is damaged: {len(damaged)} of its frames are patched up by the decoder (the first is frame "
+                f"{damaged[0]}). Look at them, or copy the file again."
             )
         if hdr:
             warnings.append(
                 f"{path} is HDR: it is read without tone mapping and will look flat; convert it to SDR first."
             )
+        if interlaced:
+            warnings.append(f"{path} is interlaced: moving edges are combed; deinterlace it first (ffmpeg -vf bwdif).")
+        readable = [track.codec_context is not None for track in container.streams.audio]
+        for number, known in enumerate(readable, 1):
+            if not known:
+                warnings.append(
+                    f"Audio track {number} of {path} has a codec that is not known here: the result will be without it."
+                )
         return VideoInfo(
             path=path,
             width=size[0],
             height=size[1],
             frames=len(pts),
             frame_rate=rate,
-            audio=bool(container.streams.audio),
+            audio=any(readable),
             timestamps=None if constant or times is None else times,
             declared_frames=stream.frames,
             warnings=tuple(warnings),
         )
+
+
+def _length_warnings(path: Path, stream: Any, frames: int, times: tuple[Fraction, ...] | None) -> list[str]:
+    """Says when the file holds less or more than its header tells. Frames that an edit list hides (a clip trimmed on a
+    phone) are in the header's count but not in its duration."""
+    declared_s = _declared_s(stream)
+    ends_early = False
+    if declared_s is not None and times is not None:
+        longest = max((b - a for a, b in itertools.pairwise(times)), default=0)  # the last frame may last as long
+        ends_early = times[-1] + 2 * longest < declared_s
+    if stream.frames > frames and (ends_early or declared_s is None or times is None):
+        return [
+            f"{path} says it holds {stream.frames} frames but {frames} can be decoded: it may be damaged or cut short."
+        ]
+    if 0 < stream.frames < frames:
+        return [f"{path} says it holds {stream.frames} frames but has {frames}: its header is wrong, all are used."]
+    if not stream.frames and frames > 1 and ends_early and declared_s is not None and times is not None:
+        return [
+            f"{path} says it lasts {float(declared_s):.2f} s but its last frame ({frames - 1}) is at "
+            f"{float(times[-1]):.2f} s: it may be damaged or cut short."
+        ]
+    return []
+
+
+def _declared_s(stream: Any) -> Fraction | None:
+    """Seconds that the video stream lasts by its header, from its first frame; Matroska has it as a tag."""
+    if stream.duration is not None:
+        return stream.duration * stream.time_base
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if match is None:
+        return None
+    start_s = (stream.start_time or 0) * stream.time_base
+    return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3]) - start_s
 
 
 class VideoReader:
@@ -148,10 +198,12 @@ class VideoReader:
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         width, height = _square_size(frame, self._stream)
-        rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC)
-        pixels = _upright(rgb.to_ndarray(), _display_matrix(frame))
+        alpha = any(component.is_alpha for component in frame.format.components)
+        layout = "rgba" if alpha else "rgb24"
+        rgb = self._reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BICUBIC).to_ndarray()
+        pixels = _upright(_on_black(rgb) if alpha else rgb, _display_matrix(frame))
         if pixels.shape[1::-1] != self._size:
-            raise InputError(f"{self.path} changes its size at frame {self.position - 1}: {_REPAIR}.")
+            raise _size_changes(self.path, self.position - 1)
         return pixels
 
     def _time(self, frame: av.VideoFrame) -> Fraction:
@@ -173,60 +225,21 @@ class VideoReader:
         self.close()
 
 
-def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """An image file as RGB uint8 [H, W, 3]: EXIF orientation applied, grey and palette images expanded, 16 bit scaled
-    to 8, transparent pixels laid over `background` (white, as image viewers do). Colour profiles are ignored, as in the
-    public pipeline. Raises `InputError` for anything that is not a readable image."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    _check_file(path)
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _grey_to_rgb(np.asarray(image))
-            if image.has_transparency_data:
-                layers = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layers.size, (*background, 255)), layers)
-            return np.array(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image that can be read: give a PNG, JPEG or WebP file.") from error
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is a damaged or unusable image ({error}): save it again as PNG or JPEG.") from error
-
-
-def load_mask_image(path: Path) -> np.ndarray:
-    """`load_image` for masks: transparent pixels are black, that is, in no class."""
-    return load_image(path, background=(0, 0, 0))
-
-
-def _grey_to_rgb(levels: np.ndarray) -> np.ndarray:
-    """16-bit grey (integers above 255, or a 16-bit type) and float grey to RGB uint8."""
-    sixteen = levels.dtype.itemsize == 2 or levels.max(initial=0) > 255
-    grey = np.clip(np.rint(levels / 257 if sixteen else levels), 0, 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give a file.")
-    if not path.exists():
-        raise InputError(f"{path} does not exist: check the path.")
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
-    if empty:
-        raise InputError(f"{path} is empty: give a file with content.")
+def _on_black(rgba: np.ndarray) -> np.ndarray:
+    """RGBA uint8 (straight alpha) over black: what players show, and in a mask no class."""
+    levels, opacity = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    return ((levels * opacity + 127) // 255).astype(np.uint8)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its best video stream (cover pictures lose against real video), decoding on all cores."""
-    _check_file(path)
-    try:
-        container = av.open(str(path))
+    """The container and its best video stream (cover pictures lose against real video).
+
+    Only threads within a frame decode: with a thread a frame, FFmpeg reports damage late, and near the end not at all,
+    so that what a file holds would depend on the number of cores."""
+    check_file(path)
+    try:  # the absolute path, as FFmpeg takes what precedes a colon in `12:30.mp4` for a protocol
+        container = av.open(as_matroska(path) if is_animated_webp(path) else str(path.absolute()))
     except (av.FFmpegError, OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be opened as a video ({_reason(error)}): it is damaged, cut short or no video; {_REPAIR}."
@@ -237,19 +250,36 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
             raise InputError(f"{path} holds no video stream: give a video file.")
         if stream.codec_context is None:
             raise InputError(f"{path} uses a video codec that cannot be decoded here: {_REPAIR}.")
-        stream.thread_type = "AUTO"
+        stream.thread_type = "SLICE"
         yield container, stream
 
 
 def _decode(container: Any, stream: Any, path: Path) -> Generator[Any, None, None]:
-    """All frames of the stream. A decoder error names the frame."""
-    count = 0
+    """All frames of the stream. Packets that cannot be decoded end it when nothing decodable follows (a file cut short,
+    or its last part never written); otherwise they are an error that names the frame."""
+    count, failure = 0, None
     try:
-        for frame in container.decode(stream):
-            yield frame
-            count += 1
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except (av.FFmpegError, OSError, ValueError) as error:
+                failure = failure or (count, error)
+                continue
+            if failure is not None and packet.size:
+                raise _damaged(path, *failure)
+            for frame in frames:
+                yield frame
+                count += 1
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be decoded at frame {count} ({_reason(error)}): {_REPAIR}.") from error
+        raise _damaged(path, count, error) from error
+
+
+def _damaged(path: Path, number: int, error: BaseException) -> InputError:
+    return InputError(f"{path} cannot be decoded at frame {number} ({_reason(error)}): {_REPAIR}.")
+
+
+def _size_changes(path: Path, number: int) -> InputError:
+    return InputError(f"{path} changes its size at frame {number}: {_REPAIR}.")
 
 
 def _reason(error: BaseException) -> str:
@@ -307,7 +337,8 @@ def _frame_rate(stream: Any, times: tuple[Fraction, ...] | None) -> tuple[Fracti
     """(frame rate, whether it is constant).
 
     The first of the container's rates that agrees with every presentation time to within one tick of the time base
-    (what rounding explains), else the rate of evenly spaced times; failing that, the mean rate, not constant.
+    (what rounding explains), else the rate of evenly spaced times; failing that, the mean rate, not constant (what the
+    container calls its average may be the rate of its first frames).
     """
     rates = [_sane_rate(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate)]
     candidates = [rate for rate in rates if rate]
@@ -323,4 +354,4 @@ def _frame_rate(stream: Any, times: tuple[Fraction, ...] | None) -> tuple[Fracti
         if all(abs(time - i / rate) <= tolerance for i, time in enumerate(times)):
             return rate, True
     mean = (len(times) - 1) / times[-1]
-    return (candidates or [_sane_rate(mean) or _DEFAULT_RATE])[0], False
+    return _sane_rate(mean.limit_denominator(1001)) or (candidates or [_DEFAULT_RATE])[0], False

@@ -5,13 +5,15 @@ the parity tests drive with recorded inputs. Everything that needs no weights wa
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scail2_rt.engines.executors import EngineSet
+from scail2_rt.runtime.anchor import open_anchor
 from scail2_rt.runtime.conditioning import (
     Conditions,
     clip_features,
@@ -20,37 +22,46 @@ from scail2_rt.runtime.conditioning import (
     load_reference,
 )
 from scail2_rt.runtime.driving import DrivingClip, encode_driving, read_clips
-from scail2_rt.runtime.geometry import Layout
+from scail2_rt.runtime.geometry import Layout, latent_frames
+from scail2_rt.runtime.history import OFFICIAL, Carry, History, Joins, cross_fade, encode_history
 from scail2_rt.runtime.leaving import Leaving, leave
 from scail2_rt.runtime.media import VideoWriter
 from scail2_rt.runtime.memory import MemoryPlan, resident_stages
 from scail2_rt.runtime.preprocess import quantise_frames
 from scail2_rt.runtime.progress import Progress
 from scail2_rt.runtime.request import JobPlan
+from scail2_rt.runtime.resume import Saved, Sidecar, noise_generator
 from scail2_rt.runtime.solvers import make_solver
 from scail2_rt.runtime.text import PromptCache
 from scail2_rt.runtime.transformer import BlockKV, SegmentInputs, Transformer, context_kv
-from scail2_rt.runtime.vae import decode, encode_clip
+from scail2_rt.runtime.vae import decode
 
 Observer = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the denoising runs: solver name, number of steps, sigma shift, guidance scale (≤ 1: one pass)."""
+    """How the denoising runs: solver name, number of steps, sigma shift, guidance scale (≤ 1: one pass), and how
+    segments are joined."""
 
     solver: str
     steps: int
     shift: float
     guidance: float
+    joins: Joins = OFFICIAL
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Finished frames, uint8 [n, H, W, 3] on the CPU; `ends_segment` on the last of a segment."""
+    """Finished frames, uint8 [n, H, W, 3] on the CPU. The last of a segment (n may be 0 there) come with what the
+    segment leaves to the next."""
 
     pixels: Tensor
-    ends_segment: bool
+    carry: Carry | None = None
+
+    @property
+    def ends_segment(self) -> bool:
+        return self.carry is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,40 +76,40 @@ def generate(
     progress: Progress,
     cache: PromptCache | None = None,
     memory: MemoryPlan | None = None,
+    sidecar: Sidecar | None = None,
+    saved: Saved | None = None,
 ) -> Result:
-    """Animate the plan's character and write the video. A failure or Ctrl-C keeps the finished segments."""
+    """Animate the plan's character and write the video. A failure or Ctrl-C keeps the finished segments.
+
+    `sidecar` keeps what it takes to go on after each; `saved` is such a state, to go on from."""
     request = plan.request
-    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance)
+    joins = Joins(request.history, request.overlap_blend, request.anchor_color)
+    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance, joins)
     conditions = encode_conditions(plan, engines, progress, cache)
-    noise = torch.Generator(request.noise_device).manual_seed(request.seed)
+    noise = noise_generator(request.noise_device, request.seed, saved)
+    carry, written = (saved.carry, saved.frames) if saved else (Carry(), 0)
 
     def draw_noise(layout: Layout) -> Tensor:
         shape = (16, layout.frames, layout.height, layout.width)
         return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
 
-    progress.begin(len(plan.segments), request.steps)
-    writer = VideoWriter(
-        request.output,
-        plan.width,
-        plan.height,
-        plan.frame_rate,
-        request.codec,
-        request.crf,
-        request.driving if plan.audio else None,
-        plan.start_s,
-        plan.timestamps,
-    )
-    written = 0
+    progress.begin(len(plan.segments), request.steps, carry.finished)
+    audio = request.driving if plan.audio else None
+    picture = plan.width, plan.height, plan.frame_rate, request.codec, request.crf
+    writer = VideoWriter(request.output, *picture, audio, plan.start_s, plan.timestamps, after=written)
     try:
-        clips = read_clips(plan)
-        overlap = request.segment_overlap
+        clips = read_clips(plan, carry.finished)
         for frames in animate(
-            engines, conditions, clips, sampling, plan.mode, draw_noise, progress, overlap, memory=memory
+            *(engines, conditions, clips, sampling, plan.mode, draw_noise, progress),
+            overlap=request.segment_overlap,
+            carry=carry,
+            memory=memory,
         ):
             writer.write(frames.pixels.numpy())
             written += len(frames.pixels)
-            if frames.ends_segment:
-                writer.segment_done()
+            if frames.carry is not None:
+                now = Saved(written, frames.carry.to("cpu"), noise.get_state())
+                writer.segment_done(save=partial(sidecar.write, saved=now) if sidecar else None)
         with progress.phase("finish"):
             writer.finish()
     except BaseException:
@@ -117,7 +128,10 @@ def encode_conditions(
         contexts = encode_prompts(engines, prompts, cache)
     with progress.phase("reference"):
         files = ((request.image, request.mask_image), *request.extra_refs)
-        references = [load_reference(*pair, plan.height, plan.width) for pair in files]
+        fits = (plan.fit, *(None for _ in request.extra_refs))  # other views and close-ups keep their framing
+        references = [
+            load_reference(*pair, plan.height, plan.width, fit) for pair, fit in zip(files, fits, strict=True)
+        ]
         encoded = encode_references(engines, references)
     with progress.phase("clip"):
         clip = clip_features(engines, references[0][0])
@@ -133,32 +147,31 @@ def animate(
     draw_noise: Callable[[Layout], Tensor],
     progress: Progress,
     overlap: int = 5,
-    history: Tensor | None = None,
+    carry: Carry | None = None,
     observe: Observer = lambda name, value: None,
     memory: MemoryPlan | None = None,
 ) -> Iterator[Frames]:
     """Frames of the driving clips in order, every driving frame once.
 
     `overlap`: how many last frames of a segment the next one starts from.
-    `history`: the last decoded frames [3, O, H, W] of the segment before the first clip, when it is not the video's
-    first. `observe` is told intermediate tensors by name (parity tests)."""
+    `carry`: what the segment before the first clip left, when that is not the video's first (its history may come from
+    elsewhere). `observe` is told intermediate tensors by name (parity tests)."""
+    carry, joins = carry or Carry(), sampling.joins
     passes = len(conditions.contexts) if sampling.guidance > 1 else 1
     with progress.phase("context"):
         contexts = context_kv(engines, conditions.contexts[:passes], conditions.clip)
     stages = resident_stages(memory) if memory else []
-    for index, clip in enumerate(clips):
+    for index, clip in enumerate(timed(clips, progress), carry.finished):
         progress.segment(index)
-        segment = clip.segment
         engines.prefetch(stages)  # on their way while the driving clip is encoded
         with progress.phase("driving"):
             driving, driving_mask = encode_driving(engines, clip)
             observe("driving", driving)
             observe("driving_mask", driving_mask)
             clean = None
-            if segment.overlap and history is not None:
-                history = history.to(torch.bfloat16).float()
-                clean = encode_clip(engines, history)
-                observe("history", history)
+            if clip.segment.overlap and carry.history is not None:
+                pixels, clean = encode_history(engines, joins.history, carry.history)
+                observe("history", pixels)
                 observe("history_latent", clean)
         frames, _, height, width = clip.frames.shape
         extra = conditions.additional_refs.shape[1]
@@ -178,15 +191,58 @@ def animate(
             engines.release("dit.blocks.")
         if engines.device.type == "cuda":
             torch.cuda.empty_cache()  # what denoising held, the graph's memory too, goes to the VAE
-        history = None
-        for start, pixels, levels in decoded_frames(engines, latent, progress):
-            end = start + pixels.shape[1]
-            history = pixels if history is None else torch.cat([history, pixels], dim=1)
-            history = history[:, -overlap:]
-            observe("pixels", pixels)
-            new = levels[max(segment.overlap - start, 0) : segment.valid_frames - start]
-            if len(new):
-                yield Frames(new, ends_segment=end >= segment.valid_frames)
+        for part in decode_segment(engines, clip, latent, joins, mode, overlap, carry, progress, observe):
+            yield part
+            carry = part.carry or carry
+    if joins.blend and carry.history is not None:  # held back for a segment that does not come
+        yield Frames(quantise_frames(carry.history.shown[:, -joins.blend :]).cpu(), Carry(carry.finished))
+
+
+def timed(clips: Iterable[DrivingClip], progress: Progress) -> Iterator[DrivingClip]:
+    """The clips; making each is a phase of its own."""
+    made = iter(clips)
+    while True:
+        with progress.phase("read", wait=False):
+            clip = next(made, None)
+        if clip is None:
+            return
+        yield clip
+
+
+def decode_segment(
+    engines: EngineSet,
+    clip: DrivingClip,
+    latent: Tensor,
+    joins: Joins,
+    mode: str,
+    overlap: int,
+    carry: Carry,
+    progress: Progress,
+    observe: Observer = lambda name, value: None,
+) -> Iterator[Frames]:
+    """The frames that a segment adds, in order: colours anchored, the overlap faded in where the segment before has
+    left its own version of it, as many held back at the end for the next one's fade."""
+    segment, before = clip.segment, carry.history
+    blend = joins.blend if before is not None else 0
+    first, last = segment.overlap - min(blend, segment.overlap), segment.valid_frames - joins.blend
+    anchor = open_anchor(joins.anchor_color, mode, clip, carry.anchor, engines.device)
+    history: History | None = None
+
+    def finish(start: int, pixels: Tensor) -> Tensor:
+        shaded = pixels if anchor is None else anchor.shade(start, pixels)
+        return cross_fade(shaded, start, before, segment.overlap, blend)
+
+    for start, pixels, shown, levels in decoded_frames(engines, latent, finish, progress):
+        observe("pixels", pixels)
+        valid = slice(0, segment.valid_frames - start)
+        ending = (shown[:, valid], pixels[:, valid]) if shown is not pixels else (pixels[:, valid],) * 2
+        history = History(*ending) if history is None else history.after(*ending, overlap)
+        new, left = levels[max(first - start, 0) : max(last - start, 0)], None
+        if start + pixels.shape[1] >= segment.valid_frames:
+            history = replace(history, latent=latent[:, latent.shape[1] - latent_frames(overlap) + 1 :])
+            left = Carry(carry.finished + 1, history, {} if anchor is None else anchor.state())
+        if len(new) or left:
+            yield Frames(new, left)
 
 
 def denoise(
@@ -224,20 +280,26 @@ def denoise(
     return x
 
 
-def decoded_frames(engines: EngineSet, latent: Tensor, progress: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(index of the first frame, pixels [3, 1 or 4, H, W], the same as uint8 [1 or 4, H, W, 3] on the CPU) in order.
+def decoded_frames(
+    engines: EngineSet, latent: Tensor, finish: Callable[[int, Tensor], Tensor], progress: Progress
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(index of the first frame, decoded pixels [3, 1 or 4, H, W], the same as `finish(index, pixels)` made them, those
+    as uint8 [1 or 4, H, W, 3] on the CPU) in order.
 
     On a GPU a group of frames leaves while the next is decoded: it is handed out when the next has been queued."""
     start, chunks = 0, decode(engines, latent)
-    waiting: tuple[int, Tensor, Leaving] | None = None
+    waiting: tuple[int, Tensor, Tensor, Leaving] | None = None
     while True:
         with progress.phase("decode", wait=False):
             pixels = next(chunks, None)
-            upcoming = None if pixels is None else (start, pixels, leave(quantise_frames(pixels)))
+            upcoming = None
+            if pixels is not None:
+                shown = finish(start, pixels)
+                upcoming = (start, pixels, shown, leave(quantise_frames(shown)))
             if waiting is not None:
-                arrived = waiting[2].arrive()
+                arrived = waiting[3].arrive()
         if waiting is not None:
-            yield waiting[0], waiting[1], arrived
+            yield *waiting[:3], arrived
         if upcoming is None:
             return
         waiting, start = upcoming, start + upcoming[1].shape[1]

@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scail2_rt.runtime.geometry import covering_size
+
 _FRAMES_AT_ONCE = 8  # bounds the fp32 copy that a resize of 8-bit frames needs
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE = 224
-
-
-def covering_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
-    """Size (H, W) with the source's aspect that covers the target; the free side is truncated to whole pixels."""
-    if width * target_height > target_width * height:
-        return target_height, width * target_height // height
-    return height * target_width // width, target_width
 
 
 def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:

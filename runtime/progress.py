@@ -23,15 +23,16 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress(Protocol):
-    """timings: seconds by phase name (load, text, clip, reference, driving, denoise, decode, finish)."""
+    """timings: seconds by phase name (text, clip, reference, context, read, driving, denoise, decode,
+    finish)."""
 
     timings: dict[str, float]
 
     def phase(self, name: str, wait: bool = True) -> AbstractContextManager[None]:
         """Time what runs inside as `name`; with `wait` until the GPU has finished it."""
 
-    def begin(self, segments: int, steps: int) -> None:
-        """The run has this many segments of this many denoising steps."""
+    def begin(self, segments: int, steps: int, before: int = 0) -> None:
+        """The run has this many segments of this many denoising steps; `before` of them were done in an earlier one."""
 
     def segment(self, index: int) -> None:
         """Segment `index`, from 0, starts."""
@@ -46,16 +47,37 @@ def _wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
+_LESS_MEMORY = {  # by phase: what makes its largest buffers smaller
+    "denoise": "a smaller --size, --segment-length or --max-rows",
+    "read": "a smaller --segment-length or --size",
+    "reference": "a smaller --size",
+    "decode": "a smaller --size",
+}
+_OTHERWISE = "a smaller --size, --segment-length or --max-rows"
+# How PyTorch on a GPU, PyTorch on a CPU, NumPy and ONNX Runtime say what they asked for.
+_ASKED = re.compile(
+    r"Tried to allocate ([\d.]+ \w+)|tried to allocate (\d+) bytes|Unable to allocate ([\d.]+ \w+)|"
+    r"buffer of size (\d+)"
+)
+
+
 def _told(error: Exception, phase: str) -> Exception:
-    """An error of the device's memory as a sentence that says what to do; any other as it is."""
+    """An error of memory as a sentence that says where, how much was asked for and what to do; any other as it is."""
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    asked = _ASKED.search(str(error))
+    refused = asked is not None and re.search("allocat", str(error)) is not None
+    if isinstance(error, Scail2Error) or not (on_gpu or isinstance(error, MemoryError) or refused):
         return error
-    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-    what = f", which asked for another {asked[1]}" if asked else ""
+    what = ""
+    if asked is not None:
+        size = next(group for group in asked.groups() if group)
+        what = f", which asked for another {f'{int(size) / 2**30:.2f} GiB' if size.isdecimal() else size}"
+    remedy = _LESS_MEMORY.get(phase, _OTHERWISE)
+    if on_gpu:
+        remedy = f"--vram-limit with a size below what is free, or {remedy}"
     return Scail2Error(
-        f"the GPU's memory ran out in the phase {phase}{what}: give --vram-limit a size below what is free, "
-        "or a smaller --size, --segment-length or --max-rows."
+        f"{'the GPU' if on_gpu else 'the computer'}'s memory ran out in the phase {phase}{what}: give {remedy}."
     )
 
 
@@ -65,6 +87,7 @@ class SilentProgress:
     def __init__(self) -> None:
         self.timings: dict[str, float] = {}
         self.segments, self.steps, self.current, self.done = 0, 0, 0, 0
+        self.before = 0  # steps that an earlier run has done
         self.started = time.perf_counter()
 
     @contextmanager
@@ -83,8 +106,8 @@ class SilentProgress:
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
-    def begin(self, segments: int, steps: int) -> None:
-        self.segments, self.steps, self.done = segments, steps, 0
+    def begin(self, segments: int, steps: int, before: int = 0) -> None:
+        self.segments, self.steps, self.done, self.before = segments, steps, before * steps, before * steps
         self.started = time.perf_counter()
 
     def segment(self, index: int) -> None:
@@ -121,8 +144,8 @@ class LineProgress(SilentProgress):
             return
         self.printed = now
         left = ""
-        if self.done:
-            seconds = (now - self.started) / self.done * (self.segments * self.steps - self.done)
+        if self.done > self.before:
+            seconds = (now - self.started) / (self.done - self.before) * (self.segments * self.steps - self.done)
             left = f", about {seconds:.0f} s left"
         print(f"{self.position()}{left}", file=sys.stderr, flush=True)
 
@@ -141,9 +164,9 @@ class BarProgress(SilentProgress):
         self.bar = RichProgress(*columns, *times, console=Console(stderr=True), transient=True)
         self.task = self.bar.add_task("starting", total=None)
 
-    def begin(self, segments: int, steps: int) -> None:
-        super().begin(segments, steps)
-        self.bar.reset(self.task, total=segments * steps)
+    def begin(self, segments: int, steps: int, before: int = 0) -> None:
+        super().begin(segments, steps, before)
+        self.bar.reset(self.task, total=segments * steps, completed=before * steps)
 
     def _show(self, event: str) -> None:
         label = "" if event in ("segment", "step") else event
@@ -169,24 +192,31 @@ def open_progress() -> Iterator[Progress]:
 
 
 class BuildLines:
-    """What `build-engines` shows on stderr: a line for each finished step, with its size, its time and what is left;
-    for a long one (hashing a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
+    """What `build-engines` and the like show on stderr: a line for each finished step, with its size, its time and what
+    is left; for a long one (a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
 
     def __init__(self) -> None:
         self.printed = 0.0
+        self.base: tuple[float, int] | None = None  # when the current step was heard of first, and how far it was
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def started(self, step: "BuildStep") -> None:
-        self.printed = time.monotonic()
+        self.printed, self.base = time.monotonic(), None
 
     def advanced(self, step: "BuildStep", done_bytes: int) -> None:
-        if time.monotonic() - self.printed < LINE_INTERVAL_S:
+        now = time.monotonic()
+        since, before = self.base = self.base or (now, done_bytes)
+        if now - self.printed < LINE_INTERVAL_S:
             return
-        self.printed = time.monotonic()
+        self.printed = now
+        left = ""
+        if done_bytes > before:
+            seconds = (now - since) / (done_bytes - before) * (step.size_bytes - done_bytes)
+            left = f", about {seconds:.0f} s left"
         done, size = done_bytes / 2**30, step.size_bytes / 2**30
-        print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB", file=sys.stderr, flush=True)
+        print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB{left}", file=sys.stderr, flush=True)
 
     def done(self, step: "BuildStep") -> None:
         if step.phase == "seal":

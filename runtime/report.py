@@ -32,11 +32,6 @@ def report_path(output: Path) -> Path:
     return output.with_suffix(".json")
 
 
-def partial_path(output: Path) -> Path:
-    """Where the media writer leaves the finished segments of a run that did not end: `out/demo.partial.mp4`."""
-    return output.with_name(f"{output.stem}.partial.mp4")
-
-
 def is_report(path: Path) -> bool:
     """Was this file written by `write_report`? Anything else of that name is the user's and must be kept."""
     try:
@@ -134,6 +129,9 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
         "inputs": {
             label: {"path": str(path), "sha256": file_hash(path)} for label, path in input_files(request).items()
         },
+        "mask_findings": plain(plan.masks),
+        "framing": plan.framing and plan.framing.described,
+        "reference_fit": plain(plan.fit),
     }
 
 

@@ -19,6 +19,8 @@ from scail2_rt.runtime.text import MAX_TOKENS, Tokenizer, clean_prompt
 if TYPE_CHECKING:
     import numpy as np
 
+    from scail2_rt.runtime.framing import Framing, ReferenceFit
+    from scail2_rt.runtime.mask_lint import Finding, MaskReport
     from scail2_rt.runtime.media import VideoInfo
 
 
@@ -27,6 +29,8 @@ MAX_STEPS = 1000  # the model was trained on 1000 noise levels
 MAX_SEED = 2**63 - 1
 OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 Mode = Literal["auto", "animate", "replace"]
+HISTORIES = ("official", "latents")
+ANCHORS = ("off", "first", "previous")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,12 @@ class Request:
     mode         `auto` reads it from the driving mask's background
     size         (H, W) in pixels, taken as given; None: 512×896 turned to the reference image's orientation
     start        first driving frame; frames: how many, None to the end
-    overwrite    an existing output may be replaced"""
+    history      what a segment starts from; overlap_blend: frames of the overlap that fade into the next segment;
+                 anchor_color: what later segments' colours are held to (`runtime.history`, `runtime.anchor`)
+    overwrite    an existing output may be replaced
+    resume       continue an interrupted run of this request where there is one
+    fit_reference, allow_mask_problems
+                 make the reference character as tall as the driving one; go on with masks that are judged unusable"""
 
     image: Path
     mask_image: Path
@@ -58,10 +67,16 @@ class Request:
     seed: int = 0
     segment_length: int = 81
     segment_overlap: int = 5
+    history: str = "official"
+    overlap_blend: int = 0
+    anchor_color: str = "off"
     crf: int = 18
     codec: str = "h264"
     noise_device: str = "cpu"
     overwrite: bool = False
+    resume: bool = False
+    fit_reference: bool = False
+    allow_mask_problems: bool = False
 
     @property
     def passes(self) -> int:
@@ -78,7 +93,9 @@ class JobPlan:
     mode, layout the resolved mode, and the token layout of the largest segment
     warnings     sentences for the user
     timestamps   presentation times of the output's frames in the driving video, in seconds, where its rate varies
-    audio        whether the driving video has any"""
+    audio        whether the driving video has any
+    masks        what the lint found, errors among it if they are allowed
+    framing, fit the characters' heights, and how the reference is scaled to match if that was asked for"""
 
     request: Request
     height: int
@@ -91,6 +108,9 @@ class JobPlan:
     warnings: tuple[str, ...]
     timestamps: tuple[Fraction, ...] | None = None
     audio: bool = False
+    masks: "tuple[Finding, ...]" = ()
+    framing: "Framing | None" = None
+    fit: "ReferenceFit | None" = None
 
     @property
     def start_s(self) -> Fraction:
@@ -100,32 +120,40 @@ class JobPlan:
 
 def check_request(request: Request) -> JobPlan:
     """Check everything that needs no weights. Raises InputError with one sentence for the first thing that is wrong."""
-    from scail2_rt.runtime.masks import check_masks
+    from scail2_rt.runtime.mask_lint import check_masks, refuse, video_pair, warnings_of
 
     _check_options(request)
     _check_files(request)
-    images, masks = _load_references(request)
-    driving, warnings = _check_videos(request)
-    frames = _trimmed(request, driving.frames)
+    images, masks, findings = _load_references(request)
+    driving, mask_video = _probe_videos(request)
+    findings += video_pair(driving, mask_video)
+    refuse(findings, request.allow_mask_problems)
+    frames = _trimmed(request, min(driving.frames, mask_video.frames))
     image_height, image_width = images[0].shape[:2]
     height, width = request.size or oriented(DEFAULT_SIZE, image_height, image_width)
     check_size(height, width)
     segments = plan_segments(frames, request.segment_length, request.segment_overlap)
-    _check_output(request, frames * height * width)
+    _check_output(request, frames, height * width)
     report = check_masks(
         masks,
         request.mask_video,
         request.mode,
-        names=[str(mask.name) for _, mask in reference_pairs(request)],
+        names=[str(mask) for _, mask in reference_pairs(request)],
         start=request.start,
         frames=frames,
+        size=(height, width),
     )
+    findings += report.findings
+    refuse(report.findings, request.allow_mask_problems)
+    fit = _fit(request, images[0], masks[0], report, height, width) if request.fit_reference else None
+    if fit:  # the difference that the lint warns of is mended
+        findings = [finding for finding in findings if finding.rule != "framing"]
     largest = max(segment.padded_frames for segment in segments)
     layout = Layout.of(largest, height, width, len(request.extra_refs), report.mode == "replace")
     cleaned = replace(
         request, prompt=clean_prompt(request.prompt), negative_prompt=clean_prompt(request.negative_prompt)
     )
-    warnings += report.warnings
+    warnings = (*driving.warnings, *mask_video.warnings, *warnings_of(findings))
     times = driving.timestamps and driving.timestamps[request.start : request.start + frames]
     return JobPlan(
         cleaned,
@@ -139,6 +167,9 @@ def check_request(request: Request) -> JobPlan:
         warnings,
         times,
         driving.audio,
+        tuple(findings),
+        report.framing,
+        fit,
     )
 
 
@@ -169,6 +200,12 @@ def _check_options(request: Request) -> None:
         f"--start must be 0 or more, not {request.start}": request.start >= 0,
         f"--frames must be 1 or more, not {request.frames}": request.frames is None or request.frames >= 1,
         f"--solver must be one of {', '.join(SOLVERS)}, not {request.solver}": request.solver in SOLVERS,
+        f"--history must be one of {', '.join(HISTORIES)}, not {request.history}": request.history in HISTORIES,
+        f"--anchor-color must be one of {', '.join(ANCHORS)}, not {request.anchor_color}": request.anchor_color
+        in ANCHORS,
+        f"--overlap-blend must be 0 to --segment-overlap {request.segment_overlap}, not {request.overlap_blend}": 0
+        <= request.overlap_blend
+        <= request.segment_overlap,
     }
     wrong = [sentence for sentence, holds in limits.items() if not holds]
     if wrong:
@@ -198,41 +235,37 @@ def _check_files(request: Request) -> None:
             raise InputError(f"The output {request.output} is the {label}: choose another name with -o.")
 
 
-def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"]]:
-    """Images and masks uint8 [H, W, 3]; a pair must have one aspect ratio: else the mask lies beside the character."""
-    from scail2_rt.runtime.media import load_image, load_mask_image
+def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"], list["Finding"]]:
+    """Images and masks uint8 [H, W, 3], and what is wrong with their shapes."""
+    from scail2_rt.runtime.images import load_image, load_mask_image
+    from scail2_rt.runtime.mask_lint import image_pair
 
-    images, masks = [], []
+    images, masks, findings = [], [], []
     for image_path, mask_path in reference_pairs(request):
         image, mask = load_image(image_path), load_mask_image(mask_path)
-        (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[:2]
-        if abs(height * mask_width - width * mask_height) > max(height * mask_width, width * mask_height) * 0.02:
-            raise InputError(
-                f"The mask {mask_path} is {mask_height}x{mask_width}, but its image {image_path} is {height}x{width} "
-                "(height x width): make the mask from this very image."
-            )
+        findings += image_pair(str(image_path), image.shape[:2], str(mask_path), mask.shape[:2])
         images.append(image)
         masks.append(mask)
-    return images, masks
+    return images, masks, findings
 
 
-def _check_videos(request: Request) -> tuple["VideoInfo", tuple[str, ...]]:
-    """→ what the driving video is, and warnings."""
+def _probe_videos(request: Request) -> tuple["VideoInfo", "VideoInfo"]:
     from scail2_rt.runtime.media import probe_video
 
-    driving, mask = probe_video(request.driving), probe_video(request.mask_video)
-    if driving.frames != mask.frames:
+    return probe_video(request.driving), probe_video(request.mask_video)
+
+
+def _fit(
+    request: Request, image: "np.ndarray", mask: "np.ndarray", report: "MaskReport", height: int, width: int
+) -> "ReferenceFit":
+    """How `--fit-reference` scales the reference."""
+    from scail2_rt.runtime.framing import fit_reference
+
+    if report.mode != "replace":
         raise InputError(
-            f"The driving video {request.driving} has {driving.frames} frames but its mask {request.mask_video} has "
-            f"{mask.frames}: make the mask video from this very clip, one mask a frame."
+            "--fit-reference is for replace mode: in animate mode the character keeps its place in the reference image."
         )
-    warnings = [*driving.warnings, *mask.warnings]
-    if abs(driving.width * mask.height - driving.height * mask.width) > 0.02 * driving.width * mask.height:
-        warnings.append(
-            f"The driving video is {driving.height}x{driving.width} but its mask is {mask.height}x{mask.width} "
-            "(height x width): both are cropped to the output's shape, so the mask may lie beside the character."
-        )
-    return driving, tuple(warnings)
+    return fit_reference(image, mask, report.framing.driving, height, width)
 
 
 def _trimmed(request: Request, total: int) -> int:
@@ -250,16 +283,19 @@ def _trimmed(request: Request, total: int) -> int:
     return request.frames or left
 
 
-def _check_output(request: Request, pixels: int) -> None:
+def _check_output(request: Request, frames: int, pixels: int) -> None:
     """An existing output is kept unless `overwrite`; its place must be writable and have room.
 
-    pixels: T·H·W. H.264 at crf 18 takes about a tenth of a byte each, without loss about one and a half; both files are
-    there for a moment when the audio is added."""
+    pixels: H·W. H.264 at crf 18 takes about a tenth of a byte each, without loss about one and a half; both files are
+    there for a moment when the audio is added. Two saved states hold the overlap in fp32, decoded and as seen."""
     from scail2_rt.runtime.video_writer import check_codec, check_writable
 
     check_codec(request.codec, request.crf)
-    check_writable(request.output, int(pixels * (3 if request.crf == 0 else 0.3)) + OUTPUT_MARGIN)
-    if request.output.exists() and not request.overwrite:
+    if request.codec in ("av1", "vp9") and request.output.suffix.lower() == ".mov":
+        raise InputError(f"A .mov file cannot hold {request.codec} video: name the output .mp4, or use --codec hevc.")
+    states = 2 * 2 * 12 * request.segment_overlap * pixels
+    check_writable(request.output, int(frames * pixels * (3 if request.crf == 0 else 0.3)) + states + OUTPUT_MARGIN)
+    if request.output.exists() and not (request.overwrite or request.resume):
         raise InputError(
             f"The output {request.output} exists: choose another name with -o, or replace it with --overwrite."
         )

@@ -17,10 +17,9 @@ import math
 import os
 import queue
 import shutil
-import struct
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +32,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime.audio import open_audio, remux
+from scail2_rt.runtime.unfinished import part_ends, partial_path, split_fragment
 
 _BT709 = 1  # matrix, primaries and transfer share this number (ITU-T H.273)
 _QUEUED_FRAMES = 32
@@ -49,7 +49,8 @@ class Codec:
 
 
 CODECS: Final = {
-    "h264": Codec("libx264", 51),
+    # with its macroblock tree x264 does not repeat itself: of small clips, up to one in twelve differs in some bits
+    "h264": Codec("libx264", 51, (("x264-params", "mbtree=0"),)),
     "hevc": Codec("libx265", 51, (("x265-params", "bframes=0:log-level=error"),)),
     "av1": Codec("libsvtav1", 63, (("preset", "8"),)),
     "vp9": Codec("libvpx-vp9", 63, (("b", "0"), ("row-mt", "1"))),
@@ -101,7 +102,8 @@ class VideoWriter:
 
     `timestamps`: presentation times (seconds, increasing) of the output frames when the rate is variable, at least as
     many as frames are written; None means constant `frame_rate`. `audio_from`: a video whose audio, from `start_s`
-    seconds after its first frame on, goes into the result.
+    seconds after its first frame on, goes into the result. `after`: frames that the partial file of an interrupted run
+    holds already; new ones follow them.
     """
 
     def __init__(
@@ -115,17 +117,20 @@ class VideoWriter:
         audio_from: Path | None = None,
         start_s: Fraction | float = 0,
         timestamps: Sequence[Fraction] | None = None,
+        after: int = 0,
     ) -> None:
         check_writable(path)
         if width % 2 or height % 2:
             raise InputError(f"A video of {width}×{height} pixels cannot be stored as 4:2:0: both sides must be even.")
-        self.path, self.partial = path, path.with_name(f"{path.stem}.partial.mp4")
-        self.frames = 0  # accepted so far
+        self.path, self.partial = path, partial_path(path)
+        self.frames = after  # accepted so far
         self._audio_from, self._start_s = audio_from, Fraction(start_s).limit_denominator(10**9)
         if audio_from is not None:
             open_audio(audio_from).close()  # a bad file is reported before the work, not after it
         self._clock = _Clock.of(frame_rate, timestamps)
         self._encoder = _Encoder(self.partial, width, height, frame_rate, check_codec(codec, crf), crf, self._clock)
+        if after:
+            self._encoder.go_on()
         self._queue: queue.Queue[_Item] = queue.Queue(_QUEUED_FRAMES)
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -146,10 +151,11 @@ class VideoWriter:
             self._put((self.frames, frame))
             self.frames += 1
 
-    def segment_done(self, wait: bool = False) -> None:
+    def segment_done(self, wait: bool = False, save: Callable[[int], None] | None = None) -> None:
         """Says that all frames so far are final: they go to the partial file as soon as they are encoded. With `wait`,
-        it returns when they are there."""
-        self._put(_SEGMENT)
+        it returns when they are there. `save` is called before, from the encoder's thread, with the number of the part
+        that they will be there (from 1)."""
+        self._put(_Segment(save))
         if wait:
             while self._queue.unfinished_tasks and self._error is None:
                 self._thread.join(0.01)
@@ -160,14 +166,14 @@ class VideoWriter:
 
         If adding the audio or moving fails, the partial file stays and the error names it.
         """
-        self._put(_SEGMENT)
-        self._put(_END)
+        self._put(_Segment())
+        self._put(None)
         self._thread.join()
         self._raise()
         self._closed = True
         if not self.frames:
             raise Scail2Error(f"No frame was made, so {self.path} was not written.")
-        temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp{self.path.suffix}")
+        temporary = self.path.with_name(f".{self.path.stem}.tmp{self.path.suffix}")
         try:
             remux(
                 self.partial,
@@ -177,6 +183,8 @@ class VideoWriter:
                 self._audio_from,
                 self._start_s,
             )
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, self.path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
@@ -233,7 +241,7 @@ class VideoWriter:
             while not self._stop.is_set():
                 with contextlib.suppress(queue.Empty):
                     item = self._queue.get(timeout=0.1)
-                    if item is _END:
+                    if item is None:
                         return
                     self._encoder.take(item)
                     self._queue.task_done()
@@ -246,15 +254,21 @@ class VideoWriter:
         with contextlib.suppress(queue.Empty):
             while True:
                 items.append(self._queue.get_nowait())
-        while items and items[-1] is not _SEGMENT:
+        while items and not isinstance(items[-1], _Segment):
             items.pop()
         for item in items:
-            self._encoder.take(item)
+            if item is not None:
+                self._encoder.take(item)
 
 
-_Item = tuple[int, np.ndarray | None]
-_SEGMENT: Final[_Item] = (-1, None)
-_END: Final[_Item] = (-2, None)
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """In the queue: the frames so far are final; `save` is to be called before they are appended."""
+
+    save: Callable[[int], None] | None = None
+
+
+_Item = tuple[int, np.ndarray] | _Segment | None  # a numbered frame, the end of a segment, the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,12 +317,17 @@ class _Encoder:
         self._stream: Any = None
         self._first = 0  # tick of the segment's first frame
 
-    def take(self, item: _Item) -> None:
-        number, frame = item
-        if frame is None:
-            self._end_segment()
+    def go_on(self) -> None:
+        """Append to the parts of an interrupted run; half a part behind them goes."""
+        ends = part_ends(self._partial)
+        os.truncate(self._partial, ends[-1])
+        self.segments = len(ends)
+
+    def take(self, item: tuple[int, np.ndarray] | _Segment) -> None:
+        if isinstance(item, _Segment):
+            self._end_segment(item.save)
         else:
-            self._encode(number, frame)
+            self._encode(*item)
 
     def _begin_segment(self) -> None:
         self._memory = io.BytesIO()
@@ -348,13 +367,15 @@ class _Encoder:
         picture.pts, picture.time_base = tick - self._first, Fraction(1, self._clock.ticks)
         self._container.mux(self._stream.encode(picture))
 
-    def _end_segment(self) -> None:
+    def _end_segment(self, save: Callable[[int], None] | None) -> None:
         if self._container is None:
             return  # a segment without frames
         self._container.mux(self._stream.encode(None))
         self._container.close()
         self._container = self._stream = None
-        header, fragment = _split_fragment(self._memory.getvalue(), self._first)
+        header, fragment = split_fragment(self._memory.getvalue(), self._first)
+        if save is not None:
+            save(self.segments + 1)
         self._append(header + fragment if self.segments == 0 else fragment)
         self.segments += 1
 
@@ -373,23 +394,3 @@ class _Encoder:
                     if not size:
                         self._partial.unlink()
                 raise
-
-
-def _split_fragment(data: bytes, first_tick: int) -> tuple[bytes, bytes]:
-    """Cuts a one-segment file into its header (ftyp, moov) and its fragments, and sets when the fragments begin.
-
-    A muxer starts every file at time 0; the decode time of a track fragment (`tfdt`, ISO/IEC 14496-12 §8.8.12,
-    version 1: 64 bit) is what places it in the whole video.
-    """
-    position, start = 0, None
-    patched = bytearray(data)
-    while position < len(data):
-        size, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"moof":
-            start = position if start is None else start
-            box = data.index(b"tfdt", position, position + size) + 8
-            (time,) = struct.unpack_from(">Q", data, box)
-            struct.pack_into(">Q", patched, box, time + first_tick)
-        position += size
-    start = len(data) if start is None else start
-    return bytes(patched[:start]), bytes(patched[start:])

@@ -26,6 +26,19 @@ def number_of(frame: np.ndarray) -> int:
     return round(float(frame.mean()) / 8) - 1
 
 
+SCENE = {"top left": (220, 40, 30), "top right": (40, 200, 60), "bottom left": (50, 60, 210)}
+
+
+def scene(frames: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """Frames of four flat quarters: three colours that tell the orientation, a grey that tells the frame's number."""
+    top, left = slice(0, height // 2), slice(0, width // 2)
+    bottom, right = slice(height // 2, None), slice(width // 2, None)
+    result = ramp(frames, height, width)
+    result[:, top, left], result[:, top, right], result[:, bottom, left] = SCENE.values()
+    assert np.array_equal(result[:, bottom, right], ramp(frames, height, width)[:, bottom, right])
+    return result
+
+
 def write_clip(
     path: Path,
     frames: np.ndarray,
@@ -41,10 +54,12 @@ def write_clip(
     transfer: int | None = None,
     audio: Sequence[tuple[str, int, str]] = (),
     audio_s: float | None = None,
+    audio_from_s: float = 0,
 ) -> Path:
-    """A video of RGB frames, uint8 [T, H, W, 3].
+    """A video of RGB or RGBA frames, uint8 [T, H, W, 3 or 4].
 
-    `audio`: (codec, sample rate, layout) of each track: a click every 0.25 s, as long as the video or `audio_s`.
+    `audio`: (codec, sample rate, layout) of each track: a click every 0.25 s, as long as the video or `audio_s`, in a
+    track that begins at `audio_from_s`.
     """
     with av.open(str(path), "w", options=container_options or {}) as out:
         stream = out.add_stream(codec, rate=rate, options={"crf": "10"} if options is None else options)
@@ -59,7 +74,8 @@ def write_clip(
             context.color_trc = transfer
         tracks = [out.add_stream(name, rate=sample_rate, layout=layout) for name, sample_rate, layout in audio]
         for i, pixels in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
+            layout = "rgba" if pixels.shape[-1] == 4 else "rgb24"
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=layout).reformat(
                 format=pixel_format
             )
             picture.pts = i if pts is None else pts[i]
@@ -67,18 +83,18 @@ def write_clip(
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
         for track in tracks:
-            _write_clicks(out, track, audio_s or float(len(frames) / Fraction(rate)))
+            _write_clicks(out, track, audio_s or float(len(frames) / Fraction(rate)), audio_from_s)
     return path
 
 
-def _write_clicks(out: av.container.OutputContainer, track: av.AudioStream, seconds: float) -> None:
+def _write_clicks(out: av.container.OutputContainer, track: av.AudioStream, seconds: float, from_s: float) -> None:
     rate, layout = track.codec_context.sample_rate, track.codec_context.layout
     samples = np.zeros(int(seconds * rate), np.int16)
     for second in np.arange(0, seconds, CLICK_EVERY_S):
         samples[round(second * rate) :][:40] = 29000
     interleaved = np.repeat(samples[None], layout.nb_channels, 0).T.reshape(1, -1)
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(interleaved), format="s16", layout=layout.name)
-    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    frame.sample_rate, frame.pts, frame.time_base = rate, round(from_s * rate), Fraction(1, rate)
     resampler = av.AudioResampler(format=track.codec_context.format, layout=layout, rate=rate, frame_size=1024)
     for piece in [*resampler.resample(frame), *resampler.resample(None)]:
         out.mux(track.encode(piece))
@@ -112,4 +128,34 @@ def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
     (size,) = struct.unpack_from(">I", data, header - 4)
     matrix = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     struct.pack_into(">9i", data, header - 4 + size - 8 - 36, *matrix)
+    path.write_bytes(data)
+
+
+def set_avi_frames(path: Path, frames: int) -> None:
+    """Writes another number of frames into the headers of an avi (the file's own and its first stream's)."""
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.index(b"avih") + 8 + 16, frames)
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, frames)
+    path.write_bytes(data)
+
+
+def packet_at(path: Path, number: int, kind: str = "video") -> range:
+    """Where in the file a packet of its first stream of this kind lies."""
+    with av.open(str(path)) as container:
+        (stream,) = container.streams.get({kind: 0})
+        packet = [packet for packet in container.demux(stream) if packet.size][number]
+        assert packet.pos is not None
+        return range(packet.pos, packet.pos + packet.size)
+
+
+def cut_in_packet(path: Path, number: int) -> None:
+    """Ends the file in the middle of a video packet, as a broken download does."""
+    place = packet_at(path, number)
+    path.write_bytes(path.read_bytes()[: place[len(place) // 2]])
+
+
+def overwrite(path: Path, place: range) -> None:
+    """Puts bytes that mean nothing in a place of a file."""
+    data = bytearray(path.read_bytes())
+    data[place.start : place.stop] = b"\xff" * len(place)
     path.write_bytes(data)

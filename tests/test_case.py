@@ -53,6 +53,12 @@ class TestCase:
         case = read_case(folder(tmp_path, "ref.JPG", "ref_mask.PNG", "driving.MP4", "replace_mask.MP4"))
         assert (case.image.name, case.driving.name, case.mode) == ("ref.JPG", "driving.MP4", "replace")
 
+    def test_videos_of_other_containers(self, tmp_path: Path) -> None:
+        case = read_case(folder(tmp_path, "ref.png", "ref_mask.png", "driving.mov", "replace_mask.mkv"))
+        assert (case.driving.name, case.mask_video.name, case.mode) == ("driving.mov", "replace_mask.mkv", "replace")
+        assert read_case(folder(tmp_path, "driving.mp4")).driving.name == "driving.mp4"
+        assert read_case(folder(tmp_path, "rendered.webm")).driving.name == "rendered.webm"
+
     def test_all_missing_files_are_listed(self, tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             read_case(folder(tmp_path, "driving.mp4", "notes.txt"))

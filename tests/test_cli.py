@@ -19,12 +19,13 @@ from scail2_rt.export.random_checkpoint import CLIP_FILE, SAT_FILE, VAE_FILE
 from scail2_rt.kernels.attention_choice import VARIANTS
 from scail2_rt.runtime import cli_options
 from scail2_rt.runtime.cli import cli, explain
+from scail2_rt.runtime.request import ANCHORS, HISTORIES
 from scail2_rt.runtime.solvers import SOLVERS
 from scail2_rt.runtime.video_writer import CODECS
 from tests.command import SCAIL2_RT, Run, error_of, one_json
 
 pytest_plugins = ["tests.runtime_fixtures"]
-COMMANDS = ("build-engines", "generate", "make-checkpoint", "demo")
+COMMANDS = ("build-engines", "generate", "make-checkpoint", "demo", "convert", "download")
 
 
 def test_help_answers_in_half_a_second() -> None:
@@ -77,6 +78,7 @@ def test_option_values_are_those_of_the_modules() -> None:
     assert set(cli_options.BACKENDS) == {"auto", *BACKENDS}
     assert ("auto", *VARIANTS) == cli_options.ATTENTION
     assert cli_options.SOLVERS == SOLVERS
+    assert (cli_options.HISTORIES, cli_options.ANCHORS) == (HISTORIES, ANCHORS)
     assert tuple(CODECS) == cli_options.CODECS
 
 
@@ -273,16 +275,26 @@ def test_an_interrupted_json_error_is_parseable() -> None:
     assert (json.loads(json.dumps(message)), code) == ("interrupted", 130)
 
 
-def test_a_long_step_of_a_build_says_how_far_it_is(
+def test_a_long_step_says_how_far_it_is_and_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """10 s between lines; the rate is that of this call: what an earlier one had fetched (20 GiB) does not count."""
     from scail2_rt.engines.observe import BuildStep
     from scail2_rt.runtime import progress
 
-    lines, step = progress.BuildLines(), BuildStep("hash", 1, 2, "model.pt", 60 * 2**30)
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = progress.BuildLines()
+    step = BuildStep("download", 2, 3, "large.pt", 60 * 2**30)
     lines.started(step)
+    for second in range(25):
+        clock[0] = float(second)
+        lines.advanced(step, (20 + second) * 2**30)
+    assert capsys.readouterr().err.splitlines() == [
+        "download large.pt: 30.0 of 60.0 GiB, about 30 s left",
+        "download large.pt: 40.0 of 60.0 GiB, about 20 s left",
+    ]
+    lines.started(step)
+    clock[0] += 20
     lines.advanced(step, 2**30)
-    assert capsys.readouterr().err == ""  # too early
-    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
-    lines.advanced(step, 15 * 2**30)
-    assert capsys.readouterr().err == "hash model.pt: 15.0 of 60.0 GiB\n"
+    assert capsys.readouterr().err == "download large.pt: 1.0 of 60.0 GiB\n"

@@ -88,6 +88,7 @@ BAD = [
     Bad("size", ("divisible by 32", "64x96", "96x96"), arguments=("--size", "70x96")),
     Bad("overlap 4n+1", ("overlap must be 4n+1", "5 or 9"), arguments=("--segment-overlap", "6")),
     Bad("overlap too long", ("below the segment length",), arguments=("--segment-overlap", "13")),
+    Bad("more blended than overlaps", ("--overlap-blend must be 0 to",), arguments=("--overlap-blend", "6")),
     Bad("length 4n+1", ("segment length must be 4n+1", "13 or 17"), arguments=("--segment-length", "14")),
     Bad("start beyond the end", ("--start 21", "0 to 20"), arguments=("--start", "21")),
     Bad("too many frames", ("--frames 20", "11 frames"), arguments=("--start", "10", "--frames", "20")),

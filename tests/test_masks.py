@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,17 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from scail2_rt.export.errors import InputError
-from scail2_rt.runtime.masks import (
-    CHARACTERS,
-    COLOURS,
-    MaskStats,
-    check_masks,
-    class_shares,
-    classes_present,
-    flat_strangers,
-    guess_mode,
-    mask_latents,
-)
+from scail2_rt.runtime.mask_lint import MaskReport, check_masks, refuse
+from scail2_rt.runtime.mask_stats import MaskStats, flat_strangers, guess_mode
+from scail2_rt.runtime.masks import CHARACTERS, COLOURS, class_shares, classes_present, mask_latents
 from scail2_rt.runtime.preprocess import half_resolution, normalise_image, normalise_video
 from tests.clips import write_clip
 
@@ -140,13 +133,20 @@ class TestGuess:
         assert guess_mode(frame[None]) == "replace"
 
 
+def accepted(*arguments: Any, **options: Any) -> MaskReport:
+    """The report of masks that can be used; InputError for the others."""
+    report = check_masks(*arguments, **options)
+    refuse(report.findings)
+    return report
+
+
 class TestCheck:
     @pytest.mark.parametrize("crf", [0, 23, 35])
     @pytest.mark.parametrize("mode", ["animate", "replace"])
     def test_good_masks_pass_after_coding(self, tmp_path: Path, mode: str, crf: int) -> None:
         here, there = (BLACK, WHITE) if mode == "replace" else (WHITE, BLACK)
         frames = [mask(there, "red"), *[mask(there, *CHARACTERS)] * 9]
-        report = check_masks([mask(here, *CHARACTERS)], video(tmp_path / "m.mp4", frames, crf))
+        report = accepted([mask(here, *CHARACTERS)], video(tmp_path / "m.mp4", frames, crf))
         assert report.mode == mode
         assert (report.frames, report.height, report.width) == (10, 96, 160)
         assert set(report.references[0]) == {*CHARACTERS, *(("white",) if mode == "animate" else ())}
@@ -157,35 +157,35 @@ class TestCheck:
 
     def test_only_the_frames_in_use_are_read(self, tmp_path: Path) -> None:
         frames = [*[mask(BLACK, "blue")] * 4, *[mask(BLACK, "red")] * 12, *[mask(BLACK, "blue")] * 4]
-        report = check_masks([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames), start=4, frames=12)
+        report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames), start=4, frames=12)
         assert (report.frames, dict(report.driving)) == (12, {"red": 4})
-        with pytest.raises(InputError, match="blue character from frame 16 on"):
-            check_masks([mask(WHITE, "red")], tmp_path / "m.mp4", start=4)
+        with pytest.raises(InputError, match="blue character in frames 16-19, but"):
+            accepted([mask(WHITE, "red")], tmp_path / "m.mp4", start=4)
         with pytest.raises(InputError, match="cannot start at frame 21"):
-            check_masks([mask(WHITE, "red")], tmp_path / "m.mp4", start=21)
+            accepted([mask(WHITE, "red")], tmp_path / "m.mp4", start=21)
         with pytest.raises(InputError, match="no frame from number 20 on"):
-            check_masks([mask(WHITE, "red")], tmp_path / "m.mp4", start=20)
+            accepted([mask(WHITE, "red")], tmp_path / "m.mp4", start=20)
 
     @pytest.mark.parametrize("image", [mask(GREY), mask(BLACK), mask(BLACK, (100, 100, 100))])
     def test_reference_without_palette(self, tmp_path: Path, image: np.ndarray) -> None:
         with pytest.raises(InputError, match=r"ref_mask\.png has none of the mask colours"):
-            check_masks([image], video(tmp_path / "m.mp4", [mask(BLACK, "red")]), names=["ref_mask.png"])
+            accepted([image], video(tmp_path / "m.mp4", [mask(BLACK, "red")]), names=["ref_mask.png"])
 
     @pytest.mark.parametrize("frame", [mask(GREY), mask(BLACK), mask(WHITE)])
     def test_driving_without_character(self, tmp_path: Path, frame: np.ndarray) -> None:
         with pytest.raises(InputError, match=r"m\.mp4 shows no character in any of its 3 frames"):
-            check_masks([mask(WHITE, "red")], video(tmp_path / "m.mp4", [frame] * 3))
+            accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", [frame] * 3))
 
     def test_colour_that_no_reference_has(self, tmp_path: Path) -> None:
         path = video(tmp_path / "m.mp4", [*[mask(BLACK, "red")] * 3, *[mask(BLACK, "red", "green")] * 3])
         with pytest.raises(
-            InputError, match=r"green character from frame 3 on, .*mask has green \(a\.png, b\.png: red, blue\)"
+            InputError, match=r"green character in frames 3-5, .*mask has green \(a\.png, b\.png: red, blue\)"
         ):
-            check_masks([mask(WHITE, "red"), mask(WHITE, "blue")], path, names=["a.png", "b.png"])
-        assert check_masks([mask(WHITE, "red"), mask(WHITE, "green")], path).driving == {"red": 0, "green": 3}
+            accepted([mask(WHITE, "red"), mask(WHITE, "blue")], path, names=["a.png", "b.png"])
+        assert accepted([mask(WHITE, "red"), mask(WHITE, "green")], path).driving == {"red": 0, "green": 3}
 
     def test_a_clean_background_is_a_fine_extra_reference(self, tmp_path: Path) -> None:
-        report = check_masks([mask(WHITE, "red"), mask(WHITE)], video(tmp_path / "m.mp4", [mask(BLACK, "red")]))
+        report = accepted([mask(WHITE, "red"), mask(WHITE)], video(tmp_path / "m.mp4", [mask(BLACK, "red")]))
         assert report.references[1] == ("white",)
         assert report.warnings == ()
 
@@ -194,22 +194,23 @@ class TestCheck:
         with pytest.raises(
             InputError, match=r"more than six characters \(7 colours\): \(25\d,12\d,\d\) covers .*in frame 1"
         ):
-            check_masks([mask(WHITE, *CHARACTERS)], video(tmp_path / "m.mp4", frames, 10))
+            accepted([mask(WHITE, *CHARACTERS)], video(tmp_path / "m.mp4", frames, 10))
 
     def test_colour_outside_the_palette(self, tmp_path: Path) -> None:
+        red = video(tmp_path / "red.mp4", [mask(BLACK, "red")])
         with pytest.raises(
             InputError, match=r"\(255,128,0\) covers .* of ref\.png, and is not one of the mask colours"
         ):
-            check_masks([mask(WHITE, (255, 128, 0))], tmp_path / "unused.mp4", names=["ref.png"])
+            accepted([mask(WHITE, "red", (255, 128, 0))], red, names=["ref.png"])
         path = video(tmp_path / "m.mp4", [mask(BLACK, "red"), mask(BLACK, "red", (180, 0, 0))], 10)
         with pytest.raises(InputError, match=r"m\.mp4 in frame 1, and is not one of the mask colours"):
-            check_masks([mask(WHITE, "red")], path)
+            accepted([mask(WHITE, "red")], path)
 
     def test_specks_are_ignored(self, tmp_path: Path) -> None:
         frame = mask(BLACK, "red", height=480, width=800)
         frame[300:312, 600:612] = COLOURS["cyan"]  # 0.04 % of the frame
         frame[400:412, 600:612] = (255, 128, 0)
-        report = check_masks([mask(WHITE, "red")], video(tmp_path / "m.mp4", [frame] * 2, 10))
+        report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", [frame] * 2, 10))
         assert dict(report.driving) == {"red": 0}
 
     @pytest.mark.parametrize(
@@ -220,18 +221,22 @@ class TestCheck:
             (mask(BLACK, "red"), mask(BLACK, "red"), "animate", "reference's background will not be kept"),
             (mask(WHITE, "red"), mask(WHITE, "red"), "replace", "would be kept from the reference"),
             (mask(WHITE, "red", "blue"), mask(BLACK, "red"), "animate", "blue character that never appears"),
-            (mask(WHITE, "red", GREY), mask(BLACK, "red"), "animate", r"is grey \(128, 128, 128\)"),
+            (mask(WHITE, "red", GREY), mask(BLACK, "red"), "animate", r"is grey \(128,128,128\)"),
             (mask(WHITE, "red"), mask(GREY, "red"), "animate", "grey counts as hidden"),
         ],
     )
     def test_warnings(self, tmp_path: Path, reference: np.ndarray, driving: np.ndarray, mode: str, says: str) -> None:
         import re
 
-        report = check_masks([reference], video(tmp_path / "m.mp4", [driving] * 2, 10), mode)  # type: ignore[arg-type]
+        report = accepted([reference], video(tmp_path / "m.mp4", [driving] * 2, 10), mode)
         assert report.mode == mode
         assert any(re.search(says, warning) for warning in report.warnings), report.warnings
 
     def test_absence_is_a_warning(self, tmp_path: Path) -> None:
         frames = [*[mask(BLACK, "red")] * 2, *[mask(BLACK)] * 3, mask(BLACK, "red")]
-        report = check_masks([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames))
-        assert report.warnings == ("m.mp4 shows no character in 3 of 6 frames (the first is frame 2).",)
+        report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames))
+        assert [(f.severity, f.rule, f.frames) for f in report.findings if f.severity != "note"] == [
+            ("warning", "flicker", ((2, 4),)),
+            ("warning", "absence", ((2, 4),)),
+        ]
+        assert "m.mp4 shows no character in 3 of 6 frames (frames 2-4)." in report.warnings[1]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from scail2_rt.export.errors import InputError
-from scail2_rt.runtime.media import VideoReader, load_image, load_mask_image, probe_video
+from scail2_rt.runtime.images import load_image, load_mask_image
+from scail2_rt.runtime.media import VideoReader, probe_video
 from tests.clips import flat, number_of, ramp, set_display_matrix, write_clip
 
 NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
@@ -56,6 +57,18 @@ class TestProbe:
             reader.read(4)
             reader.read(100)
             assert tuple(reader.timestamps) == info.timestamps
+
+    def test_animated_webp_keeps_times_and_alpha(self, tmp_path: Path) -> None:
+        pictures = np.full((3, 32, 48, 4), (200, 100, 50, 255), np.uint8)
+        pictures[1:, :16, :, 3] = 0
+        pictures[2, 30:] = (0, 0, 250, 255)  # the encoder joins frames that are equal
+        first, *others = [Image.fromarray(picture) for picture in pictures]
+        path = tmp_path / "a.webp"
+        first.save(path, save_all=True, append_images=others, duration=[40, 300, 90], lossless=True, exact=True)
+        assert probe_video(path).timestamps == (0, Fraction(40, 1000), Fraction(340, 1000))
+        frames = read_all(path)
+        assert frames[:, 0, 0].tolist() == [[200, 100, 50], [0, 0, 0], [0, 0, 0]]
+        assert frames[:, 31, 0].tolist() == [[200, 100, 50], [200, 100, 50], [0, 0, 250]]
 
     def test_audio_is_seen(self, tmp_path: Path) -> None:
         assert probe_video(write_clip(tmp_path / "a.mp4", ramp(5), audio=[("aac", 44100, "mono")])).audio

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from scail2_rt.runtime.geometry import covering_size
 from scail2_rt.runtime.preprocess import (
     clip_pixels,
-    covering_size,
     half_resolution,
     normalise_image,
     normalise_video,

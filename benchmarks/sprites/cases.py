@@ -100,9 +100,9 @@ def render_case(plan: CasePlan, size: tuple[int, int] = SIZE) -> SpriteCase:
     truth, labels = draw_picture(plan.truth, *size)
     hidden = np.zeros(labels.shape, bool)
     if plan.hides == "background":
-        hidden = (labels == 0) & (reference_labels > 0)
+        hidden = (labels < 1) & (reference_labels > 0)
     elif plan.hides == "back":
-        hidden = (labels > 0) & plan.facing_away.any(1)[:, None, None]
+        hidden = (labels > 0) & np.expand_dims(plan.facing_away.any(1), (1, 2))
     return SpriteCase(plan, reference[0], reference_mask[0], extras, driving, driving_mask, truth, labels, hidden)
 
 

@@ -81,8 +81,8 @@ def fit(
 ) -> dict[str, Tensor]:
     """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
 
-    `loss` makes a batch with the given generator (on the device) and returns its loss. Progress is appended to `log_file`, a JSON
-    object a line."""
+    `loss` makes a batch with the given generator (on the device) and returns its loss. Progress is appended to
+    `log_file`, a JSON object a line."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
     average = [p.detach().clone() for p in parameters]

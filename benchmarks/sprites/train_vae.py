@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.cases import TASKS, CasePlan
 from scail2_rt.benchmarks.sprites.drawing import draw_pictures
@@ -24,7 +23,7 @@ CROP = 64
 WHOLE_EVERY = 4  # every so many batches hold whole pictures, whose middle attention sees four times as much
 NOISE = 0.1  # of the latents' deviation
 CHARACTER_WEIGHT = 3.0
-RATE = 2e-3
+RATE = 1.5e-3
 
 
 class Clips:
@@ -73,7 +72,7 @@ def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: 
         count += 1
         frames = CLIP_FRAMES[count % len(CLIP_FRAMES)]
         kind = "whole" if count % WHOLE_EVERY == 0 else ("half", "crop", "crop")[count % 3]
-        video, weight = clips.batch(batch // 4 if kind == "whole" else batch, frames, kind, generator)
+        video, weight = clips.batch(max(batch // 4, 1) if kind == "whole" else batch, frames, kind, generator)
         latent = vae.encode(video)
         deviation = latent.detach().std(dim=(0, 2, 3, 4), keepdim=True)
         noise = torch.randn(latent.shape, generator=generator, device=latent.device)

@@ -11,6 +11,7 @@ from scail2_rt.engines.executors import EngineSet
 from scail2_rt.runtime.conditioning import Conditions, encode_references
 from scail2_rt.runtime.driving import DrivingClip
 from scail2_rt.runtime.geometry import Layout, Segment, plan_segments
+from scail2_rt.runtime.history import Carry, History
 from scail2_rt.runtime.pipeline import Sampling, animate
 from scail2_rt.runtime.progress import SilentProgress
 from scail2_rt.runtime.solvers import make_solver
@@ -94,9 +95,10 @@ def _run(
         seen.setdefault(name, []).append(value.cpu())
 
     mode = "replace" if case["replace"] else "animate"
-    history = fixture[f"seg{first}.history_pixels"].to(engines.device) if first else None
+    recorded = fixture[f"seg{first}.history_pixels"].to(engines.device) if first else None
+    carry = Carry(first, None if recorded is None else History.of(recorded))
     for frames in animate(
-        engines, conditions, clips(), sampling, mode, draw_noise, SilentProgress(), case["overlap"], history, observe
+        engines, conditions, clips(), sampling, mode, draw_noise, SilentProgress(), case["overlap"], carry, observe
     ):
         seen.setdefault("frames", []).append(frames.pixels.cpu())
         if frames.ends_segment:

@@ -1,0 +1,335 @@
+"""The command group `scail2-rt masks`: check, show, mend and make the colour masks of a case, without weights.
+
+Only click is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from scail2_rt.runtime import cli_options as o
+from scail2_rt.runtime.output import show, stdout_for
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from scail2_rt.runtime.mask_check import CheckResult
+    from scail2_rt.runtime.mask_files import Source
+    from scail2_rt.runtime.mask_sources import Matte
+    from scail2_rt.runtime.masks import Role
+
+CHARACTERS = ("red", "green", "blue", "yellow", "magenta", "cyan")  # masks.CHARACTERS
+UNUSABLE = 2  # exit code of a check that found an error
+
+
+class ColourMap(click.ParamType):
+    """`255,140,0=red` → ((255, 140, 0), "red")."""
+
+    name = "R,G,B=COLOUR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, str]:
+        if isinstance(value, tuple):
+            return value
+        numbers, _, target = value.partition("=")
+        levels = [int(part) if part.strip().isdecimal() else -1 for part in numbers.split(",")]
+        if len(levels) != 3 or not all(0 <= level <= 255 for level in levels):
+            self.fail(f"{value!r} does not begin with a colour: write it as in 255,140,0=red", param, ctx)
+        if target.strip() not in (*CHARACTERS, "white", "black"):
+            self.fail(f"{target!r} is none of white, black, {', '.join(CHARACTERS)}", param, ctx)
+        return tuple(levels), target.strip()
+
+
+class RateType(click.ParamType):
+    """`25`, `23.976`, `30000/1001` → a fraction."""
+
+    name = "FPS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        try:
+            rate = Fraction(value)
+        except (ValueError, ZeroDivisionError):
+            rate = Fraction(0)
+        if not 0 < rate <= 1000:
+            self.fail(f"{value!r} is not a frame rate: write it as in 25 or 30000/1001", param, ctx)
+        return rate
+
+
+CASE_OPTIONS = o.in_section(
+    "Inputs (mask files by themselves, a case folder, or the four files of a case)",
+    o.option("--case", type=o.PATH, metavar="DIR", help="Case folder in the official layout, as for generate."),
+    o.option("--image", type=o.PATH, metavar="FILE", help="Reference image."),
+    o.option("--mask-image", type=o.PATH, metavar="FILE", help="Colour mask of the reference image."),
+    o.option("--driving", type=o.PATH, metavar="FILE", help="Driving video."),
+    o.option("--mask-video", type=o.PATH, metavar="FILE", help="Colour mask of the driving video."),
+    o.option(
+        "--extra-ref",
+        "extra_refs",
+        type=(o.PATH, o.PATH),
+        multiple=True,
+        metavar="IMAGE MASK",
+        help="Another view of the character and its mask; may be repeated.",
+    ),
+    o.option(
+        "--mode",
+        type=click.Choice(["auto", "animate", "replace"]),
+        default="auto",
+        show_default=True,
+        help="What the masks are for; auto reads it from the case folder or the masks.",
+    ),
+    o.option("--size", type=o.SizeType(), metavar="HxW", help="Size of the output, as for generate."),
+)
+OVERWRITE = o.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+WRITE_OPTIONS = o.in_section(
+    "Output",
+    o.option(
+        "-o", "--output", type=o.PATH, required=True, metavar="FILE", help="The mask to write: .png, or .mp4 of a clip."
+    ),
+    OVERWRITE,
+    o.option(
+        "--fps",
+        type=RateType(),
+        metavar="RATE",
+        help="Frame rate of the video that a folder of images becomes: the driving video's.  [default: 25]",
+    ),
+)
+_PURPOSE = (
+    o.option(
+        "--mode",
+        type=click.Choice(["animate", "replace"]),
+        required=True,
+        help="What the mask is for. The background becomes white where it shows: the reference's in animate, the "
+        "driving video's in replace mode; black elsewhere.",
+    ),
+    o.option(
+        "--role",
+        type=click.Choice(["reference", "driving"]),
+        help="Whose mask it is.  [default: reference of an image, driving of a clip]",
+    ),
+)
+_MATTE = (
+    *_PURPOSE,
+    o.option(
+        "--color",
+        "--colour",
+        "colour",
+        type=click.Choice(CHARACTERS),
+        default="red",
+        show_default=True,
+        help="The character's colour: the same in the reference mask and the driving mask.",
+    ),
+    o.option(
+        "--threshold",
+        type=click.IntRange(1, 255),
+        default=128,
+        show_default=True,
+        metavar="N",
+        help="8-bit level from which on a pixel is the character's.",
+    ),
+)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def masks(ctx: click.Context) -> None:
+    """Check, show, mend and make the colour masks of a case. No weights are needed.
+
+    White: background that shows. Black: what is hidden. Red, green, blue, yellow, magenta, cyan: one colour a
+    character, the same in the reference mask and the driving mask."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@masks.command(cls=o.SectionCommand)
+@click.argument("files", type=o.PATH, nargs=-1)
+@CASE_OPTIONS
+@o.reporting
+def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Say what the masks of a case, or the mask FILES, show and what is wrong with them, with frame numbers.
+
+    Exit code 0 when they can be used, warnings or not; 2 when an error was found, which generate refuses."""
+    with stdout_for(as_json):
+        result, _ = _checked(files, options)
+    show(result.as_json if as_json else None, result.text, as_json)
+    if not result.usable:
+        raise click.exceptions.Exit(UNUSABLE)
+
+
+@masks.command(cls=o.SectionCommand)
+@click.argument("files", type=o.PATH, nargs=-1)
+@CASE_OPTIONS
+@o.in_section(
+    "Output",
+    o.option("-o", "--output", type=o.PATH, required=True, metavar="DIR", help="Folder for masks.png and masks.mp4."),
+    o.option(
+        "--count",
+        type=click.IntRange(1, 100),
+        default=12,
+        show_default=True,
+        metavar="N",
+        help="Frames on the sheet; those that the check complains of come before others.",
+    ),
+    OVERWRITE,
+)
+@o.reporting
+def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Lay the masks over the pictures: a contact sheet (masks.png) and a video of all frames (masks.mp4).
+
+    Hidden parts are dark and hatched, characters tinted and outlined, pixels in no class orange. At most one of FILES
+    may be a video."""
+    from scail2_rt.runtime.mask_files import check_new
+    from scail2_rt.runtime.mask_preview import clip_of, reference_stills, write_preview
+
+    folder: Path = options["output"]
+    with stdout_for(as_json):
+        result, case = _checked(files, options)
+        clip = clip_of(files, case, result.findings)
+        check_new(folder / "masks.png", ".png", options["overwrite"])
+        if clip is not None:
+            check_new(folder / "masks.mp4", ".mp4", options["overwrite"])
+        stills = reference_stills(files, case, options["extra_refs"], result.findings)
+        sheet, video = write_preview(folder, stills, clip, options["count"])
+    written = [str(path) for path in (sheet, video) if path]
+    text = f"wrote {' and '.join(written)}"
+    if result.findings:
+        text += f"; findings: {len(result.findings)} (`scail2-rt masks check` explains them)"
+    show({"sheet": sheet, "video": video, "check": result.as_json}, text, as_json)
+
+
+@masks.command(cls=o.SectionCommand)
+@click.argument("file", type=o.PATH)
+@WRITE_OPTIONS
+@o.in_section(
+    "Clean",
+    o.option(
+        "--map",
+        "maps",
+        type=ColourMap(),
+        multiple=True,
+        metavar="R,G,B=COLOUR",
+        help="Make this colour another one, as in 255,140,0=red; may be repeated.",
+    ),
+    o.option(
+        "--background",
+        type=click.Choice(["white", "black"]),
+        help="Make the whole background white or black: what is black or white becomes the other.",
+    ),
+    o.option(
+        "--speck",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Areas of fewer pixels take the colour around them; 0 keeps all.  [default: 1 in 10,000 of the frame]",
+    ),
+)
+@o.reporting
+def clean(file: Path, as_json: bool, **options: Any) -> None:
+    """Give every pixel of the mask FILE (image, video or folder of images) exactly one of the mask colours.
+
+    Near colours snap, fringes of video and JPEG coding take the colour of the area they belong to, specks go. Written
+    without loss."""
+    from scail2_rt.runtime.images import load_mask_image
+    from scail2_rt.runtime.mask_cleaning import Cleaning, clean_frame
+    from scail2_rt.runtime.mask_files import frames_of
+
+    cleaning = Cleaning(dict(options["maps"]), options["background"], options["speck"])
+
+    def frames(source: Source) -> Iterator[np.ndarray]:
+        for number, frame in enumerate(frames_of(source, load_mask_image)):
+            yield clean_frame(frame, cleaning, str(file) if source.kind == "image" else f"frame {number} of {file}")
+
+    _write(file, options, as_json, frames)
+
+
+@masks.command(cls=o.SectionCommand)
+@click.argument("image", type=o.PATH)
+@WRITE_OPTIONS
+@o.in_section("Mask", *_MATTE)
+@o.reporting
+def from_alpha(image: Path, as_json: bool, **options: Any) -> None:
+    """Make a mask of the alpha channel of IMAGE (or of a folder of images): where it is opaque the character is."""
+    from scail2_rt.runtime.mask_sources import masks_from_alpha
+
+    _write(image, options, as_json, lambda source: masks_from_alpha(source, _matte(source, options)))
+
+
+@masks.command(cls=o.SectionCommand)
+@click.argument("matte", type=o.PATH)
+@WRITE_OPTIONS
+@o.in_section("Mask", *_MATTE, o.option("--invert", is_flag=True, help="The character is dark, not bright."))
+@o.reporting
+def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
+    """Make a mask of the grey MATTE (image, video or folder of images): where it is bright the character is."""
+    from scail2_rt.runtime.mask_sources import masks_from_grey
+
+    _write(matte, options, as_json, lambda source: masks_from_grey(source, _matte(source, options)))
+
+
+@masks.command(cls=o.SectionCommand)
+@click.argument("labels", type=o.PATH)
+@WRITE_OPTIONS
+@o.in_section(
+    "Mask",
+    *_PURPOSE,
+    o.option(
+        "--order",
+        default=",".join(CHARACTERS),
+        show_default=True,
+        metavar="LIST",
+        help="Colours of labels 1, 2, …, or LABEL=COLOUR as in 128=red,255=background. Label 0 is background.",
+    ),
+)
+@o.reporting
+def from_labels(labels: Path, as_json: bool, **options: Any) -> None:
+    """Make a mask of LABELS: an indexed or grey image whose pixels are numbers, a folder of them, or a grey video.
+
+    A video must be lossless, or its labels far apart (0, 128, 255)."""
+    from scail2_rt.runtime.mask_sources import masks_from_labels, parse_order
+
+    order = parse_order(options["order"])
+    _write(labels, options, as_json, lambda source: masks_from_labels(source, order, _background(source, options)))
+
+
+def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckResult, Any]:
+    """What the check says, and the files of the case if it is one."""
+    from scail2_rt.export.errors import InputError
+    from scail2_rt.runtime.mask_check import case_files, check_case, check_files
+
+    case = case_files(options)
+    if case is None:
+        if not files:
+            raise InputError("There is nothing to check: give --case DIR, the four files of a case, or mask files.")
+        if options["extra_refs"]:
+            raise InputError("--extra-ref belongs to a case: give --case DIR or the four files with it.")
+        return check_files(files), None
+    if files:
+        raise InputError(f"{files[0]} was given beside a case: check mask files by themselves or the files of a case.")
+    mode = case.mode if options["case"] is not None else options["mode"]
+    return check_case(case, options["extra_refs"], mode, options["size"]), case
+
+
+def _write(file: Path, options: dict[str, Any], as_json: bool, frames: Any) -> None:
+    """`frames`: Source → mask frames."""
+    from scail2_rt.runtime.mask_files import check_output, open_source, write_mask
+
+    with stdout_for(as_json):
+        source = open_source(file, options["fps"])
+        check_output(options["output"], source, options["overwrite"])
+        written = write_mask(options["output"], source, frames(source))
+    show(written, written.text, as_json)
+
+
+def _background(source: Source, options: dict[str, Any]) -> tuple[int, int, int]:
+    from scail2_rt.runtime.masks import background_of
+
+    role = options["role"] or ("reference" if source.kind == "image" else "driving")
+    return background_of(options["mode"], cast("Role", role))
+
+
+def _matte(source: Source, options: dict[str, Any]) -> Matte:
+    from scail2_rt.runtime.mask_sources import Matte
+
+    return Matte(options["colour"], _background(source, options), options["threshold"], options.get("invert", False))
