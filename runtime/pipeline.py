@@ -68,15 +68,7 @@ def generate(
 ) -> Result:
     """Animate the plan's character and write the video. A failure or Ctrl-C keeps the finished segments."""
     request = plan.request
-    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance)
-    conditions = encode_conditions(plan, engines, progress, cache)
-    noise = torch.Generator(request.noise_device).manual_seed(request.seed)
-
-    def draw_noise(layout: Layout) -> Tensor:
-        shape = (16, layout.frames, layout.height, layout.width)
-        return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
-
-    progress.begin(len(plan.segments), request.steps)
+    made = animate_plan(plan, engines, progress, cache, memory)
     writer = VideoWriter(
         request.output,
         plan.width,
@@ -90,11 +82,7 @@ def generate(
     )
     written = 0
     try:
-        clips = read_clips(plan)
-        overlap = request.segment_overlap
-        for frames in animate(
-            engines, conditions, clips, sampling, plan.mode, draw_noise, progress, overlap, memory=memory
-        ):
+        for frames in made:
             writer.write(frames.pixels.numpy())
             written += len(frames.pixels)
             if frames.ends_segment:
@@ -105,6 +93,31 @@ def generate(
         writer.abort()
         raise
     return Result(request.output, written)
+
+
+def animate_plan(
+    plan: JobPlan,
+    engines: EngineSet,
+    progress: Progress,
+    cache: PromptCache | None = None,
+    memory: MemoryPlan | None = None,
+) -> Iterator[Frames]:
+    """The plan's frames as `generate` writes them. Conditions are encoded at once, frames are made as they are asked
+    for."""
+    request = plan.request
+    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance)
+    conditions = encode_conditions(plan, engines, progress, cache)
+    noise = torch.Generator(request.noise_device).manual_seed(request.seed)
+
+    def draw_noise(layout: Layout) -> Tensor:
+        shape = (16, layout.frames, layout.height, layout.width)
+        return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
+
+    progress.begin(len(plan.segments), request.steps)
+    overlap = request.segment_overlap
+    return animate(
+        engines, conditions, read_clips(plan), sampling, plan.mode, draw_noise, progress, overlap, memory=memory
+    )
 
 
 def encode_conditions(
@@ -208,20 +221,22 @@ def denoise(
     history_mask = x.new_zeros(4, *x.shape[1:])
     history_mask[:, :frozen] = 1
 
-    def with_history(x: Tensor) -> Tensor:
-        return x if clean is None else torch.cat([clean, x[:, frozen:]], dim=1)
-
-    x = with_history(x)
+    x = overwrite_history(x, clean)
     for step in range(sampling.steps):
         velocity, *unguided = transformer.velocities(x, history_mask, step)
         observe("velocity", velocity)
         if unguided:
             observe("velocity_unguided", unguided[0])
             velocity = unguided[0] + sampling.guidance * (velocity - unguided[0])
-        x = with_history(solver.step(velocity, x))
+        x = overwrite_history(solver.step(velocity, x), clean)
         observe("latent", x)
         progress.step(step)
     return x
+
+
+def overwrite_history(x: Tensor, clean: Tensor | None) -> Tensor:
+    """x [16, F, h, w] with its first frames replaced by the history latents [16, Th, h, w], if there are any."""
+    return x if clean is None else torch.cat([clean, x[:, clean.shape[1] :]], dim=1)
 
 
 def decoded_frames(engines: EngineSet, latent: Tensor, progress: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
