@@ -6,9 +6,9 @@ from pathlib import Path
 from scail2_rt.benchmarks.bench import Bench
 from scail2_rt.benchmarks.models import Work
 from scail2_rt.benchmarks.random_folder import write_random_folder
+from scail2_rt.benchmarks.sprites.case_files import draw_case
 from scail2_rt.engines.executors import EngineSet
 from scail2_rt.export.precision import Precision
-from scail2_rt.runtime.demo import draw_case
 from scail2_rt.runtime.pipeline import generate
 from scail2_rt.runtime.progress import Progress
 from scail2_rt.runtime.request import JobPlan, Request, check_request

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from scail2_rt.benchmarks.sprites.command import quality
 from scail2_rt.runtime.cli_options import ATTENTION, PATH, SectionCommand, debug_option, in_section, option
 
 SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate")
@@ -178,3 +179,6 @@ def report_command(file: Path, output: Path | None, summary_file: Path | None) -
     _write_outputs(results, output, summary_file)
     failed = [row.name for row in results.rows.values() if row.failure]
     click.echo(last_line(results, failed, file))
+
+
+bench.add_command(quality)

@@ -1,6 +1,6 @@
 """Results as text: one line a row."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from scail2_rt.benchmarks.record import Row
 
@@ -39,6 +39,16 @@ def line(row: Row) -> str:
     return f"{row.name:44s} {', '.join(parts)}"
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns: the first on the left, the last as it is, those between on the right."""
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(lines[0]) - 1)]
+    text = []
+    for first, *middle, last in lines:
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(middle, widths[1:], strict=True)), last]
+        text.append("  ".join(cells).rstrip())
+    return text
+
+
 def table(rows: Iterable[Row]) -> str:
     """All rows, aligned, grouped by section; values without a column of their own follow as text."""
     rows = list(rows)
@@ -51,11 +61,7 @@ def table(rows: Iterable[Row]) -> str:
         rest = [f"{key} {value:.4g}" for key, value in row.values.items() if key not in _SHOWN | _HIDDEN]
         cells.append(f"FAILED: {row.failure}" if row.failure else ", ".join([*rest, *([row.note] if row.note else [])]))
         lines.append(cells)
-    widths = [max(len(cells[i]) for cells in lines) for i in range(len(lines[0]) - 1)]
-    text = []
-    for cells in lines:
-        aligned = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:-1], widths[1:], strict=True))]
-        text.append("  ".join([*aligned, cells[-1]]).rstrip())
+    text = aligned(lines)
     if any(row.kind == "baseline" for row in rows):
         text.append("* baseline, in the same run")
     return "\n".join(text)

@@ -7,7 +7,7 @@
     verify           engine folder against its checkpoint       engines.verify
     export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
     doctor           what this machine has                      doctor
-    demo             all three on a case that it draws itself   demo
+    demo             the whole way, on a case with an answer     demo
     bench            speed, memory and error, with baselines    benchmarks
     convert          checkpoint → one safetensors file          engines.convert
     download         the official checkpoint from the hub       download
@@ -222,9 +222,9 @@ def doctor(engines: Path | None, as_json: bool) -> None:
 @o.DEMO_OPTIONS
 @o.reporting
 def demo(output: Path, backend: str, as_json: bool) -> None:
-    """Show the whole way on any machine: a random checkpoint, a drawn driving case with sound, engines, a video.
+    """Show the whole way on any machine: a small trained checkpoint, a drawn case with sound, engines, a video.
 
-    The weights are random, so the video is coloured noise; what it proves is that every part works."""
+    The right answer is known: the demo prints how close the video came, and writes a contact sheet."""
     from scail2_rt.runtime.demo import run_demo
 
     with stdout_for(as_json):

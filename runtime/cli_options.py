@@ -418,7 +418,13 @@ DEMO_OPTIONS = in_section(
         default=Path("out"),
         show_default=True,
         metavar="DIR",
-        help="Folder for the checkpoint, the engines, the case and demo.mp4.",
+        help="Folder for the engines, the case, demo.mp4 and its contact sheet.",
     ),
-    option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Executor to run."),
+    option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="Executor to run. auto is torch here, on a CPU too: ONNX Runtime's first graphs take minutes to trace.",
+    ),
 )

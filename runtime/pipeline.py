@@ -83,28 +83,14 @@ def generate(
 
     `sidecar` keeps what it takes to go on after each; `saved` is such a state, to go on from."""
     request = plan.request
-    joins = Joins(request.history, request.overlap_blend, request.anchor_color)
-    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance, joins)
-    conditions = encode_conditions(plan, engines, progress, cache)
     noise = noise_generator(request.noise_device, request.seed, saved)
     carry, written = (saved.carry, saved.frames) if saved else (Carry(), 0)
-
-    def draw_noise(layout: Layout) -> Tensor:
-        shape = (16, layout.frames, layout.height, layout.width)
-        return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
-
-    progress.begin(len(plan.segments), request.steps, carry.finished)
+    made = animate_plan(plan, engines, progress, noise, carry, cache, memory)
     audio = request.driving if plan.audio else None
     picture = plan.width, plan.height, plan.frame_rate, request.codec, request.crf
     writer = VideoWriter(request.output, *picture, audio, plan.start_s, plan.timestamps, after=written)
     try:
-        clips = read_clips(plan, carry.finished)
-        for frames in animate(
-            *(engines, conditions, clips, sampling, plan.mode, draw_noise, progress),
-            overlap=request.segment_overlap,
-            carry=carry,
-            memory=memory,
-        ):
+        for frames in made:
             writer.write(frames.pixels.numpy())
             written += len(frames.pixels)
             if frames.carry is not None:
@@ -116,6 +102,31 @@ def generate(
         writer.abort()
         raise
     return Result(request.output, written)
+
+
+def animate_plan(
+    plan: JobPlan,
+    engines: EngineSet,
+    progress: Progress,
+    noise: torch.Generator,
+    carry: Carry | None = None,
+    cache: PromptCache | None = None,
+    memory: MemoryPlan | None = None,
+) -> Iterator[Frames]:
+    """The plan's frames as `generate` writes them, from the segment after `carry` on. Conditions are encoded at once,
+    frames are made as they are asked for."""
+    request, carry = plan.request, carry or Carry()
+    joins = Joins(request.history, request.overlap_blend, request.anchor_color)
+    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance, joins)
+    conditions = encode_conditions(plan, engines, progress, cache)
+
+    def draw_noise(layout: Layout) -> Tensor:
+        shape = (16, layout.frames, layout.height, layout.width)
+        return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
+
+    progress.begin(len(plan.segments), request.steps, carry.finished)
+    clips, overlap = read_clips(plan, carry.finished), request.segment_overlap
+    return animate(engines, conditions, clips, sampling, plan.mode, draw_noise, progress, overlap, carry, memory=memory)
 
 
 def encode_conditions(
@@ -264,20 +275,22 @@ def denoise(
     history_mask = x.new_zeros(4, *x.shape[1:])
     history_mask[:, :frozen] = 1
 
-    def with_history(x: Tensor) -> Tensor:
-        return x if clean is None else torch.cat([clean, x[:, frozen:]], dim=1)
-
-    x = with_history(x)
+    x = overwrite_history(x, clean)
     for step in range(sampling.steps):
         velocity, *unguided = transformer.velocities(x, history_mask, step)
         observe("velocity", velocity)
         if unguided:
             observe("velocity_unguided", unguided[0])
             velocity = unguided[0] + sampling.guidance * (velocity - unguided[0])
-        x = with_history(solver.step(velocity, x))
+        x = overwrite_history(solver.step(velocity, x), clean)
         observe("latent", x)
         progress.step(step)
     return x
+
+
+def overwrite_history(x: Tensor, clean: Tensor | None) -> Tensor:
+    """x [16, F, h, w] with its first frames replaced by the history latents [16, Th, h, w], if there are any."""
+    return x if clean is None else torch.cat([clean, x[:, clean.shape[1] :]], dim=1)
 
 
 def decoded_frames(

@@ -137,7 +137,7 @@ def _carry(finished: int, tensors: Mapping[str, Tensor]) -> Carry:
     return Carry(finished, history, anchor)
 
 
-def noise_generator(device: str, seed: int, saved: Saved | None) -> torch.Generator:
+def noise_generator(device: str, seed: int, saved: Saved | None = None) -> torch.Generator:
     """Where the noise comes from: seeded, or as it was when the saved segment had been drawn."""
     noise = torch.Generator(device).manual_seed(seed)
     if saved is not None:

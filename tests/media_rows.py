@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scail2_rt.runtime.demo import write_video
+from scail2_rt.runtime.lossless import write_video
 from tests.clips import (
     SCENE,
     cut_in_packet,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scail2_rt.benchmarks.sprites.case_files import draw_case
 from scail2_rt.export.cache import cache_directory
-from scail2_rt.runtime.demo import draw_case
 from tests.command import SCAIL2_RT, Run, command_environment
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from scail2_rt.export.random_checkpoint import make_checkpoint
-from scail2_rt.runtime.demo import write_video
+from scail2_rt.runtime.lossless import write_video
 from tests.command import SMALL, Run, error_of, one_json
 
 pytest_plugins = ["tests.runtime_fixtures"]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from scail2_rt.export.errors import InputError, Scail2Error
-from scail2_rt.runtime.demo import write_video
+from scail2_rt.runtime.lossless import write_video
 from scail2_rt.runtime.media import VideoReader
 from scail2_rt.runtime.progress import SilentProgress
 from scail2_rt.runtime.unfinished import part_ends, partial_path, sidecar_path

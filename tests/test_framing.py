@@ -12,8 +12,8 @@ from PIL import Image
 
 from scail2_rt.export.errors import InputError
 from scail2_rt.runtime.conditioning import load_reference
-from scail2_rt.runtime.demo import write_video
 from scail2_rt.runtime.framing import Framing, fit_reference
+from scail2_rt.runtime.lossless import write_video
 from scail2_rt.runtime.mask_stats import image_stats
 from scail2_rt.runtime.request import Request, check_request
 from tests.command import SMALL, Run, error_of, one_json

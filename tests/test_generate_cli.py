@@ -1,4 +1,4 @@
-"""`scail2-rt generate` and `demo` end to end through the installed command, with the tiny checkpoint."""
+"""`scail2-rt generate` end to end through the installed command, with the tiny checkpoint."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scail2_rt.runtime.demo import write_video
+from scail2_rt.runtime.lossless import write_video
 from tests.command import SCAIL2_RT, SMALL, Run, command_environment, one_json, read_video
 
 pytest_plugins = ["tests.runtime_fixtures"]
@@ -225,23 +225,6 @@ def test_a_fault_in_the_middle_is_reported_and_keeps_finished_segments(
     assert read_video(tmp_path / "c.partial.mp4").frames == 13
     report = json.loads((tmp_path / "c.json").read_text())
     assert (report["status"], report["error"]) == ("partial", "RuntimeError: the device fell over")
-
-
-def test_demo_makes_a_video_with_sound_and_reuses_its_engines(scail2: Run, tmp_path: Path) -> None:
-    first = scail2("demo", "-o", tmp_path / "out")
-    assert first.returncode == 0, first.stderr
-    video = read_video(tmp_path / "out" / "demo.mp4")
-    assert (video.frames, video.width, video.height, video.frame_rate) == (21, 96, 64, 16)
-    assert video.audio_s == pytest.approx(21 / 16, abs=0.05)
-    assert "coloured noise" in first.stdout
-    assert "21 frames, 16 fps, with audio" in first.stdout
-    reply = one_json(scail2("demo", "-o", tmp_path / "out", "--json"))
-    assert reply["build"]["up_to_date"] is True
-    assert reply["demo"]["frames"] == 21
-    (tmp_path / "out" / "engines" / "manifest.json").write_text("{}")
-    again = scail2("demo", "-o", tmp_path / "out", "--backend", "torch")
-    assert again.returncode == 0, again.stderr
-    assert "building the engines anew" in again.stderr
 
 
 # a real clip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scail2_rt.runtime.demo import write_video
+from scail2_rt.runtime.lossless import write_video
 from tests.command import SMALL, Run, error_of, one_json, read_video
 
 pytest_plugins = ["tests.runtime_fixtures"]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from scail2_rt.benchmarks.sprites.case_files import draw_case
 from scail2_rt.export.errors import InputError, Scail2Error
-from scail2_rt.runtime.demo import draw_case
 from scail2_rt.runtime.history import Carry, History
 from scail2_rt.runtime.resume import Saved, Sidecar, first_difference, noise_generator
 from scail2_rt.runtime.unfinished import clear_sidecars, resumable, sidecar_path

@@ -17,7 +17,7 @@ from scail2_rt.export.config import VAEConfig
 from scail2_rt.export.errors import InputError
 from scail2_rt.export.precision import BF16, FP16, FP32, Numerics
 from scail2_rt.export.spec import StageDefinition, TensorSpec
-from scail2_rt.export.vae import LATENT_MEAN, LATENT_STD, VAE, Caches, ResidualBlock, Upsample
+from scail2_rt.export.vae import LATENT_MEAN, LATENT_STD, VAE, Caches, ResidualBlock, Upsample, conv3d
 
 TOLERANCE = 1e-4
 CONFIGS = {
@@ -366,3 +366,16 @@ def test_other_kinds_of_vae_are_refused(config: VAEConfig) -> None:
         VAE(config)
     with pytest.raises(InputError, match=r"Wan2\.1_VAE file"):
         vae_stages.definitions(config)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 1, 1)])
+def test_the_fast_convolution_of_a_cpu_is_the_plain_one(
+    kernel: tuple[int, int, int], stride: tuple[int, int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in ((1, 5, 6, 7, 9), (4, 5, *kernel), (4,)))
+    padding = (0, kernel[1] // 2, kernel[2] // 2)
+    plain = F.conv3d(x, weight, bias, stride, padding)
+    with torch.inference_mode():
+        torch.testing.assert_close(conv3d(x, weight, bias, stride, padding), plain, atol=1e-5, rtol=1e-5)

@@ -87,10 +87,11 @@ class SpriteCase:
     hidden: np.ndarray
 
 
-def plan_case(task: str, seed: int, split: str = "test", frames: int = FRAMES) -> CasePlan:
-    """The case number `seed` of a task."""
+def plan_case(task: str, seed: int, split: str = "test", frames: int = FRAMES, swapped: bool = False) -> CasePlan:
+    """The case number `seed` of a task. `swapped`: of several characters the first has the colour of the last driving
+    figure, and so on; all else is that of the case."""
     random = np.random.default_rng([SPLITS.index(split), TASKS.index(task), seed])
-    return _PLANS[task](_Draw(task, seed, split, frames, random))
+    return _PLANS[task](_Draw(task, seed, split, frames, random, swapped))
 
 
 def render_case(plan: CasePlan, size: tuple[int, int] = SIZE) -> SpriteCase:
@@ -104,16 +105,6 @@ def render_case(plan: CasePlan, size: tuple[int, int] = SIZE) -> SpriteCase:
     elif plan.hides == "back":
         hidden = (labels > 0) & np.expand_dims(plan.facing_away.any(1), (1, 2))
     return SpriteCase(plan, reference[0], reference_mask[0], extras, driving, driving_mask, truth, labels, hidden)
-
-
-def swap_colours(plan: CasePlan) -> CasePlan:
-    """The case with two characters where each is bound to the other's driving figure; its truth no longer holds."""
-    background, first, second = plan.driving.colours
-    driving = View(plan.driving.picture, (background, second, first))
-    return CasePlan(
-        plan.task, plan.seed, plan.mode, plan.prompt, plan.reference, plan.extras, driving, plan.truth, plan.joints,
-        plan.facing_away,
-    )  # fmt: skip
 
 
 def _view(view: View, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,6 +122,7 @@ class _Draw:
     split: str
     frames: int
     random: Random
+    swapped: bool = False
 
     def motion(self, species: str, names: tuple[str, ...] = ()) -> Motion:
         """Some motion; in the test split every other case has one that was never trained on."""
@@ -225,6 +217,8 @@ def _several(draw: _Draw, count: int) -> CasePlan:
     standing, acting = random.permutation(middles), random.permutation(middles)
     motions = [draw.motion("human") for _ in range(count)]
     places = [draw.place(middle, 12 / count) for middle in acting]
+    if draw.swapped:
+        drivers, motions, places = drivers[::-1], motions[::-1], places[::-1]
     scenery, colours = draw.scenery(), draw.colours(count, WHITE)
     rests = [draw.at_ease(who, i + 1, standing[i], 12 / count) for i, who in enumerate(characters)]
     figures, bodies = (

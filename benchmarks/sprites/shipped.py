@@ -1,0 +1,55 @@
+"""The trained checkpoint that comes with the package, and engines made of it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scail2_rt.engines.build import BuildReport, BuildRequest, SilentObserver, build
+from scail2_rt.engines.observe import BuildObserver
+from scail2_rt.export.checkpoint import open_checkpoint
+from scail2_rt.export.errors import InputError
+from scail2_rt.export.random_checkpoint import make_checkpoint
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+BACKEND = "torch"  # also on a CPU, where ONNX Runtime is the usual one: its first graphs take minutes to trace
+
+
+def shipped_checkpoint() -> Path:
+    """InputError where the folder is missing."""
+    if not (CHECKPOINT / "model" / "latest").is_file():
+        raise InputError(
+            f"The sprite checkpoint is missing: there is no {CHECKPOINT}. Get it with the repository, or train it with "
+            "`python -m scail2_rt.benchmarks.sprites.train`."
+        )
+    return CHECKPOINT
+
+
+def demo_checkpoint(output: Path) -> tuple[Path, str]:
+    """The shipped checkpoint, or one of random weights made in `output`; and what it is, in words."""
+    if (CHECKPOINT / "model" / "latest").is_file():
+        return CHECKPOINT, "a small SCAIL-2, trained on drawn figures"
+    random = output / "checkpoint"
+    if not random.is_dir():
+        make_checkpoint(random, preset="tiny", seed=0)
+    return random, "random weights, since this version comes without trained ones: the video is coloured noise"
+
+
+def make_engines(
+    checkpoint: Path,
+    directory: Path,
+    backends: Sequence[str] = (BACKEND,),
+    precision: str | None = None,
+    observer: BuildObserver | None = None,
+) -> BuildReport:
+    """Engines in a folder of the program's own: what an older version, another checkpoint or a half-deleted folder left
+    there is built anew."""
+    request = BuildRequest(checkpoint, directory, tuple(backends), precision)
+    opened, watcher = open_checkpoint(checkpoint), observer or SilentObserver()
+    try:
+        return build(request, opened, watcher)
+    except InputError as error:
+        if not directory.is_dir():
+            raise
+        print(f"building the engines anew: {error}", file=sys.stderr)
+        return build(replace(request, rebuild=True), opened, watcher)
