@@ -1,8 +1,8 @@
 """The training loop that VAE and transformer share: a budget of minutes or steps, several GPUs, and resumption.
 
 The learning rate warms up and falls along a cosine over the share of the budget that is spent, so a rented hour can be
-filled exactly. A state file keeps weights, their moving average, the optimiser, the generator and the time spent; an
-interrupted training goes on from it. With `torchrun` every process computes its own batches and gradients are averaged.
+filled exactly. A state file keeps weights, their moving average, the optimiser and the time spent; an interrupted
+training goes on from it. With `torchrun` every process draws its own batches and gradients are averaged.
 """
 
 import json
@@ -61,6 +61,11 @@ class Workers:
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
     def agree(self, value: float) -> float:
         """The first process's value, so that all stop at the same step."""
         if self.count == 1:
@@ -86,8 +91,8 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
     average = [p.detach().clone() for p in parameters]
-    generator = torch.Generator(workers.device).manual_seed(workers.rank)
-    steps, seconds = _resume(state_file, model, optimiser, average, generator)
+    steps, seconds = _resume(state_file, model, optimiser, average)
+    generator = torch.Generator(workers.device).manual_seed(workers.rank + workers.count * steps)
     began, saved, running = time.monotonic() - seconds, time.monotonic(), torch.zeros((), device=workers.device)
     while (share := workers.agree(budget.spent(time.monotonic() - began, steps))) < 1:
         rate = peak_rate * min(share / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * share)) + 1e-6
@@ -108,10 +113,10 @@ def fit(
             _append(log_file, {**line, "loss": round(running.item() / LOG_EVERY, 6)})
             running.zero_()
         if workers.rank == 0 and time.monotonic() - saved > SAVE_EVERY_S:
-            _save(state_file, model, optimiser, average, generator, steps, time.monotonic() - began)
+            _save(state_file, model, optimiser, average, steps, time.monotonic() - began)
             saved = time.monotonic()
     if workers.rank == 0:
-        _save(state_file, model, optimiser, average, generator, steps, time.monotonic() - began)
+        _save(state_file, model, optimiser, average, steps, time.monotonic() - began)
         _append(log_file, {"step": steps, "seconds": round(time.monotonic() - began, 1), "workers": workers.count})
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return {name.replace("_orig_mod.", ""): t.cpu() for name, t in zip(names, average, strict=True)}
@@ -124,22 +129,19 @@ def _append(file: Path, line: dict[str, float]) -> None:
 
 
 def _save(
-    file: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: list[Tensor], generator: torch.Generator,
-    steps: int, seconds: float,
-) -> None:  # fmt: skip
+    file: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: list[Tensor], steps: int, seconds: float
+) -> None:
     state = {
         "model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average,
-        "generator": generator.get_state(), "steps": steps, "seconds": seconds,
+        "steps": steps, "seconds": seconds,
     }  # fmt: skip
     partial = file.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(file)
 
 
-def _resume(
-    file: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: list[Tensor], generator: torch.Generator
-) -> tuple[int, float]:
-    """Steps and seconds that earlier runs spent; theirs is the state of everything else, too."""
+def _resume(file: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: list[Tensor]) -> tuple[int, float]:
+    """Steps and seconds that earlier runs spent; everything else is as they left it."""
     if not file.is_file():
         return 0, 0.0
     state = torch.load(file, map_location="cpu", weights_only=True)
@@ -147,5 +149,4 @@ def _resume(
     optimiser.load_state_dict(state["optimiser"])
     for mine, theirs in zip(average, state["average"], strict=True):
         mine.copy_(theirs)
-    generator.set_state(state["generator"])
     return int(state["steps"]), float(state["seconds"])

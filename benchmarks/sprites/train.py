@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.benchmarks.sprites import train_vae
-from scail2_rt.benchmarks.sprites.cases import CasePlan
+from scail2_rt.benchmarks.sprites.cases import FRAMES, CasePlan
 from scail2_rt.benchmarks.sprites.dataset import GROUPS, Encoding, Samples, group_requests
 from scail2_rt.benchmarks.sprites.drawing import plan_many
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
@@ -83,12 +83,21 @@ def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path) ->
     return fit(dit, lambda generator: batches.loss(dit, generator), budget, RATE, workers, state, log)
 
 
-def encoded_groups(encoding: Encoding, samples: int, workers: Workers) -> dict[str, Samples]:
+def make_trained_vae(plans: list[CasePlan], budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
+    clips = train_vae.Clips(plans, workers.device)
+    weights = train_vae.train_vae(clips, budget, batch, workers, work)
+    whole, characters = train_vae.reconstruction_psnr(make_vae(weights).to(workers.device), clips)
+    if workers.rank == 0:
+        print(f"VAE: PSNR {whole:.2f} dB, of characters {characters:.2f} dB", flush=True)
+    return weights
+
+
+def encoded_groups(encoding: Encoding, samples: int, frames: int, workers: Workers) -> dict[str, Samples]:
     """This process's share of a set of `samples`, encoded."""
     mine = samples // workers.count
     groups = {}
     for name in GROUPS:
-        plans = plan_many(group_requests(name, mine, first=workers.rank * mine))
+        plans = plan_many(group_requests(name, mine, first=workers.rank * mine), frames=frames)
         groups[name] = Samples.join([encoding.samples(part) for part in _pieces(plans)])
     return groups
 
@@ -107,46 +116,44 @@ def _pieces(plans: Iterator[CasePlan]) -> Iterator[list[CasePlan]]:
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for states and logs.")
-@click.option("--vae-minutes", default=8.0, show_default=True)
+@click.option("--vae-minutes", default=11.0, show_default=True, help="Training of the VAE.")
 @click.option("--minutes", default=12.0, show_default=True, help="Training of the transformer.")
-@click.option("--steps", default=0, help="Steps of each instead of minutes.")
+@click.option("--vae-steps", default=0, help="Steps instead of minutes.")
+@click.option("--steps", default=0, help="Steps instead of minutes.")
+@click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
 @click.option("--vae-cases", default=1600, show_default=True)
 @click.option("--samples", default=24_000, show_default=True, help="Cases of the transformer's data set.")
 @click.option("--vae-batch", default=64, show_default=True, help="Clips a step and process.")
 @click.option("--batch", default=64, show_default=True, help="Samples a step and process.")
 @click.option("--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs the VAE in --work.")
 def main(
-    output: Path, work: Path, vae_minutes: float, minutes: float, steps: int, vae_cases: int, samples: int,
-    vae_batch: int, batch: int, only: str | None,
+    output: Path, work: Path, vae_minutes: float, minutes: float, vae_steps: int, steps: int, frames: int,
+    vae_cases: int, samples: int, vae_batch: int, batch: int, only: str | None,
 ) -> None:  # fmt: skip
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers, finished = Workers.here(), work / "vae.pt"
     if not finished.is_file() and only != "dit":
-        clips = train_vae.Clips(list(plan_many(train_vae.vae_requests(vae_cases))), workers.device)
-        weights = train_vae.train_vae(clips, Budget(vae_minutes, steps), vae_batch, workers, work)
-        vae = make_vae(weights).to(workers.device)
-        whole, characters = train_vae.reconstruction_psnr(vae, clips)
+        plans = list(plan_many(train_vae.vae_requests(vae_cases), frames=frames))
+        weights = make_trained_vae(plans, Budget(vae_minutes, vae_steps), vae_batch, workers, work)
         if workers.rank == 0:
-            print(f"VAE: PSNR {whole:.2f} dB, of characters {characters:.2f} dB", flush=True)
             torch.save(weights, finished)
-        del clips, vae
     if only == "vae":
         return
-    if workers.count > 1:
-        torch.distributed.barrier()
+    workers.wait()
     vae_weights = torch.load(finished, weights_only=True)
     write_tokenizer(work / f"tokenizer.{workers.rank}.json", UMT5.vocab)
     compute = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
     encoding = Encoding(make_vae(vae_weights, compute), work / f"tokenizer.{workers.rank}.json", workers.device)
-    groups = encoded_groups(encoding, samples, workers)
+    groups = encoded_groups(encoding, samples, frames, workers)
     batches = Batches(groups, encoding.text([""]), batch)
     print(f"data set: { ({name: len(group) for name, group in groups.items()}) } samples here", flush=True)
     dit = train_dit(batches, Budget(minutes, steps), workers, work)
     if workers.rank == 0:
         write_checkpoint(output, dit, vae_weights)
         print(json.dumps({"output": str(output)}), flush=True)
+    workers.wait()
 
 
 if __name__ == "__main__":

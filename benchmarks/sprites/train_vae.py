@@ -1,29 +1,38 @@
-"""Training the sprite VAE: short clips of everything that will pass it, at full and at half size.
+"""Training the sprite VAE: clips of everything that will pass it, at full and at half size.
 
-The loss is on pixels, those of characters weighing more. Latents get noise on the way to the decoder, so that the
+Some clips are as long as a segment: trained on 13 frames alone, the causal caches drift in colour from frame 20 on. The
+loss is on pixels, those of characters weighing more. Latents get noise on the way to the decoder, so that the
 transformer's small errors stay small. Afterwards the affine freedom between encoder and decoder is used up: `conv1` and
 `conv2` are rescaled so that latents have the mean and deviation that Wan's constants say, per channel.
+
+On a GPU the 3-D convolutions run as 2-D ones with the time taps folded into channels, channels last: with 16 to 64
+channels cuDNN's own are slow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.cases import TASKS, CasePlan
 from scail2_rt.benchmarks.sprites.drawing import draw_pictures
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
 from scail2_rt.benchmarks.sprites.model import Weights, make_vae
+from scail2_rt.export import vae as layers
 from scail2_rt.export.vae import LATENT_MEAN, LATENT_STD, VAE
 from scail2_rt.runtime.preprocess import half_resolution
 
-CLIP_FRAMES = (9, 9, 13)
+CLIP_FRAMES = (9, 33, 17)  # of successive batches, all of about as many frames in all
+BATCH_FRAMES = 9  # for which the batch size is meant
 CROP = 64
 WHOLE_EVERY = 4  # every so many batches hold whole pictures, whose middle attention sees four times as much
 NOISE = 0.1  # of the latents' deviation
 CHARACTER_WEIGHT = 3.0
-RATE = 1.5e-3
+RATE = 2e-3
+ROUNDS = 16  # batches that the latents' statistics are taken from
 
 
 class Clips:
@@ -62,17 +71,16 @@ class Clips:
 
 def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
     """→ fp32 weights of a VAE whose latents are normalised."""
-    gpu = workers.device.type == "cuda"
-    vae = make_vae(compute=torch.bfloat16 if gpu else torch.float32).to(workers.device)
-    torch.backends.cudnn.benchmark = gpu
+    vae = make_vae(compute=torch.bfloat16 if workers.device.type == "cuda" else torch.float32).to(workers.device)
     count = 0
 
     def loss(generator: torch.Generator) -> Tensor:
         nonlocal count
         count += 1
-        frames = CLIP_FRAMES[count % len(CLIP_FRAMES)]
         kind = "whole" if count % WHOLE_EVERY == 0 else ("half", "crop", "crop")[count % 3]
-        video, weight = clips.batch(max(batch // 4, 1) if kind == "whole" else batch, frames, kind, generator)
+        frames = min(CLIP_FRAMES[count // 3 % len(CLIP_FRAMES)], clips.image.shape[1])
+        size = batch * BATCH_FRAMES // (frames * (4 if kind == "whole" else 1))
+        video, weight = clips.batch(max(size, 1), frames, kind, generator)
         latent = vae.encode(video)
         deviation = latent.detach().std(dim=(0, 2, 3, 4), keepdim=True)
         noise = torch.randn(latent.shape, generator=generator, device=latent.device)
@@ -80,20 +88,55 @@ def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: 
         error = vae.decode(latent + NOISE * share * deviation * noise) - video
         return ((error.square() + 0.1 * (error.square() + 1e-4).sqrt()) * weight).mean()
 
-    weights = fit(vae, loss, budget, RATE, workers, work / "vae.state", work / "vae.jsonl")
+    with folded_convolutions(workers.device):
+        weights = fit(vae, loss, budget, RATE, workers, work / "vae.state", work / "vae.jsonl")
     vae.load_state_dict(weights)
     return normalised(vae, clips)
+
+
+@contextmanager
+def folded_convolutions(device: torch.device) -> Iterator[None]:
+    """Inside, on a GPU, the VAE's layers use `folded_conv3d` and compiled norms."""
+    if device.type != "cuda":
+        yield
+        return
+    plain, norm = layers.conv3d, layers.RMSNorm.forward
+    layers.conv3d, layers.RMSNorm.forward = folded_conv3d, torch.compile(norm, dynamic=True)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        layers.conv3d, layers.RMSNorm.forward = plain, norm  # type: ignore[method-assign]
+
+
+def folded_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...] = (1, 1, 1), padding: tuple[int, ...] = (0, 0, 0)
+) -> Tensor:
+    """`F.conv3d` without padding in time: the frames of each tap side by side as channels, then one 2-D convolution."""
+    count, _, frames, _, _ = x.shape
+    taps = weight.shape[2]
+    starts = range(0, frames - taps + 1, stride[0])
+    taken = torch.stack([x[:, :, start : start + taps] for start in starts], dim=1) if taps > 1 else x.transpose(1, 2)
+    folded = taken.flatten(2, 3) if taps > 1 else taken  # [N, T', C·taps, H, W]
+    rows = folded.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    kernel = weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    out = F.conv2d(rows, kernel, bias, stride[1:], padding[1:])
+    return out.unflatten(0, (count, -1)).transpose(1, 2)
 
 
 @torch.no_grad()
 def normalised(vae: VAE, clips: Clips) -> Weights:
     """The weights, with latents of the mean and deviation of Wan's. At 0 and 1 they are after normalisation."""
     generator = torch.Generator(clips.image.device).manual_seed(1)
-    encoded = [vae.encode(clips.batch(16, 9, kind, generator)[0]) for kind in ("whole", "half")]
+    frames = clips.image.shape[1]
+    encoded = [
+        vae.encode(clips.batch(max(144 // frames, 1), frames, kind, generator)[0])
+        for kind in ("whole", "half")
+        for _ in range(ROUNDS if clips.image.is_cuda else 1)
+    ]
     values = torch.cat([latent.transpose(0, 1).flatten(1) for latent in encoded], dim=1).cpu()
     mean, deviation = values.mean(1), values.std(1)
     offset, scale = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
-    weights = {name: tensor.float().cpu() for name, tensor in vae.state_dict().items()}
+    weights = {name: tensor.detach().float().cpu().clone() for name, tensor in vae.state_dict().items()}
     # before: z = scale·n + offset with n of `mean`, `deviation`; wanted: z' = scale·(n - mean)/deviation + offset
     low, factor = scale * mean + offset, 1 / deviation
     out = weights["conv1.weight"].shape[0] // 2
@@ -109,7 +152,8 @@ def normalised(vae: VAE, clips: Clips) -> Weights:
 def reconstruction_psnr(vae: VAE, clips: Clips) -> tuple[float, float]:
     """PSNR in dB of whole pictures: all pixels, and those of characters."""
     generator = torch.Generator(clips.image.device).manual_seed(2)
-    video, weight = clips.batch(16, 9, "whole", generator)
+    frames = clips.image.shape[1]  # whole segments: their end is the hardest part
+    video, weight = clips.batch(max(144 // frames, 1), frames, "whole", generator)
     error = ((vae.decode(vae.encode(video)).clamp(-1, 1) - video) / 2).square().mean(1, keepdim=True)
     inside = weight > 1
     return tuple(float(-10 * e.mean().log10()) for e in (error, error[inside]))  # type: ignore[return-value]
