@@ -96,16 +96,22 @@ def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: 
 
 @contextmanager
 def folded_convolutions(device: torch.device) -> Iterator[None]:
-    """Inside, on a GPU, the VAE's layers use `folded_conv3d` and compiled norms."""
+    """Inside, on a GPU, the VAE's layers use `folded_conv3d` and `fused_norm`."""
     if device.type != "cuda":
         yield
         return
     plain, norm = layers.conv3d, layers.RMSNorm.forward
-    layers.conv3d, layers.RMSNorm.forward = folded_conv3d, torch.compile(norm, dynamic=True)  # type: ignore[method-assign]
+    layers.conv3d, layers.RMSNorm.forward = folded_conv3d, fused_norm  # type: ignore[method-assign]
     try:
         yield
     finally:
         layers.conv3d, layers.RMSNorm.forward = plain, norm  # type: ignore[method-assign]
+
+
+def fused_norm(self: layers.RMSNorm, x: Tensor) -> Tensor:
+    """`RMSNorm.forward` by PyTorch's fused operator, which wants channels last; there `folded_conv3d` leaves them."""
+    last = x.float().movedim(-self.gamma.ndim, -1)
+    return F.rms_norm(last, last.shape[-1:], self.gamma.flatten(), 1e-12).movedim(-1, -self.gamma.ndim)
 
 
 def folded_conv3d(
