@@ -17,8 +17,9 @@ from scail2_rt.benchmarks.sprites import cases, dataset, model
 from scail2_rt.benchmarks.sprites.case_files import case_request, write_case
 from scail2_rt.benchmarks.sprites.cases import TASKS, CasePlan, SpriteCase, plan_case, render_case
 from scail2_rt.benchmarks.sprites.drawing import draw_pictures, paint, plan_many
+from scail2_rt.benchmarks.sprites.figures import AX, AY, BX, BY, FIELDS, LABEL, RA, RB
 from scail2_rt.benchmarks.sprites.motions import HELD_OUT, TRAINED, Motion, Random, make_motion
-from scail2_rt.benchmarks.sprites.raster import UNITS, Picture, draw_picture
+from scail2_rt.benchmarks.sprites.raster import UNITS, Picture, black, draw_picture
 from scail2_rt.benchmarks.sprites.shipped import make_engines
 from scail2_rt.engines.executors import EngineSet, open_engines
 from scail2_rt.export.dit import DiT, DiTInputs
@@ -178,6 +179,21 @@ def test_an_extra_reference_shows_what_the_first_hides() -> None:
             assert colours_of(mask) == {cases.BLACK, case.plan.reference.colours[1]}
             assert not case.plan.facing_away[0, 0]
     assert not any(render_case(plan_case(task, 1, frames=1)).hidden.any() for task in TASKS if task != "extra")
+
+
+@pytest.mark.parametrize("height", [128, 96, 200])
+def test_a_label_is_as_large_as_its_part(height: int) -> None:
+    """A ball of 20 units: its pixels are those that it covers by half, whatever the size."""
+    part = np.zeros((1, 1, FIELDS))
+    part[..., AX] = part[..., BX] = 64.3
+    part[..., AY] = part[..., BY] = 60.6
+    part[..., RA] = part[..., RB] = 20
+    part[..., LABEL] = 3
+    _, labels = draw_picture(Picture(part, black(1)), height, height)
+    rows, columns = np.nonzero(labels[0] == 3)
+    scale = UNITS / height
+    assert len(rows) * scale**2 == pytest.approx(np.pi * 20**2, rel=0.01)
+    assert ((columns.mean() + 0.5) * scale, (rows.mean() + 0.5) * scale) == pytest.approx((64.3, 60.6), abs=0.1)
 
 
 @pytest.mark.parametrize("task", TASKS)
