@@ -10,13 +10,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scail2_rt.export.errors import InputError
-from scail2_rt.export.tensors import TensorSource
+from scail2_rt.export.tensors import Derived, TensorSource
 
 UMT5_SIGN = re.compile(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]\.weight")
 CLIP_SIGN = re.compile(r"vision_model\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj\.weight")
@@ -67,19 +66,12 @@ class Stack:
     shape: tuple[int, ...]
 
 
-class Stacked:
+class Stacked(Derived):
     """Tensors of a source under other names, some put together from several; only those are copied."""
 
     def __init__(self, source: TensorSource, stacks: Mapping[str, Stack]) -> None:
-        self._source, self._stacks = source, stacks
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return self._source.metadata
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._source.files
+        super().__init__(source)
+        self._stacks = stacks
 
     def keys(self) -> Iterable[str]:
         return self._stacks.keys()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scail2_rt.export.errors import InputError
 from scail2_rt.export.sat_names import sat_to_wan
-from scail2_rt.export.tensors import TensorSource, open_weights
+from scail2_rt.export.tensors import Derived, TensorSource, open_weights
 
 Kind = Literal["down", "up", "alpha", "weight", "bias", "modulation"]
 
@@ -150,7 +150,7 @@ def apply_loras(source: TensorSource, specs: Sequence[LoRASpec], partial: bool =
     return FusedSource(source, updates, tuple(reports))
 
 
-class FusedSource:
+class FusedSource(Derived):
     """A transformer's tensors with LoRAs added: the touched ones are fp32, the others as stored.
 
     `report` has one entry for each file; `touched` are the names of the tensors that the files change. `files` are
@@ -163,18 +163,10 @@ class FusedSource:
         updates: Mapping[str, Sequence[Update]],
         report: tuple[LoRAReport, ...],
     ) -> None:
-        self._source = source
+        super().__init__(source)
         self._updates = updates
         self.report = report
         self.touched = frozenset(updates)
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return self._source.metadata
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._source.files
 
     def keys(self) -> Iterable[str]:
         return self._source.keys()

@@ -11,13 +11,12 @@ Source: comfyanonymous/ComfyUI, `QUANTIZATION.md`, `comfy/utils.py` (`convert_ol
 import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scail2_rt.export.errors import InputError
-from scail2_rt.export.tensors import TensorSource
+from scail2_rt.export.tensors import Derived, TensorSource
 
 _FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _SCALES = (".scale_weight", ".weight_scale")
@@ -54,27 +53,20 @@ def plain_weights(source: TensorSource) -> TensorSource:
     return Dequantised(source, scales, {f"{layer}.weight": _FP8[name] for layer, name in formats.items()})
 
 
-class Dequantised:
+class Dequantised(Derived):
     """A source whose scaled weights are given in fp32, one tensor at a time; scales and markers are not shown."""
 
     def __init__(
         self, source: TensorSource, scales: Mapping[str, str], stored: Mapping[str, torch.dtype] | None = None
     ) -> None:
-        self._source, self._scales, self._stored = source, scales, stored or {}
+        super().__init__(source)
+        self._scales, self._stored = scales, stored or {}
         hidden = {*scales.values()}
         self._names = [
             name
             for name in source.keys()  # noqa: SIM118
             if name not in hidden and not name.endswith(_LEFT_OUT) and name.rpartition(".")[2] != _MARKER
         ]
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return self._source.metadata
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._source.files
 
     @property
     def scaled(self) -> int:

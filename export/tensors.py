@@ -199,23 +199,23 @@ class Rows:
     stop: int | None = None
 
 
-class View:
+class Derived:
+    """What a source that is made of another one has from it: its files, and its metadata unless others are given."""
+
+    def __init__(self, source: TensorSource, metadata: Mapping[str, str] | None = None) -> None:
+        self._source = source
+        self.metadata: Mapping[str, str] = source.metadata if metadata is None else metadata
+        self.files: tuple[Path, ...] = source.files
+
+
+class View(Derived):
     """Tensors of a source under other names, some of them only rows of a fused tensor."""
 
     def __init__(
         self, source: TensorSource, parts: Mapping[str, Rows], metadata: Mapping[str, str] | None = None
     ) -> None:
-        self._source = source
+        super().__init__(source, metadata)
         self._parts = parts
-        self._metadata = source.metadata if metadata is None else metadata
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return self._metadata
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._source.files
 
     def keys(self) -> Iterable[str]:
         return self._parts.keys()

@@ -16,11 +16,14 @@ from scail2_rt.benchmarks.record import Results, Row, load
 from scail2_rt.benchmarks.sprites import quality, quality_table, trials
 from scail2_rt.benchmarks.sprites.case_files import write_case
 from scail2_rt.benchmarks.sprites.cases import plan_case, render_case
+from scail2_rt.benchmarks.sprites.sheets import MARGIN, TITLE, Block, write_sheet
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT, make_engines
 from scail2_rt.benchmarks.sprites.trials import Answer, Variant, make_request
 from scail2_rt.engines.executors import EngineSet, open_engines
+from scail2_rt.export.errors import InputError
 from scail2_rt.kernels.rope import Rope
 from scail2_rt.runtime import conditioning, driving, pipeline, transformer
+from scail2_rt.runtime.images import load_image
 from tests.command import Run, error_of
 
 pytest_plugins = ["tests.runtime_fixtures"]
@@ -189,10 +192,59 @@ def test_what_cannot_run_here_is_said_and_the_rest_runs(engines: Path, tmp_path:
     assert all("GPU" in note for note in notes[2:])
 
 
+@pytest.mark.parametrize("table", ["tasks", "variants", "long"])
+def test_what_comes_first_must_run(made: Made, engines: Path, tmp_path: Path, table: str) -> None:
+    """No checkpoint, or a file of other settings, is a mistake and not a table of rows that were not measured."""
+    with pytest.raises(InputError, match="no checkpoint"):
+        quality.run_quality(quality.QualityOptions(tmp_path / "none", None, tmp_path / "work", 1, table=table))
+    before = made.file.read_bytes()
+    with pytest.raises(InputError, match="other settings"):
+        quality.run_quality(quality.QualityOptions(None, engines, tmp_path, 1, table=table, output=made.file))
+    assert made.file.read_bytes() == before
+
+
+def test_a_variant_of_which_only_other_videos_are_there_is_left_out() -> None:
+    values = dict.fromkeys(quality_table.COLUMNS, 1.0)
+    names = ("default/extra/ours/0", "steps-4/extra/ours/0", "steps-6/extra/one-reference/0")
+    rows = {name: Row(name, values=values) for name in names}
+    table = quality_table.quality_table(Results("sprites", ({},), rows))
+    assert "steps-4" in table
+    assert "steps-6" not in table
+
+
+def test_a_sheet_has_room_for_long_names_and_titles(tmp_path: Path) -> None:
+    """What is written ends before the pictures and before the border, which stays paper."""
+    black = np.zeros((2, 16, 16, 3), np.uint8)
+    name, title = "a name that is rather long", "a title that is longer than two small frames need by far"
+    write_sheet(tmp_path / "s.png", [Block(title, [("reference", black[0])], {name: black, "b": black})])
+    ink = load_image(tmp_path / "s.png").min(-1) < 128
+    assert not ink[:, -MARGIN:].any()
+    assert ink[:TITLE].any()
+    right_of_reference = ink[2 * TITLE : 2 * TITLE + 16, MARGIN + 16 :]
+    assert not right_of_reference[:, :MARGIN].any()
+    columns = np.flatnonzero(right_of_reference.all(0))  # those of the two frames
+    assert len(columns) == 32
+    assert not right_of_reference[:, columns[0] - MARGIN + 2 : columns[0]].any()
+    assert right_of_reference[:, : columns[0]].any()
+
+
 def test_mistakes_are_one_line(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    wrong = scail2("bench", "quality", "--engines", engines, "--tasks", "fly", "--work", tmp_path)
-    assert "no task fly" in error_of(wrong)
-    assert "checkpoint" in error_of(scail2("bench", "quality", "--checkpoint", tmp_path / "no", "--work", tmp_path))
+    words = ("bench", "quality", "--engines", engines, "--work", tmp_path)
+    assert "no task fly" in error_of(scail2(*words, "--tasks", "fly"))
+    assert "leave out --tasks" in error_of(scail2(*words, "--tasks", "two", "--long"))
+
+
+def test_a_comparison_with_nothing_in_common_fails(made: Made, scail2: Run, tmp_path: Path) -> None:
+    """The first file has other cases than the second."""
+    other = tmp_path / "other.json"
+    other.write_text(made.file.read_text().replace("default/swapped/ours", "default/two/ours"))
+    words = (*made.words, "--cases", 1, "--tasks", "swapped", "--json", made.file, "--compare")
+    document = json.loads(other.read_text())
+    document["rows"] = [row for row in document["rows"] if row["name"] == "default/two/ours/0"]
+    other.write_text(json.dumps(document))
+    result = scail2(*words, other)
+    assert result.returncode == 1
+    assert "no case in common" in json.loads(result.stdout.splitlines()[-1])["failed"][0]
 
 
 # The shipped checkpoint. Figures in dB on the character, over what was measured with a margin.

@@ -31,18 +31,18 @@ from scail2_rt.benchmarks.sprites.raster import (
     make_picture,
     skeleton,
 )
+from scail2_rt.runtime.masks import CHARACTERS, PALETTE, RGB
 
 TASKS = ("animate", "pose", "mesh", "animal", "replace", "two", "three", "extra")
 SPLITS = ("train", "test")  # characters, places and motion parameters of other seeds; test has its own motions too
 SIZE = (128, 128)
 FRAMES = 33
-BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255))
+BLACK, WHITE = PALETTE["black"], PALETTE["white"]
 _VERBS = {
     "walk": "walks", "dance": "dances", "wave": "waves", "jump": "jumps", "turn": "turns", "march": "walks fast",
     "stretch": "moves its hands", "wag": "wags", "trot": "runs",
 }  # fmt: skip
-Colours = tuple[tuple[int, int, int], ...]  # of a mask, by label: the background, then the characters
+Colours = tuple[RGB, ...]  # of a mask, by label: the background, then the characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +155,8 @@ class _Draw:
         place, ground = self.place(x, spread)
         return pose_body(character, rest(character.species, self.random, yaw), place[:1], ground[:1], label)
 
-    def colours(self, count: int, background: tuple[int, int, int]) -> Colours:
-        return (background, *(PALETTE[i] for i in self.random.permutation(len(PALETTE))[:count]))
+    def colours(self, count: int, background: RGB) -> Colours:
+        return (background, *(PALETTE[CHARACTERS[i]] for i in self.random.permutation(len(CHARACTERS))[:count]))
 
     def finish(
         self, mode: str, prompt: str, reference: View, driving: View, truth: Picture, bodies: list[Body],
@@ -174,7 +174,8 @@ def _describe(character: Character, motion: Motion) -> str:
     return f"a man in a {top} shirt and {bottom} {_VERBS[motion.name]}"
 
 
-def _recoloured(colours: Colours, background: tuple[int, int, int]) -> Colours:
+def _recoloured(colours: Colours, background: RGB) -> Colours:
+    """The same characters before another background."""
     return (background, *colours[1:])
 
 

@@ -105,6 +105,8 @@ def quality(
     if expected is not None:
         found = tables.differences(expected, results)
         click.echo("\n" + tables.difference_table(found, tolerance))
+        if not found:
+            failed.append(f"{compare} and this result have no case in common")
         failed += [f"{d.name}: {d.figure} {d.change:+.2f} dB" for d in found if abs(d.change) > tolerance]
     summary = {"/".join(key): value for key, value in tables.means(results.rows.values()).items()}
     document = {"summary": summary, "failed": failed, "json": None if options.output is None else str(options.output)}

@@ -30,11 +30,6 @@ class Motion:
     lift: np.ndarray
     yaw: np.ndarray
 
-    def window(self, start: int, frames: int) -> "Motion":
-        """Some of its frames."""
-        part = slice(start, start + frames)
-        return Motion(self.name, self.angles[part], self.sway[part], self.lift[part], self.yaw[part])
-
 
 def make_motion(species: str, name: str, frames: int, random: Random) -> Motion:
     """`frames` of the motion `name`, its speed, phase and extent drawn from `random`."""

@@ -78,6 +78,8 @@ class QualityOptions:
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise InputError(f"--tasks: there is no task {', '.join(unknown)}; choose from {', '.join(TASKS)}.")
+        if self.tasks and self.table == "long":
+            raise InputError("--long has a task of its own: leave out --tasks.")
 
     @property
     def usual(self) -> Variant:
@@ -95,12 +97,14 @@ class QualityOptions:
 
 
 def run_quality(options: QualityOptions, debug: bool = False) -> Results:
-    """All rows of the options' table, those of an earlier run of the same options included."""
+    """All rows of the options' table, those of an earlier run of the same options included.
+
+    InputError: the first variant cannot run at all, or the output holds rows of something else."""
     if options.engines is not None:
         options = replace(options, precision=read_manifest(options.engines).precision)
     runner = _Runner(options, debug)
-    for variant, tasks in options.plan:
-        runner.run_variant(variant, tasks)
+    for number, (variant, tasks) in enumerate(options.plan):
+        runner.run_variant(variant, tasks, required=number == 0)
     return runner.results
 
 
@@ -146,7 +150,9 @@ class _Runner:
         self.trials: dict[tuple[str, int], _Trial] = {}
         self.described = False
 
-    def run_variant(self, variant: Variant, tasks: Sequence[str]) -> None:
+    def run_variant(self, variant: Variant, tasks: Sequence[str], required: bool = False) -> None:
+        """Its rows. One that cannot run on this machine or with this folder is a row that says so, or an InputError
+        where it is `required`."""
         try:
             if variant.unknown:
                 raise InputError(f"this version has no option {', '.join(variant.unknown)}")
@@ -154,8 +160,8 @@ class _Runner:
                 self._describe(engines)
                 for task in tasks:
                     self._run_task(engines, variant, task)
-        except InputError as error:  # what this machine or folder cannot do
-            if variant.name == USUAL:
+        except InputError as error:
+            if required:
                 raise
             self._add(Row(f"{variant.name}/{tasks[0]}/{OURS}/0", note=f"not measured: {error}"))
 

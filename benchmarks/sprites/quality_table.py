@@ -150,7 +150,7 @@ def _variant_table(others: Means, found: Means) -> str:
     """Means over the tasks of each variant; the difference is to the usual variant over the same tasks."""
     columns = ("psnr", "ssim", "character_psnr", "colour_error", "shape_error", "motion_px")
     lines = [["variant", *(COLUMNS[name][0] for name in columns), "to default", "tasks"]]
-    for variant in dict.fromkeys(key[0] for key in others):
+    for variant in dict.fromkeys(key[0] for key in others if key[2] == OURS):
         tasks = [key[1] for key in others if key[0] == variant and key[2] == OURS]
         figures = {name: fmean(others[variant, task, OURS][name] for task in tasks) for name in columns}
         usual = [found[USUAL, task, OURS]["character_psnr"] for task in tasks if (USUAL, task, OURS) in found]

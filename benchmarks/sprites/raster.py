@@ -30,9 +30,6 @@ class Picture:
     parts: np.ndarray
     background: np.ndarray
 
-    def frame(self, index: int) -> "Picture":
-        return Picture(self.parts[index : index + 1], self.background[index : index + 1])
-
 
 def make_picture(bodies: list[Body], background: np.ndarray) -> Picture:
     """Bodies, each in front of those before it, over a background [T, BACKGROUND]."""

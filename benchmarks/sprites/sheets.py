@@ -4,6 +4,7 @@ A block a case: its title, the reference images on the left, and one row of fram
 was made and for the truth, all at the same moments.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scail2_rt.benchmarks.sprites.cases import SpriteCase
 
 SHOWN = 6  # frames
-MARGIN, TITLE, LABEL, TEXT = 8, 24, 84, 13  # pixels
+MARGIN, TITLE, TEXT = 8, 24, 13  # pixels
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
@@ -51,9 +52,11 @@ def _draw_block(block: Block) -> Image.Image:
     frames, height, width, _ = next(iter(block.rows.values())).shape
     moments = np.linspace(0, frames - 1, min(SHOWN, frames)).round().astype(int)
     stacked = max(len(block.rows) * (height + 2), len(block.references) * (height + TITLE))
-    left = 2 * MARGIN + width + LABEL
-    image = Image.new("RGB", (left + len(moments) * (width + 2) + MARGIN, 2 * TITLE + stacked + MARGIN), PAPER)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT)
+    font = ImageFont.load_default(TEXT)
+    left = 3 * MARGIN + width + math.ceil(max(map(font.getlength, block.rows)))
+    wide = max(left + len(moments) * (width + 2), MARGIN + math.ceil(font.getlength(block.title)))
+    image = Image.new("RGB", (wide + MARGIN, 2 * TITLE + stacked + MARGIN), PAPER)
+    draw = ImageDraw.Draw(image)
 
     def write(x: float, y: float, text: str, anchor: str = "lm") -> None:
         draw.text((x, y), text, INK, font, anchor)
@@ -69,5 +72,5 @@ def _draw_block(block: Block) -> Image.Image:
         for row, video in enumerate(block.rows.values()):
             image.paste(Image.fromarray(video[moment]), (x, 2 * TITLE + row * (height + 2)))
     for row, name in enumerate(block.rows):
-        write(left - 6, 2 * TITLE + row * (height + 2) + height / 2, name, "rm")
+        write(left - MARGIN, 2 * TITLE + row * (height + 2) + height / 2, name, "rm")
     return image

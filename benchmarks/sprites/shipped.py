@@ -15,9 +15,13 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 BACKEND = "torch"  # also on a CPU, where ONNX Runtime is the usual one: its first graphs take minutes to trace
 
 
+def _is_shipped() -> bool:
+    return (CHECKPOINT / "model" / "latest").is_file()
+
+
 def shipped_checkpoint() -> Path:
     """InputError where the folder is missing."""
-    if not (CHECKPOINT / "model" / "latest").is_file():
+    if not _is_shipped():
         raise InputError(
             f"The sprite checkpoint is missing: there is no {CHECKPOINT}. Get it with the repository, or train it with "
             "`python -m scail2_rt.benchmarks.sprites.train`."
@@ -27,7 +31,7 @@ def shipped_checkpoint() -> Path:
 
 def demo_checkpoint(output: Path) -> tuple[Path, str]:
     """The shipped checkpoint, or one of random weights made in `output`; and what it is, in words."""
-    if (CHECKPOINT / "model" / "latest").is_file():
+    if _is_shipped():
         return CHECKPOINT, "a small SCAIL-2, trained on drawn figures"
     random = output / "checkpoint"
     if not random.is_dir():

@@ -23,7 +23,7 @@ from scail2_rt.runtime.request import Request
 TASKS = (*cases.TASKS, "swapped", "long")
 SEGMENT, OVERLAP = cases.FRAMES, 5
 STEP = SEGMENT - OVERLAP
-FRAMES = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
+LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
 DRAWN_AS = {"swapped": "two", "long": "animate", "longer": "animate"}
 SAMPLING: Mapping[str, Any] = {"solver": "unipc", "steps": 20, "shift": 3.0, "guidance": 1.0}
 OURS, ONE_REFERENCE, CEILING = "ours", "one-reference", "vae"
@@ -80,7 +80,7 @@ def long_variants(usual: Variant) -> tuple[Variant, ...]:
 
 def held_out_case(task: str, seed: int) -> SpriteCase:
     """Held-out case number `seed` of a task of this module."""
-    frames = FRAMES.get(task, cases.FRAMES)
+    frames = LENGTHS.get(task, cases.FRAMES)
     plan = plan_case(DRAWN_AS.get(task, task), seed, "test", frames, swapped=task == "swapped")
     return render_case(plan)
 
