@@ -7,34 +7,38 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.nn import functional as F
 
-from scail2_rt.benchmarks.sprites.fitting import Budget
+from scail2_rt.benchmarks.sprites import train
+from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
 from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_vae
 from scail2_rt.benchmarks.sprites.train_vae import Clips, folded_conv3d, folded_convolutions, normalised
 from scail2_rt.export import vae as layers
 from scail2_rt.export.checkpoint import open_checkpoint
+from scail2_rt.export.errors import InputError
 from tests.command import command_environment
 
 
 @pytest.mark.slow
 def test_ten_steps_make_a_checkpoint_and_ten_more_go_on(tmp_path: Path) -> None:
-    work, output = tmp_path / "work", tmp_path / "checkpoint"
+    work = tmp_path / "work"
 
-    def train(steps: int) -> None:
+    def trained(steps: int) -> Path:
+        output = tmp_path / str(steps)
         command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.train", output, "--work", work]
         command += ["--vae-steps", 2, "--steps", steps, "--frames", 5, "--vae-cases", 8, "--samples", 12]
         words = [str(word) for word in [*command, "--vae-batch", 1, "--batch", 2]]
         result = subprocess.run(words, capture_output=True, text=True, env=command_environment(tmp_path))
         assert result.returncode == 0, result.stderr
+        return output
 
-    train(10)
-    checkpoint = open_checkpoint(output)
+    checkpoint = open_checkpoint(trained(10))
     assert (checkpoint.config.dit, checkpoint.config.vae) == (DIT, VAE_SIZES)
     first = last_line(work / "dit.jsonl")
     assert first["step"] == 10
     vae_lines = (work / "vae.jsonl").read_text()
-    train(20)
+    trained(20)
     last = last_line(work / "dit.jsonl")
     assert last["step"] == 20
     assert last["seconds"] > first["seconds"]
@@ -43,6 +47,74 @@ def test_ten_steps_make_a_checkpoint_and_ten_more_go_on(tmp_path: Path) -> None:
 
 def last_line(log: Path) -> dict[str, float]:
     return json.loads(log.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [((), "exists"), (("--only", "dit"), "no vae.pt"), (("--minutes", "0"), "0.0 is not in the range")],
+)
+def test_mistakes_are_said_before_the_training(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    output = tmp_path if not words else tmp_path / "new"
+    result = CliRunner().invoke(train.main, [str(output), "--work", str(tmp_path / "work"), *words])
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def small_fit(folder: Path, steps: int, identity: str = "") -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        return (model(torch.randn(8, 3, generator=generator)) - 1).square().mean()
+
+    workers = Workers(0, 1, torch.device("cpu"))
+    return fit(model, loss, Budget(steps=steps), 0.01, workers, folder / "state", folder / "log.jsonl", identity)
+
+
+def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
+    small_fit(tmp_path, 3, "vae a")
+    with pytest.raises(InputError, match="vae a, this one is vae b"):
+        small_fit(tmp_path, 5, "vae b")
+
+
+def test_training_learns_and_a_spent_budget_is_not_spent_again(tmp_path: Path) -> None:
+    first = small_fit(tmp_path, 400)
+    assert abs(first["bias"].item() - 1) < 0.2
+    again = small_fit(tmp_path, 400)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_processes_average_gradients_and_draw_their_own_batches(tmp_path: Path) -> None:
+    """Two processes through torchrun: equal weights afterwards, from different batches."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, env=command_environment(tmp_path), timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
+    (_, _, weight0, batch0), (_, _, weight1, batch1) = (line.split() for line in lines)
+    assert weight0 == weight1
+    assert batch0 != batch1
+
+
+TWO_PROCESSES = """
+import torch
+from pathlib import Path
+from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
+
+workers = Workers.here()
+torch.manual_seed(0)
+model, seen = torch.nn.Linear(3, 1), []
+
+def loss(generator):
+    seen.append(torch.randn(8, 3, generator=generator))
+    return (model(seen[-1]) - 1).square().mean()
+
+folder = Path(__file__).parent
+weights = fit(model, loss, Budget(steps=5), 0.01, workers, folder / "state", folder / "log.jsonl")
+workers.wait()
+print("rank", workers.rank, weights["weight"].sum().item(), seen[0].sum().item(), flush=True)
+"""
 
 
 def test_a_budget_is_minutes_or_steps() -> None:

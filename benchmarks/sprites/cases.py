@@ -40,7 +40,7 @@ FRAMES = 33
 BLACK, WHITE = PALETTE["black"], PALETTE["white"]
 _VERBS = {
     "walk": "walks", "dance": "dances", "wave": "waves", "jump": "jumps", "turn": "turns", "march": "walks fast",
-    "stretch": "moves its hands", "wag": "wags", "trot": "runs",
+    "stretch": "stretches", "wag": "wags", "trot": "runs",
 }  # fmt: skip
 Colours = tuple[RGB, ...]  # of a mask, by label: the background, then the characters
 
@@ -169,9 +169,10 @@ class _Draw:
 
 def _describe(character: Character, motion: Motion) -> str:
     top, bottom = character.colours
+    article = "an" if top.startswith("o") else "a"
     if character.species == "animal":
-        return f"a {top} dog with {bottom} legs {_VERBS[motion.name]}"
-    return f"a man in a {top} shirt and {bottom} {_VERBS[motion.name]}"
+        return f"{article} {top} dog with {bottom} legs {_VERBS[motion.name]}"
+    return f"a man in {article} {top} shirt and {bottom} trousers {_VERBS[motion.name]}"
 
 
 def _recoloured(colours: Colours, background: RGB) -> Colours:

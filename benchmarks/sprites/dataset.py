@@ -106,7 +106,7 @@ class Encoding:
         )
         found = Samples(
             self._latent(normalise_video(truth)),
-            coverage((labels > 0).float()[:, :, None])[:, :4].mean(1),
+            coverage((labels > 0).float()[:, :, None]).mean(1),
             latent,
             mask,
             self._latent(halved),

@@ -4,6 +4,7 @@ Text encoder and CLIP tower keep their seeded random weights: random features of
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,8 +73,10 @@ def make_encoders() -> tuple[UMT5Encoder, CLIPVisual]:
     return umt5.requires_grad_(False).eval(), clip.requires_grad_(False).eval()
 
 
-def write_checkpoint(folder: Path, dit: Weights, vae: Weights) -> None:
-    """The official folder layout, transformer and VAE in bf16."""
+def write_checkpoint(directory: Path, dit: Weights, vae: Weights) -> None:
+    """The official folder layout, transformer and VAE in bf16; `directory` appears when it is complete."""
+    folder = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     for file in (SAT_FILE, UMT5_FILE):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / "model/latest").write_text("1")
@@ -85,3 +88,4 @@ def write_checkpoint(folder: Path, dit: Weights, vae: Weights) -> None:
     clip = initial("clip", clip_shapes(CLIP, CLIP_OUT_DIM))
     torch.save({name: t.half() for name, t in clip.items()}, folder / CLIP_FILE)
     write_tokenizer(folder / TOKENIZER_FILE, UMT5.vocab)
+    folder.replace(directory)

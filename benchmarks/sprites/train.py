@@ -5,10 +5,11 @@
 
 Flow matching under the pipeline's exact conditioning: x_σ = (1-σ)·x₀ + σ·noise, the model predicts noise - x₀. In part
 of the samples the first latents are history: clean up to a little noise, marked in the history mask, not in the loss.
-In part the prompt is dropped, so that guidance has something to compare with. An interrupted run goes on; what is
-finished in DIR (`vae.pt`) is not done again.
+In part the prompt is dropped, so that guidance has something to compare with. An interrupted run goes on; the VAE that
+is finished in DIR (`vae.pt`) is not trained again, the data set is encoded anew.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +30,12 @@ from scail2_rt.runtime.solvers import TRAINING_STEPS
 
 RATE = 1e-3
 SHIFT = 3.0  # of the noise levels, as the solvers' default
-HISTORY, HISTORY_LATENTS, HISTORY_NOISE = 0.3, 2, 0.1  # share of samples, latents, deviation of the noise on them
+HISTORY, HISTORY_LATENTS = 0.3, (1, 5)  # share of the samples; latents, from … to below: overlaps of 1 to 13 frames
+HISTORY_NOISE = 0.1  # its largest deviation on them
 DROPPED_TEXT = 0.1
 CHARACTER_WEIGHT = 3.0
 PLANS_AT_ONCE = 32
+MINUTES = click.FloatRange(min=0, min_open=True)
 
 
 class Batches:
@@ -61,8 +64,10 @@ class Batches:
         sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
         noise = normal(clean)
         noisy = clean + sigma * (noise - clean)
-        frozen = torch.zeros_like(clean[:, :1])
-        frozen[:, :, :HISTORY_LATENTS] = (uniform(1, 1, 1, 1) < HISTORY).float()
+        kept = torch.randint(*HISTORY_LATENTS, (self.size, 1, 1, 1, 1), generator=generator, device=device)
+        kept = kept * (uniform(1, 1, 1, 1) < HISTORY)
+        frozen = (torch.arange(clean.shape[2], device=device).view(1, 1, -1, 1, 1) < kept).float()
+        frozen = frozen.expand_as(clean[:, :1])
         history = clean + HISTORY_NOISE * uniform(1, 1, 1, 1) * normal(clean)
         noisy = torch.lerp(noisy, history, frozen)
         dropped = uniform(1, 1) < DROPPED_TEXT
@@ -74,13 +79,13 @@ class Batches:
         return ((velocity.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])
 
 
-def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path) -> Weights:
+def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path, identity: str) -> Weights:
     dit = make_dit().to(workers.device)
     if workers.device.type == "cuda":
         for block in dit.blocks:
-            block.compile()
+            block.compile(dynamic=False)
     state, log = work / "dit.state", work / "dit.jsonl"
-    return fit(dit, lambda generator: batches.loss(dit, generator), budget, RATE, workers, state, log)
+    return fit(dit, lambda generator: batches.loss(dit, generator), budget, RATE, workers, state, log, identity)
 
 
 def make_trained_vae(plans: list[CasePlan], budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
@@ -116,8 +121,8 @@ def _pieces(plans: Iterator[CasePlan]) -> Iterator[list[CasePlan]]:
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for states and logs.")
-@click.option("--vae-minutes", default=11.0, show_default=True, help="Training of the VAE.")
-@click.option("--minutes", default=12.0, show_default=True, help="Training of the transformer.")
+@click.option("--vae-minutes", type=MINUTES, default=11.0, show_default=True, help="Training of the VAE.")
+@click.option("--minutes", type=MINUTES, default=12.0, show_default=True, help="Training of the transformer.")
 @click.option("--vae-steps", default=0, help="Steps instead of minutes.")
 @click.option("--steps", default=0, help="Steps instead of minutes.")
 @click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
@@ -131,6 +136,10 @@ def main(
     vae_cases: int, samples: int, vae_batch: int, batch: int, only: str | None,
 ) -> None:  # fmt: skip
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
+    if output.exists():
+        raise click.UsageError(f"{output} exists: choose another name for the checkpoint.")
+    if only == "dit" and not (work / "vae.pt").is_file():
+        raise click.UsageError(f"{work} has no vae.pt: train the VAE first (without --only, or with --only vae).")
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers, finished = Workers.here(), work / "vae.pt"
@@ -149,7 +158,8 @@ def main(
     groups = encoded_groups(encoding, samples, frames, workers)
     batches = Batches(groups, encoding.text([""]), batch)
     print(f"data set: { ({name: len(group) for name, group in groups.items()}) } samples here", flush=True)
-    dit = train_dit(batches, Budget(minutes, steps), workers, work)
+    identity = f"vae {hashlib.sha256(finished.read_bytes()).hexdigest()[:12]}, {samples} samples of {frames} frames"
+    dit = train_dit(batches, Budget(minutes, steps), workers, work, identity)
     if workers.rank == 0:
         write_checkpoint(output, dit, vae_weights)
         print(json.dumps({"output": str(output)}), flush=True)

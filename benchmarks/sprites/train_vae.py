@@ -23,12 +23,13 @@ from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
 from scail2_rt.benchmarks.sprites.model import Weights, make_vae
 from scail2_rt.export import vae as layers
 from scail2_rt.export.vae import LATENT_MEAN, LATENT_STD, VAE
-from scail2_rt.runtime.preprocess import half_resolution
+from scail2_rt.runtime.preprocess import half_resolution, normalise_video
 
-CLIP_FRAMES = (9, 33, 17)  # of successive batches, all of about as many frames in all
+# Of successive batches, each list over and over. "whole": pictures whose middle attention sees four times as much.
+KINDS = ("crop", "half", "crop", "whole")
+CLIP_FRAMES = (9, 33, 17)  # all batches hold about as many frames
 BATCH_FRAMES = 9  # for which the batch size is meant
 CROP = 64
-WHOLE_EVERY = 4  # every so many batches hold whole pictures, whose middle attention sees four times as much
 NOISE = 0.1  # of the latents' deviation
 CHARACTER_WEIGHT = 3.0
 RATE = 2e-3
@@ -62,7 +63,7 @@ class Clips:
             place = (every, slice(None), (rows + span)[:, :, None], (columns + span)[:, None, :])
             video = video.permute(0, 1, 3, 4, 2)[place].permute(0, 3, 4, 1, 2)
             labels = labels[place].permute(0, 3, 1, 2)
-        video = (video.float() - 127.5) / 127.5
+        video = normalise_video(video)
         weight = (labels > 0).float()[:, :, None]
         if kind == "half":
             video, weight = (half_resolution(x.flatten(0, 1)).unflatten(0, (size, frames)) for x in (video, weight))
@@ -77,8 +78,8 @@ def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: 
     def loss(generator: torch.Generator) -> Tensor:
         nonlocal count
         count += 1
-        kind = "whole" if count % WHOLE_EVERY == 0 else ("half", "crop", "crop")[count % 3]
-        frames = min(CLIP_FRAMES[count // 3 % len(CLIP_FRAMES)], clips.image.shape[1])
+        kind = KINDS[(count - 1) % len(KINDS)]
+        frames = min(CLIP_FRAMES[(count - 1) % len(CLIP_FRAMES)], clips.image.shape[1])
         size = batch * BATCH_FRAMES // (frames * (4 if kind == "whole" else 1))
         video, weight = clips.batch(max(size, 1), frames, kind, generator)
         latent = vae.encode(video)
