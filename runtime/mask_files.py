@@ -23,7 +23,8 @@ import numpy as np
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime.images import is_image
 from scail2_rt.runtime.masks import CLEAR_LABEL, PALETTE, codes
-from scail2_rt.runtime.media import VideoReader, check_writable, probe_video
+from scail2_rt.runtime.media import VideoReader, probe_video
+from scail2_rt.runtime.video_writer import check_place, check_writable
 
 _TICKS = 90_000  # a second, where the frame rate varies
 _FRAMES_AT_ONCE = 8
@@ -104,11 +105,9 @@ def check_new(output: Path, ending: str, overwrite: bool) -> None:
     if ending == ".png":
         if output.suffix.lower() != ending:
             raise InputError(f"The output {output} must end in .png: a mask image is stored without loss.")
-        check_writable(output.with_suffix(".mp4"))  # the folder's checks are those of a video
+        check_place(output)
     else:
         check_writable(output)
-    if output.is_dir():
-        raise InputError(f"The output {output} is a folder: give a file name.")
     if output.exists() and not overwrite:
         raise InputError(f"The output {output} exists: choose another name with -o, or replace it with --overwrite.")
 

@@ -206,6 +206,7 @@ def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
         (("--case", "case", "good.png"), "beside a case"),
         (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video is missing"),
         (("good.png", "--extra-ref", "a.png", "b.png"), "--extra-ref belongs to a case"),
+        (("good.png", "--mode", "replace", "--size", "64x96"), "--mode, --size belongs to a case"),
         (("--case", "case", "--size", "70x96"), "divisible by 32"),
         (("--mode", "both"), "'both' is not one of"),
     ],
