@@ -302,7 +302,11 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckRes
     if case is None:
         if not files:
             raise InputError("There is nothing to check: give --case DIR, the four files of a case, or mask files.")
-        of_a_case = {"--extra-ref": options["extra_refs"], "--mode": options["mode"] != "auto", "--size": options["size"]}
+        of_a_case = {
+            "--extra-ref": options["extra_refs"],
+            "--mode": options["mode"] != "auto",
+            "--size": options["size"],
+        }
         if given := [flag for flag, value in of_a_case.items() if value]:
             raise InputError(f"{', '.join(given)} belongs to a case: give --case DIR or the four files with it.")
         return check_files(files), None

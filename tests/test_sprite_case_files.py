@@ -8,8 +8,9 @@ import pytest
 from scail2_rt.benchmarks.sprites.case_files import case_request, motion_sound, write_case
 from scail2_rt.benchmarks.sprites.cases import plan_case, render_case
 from scail2_rt.benchmarks.sprites.trials import TASKS, held_out_case
+from scail2_rt.runtime.images import load_image
 from scail2_rt.runtime.lossless import SAMPLE_RATE
-from scail2_rt.runtime.media import VideoReader, load_image
+from scail2_rt.runtime.media import VideoReader
 from scail2_rt.runtime.request import check_request
 from tests.command import Run, one_json, read_video
 
