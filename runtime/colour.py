@@ -1,5 +1,5 @@
-"""sRGB and CIELAB (CIE 1976), for what measures or moves colours as eyes see them: the colour anchor, and the figures of
-the quality benchmark."""
+"""sRGB and CIELAB (CIE 1976), for what measures or moves colours as eyes see them: the colour anchor, and the quality
+benchmark."""
 
 import torch
 from torch import Tensor

@@ -41,9 +41,7 @@ class Saved:
 
 def identity(about: Mapping[str, Any]) -> dict[str, str]:
     """What a run's result depends on, from its report: dotted field → value."""
-    engines = {
-        name: about["engines"][name] for name in about["engines"] if name not in ("directory", "manifest_sha256")
-    }
+    engines = {name: value for name, value in about["engines"].items() if name not in _WHERE}
     fields = {
         "options": {name: value for name, value in about["options"].items() if name not in _NO_MATTER},
         "inputs": {label: file["sha256"] for label, file in about["inputs"].items()},
