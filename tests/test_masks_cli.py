@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scail2_rt.runtime import mask_commands
+from scail2_rt.runtime import cli_types
 from scail2_rt.runtime.cli import cli
 from scail2_rt.runtime.images import load_mask_image
 from scail2_rt.runtime.mask_lint import Finding
@@ -56,7 +56,7 @@ def test_help_lists_every_option(scail2: Run, command: str) -> None:
 
 
 def test_option_values_are_those_of_the_modules() -> None:
-    assert mask_commands.CHARACTERS == CHARACTERS
+    assert cli_types.CHARACTERS == CHARACTERS
 
 
 # check
