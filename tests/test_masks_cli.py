@@ -202,7 +202,7 @@ def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
         (("text.png",), "not an image"),
         (("empty.png",), "empty"),
         ((".",), "is a folder"),
-        (("--case", "case", "--image", "a.png"), "--case and single files"),
+        (("--case", "case", "--image", "a.png"), "--case and --image were both given"),
         (("--case", "case", "good.png"), "beside a case"),
         (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video is missing"),
         (("good.png", "--extra-ref", "a.png", "b.png"), "--extra-ref belongs to a case"),

@@ -19,7 +19,7 @@ from scail2_rt.benchmarks.sprites.case_files import draw_case
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime.history import Carry, History
 from scail2_rt.runtime.resume import Saved, Sidecar, first_difference, noise_generator
-from scail2_rt.runtime.unfinished import clear_sidecars, resumable, sidecar_path
+from scail2_rt.runtime.unfinished import clear_sidecars, partial_path, resumable, sidecar_path
 from tests.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video
 
 pytest_plugins = ["tests.runtime_fixtures"]
@@ -103,6 +103,12 @@ def test_a_changed_file_is_refused_and_a_new_run_asks_first(
     message = error_of(scail2(*words))
     assert "1 finished segment(s) of an interrupted run" in message
     assert "--resume" in message
+    state = sidecar_path(folder / "a.mp4", 1)
+    state.rename(folder / "away")
+    message = error_of(scail2(*words, "--resume"))
+    assert "a.resume-1.safetensors, is not beside it" in message
+    assert partial_path(folder / "a.mp4").is_file()
+    (folder / "away").rename(state)
     (folder / "a.mp4").write_text("an older result")
     assert "give --overwrite with --resume" in error_of(scail2(*words, "--resume"))
     assert (folder / "a.mp4").read_text() == "an older result"
