@@ -78,19 +78,9 @@ class MaskReport:
     """What `check_masks` saw. Frame numbers are counted in the mask video from 0."""
 
     mode: Mode
-    frames: int
-    height: int
-    width: int
-    references: tuple[tuple[str, ...], ...]  # colours of each reference mask, white included
-    driving: Mapping[str, int]  # colour → first frame
-    driving_shares: Mapping[str, float]  # colour → mean share of the pixels
     findings: tuple[Finding, ...]
     framing: Framing
-    facts: tuple[MaskFacts, ...]  # of the reference masks and the driving mask
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return tuple(finding.sentence for finding in self.findings if finding.severity == "warning")
+    facts: tuple[MaskFacts, ...]  # of the reference masks and, last, of the driving mask
 
 
 def check_masks(
@@ -123,12 +113,6 @@ def check_masks(
     order = ("error", "warning", "note")
     return MaskReport(
         mode=mode,
-        frames=driving.frames,
-        height=driving.shape[0],
-        width=driving.shape[1],
-        references=tuple(tuple(stats.first_frames) for stats in references),
-        driving={name: start + frame for name, frame in driving.first_frames.items()},
-        driving_shares=dict(zip(COLOURS, driving.shares.mean(0).tolist(), strict=True)),
         findings=tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
         framing=framing,
         facts=(
