@@ -7,7 +7,7 @@
     verify           engine folder against its checkpoint       engines.verify
     export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
     doctor           what this machine has                      doctor
-    demo             the whole way, on a case with an answer     demo
+    demo             the whole way, on a case with an answer    demo
     bench            speed, memory and error, with baselines    benchmarks
     convert          checkpoint → one safetensors file          engines.convert
     download         the official checkpoint from the hub       download
