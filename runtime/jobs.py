@@ -223,6 +223,8 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if plan.fit is not None:
+        print(plan.fit.text, file=sys.stderr)
     output, unfinished = plan.request.output, partial_path(plan.request.output)
     cache = PromptCache(None, engines.encoder_hash)
     about = {**report.describe_plan(plan), "prompt_cache": _cache_hits(plan, cache)}
