@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from scail2_rt.benchmarks.sprites.command import quality
-from scail2_rt.runtime.cli_options import ATTENTION, PATH, SectionCommand, debug_option, in_section, option
+from scail2_rt.runtime.cli_options import ATTENTION
+from scail2_rt.runtime.cli_sections import PATH, SectionCommand, debug_option, in_section, option
 
 SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate")
 ABOUT = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scail2_rt.runtime.colour import lab_to_rgb, rgb_to_lab
 from scail2_rt.runtime.driving import DrivingClip
 from scail2_rt.runtime.masks import ON_ABOVE
 from scail2_rt.runtime.preprocess import normalise_video
@@ -27,38 +28,6 @@ _LARGEST_SHIFT, _LARGEST_GAIN = 12.0, 1.25  # beyond it is another picture, not 
 _SMALLEST_REGION = 0.02  # share of a group's pixels that must be background
 _MARGIN = 32  # around the characters: a 32nd of the shorter side
 _DARK = 64  # 8-bit: a mask pixel above it in any channel is no black background
-
-# Linear sRGB to XYZ (IEC 61966-2-1, D65), rows divided by the white point: white becomes (1, 1, 1).
-_RGB_TO_XYZ = (
-    (0.4124564, 0.3575761, 0.1804375),
-    (0.2126729, 0.7151522, 0.0721750),
-    (0.0193339, 0.1191920, 0.9503041),
-)
-_EDGE = 6 / 29  # of CIELAB's cube root and its linear part
-
-
-def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """sRGB [3, ...] in 0..1 → CIELAB [3, ...] (L 0..100), D65."""
-    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp_min(0.04) + 0.055) / 1.055) ** 2.4)
-    xyz = torch.einsum("ij,j...->i...", _rgb_to_xyz().to(rgb), linear)
-    root = torch.where(xyz > _EDGE**3, xyz.clamp_min(_EDGE**3) ** (1 / 3), xyz / (3 * _EDGE**2) + 4 / 29)
-    x, y, z = root
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-def lab_to_rgb(lab: Tensor) -> Tensor:
-    """The way back; what lies outside sRGB leaves 0..1."""
-    light, a, b = lab
-    y = (light + 16) / 116
-    root = torch.stack([y + a / 500, y, y - b / 200])
-    xyz = torch.where(root > _EDGE, root**3, 3 * _EDGE**2 * (root - 4 / 29))
-    linear = torch.einsum("ij,j...->i...", torch.linalg.inv(_rgb_to_xyz()).to(lab), xyz)
-    return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(0.003) ** (1 / 2.4) - 0.055)
-
-
-def _rgb_to_xyz() -> Tensor:
-    matrix = torch.tensor(_RGB_TO_XYZ, dtype=torch.float64)
-    return matrix / matrix.sum(1, keepdim=True)
 
 
 def background(mask: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ case a line, `prompt@@case_dir`. A video may end in .mov, .mkv and so on as well
 a file can be read is found out when it is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from scail2_rt.export.errors import InputError
 
@@ -25,6 +25,7 @@ DRIVING = ("rendered_v2.mp4", "rendered_aligned.mp4", "rendered.mp4", "driving.m
 ANIMATE_MASKS = ("rendered_mask_v2.mp4", "rendered_mask.mp4")
 REPLACE_MASKS = ("replace_mask.mp4",)
 SEPARATOR = "@@"
+FILES = ("image", "mask_image", "driving", "mask_video")  # fields of `CaseFiles`, and options where each is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,22 @@ class BatchLine:
     prompt: str
     directory: Path
     number: int
+
+
+def named_files(options: Mapping[str, Any], instead: str) -> dict[str, Path]:
+    """The files of a case that options name one by one: all four, or none. InputError when some are missing (`instead`
+    says what to give) and when a folder is named beside them."""
+    given: dict[str, Path] = {name: options[name] for name in FILES if options[name] is not None}
+    if given and options["case"] is not None:
+        raise InputError(f"--case and {flags(given)} were both given: use the folder or the four files.")
+    if given and (lacking := [name for name in FILES if name not in given]):
+        raise InputError(f"{flags(lacking)} is missing: {instead}.")
+    return given
+
+
+def flags(names: Iterable[str]) -> str:
+    """`--image, --extra-ref` of the names of options' values."""
+    return ", ".join("--" + name.rstrip("s").replace("_", "-") for name in names)
 
 
 def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:

@@ -7,7 +7,7 @@
     verify           engine folder against its checkpoint       engines.verify
     export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
     doctor           what this machine has                      doctor
-    demo             the whole way, on a case with an answer     demo
+    demo             the whole way, on a case with an answer    demo
     bench            speed, memory and error, with baselines    benchmarks
     convert          checkpoint → one safetensors file          engines.convert
     download         the official checkpoint from the hub       download
@@ -30,6 +30,7 @@ import click
 
 from scail2_rt.benchmarks.command import bench
 from scail2_rt.runtime import cli_options as o
+from scail2_rt.runtime.cli_sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.files_commands import convert, download, inspect
 from scail2_rt.runtime.mask_commands import masks
 from scail2_rt.runtime.output import parts_apart, show, stdout_for
@@ -40,7 +41,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 @click.group(context_settings=CONTEXT, invoke_without_command=True)
 @click.version_option(importlib.metadata.version("scail2-rt"), prog_name="scail2-rt")
-@o.debug_option
+@debug_option
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Animate characters with SCAIL-2: build engines from a checkpoint once, then turn a reference image and a driving
@@ -55,11 +56,11 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-@cli.command(cls=o.SectionCommand)
-@click.argument("checkpoint", type=o.PATH)
+@cli.command(cls=SectionCommand)
+@click.argument("checkpoint", type=PATH)
 @o.BUILD_OPTIONS
 @o.COMPONENT_OPTIONS
-@o.reporting
+@reporting
 def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Turn CHECKPOINT (a SCAIL-2 folder or a *.safetensors file) into an engine folder.
 
@@ -96,15 +97,15 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     show(report, text + lora_lines(report.loras), as_json)
 
 
-@cli.command(cls=o.SectionCommand)
-@click.argument("engines", type=o.PATH)
+@cli.command(cls=SectionCommand)
+@click.argument("engines", type=PATH)
 @o.INPUT_OPTIONS
 @o.PROMPT_OPTIONS
 @o.OUTPUT_OPTIONS
 @o.SAMPLING_OPTIONS
 @o.LONG_CLIP_OPTIONS
 @o.ENGINE_OPTIONS
-@o.reporting
+@reporting
 def generate(engines: Path, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
@@ -129,10 +130,10 @@ def generate(engines: Path, as_json: bool, **options: Any) -> None:
         raise click.exceptions.Exit(1)
 
 
-@cli.command(cls=o.SectionCommand)
-@click.argument("directory", type=o.PATH)
+@cli.command(cls=SectionCommand)
+@click.argument("directory", type=PATH)
 @o.CHECKPOINT_OPTIONS
-@o.reporting
+@reporting
 def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> None:
     """Write a small checkpoint of random weights to DIRECTORY, in the official folder layout.
 
@@ -147,11 +148,11 @@ def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> N
     show({"directory": str(directory), "preset": preset, "seed": seed, "files": files}, "\n".join(lines), as_json)
 
 
-@cli.command(cls=o.SectionCommand)
-@click.argument("checkpoint", type=o.PATH)
+@cli.command(cls=SectionCommand)
+@click.argument("checkpoint", type=PATH)
 @o.EXPORT_OPTIONS
 @o.COMPONENT_OPTIONS
-@o.reporting
+@reporting
 def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Write the networks of CHECKPOINT as ONNX files, for other tools.
 
@@ -182,11 +183,11 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     show(report, text + lora_lines(report.loras), as_json)
 
 
-@cli.command(cls=o.SectionCommand)
-@click.argument("engines", type=o.PATH)
+@cli.command(cls=SectionCommand)
+@click.argument("engines", type=PATH)
 @o.VERIFY_OPTIONS
 @o.COMPONENT_OPTIONS
-@o.reporting
+@reporting
 def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Test the engine folder ENGINES against the checkpoint that it was built from. Exit code 1 when something fails.
 
@@ -204,9 +205,9 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
         raise click.exceptions.Exit(1)
 
 
-@cli.command(cls=o.SectionCommand)
-@click.argument("engines", type=o.PATH, required=False)
-@o.reporting
+@cli.command(cls=SectionCommand)
+@click.argument("engines", type=PATH, required=False)
+@reporting
 def doctor(engines: Path | None, as_json: bool) -> None:
     """Show what this machine has, which backend auto would take and why, and what would make it faster.
 
@@ -218,9 +219,9 @@ def doctor(engines: Path | None, as_json: bool) -> None:
     show(found, found.text, as_json)
 
 
-@cli.command(cls=o.SectionCommand)
+@cli.command(cls=SectionCommand)
 @o.DEMO_OPTIONS
-@o.reporting
+@reporting
 def demo(output: Path, backend: str, as_json: bool) -> None:
     """Show the whole way on any machine: a small trained checkpoint, a drawn case with sound, engines, a video.
 

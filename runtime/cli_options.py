@@ -1,15 +1,16 @@
-"""The pieces that the commands are made of: options grouped into sections of the help, and the parameter types.
+"""The options of the commands in `cli.py`, in the sections of their help; `masks` shares those that name a case.
 
 Only click is imported here and in `cli.py`, so that `--help` answers at once. The value lists repeat what the modules
 behind them define (a test compares them), because importing those would load PyTorch.
 """
 
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
+
+from scail2_rt.runtime.cli_sections import PATH, in_section, option
+from scail2_rt.runtime.cli_types import MemorySize, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -25,130 +26,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"solver": "euler", "steps": 6, "shift": 5.0, "guidance": 1.0},
 }
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-
-class SectionOption(click.Option):
-    """An option that `--help` lists under the heading `section`."""
-
-    def __init__(self, *args: Any, section: str = "Options", **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
-        self.section = section
-
-
-class SectionCommand(click.Command):
-    """A command whose help lists its options by section, in the order in which the sections first occur."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
-        for section, records in sections.items():
-            with formatter.section(section):
-                formatter.write_dl(records)
-
-
-class SizeType(click.ParamType):
-    """`512x896` → (512, 896): height first, as the model's sizes are written."""
-
-    name = "HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(\d+)[x×X*](\d+)", value.strip())
-        if not match:
-            self.fail(f"{value!r} is not a size: write height and width as in 512x896", param, ctx)
-        return int(match[1]), int(match[2])
-
-
-class MemorySize(click.ParamType):
-    """`12GiB`, `900MiB`, `16G` → bytes."""
-
-    name = "SIZE"
-    UNITS: ClassVar = {"M": 2**20, "G": 2**30}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([MG])(?:i?B)?)", value.strip(), re.IGNORECASE)
-        if not match:
-            self.fail(f"{value!r} is not a size of memory: write it as in 12GiB", param, ctx)
-        return int(float(match[1]) * self.UNITS[match[2].upper()])
-
-
-PATH = click.Path(path_type=Path)
-
-
-def in_section(section: str, *options: Callable[..., Decorator]) -> Decorator:
-    """Apply option factories, each called with the section's name, so that they are listed in the order given."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for make in reversed(options):
-            function = make(section)(function)
-        return function
-
-    return decorate
-
-
-def option(*names: str, **attributes: Any) -> Callable[[str], Decorator]:
-    """An option factory for `in_section`."""
-    return lambda section: click.option(*names, cls=SectionOption, section=section, **attributes)
-
-
-def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    """Flags that the error handler needs even when the command never runs: it finds them in the root's `obj`."""
-    if value and isinstance(ctx.obj, dict):
-        ctx.obj[parameter.name] = True
-    return value
-
-
-def debug_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--debug`, accepted before and after the command's name."""
-    return click.option(
-        "--debug",
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_remember,
-        cls=SectionOption,
-        section="Other",
-        help="Show the traceback of an error.",
-    )(function)
-
-
-def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json` and `--debug`, which every command that reports has."""
-    json_option = click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        is_eager=True,
-        callback=_remember,
-        cls=SectionOption,
-        section="Other",
-        help="Print one JSON object on stdout and nothing else there.",
-    )
-    return json_option(debug_option(function))
-
-
-INPUT_OPTIONS = in_section(
-    "Inputs (a case folder, a batch file, or the four files)",
-    option(
-        "--case",
-        type=PATH,
-        metavar="DIR",
-        help="Folder in the official layout: ref.*, ref_mask.*, rendered_v2.mp4, "
-        "and rendered_mask_v2.mp4 (animate) or replace_mask.mp4 (replace).",
-    ),
-    option(
-        "--batch",
-        type=PATH,
-        metavar="FILE",
-        help="Lines of prompt@@case_dir; engines load once, one bad case does not stop the others. -o names a folder.",
-    ),
+CASE = option(
+    "--case",
+    type=PATH,
+    metavar="DIR",
+    help="Folder in the official layout: ref.*, ref_mask.*, rendered_v2.mp4, "
+    "and rendered_mask_v2.mp4 (animate) or replace_mask.mp4 (replace).",
+)
+FILES = (
     option("--image", type=PATH, metavar="FILE", help="Reference image: the character."),
     option("--mask-image", type=PATH, metavar="FILE", help="Colour mask of the reference image."),
     option("--driving", type=PATH, metavar="FILE", help="Driving video: the motion, its frame rate and its audio."),
@@ -161,14 +47,33 @@ INPUT_OPTIONS = in_section(
         metavar="IMAGE MASK",
         help="Another view of the character and its mask; may be repeated.",
     ),
+)
+MODE = option(
+    "--mode",
+    type=click.Choice(["auto", "animate", "replace"]),
+    default="auto",
+    show_default=True,
+    help="animate keeps the reference's background, replace keeps the driving video's scene; auto reads it from "
+    "the case folder or the masks.",
+)
+SIZE = option(
+    "--size",
+    type=SizeType(),
+    metavar="HxW",
+    help="Height and width of the output, multiples of 32, taken as given.  [default: 512x896, "
+    "turned to the reference image's orientation]",
+)
+INPUT_OPTIONS = in_section(
+    "Inputs (a case folder, a batch file, or the four files)",
+    CASE,
     option(
-        "--mode",
-        type=click.Choice(["auto", "animate", "replace"]),
-        default="auto",
-        show_default=True,
-        help="animate keeps the reference's background, replace keeps the driving video's scene; auto reads it from "
-        "the case folder or the masks.",
+        "--batch",
+        type=PATH,
+        metavar="FILE",
+        help="Lines of prompt@@case_dir; engines load once, one bad case does not stop the others. -o names a folder.",
     ),
+    *FILES,
+    MODE,
     option(
         "--fit-reference",
         is_flag=True,
@@ -199,13 +104,7 @@ OUTPUT_OPTIONS = in_section(
         help="The video to write (.mp4); a folder with --batch.",
     ),
     option("--overwrite", is_flag=True, help="Replace an output that exists."),
-    option(
-        "--size",
-        type=SizeType(),
-        metavar="HxW",
-        help="Height and width, multiples of 32, taken as given.  [default: 512x896, "
-        "turned to the reference image's orientation]",
-    ),
+    SIZE,
     option("--codec", type=click.Choice(CODECS), default="h264", show_default=True, help="Video codec."),
     option(
         "--crf",

@@ -48,7 +48,7 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     write_sheet(sheet, [case_block(f"{TASK}: {case.plan.prompt}", case, {OURS: made})])
     scores, comparison = _judge(Answer.of(case), made)
     said += [
-        f"video       {text}",
+        "video       " + text.replace("\n", f"\n{'':12}"),
         f"            {video.frames} frames, {float(video.frame_rate):g} fps, {'with' if video.audio else 'no'} audio",
         f"sheet       {sheet}: reference, driving video, ours, truth",
         f"quality     {comparison}",

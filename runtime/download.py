@@ -80,7 +80,7 @@ class HuggingFace:
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, GatedRepoError) as error:
             reason = _first_line(error)
-            raise InputError(f"The hub gives no {repository} at revision {revision} ({reason}); check both") from error
+            raise InputError(f"The hub gives no {repository} at revision {revision} ({reason}); check both.") from error
         except Exception as error:  # whatever the HTTP client raises when there is no way to the hub
             raise _unreachable(error) from error
         found = []
@@ -100,7 +100,7 @@ class HuggingFace:
         except Exception as error:
             raise Scail2Error(
                 f"{path} cannot be had from the hub ({type(error).__name__}: {_first_line(error)}); what came is kept, "
-                "and the same command continues"
+                "and the same command continues."
             ) from error
         return response.content
 
@@ -142,7 +142,7 @@ def download(
     observer = observer or SilentObserver()
     directory = directory.expanduser().absolute()
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file; name a folder")
+        raise InputError(f"{directory} is a file; name a folder.")
     commit, listed = hub.files(repository, revision)
     latest, wanted = _needed(repository, listed)
     try:
@@ -152,12 +152,15 @@ def download(
         folder = (directory / LATEST).read_text(errors="replace").strip()
         wanted = [file for file in wanted if not file.path.startswith("model/") or file.path.split("/")[1] == folder]
         if not any(PARTS["transformer"].fullmatch(file.path) for file in wanted):
-            raise InputError(f"{repository}: {LATEST} says {folder[:40]!r}, but no model/{folder[:40]}/*.pt is listed")
+            raise InputError(
+                f"{repository}: {LATEST} says {folder[:40]!r}, but no model/{folder[:40]}/*.pt is listed; choose "
+                "another --revision."
+            )
         run.check_room(wanted)
         run.fetch(wanted)
     except OSError as error:
         raise Scail2Error(
-            f"writing to {directory} failed ({error.strerror or error}); what came is kept, the same command continues"
+            f"Writing to {directory} failed ({error.strerror or error}); what came is kept, the same command continues."
         ) from error
     except KeyboardInterrupt:
         observer.note("what came is kept; the same command continues")
@@ -184,7 +187,7 @@ def _needed(repository: str, listed: Sequence[RemoteFile]) -> tuple[RemoteFile, 
     if absent or latest is None:
         raise InputError(
             f"{repository} is no SCAIL-2 checkpoint in the official layout: it has no {', no '.join(absent)}; "
-            f"the default repository is {REPOSITORY}"
+            f"the default repository is {REPOSITORY}."
         )
     wanted = [file for files in found.values() for file in files]
     return latest, sorted([*wanted, *(f for f in listed if TOKENIZER.fullmatch(f.path))], key=lambda file: file.size)
@@ -224,7 +227,7 @@ class _Download:
                 unfinished.unlink()
                 raise Scail2Error(
                     f"{file.path} arrived damaged: its hash is not {file.digest}, as {self.repository} states; it was "
-                    "removed, and the same command fetches it again"
+                    "removed, and the same command fetches it again."
                 )
             os.replace(unfinished, self.directory / file.path)
             self._remember(file)
@@ -272,7 +275,7 @@ class _Download:
                 piece = future.result()
                 if len(piece) != size:
                     raise Scail2Error(
-                        f"the hub sent {len(piece)} bytes of {file.path} where {size} were asked for; try again"
+                        f"The hub sent {len(piece)} bytes of {file.path} where {size} were asked for; try again."
                     )
                 yield piece
         finally:
@@ -291,7 +294,7 @@ class _Download:
         if needed and free < needed + DISK_MARGIN:
             raise InputError(
                 f"{needed / 2**30:.1f} GiB are still to come, but the disk of {self.directory} has "
-                f"{free / 2**30:.1f} GiB free; free some space or name another folder"
+                f"{free / 2**30:.1f} GiB free; free some space or name another folder."
             )
 
 
@@ -305,7 +308,7 @@ def _digest(path: Path, file: RemoteFile) -> str:
 def _unreachable(error: Exception) -> Scail2Error:
     return Scail2Error(
         f"The hub cannot be reached ({type(error).__name__}: {_first_line(error)}); check the network, or download the "
-        f"files of {REPOSITORY} on another machine and copy the folder here"
+        f"files of {REPOSITORY} on another machine and copy the folder here."
     )
 
 

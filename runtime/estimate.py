@@ -207,6 +207,8 @@ def as_text(plan: JobPlan, result: Estimate) -> str:
         f"{plan.frames} frames at {float(plan.frame_rate):.6g} fps, {plan.height}x{plan.width}, mode {plan.mode}",
         f"{len(plan.segments)} segments of at most {max(s.padded_frames for s in plan.segments)} frames:",
     ]
+    if plan.fit is not None:
+        lines.insert(1, plan.fit.text)
     for number, segment in enumerate(plan.segments, 1):
         overlap = f", {segment.overlap} of them from the segment before" if segment.overlap else ""
         padding = f", padded by {segment.padding}" if segment.padding else ""

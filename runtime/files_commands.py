@@ -6,41 +6,42 @@ from typing import Any
 
 import click
 
-from scail2_rt.runtime import cli_options as o
+from scail2_rt.runtime.cli_options import COMPONENT_OPTIONS
+from scail2_rt.runtime.cli_sections import PATH, SectionCommand, in_section, option, reporting
 from scail2_rt.runtime.output import parts_apart, show, stdout_for
 
 DTYPES = ("bf16", "fp16", "fp32")  # engines.convert_plan.DTYPES
 REPOSITORY = "zai-org/SCAIL-2"  # runtime.download.REPOSITORY
 
-CONVERT_OPTIONS = o.in_section(
+CONVERT_OPTIONS = in_section(
     "Convert",
-    o.option("-o", "--output", type=o.PATH, required=True, metavar="FILE.safetensors", help="The file to write."),
-    o.option(
+    option("-o", "--output", type=PATH, required=True, metavar="FILE.safetensors", help="The file to write."),
+    option(
         "--dtype",
         type=click.Choice(DTYPES),
         help="Type of the transformer's matrices; norms, modulation, time embedding and head stay fp32.  [default: "
         "16-bit ones as they are, others bf16]",
     ),
-    o.option(
+    option(
         "--all",
         "everything",
         is_flag=True,
         help="Write VAE, umT5, CLIP and tokenizer beside it too: the folder is then a whole checkpoint.",
     ),
-    o.option("--overwrite", is_flag=True, help="Replace an output, or unfinished work, of something else."),
+    option("--overwrite", is_flag=True, help="Replace an output, or unfinished work, of something else."),
 )
-DOWNLOAD_OPTIONS = o.in_section(
+DOWNLOAD_OPTIONS = in_section(
     "Download",
-    o.option("--repo", default=REPOSITORY, show_default=True, metavar="NAME", help="Repository on the hub."),
-    o.option("--revision", default="main", show_default=True, metavar="NAME", help="Branch, tag or commit."),
+    option("--repo", default=REPOSITORY, show_default=True, metavar="NAME", help="Repository on the hub."),
+    option("--revision", default="main", show_default=True, metavar="NAME", help="Branch, tag or commit."),
 )
 
 
-@click.command(cls=o.SectionCommand)
-@click.argument("checkpoint", type=o.PATH)
+@click.command(cls=SectionCommand)
+@click.argument("checkpoint", type=PATH)
 @CONVERT_OPTIONS
-@o.COMPONENT_OPTIONS
-@o.reporting
+@COMPONENT_OPTIONS
+@reporting
 def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Write the transformer of CHECKPOINT (any layout that build-engines reads) as one safetensors file with Wan names.
 
@@ -61,10 +62,10 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     show(report, report.text, as_json)
 
 
-@click.command(cls=o.SectionCommand)
-@click.argument("directory", type=o.PATH)
+@click.command(cls=SectionCommand)
+@click.argument("directory", type=PATH)
 @DOWNLOAD_OPTIONS
-@o.reporting
+@reporting
 def download(directory: Path, repo: str, revision: str, as_json: bool) -> None:
     """Download the official checkpoint to DIRECTORY: the files that build-engines needs, each checked by its hash.
 
@@ -78,9 +79,9 @@ def download(directory: Path, repo: str, revision: str, as_json: bool) -> None:
     show(report, report.text, as_json)
 
 
-@click.command(cls=o.SectionCommand)
-@click.argument("path", type=o.PATH)
-@o.reporting
+@click.command(cls=SectionCommand)
+@click.argument("path", type=PATH)
+@reporting
 def inspect(path: Path, as_json: bool) -> None:
     """Say what PATH is: a checkpoint (folder or file), one network of it, a LoRA or an engine folder.
 

@@ -70,6 +70,12 @@ class ReferenceFit:
     left: int
     margin: RGB
 
+    @property
+    def text(self) -> str:
+        return (
+            f"the reference is scaled to {100 * self.scale:.0f} %, so that its character is as tall as the driving one"
+        )
+
 
 def fit_reference(
     image: np.ndarray, mask: np.ndarray, driving: Mapping[str, float], height: int, width: int

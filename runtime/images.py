@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from scail2_rt.export.errors import InputError
+from scail2_rt.runtime.animated_webp import is_animated_webp
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -53,8 +54,9 @@ def load_labels(path: Path) -> np.ndarray | None:
 
 
 def is_image(path: Path) -> bool:
-    """By the ending of its name: an image, where a video is the other possibility."""
-    return path.suffix.lower() in _ENDINGS
+    """By the ending of its name: an image, where a video is the other possibility. An animated WebP is a video."""
+    ending = path.suffix.lower()
+    return ending in _ENDINGS and not (ending == ".webp" and path.is_file() and is_animated_webp(path))
 
 
 @contextmanager

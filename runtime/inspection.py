@@ -76,7 +76,7 @@ def inspect(path: Path) -> Inspection:
     """InputError: nothing there, unreadable, or none of what this program knows."""
     path = path.expanduser()
     if not path.exists():
-        raise InputError(f"There is nothing at {path}")
+        raise InputError(f"There is nothing at {path}; check the path.")
     if path.is_dir() and (path / MANIFEST).is_file():
         return _engines(path)
     if path.is_dir() and (path / JOURNAL).is_file():
@@ -102,7 +102,7 @@ def _file(path: Path) -> Inspection:
     names = list(source.keys())
     raise InputError(
         f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: its {len(names)} tensors begin with "
-        f"{', '.join(names[:3])}"
+        f"{', '.join(names[:3])}. Give a file of a checkpoint or a LoRA."
     )
 
 

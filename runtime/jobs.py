@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime import report
-from scail2_rt.runtime.case import read_batch, read_case
+from scail2_rt.runtime.case import FILES, flags, named_files, read_batch, read_case
 from scail2_rt.runtime.request import JobPlan, Request, check_request, prompt_warnings
-from scail2_rt.runtime.unfinished import clear_sidecars, partial_path, resumable
+from scail2_rt.runtime.unfinished import clear_sidecars, part_ends, partial_path, resumable, sidecar_path
 
 if TYPE_CHECKING:
     from scail2_rt.engines.executors import EngineSet
     from scail2_rt.engines.manifest import Manifest
 
-FILES = ("image", "mask_image", "driving", "mask_video")
 SHARED = (  # options that are fields of `Request` as they are
     *("mode", "negative_prompt", "size", "start", "frames", "seed", "segment_length", "segment_overlap"),
     *("history", "overlap_blend", "anchor_color", "resume"),
@@ -66,14 +65,12 @@ class Case:
 
 def single_case(options: Mapping[str, Any], common: Mapping[str, Any]) -> Case:
     """The case of `--case DIR`, or of the four files. `common`: the fields of `Request` that are not files."""
-    given = [name for name in FILES if options[name] is not None]
+    instead = f"give --case DIR, --batch FILE, or all of {flags(FILES)}"
+    files: dict[str, Any] = named_files(options, instead)
     if options["case"] is not None:
-        if given:
-            raise InputError(f"--case and {_flags(given)} were both given: use the folder or the four files.")
         return Case(str(options["case"]), _from_folder(options["case"], options["output"], common))
-    if lacking := [name for name in FILES if options[name] is None]:
-        raise InputError(f"{_flags(lacking)} is missing: give --case DIR, --batch FILE, or all of {_flags(FILES)}.")
-    files = {name: options[name] for name in FILES}
+    if not files:
+        raise InputError(f"There is nothing to animate: {instead}.")
     return Case(str(options["driving"]), Request(**files, output=options["output"], **common))
 
 
@@ -81,7 +78,7 @@ def batch_cases(options: Mapping[str, Any], common: Mapping[str, Any]) -> list[C
     """The cases of `--batch FILE`, each writing `<case folder>.mp4` into the output folder; names are made unique."""
     others = [name for name in ("case", *FILES, "extra_refs", "prompt", "prompt_file") if options[name]]
     if others:
-        raise InputError(f"--batch and {_flags(others)} were both given: a batch file names its cases and prompts.")
+        raise InputError(f"--batch and {flags(others)} were both given: a batch file names its cases and prompts.")
     folder: Path = options["output"]
     if folder.exists() and not folder.is_dir():
         raise InputError(f"The output {folder} is a file, but --batch writes a video a case: give a folder with -o.")
@@ -105,10 +102,6 @@ def _from_folder(directory: Path, output: Path, common: Mapping[str, Any]) -> Re
     files = read_case(directory, None if mode == "auto" else mode)
     found = {name: getattr(files, name) for name in FILES}
     return Request(**found, output=output, **{**common, "mode": files.mode})
-
-
-def _flags(names: Any) -> str:
-    return ", ".join("--" + name.rstrip("s").replace("_", "-") for name in names)
 
 
 def read_prompt(options: Mapping[str, Any]) -> str:
@@ -138,12 +131,21 @@ def check_case(case: Case) -> JobPlan:
 
 def _check_unfinished(request: Request) -> None:
     """Hours of work in an interrupted run's files are not thrown away unasked."""
-    if request.resume or request.overwrite or not (parts := resumable(request.output)):
+    partial_video = partial_path(request.output)
+    if request.overwrite or not partial_video.is_file():
         return
-    raise InputError(
-        f"{partial_path(request.output)} holds {parts} finished segment(s) of an interrupted run: go on with --resume, "
-        "or start anew with --overwrite."
-    )
+    parts = resumable(request.output)
+    if parts and not request.resume:
+        raise InputError(
+            f"{partial_video} holds {parts} finished segment(s) of an interrupted run: go on with --resume, or start "
+            "anew with --overwrite."
+        )
+    if request.resume and not parts and (lost := len(part_ends(partial_video))) and not request.output.exists():
+        raise InputError(
+            f"{partial_video} holds {lost} finished segment(s), but the state to go on from, "
+            f"{sidecar_path(request.output, lost).name}, is not beside it: move the video away, or start anew with "
+            "--overwrite."
+        )
 
 
 def engine_manifest(choice: EngineChoice) -> "Manifest":
@@ -221,6 +223,8 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if plan.fit is not None:
+        print(plan.fit.text, file=sys.stderr)
     output, unfinished = plan.request.output, partial_path(plan.request.output)
     cache = PromptCache(None, engines.encoder_hash)
     about = {**report.describe_plan(plan), "prompt_cache": _cache_hits(plan, cache)}
@@ -232,8 +236,8 @@ def run_plan(plan: JobPlan, engines: "EngineSet") -> dict[str, Any]:
         return _complete_already(output, about, unfinished=saved is not None)
     about["resumed_after_segments"] = saved.carry.finished if saved else 0
     if resume:
-        after = f"{saved.carry.finished} of {len(plan.segments)} segments" if saved else "nothing: no interrupted run"
-        print(f"resuming after {after}", file=sys.stderr)
+        done = saved and f"resuming after {saved.carry.finished} of {len(plan.segments)} segments"
+        print(done or "no interrupted run is there to resume: this one begins", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)
     if saved is None:  # what is there afterwards is this run's
         unfinished.unlink(missing_ok=True)
@@ -365,10 +369,11 @@ def _cache_hits(plan: JobPlan, cache: Any) -> dict[str, int]:
 def summary(result: Mapping[str, Any]) -> str:
     """One complete run for people: the file, what it is, how long it took and what for."""
     timings: Mapping[str, float] = result["timings_s"]
+    segments = len(result["segments"])
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in timings.items() if seconds >= 0.05)
     rate = f"{float(Fraction(result['frame_rate'])):.6g}"
     return (
         f"{result['output']}: {result['frames']} frames of {result['height']}x{result['width']} at {rate} fps, "
-        f"{len(result['segments'])} segments in {sum(timings.values()):.1f} s ({phases})"
+        f"{segments} segment{'' if segments == 1 else 's'} in {sum(timings.values()):.1f} s ({phases})"
         + (f"\nreport: {result['report']}" if result["report"] else "")
     )

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scail2_rt.export.errors import InputError
-from scail2_rt.runtime.case import CaseFiles, read_case
+from scail2_rt.runtime.case import CaseFiles, named_files, read_case
 from scail2_rt.runtime.framing import Framing
 from scail2_rt.runtime.geometry import check_size, oriented
 from scail2_rt.runtime.images import is_image, load_image, load_mask_image
@@ -29,7 +28,6 @@ from scail2_rt.runtime.mask_stats import image_stats, video_stats
 from scail2_rt.runtime.media import probe_video
 from scail2_rt.runtime.request import DEFAULT_SIZE
 
-FILES = ("image", "mask_image", "driving", "mask_video")
 Pairs = Sequence[tuple[Path, Path]]
 
 
@@ -95,18 +93,10 @@ def _facts_text(facts: MaskFacts) -> str:
 def case_files(options: Mapping[str, Any]) -> CaseFiles | None:
     """The files of `--case`, or the four that were named; None when neither is there. `mode` is "animate" for `auto`
     without a folder, and not to be looked at."""
-    given = {name: options[name] for name in FILES if options[name] is not None}
+    given = named_files(options, "give --case DIR, all four files of a case, or mask files by themselves")
     if options["case"] is not None:
-        if given:
-            raise InputError("--case and single files were both given: use the folder or the four files.")
         return read_case(options["case"], None if options["mode"] == "auto" else options["mode"])
-    if not given:
-        return None
-    if missing := [f"--{name.replace('_', '-')}" for name in FILES if name not in given]:
-        raise InputError(
-            f"{', '.join(missing)} is missing: give --case DIR, all four files of a case, or mask files by themselves."
-        )
-    return CaseFiles(**given, mode="replace" if options["mode"] == "replace" else "animate")
+    return CaseFiles(**given, mode="replace" if options["mode"] == "replace" else "animate") if given else None
 
 
 def check_case(

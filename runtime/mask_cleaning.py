@@ -74,18 +74,22 @@ def _flat_labels(frame: np.ndarray, recolour: Mapping[RGB, str], name: str) -> I
     for colour, share in flat_strangers(frame):
         if any(max(abs(a - b) for a, b in zip(colour, known, strict=True)) <= SAME_COLOUR for known in recolour):
             continue
-        distances = np.abs(PALETTE_RGB.astype(int) - colour).max(-1)
-        if distances.min() <= SNAP:
-            label = int(distances.argmin())
-        elif Stranger(colour, [], share).is_grey:
+        label = snapped(colour)
+        if label is None and Stranger(colour, [], share).is_grey:
             label = BLACK
-        else:
+        if label is None:
             r, g, b = colour
             raise InputError(
                 f"({r},{g},{b}) covers {100 * share:.1f} % of {name} and is not near any mask colour: say what it is "
                 f"with --map {r},{g},{b}=COLOUR. The colours are {PALETTE_TEXT}."
             )
         yield colour, label
+
+
+def snapped(colour: RGB) -> int | None:
+    """The label of the palette colour that a flat colour is taken for; None when it is near none."""
+    distances = np.abs(PALETTE_RGB.astype(int) - colour).max(-1)
+    return int(distances.argmin()) if distances.min() <= SNAP else None
 
 
 def _colour_distances(pixels: np.ndarray) -> np.ndarray:

@@ -6,13 +6,14 @@ Only click is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from scail2_rt.runtime import cli_options as o
+from scail2_rt.runtime.cli_options import CASE, FILES, MODE, SIZE
+from scail2_rt.runtime.cli_sections import PATH, SectionCommand, in_section, option, reporting
+from scail2_rt.runtime.cli_types import CHARACTERS, ColourMap, RateType
 from scail2_rt.runtime.output import show, stdout_for
 
 if TYPE_CHECKING:
@@ -23,74 +24,20 @@ if TYPE_CHECKING:
     from scail2_rt.runtime.mask_sources import Matte
     from scail2_rt.runtime.masks import Role
 
-CHARACTERS = ("red", "green", "blue", "yellow", "magenta", "cyan")  # masks.CHARACTERS
 UNUSABLE = 2  # exit code of a check that found an error
 
 
-class ColourMap(click.ParamType):
-    """`255,140,0=red` → ((255, 140, 0), "red")."""
-
-    name = "R,G,B=COLOUR"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, str]:
-        if isinstance(value, tuple):
-            return value
-        numbers, _, target = value.partition("=")
-        levels = [int(part) if part.strip().isdecimal() else -1 for part in numbers.split(",")]
-        if len(levels) != 3 or not all(0 <= level <= 255 for level in levels):
-            self.fail(f"{value!r} does not begin with a colour: write it as in 255,140,0=red", param, ctx)
-        if target.strip() not in (*CHARACTERS, "white", "black"):
-            self.fail(f"{target!r} is none of white, black, {', '.join(CHARACTERS)}", param, ctx)
-        return tuple(levels), target.strip()
-
-
-class RateType(click.ParamType):
-    """`25`, `23.976`, `30000/1001` → a fraction."""
-
-    name = "FPS"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
-        try:
-            rate = Fraction(value)
-        except (ValueError, ZeroDivisionError):
-            rate = Fraction(0)
-        if not 0 < rate <= 1000:
-            self.fail(f"{value!r} is not a frame rate: write it as in 25 or 30000/1001", param, ctx)
-        return rate
-
-
-CASE_OPTIONS = o.in_section(
-    "Inputs (mask files by themselves, a case folder, or the four files of a case)",
-    o.option("--case", type=o.PATH, metavar="DIR", help="Case folder in the official layout, as for generate."),
-    o.option("--image", type=o.PATH, metavar="FILE", help="Reference image."),
-    o.option("--mask-image", type=o.PATH, metavar="FILE", help="Colour mask of the reference image."),
-    o.option("--driving", type=o.PATH, metavar="FILE", help="Driving video."),
-    o.option("--mask-video", type=o.PATH, metavar="FILE", help="Colour mask of the driving video."),
-    o.option(
-        "--extra-ref",
-        "extra_refs",
-        type=(o.PATH, o.PATH),
-        multiple=True,
-        metavar="IMAGE MASK",
-        help="Another view of the character and its mask; may be repeated.",
-    ),
-    o.option(
-        "--mode",
-        type=click.Choice(["auto", "animate", "replace"]),
-        default="auto",
-        show_default=True,
-        help="What the masks are for; auto reads it from the case folder or the masks.",
-    ),
-    o.option("--size", type=o.SizeType(), metavar="HxW", help="Size of the output, as for generate."),
+CASE_OPTIONS = in_section(
+    "Inputs (mask files by themselves, a case folder, or the four files of a case)", CASE, *FILES, MODE, SIZE
 )
-OVERWRITE = o.option("--overwrite", is_flag=True, help="Replace an output that exists.")
-WRITE_OPTIONS = o.in_section(
+OVERWRITE = option("--overwrite", is_flag=True, help="Replace an output that exists.")
+WRITE_OPTIONS = in_section(
     "Output",
-    o.option(
-        "-o", "--output", type=o.PATH, required=True, metavar="FILE", help="The mask to write: .png, or .mp4 of a clip."
+    option(
+        "-o", "--output", type=PATH, required=True, metavar="FILE", help="The mask to write: .png, or .mp4 of a clip."
     ),
     OVERWRITE,
-    o.option(
+    option(
         "--fps",
         type=RateType(),
         metavar="RATE",
@@ -98,14 +45,14 @@ WRITE_OPTIONS = o.in_section(
     ),
 )
 _PURPOSE = (
-    o.option(
+    option(
         "--mode",
         type=click.Choice(["animate", "replace"]),
         required=True,
         help="What the mask is for. The background becomes white where it shows: the reference's in animate, the "
         "driving video's in replace mode; black elsewhere.",
     ),
-    o.option(
+    option(
         "--role",
         type=click.Choice(["reference", "driving"]),
         help="Whose mask it is.  [default: reference of an image, driving of a clip]",
@@ -113,7 +60,7 @@ _PURPOSE = (
 )
 _MATTE = (
     *_PURPOSE,
-    o.option(
+    option(
         "--color",
         "--colour",
         "colour",
@@ -122,7 +69,7 @@ _MATTE = (
         show_default=True,
         help="The character's colour: the same in the reference mask and the driving mask.",
     ),
-    o.option(
+    option(
         "--threshold",
         type=click.IntRange(1, 255),
         default=128,
@@ -144,10 +91,10 @@ def masks(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-@masks.command(cls=o.SectionCommand)
-@click.argument("files", type=o.PATH, nargs=-1)
+@masks.command(cls=SectionCommand)
+@click.argument("files", type=PATH, nargs=-1)
 @CASE_OPTIONS
-@o.reporting
+@reporting
 def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Say what the masks of a case, or the mask FILES, show and what is wrong with them, with frame numbers.
 
@@ -159,13 +106,13 @@ def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         raise click.exceptions.Exit(UNUSABLE)
 
 
-@masks.command(cls=o.SectionCommand)
-@click.argument("files", type=o.PATH, nargs=-1)
+@masks.command(cls=SectionCommand)
+@click.argument("files", type=PATH, nargs=-1)
 @CASE_OPTIONS
-@o.in_section(
+@in_section(
     "Output",
-    o.option("-o", "--output", type=o.PATH, required=True, metavar="DIR", help="Folder for masks.png and masks.mp4."),
-    o.option(
+    option("-o", "--output", type=PATH, required=True, metavar="DIR", help="Folder for masks.png and masks.mp4."),
+    option(
         "--count",
         type=click.IntRange(1, 100),
         default=12,
@@ -175,7 +122,7 @@ def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     ),
     OVERWRITE,
 )
-@o.reporting
+@reporting
 def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Lay the masks over the pictures: a contact sheet (masks.png) and a video of all frames (masks.mp4).
 
@@ -200,12 +147,12 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     show({"sheet": sheet, "video": video, "check": result.as_json}, text, as_json)
 
 
-@masks.command(cls=o.SectionCommand)
-@click.argument("file", type=o.PATH)
+@masks.command(cls=SectionCommand)
+@click.argument("file", type=PATH)
 @WRITE_OPTIONS
-@o.in_section(
+@in_section(
     "Clean",
-    o.option(
+    option(
         "--map",
         "maps",
         type=ColourMap(),
@@ -213,19 +160,19 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         metavar="R,G,B=COLOUR",
         help="Make this colour another one, as in 255,140,0=red; may be repeated.",
     ),
-    o.option(
+    option(
         "--background",
         type=click.Choice(["white", "black"]),
         help="Make the whole background white or black: what is black or white becomes the other.",
     ),
-    o.option(
+    option(
         "--speck",
         type=click.IntRange(min=0),
         metavar="N",
         help="Areas of fewer pixels take the colour around them; 0 keeps all.  [default: 1 in 10,000 of the frame]",
     ),
 )
-@o.reporting
+@reporting
 def clean(file: Path, as_json: bool, **options: Any) -> None:
     """Give every pixel of the mask FILE (image, video or folder of images) exactly one of the mask colours.
 
@@ -244,11 +191,11 @@ def clean(file: Path, as_json: bool, **options: Any) -> None:
     _write(file, options, as_json, frames)
 
 
-@masks.command(cls=o.SectionCommand)
-@click.argument("image", type=o.PATH)
+@masks.command(cls=SectionCommand)
+@click.argument("image", type=PATH)
 @WRITE_OPTIONS
-@o.in_section("Mask", *_MATTE)
-@o.reporting
+@in_section("Mask", *_MATTE)
+@reporting
 def from_alpha(image: Path, as_json: bool, **options: Any) -> None:
     """Make a mask of the alpha channel of IMAGE (or of a folder of images): where it is opaque the character is."""
     from scail2_rt.runtime.mask_sources import masks_from_alpha
@@ -256,11 +203,11 @@ def from_alpha(image: Path, as_json: bool, **options: Any) -> None:
     _write(image, options, as_json, lambda source: masks_from_alpha(source, _matte(source, options)))
 
 
-@masks.command(cls=o.SectionCommand)
-@click.argument("matte", type=o.PATH)
+@masks.command(cls=SectionCommand)
+@click.argument("matte", type=PATH)
 @WRITE_OPTIONS
-@o.in_section("Mask", *_MATTE, o.option("--invert", is_flag=True, help="The character is dark, not bright."))
-@o.reporting
+@in_section("Mask", *_MATTE, option("--invert", is_flag=True, help="The character is dark, not bright."))
+@reporting
 def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
     """Make a mask of the grey MATTE (image, video or folder of images): where it is bright the character is."""
     from scail2_rt.runtime.mask_sources import masks_from_grey
@@ -268,13 +215,13 @@ def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
     _write(matte, options, as_json, lambda source: masks_from_grey(source, _matte(source, options)))
 
 
-@masks.command(cls=o.SectionCommand)
-@click.argument("labels", type=o.PATH)
+@masks.command(cls=SectionCommand)
+@click.argument("labels", type=PATH)
 @WRITE_OPTIONS
-@o.in_section(
+@in_section(
     "Mask",
     *_PURPOSE,
-    o.option(
+    option(
         "--order",
         default=",".join(CHARACTERS),
         show_default=True,
@@ -282,7 +229,7 @@ def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
         help="Colours of labels 1, 2, …, or LABEL=COLOUR as in 128=red,255=background. Label 0 is background.",
     ),
 )
-@o.reporting
+@reporting
 def from_labels(labels: Path, as_json: bool, **options: Any) -> None:
     """Make a mask of LABELS: an indexed or grey image whose pixels are numbers, a folder of them, or a grey video.
 
@@ -302,8 +249,13 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckRes
     if case is None:
         if not files:
             raise InputError("There is nothing to check: give --case DIR, the four files of a case, or mask files.")
-        if options["extra_refs"]:
-            raise InputError("--extra-ref belongs to a case: give --case DIR or the four files with it.")
+        of_a_case = {
+            "--extra-ref": options["extra_refs"],
+            "--mode": options["mode"] != "auto",
+            "--size": options["size"],
+        }
+        if given := [flag for flag, value in of_a_case.items() if value]:
+            raise InputError(f"{', '.join(given)} belongs to a case: give --case DIR or the four files with it.")
         return check_files(files), None
     if files:
         raise InputError(f"{files[0]} was given beside a case: check mask files by themselves or the files of a case.")

@@ -1,9 +1,8 @@
 """Masks on disk: reading what they are made from, frame by frame, and writing them without loss.
 
 A source is an image, a video or a folder of images (the frames of a clip, as segmentation tools write them, in the
-order of the numbers in their names). A mask image is written as PNG; a mask video as H.264 in RGB at crf 0 in an mp4:
-the official case layout asks for `*.mp4`, every FFmpeg reads it, and it comes back to the bit. FFV1 would need another
-container, and plays in no browser either. A file appears under its name only when it is complete.
+order of the numbers in their names). Images and videos are written by `lossless`; a file appears under its name only
+when it is complete.
 """
 
 from __future__ import annotations
@@ -15,17 +14,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
 
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime.images import is_image
+from scail2_rt.runtime.lossless import write_image, write_video
 from scail2_rt.runtime.masks import CLEAR_LABEL, PALETTE, codes
-from scail2_rt.runtime.media import VideoReader, check_writable, probe_video
+from scail2_rt.runtime.media import VideoReader, probe_video
+from scail2_rt.runtime.video_writer import check_place, check_writable
 
-_TICKS = 90_000  # a second, where the frame rate varies
 _FRAMES_AT_ONCE = 8
 
 
@@ -104,11 +104,9 @@ def check_new(output: Path, ending: str, overwrite: bool) -> None:
     if ending == ".png":
         if output.suffix.lower() != ending:
             raise InputError(f"The output {output} must end in .png: a mask image is stored without loss.")
-        check_writable(output.with_suffix(".mp4"))  # the folder's checks are those of a video
+        check_place(output)
     else:
         check_writable(output)
-    if output.is_dir():
-        raise InputError(f"The output {output} is a folder: give a file name.")
     if output.exists() and not overwrite:
         raise InputError(f"The output {output} exists: choose another name with -o, or replace it with --overwrite.")
 
@@ -138,35 +136,11 @@ def write_mask(output: Path, source: Source, masks: Iterable[np.ndarray]) -> Wri
         try:
             if source.kind == "image":
                 (picture,) = counted()  # to the end: a source is judged when all of it has been seen
-                write_png(unfinished, picture)
+                write_image(unfinished, picture)
             else:
-                _write_lossless(unfinished, counted(), source)
+                write_video(unfinished, counted(), source.frame_rate, timestamps=source.timestamps)
             os.replace(unfinished, output)
         except (OSError, av.FFmpegError) as error:
             raise Scail2Error(f"{output} could not be written ({error.strerror or error}).") from error
     shares = {name: share for name, share in zip(PALETTE, (totals / frames).tolist(), strict=True) if share}
     return WrittenMask(output, frames, *shape, shares)
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    from PIL import Image
-
-    Image.fromarray(pixels).save(path)
-
-
-def _write_lossless(path: Path, frames: Iterator[np.ndarray], source: Source) -> None:
-    times, rate = source.timestamps, source.frame_rate
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264rgb", rate=rate, options={"crf": "0", "preset": "fast"})
-        stream.pix_fmt = "rgb24"
-        stream.codec_context.max_b_frames = 0  # presentation times are then exact without an edit list
-        if times is not None:
-            stream.codec_context.time_base = stream.time_base = Fraction(1, _TICKS)
-        for number, pixels in enumerate(frames):
-            if not number:
-                stream.height, stream.width = pixels.shape[:2]
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            picture.pts = number if times is None else round(times[number] * _TICKS)
-            picture.time_base = 1 / rate if times is None else Fraction(1, _TICKS)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))

@@ -19,14 +19,14 @@ import numpy as np
 from scail2_rt.export.errors import InputError
 from scail2_rt.runtime.framing import TOLERANCE, Framing
 from scail2_rt.runtime.images import is_image
-from scail2_rt.runtime.mask_stats import MaskStats, Stranger, image_stats, video_stats
+from scail2_rt.runtime.mask_cleaning import snapped
+from scail2_rt.runtime.mask_stats import MaskStats, image_stats, video_stats
 from scail2_rt.runtime.masks import CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
 from scail2_rt.runtime.media import VideoInfo
 
 Severity = Literal["error", "warning", "note"]
 Ranges = tuple[tuple[int, int], ...]
 SOFT = 0.03  # share of a mask in no clear class from which edges are worth a warning; crf 23 leaves about 1 %
-_NEAR = 80  # distance in a channel up to which `masks clean` snaps a flat colour by itself
 ASPECT_TOLERANCE = 0.02
 
 
@@ -78,19 +78,9 @@ class MaskReport:
     """What `check_masks` saw. Frame numbers are counted in the mask video from 0."""
 
     mode: Mode
-    frames: int
-    height: int
-    width: int
-    references: tuple[tuple[str, ...], ...]  # colours of each reference mask, white included
-    driving: Mapping[str, int]  # colour → first frame
-    driving_shares: Mapping[str, float]  # colour → mean share of the pixels
     findings: tuple[Finding, ...]
     framing: Framing
-    facts: tuple[MaskFacts, ...]  # of the reference masks and the driving mask
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return tuple(finding.sentence for finding in self.findings if finding.severity == "warning")
+    facts: tuple[MaskFacts, ...]  # of the reference masks and, last, of the driving mask
 
 
 def check_masks(
@@ -123,12 +113,6 @@ def check_masks(
     order = ("error", "warning", "note")
     return MaskReport(
         mode=mode,
-        frames=driving.frames,
-        height=driving.shape[0],
-        width=driving.shape[1],
-        references=tuple(tuple(stats.first_frames) for stats in references),
-        driving={name: start + frame for name, frame in driving.first_frames.items()},
-        driving_shares=dict(zip(COLOURS, driving.shares.mean(0).tolist(), strict=True)),
         findings=tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
         framing=framing,
         facts=(
@@ -240,14 +224,10 @@ def _strangers(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
         else:
             says += ", and is not one of the mask colours."
             remedy = "Repaint it"
-        mends = clean_command(name, "" if _snaps(stranger) else f"--map {r},{g},{b}=COLOUR")
+        mends = clean_command(name, f"--map {r},{g},{b}=COLOUR" if snapped(stranger.colour) is None else "")
         remedy += f": {mends}. The colours are {PALETTE_TEXT}."
         found.append(Finding("error", "wrong colour", name, says, remedy, where))
     return found
-
-
-def _snaps(stranger: Stranger) -> bool:
-    return min(max(abs(a - b) for a, b in zip(stranger.colour, rgb, strict=True)) for rgb in PALETTE.values()) <= _NEAR
 
 
 def _edges(stats: MaskStats, name: str, start: int | None) -> list[Finding]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from scail2_rt.export.errors import InputError
 from scail2_rt.runtime.images import is_image, load_image, load_mask_image
-from scail2_rt.runtime.mask_files import write_png
+from scail2_rt.runtime.lossless import write_image
 from scail2_rt.runtime.masks import (
     BLACK,
     CHARACTERS,
@@ -142,7 +142,7 @@ def write_preview(folder: Path, references: Sequence[Still], clip: Clip | None, 
         video = folder / "masks.mp4"
         stills += _write_overlay_video(video, clip, count)
     sheet = folder / "masks.png"
-    write_png(sheet, contact_sheet(stills))
+    write_image(sheet, contact_sheet(stills))
     return sheet, video
 
 

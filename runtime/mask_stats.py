@@ -25,7 +25,6 @@ from scail2_rt.runtime.masks import (
     CODES,
     COLOURS,
     EXACT,
-    MODEL_LABEL,
     OFF_BELOW,
     ON_ABOVE,
     RGB,
@@ -160,11 +159,6 @@ class MaskStats:
     def shares(self) -> np.ndarray:
         """Share of each class in each frame without fringes (`class_shares` with `clean`), float [T, 7]."""
         return self.labels[:, :BLACK]
-
-    @property
-    def model_shares(self) -> np.ndarray:
-        """Share of each class in each frame as the model reads it, float [T, 7]."""
-        return self._per_frame(MODEL_LABEL, BLACK)
 
     @property
     def inexact(self) -> np.ndarray:

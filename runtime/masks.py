@@ -95,10 +95,3 @@ def class_shares(frame: np.ndarray, clean: bool = False) -> np.ndarray:
     """
     labels = (CLEAR_LABEL if clean else MODEL_LABEL)[codes(frame)]
     return np.bincount(labels.ravel(), minlength=UNCLEAR + 1)[:BLACK] / labels.size
-
-
-def classes_present(frames: np.ndarray) -> dict[str, float]:
-    """Mean pixel share of each of the seven colours over uint8 frames [T, H, W, 3] (or one frame [H, W, 3])."""
-    frames = frames[None] if frames.ndim == 3 else frames
-    shares = np.mean([class_shares(frame) for frame in frames], axis=0)
-    return dict(zip(COLOURS, shares.tolist(), strict=True))

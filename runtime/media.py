@@ -30,9 +30,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from scail2_rt.export.errors import InputError
 from scail2_rt.runtime.animated_webp import as_matroska, is_animated_webp
 from scail2_rt.runtime.images import check_file
-from scail2_rt.runtime.video_writer import VideoWriter, check_writable
+from scail2_rt.runtime.video_writer import VideoWriter
 
-__all__ = ["VideoInfo", "VideoReader", "VideoWriter", "check_writable", "probe_video"]
+__all__ = ["VideoInfo", "VideoReader", "VideoWriter", "probe_video"]
 
 _REPAIR = "re-encode it to H.264, or give another file"
 _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273

@@ -20,12 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scail2_rt.export.errors import InputError, Scail2Error
+from scail2_rt.runtime.case import FILES
 from scail2_rt.runtime.history import Carry, History
 from scail2_rt.runtime.unfinished import clear_sidecars, resumable, sidecar_path
 
 FORMAT = "1"
-# Options that say where things are or how to begin, not what comes out; input files count by their hashes.
-_NO_MATTER = ("overwrite", "resume", "output", "image", "mask_image", "driving", "mask_video", "extra_refs")
+# Options that say where things are or whether to begin, not what comes out; input files count by their hashes.
+_NO_MATTER = ("overwrite", "resume", "allow_mask_problems", "output", *FILES, "extra_refs")
 _WHERE = ("directory", "manifest_sha256")  # another executor built into the folder changes its manifest, not this one
 _COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av")
 
@@ -41,9 +42,7 @@ class Saved:
 
 def identity(about: Mapping[str, Any]) -> dict[str, str]:
     """What a run's result depends on, from its report: dotted field → value."""
-    engines = {
-        name: about["engines"][name] for name in about["engines"] if name not in ("directory", "manifest_sha256")
-    }
+    engines = {name: value for name, value in about["engines"].items() if name not in _WHERE}
     fields = {
         "options": {name: value for name, value in about["options"].items() if name not in _NO_MATTER},
         "inputs": {label: file["sha256"] for label, file in about["inputs"].items()},

@@ -76,6 +76,11 @@ def check_writable(path: Path, expected_bytes: int = 0) -> None:
     """
     if path.suffix.lower() not in _CONTAINERS:
         raise InputError(f"The output {path} must end in {', '.join(_CONTAINERS[:-1])} or {_CONTAINERS[-1]}.")
+    check_place(path, expected_bytes)
+
+
+def check_place(path: Path, expected_bytes: int = 0) -> None:
+    """`check_writable` for a file of any kind."""
     if path.is_dir():
         raise InputError(f"The output {path} is a folder: give a file name.")
     folder = path.parent

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scail2_rt.runtime.anchor import ColourAnchor, background, lab_to_rgb, open_anchor, rgb_to_lab, statistics
+from scail2_rt.runtime.anchor import ColourAnchor, background, open_anchor, statistics
+from scail2_rt.runtime.colour import lab_to_rgb, rgb_to_lab
 from scail2_rt.runtime.driving import DrivingClip
 from scail2_rt.runtime.geometry import Segment
 from scail2_rt.runtime.preprocess import normalise_video

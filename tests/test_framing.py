@@ -144,7 +144,11 @@ def test_generate_warns_and_fits(scail2: Run, engines: Path, giant: Path, tmp_pa
     assert [finding["rule"] for finding in reply["mask_findings"]] == ["framing"]
     assert reply["framing"]["ratio"] == pytest.approx(2, abs=0.05)
     assert reply["reference_fit"] is None
-    fitted = one_json(scail2(*words, "-o", tmp_path / "b.mp4", "--fit-reference"))
+    result = scail2(*words, "-o", tmp_path / "b.mp4", "--fit-reference")
+    fitted = one_json(result)
+    says = "the reference is scaled to 19 %"
+    assert says in result.stderr
+    assert says in scail2(*words[:-1], "-o", tmp_path / "c.mp4", "--fit-reference", "--dry-run").stdout
     assert fitted["warnings"] == []
     assert fitted["options"]["fit_reference"] is True
     report = json.loads((tmp_path / "b.json").read_text())

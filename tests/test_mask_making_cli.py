@@ -40,6 +40,20 @@ def test_times_of_a_variable_rate_are_kept(scail2: Run, tmp_path: Path) -> None:
     assert probe_video(tmp_path / "clean.mp4").timestamps == tuple(Fraction(time, 1000) for time in pts)
 
 
+def test_an_animated_webp_is_a_clip(scail2: Run, tmp_path: Path) -> None:
+    frames = [blocks("black", "red"), blocks("black", "red", "green"), blocks("black", "green")]
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    clip, output = tmp_path / "m.webp", tmp_path / "m.mp4"
+    first.save(clip, save_all=True, append_images=others, duration=80, lossless=True)
+    reply = one_json(scail2("masks", "check", clip, "--json"))
+    assert reply["files"][0]["frames"] == 3
+    assert scail2("masks", "clean", clip, "-o", output).returncode == 0
+    assert np.array_equal(pixels_of(output), np.stack(frames))
+    assert probe_video(output).frame_rate == Fraction(25, 2)
+    still = image(tmp_path / "one.webp", frames[0])
+    assert scail2("masks", "clean", still, "-o", tmp_path / "one.png").returncode == 0
+
+
 def test_clean_maps_colours_swaps_the_background_and_removes_specks(scail2: Run, tmp_path: Path) -> None:
     spotted = blocks("white", "red", ORANGE)
     spotted[2:4, 2:5] = PALETTE["cyan"]
@@ -66,7 +80,7 @@ def test_clean_maps_colours_swaps_the_background_and_removes_specks(scail2: Run,
         (("m.png", "-o", "out.jpg"), "must end in .png"),
         (("m.mp4", "-o", "out.png"), "must end in .mp4"),
         (("m.png", "-o", "folder.png"), "is a folder"),
-        (("m.png", "-o", "text/out.png"), "is a file"),
+        (("m.png", "-o", "text/out.png"), "output text/out.png cannot be made because text is a file"),
         (("m.png", "-o", "out.png", "--fps", "25"), "--fps is for a folder"),
         (("m.png", "-o", "out.png", "--fps", "x"), "'x' is not a frame rate"),
         (("nothing", "-o", "out.mp4"), "holds no image"),

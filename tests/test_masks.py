@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from scail2_rt.export.errors import InputError
-from scail2_rt.runtime.mask_lint import MaskReport, check_masks, refuse
+from scail2_rt.runtime.mask_lint import MaskReport, check_masks, refuse, warnings_of
 from scail2_rt.runtime.mask_stats import MaskStats, flat_strangers, guess_mode
-from scail2_rt.runtime.masks import CHARACTERS, COLOURS, class_shares, classes_present, mask_latents
+from scail2_rt.runtime.masks import CHARACTERS, COLOURS, class_shares, mask_latents
 from scail2_rt.runtime.preprocess import half_resolution, normalise_image, normalise_video
 from tests.clips import write_clip
 
@@ -89,13 +89,7 @@ class TestShares:
     def test_agrees_with_the_latents(self) -> None:
         frame = np.random.default_rng(0).choice(np.array([0, 225, 226, 255], np.uint8), (16, 24, 3))
         means = mask_latents(normalise_video(torch.from_numpy(frame).permute(2, 0, 1)[None]))[:7].mean((1, 2, 3))
-        assert list(classes_present(frame).values()) == pytest.approx(means.tolist())
-
-    def test_several_frames(self) -> None:
-        shares = classes_present(np.stack([mask(BLACK, "red"), mask(WHITE)]))
-        assert shares["white"] == 0.5
-        assert shares["red"] == pytest.approx(56 * 18 / 96 / 160 / 2)
-        assert shares["cyan"] == 0
+        assert class_shares(frame).tolist() == pytest.approx(means.tolist())
 
     def test_stats_grow_frame_by_frame(self) -> None:
         stats = MaskStats()
@@ -148,17 +142,17 @@ class TestCheck:
         frames = [mask(there, "red"), *[mask(there, *CHARACTERS)] * 9]
         report = accepted([mask(here, *CHARACTERS)], video(tmp_path / "m.mp4", frames, crf))
         assert report.mode == mode
-        assert (report.frames, report.height, report.width) == (10, 96, 160)
-        assert set(report.references[0]) == {*CHARACTERS, *(("white",) if mode == "animate" else ())}
-        assert report.driving["red"] == 0
-        assert {report.driving[name] for name in CHARACTERS[1:]} == {1}
-        assert report.driving_shares["cyan"] == pytest.approx(0.9 * 56 * 18 / 96 / 160, rel=0.2)
-        assert report.warnings == ()
+        reference, driving = report.facts
+        assert (driving.frames, driving.height, driving.width) == (10, 96, 160)
+        assert set(reference.shares) == {*CHARACTERS, "white" if mode == "animate" else "black"}
+        assert driving.presence == {"red": ((0, 9),), **dict.fromkeys(CHARACTERS[1:], ((1, 9),))}
+        assert driving.shares["cyan"] == pytest.approx(0.9 * 56 * 18 / 96 / 160, rel=0.2)
+        assert warnings_of(report.findings) == ()
 
     def test_only_the_frames_in_use_are_read(self, tmp_path: Path) -> None:
         frames = [*[mask(BLACK, "blue")] * 4, *[mask(BLACK, "red")] * 12, *[mask(BLACK, "blue")] * 4]
         report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames), start=4, frames=12)
-        assert (report.frames, dict(report.driving)) == (12, {"red": 4})
+        assert (report.facts[1].frames, report.facts[1].presence) == (12, {"red": ((4, 15),)})
         with pytest.raises(InputError, match="blue character in frames 16-19, but"):
             accepted([mask(WHITE, "red")], tmp_path / "m.mp4", start=4)
         with pytest.raises(InputError, match="cannot start at frame 21"):
@@ -182,12 +176,13 @@ class TestCheck:
             InputError, match=r"green character in frames 3-5, .*mask has green \(a\.png, b\.png: red, blue\)"
         ):
             accepted([mask(WHITE, "red"), mask(WHITE, "blue")], path, names=["a.png", "b.png"])
-        assert accepted([mask(WHITE, "red"), mask(WHITE, "green")], path).driving == {"red": 0, "green": 3}
+        report = accepted([mask(WHITE, "red"), mask(WHITE, "green")], path)
+        assert report.facts[-1].presence == {"red": ((0, 5),), "green": ((3, 5),)}
 
     def test_a_clean_background_is_a_fine_extra_reference(self, tmp_path: Path) -> None:
         report = accepted([mask(WHITE, "red"), mask(WHITE)], video(tmp_path / "m.mp4", [mask(BLACK, "red")]))
-        assert report.references[1] == ("white",)
-        assert report.warnings == ()
+        assert report.facts[1].shares == {"white": 1}
+        assert warnings_of(report.findings) == ()
 
     def test_more_than_six_characters(self, tmp_path: Path) -> None:
         frames = [mask(BLACK, "red"), mask(BLACK, *CHARACTERS, (255, 128, 0))]
@@ -211,7 +206,7 @@ class TestCheck:
         frame[300:312, 600:612] = COLOURS["cyan"]  # 0.04 % of the frame
         frame[400:412, 600:612] = (255, 128, 0)
         report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", [frame] * 2, 10))
-        assert dict(report.driving) == {"red": 0}
+        assert report.facts[-1].presence == {"red": ((0, 1),)}
 
     @pytest.mark.parametrize(
         ("reference", "driving", "mode", "says"),
@@ -230,7 +225,7 @@ class TestCheck:
 
         report = accepted([reference], video(tmp_path / "m.mp4", [driving] * 2, 10), mode)
         assert report.mode == mode
-        assert any(re.search(says, warning) for warning in report.warnings), report.warnings
+        assert any(re.search(says, warning) for warning in warnings_of(report.findings)), report.findings
 
     def test_absence_is_a_warning(self, tmp_path: Path) -> None:
         frames = [*[mask(BLACK, "red")] * 2, *[mask(BLACK)] * 3, mask(BLACK, "red")]
@@ -239,4 +234,4 @@ class TestCheck:
             ("warning", "flicker", ((2, 4),)),
             ("warning", "absence", ((2, 4),)),
         ]
-        assert "m.mp4 shows no character in 3 of 6 frames (frames 2-4)." in report.warnings[1]
+        assert "m.mp4 shows no character in 3 of 6 frames (frames 2-4)." in warnings_of(report.findings)[1]

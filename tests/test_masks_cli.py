@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scail2_rt.runtime import mask_commands
+from scail2_rt.runtime import cli_types
 from scail2_rt.runtime.cli import cli
 from scail2_rt.runtime.images import load_mask_image
 from scail2_rt.runtime.mask_lint import Finding
@@ -56,7 +56,7 @@ def test_help_lists_every_option(scail2: Run, command: str) -> None:
 
 
 def test_option_values_are_those_of_the_modules() -> None:
-    assert mask_commands.CHARACTERS == CHARACTERS
+    assert cli_types.CHARACTERS == CHARACTERS
 
 
 # check
@@ -202,10 +202,11 @@ def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
         (("text.png",), "not an image"),
         (("empty.png",), "empty"),
         ((".",), "is a folder"),
-        (("--case", "case", "--image", "a.png"), "--case and single files"),
+        (("--case", "case", "--image", "a.png"), "--case and --image were both given"),
         (("--case", "case", "good.png"), "beside a case"),
         (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video is missing"),
         (("good.png", "--extra-ref", "a.png", "b.png"), "--extra-ref belongs to a case"),
+        (("good.png", "--mode", "replace", "--size", "64x96"), "--mode, --size belongs to a case"),
         (("--case", "case", "--size", "70x96"), "divisible by 32"),
         (("--mode", "both"), "'both' is not one of"),
     ],

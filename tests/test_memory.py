@@ -55,13 +55,11 @@ for linear in linears:
 save_file(tensors, sys.argv[2])
 """
 
-# Opens, fuses, casts and writes away every wanted tensor; prints what it did and the most anonymous memory it held.
-CONVERT = """
+# From here on, the most anonymous memory that this process holds is watched, and `limit` (the last argument) binds.
+WATCH = """
 import json, os, re, resource, sys, threading, time, torch
 from pathlib import Path
-from scail2_rt.export.checkpoint import open_checkpoint
-from scail2_rt.export.lora import LoRASpec, apply_loras
-checkpoint, lora, wanted, limit = sys.argv[1], sys.argv[2], re.compile(sys.argv[3]), int(sys.argv[4])
+limit = int(sys.argv[-1])
 torch.set_num_threads(1)
 
 def status(key):
@@ -76,13 +74,20 @@ threading.Thread(target=watch, daemon=True).start()
 time.sleep(0.05)
 start = status("RssAnon")
 resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + limit,) * 2)
+"""
 
+# Opens, fuses, casts and writes away every wanted tensor; prints what it did and the most anonymous memory it held.
+CONVERT = f"""
+from scail2_rt.export.checkpoint import open_checkpoint
+from scail2_rt.export.lora import LoRASpec, apply_loras
+{WATCH}
+checkpoint, lora, wanted = sys.argv[1], sys.argv[2], re.compile(sys.argv[3])
 components = ("dit",)
 source = open_checkpoint(checkpoint, components=components).sources["dit"]
 if lora:
     source = apply_loras(source, [LoRASpec(Path(lora), 1.0)])
 read = written = 0
-firsts, samples = {}, {}
+firsts, samples = {{}}, {{}}
 with open(os.devnull, "wb") as out:
     for name in source.keys():
         if wanted.match(name):
@@ -91,36 +96,21 @@ with open(os.devnull, "wb") as out:
             written += out.write(tensor.view(torch.uint8).numpy().data)
             firsts[name], samples[name] = tensor.flatten()[0].item(), tensor.flatten()[-1].item()
 done.set()
-print(json.dumps({"start": start, "peak": peak[0], "read": read, "written": written, "firsts": firsts,
-                  "samples": samples}))
+print(json.dumps({{"start": start, "peak": peak[0], "read": read, "written": written, "firsts": firsts,
+                  "samples": samples}}))
 """
 
 # `scail2-rt convert` in this process, under the limit; prints the most anonymous memory it held on top.
-COMMAND = """
-import json, re, resource, sys, threading, time, torch
-from pathlib import Path
+COMMAND = f"""
 from scail2_rt.engines import convert
 from scail2_rt.runtime.cli import main
-checkpoint, output, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)
-
-def status(key):
-    return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
-
-peak, done = [0], threading.Event()
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], status("RssAnon"))
-        time.sleep(0.005)
-threading.Thread(target=watch, daemon=True).start()
-time.sleep(0.05)
-start = status("RssAnon")
-resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + limit,) * 2)
+{WATCH}
+checkpoint, output = sys.argv[1], sys.argv[2]
 try:
     main(["convert", checkpoint, "-o", output, "--dtype", "bf16", "--json"])
 except SystemExit as end:
     done.set()
-    print(json.dumps({"code": end.code, "grown": peak[0] - start}))
+    print(json.dumps({{"code": end.code, "grown": peak[0] - start}}))
 """
 
 

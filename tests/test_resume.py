@@ -18,8 +18,8 @@ import torch
 from scail2_rt.benchmarks.sprites.case_files import draw_case
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime.history import Carry, History
-from scail2_rt.runtime.resume import Saved, Sidecar, first_difference, noise_generator
-from scail2_rt.runtime.unfinished import clear_sidecars, resumable, sidecar_path
+from scail2_rt.runtime.resume import Saved, Sidecar, first_difference, identity, noise_generator
+from scail2_rt.runtime.unfinished import clear_sidecars, partial_path, resumable, sidecar_path
 from tests.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video
 
 pytest_plugins = ["tests.runtime_fixtures"]
@@ -103,6 +103,12 @@ def test_a_changed_file_is_refused_and_a_new_run_asks_first(
     message = error_of(scail2(*words))
     assert "1 finished segment(s) of an interrupted run" in message
     assert "--resume" in message
+    state = sidecar_path(folder / "a.mp4", 1)
+    state.rename(folder / "away")
+    message = error_of(scail2(*words, "--resume"))
+    assert "a.resume-1.safetensors, is not beside it" in message
+    assert partial_path(folder / "a.mp4").is_file()
+    (folder / "away").rename(state)
     (folder / "a.mp4").write_text("an older result")
     assert "give --overwrite with --resume" in error_of(scail2(*words, "--resume"))
     assert (folder / "a.mp4").read_text() == "an older result"
@@ -203,6 +209,20 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     leave_parts(tmp_path / "a.mp4", 1)
     with pytest.raises(InputError, match="the file driving has changed"):
         Sidecar(tmp_path / "a.mp4", {"inputs.driving": '"1"'}).load()
+
+
+def test_what_changes_no_frame_is_no_difference() -> None:
+    def run(seed: int, **changes: object) -> dict[str, str]:
+        options = {"seed": seed, "overwrite": False, "allow_mask_problems": False, "image": "a.png", **changes}
+        plan = {"mode": "animate", "height": 64, "width": 96, "frames": 21}
+        device = {"backend": "torch", "device": "cpu", "name": "x86_64"}
+        made_of = {"directory": f"engines-{len(changes)}", "precision": "fp32"}
+        about = {"options": options, "inputs": {}, **plan, "engines": made_of, "device": device, "versions": {}}
+        return identity(about)
+
+    elsewhere = run(1, overwrite=True, allow_mask_problems=True, image="b.png")
+    assert first_difference(run(1), elsewhere) is None
+    assert first_difference(run(1), run(2)) == "--seed was 1 and is 2 now"
 
 
 # memory and time over the length of a clip

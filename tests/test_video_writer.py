@@ -18,9 +18,9 @@ import pytest
 
 from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime import video_writer
-from scail2_rt.runtime.media import VideoReader, VideoWriter, check_writable, probe_video
+from scail2_rt.runtime.media import VideoReader, VideoWriter, probe_video
 from scail2_rt.runtime.unfinished import part_ends
-from scail2_rt.runtime.video_writer import check_codec
+from scail2_rt.runtime.video_writer import check_codec, check_writable
 from tests.clips import clicks_s, flat, number_of, ramp, write_clip
 
 NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)

@@ -7,17 +7,8 @@ from typing import Any
 
 import click
 
-from scail2_rt.runtime.cli_options import (
-    ATTENTION,
-    BACKENDS,
-    PATH,
-    PRECISIONS,
-    SOLVERS,
-    SectionCommand,
-    debug_option,
-    in_section,
-    option,
-)
+from scail2_rt.runtime.cli_options import ATTENTION, BACKENDS, PRECISIONS, SOLVERS
+from scail2_rt.runtime.cli_sections import PATH, SectionCommand, debug_option, in_section, option
 
 WORK = Path(tempfile.gettempdir()) / "scail2-rt-quality"
 

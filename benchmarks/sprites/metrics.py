@@ -3,12 +3,14 @@
 Masked figures count the pixels of a region [T, H, W] alone, pooled over all frames. Silhouettes are found, not given:
 what differs from the scene without characters, in the output and in the truth by the same rule. Motion is read off the
 pixels too: the neighbourhood of each true joint is searched for in the output. SSIM: Wang et al. 2004, section III-B
-(Gaussian window of 11x11, deviation 1.5, "valid" border); Lab: CIE 1976 from sRGB with the D65 white of IEC 61966-2-1.
+(Gaussian window of 11x11, deviation 1.5, "valid" border); Lab as in `runtime.colour`.
 """
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from scail2_rt.runtime.colour import rgb_to_lab
 
 PEAK = 255.0
 MOST_DB = 100.0  # what equal videos get: a JSON file has no infinity
@@ -20,8 +22,6 @@ UNLIKE = 0.5  # a match must explain this share of what the neighbourhood varies
 AMBIGUOUS = 0.15  # the truth itself matches so well elsewhere: the place cannot be told
 APART = 2  # pixels; nearer is the same place
 FLAT = 2.0  # levels: a neighbourhood that varies less shows nothing but noise
-_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float32)
-_WHITE = _TO_XYZ.sum(1)
 
 
 def psnr(output: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> float:
@@ -61,12 +61,8 @@ def ssim(output: np.ndarray, truth: np.ndarray) -> float:
 
 def lab(pixels: np.ndarray) -> np.ndarray:
     """sRGB uint8 [..., 3] → CIELAB fp32 [..., 3]."""
-    level = np.arange(256, dtype=np.float32) / PEAK
-    linear = np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4).astype(np.float32)
-    xyz = linear[pixels] @ _TO_XYZ.T / _WHITE
-    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = np.moveaxis(root, -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+    colours = torch.from_numpy(np.moveaxis(pixels, -1, 0).astype(np.float32) / PEAK)
+    return np.moveaxis(rgb_to_lab(colours).numpy(), 0, -1)
 
 
 def colour_error(output: np.ndarray, truth: np.ndarray, region: np.ndarray) -> float:

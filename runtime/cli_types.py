@@ -1,0 +1,73 @@
+"""What the values of options may be, beyond click's own types, and the sentence when they are not.
+
+Only click is imported here; `CHARACTERS` repeats what `masks` defines (a test compares them).
+"""
+
+import re
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import click
+
+CHARACTERS = ("red", "green", "blue", "yellow", "magenta", "cyan")  # masks.CHARACTERS
+
+
+class SizeType(click.ParamType):
+    """`512x896` → (512, 896): height first, as the model's sizes are written."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)[x×X*](\d+)", value.strip())
+        if not match:
+            self.fail(f"{value!r} is not a size: write height and width as in 512x896", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+class MemorySize(click.ParamType):
+    """`12GiB`, `900MiB`, `16G` → bytes."""
+
+    name = "SIZE"
+    UNITS: ClassVar = {"M": 2**20, "G": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([MG])(?:i?B)?)", value.strip(), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size of memory: write it as in 12GiB", param, ctx)
+        return int(float(match[1]) * self.UNITS[match[2].upper()])
+
+
+class ColourMap(click.ParamType):
+    """`255,140,0=red` → ((255, 140, 0), "red")."""
+
+    name = "R,G,B=COLOUR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, str]:
+        if isinstance(value, tuple):
+            return value
+        numbers, _, target = value.partition("=")
+        levels = [int(part) if part.strip().isdecimal() else -1 for part in numbers.split(",")]
+        if len(levels) != 3 or not all(0 <= level <= 255 for level in levels):
+            self.fail(f"{value!r} does not begin with a colour: write it as in 255,140,0=red", param, ctx)
+        if target.strip() not in (*CHARACTERS, "white", "black"):
+            self.fail(f"{target!r} is none of white, black, {', '.join(CHARACTERS)}", param, ctx)
+        return tuple(levels), target.strip()
+
+
+class RateType(click.ParamType):
+    """`25`, `23.976`, `30000/1001` → a fraction."""
+
+    name = "FPS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        try:
+            rate = Fraction(value)
+        except (ValueError, ZeroDivisionError):
+            rate = Fraction(0)
+        if not 0 < rate <= 1000:
+            self.fail(f"{value!r} is not a frame rate: write it as in 25 or 30000/1001", param, ctx)
+        return rate
