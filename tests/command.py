@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -44,6 +44,12 @@ def read_video(path: Path) -> Video:
 
 def command_environment(cache: Path, **changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "SCAIL2_RT_CACHE": str(cache), "COLUMNS": "120", **changes}
+
+
+def unmeasured(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Without coverage's hook. A process that is killed, or whose files may not grow, leaves a broken data file behind,
+    over which the report of the whole run fails."""
+    return {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
 
 
 def one_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from scail2_rt.benchmarks.sprites.case_files import draw_case
 from scail2_rt.export.cache import cache_directory
-from tests.command import SCAIL2_RT, Run, command_environment
+from tests.command import SCAIL2_RT, Run, command_environment, unmeasured
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +25,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scail2(cache: Path) -> Run:
     """Runs the installed console script with these arguments."""
 
-    def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, cwd: Path | None = None, measured: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         words = [str(SCAIL2_RT), *(str(argument) for argument in arguments)]
         env = command_environment(cache, **environment)
+        env = env if measured else unmeasured(env)
         return subprocess.run(words, capture_output=True, text=True, env=env, timeout=600, cwd=cwd, check=False)
 
     return run

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.command import SCAIL2_RT, Run, command_environment, error_of
+from tests.command import SCAIL2_RT, Run, command_environment, error_of, unmeasured
 
 pytest_plugins = ["tests.runtime_fixtures"]
 
@@ -135,7 +135,7 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
     words = ["bench", "kernels", "--config", "tiny", "--runs", "500", "--work", str(tmp_path), "--json", str(output)]
     process = subprocess.Popen(
         [str(SCAIL2_RT), *words],
-        env=command_environment(tmp_path),
+        env=unmeasured(command_environment(tmp_path)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -15,6 +15,7 @@ from scail2_rt.engines.build import BuildStep, SilentObserver, build
 from scail2_rt.engines.journal import JOURNAL
 from scail2_rt.engines.manifest import MANIFEST, read_manifest
 from scail2_rt.export.config import DiTConfig
+from tests.command import unmeasured
 from tests.small import Steps, build_small, request, small_checkpoint
 
 STORE = "stages/weights.safetensors"
@@ -109,7 +110,7 @@ class TestInterruption:
 def run_python(script: str, *arguments: Path) -> "subprocess.CompletedProcess[str]":
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=unmeasured())
 
 
 @pytest.mark.slow

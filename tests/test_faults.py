@@ -23,7 +23,7 @@ from scail2_rt.runtime.media import VideoReader
 from scail2_rt.runtime.progress import SilentProgress
 from scail2_rt.runtime.unfinished import part_ends, partial_path, sidecar_path
 from tests.clips import number_of
-from tests.command import SMALL, Run, error_of, read_video
+from tests.command import SMALL, Run, error_of, read_video, unmeasured
 
 pytest_plugins = ["tests.runtime_fixtures"]
 TRIALS, PARTS, PART_FRAMES = 60, 5, 5
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_while_the_result_is_made(tmp_path: Path) -> None:
 
 def full_disk(output: Path, limited: int, room: int) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-c", FULL_DISK, str(output), str(limited), str(room)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=unmeasured())
     assert done.returncode == 0, done.stderr
     return done
 
@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_command_and_keeps_what_was_finished(
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))\n"
     )
     words = ("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
-    message = error_of(scail2(*words, **sabotage(tmp_path, code + AT_SEGMENT)), code=1)
+    message = error_of(scail2(*words, measured=False, **sabotage(tmp_path, code + AT_SEGMENT)), code=1)
     assert "File too large" in message
     assert "finished segments are in" in message
     assert read_video(tmp_path / "a.partial.mp4").frames == 13

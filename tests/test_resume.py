@@ -20,7 +20,7 @@ from scail2_rt.export.errors import InputError, Scail2Error
 from scail2_rt.runtime.history import Carry, History
 from scail2_rt.runtime.resume import Saved, Sidecar, first_difference, identity, noise_generator
 from scail2_rt.runtime.unfinished import clear_sidecars, partial_path, resumable, sidecar_path
-from tests.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video
+from tests.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video, unmeasured
 
 pytest_plugins = ["tests.runtime_fixtures"]
 SEGMENTS = ("--segment-length", "9", "--segment-overlap", "5")  # 21 frames: 0..9, 4..13, 8..17, 12..21
@@ -30,7 +30,9 @@ ALL_JOINS = ("--history", "latents", "--overlap-blend", "3", "--anchor-color", "
 def kill_when(ready: Callable[[], object], command: list[object], cache: Path, then_s: float = 0.0) -> int:
     """Start the command, kill it without warning once it is `ready` and a little later; its exit code."""
     words = [str(word) for word in command]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=command_environment(cache))
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=unmeasured(command_environment(cache))
+    )
     deadline = time.monotonic() + 300
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

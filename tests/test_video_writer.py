@@ -22,6 +22,7 @@ from scail2_rt.runtime.media import VideoReader, VideoWriter, probe_video
 from scail2_rt.runtime.unfinished import part_ends
 from scail2_rt.runtime.video_writer import check_codec, check_writable
 from tests.clips import clicks_s, flat, number_of, ramp, write_clip
+from tests.command import unmeasured
 
 NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
 
@@ -297,7 +298,10 @@ print("ready", flush=True)
 sys.stdin.read()
 """
         child = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "out.mp4")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", script, str(tmp_path / "out.mp4")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=unmeasured(),
         )
         assert child.stdout is not None
         assert child.stdout.readline().strip() == b"ready"

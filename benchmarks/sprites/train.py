@@ -65,7 +65,7 @@ class Batches:
         noise = normal(clean)
         noisy = clean + sigma * (noise - clean)
         kept = torch.randint(*HISTORY_LATENTS, (self.size, 1, 1, 1, 1), generator=generator, device=device)
-        kept = kept * (uniform(1, 1, 1, 1) < HISTORY)
+        kept = kept.clamp(max=clean.shape[2] - 1) * (uniform(1, 1, 1, 1) < HISTORY)
         frozen = (torch.arange(clean.shape[2], device=device).view(1, 1, -1, 1, 1) < kept).float()
         frozen = frozen.expand_as(clean[:, :1])
         history = clean + HISTORY_NOISE * uniform(1, 1, 1, 1) * normal(clean)
