@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from scail2_rt.engines import inspector
-from scail2_rt.engines.backends import stage_numerics
 from scail2_rt.engines.executors import EngineSet, open_engines
 from scail2_rt.engines.manifest import Identity, Manifest, check_folder, differences, read_manifest
 from scail2_rt.engines.stage_check import TOLERANCES, Reference, level, median_s, replayed, stage_inputs, worst_error
@@ -227,7 +226,7 @@ def _check_stage(
     plain = stage_inputs(definition, manifest.config, request.rows, request.seed)
     results = []
     for backend, engines in sets.items():
-        numerics = stage_numerics(definition, manifest.precision, backend)
+        numerics = engines.numerics(definition.name)
         name = level(numerics)
         result = StageResult(definition.name, backend, name, None, TOLERANCES[name], 0.0, None, False)
         given = [x.to(spec.dtype) for x, spec in zip(plain, definition.io(numerics)[0], strict=True)]

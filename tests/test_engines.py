@@ -47,6 +47,17 @@ def inputs_of(engines: EngineSet, stage: str, rows: int) -> list[torch.Tensor]:
     return [torch.randn([rows if isinstance(d, str) else d for d in s.dims]).to(s.dtype) for s in specs]
 
 
+def test_fp16_is_computed_in_fp32_on_a_cpu(tmp_path: Path) -> None:
+    """PyTorch's fp16 there is far too slow; the stored values stay those of the folder."""
+    build(BuildRequest(Path("small"), tmp_path / "e", ("torch",), "fp16"), small_checkpoint())
+    with open_engines(tmp_path / "e", "torch", device="cpu") as opened:
+        numerics = opened.numerics("dit.blocks.0.qkv")
+        assert (numerics.storage, numerics.compute) == (torch.float16, torch.float32)
+        x, mod = inputs_of(opened, "dit.blocks.0.qkv", 5)
+        assert opened.run("dit.blocks.0.qkv", x, mod)[0].dtype == torch.float32
+        assert opened.store.get("dit.blocks.0.qkv.linear.weight").dtype == torch.float16
+
+
 def test_a_stage_computes_what_the_checkpoint_says(engines: EngineSet) -> None:
     source = small_checkpoint().sources["dit"]
     x, mod = inputs_of(engines, "dit.blocks.1.qkv", 9)
