@@ -18,6 +18,7 @@ from tests.tensorrt_api.bindings import VERSIONS
 from tests.tensorrt_api.broken import Fault, broken
 from tests.tensorrt_api.installed import CONFIG, forget_logger, installed, make_folder, small_stages
 from tests.tensorrt_api.recorder import Recorder
+from tests.tensorrt_api.rules import ALIGNMENT
 
 STAGES = {name: stage for name, stage in small_stages().items() if name in ("dit.head", "vae.picture")}
 
@@ -144,7 +145,8 @@ def _run(
         for values in sizes:
             for seed in (1, 2):
                 given = example_inputs(STAGES[name], FP32, values, seed)
-                given[0] = given[0].transpose(-1, -2).contiguous().transpose(-1, -2)
+                given[0] = _placed(given[0].transpose(-1, -2), 0).transpose(-1, -2)  # aligned, in another order
+                given[1:] = [_placed(x, 64) for x in given[1:]]  # in order, not aligned
                 recorder.device.recording = recording
                 actual = engine(*given)
                 recorder.device.recording = False
@@ -158,6 +160,13 @@ def _run(
     waits = recorder.device.waits
     engine.close()
     assert recorder.device.waits > waits, "weights were freed while work may have been running"
+
+
+def _placed(x: torch.Tensor, offset: int) -> torch.Tensor:
+    """A contiguous copy whose address is `offset` bytes above an aligned one."""
+    room = torch.empty(x.nbytes + 2 * ALIGNMENT, dtype=torch.uint8)
+    start = -room.data_ptr() % ALIGNMENT + offset
+    return room[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 def _must_fail(call: object) -> None:
