@@ -209,7 +209,7 @@ class _Assembly:
                 phase.skip(stage)
                 continue
             step = phase.start(stage)
-            numerics = stage_numerics(definition, plan.precision, backend)
+            numerics = stage_numerics(definition, plan.precision, backend, device_of(backend))
             export_stage(definition, numerics, path, plan.layout)
             self.journal.add(backend, stage)
             phase.finish(step)

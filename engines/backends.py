@@ -111,9 +111,12 @@ def check_precision(precision: str) -> Precision:
     raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
 
 
-def stage_numerics(definition: StageDefinition, precision: Precision, backend: str) -> Numerics:
-    """Numerics of a stage in the form that this executor runs."""
+def stage_numerics(definition: StageDefinition, precision: Precision, backend: str, device: str) -> Numerics:
+    """Numerics of a stage in the form that this executor runs on "cuda" or "cpu". PyTorch has no fast fp16 on a CPU:
+    fp32 there."""
     numerics = definition.numerics(precision)
+    if backend == "torch" and device == "cpu" and numerics.compute == torch.float16:
+        return numerics.in_arithmetic(torch.float32)
     if backend == "onnxruntime":
         from scail2_rt.engines.onnx_executor import onnxruntime_numerics
 

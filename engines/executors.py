@@ -166,10 +166,8 @@ class EngineSet:
         return tuple(self._engines)
 
     def numerics(self, stage: str) -> Numerics:
-        """Storage and arithmetic of a stage in this executor. PyTorch has no fast fp16 on a CPU: fp32 there."""
-        numerics = stage_numerics(self._definition(stage), self.manifest.precision, self.backend)
-        slow = self.backend == "torch" and self.device.type == "cpu" and numerics.compute == torch.float16
-        return numerics.in_arithmetic(torch.float32) if slow else numerics
+        """Storage and arithmetic of a stage in this executor."""
+        return stage_numerics(self._definition(stage), self.manifest.precision, self.backend, self.device.type)
 
     def compute_dtype(self, stage: str) -> torch.dtype:
         """Type of a stage's activations in this executor."""

@@ -103,7 +103,8 @@ def encoded_groups(encoding: Encoding, samples: int, frames: int, workers: Worke
     groups = {}
     for name in GROUPS:
         plans = plan_many(group_requests(name, mine, first=workers.rank * mine), frames=frames)
-        groups[name] = Samples.join([encoding.samples(part) for part in _pieces(plans)])
+        with train_vae.folded_convolutions(workers.device):
+            groups[name] = Samples.join([encoding.samples(part) for part in _pieces(plans)])
     return groups
 
 

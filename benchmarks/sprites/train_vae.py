@@ -33,7 +33,7 @@ CROP = 64
 NOISE = 0.1  # of the latents' deviation
 CHARACTER_WEIGHT = 3.0
 RATE = 2e-3
-ROUNDS = 16  # batches that the latents' statistics are taken from
+ROUNDS, SEGMENT_FRAMES = 16, 144  # batches that statistics are taken from on a GPU, and frames in each
 
 
 class Clips:
@@ -72,6 +72,7 @@ class Clips:
 
 def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
     """→ fp32 weights of a VAE whose latents are normalised."""
+    identity = f"{len(clips.image)} clips of {clips.image.shape[1]} frames"
     vae = make_vae(compute=torch.bfloat16 if workers.device.type == "cuda" else torch.float32).to(workers.device)
     count = 0
 
@@ -90,7 +91,7 @@ def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: 
         return ((error.square() + 0.1 * (error.square() + 1e-4).sqrt()) * weight).mean()
 
     with folded_convolutions(workers.device):
-        weights = fit(vae, loss, budget, RATE, workers, work / "vae.state", work / "vae.jsonl")
+        weights = fit(vae, loss, budget, RATE, workers, work / "vae.state", work / "vae.jsonl", identity)
     vae.load_state_dict(weights)
     return normalised(vae, clips)
 
@@ -122,9 +123,8 @@ def folded_conv3d(
     count, _, frames, _, _ = x.shape
     taps = weight.shape[2]
     starts = range(0, frames - taps + 1, stride[0])
-    taken = torch.stack([x[:, :, start : start + taps] for start in starts], dim=1) if taps > 1 else x.transpose(1, 2)
-    folded = taken.flatten(2, 3) if taps > 1 else taken  # [N, T', C·taps, H, W]
-    rows = folded.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    taken = torch.stack([x[:, :, start : start + taps] for start in starts], dim=1)  # [N, T', C, taps, H, W]
+    rows = taken.flatten(2, 3).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     kernel = weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
     out = F.conv2d(rows, kernel, bias, stride[1:], padding[1:])
     return out.unflatten(0, (count, -1)).transpose(1, 2)
@@ -133,13 +133,7 @@ def folded_conv3d(
 @torch.no_grad()
 def normalised(vae: VAE, clips: Clips) -> Weights:
     """The weights, with latents of the mean and deviation of Wan's. At 0 and 1 they are after normalisation."""
-    generator = torch.Generator(clips.image.device).manual_seed(1)
-    frames = clips.image.shape[1]
-    encoded = [
-        vae.encode(clips.batch(max(144 // frames, 1), frames, kind, generator)[0])
-        for kind in ("whole", "half")
-        for _ in range(ROUNDS if clips.image.is_cuda else 1)
-    ]
+    encoded = [vae.encode(video) for kind in ("whole", "half") for video, _ in _segments(clips, kind, seed=1)]
     values = torch.cat([latent.transpose(0, 1).flatten(1) for latent in encoded], dim=1).cpu()
     mean, deviation = values.mean(1), values.std(1)
     offset, scale = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
@@ -158,12 +152,20 @@ def normalised(vae: VAE, clips: Clips) -> Weights:
 @torch.no_grad()
 def reconstruction_psnr(vae: VAE, clips: Clips) -> tuple[float, float]:
     """PSNR in dB of whole pictures: all pixels, and those of characters."""
-    generator = torch.Generator(clips.image.device).manual_seed(2)
-    frames = clips.image.shape[1]  # whole segments: their end is the hardest part
-    video, weight = clips.batch(max(144 // frames, 1), frames, "whole", generator)
-    error = ((vae.decode(vae.encode(video)).clamp(-1, 1) - video) / 2).square().mean(1, keepdim=True)
-    inside = weight > 1
-    return tuple(float(-10 * e.mean().log10()) for e in (error, error[inside]))  # type: ignore[return-value]
+    every, inside = [], []
+    for video, weight in _segments(clips, "whole", seed=2):
+        error = ((vae.decode(vae.encode(video)).clamp(-1, 1) - video) / 2).square().mean(1, keepdim=True)
+        every.append(error.mean())
+        inside.append(error[weight > 1].mean())
+    whole, characters = (float(-10 * torch.stack(errors).mean().log10()) for errors in (every, inside))
+    return whole, characters
+
+
+def _segments(clips: Clips, kind: str, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of clips as long as there are: the end of a segment is its hardest part. One on a CPU, `ROUNDS` else."""
+    generator, frames = torch.Generator(clips.image.device).manual_seed(seed), clips.image.shape[1]
+    for _ in range(ROUNDS if clips.image.is_cuda else 1):
+        yield clips.batch(max(SEGMENT_FRAMES // frames, 1), frames, kind, generator)
 
 
 def vae_requests(count: int) -> list[tuple[str, range]]:
