@@ -6,6 +6,8 @@ uses. Source: SCAIL-2 `wan/modules/model_scail2.py`.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +42,15 @@ class DiTInputs:
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     """[cos | sin] of t·10000^(-i/half), computed in fp64. timesteps [N] → fp32 [N, width]."""
     half = width // 2
-    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = timesteps.double().cpu()[:, None] * frequency
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
+    angle = timesteps.double()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+@lru_cache(maxsize=4)
+def _rope_on(device: torch.device, *layout: Any) -> Rope:
+    """`rope_table` on a device: every step of a training needs the same."""
+    return rope_table(*layout).to(device)
 
 
 class RMSNorm(nn.Module):
@@ -184,8 +192,8 @@ class DiT(nn.Module):
         """→ velocity [16, F, h, w] at scheduler timestep t (0…1000; a tensor of the batch dimensions for a batch)."""
         *batch, _, frames, height, width = inputs.latent.shape
         additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
-        rope = rope_table(frames, height // 2, width // 2, self.config.head_dim, additional, inputs.replace)
-        rope = rope.to(inputs.latent.device)
+        layout = (frames, height // 2, width // 2, self.config.head_dim, additional, inputs.replace)
+        rope = _rope_on(inputs.latent.device, *layout)
         times = sinusoid(torch.as_tensor(t, dtype=torch.float64).reshape(-1), self.config.freq_dim)
         e = self.time_embedding(times.to(inputs.latent.device)).reshape(*batch, -1)
         time = self.time_projection(e).unflatten(-1, (6, -1))

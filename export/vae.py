@@ -213,7 +213,10 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
         x = video_of(self.resample(frames_of(saturate(x, self.compute))), len(x))
         if self.temporal and caches.first:
-            caches.start(x)
+            whole = x.shape[2] > 1
+            caches.start(x[:, :, -1:] if whole else x)
+            if whole and self.time_conv is not None:
+                x = torch.cat([x[:, :, :1], conv3d(x, *self.time_conv.weights(), stride=(2, 1, 1))], dim=2)
         elif self.time_conv is not None:
             x = conv3d(caches.extend(x, 1), *self.time_conv.weights(), stride=(2, 1, 1))
         return x.float()
@@ -235,12 +238,19 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
         x = saturate(x, self.compute)
         batch, channels, frames, height, width = x.shape
-        if self.temporal and caches.first:
+        if self.temporal and caches.first and frames == 1:
             caches.start(x.new_zeros(batch, channels, 2, height, width))
+        elif self.time_conv is not None and caches.first:
+            x = torch.cat([x[:, :, :1], self._doubled(x[:, :, 1:], caches, self.time_conv)], dim=2)
         elif self.time_conv is not None:
-            halves = self.time_conv(x, caches).reshape(batch, 2, channels, frames, height, width)
-            x = halves.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * frames, height, width)
+            x = self._doubled(x, caches, self.time_conv)
         return video_of(self.resample["1"](_twice(frames_of(x))), batch).float()
+
+    @staticmethod
+    def _doubled(x: Tensor, caches: Caches, time_conv: CausalConv3d) -> Tensor:
+        batch, channels, frames, height, width = x.shape
+        halves = time_conv(x, caches).reshape(batch, 2, channels, frames, height, width)
+        return halves.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * frames, height, width)
 
 
 def drop_time_convs(layers: nn.ModuleList) -> None:
@@ -330,9 +340,10 @@ def channel_mixing(channels: int, numerics: Numerics) -> CausalConv3d:
     return CausalConv3d(channels, channels, (1, 1, 1), numerics)
 
 
-def _statistics(latent: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """LATENT_MEAN and LATENT_STD, [1, 16, 1, 1, 1]."""
     mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=latent.device).reshape(1, -1, 1, 1, 1)
+        torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1, 1)
         for values in (LATENT_MEAN, LATENT_STD)
     )
     return mean, std
@@ -346,7 +357,7 @@ def encode_chunk(
     video [1, 3, 1 or 4, H, W] → normalised mean, fp32 [1, 16, 1, h, w], and the new caches."""
     state = Caches(caches)
     mean = conv1(encoder(video, state), state).chunk(2, dim=1)[0].float()
-    shift, scale = _statistics(mean)
+    shift, scale = statistics(mean.device)
     return (mean - shift) / scale, state.new
 
 
@@ -357,7 +368,7 @@ def decode_chunk(
 
     latent [1, 16, 1, h, w] → unclamped pixels, fp32 [1, 3, 1 or 4, H, W], and the new caches."""
     state = Caches(caches)
-    shift, scale = _statistics(latent)
+    shift, scale = statistics(latent.device)
     video = decoder(conv2(latent.float() * scale + shift, state), state)
     return video.float(), state.new
 
@@ -400,6 +411,14 @@ class VAE(nn.Module):
     def decode_step(self, latent: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """latent [1, 16, 1, h, w] → video [1, 3, 4, H, W], caches."""
         return decode_chunk(self.decoder, self.conv2, latent, caches)
+
+    def encode_whole(self, video: Tensor) -> Tensor:
+        """`encode` of 4·(F-1)+1 frames in one pass, whose memory grows with the video: for training."""
+        return encode_chunk(self.encoder, self.conv1, video, None)[0]
+
+    def decode_whole(self, latent: Tensor) -> Tensor:
+        """`decode` in one pass, whose memory grows with the video: for training."""
+        return decode_chunk(self.decoder, self.conv2, latent, None)[0]
 
     def encode(self, video: Tensor) -> Tensor:
         """video [1, 3, T, H, W] in -1..1, H and W multiples of 8 → normalised latent [1, 16, F, h, w].

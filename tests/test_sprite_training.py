@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites import train
-from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
+from scail2_rt.benchmarks.sprites.fitting import Budget, Muon, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_vae
 from scail2_rt.benchmarks.sprites.train_vae import Clips, folded_conv3d, folded_convolutions, normalised
 from scail2_rt.export import vae as layers
@@ -68,7 +68,17 @@ def small_fit(folder: Path, steps: int, identity: str = "") -> dict[str, torch.T
         return (model(torch.randn(8, 3, generator=generator)) - 1).square().mean()
 
     workers = Workers(0, 1, torch.device("cpu"))
-    return fit(model, loss, Budget(steps=steps), 0.01, workers, folder / "state", folder / "log.jsonl", identity)
+    return fit(
+        model,
+        [loss],
+        lambda _: 0,
+        [adam(model.parameters(), 0.01)],
+        Budget(steps=steps),
+        workers,
+        folder / "state",
+        folder / "log.jsonl",
+        identity,
+    )
 
 
 def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
@@ -96,11 +106,28 @@ def test_processes_average_gradients_and_draw_their_own_batches(tmp_path: Path) 
     assert batch0 != batch1
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+def test_batched_muon_is_that_of_pytorch(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    mine = [torch.nn.Parameter(torch.randn(*shape)) for _ in range(3)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    ours = Muon(mine, 0.1)
+    torchs = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn(*shape)
+            b.grad = a.grad.clone()
+        ours.step()
+        torchs.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
 TWO_PROCESSES = """
 import json
 import torch
 from pathlib import Path
-from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
+from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, adam, fit
 
 workers = Workers.here()
 torch.manual_seed(0)
@@ -111,7 +138,7 @@ def loss(generator):
     return (model(seen[-1]) - 1).square().mean()
 
 folder = Path(__file__).parent
-weights = fit(model, loss, Budget(steps=5), 0.01, workers, folder / "state", folder / "log.jsonl")
+weights = fit(model, [loss], lambda _: 0, [adam(model.parameters(), 0.01)], Budget(steps=5), workers, folder / "state", folder / "log.jsonl")
 workers.wait()
 found = [weights["weight"].sum().item(), seen[0].sum().item()]
 (folder / f"rank{workers.rank}.json").write_text(json.dumps(found))

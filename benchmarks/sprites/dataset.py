@@ -139,7 +139,7 @@ class Encoding:
 
     def _latent(self, video: Tensor) -> Tensor:
         """video [N, T, 3, H, W] in -1..1 → [N, 16, F, h, w]."""
-        return torch.cat([self.vae.encode(part.transpose(1, 2)) for part in video.split(ENCODED_AT_ONCE)])
+        return torch.cat([self.vae.encode_whole(part.transpose(1, 2)) for part in video.split(ENCODED_AT_ONCE)])
 
 
 def mask_channels(mask: Tensor) -> Tensor:

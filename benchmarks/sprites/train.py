@@ -12,6 +12,7 @@ is finished in DIR (`vae.pt`) is not trained again, the data set is encoded anew
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,34 +23,38 @@ from scail2_rt.benchmarks.sprites import train_vae
 from scail2_rt.benchmarks.sprites.cases import FRAMES, CasePlan
 from scail2_rt.benchmarks.sprites.dataset import GROUPS, Encoding, Samples, group_requests
 from scail2_rt.benchmarks.sprites.drawing import plan_many
-from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
+from scail2_rt.benchmarks.sprites.fitting import Budget, Muon, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_dit, make_vae, write_checkpoint
 from scail2_rt.export.dit import DiT
 from scail2_rt.export.random_checkpoint import write_tokenizer
 from scail2_rt.runtime.solvers import TRAINING_STEPS
 
-RATE = 1e-3
+RATE, MATRIX_RATE = 3e-3, 8e-3  # peaks, of AdamW and of Muon
 SHIFT = 3.0  # of the noise levels, as the solvers' default
 HISTORY, HISTORY_LATENTS = 0.3, (1, 5)  # share of the samples; latents, from … to below: overlaps of 1 to 13 frames
 HISTORY_NOISE = 0.1  # its largest deviation on them
 DROPPED_TEXT = 0.1
+TURN = 0.6180339887  # multiples of it, without their whole part, fill 0…1 evenly
 CHARACTER_WEIGHT = 3.0
 PLANS_AT_ONCE = 32
 MINUTES = click.FloatRange(min=0, min_open=True)
 
 
 class Batches:
-    """Draws a group, samples of it, noise levels and history; → the loss of a model on them."""
+    """Draws samples of a group, noise levels and history; → the loss of a model on them."""
 
     def __init__(self, groups: dict[str, Samples], empty: Tensor, size: int) -> None:
         self.groups, self.empty, self.size = groups, empty, size
         self.names = list(groups)
         parts = torch.tensor([float(sum(GROUPS[name].values())) for name in self.names])
-        self.shares = parts / parts.sum()
+        self.bounds = (parts / parts.sum()).cumsum(0)
 
-    def loss(self, dit: DiT, generator: torch.Generator) -> Tensor:
+    def turn(self, step: int) -> int:
+        """The number of a step's group; over many steps each has its share."""
+        return min(int(torch.searchsorted(self.bounds, step * TURN % 1)), len(self.names) - 1)
+
+    def loss(self, dit: DiT, name: str, generator: torch.Generator) -> Tensor:
         device = generator.device
-        name = self.names[torch.multinomial(self.shares.to(device), 1, generator=generator).item()]  # type: ignore[index]
         group = self.groups[name]
         chosen = torch.randint(len(group), (self.size,), generator=generator, device=device)
         batch = group.take(chosen)
@@ -84,8 +89,12 @@ def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path, id
     if workers.device.type == "cuda":
         for block in dit.blocks:
             block.compile(dynamic=False)
+    losses = [partial(batches.loss, dit, name) for name in batches.names]
     state, log = work / "dit.state", work / "dit.jsonl"
-    return fit(dit, lambda generator: batches.loss(dit, generator), budget, RATE, workers, state, log, identity)
+    matrices = [p for name, p in dit.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+    chosen = set(matrices)
+    optimisers = [Muon(matrices, MATRIX_RATE), adam((p for p in dit.parameters() if p not in chosen), RATE)]
+    return fit(dit, losses, batches.turn, optimisers, budget, workers, state, log, identity)
 
 
 def make_trained_vae(plans: list[CasePlan], budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
@@ -122,15 +131,15 @@ def _pieces(plans: Iterator[CasePlan]) -> Iterator[list[CasePlan]]:
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for states and logs.")
-@click.option("--vae-minutes", type=MINUTES, default=11.0, show_default=True, help="Training of the VAE.")
-@click.option("--minutes", type=MINUTES, default=12.0, show_default=True, help="Training of the transformer.")
+@click.option("--vae-minutes", type=MINUTES, default=7.0, show_default=True, help="Training of the VAE.")
+@click.option("--minutes", type=MINUTES, default=10.0, show_default=True, help="Training of the transformer.")
 @click.option("--vae-steps", default=0, help="Steps instead of minutes.")
 @click.option("--steps", default=0, help="Steps instead of minutes.")
 @click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
 @click.option("--vae-cases", default=1600, show_default=True)
-@click.option("--samples", default=24_000, show_default=True, help="Cases of the transformer's data set.")
-@click.option("--vae-batch", default=64, show_default=True, help="Clips a step and process.")
-@click.option("--batch", default=64, show_default=True, help="Samples a step and process.")
+@click.option("--samples", default=28_000, show_default=True, help="Cases of the transformer's data set.")
+@click.option("--vae-batch", default=32, show_default=True, help="Clips a step and process.")
+@click.option("--batch", default=32, show_default=True, help="Samples a step and process.")
 @click.option("--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs the VAE in --work.")
 def main(
     output: Path, work: Path, vae_minutes: float, minutes: float, vae_steps: int, steps: int, frames: int,

@@ -5,12 +5,13 @@ loss is on pixels, those of characters weighing more. Latents get noise on the w
 transformer's small errors stay small. Afterwards the affine freedom between encoder and decoder is used up: `conv1` and
 `conv2` are rescaled so that latents have the mean and deviation that Wan's constants say, per channel.
 
-On a GPU the 3-D convolutions run as 2-D ones with the time taps folded into channels, channels last: with 16 to 64
-channels cuDNN's own are slow.
+Clips go through in one pass, not frame by frame. On a GPU the 3-D convolutions run as 2-D ones with the time taps folded
+into channels, channels last: with 16 to 64 channels cuDNN's own are slow; so are PyTorch's norms.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.cases import TASKS, CasePlan
 from scail2_rt.benchmarks.sprites.drawing import draw_pictures
-from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, fit
+from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.model import Weights, make_vae
 from scail2_rt.export import vae as layers
 from scail2_rt.export.vae import LATENT_MEAN, LATENT_STD, VAE
@@ -28,9 +29,10 @@ from scail2_rt.runtime.preprocess import half_resolution, normalise_video
 # Of successive batches, each list over and over. "whole": pictures whose middle attention sees four times as much.
 KINDS = ("crop", "half", "crop", "whole")
 CLIP_FRAMES = (9, 33, 17)  # all batches hold about as many frames
+STRIDE = 5  # from one batch's kind and length to the next batch's, among all of them
 BATCH_FRAMES = 9  # for which the batch size is meant
 CROP = 64
-NOISE = 0.1  # of the latents' deviation
+NOISE = 0.3  # of the latents' deviation
 CHARACTER_WEIGHT = 3.0
 RATE = 2e-3
 ROUNDS, SEGMENT_FRAMES = 16, 144  # batches that statistics are taken from on a GPU, and frames in each
@@ -74,46 +76,64 @@ def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: 
     """→ fp32 weights of a VAE whose latents are normalised."""
     identity = f"{len(clips.image)} clips of {clips.image.shape[1]} frames"
     vae = make_vae(compute=torch.bfloat16 if workers.device.type == "cuda" else torch.float32).to(workers.device)
-    count = 0
+    kinds = [(kind, min(frames, clips.image.shape[1])) for kind in KINDS for frames in CLIP_FRAMES]
 
-    def loss(generator: torch.Generator) -> Tensor:
-        nonlocal count
-        count += 1
-        kind = KINDS[(count - 1) % len(KINDS)]
-        frames = min(CLIP_FRAMES[(count - 1) % len(CLIP_FRAMES)], clips.image.shape[1])
+    def loss(kind: str, frames: int, generator: torch.Generator) -> Tensor:
         size = batch * BATCH_FRAMES // (frames * (4 if kind == "whole" else 1))
         video, weight = clips.batch(max(size, 1), frames, kind, generator)
-        latent = vae.encode(video)
+        latent = vae.encode_whole(video)
         deviation = latent.detach().std(dim=(0, 2, 3, 4), keepdim=True)
         noise = torch.randn(latent.shape, generator=generator, device=latent.device)
         share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator, device=latent.device)
-        error = vae.decode(latent + NOISE * share * deviation * noise) - video
+        error = vae.decode_whole(latent + NOISE * share * deviation * noise) - video
         return ((error.square() + 0.1 * (error.square() + 1e-4).sqrt()) * weight).mean()
 
+    losses = [partial(loss, *kind) for kind in kinds]
     with folded_convolutions(workers.device):
-        weights = fit(vae, loss, budget, RATE, workers, work / "vae.state", work / "vae.jsonl", identity)
+        weights = fit(
+            vae, losses, lambda step: step * STRIDE % len(losses), [adam(vae.parameters(), RATE)], budget, workers,
+            work / "vae.state", work / "vae.jsonl", identity,
+        )  # fmt: skip
     vae.load_state_dict(weights)
     return normalised(vae, clips)
 
 
 @contextmanager
 def folded_convolutions(device: torch.device) -> Iterator[None]:
-    """Inside, on a GPU, the VAE's layers use `folded_conv3d` and `fused_norm`."""
+    """Inside, on a GPU, the VAE's layers use `folded_conv3d` and `fused_norm`, and constants that are there already."""
     if device.type != "cuda":
         yield
         return
-    plain, norm = layers.conv3d, layers.RMSNorm.forward
-    layers.conv3d, layers.RMSNorm.forward = folded_conv3d, fused_norm  # type: ignore[method-assign]
+    saved = layers.conv3d, layers.statistics, layers.RMSNorm.forward
+    statistics = cache(layers.statistics)
+    layers.conv3d, layers.statistics, layers.RMSNorm.forward = folded_conv3d, statistics, fused_norm  # type: ignore[method-assign]
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=32):
+            yield
     finally:
-        layers.conv3d, layers.RMSNorm.forward = plain, norm  # type: ignore[method-assign]
+        layers.conv3d, layers.statistics, layers.RMSNorm.forward = saved  # type: ignore[method-assign]
 
 
 def fused_norm(self: layers.RMSNorm, x: Tensor) -> Tensor:
-    """`RMSNorm.forward` by PyTorch's fused operator, which wants channels last; there `folded_conv3d` leaves them."""
-    last = x.float().movedim(-self.gamma.ndim, -1)
-    return F.rms_norm(last, last.shape[-1:], self.gamma.flatten(), 1e-12).movedim(-1, -self.gamma.ndim)
+    """`RMSNorm.forward`, compiled for rows of channels, which `folded_conv3d` leaves side by side."""
+    last = x.movedim(-self.gamma.ndim, -1)
+    rows = last.flatten(0, -2)
+    torch._dynamo.mark_static(rows, 1)
+    torch._dynamo.mark_dynamic(rows, 0)
+    normed = (_compiled_norm() if rows.is_cuda else _norm_rows)(rows, self.gamma.flatten())
+    return normed.view(last.shape).movedim(-1, -self.gamma.ndim)
+
+
+@cache
+def _compiled_norm() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_norm_rows)
+
+
+def _norm_rows(rows: Tensor, gamma: Tensor) -> Tensor:
+    """rows [R, C] → rows / rms · gamma, on a GPU in the convolutions' type."""
+    x = rows.float()
+    normed = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12) * gamma
+    return normed.bfloat16() if rows.is_cuda else normed
 
 
 def folded_conv3d(
@@ -121,11 +141,11 @@ def folded_conv3d(
 ) -> Tensor:
     """`F.conv3d` without padding in time: the frames of each tap side by side as channels, then one 2-D convolution."""
     count, _, frames, _, _ = x.shape
-    taps = weight.shape[2]
-    starts = range(0, frames - taps + 1, stride[0])
-    taken = torch.stack([x[:, :, start : start + taps] for start in starts], dim=1)  # [N, T', C, taps, H, W]
-    rows = taken.flatten(2, 3).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    kernel = weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    taps, step = weight.shape[2], stride[0]
+    last = x.permute(0, 2, 3, 4, 1)
+    shifted = [last[:, tap : frames - taps + tap + 1 : step] for tap in range(taps)]
+    rows = torch.cat(shifted, dim=-1).flatten(0, 1).permute(0, 3, 1, 2)  # [N·T', taps·C, H, W], channels last
+    kernel = weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
     out = F.conv2d(rows, kernel, bias, stride[1:], padding[1:])
     return out.unflatten(0, (count, -1)).transpose(1, 2)
 
