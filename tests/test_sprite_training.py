@@ -138,7 +138,8 @@ def loss(generator):
     return (model(seen[-1]) - 1).square().mean()
 
 folder = Path(__file__).parent
-weights = fit(model, [loss], lambda _: 0, [adam(model.parameters(), 0.01)], Budget(steps=5), workers, folder / "state", folder / "log.jsonl")
+optimisers = [adam(model.parameters(), 0.01)]
+weights = fit(model, [loss], lambda _: 0, optimisers, Budget(steps=5), workers, folder / "state", folder / "log.jsonl")
 workers.wait()
 found = [weights["weight"].sum().item(), seen[0].sum().item()]
 (folder / f"rank{workers.rank}.json").write_text(json.dumps(found))

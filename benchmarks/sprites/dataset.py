@@ -28,7 +28,7 @@ GROUPS = {
     "extra": {"extra": 14},
 }
 TEXT_ROWS = 96  # longest prompt that is kept
-ENCODED_AT_ONCE = 16
+ENCODED_AT_ONCE = 32
 STORED = torch.bfloat16
 
 

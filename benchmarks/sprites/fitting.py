@@ -176,9 +176,9 @@ def fit(
 ) -> dict[str, Tensor]:
     """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
 
-    losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The optimisers' learning
-    rates are their peaks. `identity` names what is learnt from; InputError where the state file is of something else. Progress is appended to `log_file`, a
-    JSON object a line."""
+    losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
+    of the optimisers are their peaks. `identity` names what is learnt from; InputError where the state file is of
+    something else. Progress is appended to `log_file`, a JSON object a line."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [(group, group["lr"]) for optimiser in optimisers for group in optimiser.param_groups]
     average = [p.detach().clone() for p in parameters]

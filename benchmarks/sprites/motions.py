@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FRAMES_PER_SECOND = 16
+SPEED = (0.35, 0.6)  # periods a second: of what is faster, the small VAE blends the four frames of a latent
 # lean, head, then (shoulder, elbow, hip, knee) of the left side and of the right
 HUMAN_JOINTS = 10
 # body pitch, neck, tail, then (upper, lower) of front near, front far, hind near, hind far
@@ -34,7 +35,7 @@ class Motion:
 def make_motion(species: str, name: str, frames: int, random: Random) -> Motion:
     """`frames` of the motion `name`, its speed, phase and extent drawn from `random`."""
     seconds = np.arange(frames) / FRAMES_PER_SECOND
-    phase = 2 * np.pi * (random.uniform(0.7, 1.2) * seconds + random.uniform())
+    phase = 2 * np.pi * (random.uniform(*SPEED) * seconds + random.uniform())
     joints = HUMAN_JOINTS if species == "human" else ANIMAL_JOINTS
     pose = _Pose(np.zeros((frames, joints)), np.zeros(frames), np.zeros(frames), np.zeros(frames))
     table = _HUMAN if species == "human" else _ANIMAL

@@ -97,9 +97,11 @@ def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path, id
     return fit(dit, losses, batches.turn, optimisers, budget, workers, state, log, identity)
 
 
-def make_trained_vae(plans: list[CasePlan], budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
+def make_trained_vae(
+    plans: list[CasePlan], budget: Budget, batch: int, workers: Workers, work: Path, start: Weights | None
+) -> Weights:
     clips = train_vae.Clips(plans, workers.device)
-    weights = train_vae.train_vae(clips, budget, batch, workers, work)
+    weights = train_vae.train_vae(clips, budget, batch, workers, work, start)
     whole, characters = train_vae.reconstruction_psnr(make_vae(weights).to(workers.device), clips)
     if workers.rank == 0:
         print(f"VAE: PSNR {whole:.2f} dB, of characters {characters:.2f} dB", flush=True)
@@ -140,10 +142,11 @@ def _pieces(plans: Iterator[CasePlan]) -> Iterator[list[CasePlan]]:
 @click.option("--samples", default=28_000, show_default=True, help="Cases of the transformer's data set.")
 @click.option("--vae-batch", default=32, show_default=True, help="Clips a step and process.")
 @click.option("--batch", default=32, show_default=True, help="Samples a step and process.")
+@click.option("--vae-from", type=click.Path(exists=True, dir_okay=False), help="A vae.pt to begin the VAE with.")
 @click.option("--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs the VAE in --work.")
 def main(
     output: Path, work: Path, vae_minutes: float, minutes: float, vae_steps: int, steps: int, frames: int,
-    vae_cases: int, samples: int, vae_batch: int, batch: int, only: str | None,
+    vae_cases: int, samples: int, vae_batch: int, batch: int, vae_from: str | None, only: str | None,
 ) -> None:  # fmt: skip
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
     if output.exists():
@@ -155,7 +158,8 @@ def main(
     workers, finished = Workers.here(), work / "vae.pt"
     if not finished.is_file() and only != "dit":
         plans = list(plan_many(train_vae.vae_requests(vae_cases), frames=frames))
-        weights = make_trained_vae(plans, Budget(vae_minutes, vae_steps), vae_batch, workers, work)
+        start = torch.load(vae_from, weights_only=True) if vae_from else None
+        weights = make_trained_vae(plans, Budget(vae_minutes, vae_steps), vae_batch, workers, work, start)
         if workers.rank == 0:
             torch.save(weights, finished)
     if only == "vae":

@@ -5,8 +5,8 @@ loss is on pixels, those of characters weighing more. Latents get noise on the w
 transformer's small errors stay small. Afterwards the affine freedom between encoder and decoder is used up: `conv1` and
 `conv2` are rescaled so that latents have the mean and deviation that Wan's constants say, per channel.
 
-Clips go through in one pass, not frame by frame. On a GPU the 3-D convolutions run as 2-D ones with the time taps folded
-into channels, channels last: with 16 to 64 channels cuDNN's own are slow; so are PyTorch's norms.
+Clips go through in one pass, not frame by frame. On a GPU the 3-D convolutions run as 2-D ones with the time taps
+folded into channels, channels last: with 16 to 64 channels cuDNN's own are slow; so are PyTorch's norms.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ CLIP_FRAMES = (9, 33, 17)  # all batches hold about as many frames
 STRIDE = 5  # from one batch's kind and length to the next batch's, among all of them
 BATCH_FRAMES = 9  # for which the batch size is meant
 CROP = 64
-NOISE = 0.3  # of the latents' deviation
+NOISE = 0.15  # of the latents' deviation
 CHARACTER_WEIGHT = 3.0
 RATE = 2e-3
 ROUNDS, SEGMENT_FRAMES = 16, 144  # batches that statistics are taken from on a GPU, and frames in each
@@ -72,10 +72,13 @@ class Clips:
         return video.transpose(1, 2), 1 + CHARACTER_WEIGHT * weight.transpose(1, 2)
 
 
-def train_vae(clips: Clips, budget: Budget, batch: int, workers: Workers, work: Path) -> Weights:
-    """→ fp32 weights of a VAE whose latents are normalised."""
+def train_vae(
+    clips: Clips, budget: Budget, batch: int, workers: Workers, work: Path, start: Weights | None = None
+) -> Weights:
+    """→ fp32 weights of a VAE whose latents are normalised. start: weights to begin with, else random ones."""
     identity = f"{len(clips.image)} clips of {clips.image.shape[1]} frames"
-    vae = make_vae(compute=torch.bfloat16 if workers.device.type == "cuda" else torch.float32).to(workers.device)
+    compute = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
+    vae = make_vae(start, compute).to(workers.device)
     kinds = [(kind, min(frames, clips.image.shape[1])) for kind in KINDS for frames in CLIP_FRAMES]
 
     def loss(kind: str, frames: int, generator: torch.Generator) -> Tensor:
