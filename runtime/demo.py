@@ -1,8 +1,7 @@
 """`scail2-rt demo`: the whole program on any machine, without a download.
 
-Takes the small trained checkpoint that comes with the package (random weights while there is none, and says so), draws
-a case that training never sees (one figure drives another, with a tone that follows the motion), builds engines and
-generates. The right answer is known, so the demo says how close the video came, and shows it beside the truth on a
+Takes the small trained checkpoint that comes with the package, draws a case that training never saw (one figure drives
+another, with a tone that follows the motion), builds engines and generates. The right answer is known, so the demo says how close the video came, and shows it beside the truth on a
 contact sheet. Engines are reused the next time.
 """
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from scail2_rt.benchmarks.sprites.case_files import write_case
 from scail2_rt.benchmarks.sprites.sheets import case_block, write_sheet
-from scail2_rt.benchmarks.sprites.shipped import BACKEND, demo_checkpoint, make_engines
+from scail2_rt.benchmarks.sprites.shipped import BACKEND, make_engines, shipped_checkpoint
 from scail2_rt.benchmarks.sprites.trials import BASELINES, OURS, Answer, Variant, held_out_case, make_request
 from scail2_rt.runtime import jobs, report
 from scail2_rt.runtime.media import VideoReader, probe_video
@@ -27,14 +26,14 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     """Everything into the folder `output`; (JSON object, text for people)."""
     started = time.perf_counter()
     engines, folder = output / "engines", output / "case"
-    checkpoint, what = demo_checkpoint(output)
+    checkpoint = shipped_checkpoint()
     backend = BACKEND if backend == "auto" else backend
     built = make_engines(checkpoint, engines, (backend,), observer=BuildLines())
     reused = "are there already" if built.up_to_date else f"took {built.wall_s:.1f} s"
     case = held_out_case(TASK, SEED)
     write_case(case, folder)
     said = [
-        f"checkpoint  {checkpoint}: {what}",
+        f"checkpoint  {checkpoint}: a small SCAIL-2, trained on drawn figures",
         f"engines     {engines} ({built.stages} stages for {', '.join(built.backends)}) {reused}",
         f"case        {folder}: {case.plan.prompt}; held out from training, figures and motion",
     ]

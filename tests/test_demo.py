@@ -27,12 +27,8 @@ def test_demo_animates_with_sound_and_reuses_its_engines(scail2: Run, tmp_path: 
     reply = one_json(scail2("demo", "-o", out, "--json"))
     assert reply["build"]["up_to_date"] is True
     scores = reply["demo"]["scores"]
-    if not shipped.CHECKPOINT.is_dir():
-        assert "random weights" in first.stdout
-        return
-    assert scores["ours"]["character_psnr"] > max(
-        figures["character_psnr"] for who, figures in scores.items() if who != "ours"
-    )
+    best = max(figures["character_psnr"] for who, figures in scores.items() if who != "ours")
+    assert scores["ours"]["character_psnr"] > best + 3
 
 
 def test_a_damaged_engine_folder_is_built_anew(
@@ -53,6 +49,3 @@ def test_a_missing_checkpoint_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(shipped, "CHECKPOINT", tmp_path / "nowhere")
     with pytest.raises(InputError, match="sprite checkpoint is missing"):
         shipped.shipped_checkpoint()
-    folder, what = shipped.demo_checkpoint(tmp_path)
-    assert "random weights" in what
-    assert (folder / "model" / "latest").is_file()

@@ -4,7 +4,7 @@ With random weights the tables must be complete, saved row by row, and resumed. 
 figures, and must miss them when what SCAIL-2 rests on is broken: RoPE of the driving tokens, mask channels, history."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from scail2_rt.benchmarks.record import Results, Row, load
 from scail2_rt.benchmarks.sprites import quality, quality_table, trials
 from scail2_rt.benchmarks.sprites.case_files import write_case
-from scail2_rt.benchmarks.sprites.cases import plan_case, render_case
+from scail2_rt.benchmarks.sprites.cases import CasePlan, plan_case, render_case
 from scail2_rt.benchmarks.sprites.sheets import MARGIN, TITLE, Block, write_sheet
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT, make_engines
 from scail2_rt.benchmarks.sprites.trials import Answer, Variant, make_request
@@ -247,16 +247,14 @@ def test_a_comparison_with_nothing_in_common_fails(made: Made, scail2: Run, tmp_
     assert "no case in common" in json.loads(result.stdout.splitlines()[-1])["failed"][0]
 
 
-# The shipped checkpoint. Figures in dB on the character, over what was measured with a margin.
+# The shipped checkpoint, at the benchmark's own sampling. Measured: 18.4 dB with two characters and 13.3 broken; 18.1 dB
+# in the second segment, its seam 4 levels and 20 broken.
 
-STEPS = 6
-TWO_DB, SECOND_SEGMENT_DB = 20.0, 20.0
+TWO_DB, SECOND_SEGMENT_DB, SEAM_LEVELS = 16.5, 16.5, 10.0
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineSet]:
-    if not CHECKPOINT.is_dir():
-        pytest.skip(f"the trained checkpoint is not there yet: {CHECKPOINT}")
     folder = tmp_path_factory.mktemp("sprites") / "engines"
     make_engines(CHECKPOINT, folder, precision="fp32")
     with open_engines(folder, "torch") as engines:
@@ -264,31 +262,44 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineSet]:
 
 
 def two_characters(engines: EngineSet, folder: Path) -> float:
-    """PSNR on the characters of a case with two, each bound by its colour."""
-    return generated(engines, folder, "two", 33)["character_psnr"]
+    """PSNR in dB on the characters of a case with two, each bound by its colour."""
+    return generated(engines, folder, plan_case("two", 1))["character_psnr"]
 
 
-def second_segment(engines: EngineSet, folder: Path) -> float:
-    """PSNR on the character in the segment that starts from the first one's last frames."""
-    return generated(engines, folder, "animate", 61)["segment_2"]
+def two_segments(engines: EngineSet, folder: Path) -> dict[str, float]:
+    """A clip whose second segment starts from the first one's last frames."""
+    return generated(engines, folder, plan_case("animate", 0, frames=61))
 
 
-def generated(engines: EngineSet, folder: Path, task: str, frames: int) -> dict[str, float]:
-    case = render_case(plan_case(task, 1, frames=frames))
+def generated(engines: EngineSet, folder: Path, plan: CasePlan) -> dict[str, float]:
+    case = render_case(plan)
     write_case(case, folder / "case")
-    request = make_request(folder / "case", folder / "o.mp4", 1, Variant("test"), steps=STEPS)
+    request = make_request(folder / "case", folder / "o.mp4", plan.seed, Variant("test"))
     video, segments = quality.make_video(engines, request, folder)
     answer = Answer.of(case)
     return answer.score(video) | (answer.follow(video, segments) if len(segments) > 1 else {})
 
 
-@pytest.mark.parametrize(
-    ("judge", "threshold"), [(two_characters, TWO_DB), (second_segment, SECOND_SEGMENT_DB)], ids=["two", "segments"]
-)
-def test_the_trained_model_animates(
-    trained: EngineSet, tmp_path: Path, judge: Callable[[EngineSet, Path], float], threshold: float
-) -> None:
-    assert judge(trained, tmp_path) >= threshold
+def test_the_trained_model_animates_each_character_by_its_colour(trained: EngineSet, tmp_path: Path) -> None:
+    assert two_characters(trained, tmp_path) > TWO_DB
+
+
+def test_a_second_segment_goes_on_where_the_first_ended(trained: EngineSet, tmp_path: Path) -> None:
+    found = two_segments(trained, tmp_path)
+    assert found["segment_2"] > SECOND_SEGMENT_DB
+    assert found["seam"] < SEAM_LEVELS
+
+
+def test_swapped_colours_swap_who_does_what(trained: EngineSet, tmp_path: Path) -> None:
+    """The answer to swapped colours is nearer to the swapped truth than to the usual one, and the other way round."""
+    cases = [render_case(plan_case("two", 1, swapped=swapped)) for swapped in (False, True)]
+    for case, other in (cases, cases[::-1]):
+        folder = tmp_path / str(case is cases[1])
+        write_case(case, folder / "case")
+        request = make_request(folder / "case", folder / "o.mp4", 1, Variant("test"))
+        video, _ = quality.make_video(trained, request, folder)
+        mine, theirs = (Answer.of(truth).score(video)["character_psnr"] for truth in (case, other))
+        assert mine > theirs + 4
 
 
 def test_it_rests_on_the_rotary_embedding_of_driving_tokens(
@@ -317,4 +328,4 @@ def test_it_rests_on_the_mask_channels(trained: EngineSet, tmp_path: Path, monke
 def test_it_rests_on_the_history_overwrite(trained: EngineSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The history mask says that the first latents are clean, but they are left as they are."""
     monkeypatch.setattr(pipeline, "overwrite_history", lambda x, clean: x)
-    assert second_segment(trained, tmp_path) < SECOND_SEGMENT_DB
+    assert two_segments(trained, tmp_path)["seam"] > SEAM_LEVELS

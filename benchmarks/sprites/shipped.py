@@ -9,34 +9,19 @@ from scail2_rt.engines.build import BuildReport, BuildRequest, SilentObserver, b
 from scail2_rt.engines.observe import BuildObserver
 from scail2_rt.export.checkpoint import open_checkpoint
 from scail2_rt.export.errors import InputError
-from scail2_rt.export.random_checkpoint import make_checkpoint
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 BACKEND = "torch"  # also on a CPU, where ONNX Runtime is the usual one: its first graphs take minutes to trace
 
 
-def _is_shipped() -> bool:
-    return (CHECKPOINT / "model" / "latest").is_file()
-
-
 def shipped_checkpoint() -> Path:
     """InputError where the folder is missing."""
-    if not _is_shipped():
+    if not (CHECKPOINT / "model" / "latest").is_file():
         raise InputError(
             f"The sprite checkpoint is missing: there is no {CHECKPOINT}. Get it with the repository, or train it with "
             "`python -m scail2_rt.benchmarks.sprites.train`."
         )
     return CHECKPOINT
-
-
-def demo_checkpoint(output: Path) -> tuple[Path, str]:
-    """The shipped checkpoint, or one of random weights made in `output`; and what it is, in words."""
-    if _is_shipped():
-        return CHECKPOINT, "a small SCAIL-2, trained on drawn figures"
-    random = output / "checkpoint"
-    if not random.is_dir():
-        make_checkpoint(random, preset="tiny", seed=0)
-    return random, "random weights, since this version comes without trained ones: the video is coloured noise"
 
 
 def make_engines(

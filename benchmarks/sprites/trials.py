@@ -25,7 +25,7 @@ SEGMENT, OVERLAP = cases.FRAMES, 5
 STEP = SEGMENT - OVERLAP
 LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
 DRAWN_AS = {"swapped": "two", "long": "animate", "longer": "animate"}
-SAMPLING: Mapping[str, Any] = {"solver": "unipc", "steps": 20, "shift": 3.0, "guidance": 1.0}
+SAMPLING: Mapping[str, Any] = {"solver": "unipc", "steps": 4, "shift": 3.0, "guidance": 1.0}
 OURS, ONE_REFERENCE, CEILING = "ours", "one-reference", "vae"
 
 
