@@ -12,11 +12,11 @@ share joint angles, place and ground, not size or proportions: the answer keeps 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scail2_rt.benchmarks.sprites.figures import Body, Character, make_character, pose_body
+from scail2_rt.benchmarks.sprites.figures import AX, AY, BX, BY, RA, RB, Body, Character, make_character, pose_body
 from scail2_rt.benchmarks.sprites.motions import HELD_OUT, TRAINED, Motion, Random, make_motion, rest
 from scail2_rt.benchmarks.sprites.raster import (
     BACKGROUND,
@@ -24,6 +24,7 @@ from scail2_rt.benchmarks.sprites.raster import (
     FIRST_BLOB,
     HORIZON,
     PAN,
+    UNITS,
     Picture,
     black,
     clay,
@@ -92,6 +93,19 @@ def plan_case(task: str, seed: int, split: str = "test", frames: int = FRAMES, s
     figure, and so on; all else is that of the case."""
     random = np.random.default_rng([SPLITS.index(split), TASKS.index(task), seed])
     return _PLANS[task](_Draw(task, seed, split, frames, random, swapped))
+
+
+def closeup(plan: CasePlan) -> CasePlan:
+    """The same case from a reference that the character fills from edge to edge, so that its size says nothing."""
+    picture = plan.reference.picture
+    parts = picture.parts.copy()
+    x, y, radii = parts[..., [AX, BX]], parts[..., [AY, BY]], parts[..., [RA, RB]]
+    (left, right), (top, bottom) = (((at - radii).min(), (at + radii).max()) for at in (x, y))
+    grow = (UNITS - 4) / max(right - left, bottom - top)
+    parts[..., [AX, BX]] = (x - (left + right) / 2) * grow + UNITS / 2
+    parts[..., [AY, BY]] = (y - (top + bottom) / 2) * grow + UNITS / 2
+    parts[..., [RA, RB]] = radii * grow
+    return replace(plan, task="closeup", reference=replace(plan.reference, picture=replace(picture, parts=parts)))
 
 
 def render_case(plan: CasePlan, size: tuple[int, int] = SIZE) -> SpriteCase:

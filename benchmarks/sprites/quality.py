@@ -26,6 +26,7 @@ from scail2_rt.benchmarks.sprites.shipped import make_engines
 from scail2_rt.benchmarks.sprites.trials import (
     BASELINES,
     CEILING,
+    FITTED,
     ONE_REFERENCE,
     OURS,
     SAMPLING,
@@ -256,6 +257,8 @@ class _Runner:
         makers: dict[str, tuple[Kind, _Make]] = {OURS: ("ours", ours)}
         if trial.task == "extra":
             makers[ONE_REFERENCE] = ("ours", partial(ours, extra_refs=()))
+        if trial.task == "closeup":
+            makers[FITTED] = ("ours", partial(ours, fit_reference=True))
         if variant.name == USUAL:
             makers |= {who: ("baseline", alone(make)) for who, make in BASELINES.items()}
             makers[CEILING] = ("ceiling", alone(lambda answer: round_trip(engines, answer.case.truth)))

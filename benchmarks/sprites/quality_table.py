@@ -17,6 +17,7 @@ COLUMNS = {  # figure: heading, format
     "ssim": ("SSIM", "{:.4f}"),
     "character_psnr": ("character PSNR", "{:.2f}"),
     "hidden_psnr": ("hidden PSNR", "{:.2f}"),
+    "area": ("area", "{:.2f}"),
     "colour_error": ("colour ΔE", "{:.2f}"),
     "shape_error": ("shape 1-IoU", "{:.3f}"),
     "motion_px": ("motion px", "{:.2f}"),

@@ -1,9 +1,10 @@
 """What `scail2-rt bench quality` tries: tasks, ways to run them, and the figures that judge an output.
 
 A trial is a case of the test split (characters, places and motions that training never saw) under a variant. Beside the
-tasks of `cases`, `swapped` binds each of two characters to the other's driving figure, `long` runs over three segments
-and `longer` over five. What no model is needed for stands beside ours: repeating the reference, copying the driving
-video; and what no model can beat, the truth through the VAE.
+tasks of `cases`, `swapped` binds each of two characters to the other's driving figure, `closeup` is replacement from a
+reference that the character fills, `long` runs over three segments and `longer` over five. What no model is needed for
+stands beside ours: repeating the reference, copying the driving video; and what no model can beat, the truth through
+the VAE.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,18 +16,18 @@ import numpy as np
 
 from scail2_rt.benchmarks.sprites import cases, metrics
 from scail2_rt.benchmarks.sprites.case_files import case_request
-from scail2_rt.benchmarks.sprites.cases import SIZE, SpriteCase, plan_case, render_case
+from scail2_rt.benchmarks.sprites.cases import SIZE, SpriteCase, closeup, plan_case, render_case
 from scail2_rt.benchmarks.sprites.raster import Picture, draw_picture
 from scail2_rt.runtime.geometry import Segment
 from scail2_rt.runtime.request import Request
 
-TASKS = (*cases.TASKS, "swapped", "long")
+TASKS = (*cases.TASKS, "swapped", "closeup", "long")
 SEGMENT, OVERLAP = cases.FRAMES, 5
 STEP = SEGMENT - OVERLAP
 LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
-DRAWN_AS = {"swapped": "two", "long": "animate", "longer": "animate"}
+DRAWN_AS = {"swapped": "two", "closeup": "replace", "long": "animate", "longer": "animate"}
 SAMPLING: Mapping[str, Any] = {"solver": "unipc", "steps": 4, "shift": 3.0, "guidance": 1.0}
-OURS, ONE_REFERENCE, CEILING = "ours", "one-reference", "vae"
+OURS, ONE_REFERENCE, FITTED, CEILING = "ours", "one-reference", "fit-reference", "vae"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def held_out_case(task: str, seed: int) -> SpriteCase:
     """Held-out case number `seed` of a task of this module."""
     frames = LENGTHS.get(task, cases.FRAMES)
     plan = plan_case(DRAWN_AS.get(task, task), seed, "test", frames, swapped=task == "swapped")
-    return render_case(plan)
+    return render_case(closeup(plan) if task == "closeup" else plan)
 
 
 def make_request(folder: Path, output: Path, seed: int, variant: Variant, **options: Any) -> Request:
@@ -108,7 +109,8 @@ class Answer:
         return cls(case, scene, metrics.silhouette(case.truth, scene), case.labels > 0)
 
     def score(self, output: np.ndarray) -> dict[str, float]:
-        """Figures of a video uint8 [T, H, W, 3]; `hidden_psnr` where the task hides something."""
+        """Figures of a video uint8 [T, H, W, 3]; `hidden_psnr` where the task hides something, `area` (of silhouettes, over
+        the truth's) where the reference does not tell the size."""
         truth, joints = self.case.truth, self.case.plan.joints
         found = {
             "psnr": metrics.psnr(output, truth),
@@ -118,6 +120,8 @@ class Answer:
             "shape_error": metrics.shape_error(metrics.silhouette(output, self.scene), self.shape),
             "motion_px": metrics.motion_error(output, truth, joints),
         }
+        if self.case.plan.task == "closeup":
+            found["area"] = float(metrics.silhouette(output, self.scene).sum() / self.shape.sum())
         if self.case.hidden.any():
             found["hidden_psnr"] = metrics.psnr(output, truth, self.case.hidden)
         return {name: value for name, value in found.items() if not np.isnan(value)}
