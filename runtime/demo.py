@@ -1,8 +1,8 @@
 """`scail2-rt demo`: the whole program on any machine, without a download.
 
 Takes the small trained checkpoint that comes with the package, draws a case that training never saw (one figure drives
-another, with a tone that follows the motion), builds engines and generates. The right answer is known, so the demo says how close the video came, and shows it beside the truth on a
-contact sheet. Engines are reused the next time.
+another, with a tone that follows the motion), builds engines and generates. The right answer is known, so the demo says
+how close the video came, and shows it beside the truth on a contact sheet. Engines are reused the next time.
 """
 
 import time

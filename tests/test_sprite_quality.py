@@ -247,10 +247,11 @@ def test_a_comparison_with_nothing_in_common_fails(made: Made, scail2: Run, tmp_
     assert "no case in common" in json.loads(result.stdout.splitlines()[-1])["failed"][0]
 
 
-# The shipped checkpoint, at the benchmark's own sampling. Measured: 18.4 dB with two characters and 13.3 broken; 18.1 dB
-# in the second segment, its seam 4 levels and 20 broken.
+# The shipped checkpoint, at the benchmark's own sampling. Measured: 18.4 dB with two characters and 13.3 broken; 18.1
+# dB in the second segment, its seam 4 levels and 20 broken.
 
 TWO_DB, SECOND_SEGMENT_DB, SEAM_LEVELS = 16.5, 16.5, 10.0
+COMMITTED = Path(quality.__file__).parents[1] / "results" / "sprites" / "quality.json"
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +301,15 @@ def test_swapped_colours_swap_who_does_what(trained: EngineSet, tmp_path: Path) 
         video, _ = quality.make_video(trained, request, folder)
         mine, theirs = (Answer.of(truth).score(video)["character_psnr"] for truth in (case, other))
         assert mine > theirs + 4
+
+
+def test_the_committed_table_is_reproduced(scail2: Run, tmp_path: Path) -> None:
+    """One case of it, through the installed command."""
+    words = ("bench", "quality", "--tasks", "closeup", "--cases", 1, "--work", tmp_path, "--compare", COMMITTED)
+    result = scail2(*words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "default/closeup" in result.stdout
+    assert "fit-reference" in result.stdout
 
 
 def test_it_rests_on_the_rotary_embedding_of_driving_tokens(

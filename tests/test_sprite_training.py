@@ -51,7 +51,12 @@ def last_line(log: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [((), "exists"), (("--only", "dit"), "no vae.pt"), (("--minutes", "0"), "0.0 is not in the range")],
+    [
+        ((), "exists"),
+        (("--only", "dit"), "no vae.pt"),
+        (("--minutes", "0"), "0.0 is not in the range"),
+        (("--vae-from", "nothing.pt"), "does not exist"),
+    ],
 )
 def test_mistakes_are_said_before_the_training(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
     output = tmp_path if not words else tmp_path / "new"

@@ -181,6 +181,17 @@ def test_an_extra_reference_shows_what_the_first_hides() -> None:
     assert not any(render_case(plan_case(task, 1, frames=1)).hidden.any() for task in TASKS if task != "extra")
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_closeup_fills_the_reference_and_changes_nothing_else(seed: int) -> None:
+    usual = plan_case("replace", seed, frames=3)
+    case, before = render_case(cases.closeup(usual)), render_case(usual)
+    rows, columns = np.nonzero((case.reference_mask != cases.BLACK).any(-1))
+    assert max(np.ptp(rows), np.ptp(columns)) > 118
+    assert min(rows.min(), columns.min(), 127 - rows.max(), 127 - columns.max()) >= 1
+    for name in ("truth", "driving", "driving_mask", "labels"):
+        np.testing.assert_array_equal(getattr(case, name), getattr(before, name))
+
+
 @pytest.mark.parametrize("height", [128, 96, 200])
 def test_a_label_is_as_large_as_its_part(height: int) -> None:
     """A ball of 20 units: its pixels are those that it covers by half, whatever the size."""

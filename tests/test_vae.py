@@ -252,11 +252,27 @@ def test_stream_equals_whole_sequence(config: VAEConfig) -> None:
     video = noise(1, 3, 13, 24, 16)
     expected = whole.encode(video)
     assert expected.shape == (1, 16, 4, 3, 2)
-    assert (vae.encode(video) - expected).abs().max() < 1e-5
+    for encode in (vae.encode, vae.encode_whole):
+        assert (encode(video) - expected).abs().max() < 1e-5
     latent = noise(1, 16, 4, 2, 3)
     expected = whole.decode(latent)
     assert expected.shape == (1, 3, 13, 16, 24)
-    assert (vae.decode(latent) - expected).abs().max() < 1e-5
+    for decode in (vae.decode, vae.decode_whole):
+        assert (decode(latent) - expected).abs().max() < 3e-5
+
+
+@torch.inference_mode()
+def test_a_stream_goes_on_after_several_frames_at_once() -> None:
+    """A first call with five frames leaves the caches that five frames one after the other leave."""
+    vae = random_vae(CONFIGS["wan"])
+    video, latent = noise(1, 3, 9, 16, 24), noise(1, 16, 3, 2, 3)
+    for whole, first, step, parts in (
+        (vae.encode, vae.encode_first, vae.encode_step, (video[:, :, :5], video[:, :, 5:])),
+        (vae.decode, vae.decode_first, vae.decode_step, (latent[:, :, :2], latent[:, :, 2:])),
+    ):
+        begun, caches = first(parts[0])
+        found = torch.cat([begun, step(parts[1], caches)[0]], dim=2)
+        torch.testing.assert_close(found, whole(torch.cat(parts, dim=2)), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()

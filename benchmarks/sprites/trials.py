@@ -109,8 +109,8 @@ class Answer:
         return cls(case, scene, metrics.silhouette(case.truth, scene), case.labels > 0)
 
     def score(self, output: np.ndarray) -> dict[str, float]:
-        """Figures of a video uint8 [T, H, W, 3]; `hidden_psnr` where the task hides something, `area` (of silhouettes, over
-        the truth's) where the reference does not tell the size."""
+        """Figures of a video uint8 [T, H, W, 3]; `hidden_psnr` where the task hides something, `area` (of the
+        silhouettes, over the truth's) where the reference does not tell the size."""
         truth, joints = self.case.truth, self.case.plan.joints
         found = {
             "psnr": metrics.psnr(output, truth),
