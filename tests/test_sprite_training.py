@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites import train
 from scail2_rt.benchmarks.sprites.fitting import Budget, Muon, Workers, adam, fit
-from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_vae
+from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_vae, weights_of
 from scail2_rt.benchmarks.sprites.train_vae import Clips, folded_conv3d, folded_convolutions, normalised
 from scail2_rt.export import vae as layers
 from scail2_rt.export.checkpoint import open_checkpoint
@@ -20,29 +20,36 @@ from scail2_rt.export.errors import InputError
 from tests.command import command_environment
 
 
+def trained(folder: Path, work: str, steps: int, *options: str) -> Path:
+    """A checkpoint, by the command."""
+    output = folder / f"{work}-{steps}"
+    command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.train", output, "--work", folder / work, *options]
+    command += ["--vae-steps", 2, "--steps", steps, "--frames", 5, "--vae-cases", 8, "--samples", 12]
+    words = [str(word) for word in [*command, "--vae-batch", 1, "--batch", 2]]
+    result = subprocess.run(words, capture_output=True, text=True, env=command_environment(folder))
+    assert result.returncode == 0, result.stderr
+    return output
+
+
 @pytest.mark.slow
-def test_ten_steps_make_a_checkpoint_and_ten_more_go_on(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-
-    def trained(steps: int) -> Path:
-        output = tmp_path / str(steps)
-        command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.train", output, "--work", work]
-        command += ["--vae-steps", 2, "--steps", steps, "--frames", 5, "--vae-cases", 8, "--samples", 12]
-        words = [str(word) for word in [*command, "--vae-batch", 1, "--batch", 2]]
-        result = subprocess.run(words, capture_output=True, text=True, env=command_environment(tmp_path))
-        assert result.returncode == 0, result.stderr
-        return output
-
-    checkpoint = open_checkpoint(trained(10))
+def test_ten_steps_make_a_checkpoint_and_more_go_on(tmp_path: Path) -> None:
+    """In the same work folder, and from the checkpoint alone, whose VAE then stays."""
+    first = trained(tmp_path, "work", 10)
+    checkpoint = open_checkpoint(first)
     assert (checkpoint.config.dit, checkpoint.config.vae) == (DIT, VAE_SIZES)
-    first = last_line(work / "dit.jsonl")
-    assert first["step"] == 10
-    vae_lines = (work / "vae.jsonl").read_text()
-    trained(20)
-    last = last_line(work / "dit.jsonl")
-    assert last["step"] == 20
-    assert last["seconds"] > first["seconds"]
-    assert (work / "vae.jsonl").read_text() == vae_lines  # what is finished is not done again
+    begun, log = last_line(tmp_path / "work" / "dit.jsonl"), tmp_path / "work" / "vae.jsonl"
+    assert begun["step"] == 10
+    vae_lines = log.read_text()
+    trained(tmp_path, "work", 20)
+    gone_on = last_line(tmp_path / "work" / "dit.jsonl")
+    assert gone_on["step"] == 20
+    assert gone_on["seconds"] > begun["seconds"]
+    assert log.read_text() == vae_lines  # what is finished is not done again
+    later = weights_of(trained(tmp_path, "other", 1, "--from", str(first), "--slower", "1000"))
+    assert not (tmp_path / "other" / "vae.jsonl").exists()
+    for part, weights in weights_of(first).items():
+        for name, tensor in weights.items():
+            torch.testing.assert_close(later[part][name], tensor, rtol=0.01, atol=0.01 if part == "dit" else 0)
 
 
 def last_line(log: Path) -> dict[str, float]:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scail2_rt.export.checkpoint import open_checkpoint
 from scail2_rt.export.clip import CLIPVisual, unused
 from scail2_rt.export.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from scail2_rt.export.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
 from scail2_rt.export.dit import DiT
-from scail2_rt.export.precision import Numerics
+from scail2_rt.export.precision import Component, Numerics
 from scail2_rt.export.random_checkpoint import (
     CLIP_FILE,
     CLIP_OUT_DIM,
@@ -27,6 +28,7 @@ from scail2_rt.export.random_checkpoint import (
     sat_module,
     write_tokenizer,
 )
+from scail2_rt.export.tensors import shapes_of
 from scail2_rt.export.umt5 import UMT5Encoder
 from scail2_rt.export.vae import VAE
 
@@ -35,6 +37,7 @@ VAE_SIZES = VAEConfig(dim=16)
 UMT5 = UMT5Config(vocab=768, dim=64, attn_dim=64, ffn_dim=128, heads=4, layers=2)
 CLIP = CLIPConfig(image_size=224, patch=14, dim=80, heads=1, layers=3, mlp_dim=160)
 SEED = 0
+PARTS: tuple[Component, ...] = ("dit", "vae")  # those that are trained
 Weights = dict[str, Tensor]
 
 
@@ -71,6 +74,12 @@ def make_encoders() -> tuple[UMT5Encoder, CLIPVisual]:
     tower = {name: t.half().float() for name, t in initial("clip", clip_shapes(CLIP)).items()}
     clip.load_state_dict({name: t for name, t in tower.items() if not unused(name, CLIP)})
     return umt5.requires_grad_(False).eval(), clip.requires_grad_(False).eval()
+
+
+def weights_of(directory: Path) -> dict[Component, Weights]:
+    """The weights of the trained parts of a checkpoint that `write_checkpoint` wrote, in fp32."""
+    sources = open_checkpoint(directory).sources
+    return {part: {name: sources[part].get(name).float() for name in shapes_of(sources[part])} for part in PARTS}
 
 
 def write_checkpoint(directory: Path, dit: Weights, vae: Weights) -> None:

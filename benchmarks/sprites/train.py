@@ -24,7 +24,7 @@ from scail2_rt.benchmarks.sprites.cases import FRAMES, CasePlan
 from scail2_rt.benchmarks.sprites.dataset import GROUPS, Encoding, Samples, group_requests
 from scail2_rt.benchmarks.sprites.drawing import plan_many
 from scail2_rt.benchmarks.sprites.fitting import Budget, Muon, Workers, adam, fit
-from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_dit, make_vae, write_checkpoint
+from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_dit, make_vae, weights_of, write_checkpoint
 from scail2_rt.export.dit import DiT
 from scail2_rt.export.random_checkpoint import write_tokenizer
 from scail2_rt.runtime.solvers import TRAINING_STEPS
@@ -84,8 +84,11 @@ class Batches:
         return ((velocity.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])
 
 
-def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path, identity: str) -> Weights:
-    dit = make_dit().to(workers.device)
+def train_dit(
+    batches: Batches, budget: Budget, workers: Workers, work: Path, identity: str, start: Weights | None, slower: float
+) -> Weights:
+    """start: weights to begin with, else random ones; slower: what the learning rates are divided by."""
+    dit = make_dit(start).to(workers.device)
     if workers.device.type == "cuda":
         for block in dit.blocks:
             block.compile(dynamic=False)
@@ -93,7 +96,8 @@ def train_dit(batches: Batches, budget: Budget, workers: Workers, work: Path, id
     state, log = work / "dit.state", work / "dit.jsonl"
     matrices = [p for name, p in dit.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     chosen = set(matrices)
-    optimisers = [Muon(matrices, MATRIX_RATE), adam((p for p in dit.parameters() if p not in chosen), RATE)]
+    others = [p for p in dit.parameters() if p not in chosen]
+    optimisers = [Muon(matrices, MATRIX_RATE / slower), adam(others, RATE / slower)]
     return fit(dit, losses, batches.turn, optimisers, budget, workers, state, log, identity)
 
 
@@ -143,23 +147,40 @@ def _pieces(plans: Iterator[CasePlan]) -> Iterator[list[CasePlan]]:
 @click.option("--vae-batch", default=32, show_default=True, help="Clips a step and process.")
 @click.option("--batch", default=32, show_default=True, help="Samples a step and process.")
 @click.option("--vae-from", type=click.Path(exists=True, dir_okay=False), help="A vae.pt to begin the VAE with.")
-@click.option("--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs the VAE in --work.")
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(exists=True, path_type=Path),
+    help="A checkpoint of this kind: its VAE is taken as it is, and its transformer is trained on.",
+)
+@click.option("--slower", default=1.0, show_default=True, help="What the transformer's learning rates are divided by.")
+@click.option(
+    "--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs --from, or the VAE in --work."
+)
 def main(
     output: Path, work: Path, vae_minutes: float, minutes: float, vae_steps: int, steps: int, frames: int,
-    vae_cases: int, samples: int, vae_batch: int, batch: int, vae_from: str | None, only: str | None,
+    vae_cases: int, samples: int, vae_batch: int, batch: int, vae_from: str | None, start: Path | None,
+    slower: float, only: str | None,
 ) -> None:  # fmt: skip
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
     if output.exists():
         raise click.UsageError(f"{output} exists: choose another name for the checkpoint.")
-    if only == "dit" and not (work / "vae.pt").is_file():
+    finished = work / "vae.pt"
+    if only == "dit" and start is None and not finished.is_file():
         raise click.UsageError(f"{work} has no vae.pt: train the VAE first (without --only, or with --only vae).")
+    if start is not None and only == "vae":
+        raise click.UsageError("--from brings its own VAE: leave out --only vae.")
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
-    workers, finished = Workers.here(), work / "vae.pt"
-    if not finished.is_file() and only != "dit":
+    workers = Workers.here()
+    begun = None if start is None else weights_of(start)
+    if begun is not None:
+        if workers.rank == 0 and not finished.is_file():
+            torch.save(begun["vae"], finished)
+    elif not finished.is_file() and only != "dit":
         plans = list(plan_many(train_vae.vae_requests(vae_cases), frames=frames))
-        start = torch.load(vae_from, weights_only=True) if vae_from else None
-        weights = make_trained_vae(plans, Budget(vae_minutes, vae_steps), vae_batch, workers, work, start)
+        given = torch.load(vae_from, weights_only=True) if vae_from else None
+        weights = make_trained_vae(plans, Budget(vae_minutes, vae_steps), vae_batch, workers, work, given)
         if workers.rank == 0:
             torch.save(weights, finished)
     if only == "vae":
@@ -173,7 +194,8 @@ def main(
     batches = Batches(groups, encoding.text([""]), batch)
     print(f"data set: { ({name: len(group) for name, group in groups.items()}) } samples here", flush=True)
     identity = f"vae {hashlib.sha256(finished.read_bytes()).hexdigest()[:12]}, {samples} samples of {frames} frames"
-    dit = train_dit(batches, Budget(minutes, steps), workers, work, identity)
+    first = None if begun is None else begun["dit"]
+    dit = train_dit(batches, Budget(minutes, steps), workers, work, identity, first, slower)
     if workers.rank == 0:
         write_checkpoint(output, dit, vae_weights)
         print(json.dumps({"output": str(output)}), flush=True)
