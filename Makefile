@@ -1,4 +1,4 @@
-# make demo   a virtual environment, a tiny random checkpoint, engines, and out/demo.mp4
+# make demo   a virtual environment, engines of the small trained checkpoint, and out/demo.mp4
 # make test   style, types and tests, with the coverage that CI asks for
 # Both work from a fresh clone with only Python 3.10 or newer (`make demo PYTHON=python3.12` picks another).
 

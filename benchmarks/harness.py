@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from scail2_rt.benchmarks.record import Timing
-from scail2_rt.runtime.report import versions
+from scail2_rt.runtime.report import processor_name, versions
 
 Call = Callable[[], object]
 SAMPLE_S = 0.25  # a sample lasts at least this long on a GPU: short kernels are repeated within it
@@ -107,7 +107,7 @@ def describe_run(device: torch.device, **options: Any) -> dict[str, Any]:
     run: dict[str, Any] = {
         "command": " ".join(["scail2-rt", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": platform.processor() or platform.machine(),
+        "device": processor_name(),
         "system": platform.platform(),
         "versions": versions(),
         **options,

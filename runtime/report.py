@@ -81,9 +81,19 @@ def memory_peaks() -> dict[str, float]:
     return {name: round(value, 3) for name, value in peaks.items()}
 
 
+def processor_name() -> str:
+    """The CPU's model; Linux tells it in a file alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def describe_device(engines: "EngineSet") -> dict[str, Any]:
     """The executor, the device it runs on, and the machine."""
-    name = platform.processor() or platform.machine()
+    name = processor_name()
     if engines.device.type == "cuda":
         import torch
 
