@@ -86,6 +86,8 @@ def test_colour_and_shape_errors() -> None:
     blue[shapes[1]] = (0, 0, 255)
     apart = math.dist((53.24, 80.09, 67.20), (32.30, 79.19, -107.86))
     assert metrics.colour_error(blue, truth, shapes[1]) == pytest.approx(apart, abs=0.1)
+    blue[1] = truth[1]
+    assert metrics.frame_colour(blue, truth, shapes[1]) == pytest.approx([apart, 0], abs=0.1)
 
 
 def test_motion_error_is_the_distance_of_the_content() -> None:

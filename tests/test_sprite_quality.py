@@ -120,9 +120,17 @@ def test_a_long_clip_is_followed_over_its_segments(engines: Path, tmp_path: Path
     options = quality.QualityOptions(None, engines, tmp_path, 1, ("long",), sampling={"steps": 1})
     results = quality.run_quality(options)
     values = results.rows["default/long/ours/0"].values
-    assert {"segment_1", "segment_2", "segment_3", "drift_db", "seam", "steady", "frame_000", "frame_088"} <= set(
-        values
-    )
+    assert {
+        "segment_1",
+        "segment_2",
+        "segment_3",
+        "drift_db",
+        "colour_drift",
+        "seam",
+        "frame_000",
+        "frame_088",
+        "colour_088",
+    } <= set(values)
     assert "segment_4" not in values
     assert values["drift_db"] == pytest.approx(values["segment_3"] - values["segment_1"])
     assert "segment 3" in quality_table.quality_table(results)
@@ -170,7 +178,7 @@ def test_comparison_is_over_the_cases_that_both_have() -> None:
 def test_variants_change_one_thing_each() -> None:
     usual = quality.QualityOptions(None, None, Path("work")).usual
     found = {variant.name: variant for variant in trials.variants(usual)}
-    assert {"bf16", "fp8", "fp8-8bit", "fp8-sdpa", "guidance-5", "solver-euler", "steps-4"} <= set(found)
+    assert {"bf16", "fp8", "fp8-8bit", "fp8-sdpa", "guidance-5", "solver-euler", "steps-20"} <= set(found)
     for variant in found.values():
         changed = [key for key, value in variant.options.items() if value != usual.options[key]]
         other = (variant.precision, variant.attention) != (usual.precision, usual.attention)

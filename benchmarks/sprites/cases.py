@@ -242,7 +242,8 @@ def _several(draw: _Draw, count: int) -> CasePlan:
         for people in (drivers, characters)
     )
     reference = View(make_picture(rests, scenery[:1]), colours)
-    driving = View(make_picture(figures, draw.scenery()), _recoloured(colours, BLACK))
+    drawn = figures[::-1] if draw.swapped else figures  # of two at the same depth the same one is in front
+    driving = View(make_picture(drawn, draw.scenery()), _recoloured(colours, BLACK))
     prompt = " and ".join(_describe(*pair) for pair in zip(characters, motions, strict=True))
     return draw.finish("animate", prompt, reference, driving, make_picture(bodies, scenery), bodies, motions)
 

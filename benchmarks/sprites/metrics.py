@@ -72,6 +72,11 @@ def colour_error(output: np.ndarray, truth: np.ndarray, region: np.ndarray) -> f
     return float(np.linalg.norm(lab(output[region]) - lab(truth[region]), axis=-1).mean())
 
 
+def frame_colour(output: np.ndarray, truth: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """`colour_error` of every frame [T]."""
+    return np.array([colour_error(*(video[t : t + 1] for video in (output, truth, region))) for t in range(len(truth))])
+
+
 def silhouette(video: np.ndarray, scene: np.ndarray) -> np.ndarray:
     """bool [T, H, W]: pixels that do not look like `scene`, the same frames without characters."""
     return np.linalg.norm(lab(video) - lab(scene), axis=-1) > SEEN

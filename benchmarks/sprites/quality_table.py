@@ -22,9 +22,14 @@ COLUMNS = {  # figure: heading, format
     "shape_error": ("shape 1-IoU", "{:.3f}"),
     "motion_px": ("motion px", "{:.2f}"),
     "drift_db": ("drift dB", "{:+.2f}"),
+    "colour_drift": ("drift ΔE", "{:+.2f}"),
     "seam": ("seam", "{:.2f}"),
     "steady": ("elsewhere", "{:.2f}"),
 }
+LONG_NOTE = (
+    "character PSNR in dB by segment; drift: last segment less the first; seam: missed change in levels at the joins"
+)
+LONG_COLUMNS = ("drift_db", "colour_drift", "seam", "steady")
 COMPARED = ("psnr", "character_psnr")
 Means = dict[tuple[str, str, str], dict[str, float]]  # (variant, task, who) → figure → mean; "cases": how many
 
@@ -127,7 +132,7 @@ def _cells(figures: Mapping[str, float], columns: Iterable[str]) -> list[str]:
 
 def _task_table(usual: Means, found: Means) -> str:
     used = [name for name in COLUMNS if any(name in figures for figures in usual.values())]
-    used = [name for name in used if name not in ("drift_db", "seam", "steady")]
+    used = [name for name in used if name not in LONG_COLUMNS]
     lines = [["task", "video", *(COLUMNS[name][0] for name in used), "above baseline", "cases"]]
     for (variant, task, who), figures in usual.items():
         above = above_baseline(found, variant, task) if who == OURS else None
@@ -139,12 +144,13 @@ def _task_table(usual: Means, found: Means) -> str:
 def _long_table(long: Means) -> str:
     most = max(sum(name.startswith("segment_") for name in figures) for figures in long.values())
     segments = [f"segment_{number}" for number in range(1, most + 1)]
-    rest = ("drift_db", "seam", "steady")
-    lines = [["long clips", "video", *(f"segment {i}" for i in range(1, most + 1)), *(COLUMNS[n][0] for n in rest)]]
+    lines = [
+        ["long clips", "video", *(f"segment {i}" for i in range(1, most + 1)), *(COLUMNS[n][0] for n in LONG_COLUMNS)]
+    ]
     for (variant, task, who), figures in long.items():
         by_segment = [f"{figures[name]:.2f}" if name in figures else "" for name in segments]
-        lines.append([f"{variant}/{task}", who, *by_segment, *_cells(figures, rest)])
-    return "\n".join([*aligned(lines), "character PSNR in dB by segment; seam: missed change in levels at the joins"])
+        lines.append([f"{variant}/{task}", who, *by_segment, *_cells(figures, LONG_COLUMNS)])
+    return "\n".join([*aligned(lines), LONG_NOTE])
 
 
 def _variant_table(others: Means, found: Means) -> str:

@@ -127,7 +127,8 @@ class Answer:
         return {name: value for name, value in found.items() if not np.isnan(value)}
 
     def follow(self, output: np.ndarray, segments: Iterable[Segment]) -> dict[str, float]:
-        """What becomes of a long clip: masked PSNR by segment and by frame, the change at the joins."""
+        """What becomes of a long clip: PSNR and colour error on the characters by frame, PSNR by segment, how both
+        drift from the first to the last segment, the change at the joins."""
         plan = tuple(segments)
         truth, characters = self.case.truth, self.characters
         own = [slice(segment.start + segment.overlap, segment.valid_end) for segment in plan]
@@ -136,9 +137,12 @@ class Answer:
             for number, part in enumerate(own, 1)
         }
         by_frame = metrics.frame_psnr(output, truth, characters)
+        colours = metrics.frame_colour(output, truth, characters)
         seam, steady = metrics.seam_error(output, truth, tuple(part.start for part in own[1:]))
         found |= {"drift_db": found[f"segment_{len(own)}"] - found["segment_1"], "seam": seam, "steady": steady}
+        found["colour_drift"] = np.nanmean(colours[own[-1]]) - np.nanmean(colours[own[0]])
         found |= {f"frame_{t:03d}": value for t, value in enumerate(by_frame)}
+        found |= {f"colour_{t:03d}": value for t, value in enumerate(colours)}
         return {name: float(value) for name, value in found.items() if not np.isnan(value)}
 
 
