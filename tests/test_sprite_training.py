@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites import train
-from scail2_rt.benchmarks.sprites.fitting import Budget, Muon, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.fitting import Budget, Gradients, Muon, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_vae, weights_of
 from scail2_rt.benchmarks.sprites.train_vae import Clips, folded_conv3d, folded_convolutions, normalised
 from scail2_rt.export import vae as layers
@@ -72,25 +73,17 @@ def test_mistakes_are_said_before_the_training(words: tuple[str, ...], says: str
     assert says in result.output
 
 
-def small_fit(folder: Path, steps: int, identity: str = "") -> dict[str, torch.Tensor]:
+def small_fit(folder: Path, steps: int, identity: str = "") -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
+    """→ weights, and the optimiser that made them."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         return (model(torch.randn(8, 3, generator=generator)) - 1).square().mean()
 
-    workers = Workers(0, 1, torch.device("cpu"))
-    return fit(
-        model,
-        [loss],
-        lambda _: 0,
-        [adam(model.parameters(), 0.01)],
-        Budget(steps=steps),
-        workers,
-        folder / "state",
-        folder / "log.jsonl",
-        identity,
-    )
+    workers, optimiser = Workers(0, 1, torch.device("cpu")), adam(model.parameters(), 0.01)
+    budget, files = Budget(steps=steps), (folder / "state", folder / "log.jsonl")
+    return fit(model, [loss], lambda _: 0, [optimiser], budget, workers, *files, identity), optimiser
 
 
 def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
@@ -100,10 +93,19 @@ def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
 
 
 def test_training_learns_and_a_spent_budget_is_not_spent_again(tmp_path: Path) -> None:
-    first = small_fit(tmp_path, 400)
+    first, _ = small_fit(tmp_path, 400)
     assert abs(first["bias"].item() - 1) < 0.2
-    again = small_fit(tmp_path, 400)
+    again, _ = small_fit(tmp_path, 400)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_learning_rate_goes_on_falling_after_an_interruption(tmp_path: Path) -> None:
+    """What a step uses follows from the share of the budget that is spent, however many runs spent it."""
+    _, alone = small_fit(tmp_path, 10)
+    (tmp_path / "two").mkdir()
+    small_fit(tmp_path / "two", 4)
+    _, second = small_fit(tmp_path / "two", 10)
+    assert second.param_groups[0]["lr"] == alone.param_groups[0]["lr"] < 0.002
 
 
 def test_processes_average_gradients_and_draw_their_own_batches(tmp_path: Path) -> None:
@@ -133,6 +135,27 @@ def test_batched_muon_is_that_of_pytorch(shape: tuple[int, int]) -> None:
         torchs.step()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+def test_recorded_gradients_are_those_of_an_eager_step() -> None:
+    generator = torch.Generator("cuda").manual_seed(5)
+    model = torch.nn.Linear(3, 1, device="cuda")
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        return (model(torch.randn(8, 3, generator=generator, device="cuda")) - 1).square().mean()
+
+    gradients = Gradients(list(model.parameters()), [loss], generator)
+
+    def at(seed: int, compute: Callable[[int], torch.Tensor]) -> tuple[float, torch.Tensor]:
+        generator.manual_seed(seed)
+        return compute(0).item(), gradients.flat.clone()
+
+    gradients.of(0)  # records
+    recorded, other, eager = at(7, gradients.of), at(8, gradients.of), at(7, gradients._compute)
+    assert recorded[0] == pytest.approx(eager[0])
+    torch.testing.assert_close(recorded[1], eager[1])
+    assert other[0] != recorded[0]  # every replay draws anew
 
 
 TWO_PROCESSES = """

@@ -180,9 +180,10 @@ def fit(
     of the optimisers are their peaks. `identity` names what is learnt from; InputError where the state file is of
     something else. Progress is appended to `log_file`, a JSON object a line."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [(group, group["lr"]) for optimiser in optimisers for group in optimiser.param_groups]
+    peaks = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
     average = [p.detach().clone() for p in parameters]
     steps, seconds = _resume(state_file, model, optimisers, average, identity)
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]  # resuming replaced them
     generator = torch.Generator(workers.device).manual_seed(workers.rank + workers.count * steps)
     gradients = Gradients(parameters, losses, generator)
     began, saved = time.monotonic() - seconds, time.monotonic()
@@ -190,7 +191,7 @@ def fit(
     share = workers.agree(budget.spent(time.monotonic() - began, steps))
     while share < 1:
         height = min(share / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * share)) + 1e-3
-        for group, peak in groups:
+        for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * height
         value = gradients.of(turn(steps))
         running, summed = running + value, summed + 1
