@@ -134,6 +134,8 @@ def test_a_long_clip_is_followed_over_its_segments(engines: Path, tmp_path: Path
     assert "segment_4" not in values
     assert values["drift_db"] == pytest.approx(values["segment_3"] - values["segment_1"])
     assert "segment 3" in quality_table.quality_table(results)
+    assert {"segment_3", "colour_drift", "seam", "psnr"} <= set(shown := quality_table.shown(values))
+    assert not {"frame_000", "colour_088"} & set(shown)
 
 
 def test_a_perfect_video_scores_perfectly() -> None:

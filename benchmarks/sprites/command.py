@@ -99,7 +99,7 @@ def quality(
         if not found:
             failed.append(f"{compare} and this result have no case in common")
         failed += [f"{d.name}: {d.figure} {d.change:+.2f} dB" for d in found if abs(d.change) > tolerance]
-    summary = {"/".join(key): value for key, value in tables.means(results.rows.values()).items()}
+    summary = {"/".join(key): tables.shown(value) for key, value in tables.means(results.rows.values()).items()}
     document = {"summary": summary, "failed": failed, "json": None if options.output is None else str(options.output)}
     click.echo(json.dumps(document, ensure_ascii=False))
     if failed:

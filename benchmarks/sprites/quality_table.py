@@ -68,6 +68,11 @@ def means(rows: Iterable[Row]) -> Means:
     }
 
 
+def shown(figures: Mapping[str, float]) -> dict[str, float]:
+    """Without those of single frames, which stay in the file."""
+    return {name: value for name, value in figures.items() if not name[-3:].isdigit()}
+
+
 def above_baseline(found: Means, variant: str, task: str) -> float | None:
     """dB on the character over the better of the trivial baselines, which belong to the usual variant."""
     ours = found.get((variant, task, OURS))
