@@ -41,11 +41,13 @@ def test_files_hold_what_was_drawn(task: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "long"])
-def test_every_task_passes_the_checks_without_a_warning(task: str, tmp_path: Path) -> None:
+def test_every_task_passes_the_checks(task: str, tmp_path: Path) -> None:
+    """Without a warning, but for the one that a close-up is there for."""
     write_case(held_out_case(task, 1), tmp_path)
     plan = check_request(case_request(tmp_path, tmp_path / "out.mp4", size=(128, 128), segment_length=33))
-    assert plan.warnings == ()
-    assert plan.mode == ("replace" if task == "replace" else "animate")
+    assert len(plan.warnings) == (task == "closeup")
+    assert all("--fit-reference" in warning for warning in plan.warnings)
+    assert plan.mode == ("replace" if task in ("replace", "closeup") else "animate")
 
 
 def test_the_command_takes_a_folder(scail2: Run, engines: Path, tmp_path: Path) -> None:
