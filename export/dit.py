@@ -7,7 +7,6 @@ uses. Source: SCAIL-2 `wan/modules/model_scail2.py`.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +47,13 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _rope_on(device: torch.device, *layout: Any) -> Rope:
-    """`rope_table` on a device: every step of a training needs the same."""
-    return rope_table(*layout).to(device)
+def _rope_on(
+    device: torch.device, frames: int, height: int, width: int, head_dim: int, additional_refs: int, replace: bool
+) -> Rope:
+    """`rope_table` on a device: every step of a training needs the same. A normal tensor even when inference asks
+    first, since gradients may be wanted later."""
+    with torch.inference_mode(False):
+        return rope_table(frames, height, width, head_dim, additional_refs, replace).to(device)
 
 
 class RMSNorm(nn.Module):
@@ -192,8 +195,8 @@ class DiT(nn.Module):
         """→ velocity [16, F, h, w] at scheduler timestep t (0…1000; a tensor of the batch dimensions for a batch)."""
         *batch, _, frames, height, width = inputs.latent.shape
         additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
-        layout = (frames, height // 2, width // 2, self.config.head_dim, additional, inputs.replace)
-        rope = _rope_on(inputs.latent.device, *layout)
+        sizes = frames, height // 2, width // 2, self.config.head_dim
+        rope = _rope_on(inputs.latent.device, *sizes, additional, inputs.replace)
         times = sinusoid(torch.as_tensor(t, dtype=torch.float64).reshape(-1), self.config.freq_dim)
         e = self.time_embedding(times.to(inputs.latent.device)).reshape(*batch, -1)
         time = self.time_projection(e).unflatten(-1, (6, -1))

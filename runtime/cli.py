@@ -223,7 +223,7 @@ def doctor(engines: Path | None, as_json: bool) -> None:
 @o.DEMO_OPTIONS
 @reporting
 def demo(output: Path, backend: str, as_json: bool) -> None:
-    """Show the whole way on any machine: a small checkpoint, a drawn case with sound, engines, a video.
+    """Show the whole way on any machine: a small trained checkpoint, a drawn case with sound, engines, a video.
 
     The right answer is known: the demo prints how close the video came, and writes a contact sheet."""
     from scail2_rt.runtime.demo import run_demo

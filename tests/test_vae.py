@@ -257,8 +257,8 @@ def test_stream_equals_whole_sequence(config: VAEConfig) -> None:
     latent = noise(1, 16, 4, 2, 3)
     expected = whole.decode(latent)
     assert expected.shape == (1, 3, 13, 16, 24)
-    for decode in (vae.decode, vae.decode_whole):
-        assert (decode(latent) - expected).abs().max() < 3e-5
+    assert (vae.decode(latent) - expected).abs().max() < 1e-5
+    assert (vae.decode_whole(latent) - expected).abs().max() < 3e-5  # sums over more frames, in another order
 
 
 @torch.inference_mode()

@@ -168,8 +168,8 @@ def main(
     finished = work / "vae.pt"
     if only == "dit" and start is None and not finished.is_file():
         raise click.UsageError(f"{work} has no vae.pt: train the VAE first (without --only, or with --only vae).")
-    if start is not None and only == "vae":
-        raise click.UsageError("--from brings its own VAE: leave out --only vae.")
+    if start is not None and (only == "vae" or vae_from):
+        raise click.UsageError("--from brings its own VAE: leave out --only vae and --vae-from.")
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers = Workers.here()

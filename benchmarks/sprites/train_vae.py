@@ -133,7 +133,7 @@ def _compiled_norm() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _norm_rows(rows: Tensor, gamma: Tensor) -> Tensor:
-    """rows [R, C] → rows / rms · gamma, on a GPU in the convolutions' type."""
+    """rows [R, C] → rows / rms · gamma; on a GPU in bf16, which the convolutions take there."""
     x = rows.float()
     normed = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12) * gamma
     return normed.bfloat16() if rows.is_cuda else normed
