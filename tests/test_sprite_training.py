@@ -67,6 +67,7 @@ def last_line(log: Path) -> dict[str, float]:
         (("--only", "dit"), "no vae.pt"),
         (("--minutes", "0"), "0.0 is not in the range"),
         (("--vae-from", "nothing.pt"), "does not exist"),
+        (("--from", str(Path(__file__).parent)), "is no SCAIL-2 checkpoint"),
         (("--from", str(CHECKPOINT), "--only", "vae"), "leave out --only vae"),
         (("--from", str(CHECKPOINT), "--vae-from", __file__), "and --vae-from"),
     ],
@@ -76,6 +77,11 @@ def test_mistakes_are_said_before_the_training(words: tuple[str, ...], says: str
     result = CliRunner().invoke(train.main, [str(output), "--work", str(tmp_path / "work"), *words])
     assert result.exit_code == 2
     assert says in result.output
+
+
+def test_a_checkpoint_of_other_sizes_is_not_trained_on(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="is not of the sprite world"):
+        weights_of(tiny_checkpoint)
 
 
 def small_fit(folder: Path, steps: int, identity: str = "") -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:

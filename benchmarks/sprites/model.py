@@ -16,6 +16,7 @@ from scail2_rt.export.clip import CLIPVisual, unused
 from scail2_rt.export.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from scail2_rt.export.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
 from scail2_rt.export.dit import DiT
+from scail2_rt.export.errors import InputError
 from scail2_rt.export.precision import Component, Numerics
 from scail2_rt.export.random_checkpoint import (
     CLIP_FILE,
@@ -77,8 +78,11 @@ def make_encoders() -> tuple[UMT5Encoder, CLIPVisual]:
 
 
 def weights_of(directory: Path) -> dict[Component, Weights]:
-    """The weights of the trained parts of a checkpoint that `write_checkpoint` wrote, in fp32."""
-    sources = open_checkpoint(directory).sources
+    """The weights of the trained parts of a checkpoint, in fp32. InputError: it has other sizes, or is none."""
+    checkpoint = open_checkpoint(directory)
+    if (checkpoint.config.dit, checkpoint.config.vae) != (DIT, VAE_SIZES):
+        raise InputError(f"{directory} is not of the sprite world: its transformer or its VAE has other sizes.")
+    sources = checkpoint.sources
     return {part: {name: sources[part].get(name).float() for name in shapes_of(sources[part])} for part in PARTS}
 
 

@@ -26,6 +26,7 @@ from scail2_rt.benchmarks.sprites.drawing import plan_many
 from scail2_rt.benchmarks.sprites.fitting import Budget, Muon, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_dit, make_vae, weights_of, write_checkpoint
 from scail2_rt.export.dit import DiT
+from scail2_rt.export.errors import InputError
 from scail2_rt.export.random_checkpoint import write_tokenizer
 from scail2_rt.runtime.solvers import TRAINING_STEPS
 
@@ -170,10 +171,13 @@ def main(
         raise click.UsageError(f"{work} has no vae.pt: train the VAE first (without --only, or with --only vae).")
     if start is not None and (only == "vae" or vae_from):
         raise click.UsageError("--from brings its own VAE: leave out --only vae and --vae-from.")
+    try:
+        begun = None if start is None else weights_of(start)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers = Workers.here()
-    begun = None if start is None else weights_of(start)
     if begun is not None:
         if workers.rank == 0 and not finished.is_file():
             torch.save(begun["vae"], finished)
