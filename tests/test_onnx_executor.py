@@ -128,10 +128,13 @@ def test_weights_stay_in_the_mapping(stored: Numerics, tmp_path: Path) -> None:
     stage = stage_definitions(ModelConfig(dit=DiTConfig(dim=2048, heads=16, layers=1, ffn_dim=64)))["dit.blocks.0.qkv"]
     case = make_case(stage, onnxruntime_numerics(stored), tmp_path, stored=stored)
     inputs = case.inputs({"rows": 4})
-    before = anonymous_mib()
-    engine = engine_of(case)
-    engine(*inputs)
-    assert anonymous_mib() - before < 20  # the weights in fp32: 48
+    kept, grown = [], []
+    for _ in range(3):  # copies would show every time; what the process happens to allocate beside them does not
+        before = anonymous_mib()
+        kept.append(engine_of(case))
+        kept[-1](*inputs)
+        grown.append(anonymous_mib() - before)
+    assert min(grown) < 20  # the weights in fp32: 48
 
 
 def anonymous_mib() -> float:
