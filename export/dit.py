@@ -46,7 +46,7 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _rope_on(
     device: torch.device, frames: int, height: int, width: int, head_dim: int, additional_refs: int, replace: bool
 ) -> Rope:
@@ -67,10 +67,11 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """q [L, C], k and v [M, C] → [L, C]."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """q [L, C], k and v [M, C], bias [M] on the scores → [L, C]."""
     q, k, v = (t.to(v.dtype).unflatten(-1, (heads, -1)).transpose(-2, -3) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
+    mask = None if bias is None else bias.to(q.dtype).expand(*q.shape[:-1], -1)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(-2, -3).flatten(-2)
 
 
 class SelfAttention(nn.Module):
@@ -94,10 +95,12 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.q, self.k, self.v, self.o, self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(6))
         self.norm_q, self.norm_k, self.norm_k_img = (RMSNorm(config.dim, config.eps) for _ in range(3))
+        self.text_bias: Tensor | None
+        self.register_buffer("text_bias", None, persistent=False)  # of a training that folds the padding
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor) -> Tensor:
         q = self.norm_q(self.q(x))
-        from_text = _attention(q, self.norm_k(self.k(text)), self.v(text), self.heads)
+        from_text = _attention(q, self.norm_k(self.k(text)), self.v(text), self.heads, self.text_bias)
         from_image = _attention(q, self.norm_k_img(self.k_img(image)), self.v_img(image), self.heads)
         return self.o(from_text + from_image)
 

@@ -12,12 +12,15 @@ from click.testing import CliRunner
 from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites import train
+from scail2_rt.benchmarks.sprites.dataset import TEXT_ROWS
 from scail2_rt.benchmarks.sprites.fitting import Budget, Gradients, Muon, Workers, adam, fit
-from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_vae, weights_of
+from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_dit, make_vae, weights_of
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT
+from scail2_rt.benchmarks.sprites.train_dit import folded_padding
 from scail2_rt.benchmarks.sprites.train_vae import Clips, folded_conv3d, folded_convolutions, normalised
 from scail2_rt.export import vae as layers
 from scail2_rt.export.checkpoint import open_checkpoint
+from scail2_rt.export.dit import DiTInputs
 from scail2_rt.export.errors import InputError
 from tests.command import command_environment
 
@@ -28,7 +31,20 @@ def trained(folder: Path, work: str, steps: int, *options: str) -> Path:
     """A checkpoint, by the command."""
     output = folder / f"{work}-{steps}"
     command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.train", output, "--work", folder / work, *options]
-    command += ["--vae-steps", 2, "--steps", steps, "--frames", 5, "--vae-cases", 8, "--samples", 12]
+    command += [
+        "--vae-steps",
+        2,
+        "--steps",
+        steps,
+        "--frames",
+        5,
+        "--vae-cases",
+        8,
+        "--samples",
+        12,
+        "--short-samples",
+        12,
+    ]
     words = [str(word) for word in [*command, "--vae-batch", 1, "--batch", 2]]
     result = subprocess.run(words, capture_output=True, text=True, env=command_environment(folder))
     assert result.returncode == 0, result.stderr
@@ -120,15 +136,35 @@ def test_the_learning_rate_goes_on_falling_after_an_interruption(tmp_path: Path)
 
 
 def test_processes_average_gradients_and_draw_their_own_batches(tmp_path: Path) -> None:
-    """Two processes through torchrun: equal weights afterwards, from different batches."""
+    """Two processes through torchrun, without GPUs: equal weights afterwards, from different batches."""
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, env=command_environment(tmp_path), timeout=300)
+    environment = command_environment(tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     (weight0, batch0), (weight1, batch1) = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2))
     assert weight0 == weight1
     assert batch0 != batch1
+
+
+def test_folded_padding_changes_no_velocity() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
+    text = some(TEXT_ROWS, DIT.text_dim)
+    text[:, 40:] = 0
+    size, half = (2, 4, 4), (2, 2, 2)
+    shapes: list[tuple[int, ...]] = [(16, *size), (16, *half), (16, 1, 4, 4), (28, 3, 4, 4), (28, *half)]
+    inputs = DiTInputs(*(some(*shape) for shape in shapes), text, some(257, DIT.clip_dim), some(4, *size))
+    weights = weights_of(CHECKPOINT)["dit"]
+    with torch.no_grad():
+        whole, folded = (
+            dit(inputs, torch.tensor([900.0, 300.0])) for dit in (make_dit(weights), folded_padding(weights))
+        )
+    torch.testing.assert_close(folded, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
@@ -173,6 +209,7 @@ TWO_PROCESSES = """
 import json
 import torch
 from pathlib import Path
+from scail2_rt.benchmarks.sprites.dataset import TEXT_ROWS
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, adam, fit
 
 workers = Workers.here()

@@ -26,7 +26,7 @@ from scail2_rt.export.dit import DiT, DiTInputs
 from scail2_rt.export.random_checkpoint import TOKENIZER_FILE
 from scail2_rt.runtime.conditioning import clip_features, encode_prompts, encode_references, load_reference
 from scail2_rt.runtime.driving import encode_driving, read_clips
-from scail2_rt.runtime.masks import PALETTE_RGB, background_of, mask_latents
+from scail2_rt.runtime.masks import COLOURS, PALETTE_RGB, RGB, background_of, mask_latents
 from scail2_rt.runtime.preprocess import normalise_video
 from scail2_rt.runtime.request import check_request
 from scail2_rt.runtime.vae import encode_clip
@@ -235,13 +235,16 @@ def test_many_cases_are_drawn_as_each_alone() -> None:
 
 def test_plans_made_in_processes_are_those_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1000")  # a single process is enough here
-    found = list(plan_many([("pose", range(2, 20)), ("two", range(1))], frames=1))
-    expected = [("pose", seed) for seed in range(2, 20)] + [("two", 0)]
+    found = list(plan_many([("pose", range(2, 20)), ("two", range(2))], frames=1))
+    expected = [("pose", seed) for seed in range(2, 20)] + [("two", 0)] * 2
     assert [(plan.task, plan.seed) for plan in found] == expected
     for plan in (found[0], found[17], found[18]):
         here = plan_case(plan.task, plan.seed, "train", 1)
         np.testing.assert_array_equal(plan.truth.parts, here.truth.parts)
         assert plan.prompt == here.prompt
+    first, second = (draw_picture(plan.driving.picture, *cases.SIZE) for plan in found[18:])
+    np.testing.assert_array_equal(first[0], second[0])
+    assert (first[1] != second[1]).any()  # only the colours of the mask tell these two apart
 
 
 def test_mask_channels_of_a_batch_are_those_of_the_runtime() -> None:
@@ -252,6 +255,29 @@ def test_mask_channels_of_a_batch_are_those_of_the_runtime() -> None:
     expected = torch.stack([mask_latents(mask) for mask in masks])
     assert expected.unique().numel() > 10
     torch.testing.assert_close(dataset.mask_channels(masks), expected, rtol=0, atol=0)
+
+
+def test_recoloured_samples_are_those_of_repainted_masks() -> None:
+    """Of the reference and of the driving video alike; extra references may be none."""
+    colours = [*COLOURS.values()]
+    labels = torch.randint(8, (2, 5, 32, 32), generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([[1, 2, 0, 3, 5, 4], [5, 4, 3, 2, 1, 0]])
+
+    def channels(palettes: list[list[RGB]]) -> Tensor:
+        """Label 7 is black."""
+        return dataset.mask_channels(normalise_video(paint(labels, [(*palette, (0, 0, 0)) for palette in palettes])))
+
+    # plane 1 + i shows what was in plane 1 + order[i]: what had that colour gets the i-th
+    inverse = order.argsort(1)
+    painted = channels([[colours[0], *(colours[1 + i] for i in row)] for row in inverse.tolist()])
+    usual, none = channels([colours] * 2), torch.zeros(2, 28, 0, 4, 4)
+    others = dict.fromkeys(("latent", "weight", "reference", "driving", "extra", "clip", "text"), none)
+    samples = dataset.Samples(reference_mask=usual[:, :, :1], driving_mask=usual, extra_mask=none, **others)
+    found = samples.recoloured(order)
+    assert (painted != usual).any()
+    torch.testing.assert_close(found.driving_mask, painted, rtol=0, atol=0)
+    torch.testing.assert_close(found.reference_mask, painted[:, :, :1], rtol=0, atol=0)
+    assert found.extra_mask.shape == none.shape
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ padded text), batched. Samples of one layout (mode, number of references) form a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,19 @@ class Samples:
     @classmethod
     def join(cls, parts: Sequence["Samples"]) -> "Samples":
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def recoloured(self, order: Tensor) -> "Samples":
+        """The same cases with other colours for the characters, in all masks of a case: order [N, 6], each row some
+        order of the numbers 0 to 5."""
+        planes = torch.cat([torch.zeros_like(order[:, :1]), 1 + order], 1)  # white stays
+        channels = (len(COLOURS) * torch.arange(4, device=order.device)[:, None] + planes[:, None]).flatten(1)
+
+        def change(mask: Tensor) -> Tensor:
+            return mask.gather(1, channels[..., None, None, None].expand_as(mask))
+
+        masks = (self.reference_mask, self.driving_mask, self.extra_mask)
+        reference_mask, driving_mask, extra_mask = (change(mask) for mask in masks)
+        return replace(self, reference_mask=reference_mask, driving_mask=driving_mask, extra_mask=extra_mask)
 
     def inputs(self, latent: Tensor, history_mask: Tensor, text: Tensor, replace: bool) -> DiTInputs:
         """What the transformer is given for noisy latents."""
@@ -121,12 +134,11 @@ class Encoding:
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
         """[N, TEXT_ROWS, C], zeros behind each prompt's end."""
-        rows = []
-        for prompt in prompts:
-            ids = torch.tensor([self.tokenizer.encode(clean_prompt(prompt))], device=self.device)
-            encoded = self.umt5(ids, torch.ones_like(ids))[0][:TEXT_ROWS]
-            rows.append(F.pad(encoded, (0, 0, 0, TEXT_ROWS - len(encoded))))
-        return torch.stack(rows)
+        ids = [torch.tensor(self.tokenizer.encode(clean_prompt(prompt))) for prompt in prompts]
+        lengths = torch.tensor([len(each) for each in ids])
+        mask = torch.arange(max(int(lengths.max()), TEXT_ROWS)) < lengths[:, None]
+        padded = torch.stack([F.pad(each, (0, mask.shape[1] - len(each))) for each in ids])
+        return self.umt5(padded.to(self.device), mask.long().to(self.device))[:, :TEXT_ROWS]
 
     def _view(self, views: Sequence[View]) -> tuple[Tensor, Tensor]:
         """→ image and mask image, uint8 [N, T, 3, H, W]."""
@@ -158,7 +170,7 @@ def coverage(planes: Tensor) -> Tensor:
     return pooled.unflatten(1, (-1, 4)).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
-def group_requests(group: str, samples: int, first: int = 0) -> list[tuple[str, range]]:
-    """The cases of a group in a set of `samples` over all groups: (task, seeds from `first` on)."""
+def group_requests(group: str, seeds: range) -> list[tuple[str, range]]:
+    """A group's cases of a set over all groups: (task, seeds), to each task the first of `seeds` that are its part."""
     whole = sum(sum(tasks.values()) for tasks in GROUPS.values())
-    return [(task, range(first, first + max(samples * part // whole, 1))) for task, part in GROUPS[group].items()]
+    return [(task, seeds[: max(len(seeds) * part // whole, 1)]) for task, part in GROUPS[group].items()]
