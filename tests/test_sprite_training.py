@@ -17,7 +17,7 @@ from scail2_rt.benchmarks.sprites.fitting import Budget, Gradients, Muon, Worker
 from scail2_rt.benchmarks.sprites.model import DIT, VAE_SIZES, make_dit, make_vae, weights_of
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT
 from scail2_rt.benchmarks.sprites.train_dit import folded_padding
-from scail2_rt.benchmarks.sprites.train_vae import Clips, folded_conv3d, folded_convolutions, normalised
+from scail2_rt.benchmarks.sprites.train_vae import Clips, folded_conv3d, folded_convolutions, normalised, train_vae
 from scail2_rt.export import vae as layers
 from scail2_rt.export.checkpoint import open_checkpoint
 from scail2_rt.export.dit import DiTInputs
@@ -267,13 +267,28 @@ def test_a_vae_of_folded_convolutions_and_fused_norms_learns_the_same() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_normalised_latents_have_wans_statistics_and_decode_alike() -> None:
+def coarse_clips(generator: torch.Generator, side: int) -> Clips:
+    """Six of five frames: squares of colour."""
     clips = Clips.__new__(Clips)
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(6, 15, 8, 8, generator=generator)
+    coarse = torch.rand(6, 15, side // 4, side // 4, generator=generator)
     clips.image = (F.interpolate(coarse, scale_factor=4) * 255).to(torch.uint8).unflatten(1, (5, 3))
-    clips.labels = torch.zeros(6, 5, 32, 32, dtype=torch.uint8)
-    vae = make_vae()
+    clips.labels = torch.zeros(6, 5, side, side, dtype=torch.uint8)
+    return clips
+
+
+def test_a_vae_that_began_elsewhere_is_not_gone_on_with(tmp_path: Path) -> None:
+    clips = coarse_clips(torch.Generator().manual_seed(0), 64)
+    begun = weights_of(CHECKPOINT)["vae"]
+    way = clips, Budget(steps=1), 1, Workers(0, 1, torch.device("cpu")), tmp_path
+    train_vae(*way, begun)
+    train_vae(*way, begun)  # spent, and the same
+    with pytest.raises(InputError, match="is of another training"):
+        train_vae(*way, {name: tensor + 1e-3 for name, tensor in begun.items()})
+
+
+def test_normalised_latents_have_wans_statistics_and_decode_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clips, vae = coarse_clips(generator, 32), make_vae()
     changed = make_vae(normalised(vae, clips))
     video = clips.batch(28, 5, "whole", generator)[0]
     with torch.no_grad():

@@ -9,6 +9,7 @@ Clips go through in one pass, not frame by frame. On a GPU the 3-D convolutions 
 folded into channels, channels last: with 16 to 64 channels cuDNN's own are slow; so are PyTorch's norms.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -77,6 +78,9 @@ def train_vae(
 ) -> Weights:
     """→ fp32 weights of a VAE whose latents are normalised. start: weights to begin with, else random ones."""
     identity = f"{len(clips.image)} clips of {clips.image.shape[1]} frames"
+    if start is not None:
+        values = b"".join(tensor.float().numpy().tobytes() for _, tensor in sorted(start.items()))
+        identity += f", begun with {hashlib.sha256(values).hexdigest()[:12]}"
     compute = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
     vae = make_vae(start, compute).to(workers.device)
     kinds = [(kind, min(frames, clips.image.shape[1])) for kind in KINDS for frames in CLIP_FRAMES]
