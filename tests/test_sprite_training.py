@@ -121,6 +121,10 @@ def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
 
 def test_training_learns_and_a_spent_budget_is_not_spent_again(tmp_path: Path) -> None:
     first, _ = small_fit(tmp_path, 400)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [100, 200, 300, 400, 400]
+    assert all(line["by kind"] == [pytest.approx(line["loss"], abs=1e-4)] for line in lines[:-1])
+    assert lines[3]["loss"] < lines[0]["loss"]
     assert abs(first["bias"].item() - 1) < 0.2
     again, _ = small_fit(tmp_path, 400)
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -21,9 +21,10 @@ from scail2_rt.runtime.masks import COLOURS, ON_ABOVE
 from scail2_rt.runtime.preprocess import clip_pixels, half_resolution, normalise_image, normalise_video
 from scail2_rt.runtime.text import Tokenizer, clean_prompt
 
-# cases of each group, in parts of a whole; the groups' names are those of their layouts
+# cases of each group, in parts of a whole; those of a group have one layout
 GROUPS = {
-    "plain": {"animate": 20, "pose": 11, "mesh": 10, "animal": 13, "two": 12, "three": 5},
+    "single": {"animate": 20, "pose": 11, "mesh": 10, "animal": 13},
+    "several": {"two": 12, "three": 5},
     "replace": {"replace": 15},
     "extra": {"extra": 14},
 }

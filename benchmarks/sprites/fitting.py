@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,8 @@ def fit(
 
     losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
     of the optimisers are their peaks. `identity` names what is learnt from; InputError where the state file is of
-    something else. Progress is appended to `log_file`, a JSON object a line."""
+    something else. Progress is appended to `log_file`, a JSON object a line, with the loss of all batches and of
+    each kind (0 where there was none)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     peaks = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
     average = [p.detach().clone() for p in parameters]
@@ -187,14 +189,15 @@ def fit(
     generator = torch.Generator(workers.device).manual_seed(workers.rank + workers.count * steps)
     gradients = Gradients(parameters, losses, generator)
     began, saved = time.monotonic() - seconds, time.monotonic()
-    running, summed = torch.zeros((), device=workers.device), 0
+    running, counts = torch.zeros(len(losses), device=workers.device), [0] * len(losses)
     share = workers.agree(budget.spent(time.monotonic() - began, steps))
     while share < 1:
         height = min(share / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * share)) + 1e-3
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * height
-        value = gradients.of(turn(steps))
-        running, summed = running + value, summed + 1
+        kind = turn(steps)
+        running[kind] += gradients.of(kind)
+        counts[kind] += 1
         workers.average(gradients.flat)
         gradients.flat *= (1 / gradients.flat.norm()).clamp(max=1)
         for optimiser in optimisers:
@@ -208,8 +211,10 @@ def fit(
             share = workers.agree(budget.spent(time.monotonic() - began, steps))
         if workers.rank == 0 and steps % LOG_EVERY == 0:
             line = {"step": steps, "seconds": round(time.monotonic() - began, 1), "rate": round(height, 4)}
-            _append(log_file, {**line, "loss": round(running.item() / summed, 6)})
-            running, summed = torch.zeros_like(running), 0
+            sums = running.tolist()
+            each = [round(value / max(count, 1), 4) for value, count in zip(sums, counts, strict=True)]
+            _append(log_file, {**line, "loss": round(sum(sums) / sum(counts), 6), "by kind": each})
+            running, counts = torch.zeros_like(running), [0] * len(losses)
         if workers.rank == 0 and time.monotonic() - saved > SAVE_EVERY_S:
             _save(state_file, model, optimisers, average, steps, time.monotonic() - began, identity)
             saved = time.monotonic()
@@ -220,7 +225,7 @@ def fit(
     return {name: t.cpu() for name, t in zip(names, average, strict=True)}
 
 
-def _append(file: Path, line: dict[str, float]) -> None:
+def _append(file: Path, line: dict[str, Any]) -> None:
     with file.open("a") as log:
         log.write(json.dumps(line) + "\n")
     print(f"{file.stem}: {line}", flush=True)

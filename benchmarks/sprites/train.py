@@ -50,7 +50,7 @@ def encoded_kinds(encoding: Encoding, seeds: range, frames: int, batch: int, wor
         plans = plan_many(group_requests(name, own), frames=frames)
         with train_vae.folded_convolutions(workers.device):
             samples = Samples.join([encoding.samples(part) for part in _pieces(plans)])
-        kinds.append(Kind(samples, name == "replace", batch, float(sum(tasks.values()))))
+        kinds.append(Kind(f"{name}, {frames} frames", samples, name == "replace", batch, float(sum(tasks.values()))))
     return kinds
 
 
@@ -134,7 +134,7 @@ def main(
         f"vae {hashlib.sha256(finished.read_bytes()).hexdigest()[:12]}, {samples} samples of {frames} frames and "
         f"{short_samples} of {short}"
     )
-    print(f"data set: {identity}; here {[len(kind.samples) for kind in kinds]}", flush=True)
+    print(f"data set: {identity}; here { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
     batches = Batches(kinds, encoding.text([""]))
     first = None if begun is None else begun["dit"]
     dit = train_dit(batches, Budget(minutes, steps), workers, work, identity, first, slower)

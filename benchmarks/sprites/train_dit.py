@@ -38,6 +38,7 @@ PADDING_ROWS = 16  # behind the text, for all of the pipeline's
 class Kind:
     """Batches of one shape: what they are drawn from, how many samples they hold, their share of the steps."""
 
+    name: str
     samples: Samples
     replace: bool
     size: int
