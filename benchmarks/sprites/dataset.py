@@ -29,7 +29,7 @@ GROUPS = {
     "extra": {"extra": 14},
 }
 TEXT_ROWS = 96  # longest prompt that is kept
-ENCODED_AT_ONCE = 32
+FRAMES_AT_ONCE = 1056  # 32 cases of 33
 STORED = torch.bfloat16
 
 
@@ -152,7 +152,8 @@ class Encoding:
 
     def _latent(self, video: Tensor) -> Tensor:
         """video [N, T, 3, H, W] in -1..1 → [N, 16, F, h, w]."""
-        return torch.cat([self.vae.encode_whole(part.transpose(1, 2)) for part in video.split(ENCODED_AT_ONCE)])
+        clips = video.split(max(FRAMES_AT_ONCE // video.shape[1], 1))
+        return torch.cat([self.vae.encode_whole(clip.transpose(1, 2)) for clip in clips])
 
 
 def mask_channels(mask: Tensor) -> Tensor:

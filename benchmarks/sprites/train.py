@@ -10,6 +10,7 @@ anew.
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -17,7 +18,7 @@ import torch
 
 from scail2_rt.benchmarks.sprites import train_vae
 from scail2_rt.benchmarks.sprites.cases import FRAMES, CasePlan
-from scail2_rt.benchmarks.sprites.dataset import GROUPS, Encoding, Samples, group_requests
+from scail2_rt.benchmarks.sprites.dataset import FRAMES_AT_ONCE, GROUPS, Encoding, Samples, group_requests
 from scail2_rt.benchmarks.sprites.drawing import plan_many
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers
 from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_vae, weights_of, write_checkpoint
@@ -25,7 +26,6 @@ from scail2_rt.benchmarks.sprites.train_dit import Batches, Kind, train_dit
 from scail2_rt.export.errors import InputError
 from scail2_rt.export.random_checkpoint import write_tokenizer
 
-PLANS_AT_ONCE = 32
 SHORT_FRAMES = 9  # of the clips of half of the steps, which hold twice as many
 MINUTES = click.FloatRange(min=0, min_open=True)
 
@@ -43,25 +43,19 @@ def make_trained_vae(
 
 def encoded_kinds(encoding: Encoding, seeds: range, frames: int, batch: int, workers: Workers) -> list[Kind]:
     """Cases of some length, encoded, as kinds of batches; each process draws its own from its part of `seeds`."""
-    mine = len(seeds) // workers.count
+    mine, at_once = len(seeds) // workers.count, max(FRAMES_AT_ONCE // frames, 1)
     own = seeds[workers.rank * mine : (workers.rank + 1) * mine]
     kinds = []
     for name, tasks in GROUPS.items():
         plans = plan_many(group_requests(name, own), frames=frames)
         with train_vae.folded_convolutions(workers.device):
-            samples = Samples.join([encoding.samples(part) for part in _pieces(plans)])
+            samples = Samples.join([encoding.samples(part) for part in _pieces(plans, at_once)])
         kinds.append(Kind(f"{name}, {frames} frames", samples, name == "replace", batch, float(sum(tasks.values()))))
     return kinds
 
 
-def _pieces(plans: Iterator[CasePlan]) -> Iterator[list[CasePlan]]:
-    piece = []
-    for plan in plans:
-        piece.append(plan)
-        if len(piece) == PLANS_AT_ONCE:
-            yield piece
-            piece = []
-    if piece:
+def _pieces(plans: Iterator[CasePlan], size: int) -> Iterator[list[CasePlan]]:
+    while piece := list(islice(plans, size)):
         yield piece
 
 
