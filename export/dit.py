@@ -51,7 +51,8 @@ def _rope_on(
     device: torch.device, frames: int, height: int, width: int, head_dim: int, additional_refs: int, replace: bool
 ) -> Rope:
     """`rope_table` on a device: every step of a training needs the same. A normal tensor even when inference asks
-    first, since gradients may be wanted later."""
+    first, since gradients may be wanted later. Recorded CUDA graphs read it, so the cache must hold the layouts of all
+    of them: one that is dropped is memory that belongs to others."""
     with torch.inference_mode(False):
         return rope_table(frames, height, width, head_dim, additional_refs, replace).to(device)
 

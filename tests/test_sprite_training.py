@@ -31,21 +31,8 @@ def trained(folder: Path, work: str, steps: int, *options: str) -> Path:
     """A checkpoint, by the command."""
     output = folder / f"{work}-{steps}"
     command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.train", output, "--work", folder / work, *options]
-    command += [
-        "--vae-steps",
-        2,
-        "--steps",
-        steps,
-        "--frames",
-        5,
-        "--vae-cases",
-        8,
-        "--samples",
-        12,
-        "--short-samples",
-        12,
-    ]
-    words = [str(word) for word in [*command, "--vae-batch", 1, "--batch", 2]]
+    command += ["--vae-steps", 2, "--steps", steps, "--frames", 5, "--vae-cases", 8, "--vae-batch", 1]
+    words = [str(word) for word in [*command, "--samples", 12, "--short-samples", 12, "--batch", 2]]
     result = subprocess.run(words, capture_output=True, text=True, env=command_environment(folder))
     assert result.returncode == 0, result.stderr
     return output
@@ -213,7 +200,6 @@ TWO_PROCESSES = """
 import json
 import torch
 from pathlib import Path
-from scail2_rt.benchmarks.sprites.dataset import TEXT_ROWS
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, adam, fit
 
 workers = Workers.here()
