@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scail2_rt.benchmarks.sprites.figures import AX, AY, BX, BY, RA, RB, Body, Character, make_character, pose_body
-from scail2_rt.benchmarks.sprites.motions import HELD_OUT, TRAINED, Motion, Random, make_motion, rest
+from scail2_rt.benchmarks.sprites.motions import HELD_OUT, PRACTISED, TRAINED, Motion, Random, make_motion, rest
 from scail2_rt.benchmarks.sprites.raster import (
     BACKGROUND,
     BLOBS,
@@ -41,8 +41,10 @@ FRAMES = 33
 BLACK, WHITE = PALETTE["black"], PALETTE["white"]
 _VERBS = {
     "walk": "walks", "dance": "dances", "wave": "waves", "jump": "jumps", "turn": "turns", "march": "walks fast",
-    "stretch": "stretches", "wag": "wags", "trot": "runs",
+    "stretch": "stretches", "wag": "wags", "trot": "runs", "spin": "turns round",
 }  # fmt: skip
+# What an exercise is called, one as good as another: a new word for a motion shall not matter.
+_MOVES = ("moves", "moves fast", "plays", "works", "climbs", "skips", "boxes", "kicks", "swims", "bends", "exercises")
 Colours = tuple[RGB, ...]  # of a mask, by label: the background, then the characters
 
 
@@ -141,7 +143,8 @@ class _Draw:
     def motion(self, species: str, names: tuple[str, ...] = ()) -> Motion:
         """Some motion; in the test split every other case has one that was never trained on."""
         new = self.split == "test" and self.seed % 2 == 0
-        names = names or (HELD_OUT if new else TRAINED)[species]
+        usual = HELD_OUT if new else TRAINED if self.split == "test" else PRACTISED
+        names = names or usual[species]
         return make_motion(species, str(self.random.choice(names)), self.frames, self.random)
 
     def scenery(self, pan: float = 0.0) -> np.ndarray:
@@ -172,6 +175,14 @@ class _Draw:
     def colours(self, count: int, background: RGB) -> Colours:
         return (background, *(PALETTE[CHARACTERS[i]] for i in self.random.permutation(len(CHARACTERS))[:count]))
 
+    def describe(self, character: Character, motion: Motion) -> str:
+        top, bottom = character.colours
+        article = "an" if top.startswith("o") else "a"
+        verb = str(self.random.choice(_MOVES)) if motion.name == "exercise" else _VERBS[motion.name]
+        if character.species == "animal":
+            return f"{article} {top} dog with {bottom} legs {verb}"
+        return f"a man in {article} {top} shirt and {bottom} trousers {verb}"
+
     def finish(
         self, mode: str, prompt: str, reference: View, driving: View, truth: Picture, bodies: list[Body],
         motions: list[Motion], extras: tuple[View, ...] = (), hides: str = "",
@@ -179,14 +190,6 @@ class _Draw:
         away = np.stack([np.cos(motion.yaw) < -0.3 for motion in motions], 1)
         joints = np.concatenate([body.joints for body in bodies], 1)
         return CasePlan(self.task, self.seed, mode, prompt, reference, extras, driving, truth, joints, away, hides)
-
-
-def _describe(character: Character, motion: Motion) -> str:
-    top, bottom = character.colours
-    article = "an" if top.startswith("o") else "a"
-    if character.species == "animal":
-        return f"{article} {top} dog with {bottom} legs {_VERBS[motion.name]}"
-    return f"a man in {article} {top} shirt and {bottom} trousers {_VERBS[motion.name]}"
 
 
 def _recoloured(colours: Colours, background: RGB) -> Colours:
@@ -206,7 +209,7 @@ def _single(
     backdrop = draw.scenery() if style is None else black(draw.frames)
     driving = View(make_picture([style(figure) if style else figure], backdrop), _recoloured(colours, BLACK))
     truth = make_picture([body], scenery)
-    return draw.finish("animate", _describe(character, motion), reference, driving, truth, [body], [motion])
+    return draw.finish("animate", draw.describe(character, motion), reference, driving, truth, [body], [motion])
 
 
 def _replace(draw: _Draw) -> CasePlan:
@@ -220,7 +223,7 @@ def _replace(draw: _Draw) -> CasePlan:
     figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))
     driving = View(make_picture([figure], scenery), _recoloured(colours, WHITE))
     truth = make_picture([body], scenery)
-    return draw.finish("replace", _describe(character, motion), reference, driving, truth, [body], [motion])
+    return draw.finish("replace", draw.describe(character, motion), reference, driving, truth, [body], [motion])
 
 
 def _several(draw: _Draw, count: int) -> CasePlan:
@@ -244,7 +247,7 @@ def _several(draw: _Draw, count: int) -> CasePlan:
     reference = View(make_picture(rests, scenery[:1]), colours)
     drawn = figures[::-1] if draw.swapped else figures  # of two at the same depth the same one is in front
     driving = View(make_picture(drawn, draw.scenery()), _recoloured(colours, BLACK))
-    prompt = " and ".join(_describe(*pair) for pair in zip(characters, motions, strict=True))
+    prompt = " and ".join(draw.describe(*pair) for pair in zip(characters, motions, strict=True))
     return draw.finish("animate", prompt, reference, driving, make_picture(bodies, scenery), bodies, motions)
 
 
@@ -252,7 +255,7 @@ def _extra(draw: _Draw) -> CasePlan:
     """The reference hides something that an extra one shows: what is behind the character, or its back."""
     hides = ("background", "back")[draw.seed // 2 % 2]
     character, driver = (make_character("human", draw.random) for _ in range(2))
-    motion = draw.motion("human", ("turn",) if hides == "back" else ())
+    motion = draw.motion("human", ("spin",) if hides == "back" else ())
     (x, ground), scenery, colours = draw.place(), draw.scenery(), draw.colours(1, WHITE)
     resting = draw.at_ease(character, 1)
     if hides == "background":
@@ -266,7 +269,7 @@ def _extra(draw: _Draw) -> CasePlan:
     figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))
     driving = View(make_picture([figure], draw.scenery()), _recoloured(colours, BLACK))
     return draw.finish(
-        "animate", _describe(character, motion), View(make_picture([resting], scenery[:1]), colours), driving,
+        "animate", draw.describe(character, motion), View(make_picture([resting], scenery[:1]), colours), driving,
         make_picture([body], scenery), [body], [motion], (extra,), hides,
     )  # fmt: skip
 

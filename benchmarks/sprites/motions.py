@@ -2,7 +2,8 @@
 
 Angles are radians in the picture plane and belong to no body: any character of the species can perform them. People:
 limbs hang down at 0 and open outwards. `yaw` turns the body about its vertical axis: 0 faces the viewer (people) or
-right (animals). Motions of `HELD_OUT` are never trained on; `dance` is random enough to cover the poses they need.
+right (animals). Motions of `HELD_OUT` are never trained on. The training set has `exercise` besides those of `TRAINED`:
+every joint by itself through most of what it can do, so that its poses include those of all other motions.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ HUMAN_JOINTS = 10
 ANIMAL_JOINTS = 11
 TRAINED = {"human": ("walk", "dance", "wave", "jump", "turn"), "animal": ("walk", "wag", "jump", "turn")}
 HELD_OUT = {"human": ("march", "stretch"), "animal": ("trot",)}
+PRACTISED = {species: (*names, *("exercise",) * 4) for species, names in TRAINED.items()}  # by the training set
 Random = np.random.Generator
 
 
@@ -135,14 +137,31 @@ def _stretch(pose: _Pose, phase: np.ndarray, random: Random) -> None:
 
 
 def _turn(pose: _Pose, phase: np.ndarray, random: Random) -> None:
-    if pose.angles.shape[1] == HUMAN_JOINTS:
-        for side in (2, 6):
-            pose.angles[:, side] = _smooth(phase, random, 0.3, random.uniform(0.5, 1.6))
-            pose.angles[:, side + 1] = random.uniform(0, 0.6)
-            pose.angles[:, side + 2] = random.uniform(0.08, 0.25)
-    else:
-        _stroll(pose, phase, random)
+    """To one side and to the other, so far that a reference from the front still shows what is seen."""
+    _loose(pose, phase, random)
+    pose.yaw += random.choice((-1, 1)) * random.uniform(0.5, 0.9) * np.sin(phase)
+
+
+def _spin(pose: _Pose, phase: np.ndarray, random: Random) -> None:
+    """All round: the back is seen."""
+    _loose(pose, phase, random)
+    _round(pose, phase, random)
+
+
+def _loose(pose: _Pose, phase: np.ndarray, random: Random) -> None:
+    for side in (2, 6):
+        pose.angles[:, side] = _smooth(phase, random, 0.3, random.uniform(0.5, 1.6))
+        pose.angles[:, side + 1] = random.uniform(0, 0.6)
+        pose.angles[:, side + 2] = random.uniform(0.08, 0.25)
+
+
+def _round(pose: _Pose, phase: np.ndarray, random: Random) -> None:
     pose.yaw += random.choice((-1, 1)) * (phase - phase[0]) * random.uniform(0.45, 0.8)
+
+
+def _circle(pose: _Pose, phase: np.ndarray, random: Random) -> None:
+    _stroll(pose, phase, random)
+    _round(pose, phase, random)
 
 
 def _stroll(pose: _Pose, phase: np.ndarray, random: Random, stride: float = 0.45) -> None:
@@ -176,8 +195,50 @@ def _trot(pose: _Pose, phase: np.ndarray, random: Random) -> None:
     pose.angles[:, 1] = 0.2 * np.sin(1.3 * phase)
 
 
+def _exercise(pose: _Pose, phase: np.ndarray, random: Random) -> None:
+    """Of a person, limbs of both sides alike in half of the cases, facing the viewer in half of them."""
+
+    def swing(low: float, high: float) -> np.ndarray:
+        return _wide(phase, random, low, high)
+
+    for side in (2, 6):
+        pose.angles[:, side] = swing(0.0, 3.0)
+        pose.angles[:, side + 1] = swing(-1.3, 1.5)
+        pose.angles[:, side + 2] = swing(0.0, 1.25)
+        pose.angles[:, side + 3] = -swing(0.0, 1.7)
+    for limb in (2, 4):
+        if random.uniform() < 0.5:
+            pose.angles[:, limb + 4 : limb + 6] = pose.angles[:, limb : limb + 2]
+    pose.angles[:, 0] = swing(-0.3, 0.3)
+    pose.angles[:, 1] = swing(-0.25, 0.25)
+    pose.sway += swing(-0.16, 0.16)
+    pose.lift += random.uniform(0, 0.16) * np.abs(np.sin(phase))
+    pose.yaw += swing(-0.9, 0.9) * random.integers(2)
+
+
+def _romp(pose: _Pose, phase: np.ndarray, random: Random) -> None:
+    """An animal's exercise."""
+    pose.angles[:, 0] = _wide(phase, random, -0.35, 0.35)
+    pose.angles[:, 1] = _wide(phase, random, -0.5, 0.35)
+    pose.angles[:, 2] = _wide(phase, random, -0.3, 1.1)
+    for first in (3, 5, 7, 9):
+        pose.angles[:, first] = _wide(phase, random, -0.9, 0.9)
+        pose.angles[:, first + 1] = _wide(phase, random, 0.0, 0.6)
+    pose.sway += _wide(phase, random, -0.2, 0.2)
+    pose.lift += random.uniform(0, 0.28) * np.abs(np.sin(phase))
+
+
+def _wide(phase: np.ndarray, random: Random, low: float, high: float) -> np.ndarray:
+    """A smooth random curve from somewhere in the lower half of `low` to `high` to somewhere in the upper half."""
+    near, far = random.uniform((0.0, 0.5), (0.5, 1.0))
+    return _smooth(phase, random, low + near * (high - low), low + far * (high - low))
+
+
 _Make = Callable[[_Pose, np.ndarray, Random], None]
 _HUMAN: dict[str, _Make] = {
-    "walk": _walk, "dance": _dance, "wave": _wave, "jump": _jump, "turn": _turn, "march": _march, "stretch": _stretch
+    "walk": _walk, "dance": _dance, "wave": _wave, "jump": _jump, "turn": _turn, "march": _march, "stretch": _stretch,
+    "spin": _spin, "exercise": _exercise,
 }  # fmt: skip
-_ANIMAL: dict[str, _Make] = {"walk": _stroll, "wag": _wag, "jump": _leap, "turn": _turn, "trot": _trot}
+_ANIMAL: dict[str, _Make] = {
+    "walk": _stroll, "wag": _wag, "jump": _leap, "turn": _circle, "trot": _trot, "exercise": _romp
+}  # fmt: skip

@@ -5,6 +5,7 @@ Noise comes from the CPU generator with the case's number as seed, so a result c
 as it is there; a run that was interrupted goes on with the rows that its file lacks.
 """
 
+import hashlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 
 from scail2_rt.benchmarks.harness import describe_run
 from scail2_rt.benchmarks.record import Kind, Results, Row, load
+from scail2_rt.benchmarks.sprites import cases, figures, motions, raster
 from scail2_rt.benchmarks.sprites.case_files import write_case
 from scail2_rt.benchmarks.sprites.quality_table import USUAL, brief
 from scail2_rt.benchmarks.sprites.sheets import Block, case_block, write_sheet
@@ -117,6 +119,12 @@ def make_video(engines: EngineSet, request: Request, cache: Path) -> _Made:
     return torch.cat(pixels).numpy(), plan.segments
 
 
+def drawing_hash() -> str:
+    """Of the code that draws the cases: changed code draws others under the same numbers."""
+    sources = (Path(module.__file__ or "").read_bytes() for module in (cases, figures, motions, raster))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+
+
 def round_trip(engines: EngineSet, video: np.ndarray) -> np.ndarray:
     """What the VAE makes of a video: no model can do better."""
     pixels = normalise_video(torch.from_numpy(video).permute(3, 0, 1, 2))
@@ -189,6 +197,7 @@ class _Runner:
             "attention": usual.attention,
             "sampling": dict(usual.options),
             "weights": [list(engines.manifest.identity.sources.get(part, ())) for part in ("dit", "vae")],
+            "drawing": drawing_hash(),
         }
         run = describe_run(
             engines.device, section="quality", settings=settings, cases=self.options.cases, engines=engines.choice
@@ -199,8 +208,8 @@ class _Runner:
             for earlier in self.results.runs:
                 if earlier.get("settings") != settings:
                     raise InputError(
-                        f"{output} holds results of other settings or weights ({earlier.get('settings')}): "
-                        "give --json another name, or remove it."
+                        f"{output} holds results of other settings, weights or drawn cases "
+                        f"({earlier.get('settings')}): give --json another name, or remove it."
                     )
         self.results = replace(self.results, runs=(*self.results.runs, run))
         self.described = True

@@ -1,8 +1,9 @@
 """Drawing: pictures of tapered capsules over a background, as tensors, on a CPU or a GPU.
 
 A picture is drawn in one pass over its parts, far to near: the distance of every pixel to a part's axis gives a soft
-edge one pixel wide, a darker rim and the stripes. Where a part covers at least half of a pixel, that pixel's label
-becomes the part's. All frames given are drawn at once. The distance to a capsule: I. Quilez, "Distance functions".
+edge two pixels wide, as a camera's, a darker rim and the stripes. Where a part covers at least half of a pixel, that
+pixel's label becomes the part's. All frames given are drawn at once. The distance to a capsule: I. Quilez, "Distance
+functions".
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ BLOBS = 4
 HORIZON, PAN, FIRST_BLOB = 9, 10, 11
 BACKGROUND = FIRST_BLOB + 6 * BLOBS
 BONE_RADIUS = 2.6
+EDGE = 2.0  # width of a part's soft edge in pixels
 CLAY = (0.62, 0.66, 0.74)
 
 
@@ -94,7 +96,7 @@ def _part(part: Tensor, image: Tensor, labels: Tensor, x: Tensor, y: Tensor, sca
     along = (((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-6)).clamp(0, 1)
     distance = ((x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2).sqrt()
     radius = ra + (rb - ra) * along
-    cover = ((radius - distance) / scale + 0.5).clamp(0, 1)
+    cover = ((radius - distance) / (EDGE * scale) + 0.5).clamp(0, 1)
     stripes = part[:, STRIPES]
     second = (0.5 + 3 * torch.sin(2 * torch.pi * stripes * along)).clamp(0, 1) * (stripes > 0)
     rim = 1 - part[:, SHADE] * (distance / (radius + 1e-6)).clamp(0, 1) ** 2
