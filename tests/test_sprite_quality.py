@@ -88,7 +88,7 @@ def test_a_second_call_continues_and_a_compared_one_agrees(made: Made, scail2: R
     assert again.rows["default/swapped/ours/0"].values == pytest.approx(lost["values"], rel=1e-4)
     assert [row.run for row in again.rows.values() if row.name == lost["name"]] == [1]
     other = scail2(*made.words[:-1], 2, "--cases", 1, "--tasks", "swapped", "--json", shorter)
-    assert "other settings" in error_of(other)
+    assert "other settings (sampling)" in error_of(other)
 
 
 def test_rows_are_saved_as_they_come(
@@ -221,7 +221,7 @@ def test_rows_of_another_drawn_world_are_not_continued(
     options = quality.QualityOptions(None, engines, tmp_path, 1, ("swapped",), sampling=sampling, output=made.file)
     quality.run_quality(options)  # nothing is missing
     monkeypatch.setattr(quality, "drawing_hash", lambda: "another")
-    with pytest.raises(InputError, match="drawn cases"):
+    with pytest.raises(InputError, match=r"other settings \(drawing\)"):
         quality.run_quality(options)
 
 

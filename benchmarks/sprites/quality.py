@@ -206,10 +206,11 @@ class _Runner:
         if output is not None and output.is_file():
             self.results = load(output)
             for earlier in self.results.runs:
-                if earlier.get("settings") != settings:
+                before = earlier.get("settings", {})
+                if others := [name for name, value in settings.items() if before.get(name) != value]:
                     raise InputError(
-                        f"{output} holds results of other settings, weights or drawn cases "
-                        f"({earlier.get('settings')}): give --json another name, or remove it."
+                        f"{output} holds results of other settings ({', '.join(others)}): give --json another name, or "
+                        "remove it."
                     )
         self.results = replace(self.results, runs=(*self.results.runs, run))
         self.described = True
