@@ -163,6 +163,26 @@ def test_motions_of_the_test_split_are_never_trained(monkeypatch: pytest.MonkeyP
     assert by_split["test"] == new | back
 
 
+@pytest.mark.parametrize("species", HELD_OUT)
+def test_exercises_reach_every_angle_of_the_motions_that_are_never_trained(species: str) -> None:
+    def angles(name: str) -> np.ndarray:
+        motions = [make_motion(species, name, 33, np.random.default_rng(seed)) for seed in range(200)]
+        return np.concatenate([motion.angles for motion in motions])
+
+    practised = angles("exercise")
+    for name in HELD_OUT[species]:
+        new = angles(name)
+        assert (new.min(0) >= practised.min(0) - 0.05).all(), name
+        assert (new.max(0) <= practised.max(0) + 0.05).all(), name
+
+
+@pytest.mark.parametrize("name", ["turn", "spin"])
+def test_only_a_spin_shows_the_back(name: str) -> None:
+    yaws = np.array([make_motion("human", name, 33, np.random.default_rng(seed)).yaw for seed in range(50)])
+    assert (np.ptp(yaws, axis=1) > 0.2).all()
+    assert (np.cos(yaws).min() < -0.3) == (name == "spin")
+
+
 def test_an_extra_reference_shows_what_the_first_hides() -> None:
     for seed in SEEDS:
         case = render_case(plan_case("extra", seed))  # of full length: turning round takes time

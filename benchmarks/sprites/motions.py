@@ -220,7 +220,7 @@ def _romp(pose: _Pose, phase: np.ndarray, random: Random) -> None:
     """An animal's exercise."""
     pose.angles[:, 0] = _wide(phase, random, -0.35, 0.35)
     pose.angles[:, 1] = _wide(phase, random, -0.5, 0.35)
-    pose.angles[:, 2] = _wide(phase, random, -0.3, 1.1)
+    pose.angles[:, 2] = _wide(phase, random, -0.5, 1.1)
     for first in (3, 5, 7, 9):
         pose.angles[:, first] = _wide(phase, random, -0.9, 0.9)
         pose.angles[:, first + 1] = _wide(phase, random, 0.0, 0.6)
