@@ -48,7 +48,7 @@ def bare(picture: Picture) -> np.ndarray:
 
 
 def away_from(*masks: np.ndarray) -> np.ndarray:
-    """bool: pixels that are none of the masks' (bool [T, H, W], T may be 1) and do not near them: no soft edge."""
+    """bool: pixels that are none of the masks' (bool [T, H, W], T may be 1) and not near them: no soft edge."""
     touched = np.logical_or.reduce(np.broadcast_arrays(*masks))
     return F.max_pool2d(torch.from_numpy(touched).float()[:, None], 5, 1, 2)[:, 0].numpy() == 0
 

@@ -142,8 +142,7 @@ class _Draw:
 
     def motion(self, species: str, names: tuple[str, ...] = ()) -> Motion:
         """Some motion; in the test split every other case has one that was never trained on."""
-        new = self.split == "test" and self.seed % 2 == 0
-        usual = HELD_OUT if new else TRAINED if self.split == "test" else PRACTISED
+        usual = PRACTISED if self.split == "train" else (HELD_OUT, TRAINED)[self.seed % 2]
         names = names or usual[species]
         return make_motion(species, str(self.random.choice(names)), self.frames, self.random)
 
@@ -176,6 +175,7 @@ class _Draw:
         return (background, *(PALETTE[CHARACTERS[i]] for i in self.random.permutation(len(CHARACTERS))[:count]))
 
     def describe(self, character: Character, motion: Motion) -> str:
+        """Its part of the prompt."""
         top, bottom = character.colours
         article = "an" if top.startswith("o") else "a"
         verb = str(self.random.choice(_MOVES)) if motion.name == "exercise" else _VERBS[motion.name]
@@ -197,12 +197,10 @@ def _recoloured(colours: Colours, background: RGB) -> Colours:
     return (background, *colours[1:])
 
 
-def _single(
-    draw: _Draw, species: str, style: Callable[[Body], Body] | None = None, names: tuple[str, ...] = ()
-) -> CasePlan:
+def _single(draw: _Draw, species: str, style: Callable[[Body], Body] | None = None) -> CasePlan:
     """One character, animated before the background of its reference."""
     character, driver = (make_character(species, draw.random) for _ in range(2))
-    motion, (x, ground), scenery = draw.motion(species, names), draw.place(), draw.scenery()
+    motion, (x, ground), scenery = draw.motion(species), draw.place(), draw.scenery()
     colours = draw.colours(1, WHITE)
     reference = View(make_picture([draw.at_ease(character, 1)], scenery[:1]), colours)
     figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))

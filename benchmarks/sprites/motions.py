@@ -8,6 +8,7 @@ every joint by itself through most of what it can do, so that its poses include 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +20,8 @@ HUMAN_JOINTS = 10
 ANIMAL_JOINTS = 11
 TRAINED = {"human": ("walk", "dance", "wave", "jump", "turn"), "animal": ("walk", "wag", "jump", "turn")}
 HELD_OUT = {"human": ("march", "stretch"), "animal": ("trot",)}
-PRACTISED = {species: (*names, *("exercise",) * 4) for species, names in TRAINED.items()}  # by the training set
+# What the training set draws from: exercises are four of nine motions of people, four of eight of animals.
+PRACTISED = {species: (*names, *("exercise",) * 4) for species, names in TRAINED.items()}
 Random = np.random.Generator
 
 
@@ -197,10 +199,7 @@ def _trot(pose: _Pose, phase: np.ndarray, random: Random) -> None:
 
 def _exercise(pose: _Pose, phase: np.ndarray, random: Random) -> None:
     """Of a person, limbs of both sides alike in half of the cases, facing the viewer in half of them."""
-
-    def swing(low: float, high: float) -> np.ndarray:
-        return _wide(phase, random, low, high)
-
+    swing = partial(_wide, phase, random)
     for side in (2, 6):
         pose.angles[:, side] = swing(0.0, 3.0)
         pose.angles[:, side + 1] = swing(-1.3, 1.5)
@@ -218,13 +217,14 @@ def _exercise(pose: _Pose, phase: np.ndarray, random: Random) -> None:
 
 def _romp(pose: _Pose, phase: np.ndarray, random: Random) -> None:
     """An animal's exercise."""
-    pose.angles[:, 0] = _wide(phase, random, -0.35, 0.35)
-    pose.angles[:, 1] = _wide(phase, random, -0.5, 0.35)
-    pose.angles[:, 2] = _wide(phase, random, -0.5, 1.1)
+    swing = partial(_wide, phase, random)
+    pose.angles[:, 0] = swing(-0.35, 0.35)
+    pose.angles[:, 1] = swing(-0.5, 0.35)
+    pose.angles[:, 2] = swing(-0.5, 1.1)
     for first in (3, 5, 7, 9):
-        pose.angles[:, first] = _wide(phase, random, -0.9, 0.9)
-        pose.angles[:, first + 1] = _wide(phase, random, 0.0, 0.6)
-    pose.sway += _wide(phase, random, -0.2, 0.2)
+        pose.angles[:, first] = swing(-0.9, 0.9)
+        pose.angles[:, first + 1] = swing(0.0, 0.6)
+    pose.sway += swing(-0.2, 0.2)
     pose.lift += random.uniform(0, 0.28) * np.abs(np.sin(phase))
 
 

@@ -6,6 +6,7 @@ as it is there; a run that was interrupted goes on with the rows that its file l
 """
 
 import hashlib
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,8 +122,8 @@ def make_video(engines: EngineSet, request: Request, cache: Path) -> _Made:
 
 def drawing_hash() -> str:
     """Of the code that draws the cases: changed code draws others under the same numbers."""
-    sources = (Path(module.__file__ or "").read_bytes() for module in (cases, figures, motions, raster))
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    sources = "".join(inspect.getsource(module) for module in (cases, figures, motions, raster))
+    return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
 def round_trip(engines: EngineSet, video: np.ndarray) -> np.ndarray:
@@ -207,7 +208,7 @@ class _Runner:
             self.results = load(output)
             for earlier in self.results.runs:
                 before = earlier.get("settings", {})
-                if others := [name for name, value in settings.items() if before.get(name) != value]:
+                if others := [name for name in settings | before if before.get(name) != settings.get(name)]:
                     raise InputError(
                         f"{output} holds results of other settings ({', '.join(others)}): give --json another name, or "
                         "remove it."
