@@ -4,9 +4,9 @@ Batches are of a few kinds. On a GPU loss and gradients of each kind are recorde
 the thousands of small kernels of a step take twice as long as they run.
 
 The learning rate warms up and falls along a cosine over the share of the budget that is spent, so a rented hour can be
-filled exactly. A state file keeps weights, their moving average, the optimiser and the time spent; an interrupted
-training goes on from it and loses a minute at most. With `torchrun` every process draws its own batches and gradients
-are averaged.
+filled exactly; its clock starts when the graphs are recorded. A state file keeps weights, their moving average, the
+optimiser and the time spent; an interrupted training goes on from it and loses a minute at most. With `torchrun` every
+process draws its own batches and gradients are averaged.
 """
 
 import json
@@ -131,14 +131,15 @@ class Gradients:
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
         self._losses, self._generator = losses, generator
-        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._recorded: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+        if generator.device.type == "cuda":
+            for kind in range(len(losses)):
+                self._recorded.append(self._record(kind))
 
     def of(self, kind: int) -> Tensor:
         """Fill `flat` from a new batch → its loss, to be read before the next call."""
-        if self.flat.device.type != "cuda":
+        if not self._recorded:
             return self._compute(kind)
-        if kind not in self._recorded:
-            self._recorded[kind] = self._record(kind)
         graph, value = self._recorded[kind]
         graph.replay()
         return value
@@ -158,7 +159,7 @@ class Gradients:
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
-        pool = next((other.pool() for other, _ in self._recorded.values()), None)
+        pool = self._recorded[0][0].pool() if self._recorded else None
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL watches from another thread
             value = self._compute(kind)
         return graph, value

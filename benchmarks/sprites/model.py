@@ -33,7 +33,7 @@ from scail2_rt.export.tensors import shapes_of
 from scail2_rt.export.umt5 import UMT5Encoder
 from scail2_rt.export.vae import VAE
 
-DIT = DiTConfig(dim=256, heads=4, layers=6, ffn_dim=384, text_dim=64, clip_dim=80)
+DIT = DiTConfig(dim=192, heads=3, layers=9, ffn_dim=512, text_dim=64, clip_dim=80)
 VAE_SIZES = VAEConfig(dim=16)
 UMT5 = UMT5Config(vocab=768, dim=64, attn_dim=64, ffn_dim=128, heads=4, layers=2)
 CLIP = CLIPConfig(image_size=224, patch=14, dim=80, heads=1, layers=3, mlp_dim=160)

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.train …       on two
 
 An interrupted run goes on; the VAE that is finished in DIR (`vae.pt`) is not trained again, the data set is encoded
-anew.
+anew. `train_decoder` comes after it.
 """
 
 import hashlib

@@ -25,7 +25,7 @@ from scail2_rt.runtime.solvers import TRAINING_STEPS
 
 RATE, MATRIX_RATE = 3e-3, 8e-3  # peaks, of AdamW and of Muon
 SHIFT = 6.0  # of the noise levels: what is shown is decided where there is most noise
-PURE = 0.4  # share of the samples that are nothing but noise: with less, who is where can be seen in the noisy answer
+PURE = 0.5  # share of the samples that are nothing but noise: with less, who is where can be seen in the noisy answer
 HISTORY, HISTORY_LATENTS = 0.3, (1, 5)  # share of the samples; latents, from … to below: overlaps of 1 to 13 frames
 HISTORY_NOISE = 0.1  # its largest deviation on them
 DROPPED_TEXT = 0.1
