@@ -87,11 +87,19 @@ def test_the_command_changes_the_decoder_alone_and_goes_on(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "says"), [(CHECKPOINT, "exists"), (Path(__file__).parent, "is no SCAIL-2 checkpoint")]
+    ("checkpoint", "words", "says"),
+    [
+        (CHECKPOINT, (), "exists"),
+        (Path(__file__).parent, (), "is no SCAIL-2 checkpoint"),
+        (CHECKPOINT, ("--cases", "0"), "0 is not in the range"),
+    ],
 )
-def test_mistakes_are_said_before_the_training(checkpoint: Path, says: str, tmp_path: Path) -> None:
+def test_mistakes_are_said_before_the_training(
+    checkpoint: Path, words: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
     output = tmp_path if says == "exists" else tmp_path / "new"
-    result = CliRunner().invoke(module.main, [str(checkpoint), str(output), "--work", str(tmp_path / "work")])
+    call = [str(checkpoint), str(output), "--work", str(tmp_path / "work"), *words]
+    result = CliRunner().invoke(module.main, call)
     assert result.exit_code == 2
     assert says in result.output
     assert not (tmp_path / "work").exists()

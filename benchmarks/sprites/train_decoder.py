@@ -38,6 +38,7 @@ WINDOW = (10, 8)  # rows and columns of latents, of what is decoded at once
 TRUE_SHARE = 0.1  # of the samples: latents of the truth
 CHARACTER_WEIGHT = 6.0
 RATE = 5e-4
+COUNT = click.IntRange(min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Answers:
 @torch.no_grad()
 def collect_answers(dit: DiT, encoding: Encoding, count: int, frames: int, workers: Workers) -> Answers:
     """What the transformer makes in one step of pure noise, for `count` cases of all tasks, this process's part."""
-    mine = count // workers.count
+    mine = max(count // workers.count, 1)
     seeds = range(FIRST_SEED + workers.rank * mine, FIRST_SEED + (workers.rank + 1) * mine)
     generator = torch.Generator(encoding.device).manual_seed(workers.rank)
     parts = []
@@ -141,9 +142,15 @@ def _digest(weights: Mapping[Component, Weights]) -> str:
 @click.option("--minutes", type=MINUTES, default=3.0, show_default=True)
 @click.option("--steps", default=0, help="Steps instead of minutes.")
 @click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
-@click.option("--cases", default=1_000, show_default=True, help="Cases to learn from.")
-@click.option("--short-cases", default=4_000, show_default=True, help="More cases, of 9 frames.")
-@click.option("--batch", default=16, show_default=True, help="Cases a step and process, four times as many short ones.")
+@click.option("--cases", default=1_000, type=COUNT, show_default=True, help="Cases to learn from.")
+@click.option("--short-cases", default=4_000, type=COUNT, show_default=True, help="More cases, of 9 frames.")
+@click.option(
+    "--batch",
+    default=16,
+    type=COUNT,
+    show_default=True,
+    help="Cases a step and process, of short ones four times as many.",
+)
 def main(
     checkpoint: Path, output: Path, work: Path, minutes: float, steps: int, frames: int, cases: int, short_cases: int,
     batch: int,
