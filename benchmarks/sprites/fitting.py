@@ -63,6 +63,17 @@ class Workers:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(rank, count, device)
 
+    @property
+    def compute(self) -> torch.dtype:
+        """What convolutions are computed in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def part(self, seeds: range) -> range:
+        """This process's part of them; where there are more processes than seeds, the last one."""
+        mine = max(len(seeds) // self.count, 1)
+        first = min(self.rank * mine, len(seeds) - mine)
+        return seeds[first : first + mine]
+
     def average(self, tensor: Tensor) -> None:
         """Replace a tensor by its mean over all processes."""
         if self.count > 1:

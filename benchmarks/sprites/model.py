@@ -3,6 +3,7 @@
 Text encoder and CLIP tower keep their seeded random weights: random features of a prompt or a picture are features too.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -84,6 +85,12 @@ def weights_of(directory: Path) -> dict[Component, Weights]:
         raise InputError(f"{directory} is not of the sprite world: its transformer or its VAE has other sizes.")
     sources = checkpoint.sources
     return {part: {name: sources[part].get(name).float() for name in shapes_of(sources[part])} for part in PARTS}
+
+
+def digest(weights: Weights) -> str:
+    """Names what a training begins with: of the values in fp32, in the order of their names."""
+    values = b"".join(tensor.float().numpy().tobytes() for _, tensor in sorted(weights.items()))
+    return hashlib.sha256(values).hexdigest()[:12]
 
 
 def write_checkpoint(directory: Path, dit: Weights, vae: Weights) -> None:

@@ -24,6 +24,7 @@ from scail2_rt.benchmarks.sprites.fitting import Budget, Workers
 from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_vae, weights_of, write_checkpoint
 from scail2_rt.benchmarks.sprites.train_dit import Batches, Kind, train_dit
 from scail2_rt.export.errors import InputError
+from scail2_rt.export.precision import Component
 from scail2_rt.export.random_checkpoint import write_tokenizer
 
 SHORT_FRAMES = 9  # of the clips of half of the steps, which hold twice as many
@@ -43,20 +44,39 @@ def make_trained_vae(
 
 def encoded_kinds(encoding: Encoding, seeds: range, frames: int, batch: int, workers: Workers) -> list[Kind]:
     """Cases of some length, encoded, as kinds of batches; each process draws its own from its part of `seeds`."""
-    mine, at_once = len(seeds) // workers.count, max(FRAMES_AT_ONCE // frames, 1)
-    own = seeds[workers.rank * mine : (workers.rank + 1) * mine]
-    kinds = []
+    own, kinds = workers.part(seeds), []
     for name, tasks in GROUPS.items():
         plans = plan_many(group_requests(name, own), frames=frames)
         with train_vae.folded_convolutions(workers.device):
-            samples = Samples.join([encoding.samples(part) for part in _pieces(plans, at_once)])
+            samples = Samples.join([encoding.samples(part) for part in pieces(plans, FRAMES_AT_ONCE // frames)])
         kinds.append(Kind(f"{name}, {frames} frames", samples, name == "replace", batch, float(sum(tasks.values()))))
     return kinds
 
 
-def _pieces(plans: Iterator[CasePlan], size: int) -> Iterator[list[CasePlan]]:
-    while piece := list(islice(plans, size)):
+def pieces(plans: Iterator[CasePlan], size: int) -> Iterator[list[CasePlan]]:
+    """The plans by `size`, at least one."""
+    while piece := list(islice(plans, max(size, 1))):
         yield piece
+
+
+def make_encoding(vae: Weights, work: Path, workers: Workers) -> Encoding:
+    """With a tokenizer file of its own in `work`."""
+    tokenizer = work / f"tokenizer.{workers.rank}.json"
+    write_tokenizer(tokenizer, UMT5.vocab)
+    return Encoding(make_vae(vae, workers.compute), tokenizer, workers.device)
+
+
+def check_new(output: Path) -> None:
+    if output.exists():
+        raise click.UsageError(f"{output} exists: choose another name for the checkpoint.")
+
+
+def given_weights(checkpoint: Path) -> dict[Component, Weights]:
+    """`weights_of`, for a command. UsageError: it is no sprite checkpoint."""
+    try:
+        return weights_of(checkpoint)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
 
 
 @click.command()
@@ -91,17 +111,13 @@ def main(
     start: Path | None, slower: float, only: str | None,
 ) -> None:  # fmt: skip
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
-    if output.exists():
-        raise click.UsageError(f"{output} exists: choose another name for the checkpoint.")
+    check_new(output)
     finished = work / "vae.pt"
     if only == "dit" and start is None and not finished.is_file():
         raise click.UsageError(f"{work} has no vae.pt: train the VAE first (without --only, or with --only vae).")
     if start is not None and (only == "vae" or vae_from):
         raise click.UsageError("--from brings its own VAE: leave out --only vae and --vae-from.")
-    try:
-        begun = None if start is None else weights_of(start)
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
+    begun = None if start is None else given_weights(start)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers = Workers.here()
@@ -118,9 +134,7 @@ def main(
         return
     workers.wait()
     vae_weights = torch.load(finished, weights_only=True)
-    write_tokenizer(work / f"tokenizer.{workers.rank}.json", UMT5.vocab)
-    compute = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
-    encoding = Encoding(make_vae(vae_weights, compute), work / f"tokenizer.{workers.rank}.json", workers.device)
+    encoding = make_encoding(vae_weights, work, workers)
     short = min(SHORT_FRAMES, frames)
     kinds = encoded_kinds(encoding, range(samples), frames, batch, workers)
     kinds += encoded_kinds(encoding, range(samples, samples + short_samples), short, 2 * batch, workers)

@@ -8,8 +8,7 @@ The encoder stays, and with it what latents mean. Cases are new ones: the answer
 good. Part of the latents are the truth's, so that a round trip stays sharp.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,11 @@ from scail2_rt.benchmarks.sprites.cases import FRAMES, CasePlan
 from scail2_rt.benchmarks.sprites.dataset import FRAMES_AT_ONCE, GROUPS, Encoding, group_requests
 from scail2_rt.benchmarks.sprites.drawing import draw_pictures, plan_many
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, adam, fit
-from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_vae, weights_of, write_checkpoint
-from scail2_rt.benchmarks.sprites.train import MINUTES, SHORT_FRAMES
+from scail2_rt.benchmarks.sprites.model import Weights, digest, make_vae, write_checkpoint
+from scail2_rt.benchmarks.sprites.train import MINUTES, SHORT_FRAMES, check_new, given_weights, make_encoding, pieces
 from scail2_rt.benchmarks.sprites.train_dit import folded_padding
 from scail2_rt.benchmarks.sprites.train_vae import folded_convolutions
 from scail2_rt.export.dit import DiT
-from scail2_rt.export.errors import InputError
-from scail2_rt.export.precision import Component
-from scail2_rt.export.random_checkpoint import write_tokenizer
 from scail2_rt.runtime.preprocess import normalise_video
 from scail2_rt.runtime.solvers import TRAINING_STEPS
 
@@ -79,16 +75,13 @@ class Answers:
 @torch.no_grad()
 def collect_answers(dit: DiT, encoding: Encoding, count: int, frames: int, workers: Workers) -> Answers:
     """What the transformer makes in one step of pure noise, for `count` cases of all tasks, this process's part."""
-    mine = max(count // workers.count, 1)
-    seeds = range(FIRST_SEED + workers.rank * mine, FIRST_SEED + (workers.rank + 1) * mine)
+    own = workers.part(range(FIRST_SEED, FIRST_SEED + count))
     generator = torch.Generator(encoding.device).manual_seed(workers.rank)
     parts = []
     for name in GROUPS:
-        plans = list(plan_many(group_requests(name, seeds), frames=frames))
-        at_once = max(FRAMES_AT_ONCE // frames // 4, 1)
-        pieces = (plans[start : start + at_once] for start in range(0, len(plans), at_once))
+        plans = pieces(plan_many(group_requests(name, own), frames=frames), FRAMES_AT_ONCE // frames // 4)
         with folded_convolutions(encoding.device):
-            parts += [_answers(dit, encoding, piece, name == "replace", generator) for piece in pieces]
+            parts += [_answers(dit, encoding, piece, name == "replace", generator) for piece in plans]
     return Answers.join(parts)
 
 
@@ -112,7 +105,7 @@ def train_decoder(
 ) -> Weights:
     """kinds: answers and how many of them a step takes, in turn → the weights of a VAE whose encoder is that of
     `start`."""
-    vae = make_vae(start, torch.bfloat16 if workers.device.type == "cuda" else torch.float32).to(workers.device)
+    vae = make_vae(start, workers.compute).to(workers.device)
     vae.requires_grad_(False)
     trained = [*vae.decoder.requires_grad_(True).parameters(), *vae.conv2.requires_grad_(True).parameters()]
 
@@ -128,11 +121,6 @@ def train_decoder(
             work / "decoder.state", work / "decoder.jsonl", identity,
         )  # fmt: skip
     return {**start, **weights}
-
-
-def _digest(weights: Mapping[Component, Weights]) -> str:
-    values = (tensor.numpy().tobytes() for part in weights.values() for _, tensor in sorted(part.items()))
-    return hashlib.sha256(b"".join(values)).hexdigest()[:12]
 
 
 @click.command()
@@ -156,22 +144,16 @@ def main(
     batch: int,
 ) -> None:  # fmt: skip
     """Write CHECKPOINT, whose decoder knows the transformer's answers, to OUTPUT."""
-    if output.exists():
-        raise click.UsageError(f"{output} exists: choose another name for the checkpoint.")
-    try:
-        weights = weights_of(checkpoint)
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
+    check_new(output)
+    weights = given_weights(checkpoint)
     work.mkdir(parents=True, exist_ok=True)
     workers = Workers.here()
-    tokenizer = work / f"tokenizer.{workers.rank}.json"
-    write_tokenizer(tokenizer, UMT5.vocab)
-    compute = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
-    encoding = Encoding(make_vae(weights["vae"], compute), tokenizer, workers.device)
+    encoding = make_encoding(weights["vae"], work, workers)
     dit = folded_padding(weights["dit"]).to(workers.device)
     sets = ((cases, frames, batch), (short_cases, min(SHORT_FRAMES, frames), 4 * batch))
     kinds = [(collect_answers(dit, encoding, count, length, workers), size) for count, length, size in sets]
-    identity = f"{_digest(weights)}, {cases} cases of {frames} frames and {short_cases} short ones"
+    begun = ", ".join(f"{part} {digest(tensors)}" for part, tensors in weights.items())
+    identity = f"{begun}, {cases} cases of {frames} frames and {short_cases} short ones"
     print(f"answers: {identity}", flush=True)
     vae = train_decoder(kinds, weights["vae"], Budget(minutes, steps), workers, work, identity)
     if workers.rank == 0:

@@ -9,7 +9,6 @@ Clips go through in one pass, not frame by frame. On a GPU the 3-D convolutions 
 folded into channels, channels last: with 16 to 64 channels cuDNN's own are slow; so are PyTorch's norms.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from scail2_rt.benchmarks.sprites.cases import TASKS, CasePlan
 from scail2_rt.benchmarks.sprites.drawing import draw_pictures
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, adam, fit
-from scail2_rt.benchmarks.sprites.model import Weights, make_vae
+from scail2_rt.benchmarks.sprites.model import Weights, digest, make_vae
 from scail2_rt.export import vae as layers
 from scail2_rt.export.vae import LATENT_MEAN, LATENT_STD, VAE
 from scail2_rt.runtime.preprocess import half_resolution, normalise_video
@@ -79,10 +78,8 @@ def train_vae(
     """→ fp32 weights of a VAE whose latents are normalised. start: weights to begin with, else random ones."""
     identity = f"{len(clips.image)} clips of {clips.image.shape[1]} frames"
     if start is not None:
-        values = b"".join(tensor.float().numpy().tobytes() for _, tensor in sorted(start.items()))
-        identity += f", begun with {hashlib.sha256(values).hexdigest()[:12]}"
-    compute = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
-    vae = make_vae(start, compute).to(workers.device)
+        identity += f", begun with {digest(start)}"
+    vae = make_vae(start, workers.compute).to(workers.device)
     kinds = [(kind, min(frames, clips.image.shape[1])) for kind in KINDS for frames in CLIP_FRAMES]
 
     def loss(kind: str, frames: int, generator: torch.Generator) -> Tensor:
