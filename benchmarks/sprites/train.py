@@ -90,9 +90,6 @@ def given_weights(checkpoint: Path) -> dict[Component, Weights]:
 @click.option("--vae-cases", default=1600, show_default=True)
 @click.option("--samples", default=48_000, show_default=True, help="Cases of the transformer's data set.")
 @click.option("--short-samples", default=96_000, show_default=True, help="Short cases of it, of 9 frames.")
-@click.option(
-    "--first-case", default=0, type=click.IntRange(min=0), help="Number of the first case: others to go on with."
-)
 @click.option("--vae-batch", default=32, show_default=True, help="Clips a step and process.")
 @click.option(
     "--batch", default=32, show_default=True, help="Samples a step and process, of short cases twice as many."
@@ -106,15 +103,12 @@ def given_weights(checkpoint: Path) -> dict[Component, Weights]:
 )
 @click.option("--slower", default=1.0, show_default=True, help="What the transformer's learning rates are divided by.")
 @click.option(
-    "--fp8", is_flag=True, help="Train the transformer with the rounding of fp8 engines, so that it bears it."
-)
-@click.option(
     "--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs --from, or the VAE in --work."
 )
 def main(
     output: Path, work: Path, vae_minutes: float, minutes: float, vae_steps: int, steps: int, frames: int,
-    vae_cases: int, samples: int, short_samples: int, first_case: int, vae_batch: int, batch: int,
-    vae_from: str | None, start: Path | None, slower: float, fp8: bool, only: str | None,
+    vae_cases: int, samples: int, short_samples: int, vae_batch: int, batch: int, vae_from: str | None,
+    start: Path | None, slower: float, only: str | None,
 ) -> None:  # fmt: skip
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
     check_new(output)
@@ -142,17 +136,16 @@ def main(
     vae_weights = torch.load(finished, weights_only=True)
     encoding = make_encoding(vae_weights, work, workers)
     short = min(SHORT_FRAMES, frames)
-    seeds = range(first_case, first_case + samples + short_samples)
-    kinds = encoded_kinds(encoding, seeds[:samples], frames, batch, workers)
-    kinds += encoded_kinds(encoding, seeds[samples:], short, 2 * batch, workers)
+    kinds = encoded_kinds(encoding, range(samples), frames, batch, workers)
+    kinds += encoded_kinds(encoding, range(samples, samples + short_samples), short, 2 * batch, workers)
     identity = (
         f"vae {hashlib.sha256(finished.read_bytes()).hexdigest()[:12]}, {samples} samples of {frames} frames and "
-        f"{short_samples} of {short} from case {first_case}{', rounded as in fp8' * fp8}"
+        f"{short_samples} of {short}"
     )
     print(f"data set: {identity}; here { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
     batches = Batches(kinds, encoding.text([""]))
     first = None if begun is None else begun["dit"]
-    dit = train_dit(batches, Budget(minutes, steps), workers, work, identity, first, slower, fp8)
+    dit = train_dit(batches, Budget(minutes, steps), workers, work, identity, first, slower)
     if workers.rank == 0:
         write_checkpoint(output, dit, vae_weights)
         print(json.dumps({"output": str(output)}), flush=True)

@@ -4,8 +4,6 @@ x_σ = (1-σ)·x₀ + σ·noise, the model predicts noise - x₀. In part of the
 to a little noise, marked in the history mask, not in the loss. In part the prompt is dropped, so that guidance has
 something to compare with. Mask colours are dealt anew in every sample. Half of the steps see short clips: they show
 twice the cases in the time, and what a frame should look like hardly depends on how many follow it.
-
-A transformer that is to run in fp8 can be trained with that rounding (`round_as_fp8`), and learns to bear it.
 """
 
 import math
@@ -15,14 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.dataset import TEXT_ROWS, Samples
 from scail2_rt.benchmarks.sprites.fitting import Budget, Muon, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.model import Weights, make_dit
-from scail2_rt.export.dit import CrossAttention, DiT
-from scail2_rt.kernels.rows import E4M3, E4M3_MAX
+from scail2_rt.export.dit import CrossAttention, DiT, DiTInputs
 from scail2_rt.runtime.masks import CHARACTERS
 from scail2_rt.runtime.solvers import TRAINING_STEPS
 
@@ -35,7 +32,6 @@ DROPPED_TEXT = 0.1
 TURN = 0.6180339887  # multiples of it, without their whole part, fill 0…1 evenly
 CHARACTER_WEIGHT = 6.0
 PADDING_ROWS = 16  # behind the text, for all of the pipeline's
-FP8_LINEARS = (*(f"self_attn.{name}" for name in "qkvo"), "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +43,17 @@ class Kind:
     replace: bool
     size: int
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the transformer is given, at `times` [N]; the right answer [N, 16, F, h, w]; weights of its error [N, 1, F,
+    h, w]."""
+
+    inputs: DiTInputs
+    times: Tensor
+    velocity: Tensor
+    weight: Tensor
 
 
 class Batches:
@@ -63,7 +70,7 @@ class Batches:
         """The number of a step's kind; over many steps each has its share."""
         return min(int(torch.searchsorted(self.bounds, step * TURN % 1)), len(self.kinds) - 1)
 
-    def loss(self, dit: DiT, kind: Kind, generator: torch.Generator) -> Tensor:
+    def draw(self, kind: Kind, generator: torch.Generator) -> "Batch":
         device = generator.device
         batch = kind.samples.take(torch.randint(len(kind.samples), (kind.size,), generator=generator, device=device))
 
@@ -88,21 +95,22 @@ class Batches:
         dropped = uniform(1, 1) < DROPPED_TEXT
         text = torch.where(dropped, self.empty, batch.text)
         inputs = batch.inputs(noisy, frozen.expand(-1, 4, -1, -1, -1), text, kind.replace)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            velocity = dit(inputs, TRAINING_STEPS * sigma.flatten())
         weight = (1 + CHARACTER_WEIGHT * batch.weight[:, None]) * (1 - frozen)
-        return ((velocity.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])
+        return Batch(inputs, TRAINING_STEPS * sigma.flatten(), noise - clean, weight)
+
+    def loss(self, dit: DiT, kind: Kind, generator: torch.Generator) -> Tensor:
+        batch = self.draw(kind, generator)
+        with torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"):
+            velocity = dit(batch.inputs, batch.times)
+        error = (velocity.float() - batch.velocity).square() * batch.weight
+        return error.sum() / (batch.weight.sum() * error.shape[1])
 
 
 def train_dit(
-    batches: Batches, budget: Budget, workers: Workers, work: Path, identity: str, start: Weights | None, slower: float,
-    fp8: bool,
-) -> Weights:  # fmt: skip
-    """start: weights to begin with, else random ones; slower: what the learning rates are divided by; fp8: with the
-    rounding of fp8 engines."""
+    batches: Batches, budget: Budget, workers: Workers, work: Path, identity: str, start: Weights | None, slower: float
+) -> Weights:
+    """start: weights to begin with, else random ones; slower: what the learning rates are divided by."""
     dit = folded_padding(start).to(workers.device)
-    if fp8:
-        round_as_fp8(dit)
     if workers.device.type == "cuda":
         for block in dit.blocks:
             block.compile(dynamic=False)
@@ -125,33 +133,3 @@ def folded_padding(weights: Weights | None = None) -> DiT:
         if isinstance(module, CrossAttention):
             module.text_bias = F.pad(torch.full((PADDING_ROWS,), math.log(rows / PADDING_ROWS)), (TEXT_ROWS, 0))
     return dit
-
-
-def rounded(x: Tensor) -> Tensor:
-    """x [..., C] by the fp8 rule (`kernels.rows`): each row in e4m3 of its own scale, and scaled back. Gradients pass
-    as if it were x."""
-    fixed = x.detach()
-    scale = (fixed.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_min(1e-12)
-    held = (fixed.float() / scale).to(E4M3).float() * scale
-    return x + (held.to(x.dtype) - fixed)
-
-
-class RoundedLinear(nn.Module):
-    """A linear layer, with the parameters of another, whose rows and weight are `rounded`."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(rounded(x), rounded(self.weight), self.bias)
-
-
-def round_as_fp8(dit: DiT) -> None:
-    """Let the layers of the blocks that fp8 engines compute in e4m3 round as these do; names of weights stay."""
-    for block in dit.blocks:
-        for name in FP8_LINEARS:
-            parent, _, child = name.rpartition(".")
-            layer = block.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            setattr(block.get_submodule(parent), child, RoundedLinear(layer))
