@@ -269,8 +269,8 @@ def test_a_comparison_with_nothing_in_common_fails(made: Made, scail2: Run, tmp_
     assert "no case in common" in json.loads(result.stdout.splitlines()[-1])["failed"][0]
 
 
-# The shipped checkpoint, at the benchmark's own sampling. Measured: 22.2 dB with two characters and 14.1 or 15.3
-# broken; 21.7 dB in the second segment, its seam 4 levels and 12 broken.
+# The shipped checkpoint, at the benchmark's own sampling. Measured: 22.3 dB with two characters and 14.2 or 15.4
+# broken; 22.1 dB in the second segment, its seam 4 levels and 22 broken.
 
 TWO_DB, SECOND_SEGMENT_DB, SEAM_LEVELS = 19.0, 20.0, 8.0
 COMMITTED = Path(quality.__file__).parents[1] / "results" / "sprites" / "quality.json"

@@ -70,7 +70,7 @@ class Batches:
         """The number of a step's kind; over many steps each has its share."""
         return min(int(torch.searchsorted(self.bounds, step * TURN % 1)), len(self.kinds) - 1)
 
-    def draw(self, kind: Kind, generator: torch.Generator) -> "Batch":
+    def draw(self, kind: Kind, generator: torch.Generator) -> Batch:
         device = generator.device
         batch = kind.samples.take(torch.randint(len(kind.samples), (kind.size,), generator=generator, device=device))
 
