@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from scail2_rt.benchmarks.sprites import round_weights as module
-from scail2_rt.benchmarks.sprites.model import make_dit, make_vae, weights_of, write_checkpoint
+from scail2_rt.benchmarks.sprites.model import DIT, make_dit, make_vae, weights_of, write_checkpoint
 from scail2_rt.benchmarks.sprites.round_weights import Moments, fp8_layers, make_up
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT
 from scail2_rt.kernels.rows import quantise_columns
@@ -62,7 +62,7 @@ def test_the_shipped_weights_are_what_fp8_engines_hold() -> None:
     """But for the rounding of the file's bf16."""
     weights = weights_of(CHECKPOINT)["dit"]
     layers = fp8_layers(make_dit())
-    assert len(layers) == 8 * 9
+    assert len(layers) == 8 * DIT.layers
     for name in layers:
         assert error(weights[f"{name}.weight"]) < 0.003, name
 
@@ -71,8 +71,8 @@ def test_the_shipped_weights_are_what_fp8_engines_hold() -> None:
 def test_the_command_rounds_fp8_layers_alone(tmp_path: Path) -> None:
     dit, vae = (dict(network.state_dict()) for network in (make_dit(), make_vae()))
     write_checkpoint(tmp_path / "before", dit, vae)
-    command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.round_weights", "before", "after", "--work", "work"]
-    sizes = ["--frames", "5", "--cases", "12", "--batches", "6"]
+    command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.round_weights", "before", "after"]
+    sizes = ["--frames", "5", "--cases", "12"]
     assert subprocess.run([*command, *sizes], env=command_environment(tmp_path), cwd=tmp_path).returncode == 0
     before, after = weights_of(tmp_path / "before"), weights_of(tmp_path / "after")
     layers = fp8_layers(make_dit())
@@ -89,12 +89,12 @@ def test_the_command_rounds_fp8_layers_alone(tmp_path: Path) -> None:
     [
         (CHECKPOINT, (), "exists"),
         (Path(__file__).parent, (), "is no SCAIL-2 checkpoint"),
-        (CHECKPOINT, ("--batches", "0"), "0 is not in the range"),
+        (CHECKPOINT, ("--cases", "0"), "0 is not in the range"),
     ],
 )
 def test_mistakes_are_said_before_the_work(checkpoint: Path, words: tuple[str, ...], says: str, tmp_path: Path) -> None:
     output = tmp_path if says == "exists" else tmp_path / "new"
-    result = CliRunner().invoke(module.main, [str(checkpoint), str(output), "--work", str(tmp_path / "work"), *words])
+    result = CliRunner().invoke(module.main, [str(checkpoint), str(output), *words])
     assert result.exit_code == 2
     assert says in result.output
-    assert not (tmp_path / "work").exists()
+    assert not list(tmp_path.iterdir())

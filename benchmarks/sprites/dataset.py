@@ -30,6 +30,7 @@ GROUPS = {
 }
 TEXT_ROWS = 96  # longest prompt that is kept
 FRAMES_AT_ONCE = 1056  # 32 cases of 33
+NEW_CASES = 10_000_000  # number of the first of those that the transformer was not trained on
 STORED = torch.bfloat16
 
 

@@ -1,6 +1,6 @@
 """Round a sprite checkpoint's transformer to weights that fp8 engines hold exactly.
 
-    python -m scail2_rt.benchmarks.sprites.round_weights CHECKPOINT OUTPUT --work DIR
+    python -m scail2_rt.benchmarks.sprites.round_weights CHECKPOINT OUTPUT
 
 An fp8 engine rounds every weight to the nearest e4m3 value, and the errors of a row of weights add up wherever their
 inputs are alike. Here a row is rounded weight by weight, and those that are left make up for the errors of those that
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from scail2_rt.benchmarks.sprites.cases import FRAMES
+from scail2_rt.benchmarks.sprites.dataset import NEW_CASES
 from scail2_rt.benchmarks.sprites.fitting import Workers
 from scail2_rt.benchmarks.sprites.model import Weights, write_checkpoint
-from scail2_rt.benchmarks.sprites.train import check_new, encoded_kinds, given_weights, make_encoding
-from scail2_rt.benchmarks.sprites.train_decoder import COUNT, FIRST_SEED
+from scail2_rt.benchmarks.sprites.train import COUNT, check_new, encoded_kinds, given_weights, make_encoding
 from scail2_rt.benchmarks.sprites.train_dit import Batches, folded_padding
 from scail2_rt.export.dit import DiT
 from scail2_rt.export.dit_stages import definitions
@@ -57,15 +57,14 @@ def make_up(weight: Tensor, covariance: Tensor) -> Tensor:
     order = variance.argsort(descending=True)
     damped = (covariance + DAMPING * variance.mean() * torch.eye(len(covariance)))[order][:, order]
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    left = weight.double()[:, order]
-    largest = left.abs() == left.abs().amax(1, keepdim=True)
-    done = torch.empty_like(left)
-    for column in range(left.shape[1]):
-        value = left[:, column : column + 1]
-        nearest = (value / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).double() * scale
-        fixed = torch.where(largest[:, column : column + 1], weight.double()[:, order[column], None], nearest)
-        done[:, column : column + 1] = fixed
-        left[:, column:] -= (value - fixed) / factor[column, column] * factor[column, column:]
+    given = weight.double()[:, order]
+    largest = given.abs() == given.abs().amax(1, keepdim=True)
+    left, done = given.clone(), given.clone()
+    for column in range(given.shape[1]):
+        here = slice(column, column + 1)
+        nearest = (left[:, here] / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).double() * scale
+        done[:, here] = torch.where(largest[:, here], given[:, here], nearest)
+        left[:, column:] -= (left[:, here] - done[:, here]) / factor[column, column] * factor[column, column:]
     return done[:, order.argsort()]
 
 
@@ -102,21 +101,18 @@ def round_weights(dit: DiT, batches: Batches, count: int) -> Weights:
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for what is needed on the way.")
 @click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
 @click.option("--cases", default=48, type=COUNT, show_default=True, help="Cases whose tokens are looked at.")
-@click.option("--batches", "count", default=48, type=COUNT, show_default=True, help="Passes over one of them each.")
-def main(checkpoint: Path, output: Path, work: Path, frames: int, cases: int, count: int) -> None:
+def main(checkpoint: Path, output: Path, frames: int, cases: int) -> None:
     """Write CHECKPOINT, whose transformer's weights fp8 engines hold exactly, to OUTPUT."""
     check_new(output)
     weights = given_weights(checkpoint)
-    work.mkdir(parents=True, exist_ok=True)
     alone = Workers(0, 1, torch.device("cpu"))
-    encoding = make_encoding(weights["vae"], work, alone)
-    kinds = encoded_kinds(encoding, range(FIRST_SEED, FIRST_SEED + cases), frames, 1, alone)
+    encoding = make_encoding(weights["vae"], alone)
+    kinds = encoded_kinds(encoding, range(NEW_CASES, NEW_CASES + cases), frames, 1, alone)
     print(f"data set: { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
     dit = folded_padding(weights["dit"])
-    write_checkpoint(output, round_weights(dit, Batches(kinds, encoding.text([""])), count), weights["vae"])
+    write_checkpoint(output, round_weights(dit, Batches(kinds, encoding.text([""])), cases), weights["vae"])
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
     torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.train …       on two
 
 An interrupted run goes on; the VAE that is finished in DIR (`vae.pt`) is not trained again, the data set is encoded
-anew. `train_decoder` comes after it.
+anew. `train_decoder` comes after it, then `round_weights`.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import torch
@@ -21,7 +21,7 @@ from scail2_rt.benchmarks.sprites.cases import FRAMES, CasePlan
 from scail2_rt.benchmarks.sprites.dataset import FRAMES_AT_ONCE, GROUPS, Encoding, Samples, group_requests
 from scail2_rt.benchmarks.sprites.drawing import plan_many
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers
-from scail2_rt.benchmarks.sprites.model import UMT5, Weights, make_vae, weights_of, write_checkpoint
+from scail2_rt.benchmarks.sprites.model import UMT5, Weights, digest, make_vae, weights_of, write_checkpoint
 from scail2_rt.benchmarks.sprites.train_dit import Batches, Kind, train_dit
 from scail2_rt.export.errors import InputError
 from scail2_rt.export.precision import Component
@@ -29,6 +29,7 @@ from scail2_rt.export.random_checkpoint import write_tokenizer
 
 SHORT_FRAMES = 9  # of the clips of half of the steps, which hold twice as many
 MINUTES = click.FloatRange(min=0, min_open=True)
+COUNT = click.IntRange(min=1)
 
 
 def make_trained_vae(
@@ -59,11 +60,11 @@ def pieces(plans: Iterator[CasePlan], size: int) -> Iterator[list[CasePlan]]:
         yield piece
 
 
-def make_encoding(vae: Weights, work: Path, workers: Workers) -> Encoding:
-    """With a tokenizer file of its own in `work`."""
-    tokenizer = work / f"tokenizer.{workers.rank}.json"
-    write_tokenizer(tokenizer, UMT5.vocab)
-    return Encoding(make_vae(vae, workers.compute), tokenizer, workers.device)
+def make_encoding(vae: Weights, workers: Workers) -> Encoding:
+    with TemporaryDirectory() as folder:
+        tokenizer = Path(folder) / "tokenizer.json"
+        write_tokenizer(tokenizer, UMT5.vocab)
+        return Encoding(make_vae(vae, workers.compute), tokenizer, workers.device)
 
 
 def check_new(output: Path) -> None:
@@ -134,14 +135,11 @@ def main(
         return
     workers.wait()
     vae_weights = torch.load(finished, weights_only=True)
-    encoding = make_encoding(vae_weights, work, workers)
+    encoding = make_encoding(vae_weights, workers)
     short = min(SHORT_FRAMES, frames)
     kinds = encoded_kinds(encoding, range(samples), frames, batch, workers)
     kinds += encoded_kinds(encoding, range(samples, samples + short_samples), short, 2 * batch, workers)
-    identity = (
-        f"vae {hashlib.sha256(finished.read_bytes()).hexdigest()[:12]}, {samples} samples of {frames} frames and "
-        f"{short_samples} of {short}"
-    )
+    identity = f"vae {digest(vae_weights)}, {samples} samples of {frames} frames and {short_samples} of {short}"
     print(f"data set: {identity}; here { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
     batches = Batches(kinds, encoding.text([""]))
     first = None if begun is None else begun["dit"]

@@ -18,23 +18,29 @@ import torch
 from torch import Tensor
 
 from scail2_rt.benchmarks.sprites.cases import FRAMES, CasePlan
-from scail2_rt.benchmarks.sprites.dataset import FRAMES_AT_ONCE, GROUPS, Encoding, group_requests
+from scail2_rt.benchmarks.sprites.dataset import FRAMES_AT_ONCE, GROUPS, NEW_CASES, Encoding, group_requests
 from scail2_rt.benchmarks.sprites.drawing import draw_pictures, plan_many
 from scail2_rt.benchmarks.sprites.fitting import Budget, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.model import Weights, digest, make_vae, write_checkpoint
-from scail2_rt.benchmarks.sprites.train import MINUTES, SHORT_FRAMES, check_new, given_weights, make_encoding, pieces
+from scail2_rt.benchmarks.sprites.train import (
+    COUNT,
+    MINUTES,
+    SHORT_FRAMES,
+    check_new,
+    given_weights,
+    make_encoding,
+    pieces,
+)
 from scail2_rt.benchmarks.sprites.train_dit import folded_padding
 from scail2_rt.benchmarks.sprites.train_vae import folded_convolutions
 from scail2_rt.export.dit import DiT
 from scail2_rt.runtime.preprocess import normalise_video
 from scail2_rt.runtime.solvers import TRAINING_STEPS
 
-FIRST_SEED = 10_000_000  # behind all cases that the transformer was trained on
 WINDOW = (10, 8)  # rows and columns of latents, of what is decoded at once
 TRUE_SHARE = 0.1  # of the samples: latents of the truth
 CHARACTER_WEIGHT = 6.0
 RATE = 5e-4
-COUNT = click.IntRange(min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,7 @@ class Answers:
 @torch.no_grad()
 def collect_answers(dit: DiT, encoding: Encoding, count: int, frames: int, workers: Workers) -> Answers:
     """What the transformer makes in one step of pure noise, for `count` cases of all tasks, this process's part."""
-    own = workers.part(range(FIRST_SEED, FIRST_SEED + count))
+    own = workers.part(range(NEW_CASES, NEW_CASES + count))
     generator = torch.Generator(encoding.device).manual_seed(workers.rank)
     parts = []
     for name in GROUPS:
@@ -148,7 +154,7 @@ def main(
     weights = given_weights(checkpoint)
     work.mkdir(parents=True, exist_ok=True)
     workers = Workers.here()
-    encoding = make_encoding(weights["vae"], work, workers)
+    encoding = make_encoding(weights["vae"], workers)
     dit = folded_padding(weights["dit"]).to(workers.device)
     sets = ((cases, frames, batch), (short_cases, min(SHORT_FRAMES, frames), 4 * batch))
     kinds = [(collect_answers(dit, encoding, count, length, workers), size) for count, length, size in sets]
