@@ -26,7 +26,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.warm_graphs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.warm_graphs
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --durations=25 --cov --cov-report=term --cov-fail-under=90
 
 $(READY): constraints.txt pyproject.toml

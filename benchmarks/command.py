@@ -1,4 +1,4 @@
-"""The command group `scail2-rt bench`. Only click is imported here, so that `--help` answers at once."""
+"""The commands `scail2-rt bench` and `demo`. Only click is imported here, so that `--help` answers at once."""
 
 import json
 import tempfile
@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from scail2_rt.benchmarks.sprites.command import quality
-from scail2_rt.runtime.cli_options import ATTENTION
-from scail2_rt.runtime.cli_sections import PATH, SectionCommand, debug_option, in_section, option
+from scail2_rt.benchmarks.sprites.quality.command import quality
+from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
+from scail2_rt.runtime.cli.output import show, stdout_for
+from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
 
 SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate")
 ABOUT = {
@@ -101,9 +102,9 @@ def _run(
     summary_file: Path | None,
     work: Path,
 ) -> None:
-    from scail2_rt.benchmarks.bench import Options
-    from scail2_rt.benchmarks.models import default_sizes, parse_sizes
-    from scail2_rt.benchmarks.sections import last_line, run_all, run_section, text_of
+    from scail2_rt.benchmarks.speed.bench import Options
+    from scail2_rt.benchmarks.speed.models import default_sizes, parse_sizes
+    from scail2_rt.benchmarks.speed.sections import last_line, run_all, run_section, text_of
 
     works = parse_sizes(sizes) if sizes else default_sizes(config)
     options = Options(config, weights, works, runs, attention, work, output, only)
@@ -124,11 +125,11 @@ def _run(
 
 def _write_outputs(results: Any, report: Path | None, summary_file: Path | None) -> None:
     if report is not None:
-        from scail2_rt.benchmarks.report import write_report
+        from scail2_rt.benchmarks.report.html import write_report
 
         write_report(results, report)
     if summary_file is not None:
-        from scail2_rt.benchmarks.goals import summary_document
+        from scail2_rt.benchmarks.report.goals import summary_document
 
         summary_file.parent.mkdir(parents=True, exist_ok=True)
         summary_file.write_text(json.dumps(summary_document(results), indent=1, ensure_ascii=False) + "\n")
@@ -141,8 +142,8 @@ def _write_outputs(results: Any, report: Path | None, summary_file: Path | None)
 def compare(before: Path, after: Path) -> None:
     """Compare two results row by row. Exit code 1 when AFTER is worse by more than the noise: 3 % or twice the spread
     of the runs, whichever is larger; for an error, 10 %."""
-    from scail2_rt.benchmarks.compare import compare_results
-    from scail2_rt.benchmarks.record import load
+    from scail2_rt.benchmarks.report.compare import compare_results
+    from scail2_rt.benchmarks.report.record import load
 
     comparison = compare_results(load(before), load(after))
     click.echo(comparison.text)
@@ -157,8 +158,8 @@ def compare(before: Path, after: Path) -> None:
 @debug_option
 def merge(files: tuple[Path, ...], output: Path) -> None:
     """Put several results of one model into one; of rows with the same name the last measured one is kept."""
-    from scail2_rt.benchmarks.record import load
-    from scail2_rt.benchmarks.record import merge as merged
+    from scail2_rt.benchmarks.report.record import load
+    from scail2_rt.benchmarks.report.record import merge as merged
 
     results = merged([load(file) for file in files])
     results.save(output)
@@ -172,8 +173,8 @@ def merge(files: tuple[Path, ...], output: Path) -> None:
 @debug_option
 def report_command(file: Path, output: Path | None, summary_file: Path | None) -> None:
     """Print a saved result with its goals; write its HTML report and its flat summary where asked."""
-    from scail2_rt.benchmarks.record import load
-    from scail2_rt.benchmarks.sections import last_line, text_of
+    from scail2_rt.benchmarks.report.record import load
+    from scail2_rt.benchmarks.speed.sections import last_line, text_of
 
     results = load(file)
     click.echo(text_of(results))
@@ -183,3 +184,38 @@ def report_command(file: Path, output: Path | None, summary_file: Path | None) -
 
 
 bench.add_command(quality)
+
+
+DEMO_OPTIONS = in_section(
+    "Options",
+    option(
+        "-o",
+        "--output",
+        type=PATH,
+        default=Path("out"),
+        show_default=True,
+        metavar="DIR",
+        help="Folder for the engines, the case, demo.mp4 and its contact sheet.",
+    ),
+    option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="Executor to run. auto is torch here, on a CPU too: ONNX Runtime's first graphs take minutes to trace.",
+    ),
+)
+
+
+@click.command(cls=SectionCommand)
+@DEMO_OPTIONS
+@reporting
+def demo(output: Path, backend: str, as_json: bool) -> None:
+    """Show the whole way on any machine: a small trained checkpoint, a drawn case with sound, engines, a video.
+
+    The right answer is known: the demo prints how close the video came, and writes a contact sheet."""
+    from scail2_rt.benchmarks.sprites.demo import run_demo
+
+    with stdout_for(as_json):
+        result, text = run_demo(output, backend)
+    show(result, text, as_json)

@@ -31,7 +31,7 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the `tiny` preset in the official folder layout. Read only: copy it before changing it."""
-    from scail2_rt.export.random_checkpoint import make_checkpoint
+    from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint
 
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
     make_checkpoint(directory, preset="tiny", seed=0)

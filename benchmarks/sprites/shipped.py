@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scail2_rt.engines.build import BuildReport, BuildRequest, SilentObserver, build
-from scail2_rt.engines.observe import BuildObserver
-from scail2_rt.export.checkpoint import open_checkpoint
-from scail2_rt.export.errors import InputError
+from scail2_rt.engines.build.build import BuildReport, BuildRequest, SilentObserver, build
+from scail2_rt.engines.observer import BuildObserver
+from scail2_rt.export.checkpoint.open import open_checkpoint
+from scail2_rt.kernels.errors import InputError
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 BACKEND = "torch"  # also on a CPU, where ONNX Runtime is the usual one: its first graphs take minutes to trace
@@ -19,7 +19,7 @@ def shipped_checkpoint() -> Path:
     if not (CHECKPOINT / "model" / "latest").is_file():
         raise InputError(
             f"The sprite checkpoint is missing: there is no {CHECKPOINT}. Get it with the repository, or train it with "
-            "`python -m scail2_rt.benchmarks.sprites.train`."
+            "`python -m scail2_rt.benchmarks.sprites.training.train`."
         )
     return CHECKPOINT
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from scail2_rt.export.checkpoint import open_checkpoint
-from scail2_rt.export.derive import (
+from scail2_rt.export.checkpoint.derive import (
     clip_config,
     clip_shapes,
     dit_config,
@@ -19,22 +18,23 @@ from scail2_rt.export.derive import (
     vae_config,
     vae_shapes,
 )
-from scail2_rt.export.errors import InputError
-from scail2_rt.export.lora import LoRASpec, apply_loras
-from scail2_rt.export.sat_names import SAT_PREFIX, sat_to_wan
-from scail2_rt.export.tensors import MappingSource
+from scail2_rt.export.checkpoint.lora import LoRASpec, apply_loras
+from scail2_rt.export.checkpoint.open import open_checkpoint
+from scail2_rt.export.checkpoint.sat_names import SAT_PREFIX, sat_to_wan
+from scail2_rt.export.checkpoint.tensors import MappingSource
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope, multipliers, rotate
-from scail2_rt.runtime.geometry import plan_segments
-from scail2_rt.runtime.masks import mask_latents
-from scail2_rt.runtime.preprocess import (
+from scail2_rt.runtime.core.geometry import plan_segments
+from scail2_rt.runtime.masks.palette import mask_latents
+from scail2_rt.runtime.pipeline.preprocess import (
     half_resolution,
     normalise_image,
     normalise_video,
     quantise_frames,
     resize_cover,
 )
-from scail2_rt.runtime.solvers import make_solver
-from scail2_rt.runtime.text import clean_prompt
+from scail2_rt.runtime.pipeline.schedulers import make_solver
+from scail2_rt.runtime.pipeline.text import clean_prompt
 from tests.parity.fixtures import Fixture, Golden, Row, compare, difference, exact, unknown
 from tests.parity.networks import dit_fixture
 

@@ -17,13 +17,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from scail2_rt.engines.build import BuildRequest, build
-from scail2_rt.engines.executors import EngineSet, open_engines
-from scail2_rt.export.checkpoint import Checkpoint
-from scail2_rt.export.config import ModelConfig
-from scail2_rt.export.derive import clip_config, dit_config, umt5_config, vae_config
-from scail2_rt.export.precision import Component
-from scail2_rt.export.tensors import MappingSource, TensorSource, shapes_of
+from scail2_rt.engines.build.build import BuildRequest, build
+from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.export.checkpoint.derive import clip_config, dit_config, umt5_config, vae_config
+from scail2_rt.export.checkpoint.open import Checkpoint
+from scail2_rt.export.checkpoint.tensors import MappingSource, TensorSource, shapes_of
+from scail2_rt.export.models.config import ModelConfig
+from scail2_rt.export.models.precision import Component
 
 
 @dataclass(frozen=True, slots=True)

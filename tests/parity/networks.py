@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scail2_rt.engines.executors import EngineSet
-from scail2_rt.export.clip import CLIPVisual
-from scail2_rt.export.dit import DiT, DiTInputs
-from scail2_rt.export.umt5 import UMT5Encoder, relative_buckets
-from scail2_rt.export.vae import VAE
-from scail2_rt.runtime.conditioning import encode_ids
-from scail2_rt.runtime.geometry import Layout
-from scail2_rt.runtime.preprocess import clip_pixels
-from scail2_rt.runtime.transformer import SegmentInputs, Transformer, context_kv
-from scail2_rt.runtime.vae import VAEStream, decode, encode_clip
+from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.export.models.clip import CLIPVisual
+from scail2_rt.export.models.dit import DiT, DiTInputs
+from scail2_rt.export.models.umt5 import UMT5Encoder, relative_buckets
+from scail2_rt.export.models.vae import VAE
+from scail2_rt.runtime.core.geometry import Layout
+from scail2_rt.runtime.pipeline.conditioning import encode_ids
+from scail2_rt.runtime.pipeline.preprocess import clip_pixels
+from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.pipeline.vae import VAEStream, decode, encode_clip
 from tests.parity.fixtures import Fixture, Golden, Row, compare, difference, exact, unknown
 
 DIT, VAE_TOLERANCE, ENCODER, CLIP_PIXELS = 2e-4, 1e-4, 5e-5, 1e-4

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.executors import EngineSet
-from scail2_rt.runtime.conditioning import Conditions, encode_references
-from scail2_rt.runtime.driving import DrivingClip
-from scail2_rt.runtime.geometry import Layout, Segment, plan_segments
-from scail2_rt.runtime.history import Carry, History
-from scail2_rt.runtime.pipeline import Sampling, animate
-from scail2_rt.runtime.progress import SilentProgress
-from scail2_rt.runtime.solvers import make_solver
+from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.runtime.core.geometry import Layout, Segment, plan_segments
+from scail2_rt.runtime.core.progress import SilentProgress
+from scail2_rt.runtime.pipeline.conditioning import Conditions, encode_references
+from scail2_rt.runtime.pipeline.driving import DrivingClip
+from scail2_rt.runtime.pipeline.history import Carry, History
+from scail2_rt.runtime.pipeline.pipeline import Sampling, animate
+from scail2_rt.runtime.pipeline.schedulers import make_solver
 from tests.parity.fixtures import Fixture, Golden, Row, compare, exact
 from tests.parity.networks import dit_fixture
 

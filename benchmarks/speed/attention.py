@@ -1,0 +1,115 @@
+"""Section `attention`: every variant of self-attention, its speed at full length and its error on every input family.
+
+Speed is `self_attention` alone on prepared N(0,1) operands, variants taking turns; the preparation has its rows in
+section `kernels`. Error covers preparation and attention together, against exact attention in fp64 on the same bf16
+inputs, for evenly spaced query rows. A family's q and k pass through the RMS norm that belongs to the preparation with
+one constant weight each, which leaves them what they are but for row norms that differ by a per cent or so.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scail2_rt.benchmarks.report.record import Kind
+from scail2_rt.benchmarks.speed import attention_families as families
+from scail2_rt.benchmarks.speed.bench import Bench
+from scail2_rt.benchmarks.speed.harness import synchronise, time_calls
+from scail2_rt.kernels.attention.ops import EPS, VARIANTS, choose_attention, prepare_qkv, self_attention
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.rope import Rope
+from scail2_rt.kernels.rows.ops import rms_norm
+
+LIBRARIES = ("cudnn", "flash", "sage", "sdpa")  # the variants that are not ours: baselines
+REFERENCE_ROWS = 256
+CPU_ERROR_TOKENS = 512
+
+
+def run(bench: Bench) -> None:
+    variants = _usable(bench)
+    for work in bench.options.sizes:
+        _speed(bench, variants, work.tokens)
+    tokens = bench.options.sizes[0].tokens if bench.on_gpu else CPU_ERROR_TOKENS
+    for family in families.FAMILIES:
+        with bench.attempt(f"attention/inputs/{family}"):
+            _error(bench, variants, family, tokens)
+
+
+def _usable(bench: Bench) -> list[str]:
+    """The variants that run here; the others become rows that say why not."""
+    named = bench.options.attention
+    usable = []
+    for variant in VARIANTS if named == "auto" else (named,):
+        if bench.on_gpu and variant == "sdpa" and named == "auto":
+            continue  # PyTorch's own choice is one of the others
+        try:
+            usable.append(choose_attention(variant, "bf16", bench.device, bench.dit.head_dim)[0])
+        except InputError as error:
+            kind: Kind = "baseline" if variant in LIBRARIES else "ours"
+            bench.skip(f"attention/{variant}", f"not measured: {error}", kind)
+    return usable
+
+
+def identity_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:
+    """Multipliers that turn nothing."""
+    shape = (tokens, head_dim // 2)
+    return Rope(torch.ones(shape, device=device), torch.zeros(shape, device=device))
+
+
+def _speed(bench: Bench, variants: list[str], tokens: int) -> None:
+    heads, width, device = bench.dit.heads, bench.dit.head_dim, bench.device
+    flops = 4.0 * tokens**2 * width * heads
+    qkv = torch.randn(tokens, 3 * heads * width, device=device, dtype=torch.bfloat16)
+    weight, rope = torch.ones(heads * width, device=device), identity_rope(tokens, width, device)
+    calls: dict[str, Callable[[], Any]] = {}
+    for variant in variants:
+        with bench.attempt(f"attention/{variant}/{tokens}"):
+            prepared = prepare_qkv(qkv, weight, weight, rope, variant)
+            self_attention(prepared)  # compiles, and fails here if it does
+            synchronise(device)
+            calls[variant] = partial(self_attention, prepared)
+    times = time_calls(calls, device, bench.options.runs)
+    cudnn = times.get("cudnn")
+    for variant, timing in times.items():
+        rate = flops / timing.median_s / 1e12
+        ceiling = bench.ceiling("gemm_fp8" if variant.startswith("8bit") else "gemm_bf16")
+        bench.add(
+            f"attention/{variant}/{tokens}",
+            timing,
+            "baseline" if variant in LIBRARIES else "ours",
+            tflops=rate,
+            percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+            percent_of_cudnn=100 * cudnn.median_s / timing.median_s if cudnn else None,
+            flops=flops,
+            bytes=4.0 * tokens * heads * width * (1 if variant in ("8bit", "8bit-triton") else 2),
+        )
+
+
+def _error(bench: Bench, variants: list[str], family: str, tokens: int) -> None:
+    heads, width, device = bench.dit.heads, bench.dit.head_dim, bench.device
+    q, k, v = families.make(family, tokens, heads, width, device)
+    weights = [x.square().mean().sqrt().expand(heads * width).contiguous() for x in (q, k)]
+    qkv = torch.cat([x.transpose(0, 1).flatten(1).bfloat16() for x in (q, k, v)], dim=1)
+    del q, k, v
+    q, k, v = _as_the_op_sees_them(qkv, weights, width)
+    index, exact = families.reference(q, k, v, REFERENCE_ROWS)
+    del q, k, v
+    rope = identity_rope(tokens, width, device)
+    for variant in variants:
+        name = f"attention/{variant}/error/{family}"
+        with bench.attempt(name):
+            out = self_attention(prepare_qkv(qkv, weights[0], weights[1], rope, variant))
+            rows = out[index].unflatten(1, (heads, width)).transpose(0, 1)
+            error, mean, worst = families.error(rows, exact)
+            kind: Kind = "baseline" if variant in LIBRARIES else "ours"
+            bench.add(name, None, kind, f"{tokens} tokens", error=error, mean_cosine=mean, worst_cosine=worst)
+
+
+def _as_the_op_sees_them(qkv: Tensor, weights: list[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 q and k after the norm of the preparation, and v: [H, L, D]."""
+    q, k, v = qkv.chunk(3, dim=1)
+    normed = (rms_norm(q, weights[0], EPS), rms_norm(k, weights[1], EPS), v.float())
+    q, k, v = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in normed)
+    return q, k, v

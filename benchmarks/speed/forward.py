@@ -1,0 +1,169 @@
+"""Section `forward`: one pass of the denoising network, against the two baselines, with its error beside its speed.
+
+Our pass is what a denoising step runs (`Transformer.velocities`, guidance 1, CUDA graph where the engine set uses one).
+Error is that of the velocity against our own stages in fp32 with the same underlying weights and PyTorch's attention;
+it is measured with fewer blocks and tokens, because fp32 attention over 48,832 tokens costs minutes. Baselines run at
+the first size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from scail2_rt.benchmarks.report.goals import slow_baseline
+from scail2_rt.benchmarks.speed import baselines
+from scail2_rt.benchmarks.speed.bench import Bench
+from scail2_rt.benchmarks.speed.breakdown import gpu_breakdown
+from scail2_rt.benchmarks.speed.harness import synchronise, time_call
+from scail2_rt.benchmarks.speed.models import SMALL, Work
+from scail2_rt.benchmarks.speed.random_weights import random_engines
+from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
+from scail2_rt.export.models.config import DiTConfig
+from scail2_rt.export.models.precision import Precision
+from scail2_rt.runtime.core.geometry import Layout, forward_flops
+from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
+
+ERROR_LAYERS = 4
+ERROR_WORK = Work(256, 448, 33)  # 5,488 tokens
+BASELINES = {"official": baselines.official, "compile": baselines.compiled}
+
+
+def run(bench: Bench) -> None:
+    first = bench.options.sizes[0]
+    for precision in _precisions(bench):
+        for work in bench.options.sizes if precision == "fp8" else (first,):
+            if bench.wants(name := f"forward/{precision}/{work.tokens}"):
+                with bench.attempt(name):
+                    _ours(bench, precision, work)
+    for baseline, make in BASELINES.items():
+        if bench.wants(name := f"forward/{baseline}/{first.tokens}"):
+            with bench.attempt(name, "baseline"):
+                _baseline(bench, baseline, make, first)
+    if bench.wants("forward/error/fp32"):
+        with bench.attempt("forward/error/fp32"):
+            _errors(bench)
+
+
+def _precisions(bench: Bench) -> tuple[Precision, ...]:
+    """All worth measuring, or that of the engine folder that was named."""
+    if bench.options.folder is None:
+        return bench.precisions
+    from scail2_rt.engines.folder.manifest import read_manifest
+
+    return (read_manifest(bench.options.folder).precision,)
+
+
+def opened(bench: Bench, precision: Precision, layers: int | None = None) -> EngineSet:
+    """The named engine folder, or random engines."""
+    execution = Execution(attention=bench.options.attention)
+    if bench.options.folder is not None and layers is None:
+        return open_engines(bench.options.folder, "torch", execution, bench.device.type)
+    if precision in ("fp32", "bf16") and bench.options.attention.startswith("8bit"):
+        execution = Execution()
+    return random_engines(bench.options.config, precision, bench.device, layers, execution)
+
+
+def random_inputs(
+    config: DiTConfig, layout: Layout, device: torch.device
+) -> tuple[SegmentInputs, Tensor, Tensor, Tensor]:
+    """Segment inputs, text [40, text_dim], CLIP features [257, clip_dim], noise [16, F, h, w]; the same every time."""
+    generator = torch.Generator(device).manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    f, h, w = layout.frames, layout.height, layout.width
+    masks = config.mask_channels
+    inputs = SegmentInputs(
+        normal(16, 1, h, w),
+        normal(masks, 1, h, w).gt(0).float(),
+        normal(16, f, h // 2, w // 2),
+        normal(masks, f, h // 2, w // 2).gt(0).float(),
+        normal(16, 0, h, w),
+        normal(masks, 0, h, w),
+    )
+    return inputs, normal(40, config.text_dim), normal(257, config.clip_dim), normal(16, f, h, w)
+
+
+def step(engines: EngineSet, layout: Layout) -> Callable[[], list[Tensor]]:
+    """A denoising step of one pass, everything that is constant over the steps done."""
+    assert engines.config.dit is not None
+    inputs, text, clip, noise = random_inputs(engines.config.dit, layout, engines.device)
+    contexts = context_kv(engines, [text], clip)
+    transformer = Transformer(engines, layout, inputs, contexts, [900.0])
+    history = noise.new_zeros(4, *noise.shape[1:])
+    return partial(transformer.velocities, noise, history, 0)
+
+
+def _ours(bench: Bench, precision: Precision, work: Work) -> None:
+    flops = float(forward_flops(bench.dit, work.layout))
+    with torch.inference_mode(), opened(bench, precision) as engines:
+        call = step(engines, work.layout)
+        call()  # makes the weights and compiles; the next call is recorded in a graph, the one after it replayed
+        with bench.peaks() as peaks:
+            timing = time_call(call, bench.device, bench.options.runs)
+        groups: dict[str, float] = {}
+        unknown = ""
+        if bench.on_gpu:
+            groups, unknown = gpu_breakdown(call)
+        chosen = engines.attention
+        del call
+    rate = flops / timing.median_s / 1e12
+    ceiling = bench.ceiling("gemm_fp8" if precision == "fp8" else "gemm_bf16")
+    bench.add(
+        f"forward/{precision}/{work.tokens}",
+        timing,
+        note=f"attention {chosen}" + (f"; other: {unknown}" if unknown else ""),
+        tflops=rate,
+        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        flops=flops,
+        breakdown=groups,
+        **peaks,
+    )
+
+
+def _baseline(
+    bench: Bench, name: str, make: Callable[[DiTConfig, Layout, torch.device], Callable[[], Tensor]], work: Work
+) -> None:
+    flops = float(forward_flops(bench.dit, work.layout))
+    with bench.peaks() as peaks:
+        call = make(bench.dit, work.layout, bench.device)
+        timing = time_call(call, bench.device, bench.options.runs, warm_up=1)
+    bench.add(
+        f"forward/{name}/{work.tokens}",
+        timing,
+        "baseline",
+        slow_baseline(name, timing, bench.options.config, work.tokens)
+        or ("eager: compiled on a GPU only" if name == "compile" and not bench.on_gpu else ""),
+        tflops=flops / timing.median_s / 1e12,
+        flops=flops,
+        breakdown=gpu_breakdown(call)[0] if bench.on_gpu else {},
+        **peaks,
+    )
+
+
+def _errors(bench: Bench) -> None:
+    """Velocity of each fast path against fp32, at a size and depth that fp32 can be computed at."""
+    layers = min(ERROR_LAYERS, bench.dit.layers)
+    layout = (ERROR_WORK if bench.on_gpu else SMALL).layout
+
+    def velocity(precision: Precision, attention: str) -> Tensor:
+        execution = Execution(attention=attention, graphs=False)
+        with torch.inference_mode():
+            engines = random_engines(bench.options.config, precision, bench.device, layers, execution)
+            with engines:
+                result = step(engines, layout)()[0].double()
+                synchronise(bench.device)
+        return result
+
+    exact = velocity("fp32", "sdpa")
+    where = f"{layers} blocks, {layout.tokens} tokens, against fp32"
+    paths: list[tuple[Precision, str]] = [("bf16", "auto")]
+    paths += [("fp8", variant) for variant in ("auto", "8bit", "8bit-bf16pv")] if "fp8" in bench.precisions else []
+    for precision, attention in paths:
+        name = f"forward/error/{precision}-{attention}"
+        with bench.attempt(name):
+            found = velocity(precision, attention)
+            bench.add(name, note=where, error=((found - exact).norm() / exact.norm()).item())

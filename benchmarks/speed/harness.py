@@ -1,0 +1,162 @@
+"""Measuring: times, memory, the machine, and the ceilings that everything is held against.
+
+Times are CUDA events around back-to-back calls (a wall clock on a CPU). Calls that are compared take turns, sample by
+sample, because the clocks of a GPU at its power cap drift by ten per cent within seconds. Memory is asked of both the
+allocator (what tensors took) and the driver (what the process took from the card).
+"""
+
+import datetime
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from scail2_rt.benchmarks.report.record import Timing
+from scail2_rt.runtime.session.report import processor_name, versions
+
+Call = Callable[[], object]
+SAMPLE_S = 0.25  # a sample lasts at least this long on a GPU: short kernels are repeated within it
+GEMM = (16_384, 5120, 13_824)  # rows, in, out: the feed-forward's first product, one row chunk
+COPY_BYTES = 2 << 30
+_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(calls: Mapping[str, Call], device: torch.device, runs: int, warm_up: int = 2) -> dict[str, Timing]:
+    """Each call's time; the calls take turns. On a GPU a sample is as many launches as last `SAMPLE_S`."""
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(warm_up):
+            once = _sample(call, device, 1)
+        repeats[name] = max(1, min(int(SAMPLE_S / max(once, 1e-6)), 1000)) if device.type == "cuda" else 1
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            samples[name].append(_sample(call, device, repeats[name]))
+    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+
+
+def time_call(call: Call, device: torch.device, runs: int, warm_up: int = 2) -> Timing:
+    return time_calls({"": call}, device, runs, warm_up)[""]
+
+
+def _sample(call: Call, device: torch.device, repeats: int) -> float:
+    """Seconds a call."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) / repeats
+
+
+@contextmanager
+def memory_peaks(device: torch.device, interval_s: float = 0.02) -> Iterator[dict[str, float]]:
+    """Fills the dictionary, at the end, with the peaks in GiB of what ran inside; empty on a CPU.
+
+    `driver_peak_gib` is sampled and counts everything on the card; what an earlier measurement left in the allocator's
+    cache is given back first."""
+    peaks: dict[str, float] = {}
+    if device.type != "cuda":
+        yield peaks
+        return
+    synchronise(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    highest, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        while True:
+            free, total = torch.cuda.mem_get_info(device)
+            highest[0] = max(highest[0], (total - free) / 2**30)
+            if done.wait(interval_s):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        synchronise(device)
+        done.set()
+        watcher.join()
+        free, total = torch.cuda.mem_get_info(device)
+        peaks["allocator_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peaks["driver_peak_gib"] = max(highest[0], (total - free) / 2**30)
+
+
+def describe_run(device: torch.device, **options: Any) -> dict[str, Any]:
+    """Everything about a run that its figures depend on."""
+    run: dict[str, Any] = {
+        "command": " ".join(["scail2-rt", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": processor_name(),
+        "system": platform.platform(),
+        "versions": versions(),
+        **options,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        run["device"] = properties.name
+        run["capability"] = f"sm{properties.major}{properties.minor}"
+        run["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        run["versions"] = {**run["versions"], "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        run["gpu_state"] = gpu_state()
+    return run
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, power and temperature at this moment, as nvidia-smi tells them; empty where it is absent."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader", "-i", "0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_SMI_FIELDS, (value.strip() for value in answer.split(",")), strict=False))
+
+
+def ceilings(device: torch.device) -> dict[str, tuple[Call, float]]:
+    """Name → (call, its FLOP or its bytes moved): the best that the libraries reach on this machine."""
+    if device.type != "cuda":
+        a, b = torch.randn(512, 512), torch.randn(512, 512)
+        source, target = torch.zeros(1 << 22), torch.empty(1 << 22)
+        return {
+            "gemm_fp32": (lambda: a @ b, 2.0 * 512**3),
+            "copy": (lambda: target.copy_(source), 2.0 * source.nbytes),
+        }
+    rows, width, out = GEMM
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    w = torch.randn(out, width, device=device, dtype=torch.bfloat16) / width**0.5
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found: dict[str, tuple[Call, float]] = {
+        "gemm_bf16": (lambda: x @ w.T, 2.0 * rows * width * out),
+        "copy": (lambda: target.copy_(source), 2.0 * COPY_BYTES),
+    }
+    if torch.cuda.get_device_capability(device) >= (8, 9):
+        x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        row_scale, column_scale = torch.ones(rows, 1, device=device), torch.ones(1, out, device=device)
+        found["gemm_fp8"] = (
+            lambda: torch._scaled_mm(x8, w8.T, row_scale, column_scale, out_dtype=torch.bfloat16, use_fast_accum=True),
+            2.0 * rows * width * out,
+        )
+    return found

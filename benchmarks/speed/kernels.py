@@ -1,0 +1,149 @@
+"""Section `kernels`: what is not a matrix product, held against the copy ceiling and against its PyTorch twin.
+
+`tbytes_s` counts what a kernel must read and write, each byte once. `error` is the relative difference from the twin
+(the same function on CPU tensors) on a few hundred rows of the same input.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scail2_rt.benchmarks.speed.bench import Bench
+from scail2_rt.benchmarks.speed.harness import time_call
+from scail2_rt.kernels.attention.ops import choose_attention, cross_attention, prepare_qkv
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.rope import Rope, rope_table
+from scail2_rt.kernels.rows import ops
+
+CHECKED_ROWS = 256
+TEXT_TOKENS, IMAGE_TOKENS = 512, 257
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`call(*tensors)`; tensors whose index is in `cut` have a row a token. `moved`: bytes read and written."""
+
+    name: str
+    call: Callable[..., ops.Rows]
+    tensors: Sequence[Tensor]
+    cut: tuple[int, ...]
+    moved: float
+
+
+def run(bench: Bench) -> None:
+    for work in bench.options.sizes[:1]:
+        with bench.attempt("kernels/inputs"):
+            for case in _row_operations(bench, work.tokens):
+                _measure(bench, case, work.tokens)
+            _cross(bench, work.tokens)
+        layout = work.layout
+        table = rope_table(layout.frames, *layout.grid, bench.dit.head_dim).to(bench.device)
+        for variant in ("8bit", "8bit-bf16pv", "bf16"):
+            with bench.attempt(f"kernels/prepare_qkv-{variant}/{work.tokens}"):
+                _prepare(bench, variant, work.tokens, table)
+
+
+def _row_operations(bench: Bench, tokens: int) -> list[Case]:
+    c, f, device = bench.dit.dim, bench.dit.ffn_dim, bench.device
+    x = torch.randn(tokens, c, device=device)
+    y = torch.randn(tokens, c, device=device, dtype=torch.bfloat16)
+    h = torch.randn(tokens, f, device=device, dtype=torch.bfloat16)
+    gate, shift, scale = (0.1 * torch.randn(c, device=device) for _ in range(3))
+    weight = 1 + 0.1 * torch.randn(c, device=device)
+    n, bf16, eps = float(tokens), torch.bfloat16, 1e-6
+    form = ops.RowForm(bf16, quantised=True)
+
+    def residual_norm(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> ops.Rows:
+        return ops.residual_norm(x, y, gate, ops.modulation(shift, scale), eps, form)[1]
+
+    def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return ops.norm_modulate(x, shift, scale, eps, bf16)
+
+    def norm_modulate_quant(x: Tensor, shift: Tensor, scale: Tensor) -> ops.Quantised:
+        return ops.norm_modulate_quant(x, shift, scale, eps, bf16)
+
+    def rms_norm_rows(y: Tensor, weight: Tensor) -> Tensor:
+        return ops.rms_norm_rows(y, weight, eps)
+
+    return [
+        Case("norm_modulate", norm_modulate, (x, shift, scale), (0,), n * c * 6),
+        Case("norm_modulate_quant", norm_modulate_quant, (x, shift, scale), (0,), n * (c * 5 + 4)),
+        Case("residual_norm_quant", residual_norm, (x, y, gate, shift, scale), (0, 1), n * (c * 11 + 4)),
+        Case("gate_residual", ops.gate_residual, (x, y, gate), (0, 1), n * c * 10),
+        Case("rms_norm_rows", rms_norm_rows, (y, weight), (0,), n * c * 4),
+        Case("quantise_rows", ops.quantise_rows, (y,), (0,), n * (c * 3 + 4)),
+        Case("gelu", ops.gelu, (h,), (0,), n * f * 4),
+        Case("gelu_quant", ops.gelu_quant, (h,), (0,), n * (f * 3 + 4)),
+    ]
+
+
+def _measure(bench: Bench, case: Case, tokens: int) -> None:
+    name = f"kernels/{case.name}/{tokens}"
+    with bench.attempt(name):
+        timing = time_call(lambda: case.call(*case.tensors), bench.device, bench.options.runs)
+        few = [t[:CHECKED_ROWS] if i in case.cut else t for i, t in enumerate(case.tensors)]
+        error = difference(case.call(*few), case.call(*(t.cpu() for t in few)))
+        rate, ceiling = case.moved / timing.median_s / 1e12, bench.ceiling("copy")
+        percent = 100 * rate / ceiling if ceiling else None
+        bench.add(name, timing, error=error, tbytes_s=rate, percent_of_ceiling=percent, bytes=case.moved)
+
+
+def difference(out: Tensor | tuple[Tensor, Tensor], twin: Tensor | tuple[Tensor, Tensor]) -> float:
+    """Relative Frobenius difference; a pair is quantised data and its row scales."""
+
+    def value(x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        return (x.double() if isinstance(x, Tensor) else x[0].double() * x[1].double().view(-1, 1)).cpu()
+
+    return ((value(out) - value(twin)).norm() / value(twin).norm()).item()
+
+
+def _cross(bench: Bench, tokens: int) -> None:
+    c, device, bf16 = bench.dit.dim, bench.device, torch.bfloat16
+    q = torch.randn(tokens, c, device=device, dtype=bf16)
+    text, image = (torch.randn(n, 2 * c, device=device, dtype=bf16) for n in (TEXT_TOKENS, IMAGE_TOKENS))
+    name = f"kernels/cross_attention/{tokens}"
+    with bench.attempt(name):
+        timing = time_call(
+            lambda: cross_attention(q, text, image, bench.dit.head_dim), bench.device, bench.options.runs
+        )
+        flops = 4.0 * tokens * (TEXT_TOKENS + IMAGE_TOKENS) * c
+        few = q[:CHECKED_ROWS]
+        out = cross_attention(few, text, image, bench.dit.head_dim)
+        twin = cross_attention(few.cpu().float(), text.cpu().float(), image.cpu().float(), bench.dit.head_dim)
+        rate, ceiling = flops / timing.median_s / 1e12, bench.ceiling("gemm_bf16")
+        bench.add(
+            name,
+            timing,
+            error=difference(out, twin),
+            tflops=rate,
+            percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+            flops=flops,
+            bytes=4.0 * tokens * c,
+        )
+
+
+def _prepare(bench: Bench, variant: str, tokens: int, rope: Rope) -> None:
+    c, device = bench.dit.dim, bench.device
+    name = f"kernels/prepare_qkv-{variant}/{tokens}"
+    try:
+        choose_attention(variant, "bf16", device, bench.dit.head_dim)
+    except InputError as error:
+        bench.skip(name, f"not measured: {error}")
+        return
+    qkv = torch.randn(tokens, 3 * c, device=device, dtype=torch.bfloat16)
+    weight = 1 + 0.1 * torch.randn(c, device=device)
+    timing = time_call(lambda: prepare_qkv(qkv, weight, weight, rope, variant), device, bench.options.runs)
+    written = {"8bit": 3, "8bit-bf16pv": 2, "bf16": 4}[variant]  # bytes a channel; V in bf16 is not copied
+    read = 6 if variant == "8bit" else 4
+    moved = float(tokens) * (c * (read + written) + 4 * bench.dit.head_dim)
+    rate, ceiling = moved / timing.median_s / 1e12, bench.ceiling("copy")
+    bench.add(
+        name,
+        timing,
+        note="its error is part of section attention's",
+        tbytes_s=rate,
+        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        bytes=moved,
+    )

@@ -1,0 +1,99 @@
+"""A complete engine folder of random weights on disk: what `load` and `generate` measure without a checkpoint.
+
+Weights are drawn on the GPU, if there is one, and written by several threads, so that the 32 GiB of the 14B model in
+fp8 take about as long as the disk needs. It opens like a built folder; `verify` is not for it, since there is no
+checkpoint and the weights are not hashed.
+"""
+
+import dataclasses
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scail2_rt.benchmarks.speed.models import model
+from scail2_rt.benchmarks.speed.random_weights import RandomStore, RandomWeights, random_manifest
+from scail2_rt.engines.folder.manifest import (
+    MANIFEST,
+    STAGES,
+    TABLES,
+    TOKENIZER,
+    Artefact,
+    check_folder,
+    read_manifest,
+    write_manifest,
+)
+from scail2_rt.engines.folder.store import STORE_NAME, StoreWriter
+from scail2_rt.export.checkpoint.random_checkpoint import write_tokenizer
+from scail2_rt.export.models.precision import Precision
+from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.kernels.errors import InputError
+
+WRITERS = 8
+IN_FLIGHT = 32  # stages' tensors that wait for a writer, at most
+UNHASHED = "random weights, not hashed"
+
+
+def write_random_folder(directory: Path, config_name: str, precision: Precision) -> Path:
+    """Make the folder, or keep one that is there already and fits. → `directory`."""
+    config = model(config_name)
+    if fits(directory, config_name, precision):
+        return directory
+    if directory.exists() and not (directory / STAGES).is_dir() and any(directory.iterdir()):
+        raise InputError(f"{directory} has other files in it; name another folder with --work.")
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / STAGES).mkdir(parents=True)
+    (directory / TOKENIZER).parent.mkdir()
+    weights = RandomWeights(config, "cuda" if torch.cuda.is_available() else "cpu")
+    store = RandomStore(config, precision, weights)
+    _write_store(directory / STAGES / STORE_NAME, store)
+    save_file({name: table.cpu().contiguous() for name, table in weights.tables(config).items()}, directory / TABLES)
+    assert config.umt5 is not None
+    write_tokenizer(directory / TOKENIZER, config.umt5.vocab)
+    files = (f"{STAGES}/{STORE_NAME}", TABLES, TOKENIZER)
+    artefacts = tuple(Artefact(file, (directory / file).stat().st_size, UNHASHED) for file in files)
+    manifest = random_manifest(config, precision, store.layout, f"random weights of {config_name}")
+    write_manifest(directory, dataclasses.replace(manifest, artefacts=artefacts))
+    return directory
+
+
+def fits(directory: Path, config_name: str, precision: Precision) -> bool:
+    """Is there a finished folder of this model and precision?"""
+    if not (directory / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_manifest(directory)
+        check_folder(directory, manifest, stage_definitions(manifest.config))
+    except InputError:
+        return False
+    return manifest.config == model(config_name) and manifest.precision == precision
+
+
+def _write_store(path: Path, store: RandomStore) -> None:
+    """Drawn in this thread, written in others. No fsync: the folder is for measuring from the page cache."""
+    writer = StoreWriter(path, store.layout)
+    room = threading.Semaphore(IN_FLIGHT)
+
+    def write(name: str, tensor: Tensor) -> None:
+        try:
+            writer.write(name, tensor)
+        finally:
+            room.release()
+
+    try:
+        with ThreadPoolExecutor(WRITERS) as pool:
+            jobs = []
+            for stage, tensors in store.plan.items():
+                for parameter, tensor in store.stage(stage, tensors).items():
+                    room.acquire()
+                    jobs.append(pool.submit(write, f"{stage}.{parameter}", tensor.cpu()))
+            for job in jobs:
+                job.result()
+    finally:
+        writer.close()
+    os.replace(writer.partial, path)

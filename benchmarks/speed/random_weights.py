@@ -1,0 +1,147 @@
+"""Engines with random weights that are made on the device as they are asked for: no checkpoint, no file, no waiting.
+
+`RandomStore` answers like the weight store of an engine folder. A value is drawn in fp32 from a seed of its
+checkpoint name, and then rounded as a build would round it: the same weights in every precision, so that fast paths can
+be compared with an fp32 run. A seed gives other numbers on a CPU than on a GPU.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scail2_rt.benchmarks.speed.models import model
+from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, EngineSet, Execution
+from scail2_rt.engines.folder.manifest import ExecutorRecord, Identity, Manifest, SourceFile, StageRecord
+from scail2_rt.engines.folder.store import StoreLayout
+from scail2_rt.engines.folder.weights import EMBEDDING, plan_store, planned_tensors
+from scail2_rt.engines.registry import gpu, versions
+from scail2_rt.export.checkpoint.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
+from scail2_rt.export.checkpoint.random_checkpoint import distribution
+from scail2_rt.export.models.config import ModelConfig
+from scail2_rt.export.models.precision import Precision
+from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.export.stages.dit import table_sources
+from scail2_rt.kernels.rows.ops import E4M3, quantise_columns
+
+SEED = 0
+
+
+class RandomWeights:
+    """fp32 checkpoint tensors by component and name, drawn on `device`."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str, seed: int = SEED) -> None:
+        self.device, self.seed = torch.device(device), seed
+        self.shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
+        if config.dit is not None:
+            self.shapes["dit"] = dit_shapes(config.dit)
+        if config.vae is not None:
+            self.shapes["vae"] = vae_shapes(config.vae)
+        if config.umt5 is not None:
+            self.shapes["umt5"] = umt5_shapes(config.umt5)
+        if config.clip is not None:
+            self.shapes["clip"] = clip_shapes(config.clip)
+
+    def draw(self, component: str, name: str) -> Tensor:
+        shape = self.shapes[component][name]
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}/{component}/{name}".encode()))
+        mean, deviation = distribution(component, name, shape)
+        return torch.randn(shape, generator=generator, device=self.device).mul_(deviation).add_(mean)
+
+    def component(self, component: str) -> dict[str, Tensor]:
+        """All tensors of a component, under their checkpoint names."""
+        return {name: self.draw(component, name) for name in self.shapes[component]}
+
+    def tables(self, config: ModelConfig) -> dict[str, Tensor]:
+        """What the runtime itself needs between stages, as a build writes it to `tables.safetensors`."""
+        assert config.dit is not None
+        found = {}
+        for name, source in table_sources(config.dit).items():
+            values = self.draw("dit", source).reshape(-1, config.dit.dim)
+            found[name] = values if name.endswith("modulation") else values[0].contiguous()
+        return found
+
+
+class RandomStore:
+    """The methods of `engines.folder.store.WeightStore`; tensors are made on the weights' device at every call."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, weights: RandomWeights) -> None:
+        definitions = stage_definitions(config)
+        self.weights = weights
+        self.plan = planned_tensors(config, definitions, precision)
+        self.layout: StoreLayout = plan_store(self.plan)
+        self._sources: dict[str, Mapping[str, tuple[str, ...]]] = {
+            name: definition.weights for name, definition in definitions.items()
+        }
+        self._sources[EMBEDDING] = {"weight": ("token_embedding.weight",)}
+
+    def get(self, name: str) -> Tensor:
+        stage, parameter = self._split(name)
+        return self.stage(stage, (parameter,))[parameter]
+
+    def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]:
+        """Parameter name → tensor of one stage; an e4m3 weight and its scale come from one draw."""
+        wanted = list(parameters)
+        found: dict[str, Tensor] = {}
+        for parameter, sources in self._sources[name].items():
+            scale = parameter.removesuffix("weight") + "scale"
+            if parameter not in wanted and scale not in wanted:
+                continue
+            target = self.plan[name][parameter]
+            component = name.partition(".")[0]
+            drawn = [self.weights.draw(component, source).flatten() for source in sources]
+            values = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(target.shape)
+            if target.dtype == E4M3:
+                found[parameter], found[scale] = quantise_columns(values)
+            else:
+                found[parameter] = values.to(target.dtype)
+        return {parameter: found[parameter] for parameter in wanted}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """`dit.blocks.3.mid.norm3.bias` → (`dit.blocks.3.mid`, `norm3.bias`)."""
+        parts = name.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            stage, parameter = ".".join(parts[:end]), ".".join(parts[end:])
+            if parameter in self.plan.get(stage, {}):
+                return stage, parameter
+        raise KeyError(name)
+
+
+def random_manifest(config: ModelConfig, precision: Precision, layout: StoreLayout, origin: str) -> Manifest:
+    """The manifest of a folder of random weights, without artefacts."""
+    stages = []
+    for name, definition in stage_definitions(config).items():
+        inputs, outputs = definition.io(definition.numerics(precision))
+        stages.append(StageRecord(name, inputs, outputs, layout.stage_bytes(name)))
+    files = tuple(SourceFile(part, "memory", 0, 0, f"random-{SEED}") for part in ("dit", "vae", "umt5", "clip"))
+    executor = ExecutorRecord("torch", versions("torch"), gpu())
+    return Manifest(Identity(config, precision, files), origin, {}, False, (executor,), tuple(stages), ())
+
+
+def random_engines(
+    config_name: str,
+    precision: Precision,
+    device: torch.device | str,
+    layers: int | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
+) -> EngineSet:
+    """The engines of a named model (`14b`, `tiny`) with random weights, nothing on disk."""
+    config, place = model(config_name, layers), torch.device(device)
+    weights = RandomWeights(config, place)
+    store = RandomStore(config, precision, weights)
+    return EngineSet(
+        Path("random"),
+        random_manifest(config, precision, store.layout, f"random weights of {config_name}"),
+        stage_definitions(config),
+        "torch",
+        "random weights were asked for",
+        place,
+        execution,
+        store=store,
+        tables=weights.tables(config),
+    )

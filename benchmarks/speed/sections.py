@@ -1,0 +1,76 @@
+"""Running sections: one in this process, or all of them, each in a process of its own.
+
+`all` keeps every section's result as a file beside the merged one, so that an interruption, a crash or a full card in
+one section leaves the others as they are.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scail2_rt.benchmarks.command import SECTIONS
+from scail2_rt.benchmarks.report.goals import goals_table, judged, summary
+from scail2_rt.benchmarks.report.record import Results, load, merge
+from scail2_rt.benchmarks.report.table import table
+from scail2_rt.benchmarks.speed.bench import Bench, Options
+from scail2_rt.benchmarks.speed.models import model
+from scail2_rt.kernels.errors import InputError, Scail2Error
+
+
+def run_section(section: str, options: Options, debug: bool = False) -> tuple[Results, tuple[str, ...]]:
+    """Measure; → results and the names of what failed."""
+    if options.folder is not None and not (options.folder / "manifest.json").is_file():
+        raise InputError(f"--weights {options.folder} is neither `random` nor an engine folder.")
+    options.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench.start(options, model(options.config), section)
+    bench.debug = debug
+    importlib.import_module(f"scail2_rt.benchmarks.{section}").run(bench)
+    bench.finish()
+    return bench.results, bench.failures
+
+
+def run_all(options: Options, arguments: Sequence[str]) -> tuple[Results, tuple[str, ...]]:
+    """Every section in a fresh process with the same `arguments`; the merged file grows with each."""
+    output = options.output or options.work / "results.json"
+    parts = output.with_name(f"{output.stem}.sections")
+    done: list[Results] = []
+    failed: list[str] = []
+    for section in SECTIONS:
+        part = parts / f"{section}.json"
+        part.unlink(missing_ok=True)
+        print(f"== {section}", file=sys.stderr, flush=True)
+        command = [
+            sys.executable,
+            "-m",
+            "scail2_rt.runtime.cli.main",
+            "bench",
+            section,
+            *arguments,
+            "--json",
+            str(part),
+        ]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        if part.is_file():
+            done.append(load(part))
+            merge(done).save(output)
+        if code:
+            failed.append(section)
+    if not done:
+        raise Scail2Error("no section of the benchmark produced a result; see the messages above.")
+    return merge(done), tuple(failed)
+
+
+def text_of(results: Results) -> str:
+    return f"{table(results.rows.values())}\n\n{goals_table(results)}"
+
+
+def last_line(results: Results, failed: Sequence[str], output: Path | None) -> str:
+    """The JSON object that ends a run's output."""
+    goals = {goal.key: status for goal, _, status in judged(results)}
+    document = {"config": results.config, "summary": summary(results), "goals": goals, "failed": list(failed)}
+    if output is not None:
+        document["json"] = str(output)
+    return json.dumps(document, ensure_ascii=False)

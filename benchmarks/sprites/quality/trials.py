@@ -1,0 +1,157 @@
+"""What `scail2-rt bench quality` tries: tasks, ways to run them, and the figures that judge an output.
+
+A trial is a case of the test split (characters, places and motions that training never saw) under a variant. Beside the
+tasks of `cases`, `swapped` binds each of two characters to the other's driving figure, `closeup` is replacement from a
+reference that the character fills, `long` runs over three segments and `longer` over five. What no model is needed for
+stands beside ours: repeating the reference, copying the driving video; and what no model can beat, the truth through
+the VAE.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scail2_rt.benchmarks.sprites.quality import metrics
+from scail2_rt.benchmarks.sprites.world import cases
+from scail2_rt.benchmarks.sprites.world.case_files import case_request
+from scail2_rt.benchmarks.sprites.world.cases import SIZE, SpriteCase, closeup, plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.raster import Picture, draw_picture
+from scail2_rt.runtime.core.geometry import Segment
+from scail2_rt.runtime.core.request import Request
+
+TASKS = (*cases.TASKS, "swapped", "closeup", "long")
+SEGMENT, OVERLAP = cases.FRAMES, 5
+STEP = SEGMENT - OVERLAP
+LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
+DRAWN_AS = {"swapped": "two", "closeup": "replace", "long": "animate", "longer": "animate"}
+SAMPLING: Mapping[str, Any] = {"solver": "unipc", "steps": 2, "shift": 3.0, "guidance": 1.0}
+OURS, ONE_REFERENCE, FITTED, CEILING = "ours", "one-reference", "fit-reference", "vae"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to run the same cases. options: fields of `Request` that differ from the usual ones."""
+
+    name: str
+    precision: str = "fp32"
+    attention: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Options that a request of this version does not have."""
+        return tuple(sorted(set(self.options) - {f.name for f in fields(Request)}))
+
+
+def variants(usual: Variant) -> tuple[Variant, ...]:
+    """One thing changed at a time; what would be the usual way again is left out. Solvers differ from three steps on,
+    so they are compared at six."""
+    precisions = [Variant(name, name, "auto", usual.options) for name in ("fp32", "bf16", "fp8")]
+    attentions = ("sdpa", "bf16", "8bit-bf16pv", "8bit")
+    changed = [Variant(f"fp8-{attention}", "fp8", attention, usual.options) for attention in attentions]
+    for key, values in (
+        ("guidance", (1.0, 3.0, 5.0)),
+        ("steps", (1, 2, 4, 6, 20, 40)),
+    ):
+        for value in values:
+            options = {**usual.options, key: value}
+            changed.append(Variant(f"{key}-{value:g}", usual.precision, usual.attention, options))
+    for solver in ("dpm++", "euler"):
+        options = {**usual.options, "solver": solver, "steps": 6}
+        changed.append(Variant(f"steps-6-{solver}", usual.precision, usual.attention, options))
+    same = (usual.precision, usual.attention, usual.options)
+    return tuple(v for v in (*precisions, *changed) if (v.precision, v.attention, v.options) != same)
+
+
+def long_variants(usual: Variant) -> tuple[Variant, ...]:
+    """Ways to hold a long clip together."""
+    ways: dict[str, dict[str, Any]] = {
+        "official": {},
+        "latents": {"history": "latents"},
+        "overlap-9": {"segment_overlap": 9},
+        "overlap-13": {"segment_overlap": 13},
+        "blend-4": {"overlap_blend": 4},
+        "anchor-first": {"anchor_color": "first"},
+        "anchor-previous": {"anchor_color": "previous"},
+    }
+    return tuple(
+        Variant(f"long-{name}", usual.precision, usual.attention, {**usual.options, **options})
+        for name, options in ways.items()
+    )
+
+
+def held_out_case(task: str, seed: int) -> SpriteCase:
+    """Held-out case number `seed` of a task of this module."""
+    frames = LENGTHS.get(task, cases.FRAMES)
+    plan = plan_case(DRAWN_AS.get(task, task), seed, "test", frames, swapped=task == "swapped")
+    return render_case(closeup(plan) if task == "closeup" else plan)
+
+
+def make_request(folder: Path, output: Path, seed: int, variant: Variant, **options: Any) -> Request:
+    """The request for a case folder under a variant; an existing output may be replaced."""
+    usual: dict[str, Any] = {"size": SIZE, "segment_length": SEGMENT, "segment_overlap": OVERLAP, "seed": seed}
+    return case_request(folder, output, **{**usual, **SAMPLING, **variant.options, **options, "overwrite": True})
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A case with what its outputs are compared with. scene: the truth without characters; shape: their silhouettes in
+    it; characters: bool [T, H, W], where the truth shows one."""
+
+    case: SpriteCase
+    scene: np.ndarray
+    shape: np.ndarray
+    characters: np.ndarray
+
+    @classmethod
+    def of(cls, case: SpriteCase) -> "Answer":
+        empty = Picture(case.plan.truth.parts[:, :0], case.plan.truth.background)
+        scene, _ = draw_picture(empty, *case.truth.shape[1:3])
+        return cls(case, scene, metrics.silhouette(case.truth, scene), case.labels > 0)
+
+    def score(self, output: np.ndarray) -> dict[str, float]:
+        """Figures of a video uint8 [T, H, W, 3]; `hidden_psnr` where the task hides something, `area` (of the
+        silhouettes, over the truth's) where the reference does not tell the size."""
+        truth, joints = self.case.truth, self.case.plan.joints
+        found = {
+            "psnr": metrics.psnr(output, truth),
+            "ssim": metrics.ssim(output, truth),
+            "character_psnr": metrics.psnr(output, truth, self.characters),
+            "colour_error": metrics.colour_error(output, truth, self.characters),
+            "shape_error": metrics.shape_error(metrics.silhouette(output, self.scene), self.shape),
+            "motion_px": metrics.motion_error(output, truth, joints),
+        }
+        if self.case.plan.task == "closeup":
+            found["area"] = float(metrics.silhouette(output, self.scene).sum() / self.shape.sum())
+        if self.case.hidden.any():
+            found["hidden_psnr"] = metrics.psnr(output, truth, self.case.hidden)
+        return {name: value for name, value in found.items() if not np.isnan(value)}
+
+    def follow(self, output: np.ndarray, segments: Iterable[Segment]) -> dict[str, float]:
+        """What becomes of a long clip: PSNR and colour error on the characters by frame, PSNR by segment, how both
+        drift from the first to the last segment, the change at the joins."""
+        plan = tuple(segments)
+        truth, characters = self.case.truth, self.characters
+        own = [slice(segment.start + segment.overlap, segment.valid_end) for segment in plan]
+        found = {
+            f"segment_{number}": metrics.psnr(output[part], truth[part], characters[part])
+            for number, part in enumerate(own, 1)
+        }
+        by_frame = metrics.frame_psnr(output, truth, characters)
+        colours = metrics.frame_colour(output, truth, characters)
+        seam, steady = metrics.seam_error(output, truth, tuple(part.start for part in own[1:]))
+        found |= {"drift_db": found[f"segment_{len(own)}"] - found["segment_1"], "seam": seam, "steady": steady}
+        found["colour_drift"] = np.nanmean(colours[own[-1]]) - np.nanmean(colours[own[0]])
+        found |= {f"frame_{t:03d}": value for t, value in enumerate(by_frame)}
+        found |= {f"colour_{t:03d}": value for t, value in enumerate(colours)}
+        return {name: float(value) for name, value in found.items() if not np.isnan(value)}
+
+
+# What needs no model.
+BASELINES: Mapping[str, Callable[[Answer], np.ndarray]] = {
+    "repeat-reference": lambda answer: np.broadcast_to(answer.case.reference, answer.case.truth.shape),
+    "copy-driving": lambda answer: answer.case.driving,
+}

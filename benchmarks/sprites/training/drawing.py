@@ -1,0 +1,76 @@
+"""Plans of many cases at once, drawn on the training device: planning in processes, drawing in large batches."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scail2_rt.benchmarks.sprites.world.cases import FRAMES, SIZE, CasePlan, Colours, plan_case
+from scail2_rt.benchmarks.sprites.world.figures import FIELDS, RA, RB
+from scail2_rt.benchmarks.sprites.world.raster import Picture, draw
+
+DRAWN_AT_ONCE = {"cpu": 256, "cuda": 2112}  # frames
+PLANS_A_JOB = 16
+
+
+def training_plan(task: str, seed: int, frames: int = FRAMES) -> CasePlan:
+    """Case number `seed` of the training set. Those of several characters come in pairs that differ in the driving
+    mask's colours and the answer alone: else the answers to the pictures are learnt by heart, not what colours mean."""
+    if task in ("two", "three"):
+        return plan_case(task, seed // 2, "train", frames, swapped=seed % 2 == 1)
+    return plan_case(task, seed, "train", frames)
+
+
+def _plan_some(task: str, seeds: range, frames: int) -> list[CasePlan]:
+    return [training_plan(task, seed, frames) for seed in seeds]
+
+
+def plan_many(requests: Sequence[tuple[str, range]], frames: int = FRAMES) -> Iterator[CasePlan]:
+    """Plans of every (task, seeds) of the training set, in order."""
+    jobs = [
+        (task, seeds[start : start + PLANS_A_JOB])
+        for task, seeds in requests
+        for start in range(0, len(seeds), PLANS_A_JOB)
+    ]
+    workers = max((os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1)), 1)
+    context = get_context("forkserver")
+    context.set_forkserver_preload([plan_case.__module__])  # imported once, not by every process of every call
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        tasks, seeds = zip(*jobs, strict=True)
+        for plans in pool.map(_plan_some, tasks, seeds, itertools.repeat(frames)):
+            yield from plans
+
+
+def draw_pictures(pictures: Sequence[Picture], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pictures of the same number of frames → image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W] on `device`."""
+    most = max(picture.parts.shape[1] for picture in pictures)
+    parts = torch.from_numpy(np.stack([_padded(picture.parts, most) for picture in pictures])).to(device)
+    background = np.stack([picture.background for picture in pictures]).astype(np.float32)
+    backgrounds = torch.from_numpy(background).to(device)
+    count, frames = parts.shape[:2]
+    at_once = DRAWN_AT_ONCE[device.type]
+    pairs = zip(parts.flatten(0, 1).split(at_once), backgrounds.flatten(0, 1).split(at_once), strict=True)
+    drawn = [draw(*pair, *SIZE) for pair in pairs]
+    image, labels = (torch.cat(tensors).unflatten(0, (count, frames)) for tensors in zip(*drawn, strict=True))
+    return image, labels
+
+
+def _padded(parts: np.ndarray, most: int) -> np.ndarray:
+    """With parts of negative radius, which cover nothing, up to `most`."""
+    padding = np.zeros((len(parts), most - parts.shape[1], FIELDS), np.float32)
+    padding[..., RA] = padding[..., RB] = -10
+    return np.concatenate([padding, parts.astype(np.float32)], axis=1)
+
+
+def paint(labels: Tensor, colours: Sequence[Colours]) -> Tensor:
+    """Labels [N, T, H, W] → mask images uint8 [N, T, 3, H, W]."""
+    table = torch.zeros(len(colours), max(map(len, colours)), 3, dtype=torch.uint8, device=labels.device)
+    for row, colour in zip(table, colours, strict=True):
+        row[: len(colour)] = torch.tensor(colour, dtype=torch.uint8)
+    rows = torch.arange(len(labels), device=labels.device)[:, None, None, None]
+    return table[rows, labels.long()].permute(0, 1, 4, 2, 3)

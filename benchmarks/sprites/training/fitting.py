@@ -1,0 +1,281 @@
+"""The training loop that VAE and transformer share: a budget of minutes or steps, several GPUs, and resumption.
+
+Batches are of a few kinds. On a GPU loss and gradients of each kind are recorded as a CUDA graph: launched from Python,
+the thousands of small kernels of a step take twice as long as they run.
+
+The learning rate warms up and falls along a cosine over the share of the budget that is spent, so a rented hour can be
+filled exactly; its clock starts when the graphs are recorded. A state file keeps weights, their moving average, the
+optimiser and the time spent; an interrupted training goes on from it and loses a minute at most. With `torchrun` every
+process draws its own batches and gradients are averaged.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scail2_rt.kernels.errors import InputError
+
+WARM_UP = 0.02  # share of the budget
+SAVE_EVERY_S = 60.0
+LOG_EVERY = 100
+AGREE_EVERY = 10  # steps between two looks at the clock, for which the processes wait for one another
+AVERAGE = 0.999
+MOMENTUM = 0.95  # Muon's
+Loss = Callable[[torch.Generator], Tensor]  # makes a batch with the generator, on its device
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Minutes of training, over all of its runs, or steps."""
+
+    minutes: float = 0.0
+    steps: int = 0
+
+    def spent(self, seconds: float, steps: int) -> float:
+        """Share of it, 0…1."""
+        return min(steps / self.steps if self.steps else seconds / (60 * self.minutes), 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """This process among those that train together (`torchrun`), and its device."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def here(cls) -> "Workers":
+        rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        if count > 1:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, count, device)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What convolutions are computed in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def part(self, seeds: range) -> range:
+        """This process's part of them; where there are more processes than seeds, the last one."""
+        mine = max(len(seeds) // self.count, 1)
+        first = min(self.rank * mine, len(seeds) - mine)
+        return seeds[first : first + mine]
+
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over all processes."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+            tensor /= self.count
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def agree(self, value: float) -> float:
+        """The first process's value, so that all stop at the same step."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(shared, 0)
+        return float(shared.item())
+
+
+def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW; `rate` is the peak of the learning rate."""
+    parameters = list(parameters)
+    fused = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` (`adjust_lr_fn="match_rms_adamw"`, no weight decay), all matrices of one shape in one batch:
+    one by one, the 72 of the transformer take longer than its gradients."""
+
+    def __init__(self, matrices: Iterable[nn.Parameter], rate: float) -> None:
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        super().__init__([{"params": alike} for alike in shapes.values()], {"lr": rate})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            matrices = group["params"]
+            gradient = torch.stack([matrix.grad for matrix in matrices])
+            momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(gradient))
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            update = orthogonal(gradient.lerp(momentum, MOMENTUM)).to(gradient.dtype)
+            rate = group["lr"] * 0.2 * math.sqrt(max(gradient.shape[1:]))
+            torch._foreach_add_(matrices, list(update.unbind()), alpha=-rate)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """[N, R, C] → bf16, with singular values near 1: five Newton-Schulz steps with Muon's coefficients."""
+    x = matrices.bfloat16()
+    x = x.mT if x.shape[1] > x.shape[2] else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+class Gradients:
+    """The gradients of all parameters in one tensor, `flat`, and what fills it: a loss of each kind of batch."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], losses: Sequence[Loss], generator: torch.Generator) -> None:
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=generator.device)
+        for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._losses, self._generator = losses, generator
+        self._recorded: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+        if generator.device.type == "cuda":
+            for kind in range(len(losses)):
+                self._recorded.append(self._record(kind))
+
+    def of(self, kind: int) -> Tensor:
+        """Fill `flat` from a new batch → its loss, to be read before the next call."""
+        if not self._recorded:
+            return self._compute(kind)
+        graph, value = self._recorded[kind]
+        graph.replay()
+        return value
+
+    def _compute(self, kind: int) -> Tensor:
+        self.flat.zero_()
+        value = self._losses[kind](self._generator)
+        value.backward()
+        return value.detach()
+
+    def _record(self, kind: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiles, plans and allocates what a recording must not
+            for _ in range(2):
+                self._compute(kind)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        pool = self._recorded[0][0].pool() if self._recorded else None
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL watches from another thread
+            value = self._compute(kind)
+        return graph, value
+
+
+def fit(
+    model: nn.Module,
+    losses: Sequence[Loss],
+    turn: Callable[[int], int],
+    optimisers: Sequence[torch.optim.Optimizer],
+    budget: Budget,
+    workers: Workers,
+    state_file: Path,
+    log_file: Path,
+    identity: str = "",
+) -> dict[str, Tensor]:
+    """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
+
+    losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
+    of the optimisers are their peaks. `identity` names what is learnt from; InputError where the state file is of
+    something else. Progress is appended to `log_file`, a JSON object a line, with the loss of all batches and of
+    each kind (0 where there was none)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    peaks = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
+    average = [p.detach().clone() for p in parameters]
+    steps, seconds = _resume(state_file, model, optimisers, average, identity)
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]  # resuming replaced them
+    generator = torch.Generator(workers.device).manual_seed(workers.rank + workers.count * steps)
+    gradients = Gradients(parameters, losses, generator)
+    began, saved = time.monotonic() - seconds, time.monotonic()
+    running, counts = torch.zeros(len(losses), device=workers.device), [0] * len(losses)
+    share = workers.agree(budget.spent(time.monotonic() - began, steps))
+    while share < 1:
+        height = min(share / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * share)) + 1e-3
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * height
+        kind = turn(steps)
+        running[kind] += gradients.of(kind)
+        counts[kind] += 1
+        workers.average(gradients.flat)
+        gradients.flat *= (1 / gradients.flat.norm()).clamp(max=1)
+        for optimiser in optimisers:
+            optimiser.step()
+        steps += 1
+        keep = min(AVERAGE, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - keep)
+        if budget.steps:
+            share = budget.spent(0, steps)
+        elif steps % AGREE_EVERY == 0:
+            share = workers.agree(budget.spent(time.monotonic() - began, steps))
+        if workers.rank == 0 and steps % LOG_EVERY == 0:
+            line = {"step": steps, "seconds": round(time.monotonic() - began, 1), "rate": round(height, 4)}
+            sums = running.tolist()
+            each = [round(value / max(count, 1), 4) for value, count in zip(sums, counts, strict=True)]
+            _append(log_file, {**line, "loss": round(sum(sums) / sum(counts), 6), "by kind": each})
+            running, counts = torch.zeros_like(running), [0] * len(losses)
+        if workers.rank == 0 and time.monotonic() - saved > SAVE_EVERY_S:
+            _save(state_file, model, optimisers, average, steps, time.monotonic() - began, identity)
+            saved = time.monotonic()
+    if workers.rank == 0:
+        _save(state_file, model, optimisers, average, steps, time.monotonic() - began, identity)
+        _append(log_file, {"step": steps, "seconds": round(time.monotonic() - began, 1), "workers": workers.count})
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {name: t.cpu() for name, t in zip(names, average, strict=True)}
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    print(f"{file.stem}: {line}", flush=True)
+
+
+def _save(
+    file: Path,
+    model: nn.Module,
+    optimisers: Sequence[torch.optim.Optimizer],
+    average: list[Tensor],
+    steps: int,
+    seconds: float,
+    identity: str,
+) -> None:
+    state = {
+        "model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "average": average,
+        "steps": steps, "seconds": seconds, "identity": identity,
+    }  # fmt: skip
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)
+
+
+def _resume(
+    file: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], average: list[Tensor], identity: str
+) -> tuple[int, float]:
+    """Steps and seconds that earlier runs spent; everything else is as they left it."""
+    if not file.is_file():
+        return 0, 0.0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if state["identity"] != identity:
+        raise InputError(
+            f"{file} is of another training ({state['identity']}, this one is {identity}): remove it, or give another "
+            "--work."
+        )
+    model.load_state_dict(state["model"])
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
+    for mine, theirs in zip(average, state["average"], strict=True):
+        mine.copy_(theirs)
+    return int(state["steps"]), float(state["seconds"])

@@ -1,0 +1,171 @@
+"""Train the VAE's decoder of a sprite checkpoint on with its transformer's answers.
+
+    python -m scail2_rt.benchmarks.sprites.training.train_decoder CHECKPOINT OUTPUT --work DIR
+
+The transformer errs more than the noise that the VAE learns with, and in a way of its own: where it is unsure of an
+edge it answers with a mean of latents, which no encoder makes. The decoder learns what pixels are the best guess then.
+The encoder stays, and with it what latents mean. Cases are new ones: the answers of those that were trained on are too
+good. Part of the latents are the truth's, so that a round trip stays sharp.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from scail2_rt.benchmarks.sprites.training.dataset import FRAMES_AT_ONCE, GROUPS, NEW_CASES, Encoding, group_requests
+from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, plan_many
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.model import Weights, digest, make_vae, write_checkpoint
+from scail2_rt.benchmarks.sprites.training.train import (
+    COUNT,
+    MINUTES,
+    SHORT_FRAMES,
+    check_new,
+    given_weights,
+    make_encoding,
+    pieces,
+)
+from scail2_rt.benchmarks.sprites.training.train_dit import folded_padding
+from scail2_rt.benchmarks.sprites.training.train_vae import folded_convolutions
+from scail2_rt.benchmarks.sprites.world.cases import FRAMES, CasePlan
+from scail2_rt.export.models.dit import DiT
+from scail2_rt.runtime.pipeline.preprocess import normalise_video
+from scail2_rt.runtime.pipeline.schedulers import TRAINING_STEPS
+
+WINDOW = (10, 8)  # rows and columns of latents, of what is decoded at once
+TRUE_SHARE = 0.1  # of the samples: latents of the truth
+CHARACTER_WEIGHT = 6.0
+RATE = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """latent [N, 16, F, h, w] of the transformer, true ones beside them; video uint8 [N, T, 3, 8h, 8w]; inside bool
+    [N, T, 8h, 8w]: where a character is."""
+
+    latent: Tensor
+    true: Tensor
+    video: Tensor
+    inside: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence["Answers"]) -> "Answers":
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def windows(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """→ latent [B, 16, F, *WINDOW], video [B, 3, T, h, w] in -1..1, inside [B, 1, T, h, w], anywhere."""
+        device = generator.device
+
+        def pick(low: int, high: int) -> Tensor:
+            return torch.randint(low, high, (size, 1), generator=generator, device=device)
+
+        chosen = pick(0, len(self.latent))[:, :, None]
+        sides = self.latent.shape[-2:]
+        first = [pick(0, side - part + 1) for side, part in zip(sides, WINDOW, strict=True)]
+        cells = [at + torch.arange(part, device=device) for at, part in zip(first, WINDOW, strict=True)]
+        pixels = [8 * at + torch.arange(8 * part, device=device) for at, part in zip(first, WINDOW, strict=True)]
+        latents = (chosen, slice(None), slice(None), cells[0][:, :, None], cells[1][:, None])
+        places = (chosen, slice(None), slice(None), pixels[0][:, :, None], pixels[1][:, None])
+        true = torch.rand(size, 1, 1, 1, 1, generator=generator, device=device) < TRUE_SHARE
+        answer, truth = (part[latents].permute(0, 3, 4, 1, 2).float() for part in (self.latent, self.true))
+        video = normalise_video(self.video[places].permute(0, 3, 4, 1, 2)).transpose(1, 2)
+        inside = self.inside[:, :, None][places].permute(0, 4, 3, 1, 2).float()
+        return torch.where(true, truth, answer), video, inside
+
+
+@torch.no_grad()
+def collect_answers(dit: DiT, encoding: Encoding, count: int, frames: int, workers: Workers) -> Answers:
+    """What the transformer makes in one step of pure noise, for `count` cases of all tasks, this process's part."""
+    own = workers.part(range(NEW_CASES, NEW_CASES + count))
+    generator = torch.Generator(encoding.device).manual_seed(workers.rank)
+    parts = []
+    for name in GROUPS:
+        plans = pieces(plan_many(group_requests(name, own), frames=frames), FRAMES_AT_ONCE // frames // 4)
+        with folded_convolutions(encoding.device):
+            parts += [_answers(dit, encoding, piece, name == "replace", generator) for piece in plans]
+    return Answers.join(parts)
+
+
+def _answers(
+    dit: DiT, encoding: Encoding, plans: Sequence[CasePlan], replace: bool, generator: torch.Generator
+) -> Answers:
+    device = encoding.device
+    stored = encoding.samples(plans)
+    samples = stored.take(torch.arange(len(plans), device=device))
+    noise = torch.randn(samples.latent.shape, generator=generator, device=device)
+    history = torch.zeros_like(noise[:, :4])
+    times = torch.full((len(plans),), float(TRAINING_STEPS), device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        velocity = dit(samples.inputs(noise, history, samples.text, replace), times)
+    video, labels = draw_pictures([plan.truth for plan in plans], device)
+    return Answers((noise - velocity.float()).to(stored.latent.dtype), stored.latent, video, labels > 0)
+
+
+def train_decoder(
+    kinds: Sequence[tuple[Answers, int]], start: Weights, budget: Budget, workers: Workers, work: Path, identity: str
+) -> Weights:
+    """kinds: answers and how many of them a step takes, in turn → the weights of a VAE whose encoder is that of
+    `start`."""
+    vae = make_vae(start, workers.compute).to(workers.device)
+    vae.requires_grad_(False)
+    trained = [*vae.decoder.requires_grad_(True).parameters(), *vae.conv2.requires_grad_(True).parameters()]
+
+    def loss(answers: Answers, size: int, generator: torch.Generator) -> Tensor:
+        latent, video, inside = answers.windows(size, generator)
+        weight = 1 + CHARACTER_WEIGHT * inside
+        return ((vae.decode_whole(latent) - video).square() * weight).mean() / weight.mean()
+
+    losses = [partial(loss, *kind) for kind in kinds]
+    with folded_convolutions(workers.device):
+        weights = fit(
+            vae, losses, lambda step: step % len(losses), [adam(trained, RATE)], budget, workers,
+            work / "decoder.state", work / "decoder.jsonl", identity,
+        )  # fmt: skip
+    return {**start, **weights}
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for the state and the log.")
+@click.option("--minutes", type=MINUTES, default=3.0, show_default=True)
+@click.option("--steps", default=0, help="Steps instead of minutes.")
+@click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
+@click.option("--cases", default=1_000, type=COUNT, show_default=True, help="Cases to learn from.")
+@click.option("--short-cases", default=4_000, type=COUNT, show_default=True, help="More cases, of 9 frames.")
+@click.option(
+    "--batch",
+    default=16,
+    type=COUNT,
+    show_default=True,
+    help="Cases a step and process, of short ones four times as many.",
+)
+def main(
+    checkpoint: Path, output: Path, work: Path, minutes: float, steps: int, frames: int, cases: int, short_cases: int,
+    batch: int,
+) -> None:  # fmt: skip
+    """Write CHECKPOINT, whose decoder knows the transformer's answers, to OUTPUT."""
+    check_new(output)
+    weights = given_weights(checkpoint)
+    work.mkdir(parents=True, exist_ok=True)
+    workers = Workers.here()
+    encoding = make_encoding(weights["vae"], workers)
+    dit = folded_padding(weights["dit"]).to(workers.device)
+    sets = ((cases, frames, batch), (short_cases, min(SHORT_FRAMES, frames), 4 * batch))
+    kinds = [(collect_answers(dit, encoding, count, length, workers), size) for count, length, size in sets]
+    begun = ", ".join(f"{part} {digest(tensors)}" for part, tensors in weights.items())
+    identity = f"{begun}, {cases} cases of {frames} frames and {short_cases} short ones"
+    print(f"answers: {identity}", flush=True)
+    vae = train_decoder(kinds, weights["vae"], Budget(minutes, steps), workers, work, identity)
+    if workers.rank == 0:
+        write_checkpoint(output, weights["dit"], vae)
+    workers.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Training the sprite transformer by flow matching, under the pipeline's exact conditioning.
+
+x_σ = (1-σ)·x₀ + σ·noise, the model predicts noise - x₀. In part of the samples the first latents are history: clean up
+to a little noise, marked in the history mask, not in the loss. In part the prompt is dropped, so that guidance has
+something to compare with. Mask colours are dealt anew in every sample. Half of the steps see short clips: they show
+twice the cases in the time, and what a frame should look like hardly depends on how many follow it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scail2_rt.benchmarks.sprites.training.dataset import TEXT_ROWS, Samples
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Muon, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.model import Weights, make_dit
+from scail2_rt.export.models.dit import CrossAttention, DiT, DiTInputs
+from scail2_rt.runtime.masks.palette import CHARACTERS
+from scail2_rt.runtime.pipeline.schedulers import TRAINING_STEPS
+
+RATE, MATRIX_RATE = 3e-3, 8e-3  # peaks, of AdamW and of Muon
+SHIFT = 6.0  # of the noise levels: what is shown is decided where there is most noise
+PURE = 0.5  # share of the samples that are nothing but noise: with less, who is where can be seen in the noisy answer
+HISTORY, HISTORY_LATENTS = 0.3, (1, 5)  # share of the samples; latents, from … to below: overlaps of 1 to 13 frames
+HISTORY_NOISE = 0.1  # its largest deviation on them
+DROPPED_TEXT = 0.1
+TURN = 0.6180339887  # multiples of it, without their whole part, fill 0…1 evenly
+CHARACTER_WEIGHT = 6.0
+PADDING_ROWS = 16  # behind the text, for all of the pipeline's
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Batches of one shape: what they are drawn from, how many samples they hold, their share of the steps."""
+
+    name: str
+    samples: Samples
+    replace: bool
+    size: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the transformer is given, at `times` [N]; the right answer [N, 16, F, h, w]; weights of its error [N, 1, F,
+    h, w]."""
+
+    inputs: DiTInputs
+    times: Tensor
+    velocity: Tensor
+    weight: Tensor
+
+
+class Batches:
+    """Draws samples of a kind, noise levels and history; → the loss of a model on them.
+
+    empty: encoding of an empty prompt [1, TEXT_ROWS, C]."""
+
+    def __init__(self, kinds: Sequence[Kind], empty: Tensor) -> None:
+        self.kinds, self.empty = kinds, empty
+        parts = torch.tensor([kind.share for kind in kinds])
+        self.bounds = (parts / parts.sum()).cumsum(0)
+
+    def turn(self, step: int) -> int:
+        """The number of a step's kind; over many steps each has its share."""
+        return min(int(torch.searchsorted(self.bounds, step * TURN % 1)), len(self.kinds) - 1)
+
+    def draw(self, kind: Kind, generator: torch.Generator) -> Batch:
+        device = generator.device
+        batch = kind.samples.take(torch.randint(len(kind.samples), (kind.size,), generator=generator, device=device))
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(kind.size, *shape, generator=generator, device=device)
+
+        def normal(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator, device=device)
+
+        batch = batch.recoloured(uniform(len(CHARACTERS)).argsort(1))
+        clean, even = batch.latent, uniform(1, 1, 1, 1)
+        sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
+        sigma = torch.where(uniform(1, 1, 1, 1) < PURE, torch.ones_like(sigma), sigma)
+        noise = normal(clean)
+        noisy = clean + sigma * (noise - clean)
+        kept = torch.randint(*HISTORY_LATENTS, (kind.size, 1, 1, 1, 1), generator=generator, device=device)
+        kept = kept.clamp(max=clean.shape[2] - 1) * (uniform(1, 1, 1, 1) < HISTORY)
+        frozen = (torch.arange(clean.shape[2], device=device).view(1, 1, -1, 1, 1) < kept).float()
+        frozen = frozen.expand_as(clean[:, :1])
+        history = clean + HISTORY_NOISE * uniform(1, 1, 1, 1) * normal(clean)
+        noisy = torch.lerp(noisy, history, frozen)
+        dropped = uniform(1, 1) < DROPPED_TEXT
+        text = torch.where(dropped, self.empty, batch.text)
+        inputs = batch.inputs(noisy, frozen.expand(-1, 4, -1, -1, -1), text, kind.replace)
+        weight = (1 + CHARACTER_WEIGHT * batch.weight[:, None]) * (1 - frozen)
+        return Batch(inputs, TRAINING_STEPS * sigma.flatten(), noise - clean, weight)
+
+    def loss(self, dit: DiT, kind: Kind, generator: torch.Generator) -> Tensor:
+        batch = self.draw(kind, generator)
+        with torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"):
+            velocity = dit(batch.inputs, batch.times)
+        error = (velocity.float() - batch.velocity).square() * batch.weight
+        return error.sum() / (batch.weight.sum() * error.shape[1])
+
+
+def train_dit(
+    batches: Batches, budget: Budget, workers: Workers, work: Path, identity: str, start: Weights | None, slower: float
+) -> Weights:
+    """start: weights to begin with, else random ones; slower: what the learning rates are divided by."""
+    dit = folded_padding(start).to(workers.device)
+    if workers.device.type == "cuda":
+        for block in dit.blocks:
+            block.compile(dynamic=False)
+    losses = [partial(batches.loss, dit, kind) for kind in batches.kinds]
+    state, log = work / "dit.state", work / "dit.jsonl"
+    matrices = [p for name, p in dit.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+    chosen = set(matrices)
+    others = [p for p in dit.parameters() if p not in chosen]
+    optimisers = [Muon(matrices, MATRIX_RATE / slower), adam(others, RATE / slower)]
+    return fit(dit, losses, batches.turn, optimisers, budget, workers, state, log, identity)
+
+
+def folded_padding(weights: Weights | None = None) -> DiT:
+    """A transformer that computes the same from `TEXT_ROWS` rows of text, faster: the rows that pad a prompt are alike,
+    so that a few stand for all of them, with the logarithm of how many each stands for on their scores."""
+    dit = make_dit(weights)
+    rows = dit.config.text_len - TEXT_ROWS
+    dit.config = replace(dit.config, text_len=TEXT_ROWS + PADDING_ROWS)
+    for module in dit.modules():
+        if isinstance(module, CrossAttention):
+            module.text_bias = F.pad(torch.full((PADDING_ROWS,), math.log(rows / PADDING_ROWS)), (TEXT_ROWS, 0))
+    return dit

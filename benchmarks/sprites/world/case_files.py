@@ -1,0 +1,71 @@
+"""Drawn cases as files: the official case folder, which `scail2-rt generate --case` reads, and the request for it.
+
+Beside the official files a folder holds the prompt and the additional references. Everything is lossless, so what the
+model sees is what was drawn. The driving clip has a tone whose pitch follows the height of the figure's joints: whoever
+plays the result hears whether sound and motion fit.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scail2_rt.benchmarks.sprites.world.cases import SpriteCase, plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.motions import FRAMES_PER_SECOND
+from scail2_rt.benchmarks.sprites.world.raster import UNITS
+from scail2_rt.runtime.core.case_folder import read_case
+from scail2_rt.runtime.core.request import Request
+from scail2_rt.runtime.media.lossless import SAMPLE_RATE, write_image, write_video
+
+FRAME_RATE = Fraction(FRAMES_PER_SECOND)
+SOME_SEED = 214  # red masks and figures of about one height, in both modes
+LOWEST_HZ, OCTAVES, LOUDNESS = 220.0, 3.0, 0.2
+MASKS = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}
+
+
+def write_case(case: SpriteCase, directory: Path, sound: bool = True) -> None:
+    """The case as a folder; files of an earlier one are replaced."""
+    directory.mkdir(parents=True, exist_ok=True)
+    images = {"ref": case.reference, "ref_mask": case.reference_mask}
+    for number, (image, mask) in enumerate(case.extras, 1):
+        images |= {f"extra_{number}": image, f"extra_{number}_mask": mask}
+    for name, pixels in images.items():
+        write_image(directory / f"{name}.png", pixels)
+    samples = motion_sound(case.plan.joints) if sound else None
+    write_video(directory / "rendered_v2.mp4", case.driving, FRAME_RATE, samples)
+    write_video(directory / MASKS[case.plan.mode], case.driving_mask, FRAME_RATE)
+    (directory / "prompt.txt").write_text(case.plan.prompt, encoding="utf-8")
+
+
+def draw_case(
+    directory: Path,
+    frames: int = 21,
+    height: int = 64,
+    width: int = 96,
+    replace_mode: bool = False,
+    audio: bool = True,
+) -> None:
+    """A case of any size, for whoever needs files and not a particular content."""
+    plan = plan_case("replace" if replace_mode else "animate", SOME_SEED, frames=frames)
+    write_case(render_case(plan, (height, width)), directory, audio)
+
+
+def case_request(directory: Path, output: Path, **options: Any) -> Request:
+    """The request for a folder of `write_case`, all its additional references included. `options`: fields of `Request`
+    that are not files."""
+    files = read_case(directory)
+    with_masks = sorted(directory.glob("extra_*_mask.png"))
+    extras = tuple((mask.with_name(mask.name.replace("_mask", "")), mask) for mask in with_masks)
+    prompt = (directory / "prompt.txt").read_text(encoding="utf-8")
+    given = {"prompt": prompt, "extra_refs": extras, "mode": files.mode, **options}
+    return Request(files.image, files.mask_image, files.driving, files.mask_video, output, **given)
+
+
+def motion_sound(joints: np.ndarray) -> np.ndarray:
+    """joints [T, J, 2] → mono samples of T frames: the higher the joints are on average, the higher the tone."""
+    frames = len(joints)
+    height = np.clip(1 - joints[..., 1].mean(1) / UNITS, 0, 1)
+    seconds = np.arange(SAMPLE_RATE * frames // FRAMES_PER_SECOND) / SAMPLE_RATE
+    pitch = LOWEST_HZ * 2 ** (OCTAVES * np.interp(seconds * FRAMES_PER_SECOND, np.arange(frames), height))
+    return LOUDNESS * np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE)

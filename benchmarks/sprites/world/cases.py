@@ -1,0 +1,295 @@
+"""Cases: what the model is given and what it should answer, for every task, deterministic from (split, task, seed).
+
+`plan_case` decides everything with a numpy generator and says it in parts and backgrounds; `render_case` draws it. The
+training set plans cases in the same way and draws them on a GPU. A driving figure and the character that it animates
+share joint angles, place and ground, not size or proportions: the answer keeps the character as its reference shows it.
+
+    animate    another person drives             mesh       a shaded body rendering drives
+    pose       a stick figure drives             animal     another animal drives
+    replace    the character takes the driving figure's place in the driving scene
+    two, three several characters, each bound to its driving figure by its mask colour
+    extra      a second reference shows the background behind the character, or the character's back
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scail2_rt.benchmarks.sprites.world.figures import (
+    AX,
+    AY,
+    BX,
+    BY,
+    RA,
+    RB,
+    Body,
+    Character,
+    make_character,
+    pose_body,
+)
+from scail2_rt.benchmarks.sprites.world.motions import HELD_OUT, PRACTISED, TRAINED, Motion, Random, make_motion, rest
+from scail2_rt.benchmarks.sprites.world.raster import (
+    BACKGROUND,
+    BLOBS,
+    FIRST_BLOB,
+    HORIZON,
+    PAN,
+    UNITS,
+    Picture,
+    black,
+    clay,
+    draw_picture,
+    make_picture,
+    skeleton,
+)
+from scail2_rt.runtime.masks.palette import CHARACTERS, PALETTE, RGB
+
+TASKS = ("animate", "pose", "mesh", "animal", "replace", "two", "three", "extra")
+SPLITS = ("train", "test")  # characters, places and motion parameters of other seeds; test has its own motions too
+SIZE = (128, 128)
+FRAMES = 33
+BLACK, WHITE = PALETTE["black"], PALETTE["white"]
+_VERBS = {
+    "walk": "walks", "dance": "dances", "wave": "waves", "jump": "jumps", "turn": "turns", "march": "walks fast",
+    "stretch": "stretches", "wag": "wags", "trot": "runs", "spin": "turns round",
+}  # fmt: skip
+# What an exercise is called, one as good as another: a new word for a motion shall not matter.
+_MOVES = ("moves", "moves fast", "plays", "works", "climbs", "skips", "boxes", "kicks", "swims", "bends", "exercises")
+Colours = tuple[RGB, ...]  # of a mask, by label: the background, then the characters
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A picture and the colours of its mask."""
+
+    picture: Picture
+    colours: Colours
+
+
+@dataclass(frozen=True, slots=True)
+class CasePlan:
+    """A case that has not been drawn. joints [T, characters · J, 2] of the answer; facing_away [T, characters]: the
+    character's back is seen; hides: what only an extra reference shows, "background", "back" or ""."""
+
+    task: str
+    seed: int
+    mode: str
+    prompt: str
+    reference: View
+    extras: tuple[View, ...]
+    driving: View
+    truth: Picture
+    joints: np.ndarray
+    facing_away: np.ndarray
+    hides: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SpriteCase:
+    """A drawn case. Images uint8 [H, W, 3], videos uint8 [T, H, W, 3]; labels uint8 [T, H, W]: 0 where the answer
+    shows no character, else its number; hidden bool [T, H, W]: what the first reference cannot tell."""
+
+    plan: CasePlan
+    reference: np.ndarray
+    reference_mask: np.ndarray
+    extras: tuple[tuple[np.ndarray, np.ndarray], ...]
+    driving: np.ndarray
+    driving_mask: np.ndarray
+    truth: np.ndarray
+    labels: np.ndarray
+    hidden: np.ndarray
+
+
+def plan_case(task: str, seed: int, split: str = "test", frames: int = FRAMES, swapped: bool = False) -> CasePlan:
+    """The case number `seed` of a task. `swapped`: of several characters the first has the colour of the last driving
+    figure, and so on; all else is that of the case."""
+    random = np.random.default_rng([SPLITS.index(split), TASKS.index(task), seed])
+    return _PLANS[task](_Draw(task, seed, split, frames, random, swapped))
+
+
+def closeup(plan: CasePlan) -> CasePlan:
+    """The same case from a reference that the character fills from edge to edge, so that its size says nothing."""
+    picture = plan.reference.picture
+    parts = picture.parts.copy()
+    x, y, radii = parts[..., [AX, BX]], parts[..., [AY, BY]], parts[..., [RA, RB]]
+    (left, right), (top, bottom) = (((at - radii).min(), (at + radii).max()) for at in (x, y))
+    grow = (UNITS - 4) / max(right - left, bottom - top)
+    parts[..., [AX, BX]] = (x - (left + right) / 2) * grow + UNITS / 2
+    parts[..., [AY, BY]] = (y - (top + bottom) / 2) * grow + UNITS / 2
+    parts[..., [RA, RB]] = radii * grow
+    return replace(plan, task="closeup", reference=replace(plan.reference, picture=replace(picture, parts=parts)))
+
+
+def render_case(plan: CasePlan, size: tuple[int, int] = SIZE) -> SpriteCase:
+    reference, reference_labels, reference_mask = _view(plan.reference, size)
+    extras = tuple((image[0], mask[0]) for image, _, mask in (_view(view, size) for view in plan.extras))
+    driving, _, driving_mask = _view(plan.driving, size)
+    truth, labels = draw_picture(plan.truth, *size)
+    hidden = np.zeros(labels.shape, bool)
+    if plan.hides == "background":
+        hidden = (labels < 1) & (reference_labels > 0)
+    elif plan.hides == "back":
+        hidden = (labels > 0) & np.expand_dims(plan.facing_away.any(1), (1, 2))
+    return SpriteCase(plan, reference[0], reference_mask[0], extras, driving, driving_mask, truth, labels, hidden)
+
+
+def _view(view: View, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """→ image, labels, mask."""
+    image, labels = draw_picture(view.picture, *size)
+    return image, labels, np.array(view.colours, np.uint8)[labels]
+
+
+@dataclass(slots=True)
+class _Draw:
+    """What the plans of all tasks draw from."""
+
+    task: str
+    seed: int
+    split: str
+    frames: int
+    random: Random
+    swapped: bool = False
+
+    def motion(self, species: str, names: tuple[str, ...] = ()) -> Motion:
+        """Some motion; in the test split every other case has one that was never trained on."""
+        usual = PRACTISED if self.split == "train" else (HELD_OUT, TRAINED)[self.seed % 2]
+        names = names or usual[species]
+        return make_motion(species, str(self.random.choice(names)), self.frames, self.random)
+
+    def scenery(self, pan: float = 0.0) -> np.ndarray:
+        """A background [T, BACKGROUND]; `pan`: how far it moves sideways."""
+        random, one = self.random, np.zeros(BACKGROUND)
+        one[:9] = random.uniform(0.15, 0.9, 9)
+        one[3:6] = np.clip(one[:3] + random.uniform(-0.2, 0.35, 3), 0.05, 1)
+        one[HORIZON] = random.uniform(70, 100)
+        for i in range(BLOBS):
+            start = FIRST_BLOB + 6 * i
+            one[start : start + 2] = random.uniform((-10, 8), (138, 85))
+            one[start + 2] = random.uniform(7, 24)
+            one[start + 3 : start + 6] = random.uniform(0.1, 0.95, 3)
+        every = np.tile(one, (self.frames, 1))
+        every[:, PAN] = pan * np.linspace(-0.5, 0.5, self.frames)
+        return every
+
+    def place(self, x: float = 64, spread: float = 14) -> tuple[np.ndarray, np.ndarray]:
+        """(x, ground) of a figure."""
+        random = self.random
+        return np.full(self.frames, x + random.uniform(-spread, spread)), np.full(self.frames, random.uniform(108, 122))
+
+    def at_ease(self, character: Character, label: int, x: float = 64, spread: float = 14, yaw: float = 0.0) -> Body:
+        """A character in its reference image."""
+        place, ground = self.place(x, spread)
+        return pose_body(character, rest(character.species, self.random, yaw), place[:1], ground[:1], label)
+
+    def colours(self, count: int, background: RGB) -> Colours:
+        return (background, *(PALETTE[CHARACTERS[i]] for i in self.random.permutation(len(CHARACTERS))[:count]))
+
+    def describe(self, character: Character, motion: Motion) -> str:
+        """Its part of the prompt."""
+        top, bottom = character.colours
+        article = "an" if top.startswith("o") else "a"
+        verb = str(self.random.choice(_MOVES)) if motion.name == "exercise" else _VERBS[motion.name]
+        if character.species == "animal":
+            return f"{article} {top} dog with {bottom} legs {verb}"
+        return f"a man in {article} {top} shirt and {bottom} trousers {verb}"
+
+    def finish(
+        self, mode: str, prompt: str, reference: View, driving: View, truth: Picture, bodies: list[Body],
+        motions: list[Motion], extras: tuple[View, ...] = (), hides: str = "",
+    ) -> CasePlan:  # fmt: skip
+        away = np.stack([np.cos(motion.yaw) < -0.3 for motion in motions], 1)
+        joints = np.concatenate([body.joints for body in bodies], 1)
+        return CasePlan(self.task, self.seed, mode, prompt, reference, extras, driving, truth, joints, away, hides)
+
+
+def _recoloured(colours: Colours, background: RGB) -> Colours:
+    """The same characters before another background."""
+    return (background, *colours[1:])
+
+
+def _single(draw: _Draw, species: str, style: Callable[[Body], Body] | None = None) -> CasePlan:
+    """One character, animated before the background of its reference."""
+    character, driver = (make_character(species, draw.random) for _ in range(2))
+    motion, (x, ground), scenery = draw.motion(species), draw.place(), draw.scenery()
+    colours = draw.colours(1, WHITE)
+    reference = View(make_picture([draw.at_ease(character, 1)], scenery[:1]), colours)
+    figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))
+    backdrop = draw.scenery() if style is None else black(draw.frames)
+    driving = View(make_picture([style(figure) if style else figure], backdrop), _recoloured(colours, BLACK))
+    truth = make_picture([body], scenery)
+    return draw.finish("animate", draw.describe(character, motion), reference, driving, truth, [body], [motion])
+
+
+def _replace(draw: _Draw) -> CasePlan:
+    species = "human" if draw.random.uniform() < 0.75 else "animal"
+    driver = make_character(species, draw.random)
+    character = make_character(species, draw.random, driver.height * draw.random.uniform(0.85, 1.18))
+    motion, (x, ground) = draw.motion(species), draw.place()
+    scenery = draw.scenery(draw.random.uniform(-20, 20))
+    colours = draw.colours(1, BLACK)
+    reference = View(make_picture([draw.at_ease(character, 1)], draw.scenery()[:1]), colours)
+    figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))
+    driving = View(make_picture([figure], scenery), _recoloured(colours, WHITE))
+    truth = make_picture([body], scenery)
+    return draw.finish("replace", draw.describe(character, motion), reference, driving, truth, [body], [motion])
+
+
+def _several(draw: _Draw, count: int) -> CasePlan:
+    """Characters in a row; the order of the driving figures is drawn apart from that in the reference."""
+    random, low, high = draw.random, *{2: (58, 68), 3: (46, 54)}[count]
+    middles = (np.arange(count) + 0.5) * 128 / count
+    characters, drivers = (
+        [make_character("human", random, random.uniform(low, high)) for _ in range(count)] for _ in range(2)
+    )
+    standing, acting = random.permutation(middles), random.permutation(middles)
+    motions = [draw.motion("human") for _ in range(count)]
+    places = [draw.place(middle, 12 / count) for middle in acting]
+    if draw.swapped:
+        drivers, motions, places = drivers[::-1], motions[::-1], places[::-1]
+    scenery, colours = draw.scenery(), draw.colours(count, WHITE)
+    rests = [draw.at_ease(who, i + 1, standing[i], 12 / count) for i, who in enumerate(characters)]
+    figures, bodies = (
+        [pose_body(who, motions[i], *places[i], i + 1) for i, who in enumerate(people)]
+        for people in (drivers, characters)
+    )
+    reference = View(make_picture(rests, scenery[:1]), colours)
+    drawn = figures[::-1] if draw.swapped else figures  # of two at the same depth the same one is in front
+    driving = View(make_picture(drawn, draw.scenery()), _recoloured(colours, BLACK))
+    prompt = " and ".join(draw.describe(*pair) for pair in zip(characters, motions, strict=True))
+    return draw.finish("animate", prompt, reference, driving, make_picture(bodies, scenery), bodies, motions)
+
+
+def _extra(draw: _Draw) -> CasePlan:
+    """The reference hides something that an extra one shows: what is behind the character, or its back."""
+    hides = ("background", "back")[draw.seed // 2 % 2]
+    character, driver = (make_character("human", draw.random) for _ in range(2))
+    motion = draw.motion("human", ("spin",) if hides == "back" else ())
+    (x, ground), scenery, colours = draw.place(), draw.scenery(), draw.colours(1, WHITE)
+    resting = draw.at_ease(character, 1)
+    if hides == "background":
+        centre = resting.joints[0].mean(0)
+        scenery[:, FIRST_BLOB : FIRST_BLOB + 3] = [centre[0], min(centre[1], 80), draw.random.uniform(14, 22)]
+        x = x + np.where(x > centre[0], 14, -14)  # the character leaves the place
+        extra = View(make_picture([], scenery[:1]), (WHITE, *colours[1:]))
+    else:
+        turned = draw.at_ease(character, 1, yaw=np.pi)
+        extra = View(make_picture([turned], draw.scenery()[:1]), (BLACK, *colours[1:]))
+    figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))
+    driving = View(make_picture([figure], draw.scenery()), _recoloured(colours, BLACK))
+    return draw.finish(
+        "animate", draw.describe(character, motion), View(make_picture([resting], scenery[:1]), colours), driving,
+        make_picture([body], scenery), [body], [motion], (extra,), hides,
+    )  # fmt: skip
+
+
+_PLANS: dict[str, Callable[[_Draw], CasePlan]] = {
+    "animate": lambda draw: _single(draw, "human"),
+    "pose": lambda draw: _single(draw, "human", skeleton),
+    "mesh": lambda draw: _single(draw, "human", clay),
+    "animal": lambda draw: _single(draw, "animal"),
+    "replace": _replace,
+    "two": lambda draw: _several(draw, 2),
+    "three": lambda draw: _several(draw, 3),
+    "extra": _extra,
+}

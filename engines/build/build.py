@@ -1,0 +1,315 @@
+"""Building an engine folder: checkpoint → weight store, tables, tokenizer, executors' artefacts, manifest.
+
+This module decides; `assemble` does. The order makes every interruption harmless: first what can be refused (backend,
+options, place, disk space, a folder of other weights), then the work, and the manifest last. With nothing to do a call
+answers from the manifest, without reading a weight. One folder holds one set of weights in one precision: anything
+else is refused by naming the fields that differ, and replaced only with `rebuild`; another executor adds its own files
+and leaves the rest alone.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scail2_rt.engines.build.assemble import Plan, assemble
+from scail2_rt.engines.registry import check_precision, choose_backend, default_precision, refuse_unbuildable
+from scail2_rt.engines.folder.journal import JOURNAL, Journal
+from scail2_rt.engines.folder.manifest import (
+    MANIFEST,
+    STAGES,
+    Identity,
+    LoRARecord,
+    Manifest,
+    build_command,
+    check_folder,
+    differences,
+    read_manifest,
+    write_manifest,
+)
+from scail2_rt.engines.observer import BuildObserver, BuildStep, SilentObserver
+from scail2_rt.engines.folder.sources import LORA_PART, file_groups, hash_sources
+from scail2_rt.engines.folder.weights import plan_store, planned_tensors
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.export.models.precision import Precision
+from scail2_rt.export.stages.definitions import stage_definitions
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
+    from scail2_rt.export.checkpoint.open import Checkpoint
+    from scail2_rt.export.checkpoint.lora import LoRAReport, LoRASpec
+    from scail2_rt.export.checkpoint.tensors import TensorSource
+
+__all__ = ["BuildObserver", "BuildReport", "BuildRequest", "BuildStep", "SilentObserver", "build", "choose_backend"]
+
+GRAPH_BYTES = 1 << 18  # room that one ONNX graph without weights may take, for the disk check
+DISK_MARGIN = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """What to build. precision None: the folder's, else what suits the hardware. components: parts of the checkpoint
+    that were named apart ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds. plan_options and
+    stages (shell patterns of the stages wanted) are for backend tensorrt alone."""
+
+    checkpoint: Path
+    output: Path
+    backends: tuple[str, ...] = ("auto",)
+    precision: str | None = None
+    loras: "tuple[LoRASpec, ...]" = ()
+    lora_partial: bool = False
+    rebuild: bool = False
+    components: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    plan_options: "PlanOptions | None" = None
+    stages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What a build did. backends: all that the folder now holds; added: those of this call; up_to_date: there was
+    nothing to do; resumed_steps: done by an interrupted call before."""
+
+    directory: str
+    backends: tuple[str, ...]
+    added: tuple[str, ...]
+    precision: str
+    up_to_date: bool
+    stages: int
+    weight_bytes: int
+    folder_bytes: int
+    wall_s: float
+    resumed_steps: int = 0
+    notes: tuple[str, ...] = ()
+    loras: "tuple[LoRAReport, ...]" = ()
+
+
+def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserver | None = None) -> BuildReport:
+    """Make or complete the engine folder `request.output` from an open checkpoint (which may lack components).
+
+    InputError: a backend or precision that cannot be had, a folder of other weights or options, a place that cannot be
+    written or has no room. Scail2Error: a weight that the precision cannot hold, a disk that fills up.
+    After an interruption of any kind the same call continues."""
+    started = time.monotonic()
+    noted = _Noted(observer or SilentObserver())
+    refuse_unbuildable([name for name in request.backends if name != "auto"])
+    directory = request.output.expanduser().absolute()
+    previous = _previous(directory, request.rebuild)
+    plan = _make_plan(request, directory, checkpoint, previous, noted)
+    if previous is None:
+        _check_room(plan)
+    added: tuple[str, ...] = ()
+    resumed = 0
+    try:
+        with _held(directory):
+            identity = _identity(plan, request, checkpoint, previous, noted)
+            if previous is not None:
+                _check_same(plan, request, previous, identity)
+            if previous is not None and set(plan.backends) <= set(previous.backends) and not plan.refreshed:
+                manifest = dataclasses.replace(previous, identity=identity)
+                if manifest != previous:  # files were moved or touched: their new names and times save a hash next time
+                    write_manifest(directory, manifest)
+                    Journal.load(directory).remove_if_idle()
+                noted.note(f"{directory} is up to date; there is nothing to do")
+            else:
+                done = assemble(plan, identity, previous, noted)
+                manifest, added, resumed = done.manifest, done.added, done.resumed_steps
+    except OSError as error:
+        raise _disk_error(error, directory) from error
+    return BuildReport(
+        directory=str(directory),
+        backends=manifest.backends,
+        added=added,
+        precision=plan.precision,
+        up_to_date=not added and not plan.refreshed,
+        stages=len(manifest.stages),
+        weight_bytes=plan.layout.size,
+        folder_bytes=sum(artefact.size for artefact in manifest.artefacts),
+        wall_s=time.monotonic() - started,
+        resumed_steps=resumed,
+        notes=tuple(noted.notes),
+        loras=getattr(plan.sources.get("dit"), "report", ()),
+    )
+
+
+class _Noted:
+    """The caller's observer, keeping the notes for the report."""
+
+    def __init__(self, observer: BuildObserver) -> None:
+        self._observer = observer
+        self.notes: list[str] = []
+        self.started, self.advanced, self.done = observer.started, observer.advanced, observer.done
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._observer.note(text)
+
+
+def _previous(directory: Path, rebuild: bool) -> Manifest | None:
+    """The manifest of a finished folder that is to be kept; refuses a place that is no engine folder."""
+    if not directory.exists():
+        return None
+    if not directory.is_dir():
+        raise InputError(f"the output {directory} is a file; name a folder with -o.")
+    if (directory / MANIFEST).exists():
+        return None if rebuild else read_manifest(directory)
+    if any(directory.iterdir()) and not (directory / JOURNAL).exists():
+        raise InputError(f"the output {directory} has other files in it; name a new or empty folder with -o.")
+    return None
+
+
+def _make_plan(
+    request: BuildRequest, directory: Path, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
+) -> Plan:
+    backends = _backends(request, observer)
+    precision = _precision(request, backends, previous, observer)
+    sources: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}
+    if request.loras:
+        from scail2_rt.export.checkpoint.lora import apply_loras
+
+        if "dit" not in sources:
+            raise InputError("a LoRA was given, but the checkpoint has no transformer to fuse it into.")
+        sources["dit"] = apply_loras(sources["dit"], request.loras, request.lora_partial)
+    definitions = stage_definitions(checkpoint.config)
+    tensors = planned_tensors(checkpoint.config, definitions, precision)
+    tokenizer = checkpoint.tokenizer
+    return Plan(
+        directory=directory,
+        config=checkpoint.config,
+        precision=precision,
+        backends=backends,
+        definitions=definitions,
+        tensors=tensors,
+        layout=plan_store(tensors),
+        sources=sources,
+        tokenizer=tokenizer / "tokenizer.json" if tokenizer is not None and tokenizer.is_dir() else tokenizer,
+        origin=str(request.checkpoint),
+        overrides={name: str(path) for name, path in request.components.items()},
+        lora_partial=request.lora_partial,
+        plan_options=request.plan_options,
+        patterns=request.stages,
+    )
+
+
+def _backends(request: BuildRequest, observer: _Noted) -> tuple[str, ...]:
+    chosen: list[str] = []
+    for requested in request.backends or ("auto",):
+        name, reason = choose_backend(requested)
+        if requested == "auto":
+            observer.note(f"backend {name}, because {reason}")
+        if name not in chosen:
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def _precision(
+    request: BuildRequest, backends: tuple[str, ...], previous: Manifest | None, observer: _Noted
+) -> Precision:
+    if request.precision is not None:
+        return check_precision(request.precision)
+    if previous is not None:
+        return previous.precision
+    precision, reason = default_precision(backends)
+    observer.note(f"precision {precision}, because {reason}")
+    return precision
+
+
+def _check_room(plan: Plan) -> None:
+    """InputError when the place cannot be written or the disk has too little room for what is still to come."""
+    place = plan.directory
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"the output {plan.directory} cannot be made: {place} cannot be written; choose another -o.")
+    needed = plan.layout.size + DISK_MARGIN
+    if "onnxruntime" in plan.backends:
+        needed += GRAPH_BYTES * len(plan.definitions)
+    stages = plan.directory / STAGES
+    if "tensorrt" in plan.backends:
+        from scail2_rt.engines.tensorrt_backend.builder import chosen_stages
+        from scail2_rt.engines.tensorrt_backend.plans import plan_path
+        from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_resources
+
+        check_machine(plan.precision)
+        wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
+        todo = [stage for stage in wanted if not plan_path(stages, stage).is_file()]
+        check_resources({stage: plan.stage_bytes(stage) for stage in todo}, plan.directory)
+    for file in stages.glob("*") if stages.is_dir() else ():
+        needed -= file.stat().st_blocks * 512  # continued, or replaced
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            f"the engine folder needs {needed / 2**30:.2f} GiB on the disk of {plan.directory}, which has "
+            f"{free / 2**30:.2f} GiB free; free some space or choose another folder with -o."
+        )
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """The folder, made if needed, locked against a second build; one that was made here and stays empty goes again."""
+    import fcntl
+
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another build is writing to {directory}; wait until it ends.") from None
+        yield
+    finally:
+        os.close(handle)
+        if made:
+            with contextlib.suppress(OSError):  # not empty: it is the folder that was asked for
+                directory.rmdir()
+
+
+def _identity(
+    plan: Plan, request: BuildRequest, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
+) -> Identity:
+    """Hashes of everything that the build reads; unchanged files are not read again."""
+    journal = Journal.load(plan.directory)
+    known = list(journal.hashed)
+    if previous is not None:
+        known += [*previous.identity.files, *(lora.file for lora in previous.loras)]
+    plain: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}  # without LoRA
+    groups = file_groups(plain, plan.tokenizer, [spec.path for spec in request.loras])
+    records = hash_sources(groups, plain, known, observer, journal.remember)
+    fused = [record for record in records if record.component == LORA_PART]
+    return Identity(
+        config=plan.config,
+        precision=plan.precision,
+        files=tuple(record for record in records if record.component != LORA_PART),
+        loras=tuple(LoRARecord(file, spec.strength) for file, spec in zip(fused, request.loras, strict=True)),
+    )
+
+
+def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity: Identity) -> None:
+    """InputError when the finished folder is not of this request, or is damaged."""
+    found = differences(previous, identity)
+    if found:
+        command = build_command(
+            plan.origin,
+            plan.directory,
+            plan.precision,
+            plan.backends,
+            [(str(spec.path), spec.strength) for spec in request.loras],
+            request.lora_partial,
+            plan.overrides,
+            rebuild=True,
+        )
+        listed = "; ".join(map(str, found))
+        raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
+    check_folder(plan.directory, previous, plan.definitions)
+
+
+def _disk_error(error: OSError, directory: Path) -> Scail2Error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = f"the disk of {directory} is full" if full else f"building {directory} failed: {error}"
+    return Scail2Error(f"{what}; finished steps are kept, and the same command continues when this is put right.")

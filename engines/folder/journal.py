@@ -1,0 +1,84 @@
+"""What unfinished work has done so far, so that the next call goes on from there.
+
+`.build.json` in an engine folder (a conversion and a download have one of their own) holds the fingerprint of the
+request, the steps that are on disk, and the hashes of source files that were made on the way. It is replaced atomically
+after each step and removed when the work is done. A journal of another request is worth nothing but its hashes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from scail2_rt.engines.folder.manifest import SourceFile, write_json
+
+JOURNAL = ".build.json"
+
+
+class Journal:
+    """The journal in one file; reading never fails: a damaged journal is an empty one."""
+
+    def __init__(self, path: Path, fingerprint: str = "", done: Iterable[str] = ()) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.done = list(done)
+        self.hashed: list[SourceFile] = []
+
+    @classmethod
+    def load(cls, directory: Path) -> "Journal":
+        """The journal of an engine folder."""
+        return cls.read(directory / JOURNAL)
+
+    @classmethod
+    def read(cls, path: Path) -> "Journal":
+        journal = cls(path)
+        try:
+            document = json.loads(journal.path.read_text())
+            journal.hashed = [SourceFile(**file) for file in document["hashed"]]
+            journal.done = [str(step) for step in document["done"]]
+            journal.fingerprint = str(document["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(journal.path)
+        return journal
+
+    def begin(self, fingerprint: str, afresh: bool = False) -> bool:
+        """Take up the request; False when the known steps are not of it (or not wanted) and are forgotten."""
+        same = fingerprint == self.fingerprint and not afresh
+        if not same:
+            self.fingerprint, self.done = fingerprint, []
+        self.save()
+        return same
+
+    def has(self, phase: str, step: str) -> bool:
+        return f"{phase}/{step}" in self.done
+
+    def add(self, phase: str, step: str) -> None:
+        self.done.append(f"{phase}/{step}")
+        self.save()
+
+    def forget(self, phase: str) -> None:
+        self.done = [step for step in self.done if not step.startswith(f"{phase}/")]
+        self.save()
+
+    def remember(self, file: SourceFile) -> None:
+        """Keep the hash of a source file."""
+        self.hashed.append(file)
+        self.save()
+
+    def save(self) -> None:
+        write_json(
+            self.path,
+            {
+                "fingerprint": self.fingerprint,
+                "done": self.done,
+                "hashed": [dataclasses.asdict(file) for file in self.hashed],
+            },
+        )
+
+    def remove_if_idle(self) -> None:
+        """Remove a journal that holds nothing but hashes: the manifest has them now."""
+        if not self.done:
+            self.remove()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

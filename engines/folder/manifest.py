@@ -1,0 +1,371 @@
+"""The manifest of an engine folder: everything that its engines depend on, and what lies in the folder.
+
+A folder is valid when it has a manifest; it is written last and atomically. Opening compares it with the definitions of
+the running version and with the files on disk; building compares it with what is asked for. A difference names the
+field, both values and the command that repairs it. Source files are hashed once: the hash is kept with size and
+modification time, and a file whose two have not changed is not read again.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from scail2_rt.export.models.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
+from scail2_rt.export.models.precision import PRECISIONS, Precision
+from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
+from scail2_rt.kernels.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STAGES = "stages"
+KERNELS = "kernels"  # what the GPU's kernels were compiled to; made anew when missing
+TABLES = "tables.safetensors"
+TOKENIZER = "tokenizer/tokenizer.json"
+_OPTIONS = {"umt5": "t5"}  # components whose command-line option has another name
+_CONFIGS: dict[str, Any] = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of the checkpoint. `path` is absolute, or "memory"; mtime_ns and size say when a hash is stale."""
+
+    component: str
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARecord:
+    """One fused LoRA file."""
+
+    file: SourceFile
+    strength: float
+
+    def __str__(self) -> str:
+        return f"{Path(self.file.path).name} (sha256 {self.file.sha256[:12]}) at strength {self.strength:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """Name and signature of a stage, in the types of the folder's precision, and the bytes of its weights."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorRecord:
+    """An executor built into the folder: library versions, and the GPU that it was built for, if any."""
+
+    backend: str
+    versions: dict[str, str]
+    gpu: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A file of the folder; `path` is relative to it."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What decides the weights of a folder: one folder, one identity."""
+
+    config: ModelConfig
+    precision: Precision
+    files: tuple[SourceFile, ...]
+    loras: tuple[LoRARecord, ...] = ()
+
+    @property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """Component → SHA-256 of its files."""
+        found: dict[str, tuple[str, ...]] = {}
+        for file in self.files:
+            found[file.component] = (*found.get(file.component, ()), file.sha256)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    identity: Identity
+    checkpoint: str
+    overrides: dict[str, str]
+    lora_partial: bool
+    executors: tuple[ExecutorRecord, ...]
+    stages: tuple[StageRecord, ...]
+    artefacts: tuple[Artefact, ...]
+    created_by: str = "scail2-rt"
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.identity.config
+
+    @property
+    def precision(self) -> Precision:
+        return self.identity.precision
+
+    @property
+    def loras(self) -> tuple[LoRARecord, ...]:
+        return self.identity.loras
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return tuple(executor.backend for executor in self.executors)
+
+
+class Difference(NamedTuple):
+    """A field in which a folder is not what is asked for."""
+
+    field: str
+    have: str
+    want: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: the folder has {self.have}, asked for is {self.want}"
+
+
+def differences(manifest: Manifest, wanted: Identity) -> list[Difference]:
+    """Every field in which the folder's identity differs from the wanted one; empty when they agree."""
+    have = manifest.identity
+    found = []
+    if have.precision != wanted.precision:
+        found.append(Difference("precision", have.precision, wanted.precision))
+    mine, theirs = _flat(have.config), _flat(wanted.config)
+    for field in mine | theirs:
+        if mine.get(field, "none") != theirs.get(field, "none"):
+            found.append(Difference(f"model.{field}", mine.get(field, "none"), theirs.get(field, "none")))
+    for part in have.sources | wanted.sources:
+        if have.sources.get(part) != wanted.sources.get(part):
+            found.append(Difference(f"sources.{part}", _files(have, part), _files(wanted, part)))
+    if [(r.file.sha256, r.strength) for r in have.loras] != [(r.file.sha256, r.strength) for r in wanted.loras]:
+        found.append(Difference("loras", _loras(have.loras), _loras(wanted.loras)))
+    return found
+
+
+def _flat(config: ModelConfig) -> dict[str, str]:
+    return {
+        f"{part}.{field}": str(value)
+        for part, fields in dataclasses.asdict(config).items()
+        for field, value in (fields or {}).items()
+    }
+
+
+def _files(identity: Identity, component: str) -> str:
+    files = [file for file in identity.files if file.component == component]
+    return ", ".join(f"{Path(f.path).name} (sha256 {f.sha256[:12]}, {f.size} bytes)" for f in files) or "none"
+
+
+def _loras(loras: Iterable[LoRARecord]) -> str:
+    return " + ".join(map(str, loras)) or "none"
+
+
+def describe_command(manifest: Manifest, directory: Path, backend: str | None = None) -> str:
+    """The command that rebuilds this folder, or that adds `backend` to it."""
+    return build_command(
+        manifest.checkpoint,
+        directory,
+        manifest.precision,
+        (backend,) if backend else manifest.backends,
+        [(lora.file.path, lora.strength) for lora in manifest.loras],
+        manifest.lora_partial,
+        manifest.overrides,
+        rebuild=backend is None,
+    )
+
+
+def build_command(
+    checkpoint: str,
+    directory: Path,
+    precision: str,
+    backends: Iterable[str],
+    loras: Iterable[tuple[str, float]] = (),
+    lora_partial: bool = False,
+    overrides: Mapping[str, str] | None = None,
+    rebuild: bool = False,
+) -> str:
+    """A `scail2-rt build-engines` command line, quoted for a shell."""
+    words = ["scail2-rt", "build-engines", checkpoint]
+    for component, path in (overrides or {}).items():
+        words += [f"--{_OPTIONS.get(component, component)}", path]
+    words += ["-o", str(directory), "--precision", precision]
+    for lora, strength in loras:
+        words += ["--lora", f"{lora}:{strength:g}"]
+    words += ["--lora-partial"] if lora_partial else []
+    for name in backends:
+        words += ["--backend", name]
+    return shlex.join([*words, "--rebuild"] if rebuild else words)
+
+
+def check_folder(directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition]) -> None:
+    """InputError when a stage or a file is not what the manifest and this version say."""
+    fault = _stage_fault(manifest, definitions) or _file_fault(directory, manifest)
+    if fault is not None:
+        raise InputError(
+            f"{directory} does not match: {fault}. Rebuild it with: {describe_command(manifest, directory)}"
+        )
+
+
+def _stage_fault(manifest: Manifest, definitions: Mapping[str, StageDefinition]) -> str | None:
+    have = {stage.name: stage for stage in manifest.stages}
+    for name in have.keys() | definitions.keys():
+        if (name in have) != (name in definitions):
+            return f"stages: {name} is {'unknown to this version' if name in have else 'missing from the manifest'}"
+    for name, definition in definitions.items():
+        inputs, outputs = definition.io(definition.numerics(manifest.precision))
+        for field, mine, wanted in (
+            ("inputs", have[name].inputs, inputs),
+            ("outputs", have[name].outputs, outputs),
+        ):
+            if mine != wanted:
+                return f"{field} of stage {name}: the manifest has {_show(mine)}, this version needs {_show(wanted)}"
+    return None
+
+
+def _show(specs: Iterable[TensorSpec]) -> str:
+    return ", ".join(f"{s.name} {_dtype_name(s.dtype)} [{', '.join(map(str, s.dims))}]" for s in specs)
+
+
+def _file_fault(directory: Path, manifest: Manifest) -> str | None:
+    for artefact in manifest.artefacts:
+        path = directory / artefact.path
+        if not path.is_file():
+            return f"file {artefact.path}: the manifest has {artefact.size} bytes, the file is missing"
+        if path.stat().st_size != artefact.size:
+            return f"file {artefact.path}: the manifest has {artefact.size} bytes, the file has {path.stat().st_size}"
+    return None
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a folder; InputError when there is none, or it is damaged or of another format version."""
+    path = directory / MANIFEST
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"{directory} is not a finished engine folder: it has no {MANIFEST}; build it with "
+            f"scail2-rt build-engines CHECKPOINT -o {shlex.quote(str(directory))}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}; {_rebuild_hint(directory)}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: field format_version is {version}, this version of scail2-rt needs {FORMAT_VERSION}; "
+            f"{_rebuild_hint(directory)}"
+        )
+    try:
+        return _decode(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {_reason(error)}; {_rebuild_hint(directory)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _rebuild_hint(directory: Path) -> str:
+    return f"rebuild with scail2-rt build-engines CHECKPOINT -o {shlex.quote(str(directory))} --rebuild"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write atomically: the folder is valid from this moment on."""
+    write_json(directory / MANIFEST, encode(manifest))
+
+
+def write_json(path: Path, document: object) -> None:
+    """Replace a file atomically; it survives a crash of the machine."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        json.dump(document, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def encode(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as a JSON document."""
+    identity = manifest.identity
+    return {
+        "format_version": manifest.format_version,
+        "created_by": manifest.created_by,
+        "checkpoint": manifest.checkpoint,
+        "overrides": manifest.overrides,
+        "precision": identity.precision,
+        "model": dataclasses.asdict(identity.config),
+        "sources": [dataclasses.asdict(file) for file in identity.files],
+        "loras": [dataclasses.asdict(lora) for lora in identity.loras],
+        "lora_partial": manifest.lora_partial,
+        "executors": [dataclasses.asdict(executor) for executor in manifest.executors],
+        "stages": [_encode_stage(stage) for stage in manifest.stages],
+        "artefacts": [dataclasses.asdict(artefact) for artefact in manifest.artefacts],
+    }
+
+
+def _encode_stage(stage: StageRecord) -> dict[str, Any]:
+    def specs(tensors: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+        return [{"name": t.name, "dtype": _dtype_name(t.dtype), "dims": list(t.dims)} for t in tensors]
+
+    return {
+        "name": stage.name,
+        "inputs": specs(stage.inputs),
+        "outputs": specs(stage.outputs),
+        "weight_bytes": stage.weight_bytes,
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _decode(document: dict[str, Any]) -> Manifest:
+    if document["precision"] not in PRECISIONS:
+        raise ValueError(f"field precision is {document['precision']!r}, known are {', '.join(PRECISIONS)}")
+    identity = Identity(
+        config=_decode_config(document["model"]),
+        precision=document["precision"],
+        files=tuple(SourceFile(**file) for file in document["sources"]),
+        loras=tuple(LoRARecord(SourceFile(**lora["file"]), lora["strength"]) for lora in document["loras"]),
+    )
+    return Manifest(
+        identity=identity,
+        checkpoint=document["checkpoint"],
+        overrides=dict(document["overrides"]),
+        lora_partial=document["lora_partial"],
+        executors=tuple(ExecutorRecord(**executor) for executor in document["executors"]),
+        stages=tuple(_decode_stage(stage) for stage in document["stages"]),
+        artefacts=tuple(Artefact(**artefact) for artefact in document["artefacts"]),
+        created_by=document["created_by"],
+    )
+
+
+def _decode_config(model: dict[str, Any]) -> ModelConfig:
+    def part(name: str) -> Any:
+        fields = model.get(name)
+        if fields is None:
+            return None
+        return _CONFIGS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    return ModelConfig(**{name: part(name) for name in _CONFIGS})
+
+
+def _decode_stage(stage: dict[str, Any]) -> StageRecord:
+    def specs(tensors: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(t["name"], getattr(torch, t["dtype"]), tuple(t["dims"])) for t in tensors)
+
+    return StageRecord(stage["name"], specs(stage["inputs"]), specs(stage["outputs"]), stage["weight_bytes"])

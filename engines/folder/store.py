@@ -1,0 +1,242 @@
+"""The weight store: every tensor of every stage in one safetensors file, shared by all executors of an engine folder.
+
+The file is written in place. All names, types and shapes are known before a weight is read (stage modules on the meta
+device), so the header comes first and each tensor has its final offset; a build that is interrupted leaves a `.partial`
+file whose finished stages stay valid. Tensors lie in descending element size, then stage order: no holes (the format
+forbids them) and every tensor is aligned to its element size. The header is padded so that data starts on a page.
+ONNX files point into the store by absolute offset. Reading is a read-only shared mapping: no copy, and no commit
+charge, so a store larger than the memory of the machine can be opened.
+"""
+
+import json
+import mmap
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from scail2_rt.kernels.errors import InputError
+
+STORE_NAME = "weights.safetensors"
+PAGE = 4096
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class Location(NamedTuple):
+    """Where one tensor lies: absolute file offset and length in bytes, element type, shape."""
+
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class TensorShape(NamedTuple):
+    """Type and shape of a tensor that is still to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class StoreLayout:
+    """Names to locations, in file order, and the header that says so."""
+
+    def __init__(self, locations: Mapping[str, Location], header: bytes) -> None:
+        self._locations = dict(locations)
+        self.header = header
+
+    @classmethod
+    def plan(cls, tensors: Mapping[str, TensorShape], metadata: Mapping[str, str] | None = None) -> "StoreLayout":
+        """Lay out `tensors` (in stage order). Deterministic: equal tensors and metadata give an equal file."""
+        order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: stage order within a size
+        entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        relative: dict[str, Location] = {}
+        end = 0
+        for name, tensor in order:
+            relative[name] = Location(end, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
+            entries[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + tensor.nbytes],
+            }
+            end += tensor.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % PAGE)
+        header = len(text).to_bytes(8, "little") + text
+        moved = {name: place._replace(offset=place.offset + len(header)) for name, place in relative.items()}
+        return cls(moved, header)
+
+    @classmethod
+    def read(cls, path: Path) -> "StoreLayout":
+        """The layout of a file on disk; InputError when it is no safetensors file or is cut short."""
+        try:
+            actual = path.stat().st_size
+            with path.open("rb") as file:
+                prefix = file.read(8)
+                header = prefix + file.read(min(int.from_bytes(prefix, "little"), actual))
+            entries = json.loads(header[8:])
+            locations = {
+                name: Location(
+                    offset=len(header) + entry["data_offsets"][0],
+                    length=entry["data_offsets"][1] - entry["data_offsets"][0],
+                    dtype=_DTYPES[entry["dtype"]],
+                    shape=tuple(entry["shape"]),
+                )
+                for name, entry in entries.items()
+                if name != "__metadata__"
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read as a weight store: {error}; rebuild the engine folder.") from error
+        layout = cls(dict(sorted(locations.items(), key=lambda item: item[1].offset)), header)
+        if actual != layout.size:
+            raise InputError(f"{path} has {actual} bytes, its header says {layout.size}; rebuild the engine folder.")
+        return layout
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._locations)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return max((place.offset + place.length for place in self._locations.values()), default=len(self.header))
+
+    def location(self, name: str) -> Location:
+        """(offset, length, dtype, shape) of a tensor; InputError when the store has no such tensor."""
+        try:
+            return self._locations[name]
+        except KeyError:
+            raise InputError(f"the weight store has no tensor {name}; rebuild the engine folder.") from None
+
+    def stage_bytes(self, stage: str) -> int:
+        """Bytes of all tensors called `<stage>.…`."""
+        return sum(place.length for name, place in self._locations.items() if name.startswith(f"{stage}."))
+
+
+class StoreWriter:
+    """Writes tensors at their places in `<path>.partial`; `finish()` gives the file its name.
+
+    A partial file with the same header is continued, any other is started afresh; `resumed` says which."""
+
+    def __init__(self, path: Path, layout: StoreLayout) -> None:
+        self.path, self.layout = path, layout
+        self.partial = path.with_name(path.name + ".partial")
+        self.resumed = self._matches()
+        self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
+        if not self.resumed:
+            os.ftruncate(self._file, 0)
+            os.ftruncate(self._file, layout.size)
+            _write_at(self._file, memoryview(layout.header), 0)
+
+    def _matches(self) -> bool:
+        if not self.partial.is_file() or self.partial.stat().st_size != self.layout.size:
+            return False
+        with self.partial.open("rb") as file:
+            return file.read(len(self.layout.header)) == self.layout.header
+
+    def write(self, name: str, data: Tensor, start: int = 0) -> None:
+        """Write `data` (any shape, of the tensor's type) from element `start` of the tensor `name` on."""
+        place = self.layout.location(name)
+        first = start * place.dtype.itemsize
+        if data.dtype != place.dtype or first + data.nbytes > place.length:
+            raise ValueError(f"{name}: {data.dtype} {tuple(data.shape)} at element {start} does not fit {place}")
+        raw = data.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        _write_at(self._file, raw.data, place.offset + first)
+
+    def flush(self) -> None:
+        """What was written survives a crash of the machine from here on."""
+        os.fsync(self._file)
+
+    def finish(self) -> None:
+        self.flush()
+        self.close()
+        os.replace(self.partial, self.path)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    """pwrite until all is written: one call moves at most 2 GiB."""
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+class WeightStore(Protocol):
+    """Where engines find weights."""
+
+    layout: StoreLayout
+
+    def get(self, name: str) -> Tensor: ...
+
+    def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+class StoreReader:
+    """A store mapped read-only. Tensors are views of the mapping: they must never be written to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.layout = StoreLayout.read(path)
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = os.dup(file.fileno())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and says so
+            self._bytes: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, on the CPU, without a copy."""
+        place = self.layout.location(name)
+        if self._bytes is None:
+            raise ValueError(f"{self.path} was closed")
+        return self._bytes[place.offset : place.offset + place.length].view(place.dtype).view(place.shape)
+
+    def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]:
+        """Parameter name → tensor of one stage."""
+        return {parameter: self.get(f"{name}.{parameter}") for parameter in parameters}
+
+    def read_into(self, name: str, start: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of a tensor from its byte `start` on, by reading the file: touching a fresh
+        mapping page by page is slower. InputError when the file has become shorter."""
+        offset = self.layout.location(name).offset + start
+        while target:
+            count = os.preadv(self._file, [target], offset)
+            if count == 0:
+                raise InputError(f"{self.path} ends before the tensor {name}; rebuild the engine folder.")
+            target, offset = target[count:], offset + count
+
+    def close(self) -> None:
+        """Drop the mapping; it is unmapped when the last tensor taken from it is gone."""
+        if self._bytes is not None:
+            os.close(self._file)
+        self._bytes = None

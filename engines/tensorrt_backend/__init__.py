@@ -1,0 +1,1 @@
+"""Stages in TensorRT: building plans and running them."""

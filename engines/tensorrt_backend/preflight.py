@@ -1,0 +1,162 @@
+"""What a machine must have before plans are built on it, asked before any work is done.
+
+Each refusal is one sentence with what is needed, what is there and what to do. Disk, host and GPU memory are estimated
+from the bytes of the stages' weights: a plan holds them once, and TensorRT needs up to four times the largest stage's
+weights in host memory while it builds.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from scail2_rt.engines.folder.manifest import ExecutorRecord
+from scail2_rt.engines.tensorrt_backend.library import require_library
+from scail2_rt.engines.tensorrt_backend.plans import Environment
+from scail2_rt.export.models.precision import Precision
+from scail2_rt.kernels.errors import InputError
+
+SMALLEST_CAPABILITY = (8, 0)  # bf16 GEMMs
+FP8_CAPABILITY = (8, 9)
+HOST_FACTOR = 4
+PLAN_FACTOR = 1.15  # of a stage's weights: they are padded and come with kernels
+PLAN_BYTES = 8 << 20  # of a plan without weights
+SCRATCH_BYTES = 1 << 30  # GPU memory that a build needs beside two copies of the weights
+GIB = 1 << 30
+CGROUP_FILES = (  # limit and use, of version 2 and of version 1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """The GPU that a build would use."""
+
+    name: str
+    capability: tuple[int, int]
+    free_bytes: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} (sm{self.capability[0]}{self.capability[1]})"
+
+
+def find_gpu() -> GpuFacts | None:
+    """The current CUDA device, or None on a machine without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    major, minor = torch.cuda.get_device_capability()
+    return GpuFacts(torch.cuda.get_device_name(), (major, minor), free)
+
+
+def check_machine(precision: Precision | None = None) -> Environment:
+    """TensorRT and GPU for a build. InputError when either is missing, too old, or cannot do the precision."""
+    version = require_library()
+    gpu = find_gpu()
+    if gpu is None:
+        raise InputError(
+            "backend tensorrt builds its plans on the GPU that runs them, and PyTorch finds no CUDA GPU on this "
+            "machine; use a machine with one, or --backend onnxruntime here."
+        )
+    if gpu.capability < SMALLEST_CAPABILITY:
+        raise InputError(
+            f"backend tensorrt needs a GPU of compute capability 8.0 or newer, and this is {gpu.text}; "
+            "use --backend torch."
+        )
+    if precision == "fp8" and gpu.capability < FP8_CAPABILITY:
+        raise InputError(
+            f"precision fp8 needs a GPU of compute capability 8.9 or newer, and this is {gpu.text}; "
+            "use --precision bf16."
+        )
+    return Environment(version, gpu.text)
+
+
+def check_place(record: ExecutorRecord, remedy: str) -> None:
+    """InputError when a folder's plans were built by another TensorRT or on another GPU than are here. `remedy`: the
+    command that builds them again."""
+    here = check_machine()
+    for field, have, want in (
+        ("executors.tensorrt.versions.tensorrt", record.versions.get("tensorrt"), here.tensorrt),
+        ("executors.tensorrt.gpu", record.gpu, here.gpu),
+    ):
+        if have != want:
+            raise InputError(
+                f"{field}: the plans were built with {have}, and this machine has {want}; plans run only where "
+                f"they were built. Build them again with: {remedy}"
+            )
+
+
+def check_resources(stage_bytes: Mapping[str, int], directory: Path) -> None:
+    """InputError without room for the plans of these stages (name → bytes of weights): disk, host and GPU memory."""
+    if not stage_bytes:
+        return
+    largest = max(stage_bytes, key=lambda name: stage_bytes[name])
+    size = stage_bytes[largest]
+    disk = sum(int(weights * PLAN_FACTOR) + PLAN_BYTES for weights in stage_bytes.values())
+    place = directory
+    while not place.exists():
+        place = place.parent
+    _enough(
+        f"the plans of {len(stage_bytes)} stages need",
+        disk,
+        shutil.disk_usage(place).free,
+        f"on the disk of {directory}",
+        "free some space, or choose another folder with -o",
+    )
+    what = f"building the stage {largest} ({size / GIB:.2f} GiB of weights) needs"
+    _enough(
+        what,
+        HOST_FACTOR * size,
+        host_memory(),
+        "of host memory",
+        "close other programs, or add swap; the build goes on where it stopped",
+    )
+    gpu = find_gpu()
+    if gpu is not None:
+        _enough(what, 2 * size + SCRATCH_BYTES, gpu.free_bytes, "of GPU memory", "end what else runs on the GPU")
+
+
+def _enough(what: str, needed: int, have: int, where: str, remedy: str) -> None:
+    if have < needed:
+        raise InputError(f"{what} {needed / GIB:.2f} GiB {where}, and {have / GIB:.2f} GiB are free; {remedy}.")
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that a process may still take: what the system has available, within the limit of the
+    container. `root` is where proc and sys are found."""
+    available = _meminfo(root / "proc/meminfo")
+    if available is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    group = root / "sys/fs/cgroup"
+    for limit, used in CGROUP_FILES:
+        try:
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        available = min(available, max(left + _cache_bytes(group / limit), 0))
+    return available
+
+
+def _meminfo(path: Path) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def _cache_bytes(limit: Path) -> int:
+    """Bytes of files that the container holds in memory and would give back."""
+    try:
+        entries = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(entries.get("inactive_file", 0)) + int(entries.get("active_file", 0))

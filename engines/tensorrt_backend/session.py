@@ -1,0 +1,192 @@
+"""What all TensorRT engines of a process share on one device: the runtime, its messages, scratch memory and a stream.
+
+Stages never overlap on a stream, so the largest one's activations are all the scratch there is: one block, grown when
+a larger stage is loaded. Memory that a CUDA graph has recorded is never given back before the session closes, because
+the graph would go on using it. TensorRT must not run on the default stream (it would synchronise with it on every
+call); when the caller is on it, work goes to a stream of the session's own, ordered before and after.
+`CudaDevice` is all that is known of CUDA here; the tests put a device of their own in its place.
+"""
+
+import contextlib
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from scail2_rt.engines.tensorrt_backend.library import (
+    ErrorList,
+    error_recorder,
+    process_log,
+    process_logger,
+    require_library,
+)
+from scail2_rt.kernels.errors import InputError, Scail2Error
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+ALIGNMENT = 256  # of scratch and of what engines read and write, in bytes
+
+
+class Device(Protocol):
+    """Where engines run."""
+
+    torch_device: torch.device
+
+    def stream(self) -> contextlib.AbstractContextManager[int]:
+        """The handle of a stream that is not the default one; work on it lies, for the caller, between what it did
+        before and what it does after."""
+        ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor at an aligned address."""
+        ...
+
+    def capturing(self) -> bool:
+        """Is a CUDA graph being recorded on the current stream?"""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything that was launched is done."""
+        ...
+
+
+class CudaDevice:
+    """A GPU through PyTorch."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        if torch_device.type != "cuda":
+            raise InputError(
+                f"backend tensorrt runs on a CUDA GPU, and the device {torch_device} was named; use --backend torch."
+            )
+        index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
+        self.torch_device = torch.device("cuda", index)
+        self._own: torch.cuda.Stream | None = None
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[int]:
+        with torch.cuda.device(self.torch_device):
+            current = torch.cuda.current_stream(self.torch_device)
+            if current.cuda_stream != 0:
+                yield current.cuda_stream
+                return
+            if self._own is None:
+                self._own = torch.cuda.Stream(self.torch_device)
+            self._own.wait_stream(current)
+            try:
+                yield self._own.cuda_stream
+            finally:
+                current.wait_stream(self._own)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.torch_device)  # PyTorch aligns blocks to 512 bytes
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+
+class SharedScratch:
+    """One aligned block of device memory for the activations of every engine on the session's stream."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._block: Tensor | None = None
+        self._recorded: list[Tensor] = []
+        self.size = 0
+
+    @property
+    def pointer(self) -> int:
+        """Address of the block; it changes when the block grows."""
+        if self._block is None:
+            return 0
+        return -(-self._block.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+    def reserve(self, size: int) -> None:
+        """Make the block at least `size` bytes. Scail2Error when the device has no room for it."""
+        size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+        if self._block is not None and size <= self.size:
+            return
+        self._device.synchronize()  # what runs now uses the old block
+        self._block = None
+        try:
+            self._block = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self._device.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            self.size = 0
+            raise Scail2Error(
+                f"TensorRT needs {size / 2**30:.2f} GiB of scratch memory on {self._device.torch_device}, and there is "
+                "no room; end what else runs on the GPU, lower --max-rows, or build the engines for smaller pictures."
+            ) from error
+        self.size = size
+
+    def keep(self) -> None:
+        """A CUDA graph has recorded the block: it stays until `close`, even if a larger one takes its place."""
+        if self._block is not None and not any(block is self._block for block in self._recorded):
+            self._recorded.append(self._block)
+
+    def close(self) -> None:
+        self._block, self.size = None, 0
+        self._recorded.clear()
+
+
+class TensorRTSession:
+    """TensorRT's runtime on one device. Close the engines first.
+
+    InputError when TensorRT is missing or too old, Scail2Error when it cannot start."""
+
+    def __init__(self, device: Device) -> None:
+        require_library()
+        import tensorrt as trt
+
+        self.device = device
+        self.scratch = SharedScratch(device)
+        self._errors = ErrorList()
+        self._recorder = error_recorder(self._errors)
+        try:
+            self._runtime: trt.Runtime | None = trt.Runtime(process_logger())
+        except (TypeError, RuntimeError) as error:
+            raise self.failure("TensorRT's runtime cannot start on this machine") from error
+        self._runtime.error_recorder = self._recorder
+
+    def load(self, path: Path, stage: str, remedy: str) -> "trt.ICudaEngine":
+        """The engine in a plan file. InputError with `remedy` when the file is missing or not a plan for this place."""
+        if self._runtime is None:
+            raise Scail2Error(f"stage {stage} was loaded after its TensorRT session was closed.")
+        self.forget()
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+                engine = self._runtime.deserialize_cuda_engine(plan)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the plan of stage {stage} cannot be read: {error}. Build it again with: {remedy}"
+            ) from error
+        if engine is None:
+            raise InputError(
+                f"TensorRT does not take the plan {path} of stage {stage}: {self.said()}. Build it again with: {remedy}"
+            )
+        return engine
+
+    def forget(self) -> None:
+        """Drop earlier messages, so that a failure reports its own."""
+        self._errors.clear()
+        process_log().clear()
+
+    def said(self) -> str:
+        """The errors of recorder and logger as one text."""
+        texts = list(dict.fromkeys([*self._errors.texts(), *process_log().recent()]))
+        return "; ".join(text for text in texts if not any(text in other and text != other for other in texts)) or (
+            "it gave no message"
+        )
+
+    def failure(self, what: str) -> Scail2Error:
+        """The fault `what` with what TensorRT said."""
+        return Scail2Error(f"{what}. TensorRT said: {self.said()}.")
+
+    def close(self) -> None:
+        self.scratch.close()
+        self._runtime = None

@@ -1,0 +1,157 @@
+"""Weights from the store to the device, in the background.
+
+A few reader threads each own a pinned buffer and a stream: they read a piece of the file into the buffer, copy it to
+the device and wait for their own copy, so while one copies the others read, and a finished future means that the data
+is there. Each stage lies in one device buffer. On a CPU a piece is read straight into place.
+
+`WeightLoader.start` begins with one stage. `StageStream` keeps a family of stages in two buffers that take turns: while
+one stage runs the next is on its way, so that a model larger than the device's memory still runs.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from scail2_rt.engines.folder.store import StoreReader, TensorShape
+
+PIECE = 32 << 20
+READERS = 4
+ALIGNMENT = 256  # bytes; what matrix products and vector loads want
+SLOTS = 2
+Engine = TypeVar("Engine")
+
+
+def buffer_bytes(tensors: Mapping[str, TensorShape]) -> int:
+    """Bytes of a device buffer for the tensors of one stage."""
+    return sum(-(-shape.nbytes // ALIGNMENT) * ALIGNMENT for shape in tensors.values())
+
+
+def carve(buffer: Tensor, tensors: Mapping[str, TensorShape]) -> dict[str, Tensor]:
+    """Views of a byte buffer, one a tensor, each aligned."""
+    views, start = {}, 0
+    for name, shape in tensors.items():
+        views[name] = buffer[start : start + shape.nbytes].view(shape.dtype).view(shape.shape)
+        start += -(-shape.nbytes // ALIGNMENT) * ALIGNMENT
+    return views
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A stage on its way: its tensors on the device, valid after `wait()`."""
+
+    tensors: dict[str, Tensor]
+    pieces: tuple[Future[None], ...]
+
+    def wait(self) -> dict[str, Tensor]:
+        """Block until every piece has arrived; an error while reading is raised here."""
+        for piece in self.pieces:
+            piece.result()
+        return self.tensors
+
+
+class WeightLoader:
+    """Reads stages of one store onto one device with background threads."""
+
+    def __init__(self, store: StoreReader, device: torch.device) -> None:
+        self.store, self.device = store, device
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
+        self._own = threading.local()
+
+    def start(self, stage: str, tensors: Mapping[str, TensorShape], buffer: Tensor | None = None) -> Loading:
+        """Begin to load a stage, into `buffer` (uint8, large enough) or a new one.
+
+        What the current stream was told before this call is finished before the buffer is written."""
+        if buffer is None:
+            buffer = torch.empty(buffer_bytes(tensors), dtype=torch.uint8, device=self.device)
+        views = carve(buffer, tensors)
+        free = None
+        if self.device.type == "cuda":
+            free = torch.cuda.Event()
+            free.record()
+        pieces = [
+            self._pool.submit(self._load, f"{stage}.{name}", view.reshape(-1).view(torch.uint8), start, free)
+            for name, view in views.items()
+            for start in range(0, view.nbytes, PIECE)
+        ]
+        return Loading(views, tuple(pieces))
+
+    def _load(self, name: str, target: Tensor, start: int, free: "torch.cuda.Event | None") -> None:
+        part = target[start : start + PIECE]
+        if free is None:
+            self.store.read_into(name, start, part.numpy().data)
+            return
+        if not hasattr(self._own, "pinned"):
+            if self.device.index is not None:
+                torch.cuda.set_device(self.device)  # a new thread is on GPU 0
+            self._own.pinned = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+            self._own.stream = torch.cuda.Stream(self.device)
+        pinned, stream = self._own.pinned[: len(part)], self._own.stream
+        self.store.read_into(name, start, pinned.numpy().data)
+        free.synchronize()
+        with torch.cuda.stream(stream):
+            part.copy_(pinned, non_blocking=True)
+        stream.synchronize()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class StageStream(Generic[Engine]):
+    """Stages of one family that take turns in a few device buffers.
+
+    `order` is the order in which they are run, over and over; running them in another order is right but waits.
+    `make` turns the tensors of a buffer into an engine; all stages of a family have the same tensors."""
+
+    def __init__(
+        self,
+        loader: WeightLoader,
+        order: Sequence[str],
+        tensors: Mapping[str, TensorShape],
+        make: Callable[[Mapping[str, Tensor]], Engine],
+    ) -> None:
+        self._loader, self._tensors = loader, tensors
+        self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
+        size = buffer_bytes(tensors)
+        buffers = [torch.empty(size, dtype=torch.uint8, device=loader.device) for _ in range(SLOTS)]
+        self._free = deque((buffer, make(carve(buffer, tensors))) for buffer in buffers)
+        self._ahead: deque[tuple[str, tuple[Tensor, Engine], Loading]] = deque()
+        self._current: tuple[Tensor, Engine] | None = None
+
+    def take(self, name: str) -> Engine:
+        """The engine of a stage, its weights in place. It is valid until the next call."""
+        if self._current is not None:
+            self._free.append(self._current)
+            self._current = None
+        if self._ahead and self._ahead[0][0] != name:
+            self._drain()
+        if not self._ahead:
+            self._begin(name)
+        _, slot, loading = self._ahead.popleft()
+        upcoming = self._next[self._ahead[-1][0] if self._ahead else name]
+        while self._free:
+            self._begin(upcoming)
+            upcoming = self._next[upcoming]
+        loading.wait()
+        self._current = slot
+        return slot[1]
+
+    def _begin(self, name: str) -> None:
+        slot = self._free.popleft()
+        self._ahead.append((name, slot, self._loader.start(name, self._tensors, slot[0])))
+
+    def _drain(self) -> None:
+        while self._ahead:
+            _, slot, loading = self._ahead.popleft()
+            loading.wait()
+            self._free.append(slot)
+
+    def close(self) -> None:
+        self._drain()
+        self._free.clear()
+        self._current = None

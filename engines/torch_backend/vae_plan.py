@@ -1,0 +1,301 @@
+"""The VAE of one video size as two lists of operations on fixed buffers: the first frame, and every later step.
+
+A layer here is what it launches. Each causal convolution has a ring into which whatever produces its input writes,
+normed and SiLU'd already; sums between blocks live in plain buffers that are updated in place. A layer that begins
+with a norm hands that norm to the convolution before it, whose epilogue then writes both results.
+Everything not normed is stored times 2^-6 in fp16: sums up to 4·10^6 stay finite, and steps below 0.004 are absolute.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scail2_rt.kernels.conv.ops import (
+    Backend,
+    ConvWeights,
+    Frames,
+    Norm,
+    Phases,
+    conv,
+    pad_channels,
+    padded,
+    prepare_conv,
+    rms_norm_frames,
+)
+
+RAW_SCALE = {torch.float16: 2.0**-6}  # of values that are not normed; 1 in the types with fp32's range
+HISTORY = 2  # frames that a ring keeps of the step before
+
+
+class Layers:
+    """The weights of one half of the VAE by checkpoint name, laid out for the kernels when first asked for."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, backend: Backend
+    ) -> None:
+        self.source, self.device, self.dtype, self.backend = weights, device, dtype, backend
+        self._convs: dict[str, ConvWeights] = {}
+        self._norms: dict[str, Norm] = {}
+
+    def conv(
+        self, name: str, stride: int = 1, time_stride: int = 1, phases: Phases = "none", pad_out: int = 8
+    ) -> ConvWeights:
+        if name not in self._convs:
+            weight, bias = self.source[f"{name}.weight"], self.source[f"{name}.bias"]
+            self._convs[name] = prepare_conv(
+                weight, bias, self.dtype, self.device, self.backend, stride, time_stride, phases, pad_out
+            )
+        return self._convs[name]
+
+    def norm(self, name: str, silu: bool = True) -> Norm:
+        if name not in self._norms:
+            gamma = self.source[f"{name}.gamma"].to(self.device)
+            self._norms[name] = Norm(pad_channels(gamma, padded(gamma.numel())), gamma.numel(), silu)
+        return self._norms[name]
+
+    def has(self, name: str) -> bool:
+        return f"{name}.weight" in self.source
+
+    def channels(self, name: str) -> int:
+        """Outputs of a convolution in the checkpoint."""
+        return self.source[f"{name}.weight"].shape[0]
+
+    def forget_source(self) -> None:
+        """Keeps only the shapes of the checkpoint's tensors; every layer must have been asked for."""
+        self.source = {name: tensor.to("meta") for name, tensor in self.source.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bordered frames of one resolution."""
+
+    height: int
+    width: int
+
+    def scaled(self, numerator: int, denominator: int = 1) -> "Size":
+        return Size(self.height * numerator // denominator, self.width * numerator // denominator)
+
+
+class Buffers:
+    """All buffers of one video size, made once, with zero borders. `clock` counts the frames seen at every rate.
+
+    Counter 0 stands still (plain buffers); counter i counts frames where a step brings `rates[i]` of them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.raw_scale = RAW_SCALE.get(dtype, 1.0)
+        self.rates = (0, 1, 2, 4)
+        self.clock = torch.zeros(len(self.rates), dtype=torch.int32, device=device)
+        self.advance = {
+            first: torch.tensor([min(r, 1) if first else r for r in self.rates], dtype=torch.int32, device=device)
+            for first in (True, False)
+        }
+        self._made: dict[tuple[object, ...], Tensor] = {}
+        self._rings: dict[str, tuple[Tensor, int]] = {}
+
+    def _zeros(self, frames: int, size: Size, channels: int) -> Tensor:
+        return torch.zeros(
+            frames, size.height + 2, size.width + 2, padded(channels), dtype=self.dtype, device=self.device
+        )
+
+    def plain(self, use: str, frames: int, size: Size, channels: int, raw: bool = True) -> Frames:
+        """A buffer without a past, shared by all that ask for the same. `frames`: those of a later step."""
+        key = (use, frames, size, channels)
+        if key not in self._made:
+            self._made[key] = self._zeros(frames, size, channels)
+        return Frames(self._made[key], scale=self.raw_scale if raw else 1.0)
+
+    def ring(self, name: str, rate: int, size: Size, channels: int, raw: bool = False) -> tuple[Frames, Frames]:
+        """(window that starts with the two frames before, new frames) of the ring that feeds the layer `name`."""
+        if name not in self._rings:
+            # what a first frame does not reach keeps its zeros one frame longer
+            self._rings[name] = (self._zeros(rate + HISTORY, size, channels), HISTORY + 1)
+        data, counter = self._rings[name][0], self.rates.index(rate)
+        scale = self.raw_scale if raw else 1.0
+        return Frames(data, counter, 0, scale), Frames(data, counter, HISTORY, scale)
+
+    def reset(self) -> None:
+        for data, frames in self._rings.values():
+            data[:frames].zero_()
+        self.clock.zero_()
+
+
+@dataclass(slots=True)
+class ConvOp:
+    """One call of `conv`; a following norm is added to it while the list is built."""
+
+    src: Frames
+    weights: ConvWeights
+    frames: int
+    raw: Frames | None = None
+    residual: Frames | None = None
+    normed: Frames | None = None
+    norm: Norm | None = None
+    keep_raw: bool = True
+
+    def run(self, clock: Tensor, planar: Tensor | None = None) -> None:
+        conv(
+            self.src,
+            self.weights,
+            clock,
+            self.frames,
+            raw=self.raw,
+            residual=self.residual,
+            normed=self.normed,
+            norm=self.norm,
+            keep_raw=self.keep_raw,
+            planar=planar,
+        )
+
+
+Op = Callable[[Tensor], None]  # takes the clock
+
+
+class Plan:
+    """Operations of one pass in order, built layer by layer on a value `x`, the sums of `frames` frames at `size`.
+
+    `later`: frames of a later step at this point, by which buffers are sized; `frames` is 1 in the first pass."""
+
+    def __init__(self, layers: Layers, buffers: Buffers, first: bool, size: Size, later: int) -> None:
+        self.layers, self.buffers, self.first = layers, buffers, first
+        self.size, self.later = size, later
+        self.ops: list[Op | ConvOp] = []
+        self.x: Frames | None = None
+
+    @property
+    def frames(self) -> int:
+        return 1 if self.first else self.later
+
+    def stream(self, channels: int) -> Frames:
+        return self.buffers.plain("stream", self.later, self.size, channels)
+
+    def input_conv(self, name: str, src: Frames) -> None:
+        weights = self.layers.conv(name)
+        self.x = self.stream(self.layers.channels(name))
+        self.ops.append(ConvOp(src, weights, self.frames, raw=self.x))
+
+    def normed(self, x: Frames, norm: Norm, into: Frames) -> None:
+        """into = norm(x), by the convolution that has just made x if there is one."""
+        last = self.ops[-1] if self.ops else None
+        if isinstance(last, ConvOp) and last.raw is x and last.norm is None:
+            last.norm, last.normed = norm, into
+            return
+        frames, backend = self.frames, self.layers.backend
+        self.ops.append(lambda clock: rms_norm_frames(x, into, norm, clock, frames, backend))
+
+    def current(self) -> Frames:
+        if self.x is None:
+            raise ValueError("the plan has no input yet")
+        return self.x
+
+    def residual_block(self, name: str, into: Frames | None = None) -> None:
+        """x = shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))); the sum goes to `into`, or stays in place."""
+        x, layers, buffers = self.current(), self.layers, self.buffers
+        conv1, conv2 = layers.conv(f"{name}.residual.2"), layers.conv(f"{name}.residual.6")
+        norm1, norm2 = layers.norm(f"{name}.residual.0"), layers.norm(f"{name}.residual.3")
+        window1, new1 = buffers.ring(f"{name}.residual.2", self.later, self.size, norm1.channels)
+        window2, new2 = buffers.ring(f"{name}.residual.6", self.later, self.size, norm2.channels)
+        self.normed(x, norm1, new1)
+        scratch = buffers.plain("scratch", self.later, self.size, norm2.channels)
+        self.ops.append(ConvOp(window1, conv1, self.frames, raw=scratch, normed=new2, norm=norm2, keep_raw=False))
+        out = self.stream(norm2.channels)
+        if layers.has(f"{name}.shortcut"):
+            self.ops.append(ConvOp(x, layers.conv(f"{name}.shortcut"), self.frames, raw=out))
+            x = out
+        self.x = into or out
+        self.ops.append(ConvOp(window2, conv2, self.frames, raw=self.x, residual=x))
+
+    def attention(self, name: str) -> None:
+        """x += proj(attention(norm(x))) in each frame."""
+        x, norm, buffers = self.current(), self.layers.norm(f"{name}.norm", silu=False), self.buffers
+        channels = norm.channels
+        rows = buffers.plain("attention", self.later, self.size, channels, raw=False)
+        qkv = buffers.plain("qkv", self.later, self.size, 3 * channels, raw=False)
+        self.normed(x, norm, rows)
+        self.ops.append(ConvOp(rows, self.layers.conv(f"{name}.to_qkv"), self.frames, raw=qkv))
+        frames = self.frames
+        self.ops.append(lambda clock: attend(qkv.data[:frames], rows.data[:frames], channels))
+        self.x = self.stream(channels)
+        self.ops.append(ConvOp(rows, self.layers.conv(f"{name}.proj"), self.frames, raw=self.x, residual=x))
+
+    def upsample(self, name: str, temporal: bool) -> None:
+        """x = [twice the frames, then] nearest ×2 and a 3×3 convolution to half the channels."""
+        x, channels = self.current(), self.layers.channels(f"{name}.resample.1")
+        if temporal:
+            if not self.first:
+                window, _ = self.time_ring(name)
+                out = self.buffers.plain("doubled", 2 * self.later, self.size, 2 * channels)
+                weights = self.layers.conv(f"{name}.time_conv", phases="time")
+                self.ops.append(ConvOp(window, weights, self.frames, raw=out))
+                x = out
+            self.later *= 2
+        self.size = self.size.scaled(2)
+        self.x = self.stream(channels)
+        weights = self.layers.conv(f"{name}.resample.1", phases="space")
+        self.ops.append(ConvOp(x, weights, self.frames, raw=self.x))
+
+    def time_ring(self, name: str) -> tuple[Frames, Frames]:
+        """Ring of an up-sampling's temporal convolution; the block before it writes there instead of in place."""
+        channels = self.layers.channels(f"{name}.time_conv") // 2
+        return self.buffers.ring(f"{name}.time_conv", self.later, self.size, channels, raw=True)
+
+    def downsample(self, name: str, temporal: bool) -> None:
+        """x = a stride-2 convolution of x, then, if temporal, half the frames (the first frame passes)."""
+        x, channels = self.current(), self.layers.channels(f"{name}.resample.1")
+        self.size = self.size.scaled(1, 2)
+        weights = self.layers.conv(f"{name}.resample.1", stride=2)
+        if not temporal:
+            self.x = self.stream(channels)
+            self.ops.append(ConvOp(x, weights, self.frames, raw=self.x))
+            return
+        window, new = self.buffers.ring(f"{name}.time_conv", self.later, self.size, channels, raw=True)
+        self.ops.append(ConvOp(x, weights, self.frames, raw=new))
+        self.later //= 2
+        self.x = new
+        if not self.first:
+            self.x = self.stream(channels)
+            last = Frames(window.data, window.counter, 1, window.scale)  # this layer looks back one frame, not two
+            weights = self.layers.conv(f"{name}.time_conv", time_stride=2)
+            self.ops.append(ConvOp(last, weights, self.frames, raw=self.x))
+
+    def head(self, name: str) -> None:
+        """The last operation: its output is planar and is given when the plan runs."""
+        norm = self.layers.norm(f"{name}.0")
+        window, new = self.buffers.ring(f"{name}.2", self.later, self.size, norm.channels)
+        self.normed(self.current(), norm, new)
+        self.ops.append(ConvOp(window, self.layers.conv(f"{name}.2", pad_out=16), self.frames))
+
+    def run(self, planar: Tensor) -> None:
+        """planar fp32 [channels, frames, H, W] takes the head's output. Advances the clock."""
+        clock = self.buffers.clock
+        *ops, head = self.ops
+        for op in ops:
+            if isinstance(op, ConvOp):
+                op.run(clock)
+            else:
+                op(clock)
+        if not isinstance(head, ConvOp):
+            raise ValueError("a plan ends with its head")
+        head.run(clock, planar)
+        clock.add_(self.buffers.advance[self.first])
+
+
+def attend(qkv: Tensor, out: Tensor, channels: int) -> None:
+    """Single-head attention over the pixels of each frame.
+
+    qkv [T, H+2, W+2, ≥3·C] and out [T, H+2, W+2, ≥C], both with borders; out's further channels stay."""
+    inside = qkv[:, 1:-1, 1:-1, : 3 * channels].flatten(1, 2)  # [T, h·w, 3·C]
+    q, k, v = inside.split(channels, dim=2)
+    if qkv.is_cuda and qkv.dtype != torch.float32:
+        # No fused kernel takes heads this wide; at these sizes the score matrix is 0.1 GB and two GEMMs are faster.
+        scores = torch.matmul(q * (1 / math.sqrt(channels)), k.transpose(1, 2))
+        result = torch.matmul(scores.softmax(-1), v)
+    else:
+        dtype = torch.float32 if not qkv.is_cuda else qkv.dtype
+        result = F.scaled_dot_product_attention(*(t[:, None].to(dtype) for t in (q, k, v)))[:, 0]
+    height, width = (side - 2 for side in qkv.shape[1:3])
+    out[:, 1:-1, 1:-1, :channels] = result.unflatten(1, (height, width)).to(out.dtype)

@@ -1,0 +1,145 @@
+"""Is what lies in an engine folder what its checkpoint and its manifest say?
+
+The store is compared value by value with a new conversion of the checkpoint: the conversion of the build itself runs
+again, into a writer that compares. Conversions are exact and repeatable, so a single bit that differs is a fault. The
+one exception are tensors that a LoRA touched: their products are sums whose order depends on the machine, so there a
+value may differ by one rounding step.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scail2_rt.engines.build.assemble import EMBEDDING_SOURCE
+from scail2_rt.engines.folder.manifest import TABLES, TOKENIZER, Manifest
+from scail2_rt.engines.folder.sources import LORA_PART, TOKENIZER_PART, file_groups, hash_file, hash_sources
+from scail2_rt.engines.folder.store import StoreWriter, WeightStore
+from scail2_rt.engines.folder.weights import EMBEDDING, planned_tensors, runtime_tables, write_stage
+from scail2_rt.engines.observer import SilentObserver
+from scail2_rt.export.stages.spec import StageDefinition
+from scail2_rt.kernels.errors import InputError, Scail2Error
+
+if TYPE_CHECKING:
+    from scail2_rt.export.checkpoint.open import Checkpoint
+    from scail2_rt.export.checkpoint.tensors import TensorSource
+
+Verdict = tuple[bool, str]
+_LISTED = 5
+
+
+def check_files(directory: Path, manifest: Manifest) -> Verdict:
+    """SHA-256 of every file of the folder against the manifest's."""
+    wrong = [a.path for a in manifest.artefacts if hash_file(directory / a.path) != a.sha256]
+    if wrong:
+        return False, f"{len(wrong)} of {len(manifest.artefacts)} have another hash than the manifest: {_listed(wrong)}"
+    return True, f"{len(manifest.artefacts)} files have the hashes of the manifest"
+
+
+def check_sources(manifest: Manifest, checkpoint: "Checkpoint") -> Verdict:
+    """The checkpoint's files and the LoRAs against the manifest's hashes. Files that have not changed since the build
+    are not read again; the tokenizer's copy in the folder must be the checkpoint's."""
+    identity = manifest.identity
+    plain: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is not None and tokenizer.is_dir():
+        tokenizer = tokenizer / "tokenizer.json"
+    groups = file_groups(plain, tokenizer, [Path(lora.file.path) for lora in identity.loras])
+    known = [*identity.files, *(lora.file for lora in identity.loras)]
+    records = hash_sources(groups, plain, known, SilentObserver(), lambda record: None)
+    have: dict[str, tuple[str, ...]] = {}
+    for record in records:
+        have[record.component] = (*have.get(record.component, ()), record.sha256)
+    want = dict(identity.sources)
+    if identity.loras:
+        want[LORA_PART] = tuple(lora.file.sha256 for lora in identity.loras)
+    wrong = [part for part in want if have.get(part) != want[part]]
+    copies = [artefact.sha256 for artefact in manifest.artefacts if artefact.path == TOKENIZER]
+    if copies and tuple(copies) != want.get(TOKENIZER_PART):
+        wrong.append(TOKENIZER)
+    if wrong:
+        return False, f"other files than those that the folder was built from: {_listed(wrong)}"
+    return True, f"{', '.join(want)} are the files that the folder was built from"
+
+
+def check_weights(
+    manifest: Manifest,
+    definitions: Mapping[str, StageDefinition],
+    sources: "Mapping[str, TensorSource]",
+    store: WeightStore,
+) -> Verdict:
+    """Every value of the store against a new conversion of the checkpoint."""
+    plan = planned_tensors(manifest.config, definitions, manifest.precision)
+    touched: frozenset[str] = getattr(sources.get("dit"), "touched", frozenset())
+    comparer = _Comparer(store)
+    for stage, tensors in plan.items():
+        weights = {"weight": (EMBEDDING_SOURCE,)} if stage == EMBEDDING else definitions[stage].weights
+        comparer.inexact = {f"{stage}.{key}" for key, names in weights.items() if touched & set(names)}
+        comparer.inexact |= {name.removesuffix("weight") + "scale" for name in comparer.inexact}
+        source = sources[stage.partition(".")[0]]
+        try:
+            write_stage(cast(StoreWriter, comparer), stage, tensors, weights, source, manifest.precision)
+        except (InputError, Scail2Error) as error:  # a tensor that is missing, or cannot be held
+            comparer.wrong[stage] = str(error)
+    if comparer.wrong:
+        listed = _listed([f"{name} ({detail})" for name, detail in comparer.wrong.items()])
+        return False, f"{len(comparer.wrong)} of the store's tensors are not the checkpoint's: {listed}"
+    return True, f"{comparer.values:,} values of {len(plan)} stages are the checkpoint's in {manifest.precision}"
+
+
+class _Comparer:
+    """Stands in for the `StoreWriter` of a build: instead of writing, it compares with what is there.
+
+    wrong: tensor → what differs; inexact: tensors that may differ by one rounding step."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        self.values = 0
+        self.wrong: dict[str, str] = {}
+        self.inexact: set[str] = set()
+
+    def write(self, name: str, data: Tensor, start: int = 0) -> None:
+        data = data.detach().reshape(-1)
+        stored = self._store.get(name).reshape(-1)[start : start + data.numel()]
+        self.values += data.numel()
+        if stored.dtype != data.dtype or stored.numel() != data.numel():
+            self.wrong[name] = f"{stored.dtype} and not {data.dtype}"
+            return
+        if torch.equal(stored.view(torch.uint8), data.contiguous().view(torch.uint8)):
+            return
+        step = torch.finfo(data.dtype).eps if name in self.inexact else 0.0
+        have, want = stored.float(), data.float()
+        allowed = step * (torch.maximum(have.abs(), want.abs()) + 1e-2 * want.abs().max())
+        different = ~((have - want).abs() <= allowed)  # NaN differs
+        if not different.any():
+            return
+        first = int(different.nonzero()[0])
+        text = f"{int(different.sum())} values, the first at {start + first}: {have[first]:.9g}, not {want[first]:.9g}"
+        self.wrong.setdefault(name, text)
+
+
+def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | None") -> Verdict:
+    """The runtime's tables against the checkpoint's tensors."""
+    have = load_file(directory / TABLES)
+    try:
+        want = runtime_tables(manifest.config, source)
+    except InputError as error:
+        return False, str(error)
+    touched = bool(getattr(source, "touched", ()))
+    names = sorted(have.keys() | want.keys())
+    wrong = [n for n in names if n not in have or n not in want or not _same(have[n], want[n], 1e-5 * touched)]
+    if wrong:
+        return False, f"{len(wrong)} of {len(names)} tables are not the checkpoint's: {_listed(wrong)}"
+    return True, f"{len(names)} tables are the checkpoint's"
+
+
+def _same(have: Tensor, want: Tensor, tolerance: float) -> bool:
+    return have.shape == want.shape and torch.allclose(have.float(), want.float(), rtol=tolerance, atol=tolerance / 10)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

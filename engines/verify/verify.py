@@ -1,0 +1,295 @@
+"""`verify`: the acceptance test of an engine folder against the checkpoint that it was built from.
+
+Four questions, each with its own answer, because each finds what the others miss. Are the files those of the manifest
+(hashes)? Is every value in the weight store the checkpoint's value in the folder's precision (bit by bit; this finds
+one changed weight, whatever the manifest says)? Does every stage of every executor compute what the plain fp32 stage
+does (random inputs)? And does it compute as it was meant to: the same numbers under a CUDA graph, fp8 operands in an
+fp8 plan, and how fast. Stage by stage, one in memory at a time, so that a 14B folder needs no more memory than its
+largest stage in fp32.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.engines.folder.manifest import Identity, Manifest, check_folder, differences, read_manifest
+from scail2_rt.engines.verify import inspector
+from scail2_rt.engines.verify.stage_check import (
+    TOLERANCES,
+    Reference,
+    level,
+    median_s,
+    replayed,
+    stage_inputs,
+    worst_error,
+)
+from scail2_rt.engines.verify.store_check import check_files, check_sources, check_tables, check_weights
+from scail2_rt.export.checkpoint.lora import LoRASpec, apply_loras
+from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.kernels.errors import InputError, Scail2Error
+
+if TYPE_CHECKING:
+    from scail2_rt.export.checkpoint.open import Checkpoint
+    from scail2_rt.export.checkpoint.tensors import TensorSource
+    from scail2_rt.export.stages.spec import StageDefinition
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyRequest:
+    """backends: the executors to test, () for all of the folder; repeats: timed runs a stage, at least 3; rows: tokens
+    of a token-wise stage; components: the checkpoint's parts named apart are the caller's business."""
+
+    directory: Path
+    backends: tuple[str, ...] = ()
+    repeats: int = 3
+    rows: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 3 or self.rows < 1:
+            raise InputError(f"verify needs at least 3 repeats and 1 row; {self.repeats} and {self.rows} were given.")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question about the folder as a whole. passed None: not applicable here."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{_word(self.passed)} {self.name}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """One stage in one executor. error: max |actual - reference| / max |reference| of its worst output, None when there
+    is nothing to compare; level: the numerics that decide the tolerance; fault: what failed besides the error, or None.
+    """
+
+    stage: str
+    backend: str
+    level: str
+    error: float | None
+    tolerance: float
+    median_s: float
+    fault: str | None
+    passed: bool
+
+    def __str__(self) -> str:
+        if self.fault is not None or self.error is None:
+            return f"{self.backend}: {self.fault}"
+        return f"{self.backend} {self.error:.2g} (at most {self.tolerance:g}), {self.median_s * 1e3:.3g} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    directory: str
+    precision: str
+    passed: bool
+    checks: tuple[Check, ...]
+    stages: tuple[StageResult, ...]
+    wall_s: float
+    tolerances: dict[str, float] = field(default_factory=lambda: dict(TOLERANCES))
+
+    @property
+    def text(self) -> str:
+        """PASS and FAIL lines: the checks, the stages with their executors side by side, a summary."""
+        lines = [str(check) for check in self.checks]
+        by_stage: dict[str, list[StageResult]] = {}
+        for result in self.stages:
+            by_stage.setdefault(result.stage, []).append(result)
+        for stage, results in by_stage.items():
+            word = _word(all(result.passed for result in results))
+            lines.append(f"{word} {stage}: {' | '.join(map(str, results))}")
+        return "\n".join([*lines, *self._summary()])
+
+    def _summary(self) -> list[str]:
+        lines = []
+        for key in dict.fromkeys((result.backend, result.level) for result in self.stages):
+            group = [result for result in self.stages if (result.backend, result.level) == key]
+            error, stage = max((result.error or 0.0, result.stage) for result in group)
+            lines.append(
+                f"{key[0]} in {key[1]}: {len(group)} stages, worst error {error:.2g} ({stage}), tolerance "
+                f"{group[0].tolerance:g}, {sum(result.median_s for result in group) * 1e3:.3g} ms in all"
+            )
+        failed = [check.name for check in self.checks if check.passed is False]
+        failed += [f"{result.stage} in {result.backend}" for result in self.stages if not result.passed]
+        verdict = f"FAIL {self.directory}: {', '.join(failed)}" if failed else f"PASS {self.directory}"
+        return [*lines, verdict]
+
+
+def _word(passed: bool | None) -> str:
+    return {True: "PASS", False: "FAIL", None: "----"}[passed]
+
+
+def verify(
+    request: VerifyRequest,
+    checkpoint: "Checkpoint",
+    progress: Callable[[str], None] = lambda line: None,
+) -> VerifyReport:
+    """Test the folder; what is wrong with its contents is in the report, not raised.
+
+    progress hears a line as soon as it is known. InputError: no engine folder, a checkpoint of another model, a LoRA of
+    the manifest that is not there, an executor that cannot run here."""
+    started = time.monotonic()
+    manifest = read_manifest(request.directory)
+    definitions = stage_definitions(manifest.config)
+    check_folder(request.directory, manifest, definitions)
+    _check_model(manifest, checkpoint)
+    sources = _fused(manifest, checkpoint)
+    sets = _open(request, manifest)
+    store = next(iter(sets.values())).store
+    checks: list[Check] = []
+
+    def add(name: str, passed: bool | None, detail: str) -> None:
+        checks.append(Check(name, passed, detail))
+        progress(str(checks[-1]))
+
+    try:
+        add("files", *check_files(request.directory, manifest))
+        add("sources", *check_sources(manifest, checkpoint))
+        add("weights", *check_weights(manifest, definitions, sources, store))
+        add("tables", *check_tables(request.directory, manifest, sources.get("dit")))
+        stages = []
+        for definition in definitions.values():
+            results = _check_stage(definition, manifest, sources[definition.component], sets, request)
+            stages += results
+            progress(f"{_word(all(r.passed for r in results))} {definition.name}: {' | '.join(map(str, results))}")
+        add("graph against eager", *_graph_verdict(sets.values(), stages))
+        add("operand types", *_operand_verdict(sets, stages))
+    finally:
+        for engines in sets.values():
+            engines.close()
+    passed = all(check.passed is not False for check in checks) and all(result.passed for result in stages)
+    wall_s = time.monotonic() - started
+    return VerifyReport(str(request.directory), manifest.precision, passed, tuple(checks), tuple(stages), wall_s)
+
+
+def open_for(directory: Path, checkpoint: Path, parts: Mapping[str, Path] | None = None) -> "Checkpoint":
+    """The checkpoint, with the components that the engine folder has. parts: "vae", "umt5", "clip", "tokenizer" → path;
+    what is not given is taken from where the build found it, if it named it apart."""
+    from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
+
+    manifest = read_manifest(directory)
+    components = [name for name in COMPONENTS if getattr(manifest.config, name) is not None]
+    named = {name: Path(path) for name, path in manifest.overrides.items()}
+    return open_checkpoint(checkpoint, **{**named, **(parts or {})}, components=components)
+
+
+def _check_model(manifest: Manifest, checkpoint: "Checkpoint") -> None:
+    """InputError when the checkpoint is not even of the folder's sizes."""
+    wanted = dataclasses.replace(manifest.identity, config=checkpoint.config)
+    found = differences(manifest, Identity(wanted.config, wanted.precision, wanted.files, wanted.loras))
+    if found:
+        listed = "; ".join(map(str, found))
+        raise InputError(f"{checkpoint.path} is not the model of the engine folder: {listed}; give its checkpoint.")
+
+
+def _fused(manifest: Manifest, checkpoint: "Checkpoint") -> "dict[str, TensorSource]":
+    """Component → tensors, with the LoRAs of the manifest."""
+    sources: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}
+    if manifest.loras:
+        for lora in manifest.loras:
+            if not Path(lora.file.path).is_file():
+                raise InputError(
+                    f"the folder was built with the LoRA {lora.file.path}, which is not there; put it back."
+                )
+        specs = [LoRASpec(Path(lora.file.path), lora.strength) for lora in manifest.loras]
+        sources["dit"] = apply_loras(sources["dit"], specs, manifest.lora_partial)
+    return sources
+
+
+def _open(request: VerifyRequest, manifest: Manifest) -> dict[str, EngineSet]:
+    """The executors to test. One of the folder that cannot run here is refused unless others are named."""
+    sets: dict[str, EngineSet] = {}
+    try:
+        for backend in request.backends or manifest.backends:
+            sets[backend] = open_engines(request.directory, backend)
+    except InputError as error:
+        for engines in sets.values():
+            engines.close()
+        others = [name for name in manifest.backends if name != backend]
+        hint = f" To test the others only: --backend {' --backend '.join(others)}" if others else ""
+        raise InputError(f"{error}{hint}") from error
+    return sets
+
+
+def _check_stage(
+    definition: "StageDefinition",
+    manifest: Manifest,
+    source: "TensorSource",
+    sets: Mapping[str, EngineSet],
+    request: VerifyRequest,
+) -> list[StageResult]:
+    """A stage in every executor against the fp32 stage on the same inputs, rounded to what the executor takes."""
+    reference = Reference(definition, source)
+    plain = stage_inputs(definition, manifest.config, request.rows, request.seed)
+    results = []
+    for backend, engines in sets.items():
+        numerics = engines.numerics(definition.name)
+        name = level(numerics)
+        result = StageResult(definition.name, backend, name, None, TOLERANCES[name], 0.0, None, False)
+        given = [x.to(spec.dtype) for x, spec in zip(plain, definition.io(numerics)[0], strict=True)]
+        try:
+            results.append(_measured(result, reference, given, engines, request.repeats))
+        except (Scail2Error, RuntimeError) as error:  # one stage that cannot run does not hide the others
+            results.append(dataclasses.replace(result, fault=" ".join(str(error).split())))
+        finally:
+            engines.release(definition.name)
+    return results
+
+
+def _measured(
+    result: StageResult,
+    reference: "Reference",
+    given: Sequence[Tensor],
+    engines: EngineSet,
+    repeats: int,
+) -> StageResult:
+    name = result.stage
+    expected = reference(given)
+    inputs = [tensor.to(engines.device) for tensor in given]
+    actual = engines.run(name, *inputs)
+    error = worst_error(actual, expected)
+    if error is None:
+        return dataclasses.replace(result, fault="its outputs have another shape, or values that are not finite")
+    seconds = median_s(lambda: engines.run(name, *inputs), repeats, engines.device)
+    fault = None
+    if has_graphs(engines):
+        difference = replayed(lambda: engines.run(name, *inputs), actual)
+        fault = None if difference == 0 else f"the CUDA graph's result differs from the eager one by {difference:.2g}"
+    report = engines.plan_report(name)
+    if fault is None and report is not None:
+        fault = inspector.fault(report, engines.numerics(name))
+    passed = fault is None and error <= result.tolerance
+    return dataclasses.replace(result, error=error, median_s=seconds, fault=fault, passed=passed)
+
+
+def has_graphs(engines: EngineSet) -> bool:
+    """ONNX Runtime works on a stream of its own, which PyTorch cannot record."""
+    return engines.device.type == "cuda" and engines.backend != "onnxruntime"
+
+
+def _graph_verdict(sets: Iterable[EngineSet], stages: Sequence[StageResult]) -> tuple[bool | None, str]:
+    tested = {engines.backend for engines in sets if has_graphs(engines)}
+    if not tested:
+        return None, "not applicable: no CUDA graphs on cpu"
+    count = sum(result.backend in tested for result in stages)
+    failed = [result.stage for result in stages if result.fault is not None and "CUDA graph" in result.fault]
+    return not failed, f"{count - len(failed)} of {count} stages give the same numbers when replayed"
+
+
+def _operand_verdict(sets: Mapping[str, EngineSet], stages: Sequence[StageResult]) -> tuple[bool | None, str]:
+    if "tensorrt" not in sets:
+        return None, "not applicable: no TensorRT plans were tested"
+    fp8 = [result for result in stages if result.backend == "tensorrt" and result.level == "fp8"]
+    failed = [result.stage for result in fp8 if result.fault is not None]
+    return not failed, f"{len(fp8) - len(failed)} of {len(fp8)} fp8 stages multiply fp8 operands"

@@ -1,0 +1,1 @@
+"""Reading checkpoints: opening them, recognising networks, names, quantised files, LoRA; and making random ones."""

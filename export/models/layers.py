@@ -1,0 +1,85 @@
+"""The linear layer of the engine stages, and the weights of their norms.
+
+`Linear` carries the precision rule, so that a stage reads like the model: weights in the storage type, GEMM operands
+in the compute type, and, where the numerics say fp8, the unit-scale e4m3 rule of `kernels.rows.ops`. A row operation
+that feeds a linear asks for its `form` and hands the rows to `project`; `forward` is for rows in any float type.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scail2_rt.export.models.precision import Accumulation, Numerics
+from scail2_rt.kernels.rows.ops import E4M3, Affine, RowForm, Rows, as_rows, fp8_linear, gelu_linear, gelu_rows
+
+
+class Linear(nn.Module):
+    """y = x·Wᵀ + b. x [L, in] of any float type → [L, out] in `numerics.compute`.
+
+    Parameters: weight [out, in], bias [out] in the storage type; under fp8 weight is e4m3 and `scale` fp32 [out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        numerics: Numerics,
+        bias: bool = True,
+        accumulation: Accumulation = "fast",
+    ) -> None:
+        super().__init__()
+        self.numerics, self.accumulation = numerics, accumulation
+        self.form = RowForm(numerics.compute, numerics.fp8)
+        weight_type = E4M3 if numerics.fp8 else numerics.storage
+        self.weight = parameter(out_features, in_features, dtype=weight_type)
+        self.scale = parameter(out_features) if numerics.fp8 else None
+        self.bias = parameter(out_features, dtype=numerics.storage) if bias else None
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.project(as_rows(x, self.form), out)
+
+    def project(self, rows: Rows, out: Tensor | None = None) -> Tensor:
+        """The product for rows [L, in] in `form`, written to `out` [L, out] when it is given."""
+        compute = self.numerics.compute
+        if self.scale is not None:
+            data, row_scale = rows
+            fast = self.accumulation == "fast"
+            return fp8_linear(data, row_scale, self.weight, self.scale, self.bias, compute, out, fast)
+        rows = cast(Tensor, rows)  # by `form`
+        weight = self.weight.to(compute)
+        bias = None if self.bias is None else self.bias.to(compute)
+        if out is None:
+            return F.linear(rows, weight, bias)
+        if bias is None:
+            return torch.mm(rows, weight.t(), out=out)
+        return torch.addmm(bias, rows, weight.t(), out=out)
+
+    def project_gelu(self, rows: Rows, form: RowForm) -> Rows:
+        """GELU, tanh form, of the product, as rows in `form`; no second buffer where `form` is the product's own type.
+
+        A 16-bit product on a GPU applies it before it stores, elsewhere it is a row operation."""
+        compute = self.numerics.compute
+        sixteen_bit = self.scale is None and compute in (torch.bfloat16, torch.float16)
+        if sixteen_bit and self.bias is not None and self.weight.is_cuda and form == RowForm(compute):
+            return gelu_linear(cast(Tensor, rows), self.weight.to(compute), self.bias.to(compute))
+        return gelu_rows(self.project(rows), form, reuse=True)
+
+
+class Norm(nn.Module):
+    """The affine weights of a norm: `weight` and, for a LayerNorm, `bias`; fp32."""
+
+    def __init__(self, dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = parameter(dim)
+        self.bias = parameter(dim) if bias else None
+
+    @property
+    def affine(self) -> Affine:
+        """Of a LayerNorm."""
+        return Affine(self.weight, cast(Tensor, self.bias))
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """An uninitialised weight; its values come from the store."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)

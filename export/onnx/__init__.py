@@ -1,0 +1,1 @@
+"""Stages, or the whole transformer, as ONNX graphs."""

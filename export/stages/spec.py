@@ -1,0 +1,57 @@
+"""What a stage is: named tensors in, named tensors out, and which dimension is free.
+
+A `StageDefinition` is everything that export and the executors need to know about one engine stage, without any weight
+being read: how to make its module, which checkpoint tensors feed which parameter, and the names, types and symbolic
+dimensions of its inputs and outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from scail2_rt.export.models.precision import Numerics, Precision, numerics_of
+
+ROWS = "rows"  # the token dimension of a token-wise stage: any value, may be cut into chunks
+
+Dim = int | str  # a fixed size, or a symbol; "2*h" style products are allowed
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a stage. `dims` are sizes or symbols: `ROWS`, `"h"`, `"8*h"`."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[Dim, ...]
+
+    @property
+    def row_axis(self) -> int | None:
+        return self.dims.index(ROWS) if ROWS in self.dims else None
+
+
+@dataclass(frozen=True, slots=True)
+class StageDefinition:
+    """One engine stage.
+
+    name      `dit.blocks.7.ffn`
+    build     makes the module for given numerics (on whatever default device is set: `meta` costs nothing)
+    io        input and output specs for given numerics
+    weights   parameter name → checkpoint tensor names, concatenated along dimension 0 and reshaped to the parameter
+              (an e4m3 parameter `x.weight` also fills `x.scale`)
+    family    stages with equal family are structurally identical: one ONNX graph, other weights
+    """
+
+    name: str
+    build: Callable[[Numerics], nn.Module]
+    io: Callable[[Numerics], tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]
+    weights: Mapping[str, tuple[str, ...]] = field(hash=False)
+    family: str = ""
+
+    @property
+    def component(self) -> str:
+        return self.name.partition(".")[0]
+
+    def numerics(self, precision: Precision) -> Numerics:
+        return numerics_of(self.name, precision)

@@ -1,0 +1,257 @@
+"""Triton self-attention: 8-bit (int8 QK, PV in e4m3 or 16-bit) and 16-bit, tiles by TMA where the GPU has it.
+
+Accuracy decided the 8-bit form: the fp8 tensor core keeps few bits of a running accumulator, so each tile's P·V starts
+from zero and is added to the output in fp32 registers; row sums are taken in fp32 from the unrounded p; p carries 2⁸
+inside its exponent so that small weights survive e4m3. Instruction issue decides the speed: int8 scores are read as
+floats by adding the bits of 1.5·2²³ (an exact float for every score) instead of a conversion, the row maximum is an
+integer maximum, and scale and maximum enter exp2's argument as one multiply-add.
+Padded keys are zero and score exactly 0: exp2(−max) per padded key is taken off the row sum instead of masking.
+"""
+
+# mypy: ignore-errors
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from scail2_rt.kernels.attention.eight_bit import Prepared8
+
+P_SHIFT = tl.constexpr(8.0)  # log2 of the factor that p carries before e4m3
+MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: float(MAGIC bits + n) = MAGIC + n for |n| < 2²²
+MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Query rows and keys of a tile, warps, pipeline stages."""
+
+    rows: int = 64
+    keys: int = 128
+    warps: int = 4
+    stages: int = 2
+
+
+@triton.jit
+def _tile(source, row, column, row_stride, rows_end, R: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
+    """[R, C] at (row, column) of a matrix with contiguous rows; rows from rows_end on are zero."""
+    if TMA:
+        return source.load([row, column])
+    else:
+        rows = row + tl.arange(0, R).to(tl.int64)
+        at = rows[:, None] * row_stride + (column + tl.arange(0, C))[None]
+        return tl.load(source + at, mask=(rows < rows_end)[:, None], other=0.0)
+
+
+@triton.jit
+def _attention_8bit(
+    q, k, v, q_scale, k_scale, v_scale, v_shift, out, length, padded, v_stride, channels,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, IMPRECISE: tl.constexpr,
+):  # fmt: skip
+    """One head × M query rows. q int8 [H·Lp, D]; k the same; v e4m3 [H·D, Lp] in stored order, or 16-bit [L, C]."""
+    head = tl.program_id(1)
+    start_row = tl.program_id(0) * M
+    rows = start_row + tl.arange(0, M)
+    head64 = head.to(tl.int64)
+    query = _tile(q, head * padded + start_row, 0, D, (head64 + 1) * padded, M, D, TMA)
+    row_scale = tl.load(q_scale + head64 * padded + rows)
+    top = tl.zeros((M,), tl.float32)  # the running maximum; the mean key is removed, so no row's maximum is below 0
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
+    for start in range(0, padded, N):
+        key = _tile(k, head * padded + start, 0, D, (head64 + 1) * padded, N, D, TMA)
+        scale = row_scale * tl.load(k_scale + head64 * (padded // 128) + start // 128)
+        bits = tl.dot(query, key.T, tl.full((M, N), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
+        score = bits.to(tl.float32, bitcast=True)  # MAGIC + n, without a conversion instruction
+        peak = tl.max(bits, 1).to(tl.float32, bitcast=True) - MAGIC
+        highest = tl.maximum(top, peak * scale)
+        offset = highest + MAGIC * scale
+        if FP8:
+            offset -= P_SHIFT
+        p = tl.exp2(score * scale[:, None] - offset[:, None])
+        alpha = tl.exp2(top - highest)
+        total = total * alpha + tl.sum(p, 1)
+        top = highest
+        if FP8:
+            # the softmax's registers in stored order: no data moves between threads
+            p8 = tl.reshape(p.to(tl.float8e4nv), (M, N // 16, 2, 4, 2))
+            p8 = tl.reshape(tl.permute(p8, (0, 1, 3, 2, 4)), (M, N))
+            value = _tile(v, head * D, start, padded, (head64 + 1) * D, D, N, TMA)
+            part = tl.dot(p8, value.T, out_dtype=tl.float32, max_num_imprecise_acc=IMPRECISE)
+            acc = acc * alpha[:, None] + part
+        else:
+            value = _tile(v, start, head * D, v_stride, length, N, D, TMA)
+            acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None])
+    shift = P_SHIFT if FP8 else 0.0
+    total -= (padded - length).to(tl.float32) * tl.exp2(shift - top)
+    acc = acc / total[:, None]
+    lanes = head * D + tl.arange(0, D)
+    if FP8:
+        acc = acc * tl.load(v_scale + lanes)[None] + tl.load(v_shift + lanes)[None]
+    at = rows.to(tl.int64)[:, None] * channels + lanes[None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(rows < length)[:, None])
+
+
+@triton.jit
+def _softmax_step(query, k, v, row, k_column, v_column, k_stride, v_stride, end, scale, top, total, acc,
+                  N: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """One tile of N keys, rows `row`… of the matrices k and v, of an online softmax in base 2."""
+    key = _tile(k, row, k_column, k_stride, end, N, D, TMA)
+    score = tl.dot(query, key.T)
+    if MASK:
+        score = tl.where((row + tl.arange(0, N) < end)[None], score, float("-inf"))
+    highest = tl.maximum(top, tl.max(score, 1) * scale)
+    p = tl.exp2(score * scale - highest[:, None])
+    alpha = tl.exp2(top - highest)
+    value = _tile(v, row, v_column, v_stride, end, N, D, TMA)
+    return highest, total * alpha + tl.sum(p, 1), tl.dot(p.to(value.dtype), value, acc * alpha[:, None])
+
+
+@triton.jit
+def _attend(query, k, v, k_column, v_column, k_stride, v_stride, keys, scale,
+            D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """softmax(query·kᵀ·scale/log2(e))·v over `keys` keys, fp32 [M, D]; only the last tile pays for a mask."""
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
+    whole = keys // N * N
+    for start in range(0, whole, N):
+        top, total, acc = _softmax_step(query, k, v, start, k_column, v_column, k_stride, v_stride, keys, scale,
+                                        top, total, acc, N, D, False, TMA)  # fmt: skip
+    if whole < keys:
+        top, total, acc = _softmax_step(query, k, v, whole, k_column, v_column, k_stride, v_stride, keys, scale,
+                                        top, total, acc, N, D, True, TMA)  # fmt: skip
+    return acc / total[:, None]
+
+
+@triton.jit
+def _attention_16bit(
+    q, k, v, out, length, k_stride, v_stride, channels, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One head × M query rows; q, k and v [L, C], q and k with one row stride, v with its own."""
+    column = tl.program_id(1) * D
+    start_row = tl.program_id(0) * M
+    query = _tile(q, start_row, column, k_stride, length, M, D, TMA)
+    acc = _attend(query, k, v, column, column, k_stride, v_stride, length, scale, D, M, N, TMA)
+    rows = (start_row + tl.arange(0, M)).to(tl.int64)
+    at = rows[:, None] * channels + (column + tl.arange(0, D))[None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(rows < length)[:, None])
+
+
+@triton.jit
+def _cross_attention(
+    q, text, image, out, length, texts, images, q_stride, text_stride, image_stride, channels, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, N_IMAGE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One head × M query rows: two softmaxes, outputs added. q [L, C]; text and image [n, 2·C] as k | v."""
+    column = tl.program_id(1) * D
+    rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    lanes = (column + tl.arange(0, D))[None]
+    inside = (rows < length)[:, None]
+    query = tl.load(q + rows[:, None] * q_stride + lanes, mask=inside, other=0.0)
+    second = column + channels
+    both = _attend(query, text, text, column, second, text_stride, text_stride, texts, scale, D, M, N, TMA)
+    both += _attend(query, image, image, column, second, image_stride, image_stride, images, scale,
+                    D, M, N_IMAGE, TMA)  # fmt: skip
+    tl.store(out + rows[:, None] * channels + lanes, both.to(out.dtype.element_ty), mask=inside)
+
+
+def _matrix(x: Tensor, rows: int, columns: int, tma: bool) -> Tensor | TensorDescriptor:
+    """x [n, ·] with contiguous rows as the kernel takes it, read in tiles of rows × columns."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]) if tma else x
+
+
+def _major(device: torch.device) -> int:
+    """The GPU's major capability; the interpreter (a CPU) sees the same kernels as sm90."""
+    return 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+
+
+def has_tma(device: torch.device) -> bool:
+    """TMA came with sm90; before it the threads load the tiles."""
+    return _major(device) >= 9
+
+
+def default_config(device: torch.device, kind: str) -> Config:
+    """Fixed choices by capability: what fits shared memory (99 KiB on sm86, 89 and 120) and the registers.
+
+    kind: "8bit", "8bit-bf16pv", "bf16" or "cross"."""
+    major = _major(device)
+    if kind.startswith("8bit"):
+        return Config() if major == 9 else Config(rows=64, keys=64, warps=4, stages=2 if kind == "8bit" else 3)
+    if major == 9:
+        return Config(rows=64, keys=64, warps=4, stages=3)
+    if major == 10:
+        return Config(rows=128, keys=128, warps=8, stages=2)
+    if kind == "bf16":
+        return Config(rows=128, keys=64, warps=8, stages=2)
+    return Config(rows=32, keys=64, warps=4, stages=2)
+
+
+def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = None, tma: bool | None = None) -> Tensor:
+    """Both 8-bit variants. `out` [L, C] bf16 or fp16, contiguous, is written and returned."""
+    heads, padded, dim = prepared.q.shape
+    fp8 = prepared.v_scale is not None
+    device = prepared.q.device
+    config = config or default_config(device, prepared.variant)
+    tma = has_tma(device) if tma is None else tma
+    m, n = config.rows, config.keys
+    q, k = prepared.q.view(-1, dim), prepared.k.view(-1, dim)
+    v = prepared.v.view(-1, padded) if fp8 else flat_heads(prepared.v)
+    value_tile = (dim, n) if fp8 else (n, dim)
+    # Hopper's fp8 product never sees `acc`; elsewhere a named precision keeps Triton from folding the sum into it
+    imprecise = None if _major(device) == 9 else n
+    _attention_8bit[(triton.cdiv(prepared.tokens, m), heads)](
+        _matrix(q, m, dim, tma), _matrix(k, n, dim, tma), _matrix(v, *value_tile, tma),
+        prepared.q_scale, prepared.k_scale, prepared.v_scale, prepared.v_shift, out,
+        prepared.tokens, padded, v.stride(0), heads * dim,
+        D=dim, M=m, N=n, FP8=fp8, TMA=tma, IMPRECISE=imprecise,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+def flat_heads(x: Tensor) -> Tensor:
+    """The [L, C] matrix behind a [H, L, D] view of it."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def attention_16bit(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: Config | None = None, tma: bool | None = None
+) -> Tensor:
+    """q, k, v [H, L, D] views of [L, C] matrices (q and k with one row stride); `out` [L, C] contiguous."""
+    heads, length, dim = q.shape
+    tma = has_tma(q.device) if tma is None else tma
+    config = config or default_config(q.device, "bf16")
+    m, n = config.rows, config.keys
+    q, k, v = flat_heads(q), flat_heads(k), flat_heads(v)
+    if q.stride(0) != k.stride(0):
+        raise ValueError(f"q and k have row strides {q.stride(0)} and {k.stride(0)}; they must be equal")
+    _attention_16bit[(triton.cdiv(length, m), heads)](
+        _matrix(q, m, dim, tma), _matrix(k, n, dim, tma), _matrix(v, n, dim, tma), out,
+        length, k.stride(0), v.stride(0), heads * dim, math.log2(math.e) / math.sqrt(dim),
+        D=dim, M=m, N=n, TMA=tma, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+def cross_attention(
+    q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int, out: Tensor, config: Config | None = None,
+    tma: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """q [L, C], text_kv and image_kv [n, 2·C], all 16-bit with contiguous rows; `out` [L, C] contiguous."""
+    length, channels = q.shape
+    tma = has_tma(q.device) if tma is None else tma
+    config = config or default_config(q.device, "cross")
+    m, n = config.rows, config.keys
+    n_image = min(n, 64)  # 257 image keys: a last tile of 64 wastes less
+    _cross_attention[(triton.cdiv(length, m), channels // head_dim)](
+        q, _matrix(text_kv, n, head_dim, tma), _matrix(image_kv, n_image, head_dim, tma), out,
+        length, text_kv.shape[0], image_kv.shape[0], q.stride(0), text_kv.stride(0), image_kv.stride(0), channels,
+        math.log2(math.e) / math.sqrt(head_dim),
+        D=head_dim, M=m, N=n, N_IMAGE=n_image, TMA=tma, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,165 @@
+"""8-bit attention in plain PyTorch: what the quantised operands are, and the arithmetic the kernels must agree with.
+
+Scores are int8 products. q and k are rotated by a Hadamard matrix over the head dimension (orthogonal, so q·k keeps its
+value while outlier channels spread over all of them) and the mean key is removed (it adds one number to all scores of a
+row, which softmax ignores). q has one scale per token, k one per 128 tokens.
+P·V is e4m3 × e4m3: V has one scale per channel and loses its mean; what e4m3 rounding leaves out on average is added
+back with the mean. Tokens are permuted inside each 16 so that the softmax's registers already are the operand of the
+second product. The variant with 16-bit PV keeps V as it was projected.
+The mean key is that of an even subsample: any common vector will do, and it makes the largest score of every row ≥ 0
+up to rounding, which the kernels rely on (their running maximum starts at 0).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scail2_rt.kernels.rope import Rope, rotate
+from scail2_rt.kernels.rows.ops import E4M3, E4M3_MAX, rms_norm
+
+TILE = 128  # tokens that share one key scale; L is padded to a multiple of it
+SAMPLES = 1024  # tokens that the mean key is taken over, at most
+INT8_MAX = 127.0
+TINY = 1e-12  # a scale's floor: all-zero rows stay zero
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared8:
+    """Operands of 8-bit attention for `tokens` = L tokens, Lp = L rounded up to 128, rows beyond L zero.
+
+    q int8 [H, Lp, D] and q_scale fp32 [H, Lp], which holds log2(e)/√D too: score·log2(e) = (q·k)·q_scale·k_scale;
+    k int8 [H, Lp, D] and k_scale fp32 [H, Lp/128];
+    v e4m3 [H, D, Lp]: token a·8 + b·2 + c of each 16 lies at b·4 + a·2 + c; the attended value is
+    Σp·v/Σp · v_scale + v_shift, both fp32 [H, D]. With 16-bit PV v is [H, L, D] as projected (a view of qkv), unscaled.
+    """
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+    v_scale: Tensor | None
+    v_shift: Tensor | None
+    tokens: int
+    triton: bool = False  # keep away from the kernel written for sm90
+
+    @property
+    def variant(self) -> str:
+        if self.v_scale is None:
+            return "8bit-bf16pv"
+        return "8bit-triton" if self.triton else "8bit"
+
+
+def padded_length(tokens: int) -> int:
+    return -(-tokens // TILE) * TILE
+
+
+def sample_step(tokens: int) -> int:
+    """Every how-many-th token enters the mean key."""
+    return -(-tokens // SAMPLES)
+
+
+def empty_prepared8(heads: int, tokens: int, head_dim: int, v: Tensor | None, device: torch.device) -> Prepared8:
+    """Uninitialised buffers; `v` is V itself for 16-bit PV, None for e4m3."""
+    lp = padded_length(tokens)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=device)
+
+    q, k = (torch.empty(heads, lp, head_dim, dtype=torch.int8, device=device) for _ in range(2))
+    if v is not None:
+        return Prepared8(q, floats(heads, lp), k, floats(heads, lp // TILE), v, None, None, tokens)
+    v8 = torch.empty(heads, head_dim, lp, dtype=E4M3, device=device)
+    shift, scale = floats(heads, head_dim), floats(heads, head_dim)
+    return Prepared8(q, floats(heads, lp), k, floats(heads, lp // TILE), v8, scale, shift, tokens)
+
+
+def sixteen_bit_v(qkv: Tensor, head_dim: int) -> Tensor:
+    """V for 16-bit PV: a view [H, L, D] of qkv if that is 16-bit, a bf16 copy if it is fp32."""
+    v = qkv.chunk(3, dim=-1)[2]
+    v = v.bfloat16() if v.dtype == torch.float32 else v
+    return v.unflatten(-1, (-1, head_dim)).transpose(0, 1)
+
+
+def hadamard(n: int) -> Tensor:
+    """The ±1 Sylvester matrix, fp32 [n, n]; n a power of two. Divided by √n it is orthonormal."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < n:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
+def stored_order(tokens: int) -> Tensor:
+    """int64 [tokens]: which token lies at each position of v's last axis. `tokens` a multiple of 16."""
+    return torch.arange(tokens).view(-1, 2, 4, 2).transpose(1, 2).flatten()
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[H, L, D] → [H, Lp, D] with zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, padded_length(x.shape[1]) - x.shape[1]))
+
+
+def _int8(x: Tensor, scale: Tensor) -> Tensor:
+    return (x * (1 / scale)).round().clamp(-127, 127).to(torch.int8)
+
+
+def _quantised_v(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """v fp32 [H, L, D] → e4m3 [H, D, Lp] in stored order, scale and shift fp32 [H, D]."""
+    mean = v.mean(1, keepdim=True)
+    scale = ((v - mean).abs().amax(1, keepdim=True) / E4M3_MAX).clamp_min(TINY)
+    v8 = ((v - mean) * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    shift = mean + (v - mean - v8.float() * scale).mean(1, keepdim=True)
+    order = stored_order(padded_length(v.shape[1])).to(v.device)
+    stored = _padded(v8.float())[:, order].to(E4M3)  # exact both ways: e4m3 has no indexing on the CPU
+    return stored.transpose(1, 2).contiguous(), scale[:, 0], shift[:, 0]
+
+
+def prepare_8bit(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, fp8_pv: bool = True
+) -> Prepared8:
+    """qkv [L, 3·C] (q | k | v), weights fp32 [C] → `Prepared8`; all arithmetic in fp32."""
+    tokens, head_dim = qkv.shape[0], rope.head_dim
+    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.chunk(3, dim=-1))  # [L, H, D]
+    q = rotate(rms_norm(q.flatten(1), q_weight, eps).view_as(q), rope).transpose(0, 1)
+    k = rotate(rms_norm(k.flatten(1), k_weight, eps).view_as(k), rope).transpose(0, 1)
+    k = k - k[:, :: sample_step(tokens)].mean(1, keepdim=True)
+    turn = hadamard(head_dim).to(qkv.device)
+    q, k = _padded(q @ turn), _padded(k @ turn)
+    q_scale = (q.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(TINY)
+    tiles = k.unflatten(1, (-1, TILE))
+    k_scale = (tiles.abs().amax((2, 3), keepdim=True) / INT8_MAX).clamp_min(TINY)
+    q8, k8 = _int8(q, q_scale), _int8(tiles, k_scale).flatten(1, 2)
+    # each rotation by the ±1 matrix leaves a factor √D, and the softmax asks for log2(e)/√D
+    factor = math.log2(math.e) / head_dim
+    q_scale, k_scale = q_scale[..., 0] * factor, k_scale[..., 0, 0] / math.sqrt(head_dim)
+    if not fp8_pv:
+        return Prepared8(q8, q_scale, k8, k_scale, sixteen_bit_v(qkv, head_dim), None, None, tokens)
+    return Prepared8(q8, q_scale, k8, k_scale, *_quantised_v(v.transpose(0, 1).float()), tokens)
+
+
+def attention_8bit(prepared: Prepared8) -> Tensor:
+    """Softmax attention on the quantised values in plain fp32 → bf16 [L, C].
+
+    P is not rounded here: the kernels' e4m3 or bf16 P is part of their error against this."""
+    length = prepared.tokens
+    out = []
+    for head in range(prepared.q.shape[0]):
+        q, k = prepared.q[head, :length].float(), prepared.k[head, :length].float()
+        scale = prepared.k_scale[head].repeat_interleave(TILE)[:length]
+        score = (q @ k.T) * prepared.q_scale[head, :length, None] * scale
+        p = (score * math.log(2)).softmax(-1)
+        out.append(p @ values(prepared, head))
+    dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
+    return torch.stack(out, 1).flatten(1).to(dtype)
+
+
+def values(prepared: Prepared8, head: int) -> Tensor:
+    """V of one head as the attention sees it: fp32 [L, D]."""
+    if prepared.v_scale is None or prepared.v_shift is None:
+        return prepared.v[head].float()
+    stored = prepared.v[head].float()
+    v = torch.empty_like(stored)
+    v[:, stored_order(stored.shape[1]).to(v.device)] = stored
+    return v[:, : prepared.tokens].T * prepared.v_scale[head] + prepared.v_shift[head]

@@ -1,0 +1,148 @@
+"""The kernels that mix tokens: preparation of q, k, v, self-attention, and the two-softmax cross-attention.
+
+One function each; what it runs follows from the tensors' device and from the attention variant (`attention_choice`),
+which `prepare_qkv` is given and its result carries. On a CPU these are the PyTorch twins, and what ONNX graphs are
+checked against; on a GPU the Triton kernels or a library's attention. Only this module knows what a variant needs:
+`PreparedQKV` feeds the 16-bit ones, `Prepared8` (kernels.eight_bit) the 8-bit ones.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scail2_rt.kernels.attention import eight_bit
+from scail2_rt.kernels.attention.eight_bit import Prepared8
+from scail2_rt.kernels.attention.variants import EIGHT_BIT, VARIANTS, choose_attention, hopper_obstacle
+from scail2_rt.kernels.rope import Rope, rotate
+from scail2_rt.kernels.rows.ops import rms_norm
+
+__all__ = [
+    "VARIANTS", "Prepared8", "PreparedQKV", "choose_attention", "cross_attention", "prepare_qkv", "self_attention"
+]  # fmt: skip
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedQKV:
+    """q, k: RMS-normed and rotated; v: as projected. Each [H, L, D] in the attention's type.
+
+    On a GPU q and k are views of contiguous [L, C] buffers and v of qkv, so that every kernel's output is [L, C]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    variant: str = "sdpa"
+
+
+Prepared = PreparedQKV | Prepared8
+
+
+def prepare_qkv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, variant: str = "sdpa") -> Prepared:
+    """RMS norm over all heads, then RoPE; for the 8-bit variants also rotation and quantisation.
+
+    qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. In 16 bit v stays a view of qkv."""
+    if variant in EIGHT_BIT:
+        made = _prepare_8bit(qkv, q_weight, k_weight, rope, variant != "8bit-bf16pv")
+        return replace(made, triton=variant == "8bit-triton")
+    heads = q_weight.shape[0] // rope.head_dim
+    v = qkv.chunk(3, dim=-1)[2].unflatten(-1, (heads, -1)).transpose(0, 1)
+    if qkv.is_cuda:
+        from scail2_rt.kernels.attention import prepare_triton
+
+        q, k = (qkv.new_empty(qkv.shape[0], q_weight.shape[0]) for _ in range(2))
+        prepare_triton.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, q, k)
+        q, k = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k))
+        return PreparedQKV(q, k, v, variant)
+    q, k, _ = qkv.chunk(3, dim=-1)
+    q, k = rms_norm(q, q_weight, EPS), rms_norm(k, k_weight, EPS)
+    q, k = (rotate(t.unflatten(-1, (heads, -1)), rope).to(qkv.dtype).transpose(0, 1) for t in (q, k))
+    return PreparedQKV(q, k, v, variant)
+
+
+def _prepare_8bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, fp8_pv: bool) -> Prepared8:
+    if not qkv.is_cuda:
+        return eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, fp8_pv)
+    from scail2_rt.kernels.attention import prepare_triton
+
+    heads = q_weight.shape[0] // rope.head_dim
+    v = None if fp8_pv else eight_bit.sixteen_bit_v(qkv, rope.head_dim)
+    made = eight_bit.empty_prepared8(heads, qkv.shape[0], rope.head_dim, v, qkv.device)
+    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made)
+    return made
+
+
+def self_attention(prepared: Prepared) -> Tensor:
+    """Softmax attention over all tokens, scale 1/√D, no mask, by the variant it was prepared for.
+
+    → [L, C] in the attention's 16-bit type (bf16 for "8bit")."""
+    if isinstance(prepared, Prepared8):
+        return _eight_bit_attention(prepared)
+    q, k, v = prepared.q, prepared.k, prepared.v
+    if prepared.variant == "bf16":
+        from scail2_rt.kernels.attention import attention_triton, hopper_attention_16bit
+
+        out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2])
+        if hopper_obstacle(q.device, q.shape[2], q.dtype) is None:
+            return hopper_attention_16bit.hopper_attention_16bit(q, k, v, out)
+        return attention_triton.attention_16bit(q, k, v, out)
+    if prepared.variant in ("flash", "sage"):
+        return _library_attention(prepared)
+    if prepared.variant == "cudnn":
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+    else:
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+    return attended.transpose(0, 1).flatten(1)
+
+
+def _eight_bit_attention(prepared: Prepared8) -> Tensor:
+    if not prepared.q.is_cuda:
+        return eight_bit.attention_8bit(prepared)
+    heads, _, dim = prepared.q.shape
+    dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
+    out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
+    if prepared.variant == "8bit" and hopper_obstacle(prepared.q.device, dim, prepared.q.dtype) is None:
+        from scail2_rt.kernels.attention.hopper_attention import hopper_attention
+
+        return hopper_attention(prepared, out)
+    from scail2_rt.kernels.attention import attention_triton
+
+    return attention_triton.attention_8bit(prepared, out)
+
+
+def _library_attention(prepared: PreparedQKV) -> Tensor:
+    """flash-attn or SageAttention, both on [1, L, H, D] → [L, C]."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (prepared.q, prepared.k, prepared.v))
+    if prepared.variant == "flash":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v)[0].flatten(1)
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="NHD")[0].flatten(1)
+
+
+def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int) -> Tensor:
+    """softmax(q·k_textᵀ)·v_text + softmax(q·k_imageᵀ)·v_image: two softmaxes, outputs added.
+
+    q [L, C] (RMS-normed), text_kv [T, 2·C] and image_kv [I, 2·C] as k | v → [L, C] in q's type. 16-bit tensors on a
+    GPU take one Triton launch that reads all three in place; fp32 ones take the twin (tensor cores round fp32)."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from scail2_rt.kernels.attention import attention_triton
+
+        return attention_triton.cross_attention(q, text_kv, image_kv, head_dim, torch.empty_like(q))
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, head_dim)).transpose(0, 1)[None]
+
+    def attended(kv: Tensor) -> Tensor:
+        k, v = kv.chunk(2, dim=-1)
+        return F.scaled_dot_product_attention(split(q), split(k), split(v))[0].float()
+
+    both = attended(text_kv) + attended(image_kv)
+    return both.transpose(0, 1).flatten(1).to(q.dtype)

@@ -1,0 +1,329 @@
+"""Triton kernels that turn q | k | v of one block into attention's operands.
+
+16-bit: one launch norms and rotates q and k; V stays where it is. 8-bit: memory traffic is all that counts, so qkv is
+read twice: once for what needs whole rows or columns (RMS of q and k, range and mean of V, the mean key of a sample),
+once to write the 8-bit operands. Sums over tokens go through partial buffers, never atomics: the result is repeatable.
+The Hadamard rotation takes its first two stages as additions between neighbours that RoPE splits anyway; the rest is a
+small tensor-core product with ±1 in fp16: normed values stay below √C·|weight|, far inside fp16's range, and its
+rounding (2⁻¹¹) is a twentieth of int8's.
+Only `kernels.attention.ops` calls the launchers.
+"""
+
+# mypy: ignore-errors
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scail2_rt.kernels.attention.eight_bit import TILE, Prepared8, sample_step
+from scail2_rt.kernels.rope import Rope
+
+# how the 8-bit preparation is cut up
+Q_TOKENS = 64  # of a program that quantises q; those of k and v take a TILE
+HEADS_TOGETHER = 8  # at most, in a program that quantises q or k
+SUM_TOKENS = 512  # of a program that sums up V
+
+
+@triton.jit
+def _row_rms(x, stride, out, length, channels, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out fp32 [2, L]: 1/rms of each token's q (program axis 1 = 0) and k (= 1)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    inside = (rows < length)[:, None]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, channels, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        at = rows[:, None] * stride + part * channels + columns[None]
+        y = tl.load(x + at, mask=inside & (columns < channels)[None], other=0.0).to(tl.float32)
+        total += y * y
+    rms = tl.rsqrt(tl.sum(total, 1) / channels + eps)
+    tl.store(out + part.to(tl.int64) * length + rows, rms, mask=rows < length)
+
+
+@triton.jit
+def _norm_rope(
+    x, stride, q_weight, k_weight, cos, sin, q_out, k_out, length, channels, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """16-bit operands: q_out, k_out [L, C] in x's type; program axis 1 picks q or k. The second read hits the cache."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    inside = (rows < length)[:, None]
+    source = x + rows[:, None] * stride + part * channels
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, channels, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        y = tl.load(source + columns[None], mask=inside & (columns < channels)[None], other=0.0).to(tl.float32)
+        total += y * y
+    rms = tl.rsqrt(tl.sum(total, 1) / channels + eps)
+    weight, out = q_weight, q_out
+    if part == 1:
+        weight, out = k_weight, k_out
+    for start in range(0, channels, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = inside & (columns < channels)[None]
+        y = tl.load(source + columns[None], mask=mask, other=0.0).to(tl.float32)
+        y = y * rms[:, None] * tl.load(weight + columns, mask=columns < channels, other=0.0)[None]
+        even, odd = tl.split(tl.reshape(y, (ROWS, BLOCK // 2, 2)))
+        angle = rows[:, None] * (D // 2) + ((start // 2 + tl.arange(0, BLOCK // 2)) % (D // 2))[None]
+        c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        y = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, BLOCK))
+        tl.store(out + rows[:, None] * channels + columns[None], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _v_statistics(v, stride, partial, length, channels, CHUNK: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+                  STAGES: tl.constexpr):  # fmt: skip
+    """partial fp32 [3, chunks, C]: sum, minimum and maximum of V over CHUNK tokens; one head per program."""
+    chunk = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * D + tl.arange(0, D)
+    total = tl.zeros((T, D), tl.float32)
+    low, high = tl.full((T, D), float("inf"), tl.float32), tl.full((T, D), float("-inf"), tl.float32)
+    for start in tl.range(0, CHUNK, T, num_stages=STAGES):
+        rows = chunk * CHUNK + start + tl.arange(0, T)
+        inside = (rows < length)[:, None]
+        y = tl.load(v + rows[:, None] * stride + columns[None], mask=inside, other=0.0).to(tl.float32)
+        total += y
+        low = tl.minimum(low, tl.where(inside, y, float("inf")))
+        high = tl.maximum(high, tl.where(inside, y, float("-inf")))
+    at = partial + chunk * channels + columns
+    plane = tl.num_programs(0).to(tl.int64) * channels
+    tl.store(at, tl.sum(total, 0))
+    tl.store(at + plane, tl.min(low, 0))
+    tl.store(at + 2 * plane, tl.max(high, 0))
+
+
+@triton.jit
+def _key_sample(
+    k, stride, weight, row_rms, cos, sin, partial, samples, step, channels, T: tl.constexpr, D: tl.constexpr
+):
+    """partial fp32 [programs, C]: sums of normed, rotated keys over T of the sampled tokens; one head per program."""
+    index = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    inside = index < samples
+    rows = index * step
+    head = tl.program_id(1)
+    columns = head * D + tl.arange(0, D)
+    y = tl.load(k + rows[:, None] * stride + columns[None], mask=inside[:, None], other=0.0).to(tl.float32)
+    y = y * tl.load(row_rms + rows, mask=inside, other=0.0)[:, None] * tl.load(weight + columns)[None]
+    even, odd = tl.split(tl.reshape(y, (T, D // 2, 2)))
+    angle = rows[:, None] * (D // 2) + tl.arange(0, D // 2)[None]
+    c = tl.load(cos + angle, mask=inside[:, None], other=0.0)
+    s = tl.load(sin + angle, mask=inside[:, None], other=0.0)
+    y = tl.join(tl.sum(even * c - odd * s, 0), tl.sum(even * s + odd * c, 0))
+    tl.store(partial + tl.program_id(0).to(tl.int64) * channels + columns, tl.reshape(y, (D,)))
+
+
+@triton.jit
+def _finish_statistics(
+    v_partial, k_partial, v_mean, v_scale, k_mean, chunks, k_chunks, length, samples, channels,
+    P: tl.constexpr, D: tl.constexpr, HAS_V: tl.constexpr,
+):  # fmt: skip
+    """Reduce the partials of one head: mean of V and its e4m3 scale, mean key. All fp32 [C]."""
+    columns = tl.program_id(0) * D + tl.arange(0, D)
+    total = tl.zeros((P, D), tl.float32)
+    for start in range(0, k_chunks, P):
+        rows = start + tl.arange(0, P)
+        at = rows[:, None] * channels + columns[None]
+        total += tl.load(k_partial + at, mask=(rows < k_chunks)[:, None], other=0.0)
+    tl.store(k_mean + columns, tl.sum(total, 0) / samples)
+    if HAS_V:
+        total = tl.zeros((P, D), tl.float32)
+        low, high = tl.full((P, D), float("inf"), tl.float32), tl.full((P, D), float("-inf"), tl.float32)
+        for start in range(0, chunks, P):
+            rows = start + tl.arange(0, P)
+            at = rows[:, None] * channels + columns[None]
+            inside = (rows < chunks)[:, None]
+            total += tl.load(v_partial + at, mask=inside, other=0.0)
+            low = tl.minimum(low, tl.load(v_partial + chunks * channels + at, mask=inside, other=float("inf")))
+            high = tl.maximum(high, tl.load(v_partial + 2 * chunks * channels + at, mask=inside, other=float("-inf")))
+        mean = tl.sum(total, 0) / length
+        scale = tl.maximum(tl.max(high, 0) - mean, mean - tl.min(low, 0)) / 448.0
+        tl.store(v_mean + columns, mean)
+        tl.store(v_scale + columns, tl.maximum(scale, 1e-12))
+
+
+@triton.jit
+def _signs(J: tl.constexpr):
+    """The ±1 Sylvester matrix [J, J] in fp16: the sign is the parity of the bits that row and column share."""
+    bits = tl.arange(0, J)[:, None] & tl.arange(0, J)[None]
+    bits = bits ^ (bits >> 4)
+    bits = bits ^ (bits >> 2)
+    bits = bits ^ (bits >> 1)
+    return (1 - 2 * (bits & 1)).to(tl.float16)
+
+
+@triton.jit
+def _pairs(at, inside, T: tl.constexpr, D: tl.constexpr):
+    """Even and odd columns of a table's [T, D/2], each [T, D/4]."""
+    return tl.split(tl.reshape(tl.load(at, mask=inside, other=0.0), (T, D // 4, 2)))
+
+
+@triton.jit
+def _split4(y, T: tl.constexpr, D: tl.constexpr):
+    """[T, D] → its channels 4j, 4j+1, 4j+2, 4j+3, each [T, D/4]."""
+    even, odd = tl.split(tl.reshape(y, (T, D // 2, 2)))
+    y0, y2 = tl.split(tl.reshape(even, (T, D // 4, 2)))
+    y1, y3 = tl.split(tl.reshape(odd, (T, D // 4, 2)))
+    return y0, y1, y2, y3
+
+
+@triton.jit
+def _int8(y, inverse):
+    """Round half to even: adding 1.5·2²³ leaves no fraction bits. |y·inverse| ≤ 127 by construction."""
+    return ((y * inverse + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
+def _quantise_qk(
+    x, stride, weight, row_rms, cos, sin, mean, out, scale_out, length, padded, factor,
+    D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """int8 [H, Lp, D] and scales (q: one a token, k: one per T = 128 tokens) of HEADS heads × T tokens.
+
+    Heads share the RoPE rows, which are as wide as a head: they are read once and kept in registers."""
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * T + tl.arange(0, T)
+    inside = (rows < length)[:, None]
+    rms = tl.load(row_rms + rows, mask=rows < length, other=0.0)[:, None]
+    angle = rows[:, None] * (D // 2) + tl.arange(0, D // 2)[None]
+    c0, c1 = _pairs(cos + angle, inside, T, D)
+    s0, s1 = _pairs(sin + angle, inside, T, D)
+    signs = _signs(D // 4)
+    lanes = tl.arange(0, D)
+    for i in tl.range(HEADS, num_stages=STAGES):
+        head = tl.program_id(1).to(tl.int64) * HEADS + i
+        y = tl.load(x + rows[:, None] * stride + (head * D + lanes)[None], mask=inside, other=0.0).to(tl.float32)
+        y = y * rms * tl.load(weight + head * D + lanes)[None]
+        y0, y1, y2, y3 = _split4(y, T, D)
+        z0, z1, z2, z3 = y0 * c0 - y1 * s0, y0 * s0 + y1 * c0, y2 * c1 - y3 * s1, y2 * s1 + y3 * c1
+        if KEY:
+            at = mean + head * D + 4 * tl.arange(0, D // 4)
+            z0 = tl.where(inside, z0 - tl.load(at)[None], 0.0)
+            z1 = tl.where(inside, z1 - tl.load(at + 1)[None], 0.0)
+            z2 = tl.where(inside, z2 - tl.load(at + 2)[None], 0.0)
+            z3 = tl.where(inside, z3 - tl.load(at + 3)[None], 0.0)
+        a, b = z0 + z1, z2 + z3  # Hadamard stages over channel bits 0 and 1, then over the others
+        d, e = z0 - z1, z2 - z3
+        y0, y2 = tl.dot((a + b).to(tl.float16), signs), tl.dot((a - b).to(tl.float16), signs)
+        y1, y3 = tl.dot((d + e).to(tl.float16), signs), tl.dot((d - e).to(tl.float16), signs)
+        peak = tl.maximum(tl.maximum(tl.abs(y0), tl.abs(y1)), tl.maximum(tl.abs(y2), tl.abs(y3)))
+        if KEY:
+            amax = tl.maximum(tl.max(tl.max(peak, 1), 0), 1.27e-10)
+            tl.store(scale_out + head * (padded // T) + block, amax / 127.0 * factor)
+            inverse = 127.0 / amax
+        else:
+            amax = tl.maximum(tl.max(peak, 1), 1.27e-10)
+            tl.store(scale_out + head * padded + rows, amax / 127.0 * factor)
+            inverse = (127.0 / amax)[:, None]
+        low = tl.join(_int8(y0, inverse), _int8(y2, inverse))
+        high = tl.join(_int8(y1, inverse), _int8(y3, inverse))
+        q = tl.reshape(tl.join(low, high), (T, D))
+        tl.store(out + (head * padded + rows)[:, None] * D + lanes[None], q)
+
+
+@triton.jit
+def _quantise_v(v, stride, mean, scale, out, residual, length, padded, channels, T: tl.constexpr, D: tl.constexpr):
+    """e4m3 [H, D, Lp] in stored order, and residual fp32 [blocks, C]: sums of what rounding left out."""
+    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    place = tl.arange(0, T)
+    within = place % 16
+    token = place - within + (within // 2 % 2) * 8 + (within // 4) * 2 + within % 2
+    rows = block * T + token
+    inside = (rows < length)[:, None]
+    lanes = tl.arange(0, D)
+    y = tl.load(v + rows[:, None] * stride + (head * D + lanes)[None], mask=inside, other=0.0).to(tl.float32)
+    unit = tl.load(scale + head * D + lanes)
+    y = tl.where(inside, y - tl.load(mean + head * D + lanes)[None], 0.0)
+    scaled = tl.minimum(tl.maximum(y * (1.0 / unit)[None], -448.0), 448.0)
+    v8 = scaled.to(tl.float8e4nv)
+    left = y - v8.to(tl.float32) * unit[None]
+    tl.store(residual + block * channels + head * D + lanes, tl.sum(left, 0))
+    at = (head * D + lanes)[:, None] * padded + (block * T + place)[None]
+    tl.store(out + at, tl.trans(v8))
+
+
+@triton.jit
+def _v_shift(mean, residual, shift, blocks, length, channels, P: tl.constexpr, D: tl.constexpr):
+    """shift = mean + Σ residual / L."""
+    columns = tl.program_id(0) * D + tl.arange(0, D)
+    total = tl.zeros((P, D), tl.float32)
+    for start in range(0, blocks, P):
+        rows = start + tl.arange(0, P)
+        at = rows[:, None].to(tl.int64) * channels + columns[None]
+        total += tl.load(residual + at, mask=(rows < blocks)[:, None], other=0.0)
+    tl.store(shift + columns, tl.load(mean + columns) + tl.sum(total, 0) / length)
+
+
+def prepare_16bit(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, q: Tensor, k: Tensor, rows: int = 4
+) -> None:
+    """Write normed, rotated q and k, each contiguous [L, C] in qkv's type. qkv [L, 3·C], last stride 1."""
+    length, channels = q.shape
+    block = min(1024, triton.next_power_of_2(channels))
+    _norm_rope[(triton.cdiv(length, rows), 2)](
+        qkv, qkv.stride(0), q_weight, k_weight, rope.cos, rope.sin, q, k, length, channels, eps,
+        D=rope.head_dim, ROWS=rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def _floats(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device=device)
+
+
+def _statistics(
+    qkv: Tensor, k_weight: Tensor, rope: Rope, eps: float, v_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First read of qkv: 1/rms [2, L] of q and k, mean key [C], mean [C] of V; `v_scale` [H, D] is written."""
+    fp8_pv = v_scale is not None
+    length, channels, device = qkv.shape[0], qkv.shape[1] // 3, qkv.device
+    heads, dim, stride = channels // rope.head_dim, rope.head_dim, qkv.stride(0)
+    rms = _floats(device, 2, length)
+    k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
+    block = min(1024, triton.next_power_of_2(channels))
+    _row_rms[(triton.cdiv(length, 4), 2)](qkv, stride, rms, length, channels, eps, ROWS=4, BLOCK=block)
+    step = sample_step(length)
+    samples = triton.cdiv(length, step)
+    k_chunks, v_chunks = triton.cdiv(samples, 32), triton.cdiv(length, SUM_TOKENS) if fp8_pv else 1
+    k_partial, v_partial = _floats(device, k_chunks, channels), _floats(device, 3, v_chunks, channels)
+    _key_sample[(k_chunks, heads)](
+        k, stride, k_weight, rms[1], rope.cos, rope.sin, k_partial, samples, step, channels, T=32, D=dim
+    )
+    if fp8_pv:
+        _v_statistics[(v_chunks, heads)](
+            v, stride, v_partial, length, channels, CHUNK=SUM_TOKENS, T=32, D=dim, STAGES=3, num_warps=4
+        )
+    k_mean, v_mean = _floats(device, channels), _floats(device, channels)
+    _finish_statistics[(heads,)](
+        v_partial, k_partial, v_mean, v_scale, k_mean, v_chunks, k_chunks, length, samples, channels,
+        P=32, D=dim, HAS_V=fp8_pv,
+    )  # fmt: skip
+    return rms, k_mean, v_mean
+
+
+def prepare_8bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, out: Prepared8) -> None:
+    """Fill `out`'s buffers (its v too, if it is e4m3) from qkv [L, 3·C], last stride 1."""
+    length, channels, dim = qkv.shape[0], qkv.shape[1] // 3, rope.head_dim
+    fp8_pv, stride, padded = out.v_scale is not None, qkv.stride(0), out.q.shape[1]
+    rms, k_mean, v_mean = _statistics(qkv, k_weight, rope, eps, out.v_scale)
+    heads, blocks = channels // dim, padded // TILE
+    group = next(n for n in range(HEADS_TOGETHER, 0, -1) if heads % n == 0)
+    k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
+    # a rotation by the ±1 matrix leaves a factor √D in each; q also takes the softmax's log2(e)/√D
+    q_factor, k_factor = math.log2(math.e) / dim, 1 / math.sqrt(dim)
+    for source, weight, row_rms, data, scale, factor, key, tokens in (
+        (qkv, q_weight, rms[0], out.q, out.q_scale, q_factor, False, Q_TOKENS),
+        (k, k_weight, rms[1], out.k, out.k_scale, k_factor, True, TILE),
+    ):
+        warps = tokens // 16  # as many values a thread for q as for k
+        _quantise_qk[(padded // tokens, heads // group)](
+            source, stride, weight, row_rms, rope.cos, rope.sin, k_mean, data, scale, length, padded, factor,
+            D=dim, T=tokens, HEADS=group, KEY=key, STAGES=3, num_warps=warps,
+        )  # fmt: skip
+    if fp8_pv:
+        residual = _floats(qkv.device, blocks, channels)
+        _quantise_v[(blocks, heads)](
+            v, stride, v_mean, out.v_scale, out.v, residual, length, padded, channels, T=TILE, D=dim, num_warps=8
+        )
+        _v_shift[(heads,)](v_mean, residual, out.v_shift, blocks, length, channels, P=32, D=dim)

@@ -1,0 +1,1 @@
+"""The VAE's causal convolutions."""

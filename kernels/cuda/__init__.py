@@ -1,0 +1,1 @@
+"""CUDA C++ kernels: compiling them with NVRTC and launching them."""

@@ -1,0 +1,1 @@
+"""The command line: `main` first; options, help sections, and what commands print."""

@@ -1,0 +1,289 @@
+"""`scail2-rt`: the command line. Read this first.
+
+    make-checkpoint  random weights in the official layout      export.random_checkpoint
+    build-engines    checkpoint → engine folder                 export.checkpoint → engines.build
+    generate         engines + case → video                     jobs → request → pipeline
+    masks            check, show, mend and make colour masks    mask_commands
+    verify           engine folder against its checkpoint       engines.verify
+    export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
+    doctor           what this machine has                      doctor
+    demo             the whole way, on a case with an answer    demo
+    bench            speed, memory and error, with baselines    benchmarks
+    convert          checkpoint → one safetensors file          engines.convert
+    download         the official checkpoint from the hub       download
+    inspect          what a file or folder is                   inspection
+
+Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
+code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
+holds one JSON object and nothing else; an error is one too.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scail2_rt.runtime.cli import options as o
+from scail2_rt.runtime.cli.files_commands import convert, download, inspect
+from scail2_rt.runtime.cli.mask_commands import masks
+from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
+from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
+
+INTERRUPTED = 130
+HIGHER = {  # commands of the floor above, imported when they are asked for
+    "bench": "scail2_rt.benchmarks.command:bench",
+    "demo": "scail2_rt.benchmarks.command:demo",
+}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class CommandGroup(click.Group):
+    """A group that also has the commands of `HIGHER`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *HIGHER})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in HIGHER:
+            return super().get_command(ctx, cmd_name)
+        module, name = HIGHER[cmd_name].split(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=CommandGroup, context_settings=CONTEXT, invoke_without_command=True)
+@click.version_option(importlib.metadata.version("scail2-rt"), prog_name="scail2-rt")
+@debug_option
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Animate characters with SCAIL-2: build engines from a checkpoint once, then turn a reference image and a driving
+    video into a new video.
+
+    \b
+    Start here:  scail2-rt demo
+    Then:        scail2-rt build-engines SCAIL-2/ -o engines/
+                 scail2-rt generate engines/ --case my_case/ -o out.mp4
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command(cls=SectionCommand)
+@click.argument("checkpoint", type=PATH)
+@o.BUILD_OPTIONS
+@o.COMPONENT_OPTIONS
+@reporting
+def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Turn CHECKPOINT (a SCAIL-2 folder or a *.safetensors file) into an engine folder.
+
+    A second call with the same options does nothing; an interrupted build continues."""
+    from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
+    from scail2_rt.engines.tensorrt_backend.profiles import plan_options
+    from scail2_rt.export.checkpoint.lora import parse_lora
+    from scail2_rt.export.checkpoint.open import open_checkpoint
+    from scail2_rt.runtime.core.progress import BuildLines
+    from scail2_rt.runtime.session.warm import warm_kernels
+
+    parts = parts_apart(options)
+    request = BuildRequest(
+        checkpoint,
+        options["output"],
+        tuple(options["backends"]),
+        options["precision"],
+        tuple(parse_lora(lora) for lora in options["loras"]),
+        options["lora_partial"],
+        options["rebuild"],
+        parts,
+        plan_options(options["max_picture"], options["workspace_gib"]),
+        tuple(options["stages"]),
+    )
+    with stdout_for(as_json):
+        report: BuildReport = build(request, open_checkpoint(checkpoint, **parts), BuildLines())
+    built = "nothing to do" if report.up_to_date else f"built for {', '.join(report.added)} in {report.wall_s:.1f} s"
+    text = (
+        f"{report.directory}: {built}; {report.stages} stages in {report.precision}, "
+        f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
+    )
+    if "torch" in report.added and (compiled := warm_kernels(Path(report.directory))):
+        text += f"\n{compiled}"
+    show(report, text + lora_lines(report.loras), as_json)
+
+
+@cli.command(cls=SectionCommand)
+@click.argument("engines", type=PATH)
+@o.INPUT_OPTIONS
+@o.PROMPT_OPTIONS
+@o.OUTPUT_OPTIONS
+@o.SAMPLING_OPTIONS
+@o.LONG_CLIP_OPTIONS
+@o.ENGINE_OPTIONS
+@reporting
+def generate(engines: Path, as_json: bool, **options: Any) -> None:
+    """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
+
+    A report (<output>.json) is written beside the video."""
+    from scail2_rt.runtime.jobs import generate
+
+    how = {name: options[name] for name in ("backend", "max_rows", "attention", "vram_limit")}
+    choice = generate.EngineChoice(engines, **how, graphs=not options["no_graphs"])
+    preset = o.PRESETS[options["preset"]]
+    sampling = {name: default if options[name] is None else options[name] for name, default in preset.items()}
+    common = {**sampling, **{name: options[name] for name in generate.SHARED}, "prompt": generate.read_prompt(options)}
+    failed = 0
+    with stdout_for(as_json):
+        if options["batch"] is not None:
+            cases = generate.batch_cases(options, common)
+            result, text, failed = generate.run_batch(cases, choice, options["preset"], options["dry_run"])
+        else:
+            case = generate.single_case(options, common)
+            result, text = generate.run_single(case, choice, options["preset"], options["dry_run"])
+    show(result, text, as_json)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command(cls=SectionCommand)
+@click.argument("directory", type=PATH)
+@o.CHECKPOINT_OPTIONS
+@reporting
+def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> None:
+    """Write a small checkpoint of random weights to DIRECTORY, in the official folder layout.
+
+    Its videos are coloured noise; it is for trying the program and for tests."""
+    from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint as make
+
+    with stdout_for(as_json):
+        make(directory, preset=preset, seed=seed)
+    files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
+    lines = [f"{directory}: random weights, preset {preset}, seed {seed}"]
+    lines += [f"  {size:>12,} bytes  {name}" for name, size in files.items()]
+    show({"directory": str(directory), "preset": preset, "seed": seed, "files": files}, "\n".join(lines), as_json)
+
+
+@cli.command(cls=SectionCommand)
+@click.argument("checkpoint", type=PATH)
+@o.EXPORT_OPTIONS
+@o.COMPONENT_OPTIONS
+@reporting
+def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Write the networks of CHECKPOINT as ONNX files, for other tools.
+
+    stages: one file for each engine stage. monolithic: the whole transformer as one graph with Attention and
+    RotaryEmbedding (opset 23). All weights are in one file beside them."""
+    from scail2_rt.engines.build.onnx_folder import export_onnx as export
+    from scail2_rt.export.checkpoint.lora import parse_lora
+    from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
+    from scail2_rt.runtime.core.progress import BuildLines
+
+    alone = options["layout"] == "monolithic"  # needs the transformer only
+    parts = parts_apart(options)
+    with stdout_for(as_json):
+        opened = open_checkpoint(checkpoint, **({} if alone else parts), components=("dit",) if alone else COMPONENTS)
+        report = export(
+            opened,
+            options["output"],
+            options["layout"],
+            options["precision"],
+            tuple(parse_lora(lora) for lora in options["loras"]),
+            options["lora_partial"],
+            BuildLines(),
+        )
+    text = (
+        f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
+        f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
+    )
+    show(report, text + lora_lines(report.loras), as_json)
+
+
+@cli.command(cls=SectionCommand)
+@click.argument("engines", type=PATH)
+@o.VERIFY_OPTIONS
+@o.COMPONENT_OPTIONS
+@reporting
+def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Test the engine folder ENGINES against the checkpoint that it was built from. Exit code 1 when something fails.
+
+    File hashes, every stored value, every stage of every executor against the fp32 stage on random inputs, its time,
+    and on a GPU its CUDA graph."""
+    from scail2_rt.engines.verify.verify import VerifyRequest, open_for
+    from scail2_rt.engines.verify.verify import verify as run_verify
+
+    request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
+    parts = parts_apart(options)
+    with stdout_for(as_json):
+        report = run_verify(request, open_for(engines, checkpoint, parts), lambda line: click.echo(line, err=True))
+    show(report, report.text, as_json)
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command(cls=SectionCommand)
+@click.argument("engines", type=PATH, required=False)
+@reporting
+def doctor(engines: Path | None, as_json: bool) -> None:
+    """Show what this machine has, which backend auto would take and why, and what would make it faster.
+
+    With ENGINES, also whether that engine folder opens here."""
+    from scail2_rt.runtime.jobs.doctor import diagnose
+
+    with stdout_for(as_json):
+        found = diagnose(engines)
+    show(found, found.text, as_json)
+
+
+for command in (convert, download, inspect, masks):
+    cli.add_command(command)
+
+
+def lora_lines(loras: Sequence[Any]) -> str:
+    """A line for each fused LoRA."""
+    return "".join(
+        f"\n{lora.path}: {lora.applied} tensors applied{f', {len(lora.skipped)} skipped' if lora.skipped else ''}"
+        for lora in loras
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script: runs a command and turns what goes wrong into one line and an exit code."""
+    flags: dict[str, bool] = {}
+    try:
+        code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = explain(error)
+        if flags.get("debug"):
+            traceback.print_exc()
+        click.echo(f"error: {message}", err=True)
+        if flags.get("as_json"):
+            click.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+        sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """(one line for the user, exit code)."""
+    from scail2_rt.kernels.errors import Scail2Error
+
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, click.ClickException):
+        ctx = getattr(error, "ctx", None)
+        hint = f" (see {ctx.command_path} --help)" if ctx is not None else ""
+        return one_line(error.format_message()) + hint, 2
+    if isinstance(error, Scail2Error):
+        return one_line(str(error)), error.exit_code
+    return f"{type(error).__name__}: {one_line(str(error))} (a fault of the program: run with --debug for details)", 1
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""`doctor`: what this machine has, which executor `auto` would take and why, and what would make it faster.
+
+It must answer on a machine where things are missing or broken, so every library is probed by itself: a probe gives
+text, never an error, and says "not installed" or "broken" with the library's own message. Graphics cards are asked for
+through the driver's own tool, so that a PyTorch without CUDA is told apart from a machine without a GPU. Most of
+the time goes into importing PyTorch.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MISSING = "not installed"
+DRIVER_TOOL = (
+    "nvidia-smi",
+    "--query-gpu=name,compute_cap,memory.free,memory.total,driver_version",
+    "--format=csv,noheader,nounits",
+)
+TOOL_TIMEOUT_S = 3
+ENCODERS = {
+    "h264": ("libx264", "h264_nvenc"),
+    "hevc": ("libx265", "hevc_nvenc"),
+    "av1": ("libsvtav1", "libaom-av1", "av1_nvenc"),
+    "vp9": ("libvpx-vp9",),
+}
+FP8_CAPABILITY = (8, 9)
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class GPU:
+    """One card as the driver sees it."""
+
+    name: str
+    capability: tuple[int, int]
+    free_gib: float
+    total_gib: float
+    driver: str
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A library: its version or None, and a line about it ("not installed", "broken: …", what it can do)."""
+
+    name: str
+    version: str | None
+    detail: str
+    usable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The answers, in the order of the screen. engines, engines_open: None when no folder was named; backend: None when
+    none can run."""
+
+    python: str
+    system: str
+    cpu_count: int
+    ram_free_gib: float | None
+    ram_total_gib: float | None
+    disk: str
+    disk_free_gib: float | None
+    gpus: tuple[GPU, ...]
+    cuda: str
+    libraries: tuple[Library, ...]
+    encoders: dict[str, tuple[str, ...]]
+    backend: str | None
+    reason: str
+    advice: tuple[str, ...]
+    engines: str | None
+    engines_open: bool | None
+
+    @property
+    def text(self) -> str:
+        """One screen."""
+        rows = [("Python", f"{self.python} on {self.system}, {self.cpu_count} CPU cores")]
+        rows.append(("memory", _of(self.ram_free_gib, self.ram_total_gib, "available")))
+        rows.append(("disk", f"{_gib(self.disk_free_gib)} free at {self.disk}"))
+        for gpu in self.gpus:
+            major, minor = gpu.capability
+            rows.append(
+                (
+                    "GPU",
+                    f"{gpu.name}, sm{major}{minor}, {_of(gpu.free_gib, gpu.total_gib, 'free')}, driver {gpu.driver}",
+                )
+            )
+        if not self.gpus:
+            rows.append(("GPU", "none that the NVIDIA driver shows"))
+        rows.append(("CUDA", self.cuda))
+        for library in self.libraries:
+            rows.append((library.name, ", ".join(part for part in (library.version, library.detail) if part)))
+        codecs = [f"{codec} ({', '.join(found)})" for codec, found in self.encoders.items() if found]
+        rows.append(("encoders", ", ".join(codecs) or "none"))
+        rows.append(("backend", f"auto takes {self.backend}, because {self.reason}" if self.backend else self.reason))
+        rows += [("to be faster" if not i else "", line) for i, line in enumerate(self.advice)]
+        if self.engines is not None:
+            rows.append(("engines", self.engines))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _gib(amount: float | None) -> str:
+    return "unknown" if amount is None else f"{amount:.1f} GiB"
+
+
+def _of(free: float | None, total: float | None, word: str) -> str:
+    return f"{_gib(free)} {word} of {_gib(total)}"
+
+
+def diagnose(engines: Path | None = None) -> Diagnosis:
+    """Look at this machine, and at an engine folder if one is named. Raises nothing."""
+    libraries = (_torch(), _triton(), _tensorrt(), _onnxruntime(), _pyav())
+    by_name = {library.name: library for library in libraries}
+    cuda, torch_sees_gpu = _cuda(by_name["PyTorch"])
+    gpus = _gpus() or (_gpus_of_torch() if torch_sees_gpu else ())
+    backend, reason = _choice(by_name["PyTorch"])
+    opened: tuple[str, bool] | None = None if engines is None else _opens(engines, by_name["PyTorch"])
+    place = engines if engines is not None and engines.is_dir() else Path.cwd()
+    free, total = _memory()
+    return Diagnosis(
+        python=platform.python_version(),
+        system=platform.platform(terse=True),
+        cpu_count=os.cpu_count() or 1,
+        ram_free_gib=free,
+        ram_total_gib=total,
+        disk=str(place),
+        disk_free_gib=_attempt(lambda: shutil.disk_usage(place).free / GIB),
+        gpus=gpus,
+        cuda=cuda,
+        libraries=libraries,
+        encoders=_encoders(),
+        backend=backend,
+        reason=reason,
+        advice=_advice(gpus, by_name, torch_sees_gpu),
+        engines=None if opened is None else opened[0],
+        engines_open=None if opened is None else opened[1],
+    )
+
+
+def _attempt(probe: Callable[[], Any]) -> Any:
+    """What a probe gives, or None when it fails in whatever way."""
+    try:
+        return probe()
+    except Exception:  # a broken library may raise anything
+        return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def _probe(name: str, module: str, packages: tuple[str, ...], describe: Callable[[ModuleType], str]) -> Library:
+    """Import a library and describe it; `packages`: distributions that bring it."""
+    versions = (_attempt(partial(importlib.metadata.version, package)) for package in packages)
+    version = next((found for found in versions if found), None)
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module and version is None:
+            return Library(name, None, MISSING, False)
+        return Library(name, version, f"broken: {_one_line(error)}", False)
+    except Exception as error:  # a library for another CUDA, a half-removed package
+        return Library(name, version, f"broken: {_one_line(error)}", False)
+    try:
+        return Library(name, version or getattr(imported, "__version__", None), describe(imported), True)
+    except Exception as error:
+        return Library(name, version, f"broken: {_one_line(error)}", False)
+
+
+def _torch() -> Library:
+    def describe(torch: Any) -> str:
+        built = torch.version.cuda
+        return f"built for CUDA {built}" if built else "built for the CPU only"
+
+    return _probe("PyTorch", "torch", ("torch",), describe)
+
+
+def _triton() -> Library:
+    return _probe("Triton", "triton", ("triton", "triton-windows"), lambda triton: "")
+
+
+def _tensorrt() -> Library:
+    def describe(tensorrt: Any) -> str:
+        tensorrt.Logger()  # without its libraries the binding imports and fails here
+        return ""
+
+    packages = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt", "tensorrt-cu13-bindings")
+    return _probe("TensorRT", "tensorrt", packages, describe)
+
+
+def _onnxruntime() -> Library:
+    def describe(onnxruntime: Any) -> str:
+        return ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+
+    return _probe("ONNX Runtime", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), describe)
+
+
+def _pyav() -> Library:
+    def describe(av: Any) -> str:
+        return f"FFmpeg {getattr(av, 'ffmpeg_version_info', 'unknown')}"
+
+    return _probe("PyAV", "av", ("av",), describe)
+
+
+def _encoders() -> dict[str, tuple[str, ...]]:
+    """Codec → its encoders in this PyAV. (Hardware encoders are listed when FFmpeg has them, card or not.)"""
+
+    def available() -> set[str]:
+        import av
+
+        return set(av.codecs_available)
+
+    found: set[str] = _attempt(available) or set()
+    return {codec: tuple(name for name in names if name in found) for codec, names in ENCODERS.items()}
+
+
+def _gpus() -> tuple[GPU, ...]:
+    """The cards by the driver's tool; none when it is missing or fails."""
+
+    def ask() -> tuple[GPU, ...]:
+        done = subprocess.run(DRIVER_TOOL, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
+        return tuple(_parse_gpu(line) for line in done.stdout.splitlines() if line.strip())
+
+    return _attempt(ask) or ()
+
+
+def _gpus_of_torch() -> tuple[GPU, ...]:
+    """The cards by PyTorch, for containers without the driver's tool."""
+
+    def ask() -> tuple[GPU, ...]:
+        import torch
+
+        found = []
+        for index in range(torch.cuda.device_count()):
+            free, total = (amount / GIB for amount in torch.cuda.mem_get_info(index))
+            capability = torch.cuda.get_device_capability(index)
+            found.append(GPU(torch.cuda.get_device_name(index), capability, free, total, "unknown"))
+        return tuple(found)
+
+    return _attempt(ask) or ()
+
+
+def _parse_gpu(line: str) -> GPU:
+    """One line of the tool: name, capability, free MiB, total MiB, driver."""
+    name, capability, free, total, driver = (part.strip() for part in line.rsplit(",", 4))
+    major, _, minor = capability.partition(".")
+    return GPU(name, (int(major), int(minor)), float(free) / 1024, float(total) / 1024, driver)
+
+
+def _cuda(torch_library: Library) -> tuple[str, bool]:
+    """(what PyTorch makes of CUDA, does it see a GPU)."""
+    if not torch_library.usable:
+        return "unknown: PyTorch cannot be used", False
+
+    def ask() -> tuple[str, bool]:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA GPU", False
+        return f"{torch.version.cuda}, {torch.cuda.device_count()} GPU(s) seen by PyTorch", True
+
+    return _attempt(ask) or ("PyTorch fails when it is asked", False)
+
+
+def _choice(torch_library: Library) -> tuple[str | None, str]:
+    """(what `auto` takes for a new folder, why)."""
+    if not torch_library.usable:
+        return None, "no backend can run without PyTorch: pip install torch"
+    try:
+        from scail2_rt.engines.registry import choose_backend
+
+        return choose_backend()
+    except Exception as error:
+        return None, _one_line(error)
+
+
+def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu: bool) -> tuple[str, ...]:
+    """What to install or change for a faster backend, best first; says so when there is nothing."""
+    torch, runtime = libraries["PyTorch"], libraries["ONNX Runtime"]
+    lines = []
+    if not torch.usable:
+        lines.append("PyTorch is needed by every backend: pip install torch")
+    if not gpus and not torch_sees_gpu:
+        if not runtime.usable:
+            lines.append('ONNX Runtime is the fastest backend on a CPU: pip install "scail2-rt[cpu]"')
+        lines.append("a video of usable size needs an NVIDIA GPU; without one this machine can try and test only")
+        return tuple(lines)
+    if torch.usable and not torch_sees_gpu:
+        lines.append(
+            "PyTorch does not see the GPU: install a build for CUDA that the driver supports (pytorch.org/get-started)"
+        )
+    if not libraries["TensorRT"].usable:
+        lines.append('TensorRT plans: pip install "scail2-rt[tensorrt]", then build-engines --backend tensorrt')
+    if not libraries["Triton"].usable:
+        lines.append('Triton kernels: pip install "scail2-rt[gpu]"')
+    if gpus and max(gpu.capability for gpu in gpus) < FP8_CAPABILITY:
+        lines.append("the GPU has no fp8 (sm89 or newer has): build with --precision bf16")
+    return tuple(lines) or ("nothing is missing",)
+
+
+def _opens(directory: Path, torch_library: Library) -> tuple[str, bool]:
+    """(what opening the folder says, does it open)."""
+    if not torch_library.usable:
+        return f"{directory} cannot be opened without PyTorch", False
+    try:
+        from scail2_rt.engines.engine_set import open_engines
+
+        with open_engines(directory) as engines:
+            return f"{directory} opens: {engines.choice}", True
+    except Exception as error:
+        return f"{directory} does not open: {' '.join(str(error).split())}", False
+
+
+def _memory() -> tuple[float | None, float | None]:
+    """(available, total) host memory in GiB; None where the system does not tell."""
+
+    def linux() -> tuple[float, float]:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+        return kib["MemAvailable"] * 1024 / GIB, kib["MemTotal"] * 1024 / GIB
+
+    def posix() -> tuple[None, float]:
+        return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+    return _attempt(linux) or _attempt(posix) or (None, None)

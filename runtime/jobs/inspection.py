@@ -1,0 +1,295 @@
+"""`inspect`: what a file or folder is, from its contents alone: checkpoint, one network of it, LoRA or engine folder.
+
+Only headers are read. Each part of a checkpoint is opened by itself, so that one that is missing or damaged is told
+beside the others and not instead of them. What is none of these is refused.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.engines.folder.journal import JOURNAL, Journal
+from scail2_rt.engines.folder.manifest import MANIFEST, Manifest, check_folder, read_manifest
+from scail2_rt.export.checkpoint.lora_facts import LoRAFacts, lora_facts
+from scail2_rt.export.checkpoint.open import (
+    COMPONENTS,
+    LABELS,
+    MissingPart,
+    check_sources,
+    find_tokenizer,
+    group_of,
+    open_group,
+    open_sources,
+)
+from scail2_rt.export.checkpoint.quantised import Dequantised
+from scail2_rt.export.checkpoint.recognise import recognise
+from scail2_rt.export.checkpoint.tensors import TensorSource
+from scail2_rt.export.models.precision import Component
+from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.kernels.errors import InputError
+
+MIB = 2**20
+_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network. names: whose tensor names with which prefix; dtypes: type → parameters; scaled: weights stored in 8
+    bit with a scale; problem: why it cannot be used."""
+
+    component: str
+    files: tuple[str, ...]
+    size: int
+    names: str
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    scaled: int
+    config: dict[str, Any]
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `path` is. kind: "checkpoint", "network", "lora", "engines" or "unfinished engines"."""
+
+    kind: str
+    path: str
+    layout: str
+    size: int
+    parts: tuple[Part, ...] = ()
+    tokenizer: str | None = None
+    missing: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    lora: LoRAFacts | None = None
+    engines: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def inspect(path: Path) -> Inspection:
+    """InputError: nothing there, unreadable, or none of what this program knows."""
+    path = path.expanduser()
+    if not path.exists():
+        raise InputError(f"There is nothing at {path}; check the path.")
+    if path.is_dir() and (path / MANIFEST).is_file():
+        return _engines(path)
+    if path.is_dir() and (path / JOURNAL).is_file():
+        return _unfinished(path)
+    if path.is_dir():
+        return _checkpoint(path)
+    return _file(path)
+
+
+def _file(path: Path) -> Inspection:
+    group = group_of(path)
+    source = open_group(group)
+    found = recognise(source)
+    size = sum(file.stat().st_size for file in group)
+    if found is not None and found.component == "dit":
+        return _checkpoint(path)
+    if found is not None:
+        part = _part(found.component, found.source, source)
+        return Inspection("network", str(path), _layout(part), size, parts=(part,))
+    facts = lora_facts(source)
+    if facts is not None:
+        return Inspection("lora", str(path), f"LoRA with {facts.names} names", size, lora=facts)
+    names = list(source.keys())
+    raise InputError(
+        f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: its {len(names)} tensors begin with "
+        f"{', '.join(names[:3])}. Give a file of a checkpoint or a LoRA."
+    )
+
+
+def _checkpoint(path: Path) -> Inspection:
+    parts, missing, problems, errors = [], [], dict[str, None](), dict[Component, InputError]()
+    root = path if path.is_dir() else path.parent
+    umt5_files: tuple[Path, ...] = ()
+    for component in COMPONENTS:
+        try:
+            root, sources = open_sources(path, (component,))
+        except InputError as error:
+            errors[component] = error
+            if isinstance(error, MissingPart):
+                missing.append(LABELS[component])
+            problems |= dict.fromkeys(error.unreadable if isinstance(error, MissingPart) else (str(error),))
+            continue
+        source = sources[component]
+        umt5_files = source.files if component == "umt5" else umt5_files
+        parts.append(_part(component, source, open_group(source.files)))
+    if not parts:
+        raise errors["dit"]
+    tokenizer = None
+    try:
+        tokenizer = str(find_tokenizer(root, umt5_files, None))
+    except InputError:
+        missing.append("tokenizer (tokenizer.json)")
+    files = {file for part in parts for file in part.files}
+    return Inspection(
+        kind="checkpoint",
+        path=str(path),
+        layout=_layout(parts[0]) if parts[0].component == LABELS["dit"] else "parts without a transformer",
+        size=sum(Path(file).stat().st_size for file in files),
+        parts=tuple(parts),
+        tokenizer=tokenizer,
+        missing=tuple(missing),
+        problems=tuple(problems),
+    )
+
+
+def _layout(part: Part) -> str:
+    if part.names.startswith("SAT"):
+        return "official layout (SAT)"
+    many = len(part.files)
+    return f"{part.names}, {f'{many} shards' if many > 1 else 'one file'}"
+
+
+def _part(component: Component, source: TensorSource, stored: TensorSource) -> Part:
+    """`source`: under Wan names; `stored`: the file's own."""
+    found = recognise(stored)
+    prefix = f" (prefix {found.prefix})" if found and found.prefix else ""
+    dtypes: Counter[str] = Counter()
+    for name in stored.keys():  # noqa: SIM118
+        dtype = stored.stored_dtype(name) if isinstance(stored, Dequantised) else stored.dtype(name)
+        dtypes[str(dtype).removeprefix("torch.")] += _count(stored.shape(name))
+    config: dict[str, Any] = {}
+    problem = None
+    try:
+        sizes = getattr(check_sources({component: source}), component)
+        config = dataclasses.asdict(sizes)
+    except InputError as error:
+        problem = str(error)
+    return Part(
+        component=LABELS[component],
+        files=tuple(str(file) for file in stored.files),
+        size=sum(file.stat().st_size for file in stored.files),
+        names=f"{found.names if found else 'unknown'} names{prefix}",
+        tensors=len(list(source.keys())),
+        parameters=sum(_count(source.shape(name)) for name in source.keys()),  # noqa: SIM118
+        dtypes=dict(dtypes.most_common()),
+        scaled=stored.scaled if isinstance(stored, Dequantised) else 0,
+        config=config,
+        problem=problem,
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _engines(path: Path) -> Inspection:
+    manifest = read_manifest(path)
+    problems = []
+    try:
+        check_folder(path, manifest, stage_definitions(manifest.config))
+    except InputError as error:
+        problems.append(str(error))
+    facts = {
+        "precision": manifest.precision,
+        "executors": [dataclasses.asdict(executor) for executor in manifest.executors],
+        "loras": [{"file": lora.file.path, "strength": lora.strength} for lora in manifest.loras],
+        "checkpoint": manifest.checkpoint,
+        "sources": [
+            {**dataclasses.asdict(file), "state": _state(file.path, file.size, file.mtime_ns)}
+            for file in manifest.identity.files
+        ],
+        "stages": len(manifest.stages),
+        "weight_bytes": sum(stage.weight_bytes for stage in manifest.stages),
+        "config": {part: value for part, value in dataclasses.asdict(manifest.config).items() if value},
+        "created_by": manifest.created_by,
+    }
+    size = sum(artefact.size for artefact in manifest.artefacts)
+    return Inspection("engines", str(path), _executors(manifest), size, problems=tuple(problems), engines=facts)
+
+
+def _executors(manifest: Manifest) -> str:
+    return f"{manifest.precision} for {', '.join(manifest.backends) or 'no executor'}"
+
+
+def _state(path: str, size: int, mtime_ns: int) -> str:
+    if path == "memory":
+        return "memory"
+    try:
+        state = Path(path).stat()
+    except OSError:
+        return "not there"
+    return "unchanged" if (state.st_size, state.st_mtime_ns) == (size, mtime_ns) else "changed"
+
+
+def _unfinished(path: Path) -> Inspection:
+    journal = Journal.load(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    problem = "the build was interrupted; the same build-engines command continues it"
+    done = f"{len(journal.done)} steps done"
+    return Inspection("unfinished engines", str(path), done, size, problems=(problem,))
+
+
+def _lines(found: Inspection) -> Iterator[str]:
+    yield f"{found.path}: {found.kind}, {found.layout}, {_size(found.size)}"
+    for part in found.parts:
+        yield from _part_lines(part)
+    if found.kind == "checkpoint":
+        yield f"  tokenizer: {found.tokenizer or 'missing'}"
+    if found.lora:
+        yield from _lora_lines(found.lora)
+    if found.kind == "engines":
+        yield from _engine_lines(found.engines)
+    if found.missing:
+        yield f"  missing: {', '.join(found.missing)}"
+    for problem in found.problems:
+        yield f"  problem: {problem}"
+
+
+def _part_lines(part: Part) -> Iterator[str]:
+    dtypes = ", ".join(f"{dtype} {count / sum(part.dtypes.values()):.0%}" for dtype, count in part.dtypes.items())
+    scaled = f", {part.scaled} weights with scales" if part.scaled else ""
+    yield (
+        f"  {part.component}: {part.parameters:,} parameters in {part.tensors} tensors, {part.names}, "
+        f"{dtypes}{scaled}, {_size(part.size)}"
+    )
+    yield f"    {', '.join(part.files)}"
+    if part.config:
+        yield f"    {_pairs(part.config)}"
+    if part.problem:
+        yield f"    problem: {part.problem}"
+
+
+def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
+    yield f"  {lora.tensors} tensors, {_pairs(lora.dtypes)}; {_pairs(lora.kinds)}; {lora.blocks} blocks"
+    if lora.ranks:
+        yield f"  rank: {', '.join(f'{rank} ({pairs} pairs)' for rank, pairs in lora.ranks.items())}"
+        yield f"  alpha/rank: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+    yield f"  targets: {_pairs(lora.targets) or 'none of SCAIL-2'}"
+    if lora.unknown:
+        more = len(lora.unknown) - _LISTED
+        yield f"  not for SCAIL-2: {', '.join(lora.unknown[:_LISTED])}{f' and {more} more' if more > 0 else ''}"
+
+
+def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
+    for executor in engines["executors"]:
+        gpu = f", for {executor['gpu']}" if executor["gpu"] else ""
+        yield f"  {executor['backend']}: {_pairs(executor['versions'])}{gpu}"
+    yield f"  {engines['stages']} stages, {_size(engines['weight_bytes'])} of weights, made by {engines['created_by']}"
+    for lora in engines["loras"]:
+        yield f"  LoRA {lora['file']} at strength {lora['strength']:g}"
+    yield f"  from {engines['checkpoint']}:"
+    for file in engines["sources"]:
+        yield f"    {file['component']}: {file['path']} ({file['state']}), sha256 {file['sha256'][:12]}"
+    for part, sizes in engines["config"].items():
+        yield f"  {LABELS.get(part, part)}: {_pairs(sizes)}"
+
+
+def _pairs(values: Mapping[Any, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / MIB:.1f} MiB"

@@ -1,0 +1,131 @@
+"""`scail2-rt masks check`: what the masks of a case, or single mask files, show and what is wrong with them.
+
+Unlike `generate` it does not stop at the first error. Files that cannot be read end it, as anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from scail2_rt.runtime.core.case_folder import CaseFiles, named_files, read_case
+from scail2_rt.runtime.core.geometry import check_size, oriented
+from scail2_rt.runtime.core.request import DEFAULT_SIZE
+from scail2_rt.runtime.masks.framing import Framing
+from scail2_rt.runtime.masks.lint import (
+    Finding,
+    MaskFacts,
+    check_masks,
+    image_findings,
+    image_pair,
+    ranges_text,
+    video_findings,
+    video_pair,
+)
+from scail2_rt.runtime.masks.stats import image_stats, video_stats
+from scail2_rt.runtime.media.images import is_image, load_image, load_mask_image
+from scail2_rt.runtime.media.video_reader import probe_video
+
+Pairs = Sequence[tuple[Path, Path]]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """`mode` and `framing` are known for a case only."""
+
+    facts: tuple[MaskFacts, ...]
+    findings: tuple[Finding, ...]
+    mode: str | None = None
+    framing: Framing | None = None
+
+    def count(self, severity: str) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def usable(self) -> bool:
+        return not self.count("error")
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        from scail2_rt.runtime.core.as_json import plain
+
+        counts = {f"{name}s": self.count(name) for name in ("error", "warning", "note")}
+        return {
+            "usable": self.usable,
+            "mode": self.mode,
+            **counts,
+            "findings": plain(self.findings),
+            "files": plain(self.facts),
+            "framing": self.framing and self.framing.described,
+        }
+
+    @property
+    def text(self) -> str:
+        lines = [_facts_text(facts) for facts in self.facts]
+        if self.framing is not None and self.framing.ratio is not None:
+            times = f"{self.framing.ratio:.2f} times as tall as the driving one"
+            lines.append(f"mode {self.mode}; the reference character is {times}")
+        elif self.mode:
+            lines.append(f"mode {self.mode}")
+        for finding in self.findings:
+            lines.append(f"{finding.severity} ({finding.rule}): {finding.says}")
+            if finding.remedy:
+                lines.append(f"    {finding.remedy}")
+        verdict = "these masks can be used" if self.usable else "these masks cannot be used"
+        counts = ", ".join(
+            f"{n} {name}{'' if n == 1 else 's'}" for name in ("error", "warning", "note") if (n := self.count(name))
+        )
+        return "\n".join([*lines, f"{verdict}{f' ({counts})' if counts else ', nothing was found'}"])
+
+
+def _facts_text(facts: MaskFacts) -> str:
+    shares = [f"{name} {100 * share:.1f} %" for name, share in facts.shares.items() if share >= 0.0005]
+    shares += [f"in no class {100 * facts.unclear:.2f} %"] if facts.unclear else []
+    frames = "" if facts.frames == 1 else f", {facts.frames} frames"
+    text = f"{facts.file}: {facts.height}x{facts.width}{frames}; {', '.join(shares)}"
+    if facts.frames > 1:
+        text += "".join(f"\n    {name} in {ranges_text(where)}" for name, where in facts.presence.items())
+    return text
+
+
+def case_files(options: Mapping[str, Any]) -> CaseFiles | None:
+    """The files of `--case`, or the four that were named; None when neither is there. `mode` is "animate" for `auto`
+    without a folder, and not to be looked at."""
+    given = named_files(options, "give --case DIR, all four files of a case, or mask files by themselves")
+    if options["case"] is not None:
+        return read_case(options["case"], None if options["mode"] == "auto" else options["mode"])
+    return CaseFiles(**given, mode="replace" if options["mode"] == "replace" else "animate") if given else None
+
+
+def check_case(
+    case: CaseFiles, extra_refs: Pairs, mode: Literal["auto", "animate", "replace"], size: tuple[int, int] | None
+) -> CheckResult:
+    """Everything about the masks of one case."""
+    pairs = ((case.image, case.mask_image), *extra_refs)
+    images = [load_image(image).shape[:2] for image, _ in pairs]
+    masks = [load_mask_image(mask) for _, mask in pairs]
+    size = size or oriented(DEFAULT_SIZE, *images[0])
+    check_size(*size)
+    findings: list[Finding] = []
+    for (image, mask), image_size, pixels in zip(pairs, images, masks, strict=True):
+        findings += image_pair(str(image), image_size, str(mask), pixels.shape[:2])
+    findings += video_pair(probe_video(case.driving), probe_video(case.mask_video))
+    report = check_masks(masks, case.mask_video, mode, names=[str(mask) for _, mask in pairs], size=size)
+    return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
+
+
+def check_file(path: Path) -> CheckResult:
+    """One mask file by itself: an image or a video."""
+    if is_image(path):
+        stats = image_stats(load_mask_image(path))
+        return CheckResult((MaskFacts.of(stats, str(path)),), tuple(image_findings(stats, str(path))))
+    stats, _ = video_stats(path)
+    return CheckResult((MaskFacts.of(stats, str(path)),), tuple(video_findings(stats, str(path))))
+
+
+def check_files(paths: Sequence[Path]) -> CheckResult:
+    results = [check_file(path) for path in paths]
+    facts = tuple(fact for result in results for fact in result.facts)
+    return CheckResult(facts, tuple(finding for result in results for finding in result.findings))

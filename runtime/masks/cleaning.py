@@ -1,0 +1,190 @@
+"""Giving every pixel of a mask one of its colours: what `masks clean` does to a frame.
+
+Where video coding has damaged a mask, its luma is right to the pixel and its chroma is smeared over several. So a pixel
+that is clear (all channels near off or on) keeps its colour if it belongs to an area at least three pixels thick
+(a fringe of false yellow between red and white never is); any other one gets, among the colours of such areas within
+`_REACH` pixels, the one nearest to it with luma counting more than chroma. Flat colours close to the palette snap to
+it, flat grey becomes black, as the model reads it; other flat colours are refused, because which character they stand
+for is for the user to say. Last, areas of less than `speck` pixels take the colour around them.
+
+A mask that is exact already is left as it is but for specks. Connected areas are found with runs and a union of minima
+in NumPy, 30 lines, where SciPy would be a dependency for one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.palette import (
+    BLACK,
+    CLEAR_LABEL,
+    EXACT,
+    PALETTE,
+    PALETTE_RGB,
+    PALETTE_TEXT,
+    RGB,
+    UNCLEAR,
+    codes,
+)
+from scail2_rt.runtime.masks.stats import SAME_COLOUR, Stranger, flat_strangers
+
+SNAP = 80  # largest distance in a channel at which a flat colour counts as the palette colour it is closest to
+SPECK_SHARE = 0.0001  # of a frame: areas below it are specks; 46 pixels at 512×896
+_REACH = 16  # pixels; 4 loses half of the fingers that coding has left without one clear pixel, 32 gains nothing
+_CHROMA = 0.15  # weight of squared chroma differences against luma's; 0.05 to 0.25 are as good, 1 is a third worse
+_TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]).T  # BT.601
+_WEIGHTS = np.array([1, _CHROMA, _CHROMA])
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaning:
+    """What to do beside giving each pixel a colour.
+
+    recolour: colours (or palette colours) that become another one; background: `white` or `black`, which the other one
+    becomes; speck: pixels below which an area takes the colour around it."""
+
+    recolour: Mapping[RGB, str]
+    background: str | None = None
+    speck: int | None = None
+
+
+def clean_frame(frame: np.ndarray, cleaning: Cleaning, name: str) -> np.ndarray:
+    """uint8 [H, W, 3] → the same with palette colours only. `name` is for the error about a colour that is none."""
+    seen = codes(frame)
+    labels = CLEAR_LABEL[seen]
+    frame_levels = frame.astype(np.int16)
+    sure = EXACT[seen]
+    for colour, target in cleaning.recolour.items():
+        labels[_near(frame_levels, colour)] = list(PALETTE).index(target)
+        sure |= (frame == colour).all(-1)
+    if not sure.all():
+        for colour, label in _flat_labels(frame, cleaning.recolour, name):
+            labels[_near(frame_levels, colour) & (labels == UNCLEAR)] = label
+            sure |= (frame == colour).all(-1)
+    if not sure.all():
+        settle(labels, lambda y, x: _colour_distances(frame[y, x]))
+    speck = round(SPECK_SHARE * labels.size) if cleaning.speck is None else cleaning.speck
+    if speck > 1:
+        _remove_specks(labels, speck)
+    if cleaning.background is not None:
+        labels[labels == (BLACK if cleaning.background == "white" else 0)] = list(PALETTE).index(cleaning.background)
+    return PALETTE_RGB[labels]
+
+
+def _near(levels: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    return (np.abs(levels - np.array(colour, np.int16)) <= SAME_COLOUR).all(-1)
+
+
+def _flat_labels(frame: np.ndarray, recolour: Mapping[RGB, str], name: str) -> Iterator[tuple[RGB, int]]:
+    """(colour, label) of the flat areas whose colour is not in the palette."""
+    for colour, share in flat_strangers(frame):
+        if any(max(abs(a - b) for a, b in zip(colour, known, strict=True)) <= SAME_COLOUR for known in recolour):
+            continue
+        label = snapped(colour)
+        if label is None and Stranger(colour, [], share).is_grey:
+            label = BLACK
+        if label is None:
+            r, g, b = colour
+            raise InputError(
+                f"({r},{g},{b}) covers {100 * share:.1f} % of {name} and is not near any mask colour: say what it is "
+                f"with --map {r},{g},{b}=COLOUR. The colours are {PALETTE_TEXT}."
+            )
+        yield colour, label
+
+
+def snapped(colour: RGB) -> int | None:
+    """The label of the palette colour that a flat colour is taken for; None when it is near none."""
+    distances = np.abs(PALETTE_RGB.astype(int) - colour).max(-1)
+    return int(distances.argmin()) if distances.min() <= SNAP else None
+
+
+def _colour_distances(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [n, 3] → distance to each colour of the palette, [n, 8]."""
+    differences = (pixels @ _TO_YCC)[:, None] - PALETTE_RGB @ _TO_YCC
+    distances: np.ndarray = (differences**2 * _WEIGHTS).sum(-1)
+    return distances
+
+
+def settle(labels: np.ndarray, distances: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """A label for every pixel that is unclear, or clear but in an area that is nowhere three pixels thick: of those
+    around it the nearest by `distances`, which gives the distances of pixels (y, x) to each label, [n, 8]."""
+    ids = connected(labels)
+    same = np.ones(labels.shape, bool)
+    for axis in (0, 1):
+        for shift in (-1, 1):
+            same &= labels == _shifted(labels, axis, shift)
+    core = same.copy()
+    for shift in (-1, 1):  # with the rows above and below, whose left and right neighbours agree: a 3×3 block
+        core &= _shifted(same, 0, shift)
+    thick = np.zeros(ids.max() + 1, bool)
+    thick[ids[core & (labels != UNCLEAR)]] = True
+    kept = thick[ids]
+    y, x = np.nonzero(~kept)
+    if not len(y):
+        return
+    there = np.stack([_within_reach(kept & (labels == label), y, x) for label in range(len(PALETTE_RGB))], axis=1)
+    there |= ~there.any(1, keepdims=True)  # nothing certain is near: all colours are possible
+    labels[y, x] = np.where(there, distances(y, x), np.inf).argmin(1)
+
+
+def _shifted(values: np.ndarray, axis: int, by: int) -> np.ndarray:
+    """Each pixel's neighbour; beyond the border, the pixel at the border."""
+    index = np.clip(np.arange(values.shape[axis]) + by, 0, values.shape[axis] - 1)
+    return np.take(values, index, axis=axis)
+
+
+def _within_reach(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Whether the square of `_REACH` pixels around each (y, x) holds a pixel of the plane."""
+    if not plane.any():
+        return np.zeros(len(y), bool)
+    sums = np.pad(plane, ((1, 0), (1, 0))).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
+    top, bottom = np.maximum(y - _REACH, 0), np.minimum(y + _REACH + 1, plane.shape[0])
+    left, right = np.maximum(x - _REACH, 0), np.minimum(x + _REACH + 1, plane.shape[1])
+    found: np.ndarray = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left] > 0
+    return found
+
+
+def _remove_specks(labels: np.ndarray, least: int) -> None:
+    """Areas of fewer than `least` pixels take the most frequent label around them."""
+    ids = connected(labels)
+    small = np.bincount(ids.ravel()) < least
+    if not small.any() or small.all():
+        return
+    around = np.zeros((len(small), len(PALETTE_RGB)), np.int64)
+    for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+        other_ids = _shifted(_shifted(ids, 0, dy), 1, dx)
+        y, x = np.nonzero(small[ids] & (other_ids != ids) & ~small[other_ids])
+        neighbours = _shifted(_shifted(labels, 0, dy), 1, dx)[y, x]
+        np.add.at(around, (ids[y, x], neighbours), 1)
+    surrounded = small & around.any(1)
+    replaced = surrounded[ids]
+    labels[replaced] = around.argmax(1)[ids[replaced]]
+
+
+def connected(labels: np.ndarray) -> np.ndarray:
+    """Number of each pixel's area of equal label, diagonal neighbours included; int [H, W], numbers from 0."""
+    starts = np.ones(labels.shape, bool)
+    starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    runs = starts.ravel().cumsum().reshape(labels.shape) - 1
+    joined = []
+    width = labels.shape[1]
+    for shift in (-1, 0, 1):
+        above, below = slice(max(-shift, 0), width - max(shift, 0)), slice(max(shift, 0), width - max(-shift, 0))
+        equal = labels[:-1, above] == labels[1:, below]
+        upper, lower = runs[:-1, above][equal], runs[1:, below][equal]
+        new = np.r_[True, (upper[1:] != upper[:-1]) | (lower[1:] != lower[:-1])][: len(upper)]
+        joined.append((upper[new], lower[new]))
+    parent = np.arange(runs[-1, -1] + 1)
+    a, b = (np.concatenate(ends) for ends in zip(*joined, strict=True))
+    while True:
+        low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
+        if (low == high).all():
+            break
+        np.minimum.at(parent, high, low)
+        while (parent[parent] != parent).any():
+            parent = parent[parent]
+    return np.unique(parent, return_inverse=True)[1][runs]

@@ -1,0 +1,137 @@
+"""How large the reference character is beside the driving one, and making it as large.
+
+In replace mode the character comes out at the size it has in the reference frame, so a portrait that fills the picture
+makes a giant in the driving scene. The measure is the height of the character's bounding box relative to the frame, in
+the part of the picture that is left after cropping (what the model sees), and over the driving video its median: one
+frame in a crouch, cut by the border or badly tracked does not move it, and unlike an area it hardly changes with limbs.
+What it cannot know is how much of a character that touches the border lies outside.
+
+`--fit-reference` scales the whole reference, what cropping would cut away too, until the heights agree, keeping the
+character's centre. The new margin is black in the mask: it must not show. In the image it takes the median colour of
+the hidden border, so that a cut-out on white stays one and a photo gets no hard edge, which VAE and CLIP would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.geometry import covering_size
+from scail2_rt.runtime.masks.palette import BLACK, CLEAR_LABEL, RGB, codes
+from scail2_rt.runtime.masks.stats import image_stats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOLERANCE = 1.25  # ratio of the heights from which the difference is worth a warning
+_NEUTRAL: RGB = (127, 127, 127)  # 0 in the networks' range
+_BORDER = 0.02  # of a side: the border whose colour the margin continues
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """Height of each character relative to the frame's, in the reference and (median over frames) in the driving
+    video."""
+
+    reference: Mapping[str, float]
+    driving: Mapping[str, float]
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times taller the reference's characters are, the median over those that both show."""
+        ratios = [self.reference[name] / self.driving[name] for name in self.reference if name in self.driving]
+        return median(ratios) if ratios else None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"reference": dict(self.reference), "driving": dict(self.driving), "ratio": self.ratio}
+
+    @property
+    def differs(self) -> bool:
+        return self.ratio is not None and max(self.ratio, 1 / self.ratio) > TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFit:
+    """Where the scaled reference goes: its size, its place in the frame (negative: cut off there), the margin's colour.
+
+    scale: relative to the size that covers the frame, which is what a reference has without a fit."""
+
+    scale: float
+    height: int
+    width: int
+    top: int
+    left: int
+    margin: RGB
+
+    @property
+    def text(self) -> str:
+        return (
+            f"the reference is scaled to {100 * self.scale:.0f} %, so that its character is as tall as the driving one"
+        )
+
+
+def fit_reference(
+    image: np.ndarray, mask: np.ndarray, driving: Mapping[str, float], height: int, width: int
+) -> ReferenceFit:
+    """The fit of a reference (uint8 [H, W, 3] each) to the driving characters' heights in a frame of height × width."""
+    covering = covering_size(mask.shape[0], mask.shape[1], height, width)
+    whole = {name: share * covering[0] / height for name, share in image_stats(mask).heights.items()}
+    ratio = Framing(whole, driving).ratio
+    if ratio is None:
+        raise InputError(
+            "--fit-reference found no character that both the reference mask and the driving mask show: run "
+            "`scail2-rt masks check` on the case."
+        )
+    scale = 1 / ratio
+    scaled = (max(1, round(covering[0] * scale)), max(1, round(covering[1] * scale)))
+    corner = []
+    labels = CLEAR_LABEL[codes(mask)]
+    characters = (labels > 0) & (labels < BLACK)
+    for axis, side in enumerate((height, width)):
+        there = np.flatnonzero(characters.any(axis=1 - axis)) / characters.shape[axis]
+        first, last = there[0], there[-1] + 1 / characters.shape[axis]  # of the picture's side
+        cut = (covering[axis] - side) // 2
+        centre = min(max((first + last) / 2 * covering[axis] - cut, 0), side)  # where the cropped frame shows it
+        begin = centre - (first + last) / 2 * scaled[axis]
+        if (last - first) * scaled[axis] <= side:  # then no part of the character may leave the frame
+            begin = min(max(begin, -first * scaled[axis]), side - last * scaled[axis])
+        corner.append(round(begin))
+    return ReferenceFit(scale, *scaled, corner[0], corner[1], _margin(image, mask))
+
+
+def _margin(image: np.ndarray, mask: np.ndarray) -> RGB:
+    """Median colour of the image's border where the mask shows no character."""
+    labels = CLEAR_LABEL[codes(mask)]
+    rows = np.arange(image.shape[0]) * mask.shape[0] // image.shape[0]
+    columns = np.arange(image.shape[1]) * mask.shape[1] // image.shape[1]
+    hidden = np.isin(labels, (0, BLACK))[rows][:, columns]
+    depth = [max(1, round(side * _BORDER)) for side in image.shape[:2]]
+    hidden[depth[0] : -depth[0], depth[1] : -depth[1]] = False
+    if not hidden.any():
+        return _NEUTRAL
+    r, g, b = (int(value) for value in np.median(image[hidden], axis=0))
+    return r, g, b
+
+
+def place(picture: Tensor, fit: ReferenceFit, margin: RGB, height: int, width: int) -> Tensor:
+    """Scales [1, 3, h, w] in -1..1 (bicubic, anti-aliased, overshoot kept) and lays it into a frame [1, 3, height,
+    width] of the colour `margin`."""
+    import torch
+    from torch.nn import functional as F
+
+    scaled = F.interpolate(picture, (fit.height, fit.width), mode="bicubic", antialias=True, align_corners=False)
+    frame = torch.tensor(margin).view(1, 3, 1, 1).expand(1, 3, height, width) / 255 * 2 - 1
+    frame = frame.to(picture.dtype).contiguous()
+    top, left = max(fit.top, 0), max(fit.left, 0)
+    bottom, right = min(fit.top + fit.height, height), min(fit.left + fit.width, width)
+    frame[..., top:bottom, left:right] = scaled[
+        ..., top - fit.top : bottom - fit.top, left - fit.left : right - fit.left
+    ]
+    return frame

@@ -1,0 +1,380 @@
+"""What is wrong with the masks of a case, without weights: the rules behind `masks check` and before every `generate`.
+
+A finding is an *error* when generation cannot work or would silently bind the wrong things, a *warning* when it may be
+meant, a *note* when it is harmless (lossy coding leaves noise that the model's threshold removes). Each says where it
+is, in frame numbers, and what to do, with the command that mends it. Rules look at the numbers of `masks.stats` only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.cleaning import snapped
+from scail2_rt.runtime.masks.framing import TOLERANCE, Framing
+from scail2_rt.runtime.masks.palette import CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
+from scail2_rt.runtime.masks.stats import MaskStats, image_stats, video_stats
+from scail2_rt.runtime.media.images import is_image
+from scail2_rt.runtime.media.video_reader import VideoInfo
+
+Severity = Literal["error", "warning", "note"]
+Ranges = tuple[tuple[int, int], ...]
+SOFT = 0.03  # share of a mask in no clear class from which edges are worth a warning; crf 23 leaves about 1 %
+ASPECT_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`rule` names the check, `frames` are (first, last) pairs counted in the video file from 0."""
+
+    severity: Severity
+    rule: str
+    file: str
+    says: str
+    remedy: str = ""
+    frames: Ranges = ()
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.says} {self.remedy}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFacts:
+    """One mask file: mean share of its pixels in each colour (those that occur), neither on nor off, and not exactly of
+    a mask colour; the frames that show each character."""
+
+    file: str
+    frames: int
+    height: int
+    width: int
+    shares: Mapping[str, float]
+    unclear: float
+    inexact: float
+    presence: Mapping[str, Ranges]
+
+    @classmethod
+    def of(cls, stats: MaskStats, file: str, start: int = 0) -> MaskFacts:
+        labels = stats.labels
+        means = dict(zip(PALETTE, labels.mean(0).tolist(), strict=False))
+        there = {
+            name: ranges(np.flatnonzero(labels[:, list(PALETTE).index(name)] >= SPECK), start)
+            for name in stats.characters
+        }
+        shares = {name: share for name, share in means.items() if share > 0}
+        unclear, inexact = float(labels[:, UNCLEAR].mean()), float(stats.inexact.mean())
+        return cls(file, stats.frames, *stats.shape, shares, unclear, inexact, there)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskReport:
+    """What `check_masks` saw. Frame numbers are counted in the mask video from 0."""
+
+    mode: Mode
+    findings: tuple[Finding, ...]
+    framing: Framing
+    facts: tuple[MaskFacts, ...]  # of the reference masks and, last, of the driving mask
+
+
+def check_masks(
+    reference_masks: Sequence[np.ndarray],
+    driving_mask: Path,
+    mode: Mode | Literal["auto"] = "auto",
+    *,
+    names: Sequence[str] = (),
+    start: int = 0,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> MaskReport:
+    """Reads the driving mask once and holds it against the reference masks (uint8 [H, W, 3], the primary one first).
+
+    `names` are the reference masks' names for messages, `size` the output's (H, W). The findings tell all that is
+    wrong; `refuse` raises for those that are errors."""
+    names = tuple(names) or tuple(f"reference mask {i + 1}" for i in range(len(reference_masks)))
+    references = [image_stats(mask, size) for mask in reference_masks]
+    driving, guessed = video_stats(driving_mask, start, frames, size)
+    mode = guessed if mode == "auto" else mode
+    framing = Framing(references[0].heights, driving.heights)
+    known = dict(zip(names, references, strict=True))
+    findings = [
+        *itertools.chain(*(image_findings(stats, name) for name, stats in known.items())),
+        *video_findings(driving, str(driving_mask), start),
+        *_identities(driving, str(driving_mask), known, start),
+        *_conventions(driving, str(driving_mask), known, mode),
+        *_framing(framing, names[0], mode),
+    ]
+    order = ("error", "warning", "note")
+    return MaskReport(
+        mode=mode,
+        findings=tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
+        framing=framing,
+        facts=(
+            *(MaskFacts.of(stats, name) for name, stats in known.items()),
+            MaskFacts.of(driving, str(driving_mask), start),
+        ),
+    )
+
+
+def refuse(findings: Iterable[Finding], allow: bool = False) -> None:
+    """Raises `InputError` for the first error, unless errors are allowed."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors and not allow:
+        more = f" ({len(errors) - 1} more: run `scail2-rt masks check`.)" if errors[1:] else ""
+        raise InputError(f"{errors[0].sentence}{more} (--allow-mask-problems goes on all the same.)")
+
+
+def warnings_of(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """Sentences of warnings, and of errors that are allowed."""
+    return tuple(finding.sentence for finding in findings if finding.severity != "note")
+
+
+def ranges(frames: Iterable[int], start: int = 0) -> Ranges:
+    """Frame numbers as (first, last) pairs, `start` added."""
+    found: list[tuple[int, int]] = []
+    for frame in sorted({int(frame) + start for frame in frames}):
+        if found and found[-1][1] == frame - 1:
+            found[-1] = (found[-1][0], frame)
+        else:
+            found.append((frame, frame))
+    return tuple(found)
+
+
+def ranges_text(frames: Ranges, most: int = 6) -> str:
+    """`frames 3-5, 9`"""
+    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in frames[:most]]
+    single = len(frames) == 1 and frames[0][0] == frames[0][1]
+    return f"frame{'' if single else 's'} {', '.join(texts)}{', …' if frames[most:] else ''}"
+
+
+def clean_command(name: str, options: str = "") -> str:
+    """The command that mends a mask file."""
+    path = Path(name)
+    output = path.with_name(f"{path.stem}_clean{'.png' if is_image(path) else '.mp4'}")
+    words = ["scail2-rt", "masks", "clean", shlex.quote(name), "-o", shlex.quote(str(output))]
+    return f"`{' '.join(words)}{options and ' ' + options}`"
+
+
+def image_findings(stats: MaskStats, name: str) -> list[Finding]:
+    """Of one mask image for itself."""
+    found = [*_strangers(stats, name, None), *_edges(stats, name, None)]
+    if not stats.first_frames:
+        remedy = "Paint the character in its colour and the background white or black"
+        if any(stranger.is_grey for stranger in stats.strangers):
+            remedy += ", or make a mask of a grey matte with `scail2-rt masks from-grey`"
+        says = f"{name} has none of the mask colours, so the model sees no character."
+        found.append(Finding("error", "no colour", name, says, f"{remedy}. The colours are {PALETTE_TEXT}."))
+    return found
+
+
+def video_findings(stats: MaskStats, name: str, start: int = 0) -> list[Finding]:
+    """Of one mask video for itself."""
+    found = [*_strangers(stats, name, start), *_edges(stats, name, start)]
+    if not stats.characters:
+        says = f"{name} shows no character in any of its {stats.frames} frames."
+        remedy = "Paint each character in the colour that it has in the reference mask"
+        if stats.shares[:, 0].max() >= SPECK or any(stranger.is_grey for stranger in stats.strangers):
+            remedy += ", or make a mask of a white or grey matte with `scail2-rt masks from-grey`"
+        found.append(Finding("error", "no character", name, says, f"{remedy}. The colours are {PALETTE_TEXT}."))
+        return found
+    for colour in stats.characters:
+        if gaps := ranges(stats.short_gaps(colour), start):
+            says = f"The {colour} character of {name} vanishes for moments ({ranges_text(gaps)})."
+            remedy = "Repair these frames in the tool that tracked it, or paint them; a lost mask makes the body blink."
+            found.append(Finding("warning", "flicker", name, says, remedy, gaps))
+    if changes := stats.changes:
+        where = ranges((change.frame for change in changes), start)
+        kinds = sorted({f"{change.before} to {change.after}" for change in changes})
+        says = f"A character of {name} changes colour ({', '.join(kinds)}) at {ranges_text(where)}."
+        remedy = "Give it one colour throughout: each colour is bound to one character of the reference."
+        found.append(Finding("warning", "colour change", name, says, remedy, where))
+    if absent := ranges(np.flatnonzero((stats.shares[:, 1:] < SPECK).all(1)), start):
+        count = sum(last - first + 1 for first, last in absent)
+        says = f"{name} shows no character in {count} of {stats.frames} frames ({ranges_text(absent)})."
+        remedy = "If it is in the picture there, its mask is missing."
+        found.append(Finding("warning", "absence", name, says, remedy, absent))
+    return found
+
+
+def _strangers(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
+    found = []
+    wrong = [stranger for stranger in stats.strangers if not stranger.is_grey]
+    too_many = len(stats.characters) + len(wrong) > len(CHARACTERS)
+    for stranger in stats.strangers:
+        where = () if start is None else ranges(stranger.frames, start)
+        at = f" in {ranges_text(where)}" if where else ""
+        r, g, b = stranger.colour
+        covers = f"{100 * stranger.share:.1f} %"
+        if stranger.is_grey:
+            says = f"{name} is grey ({r},{g},{b}) on {covers} of its pixels{at}: grey counts as hidden, like black."
+            remedy = f"If it is a matte, use `scail2-rt masks from-grey`; else {clean_command(name)} makes it black."
+            found.append(Finding("warning", "grey", name, says, remedy, where))
+            continue
+        says = f"({r},{g},{b}) covers {covers} of {name}{at}"
+        if too_many:
+            count = len(stats.characters) + len(wrong)
+            says = f"{name} shows more than six characters ({count} colours): {says} and means nothing to the model."
+            remedy = "Use at most six character colours and paint the others black"
+        else:
+            says += ", and is not one of the mask colours."
+            remedy = "Repaint it"
+        mends = clean_command(name, f"--map {r},{g},{b}=COLOUR" if snapped(stranger.colour) is None else "")
+        remedy += f": {mends}. The colours are {PALETTE_TEXT}."
+        found.append(Finding("error", "wrong colour", name, says, remedy, where))
+    return found
+
+
+def _edges(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
+    """Soft edges and coding noise; flat colours outside the palette are judged apart."""
+    if stats.strangers:
+        return []
+    unclear, inexact = stats.labels[:, UNCLEAR], stats.inexact
+    found = []
+    soft = np.flatnonzero(unclear > SOFT)
+    if len(soft):
+        where = () if start is None else ranges(soft, start)
+        at = f" in {ranges_text(where)}" if where else ""
+        says = f"{100 * unclear.max():.1f} % of {name}{at} is neither on nor off: soft edges, or JPEG or video coding."
+        remedy = f"Such pixels mean nothing or the wrong character; {clean_command(name)} gives each a mask colour."
+        found.append(Finding("warning", "soft edges", name, says, remedy, where))
+    elif inexact.max() > 0:
+        says = (
+            f"{100 * inexact.mean():.2f} % of {name} is not exactly of a mask colour and {100 * unclear.mean():.2f} % "
+            "is neither on nor off: lossy coding or soft edges."
+        )
+        remedy = f"That is harmless for most clips; {clean_command(name)} removes it."
+        found.append(Finding("note", "coding noise", name, says, remedy))
+    return found
+
+
+def _identities(driving: MaskStats, name: str, references: Mapping[str, MaskStats], start: int) -> list[Finding]:
+    found = []
+    known = {colour for stats in references.values() for colour in stats.characters}
+    have = ", ".join(sorted(known, key=CHARACTERS.index)) or "no character"
+    for colour in driving.characters:
+        if colour in known:
+            continue
+        present = ranges(np.flatnonzero(driving.shares[:, list(COLOURS).index(colour)] >= SPECK), start)
+        says = (
+            f"{name} shows a {colour} character in {ranges_text(present)}, but no reference mask has {colour} "
+            f"({', '.join(references)}: {have})."
+        )
+        remedy = "Paint the character in the reference mask in the same colour, or add a reference with --extra-ref."
+        if not known:
+            remedy += " A grey or white matte of it becomes a mask with `scail2-rt masks from-grey`."
+        elif len(known) == len(driving.characters) == 1:
+            r, g, b = PALETTE[colour]
+            remedy += f" Or recolour the driving mask: {clean_command(name, f'--map {r},{g},{b}={have}')}."
+        found.append(Finding("error", "no reference", name, says, remedy, present))
+    for file, stats in references.items():
+        for colour in stats.characters:
+            if colour not in driving.characters:
+                says = f"{file} has a {colour} character that never appears in the driving mask."
+                found.append(Finding("warning", "never driven", file, says, "It will not move, or not be there."))
+    return found
+
+
+def _conventions(driving: MaskStats, name: str, references: Mapping[str, MaskStats], mode: Mode) -> list[Finding]:
+    """White and black background against the mode."""
+    found = []
+    white = driving.shares[:, 0].mean()
+    if mode == "replace" and white < SPECK:
+        says = f"{name} has no white background, but in replace mode the scene shows only where it is white."
+        found.append(_background(name, says, "white"))
+    if mode == "animate" and white >= SPECK:
+        says = (
+            f"{name} is white on {100 * white:.1f} % of its pixels, which is how replace masks look; in animate mode "
+            "the driving background is black."
+        )
+        found.append(_background(name, says, "black"))
+    for file, stats in references.items():
+        white = stats.shares[0, 0]
+        if stats.characters and mode == "animate" and white < SPECK:
+            says = f"{file} has no white background, so the reference's background will not be kept."
+            found.append(_background(file, says, "white"))
+        if stats.characters and mode == "replace" and white >= SPECK:
+            says = f"{file} has white background, which in replace mode would be kept from the reference."
+            found.append(_background(file, says, "black"))
+    return found
+
+
+def _background(name: str, says: str, wanted: str) -> Finding:
+    remedy = f"{clean_command(name, f'--background {wanted}')} makes it {wanted}; or give the other --mode."
+    return Finding("warning", "background", name, says, remedy)
+
+
+def _framing(framing: Framing, name: str, mode: Mode) -> list[Finding]:
+    """Only in replace mode does the driving scene set a size for the character."""
+    ratio = framing.ratio
+    if mode != "replace" or ratio is None or not framing.differs:
+        return []
+    shared = [colour for colour in framing.reference if colour in framing.driving]
+    heights = ", ".join(
+        f"{colour} {100 * framing.reference[colour]:.0f} % against {100 * framing.driving[colour]:.0f} %"
+        for colour in shared
+    )
+    says = (
+        f"The character of {name} is {ratio:.2f} times as tall as the driving one (of the frame's height: {heights}; "
+        f"up to {TOLERANCE} is fine), and in replace mode it comes out that size."
+    )
+    return [Finding("warning", "framing", name, says, "--fit-reference scales the reference to match.")]
+
+
+def image_pair(image: str, size: tuple[int, int], mask: str, mask_size: tuple[int, int]) -> list[Finding]:
+    """A reference and its mask, sizes (H, W), must have one aspect ratio: else the mask lies beside the character."""
+    (height, width), (mask_height, mask_width) = size, mask_size
+    if not _aspects_differ(size, mask_size):
+        return _scaled(mask, mask_size, size)
+    says = f"The mask {mask} is {mask_height}x{mask_width}, but its image {image} is {height}x{width} (height x width)."
+    return [Finding("error", "size", mask, says, "Make the mask from this very image.")]
+
+
+def video_pair(driving: VideoInfo, mask: VideoInfo) -> list[Finding]:
+    """A driving video and its mask: as many frames, one rate, one aspect ratio."""
+    found = []
+    rates = ["" if driving.frame_rate == mask.frame_rate else f" at {_fps(video)}" for video in (driving, mask)]
+    if driving.frames != mask.frames:
+        says = (
+            f"The driving video {driving.path} has {driving.frames} frames{rates[0]} but its mask {mask.path} has "
+            f"{mask.frames}{rates[1]}."
+        )
+        remedy = " ".join(
+            ["Make the mask video from this very clip, one mask a frame.", *driving.warnings, *mask.warnings]
+        )
+        first, behind = sorted((driving.frames, mask.frames))
+        found.append(Finding("error", "frame count", str(mask.path), says, remedy, ((first, behind - 1),)))
+    elif rates[0] and driving.frames > 1 and not driving.variable_frame_rate:
+        says = f"The driving video runs at {_fps(driving)} but its mask at {_fps(mask)}."
+        found.append(Finding("warning", "rate", str(mask.path), says, "The n-th mask is used for the n-th frame."))
+    size, mask_size = (driving.height, driving.width), (mask.height, mask.width)
+    if _aspects_differ(size, mask_size):
+        says = (
+            f"The driving video is {size[0]}x{size[1]} but its mask is {mask_size[0]}x{mask_size[1]} (height x width): "
+            "both are cropped to the output's shape, so the mask may lie beside the character."
+        )
+        found.append(Finding("warning", "size", str(mask.path), says, "Make the mask from this very clip."))
+        return found
+    return [*found, *_scaled(str(mask.path), mask_size, size)]
+
+
+def _fps(video: VideoInfo) -> str:
+    return f"{float(video.frame_rate):.6g} fps"
+
+
+def _scaled(mask: str, mask_size: tuple[int, int], size: tuple[int, int]) -> list[Finding]:
+    """A mask of the right shape and another size."""
+    if mask_size == size:
+        return []
+    says = f"The mask {mask} is {mask_size[0]}x{mask_size[1]} and its picture {size[0]}x{size[1]} (height x width)."
+    return [Finding("note", "size", mask, says, "Their shapes agree, so both are scaled alike.")]
+
+
+def _aspects_differ(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    a, b = size[0] * other[1], size[1] * other[0]
+    return abs(a - b) > max(a, b) * ASPECT_TOLERANCE

@@ -1,0 +1,261 @@
+"""Pictures that show a person what a mask says: each frame with the mask laid over it.
+
+A character is tinted in its colour and outlined; background that shows (white) is left as it is; what is hidden (black)
+is dimmed and hatched; pixels that are in no class though they are not black get a loud orange, which is no mask colour.
+The sheet shows the reference first and then frames evenly spread over the clip, those that the lint complains of before
+others, each with its number; the video shows all of them. A mask without a picture is laid over grey.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.palette import (
+    BLACK,
+    CHARACTERS,
+    CLEAR_LABEL,
+    COLOURS,
+    MODEL_LABEL,
+    PALETTE_RGB,
+    RGB,
+    SPECK,
+    UNCLEAR,
+    class_shares,
+    codes,
+)
+from scail2_rt.runtime.media.images import is_image, load_image, load_mask_image
+from scail2_rt.runtime.media.lossless import write_image
+from scail2_rt.runtime.media.video_reader import VideoReader, VideoWriter, probe_video
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from scail2_rt.runtime.core.case_folder import CaseFiles
+    from scail2_rt.runtime.masks.lint import Finding
+
+ORANGE: RGB = (255, 120, 0)
+_PAPER, _INK, _ALARM = (250, 250, 248), (30, 30, 30), (205, 0, 0)
+_TINT, _DIM, _STRIPE = 0.5, 0.35, 0.22
+_BARE = 150  # level of the grey that a mask without a picture is laid over
+_CELL, _GAP, _LINE, _FONT, _ENTRY = 420, 14, 26, 16, 330  # pixels
+_FRAMES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Still:
+    """A picture (None: only its mask is there) and its mask, uint8 [H, W, 3]; `marked` where the lint complains."""
+
+    caption: str
+    picture: np.ndarray | None
+    mask: np.ndarray
+    marked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A mask video and what it belongs to, and the frames that the lint complains of."""
+
+    mask: Path
+    driving: Path | None = None
+    marked: frozenset[int] = frozenset()
+
+
+def overlay(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3], of the mask's size; the picture is stretched to it, as their shapes are compared elsewhere."""
+    base = np.full(mask.shape, _BARE, np.uint8) if picture is None else _resized(picture, mask.shape[:2])
+    seen = codes(mask)
+    labels = np.where((CLEAR_LABEL[seen] == UNCLEAR) & (MODEL_LABEL[seen] == BLACK), UNCLEAR, MODEL_LABEL[seen])
+    shown = base.astype(np.float32)
+    y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
+    period = max(6, mask.shape[0] // 32)
+    stripes = (y + x) % period < max(1, period // 6)
+    hidden = labels == BLACK
+    shown[hidden] *= _DIM
+    shown[hidden & stripes] += 255 * _STRIPE
+    characters = (labels > 0) & (labels < BLACK)
+    shown[characters] = _TINT * PALETTE_RGB[labels[characters]] + (1 - _TINT) * shown[characters]
+    shown[labels == UNCLEAR] = ORANGE
+    edge = np.zeros(labels.shape, bool)
+    width = max(1, mask.shape[0] // 256)
+    for axis in (0, 1):
+        for shift in (-width, width):
+            edge |= labels != np.roll(labels, shift, axis)
+    edge &= characters
+    shown[edge] = PALETTE_RGB[labels[edge]]
+    return shown.clip(0, 255).astype(np.uint8)
+
+
+def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    from PIL import Image
+
+    if picture.shape[:2] == size:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def reference_stills(
+    files: Sequence[Path], case: CaseFiles | None, extra_refs: Sequence[tuple[Path, Path]], findings: Sequence[Finding]
+) -> list[Still]:
+    """The reference masks of a case over their images, or those of `files` that are images."""
+    marked = {finding.file for finding in findings if finding.severity != "note" and finding.rule != "framing"}
+    if case is None:
+        images = [path for path in files if is_image(path)]
+        return [Still(path.name, None, load_mask_image(path), str(path) in marked) for path in images]
+    pairs = ((case.image, case.mask_image), *extra_refs)
+    return [
+        Still(f"reference {mask.name}", load_image(image), load_mask_image(mask), str(mask) in marked)
+        for image, mask in pairs
+    ]
+
+
+def clip_of(files: Sequence[Path], case: CaseFiles | None, findings: Sequence[Finding]) -> Clip | None:
+    """The driving mask of a case, or the video among `files`."""
+    videos = [path for path in files if not is_image(path)] if case is None else [case.mask_video]
+    if len(videos) > 1:
+        raise InputError(f"{videos[0]} and {videos[1]} are both videos: preview one at a time.")
+    if not videos:
+        return None
+    spans = [
+        span
+        for finding in findings
+        if finding.severity != "note" and finding.file == str(videos[0])
+        for span in finding.frames
+    ]
+    marked = frozenset(frame for first, last in spans for frame in range(first, last + 1))
+    return Clip(videos[0], case.driving if case else None, marked)
+
+
+def write_preview(folder: Path, references: Sequence[Still], clip: Clip | None, count: int) -> tuple[Path, Path | None]:
+    """→ the sheet, `masks.png`, of the references and `count` frames, and `masks.mp4`, which is there for a clip."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stills, video = list(references), None
+    if clip is not None:
+        video = folder / "masks.mp4"
+        stills += _write_overlay_video(video, clip, count)
+    sheet = folder / "masks.png"
+    write_image(sheet, contact_sheet(stills))
+    return sheet, video
+
+
+def chosen_frames(total: int, count: int, marked: frozenset[int]) -> list[int]:
+    """`count` frame numbers spread over the clip; of the marked ones as many as fill half of them, spread too."""
+    complained = [frame for frame in sorted(marked) if frame < total]
+    some = [complained[i] for i in _spread(len(complained), count // 2)]
+    rest = [frame for frame in range(total) if frame not in some]
+    return sorted({*some, *(rest[i] for i in _spread(len(rest), count - len(some)))})
+
+
+def _spread(total: int, count: int) -> list[int]:
+    if count >= total:
+        return list(range(total))
+    return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
+
+
+def _write_overlay_video(output: Path, clip: Clip, count: int) -> list[Still]:
+    """All frames of the clip with the mask over them; returns those for the sheet."""
+    info = probe_video(clip.mask)
+    wanted = set(chosen_frames(info.frames, count, clip.marked))
+    stills: list[Still] = []
+    height, width = (max(2, side // 2 * 2) for side in (info.height, info.width))  # 4:2:0 needs even sides
+    with VideoWriter(output, width, height, info.frame_rate or Fraction(25), timestamps=info.timestamps) as writer:
+        for number, (picture, mask) in enumerate(_pairs(clip)):
+            if number in wanted:
+                stills.append(Still(f"frame {number}", picture, mask, number in clip.marked))
+            laid = overlay(picture, mask)
+            writer.write(_resized(laid, (height, width))[None])
+        writer.segment_done()
+        writer.finish()
+    return stills
+
+
+def _pairs(clip: Clip) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+    """(driving frame, mask frame); where the driving video ends early, its frames are missing."""
+    driving = chain(_frames(clip.driving), repeat(None)) if clip.driving else repeat(None)
+    yield from ((picture, mask) for mask, picture in zip(_frames(clip.mask), driving, strict=False))
+
+
+def _frames(path: Path) -> Iterator[np.ndarray]:
+    with VideoReader(path) as reader:
+        while len(frames := reader.read(_FRAMES_AT_ONCE)):
+            yield from frames
+
+
+def contact_sheet(stills: Sequence[Still]) -> np.ndarray:
+    """All stills with captions on one picture, a legend at its foot; uint8 [H, W, 3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not stills:
+        raise InputError("There is no mask to show.")
+    font = ImageFont.load_default(_FONT)
+    pictures = [_thumbnail(overlay(still.picture, still.mask)) for still in stills]
+    tallest = max(picture.height for picture in pictures)
+    columns = min(len(stills), max(2, round(math.sqrt(len(stills) * tallest / _CELL * 16 / 10))))
+    tops, foot = [], _GAP  # of each row, and where the legend begins
+    for first in range(0, len(pictures), columns):
+        tops.append(foot)
+        foot += max(picture.height for picture in pictures[first : first + columns]) + _LINE + _GAP
+    legend = _legend(stills)
+    width = max(_GAP + columns * (_CELL + _GAP), 2 * (_CELL + _GAP) + _GAP)
+    per_line = max(1, width // _ENTRY)
+    sheet = Image.new("RGB", (width, foot + -(-len(legend) // per_line) * _LINE + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, (still, picture) in enumerate(zip(stills, pictures, strict=True)):
+        left, top = _GAP + i % columns * (_CELL + _GAP), tops[i // columns]
+        draw.text((left, top), _caption(still), _INK if not still.marked else _ALARM, font)
+        sheet.paste(picture, (left, top + _LINE))
+        if still.marked:
+            box = (left - 3, top + _LINE - 3, left + picture.width + 2, top + _LINE + picture.height + 2)
+            draw.rectangle(box, outline=_ALARM, width=3)
+    for i, (swatch, text) in enumerate(legend):
+        left, top = _GAP + i % per_line * _ENTRY, foot + i // per_line * _LINE
+        sheet.paste(_thumbnail(swatch, 22, 18), (left, top))
+        draw.rectangle((left, top, left + 22, top + 18), outline=_INK)
+        draw.text((left + 30, top - 1), text, _INK, font)
+    return np.asarray(sheet)
+
+
+def _caption(still: Still) -> str:
+    there = [f"{name} {100 * share:.1f} %" for name, share in _shares(still.mask).items()]
+    text = f"{still.caption}: {', '.join(there) or 'no mask colour'}"
+    return text if len(text) <= 52 else f"{text[:51]}…"
+
+
+def _shares(mask: np.ndarray) -> dict[str, float]:
+    """Colours that cover more than a speck."""
+    shares = dict(zip(COLOURS, class_shares(mask, clean=True).tolist(), strict=True))
+    return {name: share for name, share in shares.items() if share >= SPECK}
+
+
+def _legend(stills: Sequence[Still]) -> list[tuple[np.ndarray, str]]:
+    def swatch(rgb: RGB) -> np.ndarray:
+        return overlay(None, np.full((18, 22, 3), rgb, np.uint8))
+
+    seen = {name for still in stills for name in _shares(still.mask)}
+    entries = [(swatch(COLOURS[name]), f"{name} character") for name in CHARACTERS if name in seen]
+    entries += [
+        (swatch(COLOURS["white"]), "as it is: background shows (white)"),
+        (swatch((0, 0, 0)), "dark, hatched: hidden (black)"),
+        (swatch((128, 128, 128)), "orange: in no class, soft or grey"),
+    ]
+    if any(still.marked for still in stills):
+        entries.append((np.full((18, 22, 3), _ALARM, np.uint8), "red frame: see `masks check`"))
+    return entries
+
+
+def _thumbnail(pixels: np.ndarray, width: int = _CELL, height: int = _CELL) -> Image:
+    """Scaled to fit, up for small masks (pixels stay visible) and down for large ones."""
+    from PIL import Image as Images
+
+    picture = Images.fromarray(pixels)
+    scale = min(width / picture.width, height / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Images.Resampling.NEAREST if scale > 1 else Images.Resampling.LANCZOS)

@@ -1,0 +1,96 @@
+"""Reading images, with Pillow, as a viewer shows them: RGB 8-bit, upright, without transparency."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.media.animated_webp import is_animated_webp
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
+    """An image file as RGB uint8 [H, W, 3]: EXIF orientation applied, grey and palette images expanded, 16 bit scaled
+    to 8, transparent pixels laid over `background` (white, as image viewers do). Colour profiles are ignored, as in the
+    public pipeline. Raises `InputError` for anything that is not a readable image."""
+    from PIL import Image
+
+    with _opened(path) as image:
+        if image.mode.startswith("I") or image.mode == "F":
+            return _grey_to_rgb(np.asarray(image))
+        if image.has_transparency_data:
+            layers = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", layers.size, (*background, 255)), layers)
+        return np.array(image.convert("RGB"))
+
+
+def load_mask_image(path: Path) -> np.ndarray:
+    """`load_image` for masks: transparent pixels are black, that is, in no class."""
+    return load_image(path, background=(0, 0, 0))
+
+
+def load_alpha(path: Path) -> np.ndarray | None:
+    """The alpha channel of an image file, uint8 [H, W], 255 where it is opaque; None when it has none."""
+    with _opened(path) as image:
+        return np.array(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
+
+
+def load_labels(path: Path) -> np.ndarray | None:
+    """The numbers that an image file stores, [H, W]: the indices of a palette image (its colours do not matter), or
+    grey levels of up to 32 bit. None for a colour image, whose channels are not equal."""
+    with _opened(path) as image:
+        levels = np.array(image.convert("RGB") if image.mode == "RGBA" else image)
+    if levels.ndim == 2:
+        return levels.astype(np.uint8) if levels.dtype == bool else levels
+    colour = levels[..., :3] if levels.shape[-1] >= 3 else levels[..., :1]
+    return levels[..., 0] if (colour == colour[..., :1]).all() else None
+
+
+def is_image(path: Path) -> bool:
+    """By the ending of its name: an image, where a video is the other possibility. An animated WebP is a video."""
+    ending = path.suffix.lower()
+    return ending in _ENDINGS and not (ending == ".webp" and path.is_file() and is_animated_webp(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The Pillow image, turned as its EXIF data say."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    check_file(path)
+    try:
+        with Image.open(path) as opened:
+            yield ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image that can be read: give a PNG, JPEG or WebP file.") from error
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is a damaged or unusable image ({error}): save it again as PNG or JPEG.") from error
+
+
+def _grey_to_rgb(levels: np.ndarray) -> np.ndarray:
+    """16-bit grey (integers above 255, or a 16-bit type) and float grey to RGB uint8."""
+    sixteen = levels.dtype.itemsize == 2 or levels.max(initial=0) > 255
+    grey = np.clip(np.rint(levels / 257 if sixteen else levels), 0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def check_file(path: Path) -> None:
+    """Raises `InputError` for what is no readable file with content."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a file.")
+    if not path.exists():
+        raise InputError(f"{path} does not exist: check the path.")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+    if empty:
+        raise InputError(f"{path} is empty: give a file with content.")

@@ -1,0 +1,357 @@
+"""Reading videos with PyAV (images: `images.py`).
+
+Frames come out as a viewer sees them: RGB 8-bit, display rotation applied, non-square pixels stretched to square ones
+(the width changes), grey turned into RGB, transparent pixels black. The conversion is FFmpeg's plain one, with the
+stream's own matrix and range (BT.601 and limited range where a file says nothing, which is what FFmpeg assumes when it
+writes such files); 10-bit and HDR are brought to 8 bit without tone mapping. Interlaced frames are taken as they are.
+
+What a container says about itself is not believed: frames are counted by decoding, and the frame rate must fit the
+frames' own presentation times, which are kept when no constant rate does. A file that stops in the middle ends there,
+with a warning; damage in the middle is an error. The writer is in `video_writer.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.media.animated_webp import as_matroska, is_animated_webp
+from scail2_rt.runtime.media.images import check_file
+from scail2_rt.runtime.media.video_writer import VideoWriter
+
+__all__ = ["VideoInfo", "VideoReader", "VideoWriter", "probe_video"]
+
+_REPAIR = "re-encode it to H.264, or give another file"
+_HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273
+_DEFAULT_RATE = Fraction(25)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What decoding a video from end to end shows. Width and height are those of the frames that `VideoReader` gives.
+
+    `timestamps` are the frames' presentation times in seconds from the first frame when no constant rate describes them
+    (variable frame rate), else None. `declared_frames` is the container's own count (0: it gives none).
+    """
+
+    path: Path
+    width: int
+    height: int
+    frames: int
+    frame_rate: Fraction
+    audio: bool
+    timestamps: tuple[Fraction, ...] | None
+    declared_frames: int
+    warnings: tuple[str, ...]
+
+    @property
+    def variable_frame_rate(self) -> bool:
+        return self.timestamps is not None
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """Decodes the whole file without converting pixels. Raises `InputError` for a file that holds no usable video."""
+    with _open(path) as (container, stream):
+        pts: list[int | None] = []
+        size, hdr, interlaced, damaged = (0, 0), False, False, []
+        for number, frame in enumerate(_decode(container, stream, path)):
+            if not pts:
+                size, hdr = _upright_size(frame, stream), int(frame.color_trc) in _HDR_TRANSFERS
+            elif _upright_size(frame, stream) != size:
+                raise _size_changes(path, number)
+            interlaced |= frame.interlaced_frame
+            if frame.is_corrupt:
+                damaged.append(number)
+            pts.append(frame.pts)
+        if not pts:
+            raise InputError(f"{path} holds a video stream but no frame of it can be decoded: {_REPAIR}.")
+        times = _relative_times(pts, stream.time_base)
+        rate, constant = _frame_rate(stream, times)
+        warnings = _length_warnings(path, stream, len(pts), times)
+        if damaged:
+            warnings.append(
+                f"{path} is damaged: {len(damaged)} of its frames are patched up by the decoder (the first is frame "
+                f"{damaged[0]}). Look at them, or copy the file again."
+            )
+        if hdr:
+            warnings.append(
+                f"{path} is HDR: it is read without tone mapping and will look flat; convert it to SDR first."
+            )
+        if interlaced:
+            warnings.append(f"{path} is interlaced: moving edges are combed; deinterlace it first (ffmpeg -vf bwdif).")
+        readable = [track.codec_context is not None for track in container.streams.audio]
+        for number, known in enumerate(readable, 1):
+            if not known:
+                warnings.append(
+                    f"Audio track {number} of {path} has a codec that is not known here: the result will be without it."
+                )
+        return VideoInfo(
+            path=path,
+            width=size[0],
+            height=size[1],
+            frames=len(pts),
+            frame_rate=rate,
+            audio=any(readable),
+            timestamps=None if constant or times is None else times,
+            declared_frames=stream.frames,
+            warnings=tuple(warnings),
+        )
+
+
+def _length_warnings(path: Path, stream: Any, frames: int, times: tuple[Fraction, ...] | None) -> list[str]:
+    """Says when the file holds less or more than its header tells. Frames that an edit list hides (a clip trimmed on a
+    phone) are in the header's count but not in its duration."""
+    declared_s = _declared_s(stream)
+    ends_early = False
+    if declared_s is not None and times is not None:
+        longest = max((b - a for a, b in itertools.pairwise(times)), default=0)  # the last frame may last as long
+        ends_early = times[-1] + 2 * longest < declared_s
+    if stream.frames > frames and (ends_early or declared_s is None or times is None):
+        return [
+            f"{path} says it holds {stream.frames} frames but {frames} can be decoded: it may be damaged or cut short."
+        ]
+    if 0 < stream.frames < frames:
+        return [f"{path} says it holds {stream.frames} frames but has {frames}: its header is wrong, all are used."]
+    if not stream.frames and frames > 1 and ends_early and declared_s is not None and times is not None:
+        return [
+            f"{path} says it lasts {float(declared_s):.2f} s but its last frame ({frames - 1}) is at "
+            f"{float(times[-1]):.2f} s: it may be damaged or cut short."
+        ]
+    return []
+
+
+def _declared_s(stream: Any) -> Fraction | None:
+    """Seconds that the video stream lasts by its header, from its first frame; Matroska has it as a tag."""
+    if stream.duration is not None:
+        return stream.duration * stream.time_base
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if match is None:
+        return None
+    start_s = (stream.start_time or 0) * stream.time_base
+    return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3]) - start_s
+
+
+class VideoReader:
+    """Frames of a video in order, a few at a time. `start` frames are decoded and thrown away, so it is exact."""
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        """Raises `InputError` when the file is no video or ends before `start`."""
+        self.path = path
+        self.position = 0  # number of the next frame
+        self.timestamps: list[Fraction] = []  # of the frames read so far, in seconds from the file's first frame
+        self._opened = _open(path)
+        container, self._stream = self._opened.__enter__()
+        self._frames = _decode(container, self._stream, path)
+        self._reformatter = VideoReformatter()
+        self._first_pts: int | None = None
+        self._size: tuple[int, int] | None = None
+        try:
+            self._skip(start)
+        except InputError:
+            self.close()
+            raise
+
+    def _skip(self, count: int) -> None:
+        for _ in range(count):
+            if self._next() is None:
+                raise InputError(
+                    f"{self.path} has {self.position} frames, so it cannot start at frame {count}: start earlier."
+                )
+
+    def _next(self) -> av.VideoFrame | None:
+        frame = next(self._frames, None)
+        if frame is None:
+            return None
+        if self._size is None:
+            self._size, self._first_pts = _upright_size(frame, self._stream), frame.pts
+        self.position += 1
+        return frame
+
+    def read(self, count: int) -> np.ndarray:
+        """The next `count` frames as RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
+        batch: np.ndarray | None = None
+        n = 0
+        while n < count and (frame := self._next()) is not None:
+            pixels = self._pixels(frame)
+            if batch is None:
+                batch = np.empty((count, *pixels.shape), np.uint8)
+            batch[n] = pixels
+            self.timestamps.append(self._time(frame))
+            n += 1
+        if batch is None:
+            width, height = self._size or (0, 0)
+            return np.empty((0, height, width, 3), np.uint8)
+        return batch[:n]
+
+    def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        width, height = _square_size(frame, self._stream)
+        alpha = any(component.is_alpha for component in frame.format.components)
+        layout = "rgba" if alpha else "rgb24"
+        rgb = self._reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BICUBIC).to_ndarray()
+        pixels = _upright(_on_black(rgb) if alpha else rgb, _display_matrix(frame))
+        if pixels.shape[1::-1] != self._size:
+            raise _size_changes(self.path, self.position - 1)
+        return pixels
+
+    def _time(self, frame: av.VideoFrame) -> Fraction:
+        if frame.pts is None or self._first_pts is None or self._stream.time_base is None:
+            rate = _sane_rate(self._stream.average_rate) or _DEFAULT_RATE
+            return (self.position - 1) / rate
+        return (frame.pts - self._first_pts) * self._stream.time_base
+
+    def close(self) -> None:
+        self._frames.close()
+        self._opened.__exit__(None, None, None)
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _on_black(rgba: np.ndarray) -> np.ndarray:
+    """RGBA uint8 (straight alpha) over black: what players show, and in a mask no class."""
+    levels, opacity = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    return ((levels * opacity + 127) // 255).astype(np.uint8)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its best video stream (cover pictures lose against real video).
+
+    Only threads within a frame decode: with a thread a frame, FFmpeg reports damage late, and near the end not at all,
+    so that what a file holds would depend on the number of cores."""
+    check_file(path)
+    try:  # the absolute path, as FFmpeg takes what precedes a colon in `12:30.mp4` for a protocol
+        container = av.open(as_matroska(path) if is_animated_webp(path) else str(path.absolute()))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be opened as a video ({_reason(error)}): it is damaged, cut short or no video; {_REPAIR}."
+        ) from error
+    with container:
+        stream: Any = container.streams.best("video")
+        if stream is None:
+            raise InputError(f"{path} holds no video stream: give a video file.")
+        if stream.codec_context is None:
+            raise InputError(f"{path} uses a video codec that cannot be decoded here: {_REPAIR}.")
+        stream.thread_type = "SLICE"
+        yield container, stream
+
+
+def _decode(container: Any, stream: Any, path: Path) -> Generator[Any, None, None]:
+    """All frames of the stream. Packets that cannot be decoded end it when nothing decodable follows (a file cut short,
+    or its last part never written); otherwise they are an error that names the frame."""
+    count, failure = 0, None
+    try:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except (av.FFmpegError, OSError, ValueError) as error:
+                failure = failure or (count, error)
+                continue
+            if failure is not None and packet.size:
+                raise _damaged(path, *failure)
+            for frame in frames:
+                yield frame
+                count += 1
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _damaged(path, count, error) from error
+
+
+def _damaged(path: Path, number: int, error: BaseException) -> InputError:
+    return InputError(f"{path} cannot be decoded at frame {number} ({_reason(error)}): {_REPAIR}.")
+
+
+def _size_changes(path: Path, number: int) -> InputError:
+    return InputError(f"{path} changes its size at frame {number}: {_REPAIR}.")
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards."""
+    side = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return 1, 0, 0, 1
+    matrix = struct.unpack("9i", bytes(side))
+    return matrix[0], matrix[1], matrix[3], matrix[4]
+
+
+def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """Turns and mirrors [H, W, 3] by multiples of 90°, which is all that cameras write; other angles stay."""
+    a, b, c, d = matrix
+    if a == d == 0 and b and c:
+        pixels, horizontal, vertical = pixels.transpose(1, 0, 2), c, b
+    elif b == c == 0 and a and d:
+        horizontal, vertical = a, d
+    else:
+        return pixels
+    return pixels[:: 1 if vertical > 0 else -1, :: 1 if horizontal > 0 else -1]
+
+
+def _square_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """(width, height) of the coded frame with square pixels."""
+    ratio = stream.sample_aspect_ratio or Fraction(1)
+    if not Fraction(1, 4) <= ratio <= 4:
+        ratio = Fraction(1)
+    return max(1, round(frame.width * ratio)), frame.height
+
+
+def _upright_size(frame: Any, stream: Any) -> tuple[int, int]:
+    width, height = _square_size(frame, stream)
+    a, b, c, d = _display_matrix(frame)
+    return (height, width) if a == d == 0 and b and c else (width, height)
+
+
+def _relative_times(pts: list[int | None], time_base: Fraction | None) -> tuple[Fraction, ...] | None:
+    """Seconds from the first frame, or None when the file's times are unusable (missing, equal, running backwards)."""
+    known = [value for value in pts if value is not None]
+    if time_base is None or len(known) != len(pts) or any(b <= a for a, b in itertools.pairwise(known)):
+        return None
+    return tuple((value - known[0]) * time_base for value in known)
+
+
+def _sane_rate(rate: Any) -> Fraction | None:
+    return Fraction(rate) if rate and 0 < rate <= 1000 else None
+
+
+def _frame_rate(stream: Any, times: tuple[Fraction, ...] | None) -> tuple[Fraction, bool]:
+    """(frame rate, whether it is constant).
+
+    The first of the container's rates that agrees with every presentation time to within one tick of the time base
+    (what rounding explains), else the rate of evenly spaced times; failing that, the mean rate, not constant (what the
+    container calls its average may be the rate of its first frames).
+    """
+    rates = [_sane_rate(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate)]
+    candidates = [rate for rate in rates if rate]
+    if times is None or len(times) == 1:
+        return (candidates or [_DEFAULT_RATE])[0], True
+    tick = stream.time_base
+    steps = {b - a for a, b in itertools.pairwise(times)}
+    own = _sane_rate(1 / min(steps))
+    if len(steps) == 1 and own:
+        candidates.append(own)
+    for rate in candidates:
+        tolerance = tick if tick * rate < Fraction(1, 4) else 0
+        if all(abs(time - i / rate) <= tolerance for i, time in enumerate(times)):
+            return rate, True
+    mean = (len(times) - 1) / times[-1]
+    return _sane_rate(mean.limit_denominator(1001)) or (candidates or [_DEFAULT_RATE])[0], False

@@ -1,0 +1,401 @@
+"""Writing the result while it is being made.
+
+Each segment is encoded by an encoder of its own into a fragment in memory; `segment_done` appends the fragment to
+`NAME.partial.mp4` (fragmented mp4) in one write. Whatever stops the program, the partial file therefore holds finished
+segments only and plays. `finish` copies the encoded video, unchanged, with the driving video's audio into a temporary
+file and moves it into place. Frames are queued to a thread, so the caller goes on decoding while it encodes.
+
+There are no B frames: decode order is display order, presentation times are stored as they are, and fragments of
+separate encoders join without an edit list. Colours are BT.709 limited range, converted and tagged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.media.audio import open_audio, remux
+from scail2_rt.runtime.media.unfinished import part_ends, partial_path, split_fragment
+
+_BT709 = 1  # matrix, primaries and transfer share this number (ITU-T H.273)
+_QUEUED_FRAMES = 32
+_CONTAINERS = (".mp4", ".m4v", ".mov")
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """An encoder, its largest crf, a sensible one, and its other settings (all of them without B frames)."""
+
+    encoder: str
+    max_crf: int
+    options: tuple[tuple[str, str], ...] = ()
+
+
+CODECS: Final = {
+    # with its macroblock tree x264 does not repeat itself: of small clips, up to one in twelve differs in some bits
+    "h264": Codec("libx264", 51, (("x264-params", "mbtree=0"),)),
+    "hevc": Codec("libx265", 51, (("x265-params", "bframes=0:log-level=error"),)),
+    "av1": Codec("libsvtav1", 63, (("preset", "8"),)),
+    "vp9": Codec("libvpx-vp9", 63, (("b", "0"), ("row-mt", "1"))),
+}
+
+
+def check_codec(name: str, crf: int) -> Codec:
+    """The codec called `name` if this installation can encode it at this crf, else `InputError`."""
+    if name not in CODECS:
+        raise InputError(f"The codec {name!r} is not offered: use one of {', '.join(CODECS)}.")
+    codec = CODECS[name]
+    if codec.encoder not in av.codecs_available:
+        raise InputError(f"This installation of PyAV has no {codec.encoder} encoder: use --codec h264.")
+    if not 0 <= crf <= codec.max_crf:
+        raise InputError(f"--crf {crf} is outside 0 to {codec.max_crf} for {name}: 18 is visually close to lossless.")
+    return codec
+
+
+def check_writable(path: Path, expected_bytes: int = 0) -> None:
+    """Raises `InputError` unless a video can be written at `path` and its disk has `expected_bytes` to spare.
+
+    The folder need not exist, and is not created here; nothing stays behind.
+    """
+    if path.suffix.lower() not in _CONTAINERS:
+        raise InputError(f"The output {path} must end in {', '.join(_CONTAINERS[:-1])} or {_CONTAINERS[-1]}.")
+    check_place(path, expected_bytes)
+
+
+def check_place(path: Path, expected_bytes: int = 0) -> None:
+    """`check_writable` for a file of any kind."""
+    if path.is_dir():
+        raise InputError(f"The output {path} is a folder: give a file name.")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(
+            f"The output {path} cannot be made because {folder} is a file, not a folder: choose another place."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be written ({error.strerror}): choose another output.") from error
+    if free < expected_bytes:
+        raise InputError(
+            f"The disk of {folder} has {free / 2**20:.0f} MiB free and the output may need "
+            f"{expected_bytes / 2**20:.0f} MiB: free some space or choose another output."
+        )
+
+
+class VideoWriter:
+    """Encodes RGB frames to `path`. Use as a context manager: leaving it without `finish` aborts.
+
+    `timestamps`: presentation times (seconds, increasing) of the output frames when the rate is variable, at least as
+    many as frames are written; None means constant `frame_rate`. `audio_from`: a video whose audio, from `start_s`
+    seconds after its first frame on, goes into the result. `after`: frames that the partial file of an interrupted run
+    holds already; new ones follow them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        width: int,
+        height: int,
+        frame_rate: Fraction,
+        codec: str = "h264",
+        crf: int = 18,
+        audio_from: Path | None = None,
+        start_s: Fraction | float = 0,
+        timestamps: Sequence[Fraction] | None = None,
+        after: int = 0,
+    ) -> None:
+        check_writable(path)
+        if width % 2 or height % 2:
+            raise InputError(f"A video of {width}×{height} pixels cannot be stored as 4:2:0: both sides must be even.")
+        self.path, self.partial = path, partial_path(path)
+        self.frames = after  # accepted so far
+        self._audio_from, self._start_s = audio_from, Fraction(start_s).limit_denominator(10**9)
+        if audio_from is not None:
+            open_audio(audio_from).close()  # a bad file is reported before the work, not after it
+        self._clock = _Clock.of(frame_rate, timestamps)
+        self._encoder = _Encoder(self.partial, width, height, frame_rate, check_codec(codec, crf), crf, self._clock)
+        if after:
+            self._encoder.go_on()
+        self._queue: queue.Queue[_Item] = queue.Queue(_QUEUED_FRAMES)
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="video encoder", daemon=True)
+        self._thread.start()
+
+    def write(self, frames: np.ndarray) -> None:
+        """Queues uint8 frames [n, H, W, 3]; they must not change afterwards. Waits when the encoder is far behind.
+
+        Raises what went wrong in the encoder thread, if anything did.
+        """
+        expected = (self._encoder.height, self._encoder.width, 3)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
+            raise ValueError(f"frames must be uint8 [n, {expected}], not {frames.dtype} {frames.shape}")
+        self._clock.check(self.frames + len(frames))
+        for frame in frames:
+            self._put((self.frames, frame))
+            self.frames += 1
+
+    def segment_done(self, wait: bool = False, save: Callable[[int], None] | None = None) -> None:
+        """Says that all frames so far are final: they go to the partial file as soon as they are encoded. With `wait`,
+        it returns when they are there. `save` is called before, from the encoder's thread, with the number of the part
+        that they will be there (from 1)."""
+        self._put(_Segment(save))
+        if wait:
+            while self._queue.unfinished_tasks and self._error is None:
+                self._thread.join(0.01)
+            self._raise()
+
+    def finish(self) -> Path:
+        """Writes what is left, adds the audio and moves the result into place; the partial file goes. Returns the path.
+
+        If adding the audio or moving fails, the partial file stays and the error names it.
+        """
+        self._put(_Segment())
+        self._put(None)
+        self._thread.join()
+        self._raise()
+        self._closed = True
+        if not self.frames:
+            raise Scail2Error(f"No frame was made, so {self.path} was not written.")
+        temporary = self.path.with_name(f".{self.path.stem}.tmp{self.path.suffix}")
+        try:
+            remux(
+                self.partial,
+                temporary,
+                self._clock.ticks,
+                self._clock.end_s(self.frames),
+                self._audio_from,
+                self._start_s,
+            )
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, (OSError, av.FFmpegError)):
+                reason = error.strerror or error
+                raise Scail2Error(
+                    f"{self.path} could not be written ({reason}); the video without audio is in {self.partial}."
+                ) from error
+            raise
+        self.partial.unlink(missing_ok=True)
+        return self.path
+
+    def abort(self) -> Path | None:
+        """Stops, keeping the finished segments: returns the partial file, or None when no segment was finished."""
+        if not self._closed:
+            self._closed = True
+            self._stop.set()
+            self._thread.join()
+            if self._error is None:
+                with contextlib.suppress(OSError, Scail2Error, av.FFmpegError):
+                    self._drain()
+        return self.partial if self._encoder.segments and self.partial.exists() else None
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._closed:
+            self.abort()
+
+    def _put(self, item: _Item) -> None:
+        if self._closed:
+            raise Scail2Error(f"The video {self.path} is closed already.")
+        while True:
+            self._raise()
+            with contextlib.suppress(queue.Full):
+                return self._queue.put(item, timeout=0.1)
+
+    def _raise(self) -> None:
+        error = self._error
+        if error is None:
+            return
+        if isinstance(error, Scail2Error):
+            raise error
+        reason = getattr(error, "strerror", None) or error
+        saved = f"; finished segments are in {self.partial}" if self._encoder.segments else ""
+        raise Scail2Error(f"Encoding {self.path} failed ({reason}){saved}.") from error
+
+    def _run(self) -> None:
+        """The encoder thread. An error ends it and is raised by the next call from outside."""
+        try:
+            while not self._stop.is_set():
+                with contextlib.suppress(queue.Empty):
+                    item = self._queue.get(timeout=0.1)
+                    if item is None:
+                        return
+                    self._encoder.take(item)
+                    self._queue.task_done()
+        except BaseException as error:
+            self._error = error
+
+    def _drain(self) -> None:
+        """Encodes what is queued up to the last finished segment and drops the frames behind it."""
+        items: list[_Item] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                items.append(self._queue.get_nowait())
+        while items and not isinstance(items[-1], _Segment):
+            items.pop()
+        for item in items:
+            if item is not None:
+                self._encoder.take(item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """In the queue: the frames so far are final; `save` is to be called before they are appended."""
+
+    save: Callable[[int], None] | None = None
+
+
+_Item = tuple[int, np.ndarray] | _Segment | None  # a numbered frame, the end of a segment, the end
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Presentation times as whole ticks; `ticks` a second make every time exact."""
+
+    ticks: int
+    frame_rate: Fraction
+    timestamps: Sequence[Fraction] | None
+
+    @staticmethod
+    def of(frame_rate: Fraction, timestamps: Sequence[Fraction] | None) -> _Clock:
+        if not timestamps:
+            return _Clock(frame_rate.numerator, frame_rate, None)
+        ticks = math.lcm(*(time.denominator for time in timestamps))
+        return _Clock(ticks if ticks < 2**31 else 90_000, frame_rate, timestamps)
+
+    def check(self, frames: int) -> None:
+        if self.timestamps is not None and frames > len(self.timestamps):
+            raise ValueError(f"{frames} frames were written but only {len(self.timestamps)} timestamps given")
+
+    def tick(self, frame: int) -> int:
+        if self.timestamps is None:
+            return frame * self.frame_rate.denominator
+        return round((self.timestamps[frame] - self.timestamps[0]) * self.ticks)
+
+    def end_s(self, frames: int) -> Fraction:
+        """When the last of `frames` frames stops being shown, in seconds."""
+        if self.timestamps is None:
+            return frames / self.frame_rate
+        return self.timestamps[frames - 1] - self.timestamps[0] + 1 / self.frame_rate
+
+
+class _Encoder:
+    """Turns items of the queue into fragments of the partial file. Used by one thread at a time."""
+
+    def __init__(
+        self, partial: Path, width: int, height: int, frame_rate: Fraction, codec: Codec, crf: int, clock: _Clock
+    ) -> None:
+        self.width, self.height = width, height
+        self.segments = 0  # appended to the partial file
+        self._partial, self._frame_rate, self._codec, self._crf, self._clock = partial, frame_rate, codec, crf, clock
+        self._reformatter = VideoReformatter()
+        self._memory = io.BytesIO()
+        self._container: Any = None
+        self._stream: Any = None
+        self._first = 0  # tick of the segment's first frame
+
+    def go_on(self) -> None:
+        """Append to the parts of an interrupted run; half a part behind them goes."""
+        ends = part_ends(self._partial)
+        os.truncate(self._partial, ends[-1])
+        self.segments = len(ends)
+
+    def take(self, item: tuple[int, np.ndarray] | _Segment) -> None:
+        if isinstance(item, _Segment):
+            self._end_segment(item.save)
+        else:
+            self._encode(*item)
+
+    def _begin_segment(self) -> None:
+        self._memory = io.BytesIO()
+        options = {
+            "movflags": "empty_moov+default_base_moof+frag_custom+skip_trailer",
+            "video_track_timescale": str(self._clock.ticks),
+            "fragment_index": str(self.segments + 1),
+        }
+        self._container = av.open(self._memory, "w", format="mp4", options=options)
+        stream = self._container.add_stream(
+            self._codec.encoder, rate=self._frame_rate, options={"crf": str(self._crf), **dict(self._codec.options)}
+        )
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = self.width, self.height, "yuv420p"
+        context.time_base = stream.time_base = Fraction(1, self._clock.ticks)
+        context.max_b_frames = 0
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = ColorRange.MPEG
+        if self._codec.encoder == "libx265":
+            context.codec_tag = "hvc1"  # the tag that Apple's players ask for
+        self._stream = stream
+
+    def _encode(self, number: int, frame: np.ndarray) -> None:
+        tick = self._clock.tick(number)
+        if self._container is None:
+            self._first = tick
+            self._begin_segment()
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture = self._reformatter.reformat(
+            rgb,
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+        )
+        picture.color_primaries = picture.color_trc = _BT709
+        picture.pts, picture.time_base = tick - self._first, Fraction(1, self._clock.ticks)
+        self._container.mux(self._stream.encode(picture))
+
+    def _end_segment(self, save: Callable[[int], None] | None) -> None:
+        if self._container is None:
+            return  # a segment without frames
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        self._container = self._stream = None
+        header, fragment = split_fragment(self._memory.getvalue(), self._first)
+        if save is not None:
+            save(self.segments + 1)
+        self._append(header + fragment if self.segments == 0 else fragment)
+        self.segments += 1
+
+    def _append(self, data: bytes) -> None:
+        """One write for the whole segment; a failed one is taken back: the file never ends in half a segment."""
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        with self._partial.open("ab" if self.segments else "wb") as file:
+            size = file.tell()
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._partial, size)
+                    if not size:
+                        self._partial.unlink()
+                raise

@@ -1,0 +1,108 @@
+"""What a generation is conditioned on, encoded once: prompts, CLIP features, reference latents and their masks.
+
+A prompt whose encoding is in the cache on disk never loads the text encoder. Encoders leave memory when they are done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.export.models.umt5 import relative_buckets
+from scail2_rt.runtime.masks.framing import ReferenceFit, place
+from scail2_rt.runtime.masks.palette import PALETTE, RGB, mask_latents
+from scail2_rt.runtime.media.images import load_image, load_mask_image
+from scail2_rt.runtime.pipeline.preprocess import clip_pixels, normalise_image, resize_cover
+from scail2_rt.runtime.pipeline.text import PromptCache, Tokenizer, clean_prompt
+from scail2_rt.runtime.pipeline.vae import encode_clip
+
+BLACK: RGB = PALETTE["black"]
+AHEAD = 4  # layers of the text encoder whose weights are on their way while one is used
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """contexts: text encodings [n, text_dim], one a guidance pass (positive first); clip [257, clip_dim];
+    reference [16, 1, h, w]; reference_mask [28, 1, h, w]; additional_refs [16, N, h, w];
+    additional_masks [28, N, h, w]."""
+
+    contexts: tuple[Tensor, ...]
+    clip: Tensor
+    reference: Tensor
+    reference_mask: Tensor
+    additional_refs: Tensor
+    additional_masks: Tensor
+
+
+def encode_prompts(engines: EngineSet, prompts: Sequence[str], cache: PromptCache | None) -> tuple[Tensor, ...]:
+    """Each prompt, cleaned → fp32 [n ≤ 512, text_dim] on the CPU, its true length."""
+    assert engines.config.umt5 is not None
+    texts = [clean_prompt(prompt) for prompt in prompts]
+    found = {text: cache.load(text) if cache else None for text in texts}
+    missing = [text for text, encoding in found.items() if encoding is None]
+    if missing:
+        tokenizer = Tokenizer(engines.tokenizer_path, engines.config.umt5.vocab)
+        encodings = encode_ids(engines, [tokenizer.encode(text) for text in missing])
+        for text, rows in zip(missing, encodings, strict=True):
+            found[text] = rows.cpu()
+            if cache:
+                cache.store(text, rows)
+    return tuple(encoding for text in texts if (encoding := found[text]) is not None)
+
+
+def encode_ids(engines: EngineSet, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """umT5 over each prompt's token ids, without padding: the encoder masks padding, so it changes nothing. All
+    prompts pass a layer before its weights leave memory."""
+    config = engines.config.umt5
+    assert config is not None
+    rows = [engines.embedding_rows(torch.tensor(ids)).to(engines.device, torch.float32) for ids in prompts]
+    buckets = [relative_buckets(len(ids), config.buckets, config.max_distance).to(engines.device) for ids in prompts]
+    masks = [torch.ones(len(ids), device=engines.device) for ids in prompts]
+    for i in range(config.layers):
+        engines.prefetch(f"umt5.layers.{j}" for j in range(i, min(i + AHEAD, config.layers)))
+        rows = [engines.run(f"umt5.layers.{i}", *inputs)[0] for inputs in zip(rows, buckets, masks, strict=True)]
+        engines.release(f"umt5.layers.{i}")
+    encodings = [engines.run("umt5.final", x)[0].float() for x in rows]
+    engines.release("umt5.")
+    return encodings
+
+
+def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
+    """Resized reference image [3, H, W] in -1..1 → fp32 [257, clip_dim]."""
+    assert engines.config.clip is not None
+    pixels = clip_pixels(image, engines.config.clip.image_size)
+    (features,) = engines.run("clip", pixels.to(engines.device, engines.compute_dtype("clip")))
+    engines.release("clip")
+    return features.float()
+
+
+def load_reference(
+    image: Path, mask: Path, height: int, width: int, fit: ReferenceFit | None = None
+) -> tuple[Tensor, Tensor]:
+    """Image and mask files → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped, or placed as
+    `fit` says."""
+
+    def prepared(pixels: np.ndarray, margin: RGB) -> Tensor:
+        picture = normalise_image(torch.from_numpy(pixels).permute(2, 0, 1))[None]
+        return (place(picture, fit, margin, height, width) if fit else resize_cover(picture, height, width))[0]
+
+    return prepared(load_image(image), fit.margin if fit else BLACK), prepared(load_mask_image(mask), BLACK)
+
+
+def encode_reference(engines: EngineSet, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and mask [3, H, W] in -1..1 → latent [16, 1, h, w], mask latent [28, 1, h, w]."""
+    latent = encode_clip(engines, image[:, None])
+    return latent, mask_latents(mask[None]).to(latent.device)
+
+
+def encode_references(
+    engines: EngineSet, references: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(image, mask) pairs, the primary first → reference, reference_mask, additional_refs, additional_masks."""
+    pairs = [encode_reference(engines, image, mask) for image, mask in references]
+    latents, masks = (torch.cat(tensors, dim=1) for tensors in zip(*pairs, strict=True))
+    return latents[:, :1], masks[:, :1], latents[:, 1:], masks[:, 1:]

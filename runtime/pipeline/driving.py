@@ -1,0 +1,79 @@
+"""The driving video and its mask, one segment at a time.
+
+Only the frames of the current segment are in memory; the overlap with the segment before is kept, so that every frame
+is decoded once. The last segment is padded by repeating its last frame.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.runtime.core.geometry import Segment
+from scail2_rt.runtime.core.request import JobPlan
+from scail2_rt.runtime.masks.palette import mask_latents
+from scail2_rt.runtime.media.video_reader import VideoReader
+from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_video, resize_cover
+from scail2_rt.runtime.pipeline.vae import encode, frame_groups
+
+FRAMES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class DrivingClip:
+    """frames and mask: uint8 [T, 3, H, W], T = segment.padded_frames, already at the output size."""
+
+    segment: Segment
+    frames: Tensor
+    mask: Tensor
+
+
+def read_clips(plan: JobPlan, first: int = 0) -> Iterator[DrivingClip]:
+    """The plan's segments from number `first` on, in order; there may be none left."""
+    segments = plan.segments[first:]
+    if not segments:
+        return
+    start = plan.request.start + segments[0].start
+    with VideoReader(plan.request.driving, start) as driving, VideoReader(plan.request.mask_video, start) as masks:
+        tails: list[Tensor | None] = [None, None]
+        read_to = segments[0].start
+        for segment in segments:
+            parts = []
+            for i, reader in enumerate((driving, masks)):
+                fresh = _read(reader, segment.valid_end - read_to, plan.height, plan.width)
+                tail = tails[i]
+                valid = fresh if tail is None else torch.cat([tail[-segment.overlap :], fresh])
+                tails[i] = valid
+                padding = valid[-1:].expand(segment.padded_frames - len(valid), -1, -1, -1)
+                parts.append(torch.cat([valid, padding]))
+            read_to = segment.valid_end
+            yield DrivingClip(segment, *parts)
+
+
+def _read(reader: VideoReader, count: int, height: int, width: int) -> Tensor:
+    """The next `count` frames at the output size; only a few at a time are held at the video's own size."""
+    parts = []
+    for wanted in range(count, 0, -FRAMES_AT_ONCE):
+        frames = reader.read(min(wanted, FRAMES_AT_ONCE))
+        if len(frames) < min(wanted, FRAMES_AT_ONCE):
+            raise Scail2Error(
+                f"{reader.path} ended at frame {reader.position}, {wanted - len(frames)} frames early: it changed or "
+                "cannot be decoded to its end. Re-encode it and try again."
+            )
+        parts.append(resize_cover(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width))
+    return torch.cat(parts)
+
+
+def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tensor]:
+    """→ half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
+
+    def half(frames: Tensor) -> Tensor:
+        return half_resolution(normalise_video(frames))
+
+    groups = (half(clip.frames[group]).transpose(0, 1) for group in frame_groups(len(clip.frames)))
+    latent = encode(engines, groups)
+    mask = torch.cat([half(frames) for frames in clip.mask.split(FRAMES_AT_ONCE)])
+    return latent, mask_latents(mask).to(latent.device)

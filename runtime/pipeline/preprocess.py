@@ -1,0 +1,68 @@
+"""From 8-bit pixels to what the networks read, and back.
+
+The public pipeline prepares videos and images by two slightly different routes, and this module keeps both to the last
+bit: a video is resized in 8 bit and then normalised, an image is normalised and then resized in float, so that its
+bicubic overshoot survives. Nothing here knows about files or devices: tensors in, tensors out, on the tensor's device.
+
+Source of the formulas: zai-org/SCAIL-2 `sample_video.py`, and Wan 2.1 `wan/modules/clip.py` for `clip_pixels`; the
+golden folders `preprocess` and `clip/preprocess` judge them.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scail2_rt.runtime.core.geometry import covering_size
+
+_FRAMES_AT_ONCE = 8  # bounds the fp32 copy that a resize of 8-bit frames needs
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_SIZE = 224
+
+
+def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
+    """Scales frames to cover height × width (bicubic, anti-aliased) and crops the middle.
+
+    frames [T, 3, H, W]: uint8 (the result is rounded half to even and clamped to 8 bit) or float (any range; overshoot
+    is kept). Returns [T, 3, height, width] of the same type. Frames that have the size already come back unchanged.
+    """
+    scaled = covering_size(frames.shape[-2], frames.shape[-1], height, width)
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    if scaled == tuple(frames.shape[-2:]):
+        return frames[..., top : top + height, left : left + width]
+    parts = []
+    for chunk in frames.split(_FRAMES_AT_ONCE):
+        wide = F.interpolate(chunk.float(), scaled, mode="bicubic", antialias=True, align_corners=False)
+        wide = wide[..., top : top + height, left : left + width]
+        parts.append(wide.clamp_(0, 255).round_().to(torch.uint8) if frames.dtype == torch.uint8 else wide)
+    return torch.cat(parts).to(frames.dtype)
+
+
+def normalise_video(frames: Tensor) -> Tensor:
+    """uint8 frames → fp32 in -1..1 as the video route does it: (v - 127.5) / 127.5."""
+    return (frames.float() - 127.5).div_(127.5)
+
+
+def normalise_image(image: Tensor) -> Tensor:
+    """uint8 image → fp32 in -1..1 as the image route does it: v / 255 · 2 - 1 (other last bits than a video)."""
+    return (image.float() / 255).mul_(2).sub_(1)
+
+
+def half_resolution(video: Tensor) -> Tensor:
+    """Bilinear ×0.5 without corner alignment: [T, 3, H, W] → [T, 3, H/2, W/2]. H and W are even."""
+    return F.interpolate(video, scale_factor=0.5, mode="bilinear", align_corners=False)
+
+
+def quantise_frames(video: Tensor) -> Tensor:
+    """Decoded pixels [3, T, H, W] → uint8 [T, H, W, 3]: clamp to -1..1, (x + 1) / 2 · 255, truncated, not rounded."""
+    levels = video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous()
+
+
+def clip_pixels(image: Tensor, size: int = CLIP_SIZE) -> Tensor:
+    """What CLIP sees: [3, H, W] fp32 in -1..1 → [1, 3, size, size], bicubic without anti-aliasing, aspect not kept,
+    brought to 0..1 and normalised with CLIP's channel mean and deviation."""
+    small = F.interpolate(image[None].float(), (size, size), mode="bicubic", align_corners=False)
+    mean = torch.tensor(_CLIP_MEAN, device=small.device).view(1, 3, 1, 1)
+    std = torch.tensor(_CLIP_STD, device=small.device).view(1, 3, 1, 1)
+    return small.mul_(0.5).add_(0.5).sub_(mean).div_(std)

@@ -1,0 +1,147 @@
+"""Prompt text up to the encoder's input, and the disk cache of what the encoder made of it.
+
+Three steps that the pipeline calls in order: `clean_prompt`, then `PromptCache.load` with the cleaned text; only when
+that has nothing is the tokenizer read and the encoder run, and the result stored. So a repeated prompt never loads
+umT5. The cache is a convenience and never a reason to fail: an entry that cannot be read counts as absent and is
+written anew, a directory that cannot be written costs a warning. An entry's name is a hash of everything the encoding
+depends on, so entries never go stale. ftfy, tokenizers, safetensors and torch are imported where they are used.
+
+Source of the cleaning and of the token rule: Wan 2.1 `wan/modules/tokenizers.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from scail2_rt.kernels.cache_folder import cache_directory
+from scail2_rt.kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_TOKENS = 512
+END_TOKEN = "</s>"
+TOKENIZER_FILE = "tokenizer.json"
+CACHE_FORMAT = "1"  # part of every key: raise it when the meaning of an entry changes
+
+_log = logging.getLogger(__name__)
+
+
+def clean_prompt(text: str) -> str:
+    """Mend mis-decoded Unicode (ftfy), undo HTML escapes twice, and collapse white space."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+class Tokenizer:
+    """The umT5 tokenizer from a `tokenizer.json`.
+
+    path    that file or the folder that holds it
+    vocab   rows of the encoder's embedding table, when known: a larger token id is refused instead of read astray
+    Raises InputError when the file is missing, cannot be read, or does not fit the encoder."""
+
+    def __init__(self, path: str | Path, vocab: int | None = None) -> None:
+        self.path = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+        self._vocab = vocab
+        if not self.path.is_file():
+            raise InputError(
+                f"There is no tokenizer at {self.path}: give the {TOKENIZER_FILE} of the checkpoint's umt5-xxl folder."
+            )
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(self.path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception for a file it does not understand
+            raise InputError(f"The tokenizer {self.path} cannot be read ({error}): copy it again.") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        end = self._tokenizer.token_to_id(END_TOKEN)
+        if end is None:
+            raise InputError(f"The tokenizer {self.path} has no end token {END_TOKEN}: it is not the umT5 one.")
+        self._end = end
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a cleaned prompt: at most 512, of which the last is the end token (the empty prompt is that
+        token alone)."""
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids[: MAX_TOKENS - 1]
+        except Exception as error:  # as above; for example a vocabulary without an unknown token
+            raise InputError(f"The tokenizer {self.path} cannot encode the prompt ({error}).") from error
+        ids.append(self._end)
+        if self._vocab is not None and max(ids) >= self._vocab:
+            raise InputError(
+                f"The tokenizer {self.path} gives token {max(ids)}, but the text encoder has {self._vocab} tokens: "
+                f"use the {TOKENIZER_FILE} that came with this checkpoint."
+            )
+        return ids
+
+
+class PromptCache:
+    """Encoder outputs on disk, one safetensors file each, in the folder `prompts` of `directory`.
+
+    directory      by default `cache_directory()`
+    encoder_hash   identifies the encoder's weights, precision and tokenizer: equal hash, equal encoding"""
+
+    def __init__(self, directory: str | Path | None, encoder_hash: str) -> None:
+        self.directory = (cache_directory() if directory is None else Path(directory)) / "prompts"
+        self._encoder_hash = encoder_hash
+
+    def path(self, text: str) -> Path:
+        """Where the entry of a cleaned prompt is, or would be."""
+        key = hashlib.sha256()
+        for part in (CACHE_FORMAT, self._encoder_hash, text):
+            data = part.encode("utf-8", "surrogatepass")
+            key.update(len(data).to_bytes(8, "little") + data)
+        return self.directory / f"{key.hexdigest()}.safetensors"
+
+    def load(self, text: str) -> Tensor | None:
+        """Encoding [n, text_dim] of a cleaned prompt, or None when there is none that can be read."""
+        path = self.path(text)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _log.warning("The cached prompt encoding %s cannot be read (%s): encoding the prompt again.", path, error)
+            return None
+        encoding = _decoded(data)
+        if encoding is None:
+            _log.warning("The cached prompt encoding %s is damaged: encoding the prompt again.", path)
+        return encoding
+
+    def store(self, text: str, encoding: Tensor) -> None:
+        """Keep the encoding [n, text_dim] of a cleaned prompt. A reader sees all of it or nothing: it is written to a
+        temporary file and renamed."""
+        from safetensors.torch import save
+
+        path = self.path(text)
+        data = save({"encoding": encoding.detach().cpu().contiguous()})
+        part = path.with_name(f".{uuid4().hex}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_bytes(data)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("The prompt encoding could not be cached as %s (%s): continuing without.", path, error)
+
+
+def _decoded(data: bytes) -> Tensor | None:
+    """The tensor of a cache file, or None if it is anything but a finite [1 … 512, text_dim] encoding."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        encoding = load(data)["encoding"]
+    except (SafetensorError, KeyError, ValueError):
+        return None
+    valid = encoding.ndim == 2 and 1 <= encoding.shape[0] <= MAX_TOKENS and encoding.is_floating_point()
+    return encoding if valid and bool(encoding.isfinite().all()) else None

@@ -1,0 +1,1 @@
+"""The public API: a session opens engines once, checks requests and generates videos."""

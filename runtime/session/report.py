@@ -1,0 +1,178 @@
+"""The JSON report beside a video: everything needed to repeat the run, and what it cost.
+
+Written once, atomically, when a run ends in whatever way: `complete`, `partial` (stopped, finished segments kept) or
+`failed`. Hashes are SHA-256. Memory peaks are the process's own: resident host memory by the operating system, device
+memory by PyTorch's allocator and, since engines of other libraries allocate too, as the driver saw it at the end.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scail2_rt.runtime.core.as_json import plain
+from scail2_rt.runtime.core.request import JobPlan, Request, reference_pairs
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.engine_set import EngineSet
+
+REPORT_VERSION = 1
+PACKAGES = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av", "numpy", "tokenizers")
+
+
+def report_path(output: Path) -> Path:
+    """`out/demo.mp4` → `out/demo.json`."""
+    return output.with_suffix(".json")
+
+
+def is_report(path: Path) -> bool:
+    """Was this file written by `write_report`? Anything else of that name is the user's and must be kept."""
+    try:
+        return "report_version" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def input_files(request: Request) -> dict[str, Path]:
+    """Label → file, for every file that the result depends on."""
+    files = {"driving": request.driving, "mask_video": request.mask_video}
+    for index, (image, mask) in enumerate(reference_pairs(request)):
+        label = f"extra_ref_{index}" if index else "image"
+        files |= {label: image, f"{label}_mask": mask}
+    return files
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that have a say in the result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def memory_peaks() -> dict[str, float]:
+    """GiB: host resident peak of this process; on a GPU the allocator's peak and what the driver says is in use."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    peaks = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        peaks["device_allocator_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        peaks["device_in_use_gib"] = (total - free) / 2**30
+    return {name: round(value, 3) for name, value in peaks.items()}
+
+
+def processor_name() -> str:
+    """The CPU's model; Linux tells it in a file alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def describe_device(engines: "EngineSet") -> dict[str, Any]:
+    """The executor, the device it runs on, and the machine."""
+    name = processor_name()
+    if engines.device.type == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(engines.device)
+    device = {"backend": engines.backend, "reason": engines.reason, "device": str(engines.device), "name": name}
+    return device | {"system": platform.platform(), "cpu_count": os.cpu_count()}
+
+
+def describe_engines(engines: "EngineSet") -> dict[str, Any]:
+    """What the engine folder was made of: enough to tell two folders apart."""
+    from scail2_rt.export.models.precision import FP8_ACCUMULATION  # imports torch
+
+    manifest_file = engines.directory / "manifest.json"
+    identity = engines.manifest.identity
+    return {
+        "directory": str(engines.directory),
+        "manifest_sha256": file_hash(manifest_file),
+        "precision": engines.manifest.precision,
+        "config": plain(engines.config),
+        "sources": plain(identity.sources),
+        "loras": plain(identity.loras),
+        "max_rows": engines.max_rows,
+        "attention": engines.attention,
+        "graphs": engines.graphs,
+        "fp8_accumulation": FP8_ACCUMULATION if engines.manifest.precision == "fp8" else None,
+    }
+
+
+def describe_plan(plan: JobPlan) -> dict[str, Any]:
+    """Every option, resolved, with the plan that follows from it."""
+    request = plan.request
+    return {
+        "report_version": REPORT_VERSION,
+        "options": plain(request),
+        "mode": plan.mode,
+        "seed": request.seed,
+        "height": plan.height,
+        "width": plan.width,
+        "frame_rate": str(plan.frame_rate),
+        "frames": plan.frames,
+        "segments": plain(plan.segments),
+        "tokens": plan.layout.tokens,
+        "inputs": {
+            label: {"path": str(path), "sha256": file_hash(path)} for label, path in input_files(request).items()
+        },
+        "mask_findings": plain(plan.masks),
+        "framing": plan.framing and plan.framing.described,
+        "reference_fit": plain(plan.fit),
+    }
+
+
+def describe_end(
+    status: str, output: Path, timings: Mapping[str, float], warnings: Sequence[str], error: str | None = None
+) -> dict[str, Any]:
+    """How it ended. `output` is the video that is there to watch: the result, or the partial file."""
+    end: dict[str, Any] = {"status": status, "error": error, "output": None, "output_sha256": None}
+    if output.is_file():
+        end |= {"output": str(output), "output_sha256": file_hash(output)}
+    end["timings_s"] = {name: round(seconds, 4) for name, seconds in timings.items()}
+    return end | {"memory": memory_peaks(), "warnings": list(warnings)}
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the report so that a reader sees all of it or nothing."""
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".json", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

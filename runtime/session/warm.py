@@ -1,0 +1,59 @@
+"""Compiling the GPU's kernels when engines are built, so that a first generation compiles nothing.
+
+One small forward pass and a few VAE frames run every kernel; Triton and NVRTC keep what they compile in the folder
+`kernels` of the engine folder, which opening it on a GPU points them to. Two layouts, because Triton compiles sizes
+that are divisible by 16 apart from others.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.runtime.core.geometry import Layout
+from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.pipeline.vae import decode, encode_clip
+
+SIZES = ((5, 256, 256), (5, 96, 160))  # frames, height, width
+
+
+def warm_kernels(directory: Path) -> str | None:
+    """Run every kernel of a folder's torch executor once; one line of what was done, or None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    start = time.perf_counter()
+    with open_engines(directory, "torch") as engines:
+        run_small(engines)
+        torch.cuda.synchronize()
+    return f"kernels compiled for {torch.cuda.get_device_name()} in {time.perf_counter() - start:.1f} s"
+
+
+def run_small(engines: EngineSet) -> None:
+    """A small denoising pass and a round trip through the VAE, as far as the folder has these parts."""
+    for frames, height, width in SIZES:
+        if engines.config.vae is not None:
+            for _ in decode(engines, encode_clip(engines, torch.zeros(3, frames, height, width))):
+                pass
+        if engines.config.dit is not None:
+            _denoise(engines, Layout.of(frames, height, width))
+
+
+def _denoise(engines: EngineSet, layout: Layout) -> None:
+    dit = engines.config.dit
+    assert dit is not None
+    device = engines.device
+
+    def noise(channels: int, frames: int, half: bool = False) -> torch.Tensor:
+        return torch.randn(channels, frames, layout.height >> half, layout.width >> half, device=device)
+
+    frames = layout.frames
+    inputs = SegmentInputs(
+        noise(16, 1), noise(28, 1), noise(16, frames, True), noise(28, frames, True), noise(16, 0), noise(28, 0)
+    )
+    contexts = context_kv(
+        engines, [torch.randn(7, dit.text_dim, device=device)], torch.randn(257, dit.clip_dim, device=device)
+    )
+    transformer = Transformer(engines, layout, inputs, contexts, [500.0])
+    for _ in range(2 if engines.graphs else 1):
+        transformer.velocities(noise(16, frames), torch.zeros(4, frames, layout.height, layout.width, device=device), 0)

@@ -1,0 +1,255 @@
+"""Plans are built as we promise, against the genuine interface of two TensorRT versions; and what happens if not."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout
+from scail2_rt.engines.observer import BuildStep, SilentObserver
+from scail2_rt.engines.tensorrt_backend import preflight
+from scail2_rt.engines.tensorrt_backend.builder import PlansReport, build_plans, chosen_stages
+from scail2_rt.engines.tensorrt_backend.library import MessageLog, require_library
+from scail2_rt.engines.tensorrt_backend.plans import LOGS, PLANS, TIMINGS
+from scail2_rt.engines.tensorrt_backend.preflight import GpuFacts, check_machine, check_resources, host_memory
+from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
+from scail2_rt.engines.tensorrt_backend.progress import BuildProgress
+from scail2_rt.export.models.precision import FP32
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from tests.support.tensorrt_api.bindings import VERSIONS
+from tests.support.tensorrt_api.installed import CONFIG, installed, make_folder, small_stages
+from tests.support.tensorrt_api.recorder import Recorder
+
+
+@pytest.fixture(params=VERSIONS)
+def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    with installed(request.param) as recorder:
+        yield recorder
+
+
+class Watching(SilentObserver):
+    def __init__(self) -> None:
+        self.steps: list[BuildStep] = []
+        self.fractions: list[float] = []
+
+    def advanced(self, step: BuildStep, done_bytes: int) -> None:
+        self.fractions.append(done_bytes / step.size_bytes)
+
+    def done(self, step: BuildStep) -> None:
+        self.steps.append(step)
+
+
+def build(folder: Path, layout: StoreLayout, observer: SilentObserver | None = None, **chosen: object) -> PlansReport:
+    stages = small_stages()
+    sizes = dict.fromkeys(stages, 1000)
+    arguments = (folder, stages, sizes, "fp32", CONFIG, layout, observer or SilentObserver())
+    return build_plans(*arguments, **chosen)  # type: ignore[arg-type]
+
+
+def test_every_stage_is_built_once(recorder: Recorder, tmp_path: Path) -> None:
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    watching = Watching()
+    report = build(tmp_path / "e", layout, watching)
+    assert report.built == tuple(small_stages())
+    assert report.kept == ()
+    assert [path.name for path in recorder.built] == [f"{name}.trt.onnx" for name in small_stages()]
+    assert [(step.name, step.index, step.total) for step in watching.steps] == [
+        (name, i + 1, 4) for i, name in enumerate(small_stages())
+    ]
+    assert watching.steps[0].remaining_s is not None
+    assert 0 < min(watching.fractions) < max(watching.fractions) <= 1
+    names = [path.name for path in recorder.built]
+    assert recorder.loaded_timings == [names[:i] for i in range(4)], "a build lacked what the ones before had measured"
+    assert json.loads((tmp_path / "e/stages" / TIMINGS).read_bytes()) == names
+    assert not list((tmp_path / "e").rglob("*.partial"))
+    assert {path.name for path in (tmp_path / "e" / LOGS).iterdir()} == {f"{name}.log" for name in small_stages()}
+
+
+def test_only_what_changed_is_built_again(recorder: Recorder, tmp_path: Path) -> None:
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    build(tmp_path / "e", layout)
+    assert build(tmp_path / "e", layout).kept == tuple(small_stages())
+    place = layout.location("dit.head.linear.weight")
+    with (tmp_path / "e/stages" / STORE_NAME).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\x01")
+    assert build(tmp_path / "e", layout).built == ("dit.head",)
+    assert build(tmp_path / "e", layout, options=PlanOptions(max_picture=(1024, 1792))).built == ("vae.picture",)
+    (tmp_path / "e/stages/umt5.final.plan").write_bytes(b"cut short")
+    assert set(build(tmp_path / "e", layout).built) == {"umt5.final", "vae.picture"}
+    (tmp_path / "e/stages" / PLANS).write_text("damaged")
+    assert build(tmp_path / "e", layout, patterns=["dit.*"]).built == ("dit.head", "dit.context")
+    other = GpuFacts("NVIDIA B200", (10, 0), 1 << 40)
+    with mock.patch.object(preflight, "find_gpu", return_value=other):
+        assert build(tmp_path / "e", layout, patterns=["dit.*"]).built == ("dit.head", "dit.context")
+
+
+def test_every_parser_error_is_told(recorder: Recorder, tmp_path: Path) -> None:
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    recorder.settings.parser_errors = ["Resize does not take BF16", "no such plugin"]
+    with pytest.raises(Scail2Error) as caught:
+        build(tmp_path / "e", layout)
+    text = str(caught.value)
+    assert "dit.head" in text
+    assert str(tmp_path / "e/stages/dit.head.trt.onnx") in text
+    assert "Resize does not take BF16 at node 7 (Resize 'node_7'); no such plugin" in text
+    assert caught.value.exit_code == 1
+
+
+def test_a_stage_that_cannot_be_built(recorder: Recorder, tmp_path: Path) -> None:
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    build(tmp_path / "e", layout, patterns=["dit.head"])
+    recorder.settings.build_error = "Error Code 10: Could not find\nany implementation for node gemm"
+    with pytest.raises(Scail2Error) as caught:
+        build(tmp_path / "e", layout)
+    assert "stage dit.context cannot be built from" in str(caught.value)
+    assert "dit.context.trt.onnx" in str(caught.value)
+    assert "Could not find any implementation for node gemm" in str(caught.value)
+    assert "any implementation for node gemm" in (tmp_path / "e" / LOGS / "dit.context.log").read_text()
+    assert not (tmp_path / "e/stages/dit.context.plan").exists()
+    recorder.settings.build_error = None
+    assert "dit.head" in build(tmp_path / "e", layout).kept
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"), [("no_gpu", "could not start"), ("refuse_profile", "refuses its profile")]
+)
+def test_other_refusals(recorder: Recorder, tmp_path: Path, setting: str, text: str) -> None:
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    setattr(recorder.settings, setting, True)
+    with pytest.raises(Scail2Error, match=text):
+        build(tmp_path / "e", layout)
+
+
+def test_timings_of_another_gpu_are_dropped(recorder: Recorder, tmp_path: Path) -> None:
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    (tmp_path / "e/stages" / TIMINGS).write_text('["measured elsewhere"]')
+    recorder.settings.foreign_timings = True
+    build(tmp_path / "e", layout, patterns=["dit.head"])
+    assert recorder.loaded_timings == [[]]
+    assert json.loads((tmp_path / "e/stages" / TIMINGS).read_text()) == ["dit.head.trt.onnx"]
+
+
+def test_ctrl_c_stops_the_build_and_keeps_what_is_done(recorder: Recorder, tmp_path: Path) -> None:
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def press() -> None:
+        if recorder.built:
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+
+    recorder.settings.on_step = press
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "e", layout)
+    assert [path.name for path in recorder.built] == ["dit.head.trt.onnx"]
+    recorder.settings.on_step = None
+    assert build(tmp_path / "e", layout).kept == ("dit.head",)
+
+
+def test_stage_patterns() -> None:
+    names = ("dit.head", "dit.blocks.0.ffn", "dit.blocks.1.ffn")
+    assert chosen_stages(names, ()) == names
+    assert chosen_stages(names, ["*.ffn", "dit.blocks.0*"]) == names[1:]
+    with pytest.raises(InputError, match=r"--stages clip matches no stage"):
+        chosen_stages(names, ["*.ffn", "clip"])
+
+
+def test_machines_that_cannot_build(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = check_machine("fp8")
+    assert (environment.tensorrt, environment.gpu) == (recorder.surface.version, "NVIDIA H200 (sm90)")
+    for gpu, precision, text in (
+        (None, "bf16", "finds no CUDA GPU"),
+        (GpuFacts("Tesla T4", (7, 5), 1 << 34), "fp16", r"8\.0 or newer, and this is Tesla T4 \(sm75\)"),
+        (GpuFacts("NVIDIA A100", (8, 0), 1 << 36), "fp8", r"fp8 needs .* use --precision bf16"),
+    ):
+        monkeypatch.setattr(preflight, "find_gpu", lambda gpu=gpu: gpu)
+        with pytest.raises(InputError, match=text):
+            check_machine(precision)  # type: ignore[arg-type]
+    monkeypatch.setattr(recorder.module, "__version__", "10.9.0.34")
+    with pytest.raises(
+        InputError, match=r"needs TensorRT 10\.13 or newer, and 10\.9\.0\.34 is installed; update it with"
+    ):
+        require_library()
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(InputError, match=r"cannot be loaded here .*pip install \"scail2-rt\[tensorrt\]\""):
+        require_library()
+
+
+def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_gpu", lambda: GpuFacts("NVIDIA H200", (9, 0), 1 << 32))
+    monkeypatch.setattr(preflight, "host_memory", lambda: 1 << 33)
+    check_resources({}, tmp_path)
+    check_resources({"clip": 1 << 29, "dit.head": 1}, tmp_path / "not" / "there")
+    for size, text in (
+        (1 << 60, "on the disk of"),
+        (3 << 30, r"building the stage clip \(3\.00 GiB of weights\) needs 12\.00 GiB of host memory, and 8\.00 GiB"),
+        (int(1.8 * 2**30), r"needs 4\.60 GiB of GPU memory, and 4\.00 GiB are free"),
+    ):
+        with (
+            mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1 << 40)),
+            pytest.raises(InputError, match=text),
+        ):
+            check_resources({"clip": size, "dit.head": 1}, tmp_path)
+
+
+def test_host_memory_knows_containers(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    assert host_memory(tmp_path) > 0
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert host_memory(tmp_path) == 8000 << 10
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert host_memory(tmp_path) == 8000 << 10
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("5000000\n")
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text("4000000\n")
+    assert host_memory(tmp_path) == 1000000
+    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("anon 5\ninactive_file 200000\nactive_file 100000\n")
+    assert host_memory(tmp_path) == 1300000
+
+
+def test_progress_only_grows() -> None:
+    seen: list[float] = []
+    progress = BuildProgress(seen.append)
+    progress.start("build", None, 4)
+    progress.start("tactics", "build", 2)
+    assert progress.step("tactics", 0)
+    assert progress.step("tactics", 1)
+    progress.finish("tactics")
+    assert progress.step("build", 0)
+    assert progress.step("build", 1)
+    assert progress.step("unknown", 3)
+    progress.finish("build")
+    progress.start("write", None, 10)
+    assert progress.step("write", 0)
+    assert seen == [0.125, 0.25, 0.5]
+    progress.cancel()
+    assert not progress.step("write", 1)
+
+
+def test_messages(tmp_path: Path) -> None:
+    log = MessageLog()
+    log.add("WARNING", "a warning")
+    assert log.recent() == ["a warning"]
+    with log.writing_to(tmp_path / "logs" / "stage.log"):
+        assert log.recent() == []
+        for severity, text in (("VERBOSE", "noise"), ("INFO", "so far"), ("WARNING", "w"), ("INTERNAL_ERROR", "a\n b")):
+            log.add(severity, text)
+        log.add("ERROR", "a b")
+    assert log.recent() == ["a b"]
+    log.add("ERROR", "later")
+    assert (
+        tmp_path / "logs/stage.log"
+    ).read_text() == "[INFO] so far\n[WARNING] w\n[INTERNAL_ERROR] a\n b\n[ERROR] a b\n"
+    assert os.listdir(tmp_path / "logs") == ["stage.log"]

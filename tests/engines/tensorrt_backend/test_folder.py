@@ -1,0 +1,96 @@
+"""An engine folder with TensorRT plans: built, opened and run through the interfaces that every executor has."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
+from scail2_rt.engines.engine_set import Execution, open_engines
+from scail2_rt.engines.folder.manifest import read_manifest
+from scail2_rt.engines.tensorrt_backend import session
+from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
+from scail2_rt.kernels.errors import InputError
+from tests.support.small import small_checkpoint
+from tests.support.tensorrt_api.bindings import VERSIONS
+from tests.support.tensorrt_api.installed import installed
+from tests.support.tensorrt_api.recorder import Recorder
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    with installed(VERSIONS[0]) as recorder:
+        monkeypatch.setattr(session, "CudaDevice", lambda device: recorder.device)
+        monkeypatch.setattr("scail2_rt.engines.build.assemble.gpu", lambda: "NVIDIA H200 (sm90)")
+        yield recorder
+
+
+def make(folder: Path, backends: tuple[str, ...] = ("tensorrt",), seed: int = 0, **chosen: object) -> BuildReport:
+    request = BuildRequest(Path("small"), folder, backends, "fp32", **chosen)  # type: ignore[arg-type]
+    return build(request, small_checkpoint(seed))
+
+
+def test_runs_like_the_torch_executor(recorder: Recorder, tmp_path: Path) -> None:
+    report = make(tmp_path / "e", ("tensorrt", "torch"))
+    assert report.added == ("tensorrt", "torch")
+    record = read_manifest(tmp_path / "e").executors[0]
+    assert (record.backend, record.versions, record.gpu) == (
+        "tensorrt",
+        {"tensorrt": recorder.surface.version},
+        "NVIDIA H200 (sm90)",
+    )
+    x, mod = torch.randn(50, 32), torch.randn(2, 32)
+    with (
+        open_engines(tmp_path / "e", "tensorrt", Execution(max_rows=16), device="cpu") as plans,
+        open_engines(tmp_path / "e", "torch", device="cpu") as reference,
+    ):
+        torch.testing.assert_close(
+            plans.run("dit.head", x, mod), reference.run("dit.head", x, mod), atol=1e-5, rtol=1e-5
+        )
+        assert plans.loaded == ("dit.head",)
+    assert make(tmp_path / "e").up_to_date
+
+
+def test_plans_of_another_place_are_refused(recorder: Recorder, tmp_path: Path) -> None:
+    make(tmp_path / "e")
+    manifest = tmp_path / "e" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("NVIDIA H200", "NVIDIA B200"))
+    with pytest.raises(InputError, match=r"executors\.tensorrt\.gpu: .*NVIDIA B200.*build-engines small .*--rebuild"):
+        open_engines(tmp_path / "e", "tensorrt")
+
+
+def test_a_subset_then_the_rest(recorder: Recorder, tmp_path: Path) -> None:
+    first = make(tmp_path / "e", stages=("dit.*",))
+    assert first.added == ()
+    assert any("the same command without --stages" in note for note in first.notes)
+    assert not (tmp_path / "e/manifest.json").exists()
+    built = len(recorder.built)
+    assert make(tmp_path / "e").added == ("tensorrt",)
+    names = [path.name for path in recorder.built[built:]]
+    assert names
+    assert all(name.startswith("umt5.") for name in names)
+
+
+def test_other_weights_and_options_keep_what_is_good(recorder: Recorder, tmp_path: Path) -> None:
+    make(tmp_path / "e", ("tensorrt", "torch"))
+    recorder.built.clear()
+    request = BuildRequest(Path("small"), tmp_path / "e", ("tensorrt", "torch"), "fp32", rebuild=True)
+    build(request, small_checkpoint(0, head__head__bias=torch.zeros(64)))
+    assert [path.name for path in recorder.built] == ["dit.head.trt.onnx"]
+    recorder.built.clear()
+    build(
+        BuildRequest(Path("small"), tmp_path / "e", ("tensorrt",), "fp32", plan_options=PlanOptions(max_rows=99)),
+        small_checkpoint(0, head__head__bias=torch.zeros(64)),
+    )
+    assert recorder.built
+    assert not any("context" in path.name or "umt5" in path.name for path in recorder.built)
+    with open_engines(tmp_path / "e", "tensorrt", device="cpu") as plans, pytest.raises(InputError, match="rows = 99"):
+        plans.run("dit.head", torch.randn(100, 32), torch.randn(2, 32))
+
+
+def test_nothing_is_left_behind_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(InputError, match=r'pip install "scail2-rt\[tensorrt\]"'):
+        make(tmp_path / "e")
+    assert not (tmp_path / "e").exists()

@@ -1,0 +1,56 @@
+"""`verify`, `export-onnx` and `doctor` through the installed command."""
+
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+
+import onnx
+
+from tests.support.command import Run
+
+pytest_plugins = ["tests.support.runtime_fixtures"]
+
+
+def test_doctor_says_what_is_there_and_what_auto_would_take(scail2: Run, engines: Path) -> None:
+    result = scail2("doctor", engines, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["python"].startswith(platform.python_version())
+    text = scail2("doctor", engines).stdout
+    assert "backend" in text
+    assert str(engines) in text
+
+
+def test_verify_passes_and_finds_one_changed_value(
+    scail2: Run, engines: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    good = scail2("verify", engines, "--checkpoint", tiny_checkpoint, "--json")
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["passed"] is True
+    changed = tmp_path / "changed"
+    shutil.copytree(engines, changed)
+    store, manifest = changed / "stages" / "weights.safetensors", changed / "manifest.json"
+    data = bytearray(store.read_bytes())
+    before = hashlib.sha256(data).hexdigest()
+    data[-5] ^= 0x40
+    store.write_bytes(data)
+    manifest.write_text(manifest.read_text().replace(before, hashlib.sha256(data).hexdigest()))
+    bad = scail2("verify", changed, "--checkpoint", tiny_checkpoint)
+    assert bad.returncode == 1
+    assert "FAIL weights" in bad.stdout
+    assert "PASS files" in bad.stdout
+
+
+def test_export_of_the_whole_transformer(scail2: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    result = scail2("export-onnx", tiny_checkpoint, "-o", folder, "--layout", "monolithic")
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.rglob("*.onnx")
+    onnx.checker.check_model(path)
+    kinds = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    assert {"Attention", "RotaryEmbedding"} <= kinds
+    again = scail2("export-onnx", tiny_checkpoint, "-o", folder, "--layout", "monolithic")
+    assert again.returncode == 2
+    assert len(again.stderr.splitlines()) == 1

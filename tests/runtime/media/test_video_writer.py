@@ -1,0 +1,396 @@
+"""The written video: rate, times, colours, audio, what is left after every kind of ending."""
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.media import video_writer
+from scail2_rt.runtime.media.unfinished import part_ends
+from scail2_rt.runtime.media.video_reader import VideoReader, VideoWriter, probe_video
+from scail2_rt.runtime.media.video_writer import check_codec, check_writable
+from tests.support.clips import clicks_s, flat, number_of, ramp, write_clip
+from tests.support.command import unmeasured
+
+NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
+
+
+def write(path: Path, frames: np.ndarray, segment: int = 8, **options: object) -> Path:
+    with VideoWriter(path, 64, 48, options.pop("rate", Fraction(25)), **options) as writer:  # type: ignore[arg-type]
+        for begin in range(0, len(frames), segment):
+            writer.write(frames[begin : begin + segment])
+            writer.segment_done()
+        return writer.finish()
+
+
+def numbers(path: Path) -> list[int]:
+    with VideoReader(path) as reader:
+        return [number_of(frame) for frame in reader.read(1000)]
+
+
+def only(folder: Path, *names: str) -> bool:
+    return sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+class TestPicture:
+    @pytest.mark.parametrize("rate", [NTSC_FILM, NTSC, Fraction(16), Fraction(25), Fraction(60), Fraction(359, 12)])
+    def test_constant_rate_is_exact(self, tmp_path: Path, rate: Fraction) -> None:
+        info = probe_video(write(tmp_path / "out.mp4", ramp(21), rate=rate))
+        assert (info.frames, info.declared_frames, info.frame_rate, info.timestamps) == (21, 21, rate, None)
+        assert only(tmp_path, "out.mp4")
+        with av.open(str(tmp_path / "out.mp4")) as container:
+            stream = container.streams.video[0]
+            assert stream.duration * stream.time_base == 21 / rate
+            assert stream.start_time == 0
+
+    @pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "vp9"])
+    def test_every_codec_keeps_order_times_and_colours(self, tmp_path: Path, codec: str) -> None:
+        times = [Fraction(sum(range(i)) * 1001, 90000) for i in range(2, 26)]  # frames of 1, 2, 3, ... ticks of 1001
+        path = write(tmp_path / "out.mp4", ramp(24), codec=codec, timestamps=times)
+        assert numbers(path) == list(range(24))
+        assert probe_video(path).timestamps == tuple(t - times[0] for t in times)
+        colours = flat(
+            [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 100, 50), (255, 255, 0)]
+        )
+        with VideoReader(write(tmp_path / "out.mp4", colours, codec=codec)) as reader:
+            assert np.abs(reader.read(9).astype(int) - colours).max() <= 3
+
+    def test_equal_frames_give_an_equal_file(self, tmp_path: Path) -> None:
+        """Which a run that is resumed relies on; x264's defaults failed this within a dozen files."""
+        files = {write(tmp_path / "out.mp4", ramp(24), 6).read_bytes() for _ in range(60)}
+        assert len(files) == 1
+
+    def test_tags(self, tmp_path: Path) -> None:
+        with av.open(str(write(tmp_path / "out.mp4", ramp(3)))) as container:
+            context = container.streams.video[0].codec_context
+            assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+            tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+            assert tags == (1, 1, 1, 1)
+
+    def test_index_is_in_front(self, tmp_path: Path) -> None:
+        data = write(tmp_path / "out.mp4", ramp(3)).read_bytes()
+        assert 0 < data.index(b"moov") < data.index(b"mdat")
+
+    def test_times_of_a_reader(self, tmp_path: Path) -> None:
+        pts = [0, 33, 67, 100, 300, 333, 367, 400]
+        source = write_clip(tmp_path / "in.mkv", ramp(8), 30, pts=pts, time_base=Fraction(1, 1000), options={"bf": "0"})
+        info = probe_video(source)
+        path = write(tmp_path / "out.mp4", ramp(6), 3, rate=info.frame_rate, timestamps=info.timestamps[2:])
+        assert probe_video(path).timestamps == tuple(Fraction(ms - 67, 1000) for ms in pts[2:])
+
+    def test_too_few_timestamps(self, tmp_path: Path) -> None:
+        with (
+            VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25), timestamps=[Fraction(0), Fraction(1)]) as writer,
+            pytest.raises(ValueError, match="only 2 timestamps"),
+        ):
+            writer.write(ramp(3))
+
+    def test_wrong_frames(self, tmp_path: Path) -> None:
+        with (
+            VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25)) as writer,
+            pytest.raises(ValueError, match="uint8"),
+        ):
+            writer.write(ramp(3, 48, 66))
+
+    def test_without_segment_marks(self, tmp_path: Path) -> None:
+        with VideoWriter(tmp_path / "new" / "out.mp4", 64, 48, NTSC) as writer:
+            writer.write(ramp(5))
+            path = writer.finish()
+        assert numbers(path) == [0, 1, 2, 3, 4]
+        assert writer.abort() is None  # nothing to keep beside the result
+
+
+class TestAudio:
+    @pytest.mark.parametrize(
+        ("codec", "rate", "ending", "expected", "within_s"),
+        [
+            ("aac", 44100, "mp4", "aac", 1e-4),
+            ("aac", 22050, "mov", "aac", 1e-4),
+            ("libmp3lame", 44100, "mkv", "mp3", 2e-3),  # Matroska counts in milliseconds
+            ("flac", 48000, "mkv", "flac", 2e-3),
+            ("pcm_s16le", 44100, "mov", "aac", 1e-3),
+            ("pcm_s16le", 96000, "mkv", "aac", 1e-3),
+            ("mp2", 44100, "ts", "aac", 1e-3),
+        ],
+    )
+    @pytest.mark.parametrize(("start", "count"), [(0, 40), (0, 17), (9, 20)])
+    def test_heard_at_the_same_time(
+        self,
+        tmp_path: Path,
+        codec: str,
+        rate: int,
+        ending: str,
+        expected: str,
+        within_s: float,
+        start: int,
+        count: int,
+    ) -> None:
+        source = write_clip(
+            tmp_path / f"in.{ending}", ramp(30).repeat(2, 0)[:40], NTSC_FILM, audio=[(codec, rate, "mono")]
+        )
+        begin = start / NTSC_FILM
+        path = write(
+            tmp_path / "out.mp4", ramp(20).repeat(2, 0)[:count], rate=NTSC_FILM, audio_from=source, start_s=begin
+        )
+        duration = count / NTSC_FILM
+        heard = [second - float(begin) for second in clicks_s(source)]
+        heard = [second for second in heard if 0 <= second + 1e-3 < duration]
+        result = [second for second in clicks_s(path) if second < float(duration) - 0.001]
+        assert len(result) == len(heard) > 1
+        assert np.abs(np.array(result) - heard).max() < within_s
+        with av.open(str(path)) as container:
+            track = container.streams.audio[0]
+            assert track.codec_context.codec.canonical_name == expected
+            assert track.rate == rate
+            missing_s = float(duration - track.duration * track.time_base)  # a source may stop some packets early
+            assert -1e-3 < missing_s < 0.03
+
+    def test_packets_are_copied(self, tmp_path: Path) -> None:
+        source = write_clip(tmp_path / "in.mp4", ramp(30), 25, audio=[("aac", 44100, "mono")])
+        path = write(tmp_path / "out.mp4", ramp(30), audio_from=source)
+
+        def packets(file: Path) -> list[tuple[int, bytes]]:
+            with av.open(str(file)) as container:
+                return [(packet.pts, bytes(packet)) for packet in container.demux(audio=0) if packet.size]
+
+        assert packets(path) == packets(source)
+        assert len(packets(path)) > 40
+
+    def test_all_tracks(self, tmp_path: Path) -> None:
+        tracks = [("aac", 48000, "stereo"), ("pcm_s16le", 11025, "mono")]
+        source = write_clip(tmp_path / "in.mov", ramp(25), 25, audio=tracks)
+        path = write(tmp_path / "out.mp4", ramp(25), audio_from=source)
+        with av.open(str(path)) as container:
+            kinds = [(track.codec_context.name, track.rate, track.channels) for track in container.streams.audio]
+        assert kinds == [("aac", 48000, 2), ("aac", 11025, 1)]
+        assert clicks_s(path, 0) == pytest.approx(clicks_s(path, 1), abs=1e-3)
+
+    def test_rate_that_aac_has_not(self, tmp_path: Path) -> None:
+        source = write_clip(tmp_path / "in.mkv", ramp(20), 25, audio=[("pcm_s16le", 37800, "mono")])
+        path = write(tmp_path / "out.mp4", ramp(20), audio_from=source)
+        with av.open(str(path)) as container:
+            assert container.streams.audio[0].rate == 44100
+        assert clicks_s(path)[:3] == pytest.approx([0, 0.25, 0.5], abs=2e-3)
+
+    def test_long_audio_is_cut_and_short_audio_stays_short(self, tmp_path: Path) -> None:
+        for seconds in (8.0, 0.5):
+            source = write_clip(tmp_path / "in.mp4", ramp(25), 25, audio=[("aac", 11025, "mono")], audio_s=seconds)
+            with av.open(str(write(tmp_path / "out.mp4", ramp(25), audio_from=source))) as container:
+                track = container.streams.audio[0]
+                assert float(track.duration * track.time_base) == pytest.approx(min(seconds, 1.0), abs=0.1)
+                assert container.duration == pytest.approx(1_000_000, abs=1000)
+
+    def test_silent_source_and_unreadable_source(self, tmp_path: Path) -> None:
+        source = write_clip(tmp_path / "in.mp4", ramp(5))
+        with av.open(str(write(tmp_path / "out.mp4", ramp(5), audio_from=source))) as container:
+            assert not container.streams.audio
+        source.write_text("nothing")
+        with pytest.raises(InputError, match=r"audio of .*in\.mp4 cannot be read"):
+            VideoWriter(tmp_path / "other.mp4", 64, 48, Fraction(25), audio_from=source)
+
+
+class TestEndings:
+    def test_abort_keeps_finished_segments_only(self, tmp_path: Path) -> None:
+        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        for begin in (0, 7):
+            writer.write(ramp(14)[begin : begin + 7])
+            writer.segment_done()
+        writer.write(ramp(20)[14:])
+        assert writer.abort() == tmp_path / "out.partial.mp4"
+        assert only(tmp_path, "out.partial.mp4")
+        assert numbers(tmp_path / "out.partial.mp4") == list(range(14))
+        assert probe_video(tmp_path / "out.partial.mp4").frame_rate == NTSC
+        with pytest.raises(Scail2Error, match="closed"):
+            writer.write(ramp(1))
+
+    def test_exception_before_the_first_segment_leaves_nothing(self, tmp_path: Path) -> None:
+        with contextlib.suppress(KeyboardInterrupt), VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC) as writer:
+            writer.write(ramp(9))
+            raise KeyboardInterrupt
+        assert writer.abort() is None
+        assert only(tmp_path)
+
+    def test_no_frames(self, tmp_path: Path) -> None:
+        with VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC) as writer, pytest.raises(Scail2Error, match="No frame"):
+            writer.finish()
+        assert only(tmp_path)
+
+    def test_an_older_result_survives_until_the_new_one_is_there(self, tmp_path: Path) -> None:
+        old = write(tmp_path / "out.mp4", ramp(3)).read_bytes()
+        (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
+        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer.write(ramp(4))
+        writer.segment_done(wait=True)
+        assert (tmp_path / "out.mp4").read_bytes() == old
+        assert numbers(tmp_path / "out.partial.mp4") == [0, 1, 2, 3]
+        writer.finish()
+        assert numbers(tmp_path / "out.mp4") == [0, 1, 2, 3]
+        assert only(tmp_path, "out.mp4")
+
+    def test_a_stale_partial_file_is_not_called_ours(self, tmp_path: Path) -> None:
+        (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
+        assert VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC).abort() is None
+
+    def test_disk_full_while_appending(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer.write(ramp(6))
+        writer.segment_done(wait=True)
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        writer.write(ramp(6))
+        writer.segment_done()
+        with pytest.raises(Scail2Error, match=r"No space left.*finished segments are in .*out\.partial\.mp4"):
+            writer.finish()
+        assert writer.abort() == tmp_path / "out.partial.mp4"
+        assert numbers(tmp_path / "out.partial.mp4") == list(range(6))
+        assert only(tmp_path, "out.partial.mp4")
+
+    def test_encoder_fault_surfaces_in_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: object) -> None:
+            raise av.error.ExternalError(-542398533, "Generic error in an external library")
+
+        monkeypatch.setattr(video_writer._Encoder, "_encode", broken)
+        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        with pytest.raises(Scail2Error, match=r"Encoding .* failed .*external library"):
+            writer.write(ramp(30).repeat(10, 0))  # more than fits into the queue
+        assert writer.abort() is None
+        assert only(tmp_path)
+
+    def test_a_failed_end_keeps_the_partial_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "replace", full)
+        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer.write(ramp(6))
+        with pytest.raises(Scail2Error, match=r"No space left.*is in .*out\.partial\.mp4"):
+            writer.finish()
+        assert only(tmp_path, "out.partial.mp4")
+        assert writer.abort() == tmp_path / "out.partial.mp4"
+
+    def test_a_killed_process_leaves_finished_segments(self, tmp_path: Path) -> None:
+        script = """
+import sys, numpy as np
+from fractions import Fraction
+from pathlib import Path
+from scail2_rt.runtime.media.video_reader import VideoWriter
+writer = VideoWriter(Path(sys.argv[1]), 64, 48, Fraction(30000, 1001))
+for k in range(3):
+    writer.write(np.stack([np.full((48, 64, 3), 8 * (i + 1), np.uint8) for i in range(6 * k, 6 * k + 6)]))
+    writer.segment_done(wait=True)
+writer.write(np.zeros((20, 48, 64, 3), np.uint8))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "out.mp4")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=unmeasured(),
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline().strip() == b"ready"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        partial = tmp_path / "out.partial.mp4"
+        assert only(tmp_path, partial.name)
+        assert numbers(partial) == list(range(18))
+        info = probe_video(partial)
+        assert (info.frame_rate, info.timestamps) == (NTSC, None)
+        data = partial.read_bytes()
+        partial.write_bytes(data[: data.rindex(b"mdat") + 100])  # killed in the middle of a write
+        assert numbers(partial)[:12] == list(range(12))
+
+    @pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "vp9"])
+    def test_a_partial_file_is_continued(self, tmp_path: Path, codec: str) -> None:
+        """With half a part behind the whole ones, as a loss of power can leave it; the result is that of one writer."""
+        seen: list[int] = []
+        whole = write(tmp_path / "whole.mp4", ramp(24), 6, codec=codec).read_bytes()
+        with VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25), codec) as first:
+            for begin in (0, 6, 12):
+                first.write(ramp(24)[begin : begin + 6])
+                first.segment_done(wait=True, save=seen.append)
+        data = first.partial.read_bytes()
+        ends = part_ends(first.partial)
+        assert (len(ends), ends[-1]) == (3, len(data))
+        for cut in (len(data) - 1, (ends[1] + ends[2]) // 2, ends[1] + 5):
+            first.partial.write_bytes(data[:cut])
+            assert part_ends(first.partial) == ends[:2]
+            with VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25), codec, after=12) as second:
+                assert first.partial.stat().st_size == ends[1]
+                second.write(ramp(24)[12:18])
+                second.segment_done(save=seen.append)
+                second.write(ramp(24)[18:])
+                second.finish()
+            assert (tmp_path / "out.mp4").read_bytes() == whole
+        assert seen == [1, 2, 3, 3, 3, 3]
+
+    def test_the_caller_does_not_wait_for_the_encoder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        encode = video_writer._Encoder._encode
+
+        def slow(self: video_writer._Encoder, number: int, frame: np.ndarray) -> None:
+            time.sleep(0.05)
+            encode(self, number, frame)
+
+        monkeypatch.setattr(video_writer._Encoder, "_encode", slow)
+        with VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC) as writer:
+            begin = time.monotonic()
+            writer.write(ramp(20))
+            writer.segment_done()
+            assert time.monotonic() - begin < 0.5
+            writer.finish()
+            assert time.monotonic() - begin >= 1
+        assert numbers(tmp_path / "out.mp4") == list(range(20))
+
+
+class TestChecks:
+    def test_codec(self) -> None:
+        with pytest.raises(InputError, match="'gif' is not offered: use one of h264, hevc, av1, vp9"):
+            check_codec("gif", 18)
+        with pytest.raises(InputError, match="outside 0 to 51"):
+            check_codec("h264", 52)
+
+    def test_codec_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(av, "codecs_available", {"libx264"})
+        with pytest.raises(InputError, match="no libx265 encoder"):
+            check_codec("hevc", 18)
+
+    def test_odd_size(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="must be even"):
+            VideoWriter(tmp_path / "out.mp4", 65, 48, NTSC)
+
+    def test_writable(self, tmp_path: Path) -> None:
+        check_writable(tmp_path / "new" / "deeper" / "out.mp4", 1000)
+        assert only(tmp_path)
+        (tmp_path / "file").write_text("x")
+        (tmp_path / "folder.mp4").mkdir()
+        with pytest.raises(InputError, match="is a file, not a folder"):
+            check_writable(tmp_path / "file" / "out.mp4")
+        with pytest.raises(InputError, match="is a folder"):
+            check_writable(tmp_path / "folder.mp4")
+        with pytest.raises(InputError, match=r"must end in \.mp4, \.m4v or \.mov"):
+            check_writable(tmp_path / "out.gif")
+        with pytest.raises(InputError, match="cannot be written"):
+            check_writable(Path("/proc/out.mp4"))
+
+    def test_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**30, 2**29, 5 * 2**20))
+        check_writable(tmp_path / "out.mp4", 5 * 2**20)
+        with pytest.raises(InputError, match="5 MiB free and the output may need 6 MiB"):
+            check_writable(tmp_path / "out.mp4", 6 * 2**20)

@@ -1,0 +1,83 @@
+"""A pretended installation of TensorRT, and small stages to build and run with it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scail2_rt.engines.folder.store import StoreLayout
+from scail2_rt.export.models.config import ModelConfig
+from scail2_rt.export.models.precision import Numerics
+from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
+from tests.support.onnx_case import SMALL, STAGES, write_store
+from tests.support.tensorrt_api.bindings import Unavailable
+from tests.support.tensorrt_api.recorder import Recorder
+
+CONFIG: ModelConfig = SMALL
+GPU_BYTES = 100 << 30
+
+
+@contextmanager
+def installed(version: str) -> Iterator[Recorder]:
+    """`import tensorrt` gives the recorder's module, on a machine with one H200. Skips when bindings cannot be had."""
+    from scail2_rt.engines.tensorrt_backend import builder, library, preflight
+
+    try:
+        recorder = Recorder(version)
+    except Unavailable as error:
+        pytest.skip(f"no TensorRT bindings: {error}")
+    gpu = preflight.GpuFacts("NVIDIA H200", (9, 0), GPU_BYTES)
+    with ExitStack() as stack:
+        before = sys.modules.get("tensorrt")
+        sys.modules["tensorrt"] = recorder.module  # this entry alone: what is imported meanwhile must stay
+        stack.callback(lambda: sys.modules.pop("tensorrt") if before is None else sys.modules.update(tensorrt=before))
+        for module in (builder, preflight):
+            stack.enter_context(mock.patch.object(module, "find_gpu", return_value=gpu))
+        forget_logger(library)
+        yield recorder
+        forget_logger(library)
+
+
+def forget_logger(library: ModuleType) -> None:
+    """The next use makes the process's logger anew."""
+    library.process_logger.cache_clear()
+    library.process_log.cache_clear()
+
+
+class Picture(nn.Module):
+    """A VAE-like stage: picture [1, 3, 8h, 8w] and one cell a 8x8 square [1, 1, h, w], both doubled and joined."""
+
+    def __init__(self, numerics: Numerics) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, dtype=numerics.storage), requires_grad=False)
+
+    def forward(self, picture: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        return picture * self.weight[:, None, None], cells + picture[:, :1, ::8, ::8]
+
+
+def _picture_io(numerics: Numerics) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    picture = TensorSpec("picture", numerics.compute, (1, 3, "8*h", "8*w"))
+    cells = TensorSpec("cells", numerics.compute, (1, 1, "h", "w"))
+    outputs = TensorSpec("picture_out", picture.dtype, picture.dims), TensorSpec("cells_out", cells.dtype, cells.dims)
+    return (picture, cells), outputs
+
+
+PICTURE = StageDefinition("vae.picture", Picture, _picture_io, {"weight": ("weight",)}, "vae.picture")
+
+
+def small_stages() -> dict[str, StageDefinition]:
+    """Stages that are traced in a moment: rows, two fixed contexts, a text, two picture profiles."""
+    names = ("dit.head", "dit.context", "umt5.final")
+    return {**{name: STAGES[name] for name in names}, PICTURE.name: PICTURE}
+
+
+def make_folder(directory: Path, stages: dict[str, StageDefinition], numerics: Numerics) -> StoreLayout:
+    """An engine folder that has its weight store and nothing else."""
+    (directory / "stages").mkdir(parents=True)
+    return write_store(list(stages.values()), numerics, directory / "stages")
