@@ -50,6 +50,14 @@ RUN_OPTIONS = in_section(
         metavar="PATTERN",
         help="Sections forward, vae: only rows of these names, as in 'forward/fp8/*'; may be repeated.",
     ),
+    option(
+        "--segments",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Section generate: segments of the clip, to see what each costs beyond its steps.",
+    ),
 )
 RESULT_OPTIONS = in_section(
     "Results",
@@ -97,6 +105,7 @@ def _run(
     runs: int,
     attention: str,
     only: tuple[str, ...],
+    segments: int,
     output: Path | None,
     report: Path | None,
     summary_file: Path | None,
@@ -107,10 +116,10 @@ def _run(
     from scail2_rt.benchmarks.speed.sections import last_line, run_all, run_section, text_of
 
     works = parse_sizes(sizes) if sizes else default_sizes(config)
-    options = Options(config, weights, works, runs, attention, work, output, only)
+    options = Options(config, weights, works, runs, attention, work, output, only, segments)
     if section == "all":
         words = ["--config", config, "--weights", weights, "--runs", str(runs), "--attention", attention]
-        words += ["--work", str(work), "--sizes", ",".join(map(str, works))]
+        words += ["--segments", str(segments), "--work", str(work), "--sizes", ",".join(map(str, works))]
         words += [word for pattern in only for word in ("--only", pattern)]
         results, failed = run_all(options, words)
     else:

@@ -86,12 +86,13 @@ class VAERings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How engines run. `attention`: a variant of `kernels.attention.ops` or "auto"; `graphs`: record denoising steps in
-    CUDA graphs (on a GPU); `vram_limit`: bytes of GPU memory that the process may use, None for what is free."""
+    """How engines run. `attention`: a variant of `kernels.attention.ops` or "auto"; `cuda_graphs`: record denoising
+    steps in CUDA graphs (on a GPU); `vram_limit`: bytes of GPU memory that the process may use, None for what is
+    free."""
 
     max_rows: int = MAX_ROWS
     attention: str = "auto"
-    graphs: bool = True
+    cuda_graphs: bool = True
     vram_limit: int | None = None
 
 
@@ -156,9 +157,14 @@ class EngineSet:
         return f"{self.backend} on {self.device} in {self.manifest.precision}, because {self.reason}{attention}"
 
     @property
-    def graphs(self) -> bool:
+    def cuda_graphs(self) -> bool:
         """Are denoising steps recorded in CUDA graphs? Weights that are streamed come from the host, so then not."""
-        return self.execution.graphs and self._on_gpu and not self._streamed
+        return self.execution.cuda_graphs and self._on_gpu and not self._streamed
+
+    @property
+    def places_weights(self) -> bool:
+        """Does the runtime decide which weights lie in GPU memory?"""
+        return self._on_gpu
 
     @property
     def loaded(self) -> tuple[str, ...]:

@@ -29,8 +29,9 @@ NEEDS_GPU = "not measured: needs a GPU"
 @dataclass(frozen=True, slots=True)
 class Options:
     """`weights`: "random" or an engine folder; `attention`: one variant, or "auto" for all (attention section) or the
-    default (elsewhere); `only`: shell patterns of the rows to measure, () for all; `work`: folder for what is written
-    on the way (random engines, cases, videos); `output`: where results are saved."""
+    default (elsewhere); `only`: shell patterns of the rows to measure, () for all; `segments`: of the clip that section
+    generate makes; `work`: folder for what is written on the way (random engines, cases, videos); `output`: where
+    results are saved."""
 
     config: str
     weights: str
@@ -40,6 +41,7 @@ class Options:
     work: Path
     output: Path | None = None
     only: tuple[str, ...] = ()
+    segments: int = 1
 
     @property
     def folder(self) -> Path | None:

@@ -25,7 +25,7 @@ DETAILS = ("import_s", "checked_s", "opened_s", "first_step_done_s", "warm_step_
 def run(bench: Bench) -> None:
     with bench.attempt("load/first-step"):
         folder, job = engine_folder(bench), job_of(bench)
-        job.plan()  # draws the case
+        job.request()  # draws the case
         bench.free()
         fresh_process(folder, job)  # page cache, prompt cache, compiled kernels
         found = [fresh_process(folder, job) for _ in range(max(3, bench.options.runs) if bench.on_gpu else 1)]

@@ -49,7 +49,7 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.engines.build.convert import convert as run
     from scail2_rt.engines.build.convert_plan import ConvertRequest
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
-    from scail2_rt.runtime.core.progress import BuildLines
+    from scail2_rt.runtime.cli.progress import BuildLines
 
     parts = parts_apart(options)
     everything = options["everything"]
@@ -70,7 +70,7 @@ def download(directory: Path, repo: str, revision: str, as_json: bool) -> None:
     """Download the official checkpoint to DIRECTORY: the files that build-engines needs, each checked by its hash.
 
     An interrupted download continues; files that are there already are only checked."""
-    from scail2_rt.runtime.core.progress import BuildLines
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.download import HuggingFace
     from scail2_rt.runtime.jobs.download import download as run
 

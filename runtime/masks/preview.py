@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from scail2_rt.runtime.core.case_folder import CaseFiles
-    from scail2_rt.runtime.masks.lint import Finding
+    from scail2_rt.runtime.core.findings import Finding
 
 ORANGE: RGB = (255, 120, 0)
 _PAPER, _INK, _ALARM = (250, 250, 248), (30, 30, 30), (205, 0, 0)

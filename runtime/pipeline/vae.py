@@ -57,9 +57,10 @@ def frame_groups(frames: int) -> Iterator[slice]:
 def encode(engines: EngineSet, groups: Iterable[Tensor]) -> Tensor:
     """Frame groups [3, 1 or 4, H, W] of one clip → normalised latent fp32 [16, F, h, w]."""
     stream = VAEStream(engines, "vae.encode")
-    latent = torch.cat([stream.step(group) for group in groups], dim=1)
-    stream.close()
-    return latent
+    try:
+        return torch.cat([stream.step(group) for group in groups], dim=1)
+    finally:
+        stream.close()
 
 
 def encode_clip(engines: EngineSet, video: Tensor) -> Tensor:
@@ -70,6 +71,8 @@ def encode_clip(engines: EngineSet, video: Tensor) -> Tensor:
 def decode(engines: EngineSet, latent: Tensor) -> Iterator[Tensor]:
     """Normalised latent [16, F, h, w] → pixel frames [3, 1, H, W], then [3, 4, H, W] each, clamped to -1..1."""
     stream = VAEStream(engines, "vae.decode")
-    for frame in latent.split(1, dim=1):
-        yield stream.step(frame).clamp(-1, 1)
-    stream.close()
+    try:
+        for frame in latent.split(1, dim=1):
+            yield stream.step(frame).clamp(-1, 1)
+    finally:
+        stream.close()

@@ -27,7 +27,7 @@ SEGMENT, OVERLAP = cases.FRAMES, 5
 STEP = SEGMENT - OVERLAP
 LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
 DRAWN_AS = {"swapped": "two", "closeup": "replace", "long": "animate", "longer": "animate"}
-SAMPLING: Mapping[str, Any] = {"solver": "unipc", "steps": 2, "shift": 3.0, "guidance": 1.0}
+SAMPLING: Mapping[str, Any] = {"scheduler": "unipc", "steps": 2, "shift": 3.0, "guidance": 1.0}
 OURS, ONE_REFERENCE, FITTED, CEILING = "ours", "one-reference", "fit-reference", "vae"
 
 
@@ -47,8 +47,8 @@ class Variant:
 
 
 def variants(usual: Variant) -> tuple[Variant, ...]:
-    """One thing changed at a time; what would be the usual way again is left out. Solvers differ from three steps on,
-    so they are compared at six."""
+    """One thing changed at a time; what would be the usual way again is left out. Schedulers differ from three steps
+    on, so they are compared at six."""
     precisions = [Variant(name, name, "auto", usual.options) for name in ("fp32", "bf16", "fp8")]
     attentions = ("sdpa", "bf16", "8bit-bf16pv", "8bit")
     changed = [Variant(f"fp8-{attention}", "fp8", attention, usual.options) for attention in attentions]
@@ -59,9 +59,9 @@ def variants(usual: Variant) -> tuple[Variant, ...]:
         for value in values:
             options = {**usual.options, key: value}
             changed.append(Variant(f"{key}-{value:g}", usual.precision, usual.attention, options))
-    for solver in ("dpm++", "euler"):
-        options = {**usual.options, "solver": solver, "steps": 6}
-        changed.append(Variant(f"steps-6-{solver}", usual.precision, usual.attention, options))
+    for scheduler in ("dpm++", "euler"):
+        options = {**usual.options, "scheduler": scheduler, "steps": 6}
+        changed.append(Variant(f"steps-6-{scheduler}", usual.precision, usual.attention, options))
     same = (usual.precision, usual.attention, usual.options)
     return tuple(v for v in (*precisions, *changed) if (v.precision, v.attention, v.options) != same)
 
@@ -70,7 +70,6 @@ def long_variants(usual: Variant) -> tuple[Variant, ...]:
     """Ways to hold a long clip together."""
     ways: dict[str, dict[str, Any]] = {
         "official": {},
-        "latents": {"history": "latents"},
         "overlap-9": {"segment_overlap": 9},
         "overlap-13": {"segment_overlap": 13},
         "blend-4": {"overlap_blend": 4},
@@ -90,10 +89,10 @@ def held_out_case(task: str, seed: int) -> SpriteCase:
     return render_case(closeup(plan) if task == "closeup" else plan)
 
 
-def make_request(folder: Path, output: Path, seed: int, variant: Variant, **options: Any) -> Request:
-    """The request for a case folder under a variant; an existing output may be replaced."""
+def make_request(folder: Path, seed: int, variant: Variant, **options: Any) -> Request:
+    """The request for a case folder under a variant."""
     usual: dict[str, Any] = {"size": SIZE, "segment_length": SEGMENT, "segment_overlap": OVERLAP, "seed": seed}
-    return case_request(folder, output, **{**usual, **SAMPLING, **variant.options, **options, "overwrite": True})
+    return case_request(folder, **{**usual, **SAMPLING, **variant.options, **options})
 
 
 @dataclass(frozen=True, slots=True)

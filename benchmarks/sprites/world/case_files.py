@@ -51,7 +51,7 @@ def draw_case(
     write_case(render_case(plan, (height, width)), directory, audio)
 
 
-def case_request(directory: Path, output: Path, **options: Any) -> Request:
+def case_request(directory: Path, **options: Any) -> Request:
     """The request for a folder of `write_case`, all its additional references included. `options`: fields of `Request`
     that are not files."""
     files = read_case(directory)
@@ -59,7 +59,7 @@ def case_request(directory: Path, output: Path, **options: Any) -> Request:
     extras = tuple((mask.with_name(mask.name.replace("_mask", "")), mask) for mask in with_masks)
     prompt = (directory / "prompt.txt").read_text(encoding="utf-8")
     given = {"prompt": prompt, "extra_refs": extras, "mode": files.mode, **options}
-    return Request(files.image, files.mask_image, files.driving, files.mask_video, output, **given)
+    return Request(files.image, files.mask_image, files.driving, files.mask_video, **given)
 
 
 def motion_sound(joints: np.ndarray) -> np.ndarray:

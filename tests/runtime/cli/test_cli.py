@@ -19,9 +19,9 @@ from scail2_rt.export.models.precision import PRECISIONS
 from scail2_rt.kernels.attention.variants import VARIANTS
 from scail2_rt.runtime.cli import options
 from scail2_rt.runtime.cli.main import cli, explain
-from scail2_rt.runtime.core.request import ANCHORS, HISTORIES
+from scail2_rt.runtime.core.request import ANCHORS, SCHEDULERS
+from scail2_rt.runtime.jobs.options import PRESETS
 from scail2_rt.runtime.media.video_writer import CODECS
-from scail2_rt.runtime.pipeline.schedulers import SOLVERS
 from tests.support.command import SCAIL2_RT, Run, error_of, one_json
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -77,8 +77,8 @@ def test_option_values_are_those_of_the_modules() -> None:
     assert options.PRECISIONS == PRECISIONS
     assert set(options.BACKENDS) == {"auto", *BACKENDS}
     assert ("auto", *VARIANTS) == options.ATTENTION
-    assert options.SOLVERS == SOLVERS
-    assert (options.HISTORIES, options.ANCHORS) == (HISTORIES, ANCHORS)
+    assert options.SCHEDULERS == SCHEDULERS
+    assert (tuple(PRESETS), ANCHORS) == (options.PRESETS, options.ANCHORS)
     assert tuple(CODECS) == options.CODECS
 
 
@@ -91,7 +91,7 @@ def test_option_values_are_those_of_the_modules() -> None:
         (("generate", "engines", "-o", "x.mp4", "--sizes", "3"), "No such option"),
         (("generate", "engines", "-o", "x.mp4", "--size", "512"), "'512' is not a size"),
         (("generate", "engines", "-o", "x.mp4", "--steps", "many"), "'many' is not a valid integer"),
-        (("generate", "engines", "-o", "x.mp4", "--solver", "heun"), "'heun' is not one of"),
+        (("generate", "engines", "-o", "x.mp4", "--scheduler", "heun"), "'heun' is not one of"),
         (("build-engines", "SCAIL-2"), "Missing option '-o'"),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
-from scail2_rt.runtime.core.progress import SilentProgress
+from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.media.lossless import write_video
 from scail2_rt.runtime.media.unfinished import part_ends, partial_path, sidecar_path
 from scail2_rt.runtime.media.video_reader import VideoReader
@@ -169,12 +169,12 @@ def sabotage(folder: Path, code: str) -> dict[str, str]:
 
 AT_SEGMENT = """
 from scail2_rt.runtime.core import progress
-begin = progress.SilentProgress.segment
+begin = progress.RunProgress.segment
 def segment(self, index):
     if index == 1:
         fault()
     begin(self, index)
-progress.SilentProgress.segment = segment
+progress.RunProgress.segment = segment
 """
 
 
@@ -272,15 +272,15 @@ def no_onnxruntime_memory() -> None:
 def test_out_of_memory_names_the_phase_the_need_and_the_remedy(
     allocate: Callable[[], object], phase: str, says: tuple[str, ...]
 ) -> None:
-    with pytest.raises(Scail2Error) as caught, SilentProgress().phase(phase):
+    with pytest.raises(Scail2Error) as caught, RunProgress().phase(phase):
         allocate()
     assert [part for part in says if part not in str(caught.value)] == [], str(caught.value)
 
 
 def test_other_errors_stay_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="buffer of size 3"), SilentProgress().phase("denoise"):
+    with pytest.raises(RuntimeError, match="buffer of size 3"), RunProgress().phase("denoise"):
         raise RuntimeError("a buffer of size 3 is not one of size 4")
-    with pytest.raises(InputError, match="Unable to allocate 3 GiB"), SilentProgress().phase("denoise"):
+    with pytest.raises(InputError, match="Unable to allocate 3 GiB"), RunProgress().phase("denoise"):
         raise InputError("Unable to allocate 3 GiB: as it was told")
 
 

@@ -18,13 +18,13 @@ import torch
 from scail2_rt.benchmarks.sprites.world.case_files import draw_case
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.media.unfinished import clear_sidecars, partial_path, resumable, sidecar_path
-from scail2_rt.runtime.pipeline.history import Carry, History
+from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.session.resume import Saved, Sidecar, first_difference, identity, noise_generator
 from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video, unmeasured
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 SEGMENTS = ("--segment-length", "9", "--segment-overlap", "5")  # 21 frames: 0..9, 4..13, 8..17, 12..21
-ALL_JOINS = ("--history", "latents", "--overlap-blend", "3", "--anchor-color", "first")
+ALL_JOINS = ("--overlap-blend", "3", "--anchor-color", "first")
 
 
 def kill_when(ready: Callable[[], object], command: list[object], cache: Path, then_s: float = 0.0) -> int:
@@ -147,8 +147,7 @@ def test_resume_of_a_batch_leaves_what_is_complete_and_begins_what_is_not(
 
 def saved(number: int, noise: torch.Generator) -> Saved:
     pixels = torch.randn(3, 5, 32, 32)
-    history = History(pixels, pixels + number, torch.randn(16, 1, 4, 4))
-    return Saved(9 * number, Carry(number, history, {"count": torch.rand(4, 4)}), noise.get_state())
+    return Saved(9 * number, Carry(number, pixels, {"count": torch.rand(4, 4)}), noise.get_state())
 
 
 def leave_parts(output: Path, parts: int) -> None:
@@ -173,8 +172,7 @@ def test_a_sidecar_gives_back_every_bit(tmp_path: Path) -> None:
         assert found.carry.history is not None
         assert state.carry.history is not None
         assert (found.frames, found.carry.finished) == (9 * parts, parts)
-        for name in ("shown", "decoded", "latent"):
-            assert torch.equal(getattr(found.carry.history, name), getattr(state.carry.history, name))
+        assert torch.equal(found.carry.history, state.carry.history)
         assert torch.equal(found.carry.anchor["count"], state.carry.anchor["count"])
         again = noise_generator("cpu", 0, found)
         assert torch.equal(torch.randn(5, generator=again), torch.randn(5, generator=noise.clone_state()))
@@ -182,15 +180,10 @@ def test_a_sidecar_gives_back_every_bit(tmp_path: Path) -> None:
     assert sidecar.load() is None
 
 
-def test_frames_that_nothing_was_done_to_are_kept_once(tmp_path: Path) -> None:
-    sidecar, pixels = Sidecar(tmp_path / "a.mp4", {}), torch.randn(3, 5, 64, 64)
-    sidecar.write(1, Saved(9, Carry(1, History.of(pixels)), torch.zeros(1)))
-    assert sidecar_path(tmp_path / "a.mp4", 1).stat().st_size < 1.1 * pixels.nbytes
-    leave_parts(tmp_path / "a.mp4", 1)
-    found = sidecar.load()
-    assert found is not None
-    assert found.carry.history is not None
-    assert found.carry.history.decoded is found.carry.history.shown
+def test_a_sidecar_holds_the_overlap_and_no_more(tmp_path: Path) -> None:
+    sidecar, pixels = Sidecar(tmp_path / "a.mp4", {}), torch.randn(3, 9, 64, 64)
+    sidecar.write(1, Saved(9, Carry(1, pixels[:, -5:]), torch.zeros(1)))
+    assert sidecar_path(tmp_path / "a.mp4", 1).stat().st_size < 1.1 * pixels[:, -5:].nbytes
 
 
 def test_a_damaged_sidecar_is_told(tmp_path: Path) -> None:
@@ -234,7 +227,7 @@ def test_what_changes_no_frame_is_no_difference() -> None:
 SEGMENT_CLOCK = """
 import resource, sys, time
 from scail2_rt.runtime.core import progress
-begin, last = progress.SilentProgress.segment, [0.0]
+begin, last = progress.RunProgress.segment, [0.0]
 def fixed_work():
     import torch
     x, w = torch.ones(1, 16, 5, 64, 64), torch.ones(16, 16, 3, 3, 3)
@@ -248,7 +241,7 @@ def segment(self, index):
     print("clock", peak, now - last[0], fixed_work(), file=sys.stderr)
     last[0] = time.process_time()
     begin(self, index)
-progress.SilentProgress.segment = segment
+progress.RunProgress.segment = segment
 """
 
 
@@ -262,7 +255,7 @@ def test_a_thousand_frames_take_the_memory_of_two_hundred_and_five_times_the_tim
     chance, is fixed: what is measured is what the program holds."""
     (tmp_path / "sitecustomize.py").write_text(SEGMENT_CLOCK)
     draw_case(tmp_path / "case", frames=1000, height=64, width=64)
-    words = ("--size", "64x64", "--solver", "euler", "--steps", "1", "--guidance", "1", "--segment-length", "21")
+    words = ("--size", "64x64", "--scheduler", "euler", "--steps", "1", "--guidance", "1", "--segment-length", "21")
     words += ("--overwrite",)
     output = tmp_path / "a.mp4"
     environment = {"PYTHONPATH": str(tmp_path), "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}

@@ -25,12 +25,12 @@ from scail2_rt.benchmarks.sprites.world.raster import UNITS, Picture, black, dra
 from scail2_rt.engines.engine_set import EngineSet, open_engines
 from scail2_rt.export.checkpoint.random_checkpoint import TOKENIZER_FILE
 from scail2_rt.export.models.dit import DiT, DiTInputs
-from scail2_rt.runtime.core.request import check_request
 from scail2_rt.runtime.masks.palette import COLOURS, PALETTE_RGB, RGB, background_of, mask_latents
 from scail2_rt.runtime.pipeline.conditioning import clip_features, encode_prompts, encode_references, load_reference
 from scail2_rt.runtime.pipeline.driving import encode_driving, read_clips
 from scail2_rt.runtime.pipeline.preprocess import normalise_video
 from scail2_rt.runtime.pipeline.vae import encode_clip
+from scail2_rt.runtime.session.check import check_request
 from tests.support.small import DIT, random_tensors
 
 FRAMES = 5
@@ -338,7 +338,7 @@ def runtime_tensors(engines: EngineSet, plan: CasePlan, folder: Path) -> tuple[d
     case = render_case(plan)
     write_case(case, folder)
     segments = {"segment_length": FRAMES, "segment_overlap": 1}
-    job = check_request(case_request(folder, folder / "o.mp4", size=cases.SIZE, **segments))
+    job = check_request(case_request(folder, size=cases.SIZE, **segments))
     request = job.request
     pairs = [(request.image, request.mask_image), *request.extra_refs]
     references = [load_reference(*pair, *cases.SIZE) for pair in pairs]
