@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scail2_rt.engines.registry import device_of, gpu, stage_numerics, versions
 from scail2_rt.engines.folder.journal import Journal
 from scail2_rt.engines.folder.manifest import (
     FORMAT_VERSION,
@@ -33,10 +32,11 @@ from scail2_rt.engines.folder.manifest import (
     StageRecord,
     write_manifest,
 )
-from scail2_rt.engines.observer import BuildObserver, Phase
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout, StoreWriter
 from scail2_rt.engines.folder.weights import EMBEDDING, StageTensors, runtime_tables, write_stage
+from scail2_rt.engines.observer import BuildObserver, Phase
+from scail2_rt.engines.registry import device_of, gpu, stage_numerics, versions
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.spec import StageDefinition

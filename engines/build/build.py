@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.engines.build.assemble import Plan, assemble
-from scail2_rt.engines.registry import check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import (
     MANIFEST,
@@ -33,17 +32,18 @@ from scail2_rt.engines.folder.manifest import (
     read_manifest,
     write_manifest,
 )
-from scail2_rt.engines.observer import BuildObserver, BuildStep, SilentObserver
 from scail2_rt.engines.folder.sources import LORA_PART, file_groups, hash_sources
 from scail2_rt.engines.folder.weights import plan_store, planned_tensors
-from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.engines.observer import BuildObserver, BuildStep, SilentObserver
+from scail2_rt.engines.registry import check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.kernels.errors import InputError, Scail2Error
 
 if TYPE_CHECKING:
     from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
-    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.lora import LoRAReport, LoRASpec
+    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.tensors import TensorSource
 
 __all__ = ["BuildObserver", "BuildReport", "BuildRequest", "BuildStep", "SilentObserver", "build", "choose_backend"]

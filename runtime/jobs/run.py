@@ -71,7 +71,7 @@ def check_job(job: Job) -> Plan:
 
 @contextmanager
 def open_session(options: GenerateOptions) -> "Iterator[Session]":
-    """The engines, with their choice printed on stderr; SIGTERM ends a run as Ctrl-C does."""
+    """The engines that the options name; SIGTERM ends a run as Ctrl-C does."""
     from scail2_rt.engines.engine_set import Execution
     from scail2_rt.runtime.session.session import Session
 
@@ -79,8 +79,6 @@ def open_session(options: GenerateOptions) -> "Iterator[Session]":
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     execution = Execution(options.max_rows, options.attention, not options.no_graphs, options.vram_limit)
     with Session.open(options.engines, backend=options.backend, execution=execution) as session:
-        if not options.dry_run:
-            print(f"engines: {session.choice}", file=sys.stderr)
         yield session
 
 
@@ -122,6 +120,7 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
     from scail2_rt.runtime.session.estimate import counted
     from scail2_rt.runtime.session.write import what_is_left
 
+    print(f"engines: {session.choice}", file=sys.stderr)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if plan.fit is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.engines.tensorrt_backend.preflight import host_memory
-from scail2_rt.export.models.config import DiTConfig, VAEConfig
+from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import CLIP_TOKENS, Layout
 from scail2_rt.runtime.core.plan import Plan
@@ -18,9 +18,11 @@ from scail2_rt.runtime.pipeline.conditioning import AHEAD as LAYERS_AHEAD
 from scail2_rt.runtime.pipeline.placement import BLOCK_STAGES, Placement
 from scail2_rt.runtime.pipeline.transformer import AHEAD as BLOCKS_AHEAD
 
-LIBRARY_BYTES = 600 << 20  # what CUDA, the libraries' workspaces and compiled kernels take beside the allocator
+LIBRARY_BYTES = 800 << 20  # what CUDA, the libraries' workspaces and compiled kernels take beside the allocator
 MARGIN_BYTES = 512 << 20
-VAE_BUFFERS = 104  # pixel-sized [dim, H, W] buffers of the decoder's rings and streams (8.3 GiB at 512×896 in fp16)
+# Pixel-sized [dim, H, W] buffers of the VAE's rings and streams, as measured at 512×896 and 704×1280 in fp16: 88 to 90
+# and 61 to 62. `bench generate` shows the estimate beside the peak.
+DECODE_BUFFERS, ENCODE_BUFFERS = 92, 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class MemoryModel:
     vae_driving    the same for a segment's driving clip (half size) and, from the second segment on, its history
     context        cross-attention keys and values of all blocks
     tokens         token buffers that a layout keeps
-    work           activations of a forward pass; what a recorded step keeps"""
+    work           activations of a forward pass; what a recorded step keeps
+    margin         for what the allocator cannot use"""
 
     blocks: tuple[int, ...]
     constant: int
@@ -49,6 +52,7 @@ class MemoryModel:
     context: int
     tokens: int
     work: int
+    margin: int = 0
 
     def phases(self, placement: Placement | None) -> dict[str, int]:
         """Bytes while each phase runs. Without a placement all weights stay."""
@@ -62,11 +66,11 @@ class MemoryModel:
         return {
             "text": self.text,
             "clip": self.clip,
-            "reference": self.vae_encode,
+            "reference": self.vae_encode + self.margin,
             "context": self.context + self.context_weights,
-            "driving": weights + kept + graphs + self.vae_driving,
-            "denoise": weights + slots + kept + self.work,
-            "decode": while_decoding + kept + graphs + self.vae_decode,
+            "driving": weights + kept + graphs + self.vae_driving + self.margin,
+            "denoise": weights + slots + kept + self.work + self.margin,
+            "decode": while_decoding + kept + graphs + self.vae_decode + self.margin,
         }
 
     def needed(self, placement: Placement | None) -> int:
@@ -84,7 +88,8 @@ def memory_model(plan: Plan, engines: EngineSet) -> MemoryModel:
     sizes = {stage.name: stage.weight_bytes for stage in engines.manifest.stages}
     on_demand = engines.places_weights  # else (a mapped store, plans) all weights of a phase are there at once
     passes, element = plan.request.passes, engines.compute_dtype("dit.blocks.0.qkv").itemsize
-    decode = decode_bytes(vae, plan.height, plan.width, engines.compute_dtype("vae.decode_step").itemsize)
+    pixels = vae.dim * plan.height * plan.width * engines.compute_dtype("vae.decode_step").itemsize
+    encode = ENCODE_BUFFERS * pixels
 
     def weights(prefix: str, suffix: str = "") -> list[int]:
         return [size for name, size in sizes.items() if name.startswith(prefix) and name.endswith(suffix)]
@@ -93,19 +98,19 @@ def memory_model(plan: Plan, engines: EngineSet) -> MemoryModel:
     later = any(segment.overlap for segment in plan.segments)
     hidden = 0 if on_demand else 2 * min(plan.layout.tokens, engines.max_rows) * dit.ffn_dim * element
     encoder = max(weights("vae.encode"), default=0)
-    margin = MARGIN_BYTES if on_demand else 0
     return MemoryModel(
         blocks=tuple(sum(sizes[f"dit.blocks.{i}.{name}"] for name in BLOCK_STAGES) for i in range(dit.layers)),
         constant=sum(sizes[f"dit.{name}"] for name in ("embed", "head")),
         text=sum(layers[: LAYERS_AHEAD + 1]) if on_demand else sum(weights("umt5.")),
         clip=sum(weights("clip")),
         context_weights=sum(kv[: BLOCKS_AHEAD + 1]) if on_demand else sum(kv),
-        vae_encode=encoder + decode + margin,
-        vae_decode=max(weights("vae.decode"), default=0) + decode + margin,
-        vae_driving=encoder + (decode if later else decode // 4) + margin,
+        vae_encode=encoder + encode,
+        vae_decode=max(weights("vae.decode"), default=0) + DECODE_BUFFERS * pixels,
+        vae_driving=encoder + (encode if later else encode // 4),
         context=context_bytes(dit, passes, element),
         tokens=4 * dit.dim * (plan.layout.reference_tokens + plan.layout.driving_tokens),
-        work=activation_bytes(dit, plan.layout, passes, element, engines.attention) + hidden + margin,
+        work=activation_bytes(dit, plan.layout, passes, element, engines.attention) + hidden,
+        margin=MARGIN_BYTES if on_demand else 0,
     )
 
 
@@ -125,11 +130,6 @@ def prepared_bytes(attention: str, element: int) -> int:
 def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
     """Cross-attention keys and values of all blocks."""
     return passes * config.layers * (config.text_len + CLIP_TOKENS) * 2 * config.dim * element
-
-
-def decode_bytes(config: VAEConfig, height: int, width: int, element: int) -> int:
-    """Buffers of the VAE while it decodes."""
-    return VAE_BUFFERS * config.dim * height * width * element
 
 
 def memory_budget(limit: int | None) -> int:

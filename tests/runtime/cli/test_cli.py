@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
@@ -56,7 +57,9 @@ def test_help_names_every_command(scail2: Run, words: tuple[str, ...]) -> None:
 def test_command_help_lists_every_option_in_a_section(scail2: Run, command: str) -> None:
     result = scail2(command, "-h")
     assert result.returncode == 0
-    options = [name for parameter in cli.commands[command].params for name in parameter.opts if name.startswith("--")]
+    known = cli.get_command(click.Context(cli), command)
+    assert known is not None
+    options = [name for parameter in known.params for name in parameter.opts if name.startswith("--")]
     assert len(options) > 2
     assert [name for name in options if name not in result.stdout] == []
     assert "--json" in options
@@ -280,7 +283,7 @@ def test_a_long_step_says_how_far_it_is_and_what_is_left(
 ) -> None:
     """10 s between lines; the rate is that of this call: what an earlier one had fetched (20 GiB) does not count."""
     from scail2_rt.engines.observer import BuildStep
-    from scail2_rt.runtime.core import progress
+    from scail2_rt.runtime.cli import progress
 
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
