@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from scail2_rt.engines.build.assemble import Plan, assemble
 from scail2_rt.engines.registry import check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
+from scail2_rt.engines.folder.lock import LOCK, alone
 from scail2_rt.engines.folder.manifest import (
     MANIFEST,
     STAGES,
@@ -106,7 +107,7 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     added: tuple[str, ...] = ()
     resumed = 0
     try:
-        with _held(directory):
+        with _held(directory, noted):
             identity = _identity(plan, request, checkpoint, previous, noted)
             if previous is not None:
                 _check_same(plan, request, previous, identity)
@@ -158,7 +159,8 @@ def _previous(directory: Path, rebuild: bool) -> Manifest | None:
         raise InputError(f"the output {directory} is a file; name a folder with -o.")
     if (directory / MANIFEST).exists():
         return None if rebuild else read_manifest(directory)
-    if any(directory.iterdir()) and not (directory / JOURNAL).exists():
+    others = [file for file in directory.iterdir() if file.name != LOCK]  # which a killed build leaves behind
+    if others and not (directory / JOURNAL).exists():
         raise InputError(f"the output {directory} has other files in it; name a new or empty folder with -o.")
     return None
 
@@ -250,21 +252,15 @@ def _check_room(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _held(directory: Path) -> Iterator[None]:
+def _held(directory: Path, observer: BuildObserver) -> Iterator[None]:
     """The folder, made if needed, locked against a second build; one that was made here and stays empty goes again."""
-    import fcntl
-
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    refusal = f"another build is writing to {directory}; wait until it ends."
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another build is writing to {directory}; wait until it ends.") from None
-        yield
+        with alone(directory, refusal, observer.note):
+            yield
     finally:
-        os.close(handle)
         if made:
             with contextlib.suppress(OSError):  # not empty: it is the folder that was asked for
                 directory.rmdir()
