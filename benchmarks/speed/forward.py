@@ -22,6 +22,7 @@ from scail2_rt.benchmarks.speed.random_weights import random_engines
 from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.export.models.precision import Precision
+from scail2_rt.kernels.attention.variants import is_eight_bit
 from scail2_rt.runtime.core.geometry import Layout, forward_flops
 from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
 
@@ -60,7 +61,7 @@ def opened(bench: Bench, precision: Precision, layers: int | None = None) -> Eng
     execution = Execution(attention=bench.options.attention)
     if bench.options.folder is not None and layers is None:
         return open_engines(bench.options.folder, "torch", execution, bench.device.type)
-    if precision in ("fp32", "bf16") and bench.options.attention.startswith("8bit"):
+    if precision in ("fp32", "bf16") and is_eight_bit(bench.options.attention):
         execution = Execution()
     return random_engines(bench.options.config, precision, bench.device, layers, execution)
 
@@ -150,7 +151,7 @@ def _errors(bench: Bench) -> None:
     layout = (ERROR_WORK if bench.on_gpu else SMALL).layout
 
     def velocity(precision: Precision, attention: str) -> Tensor:
-        execution = Execution(attention=attention, graphs=False)
+        execution = Execution(attention=attention, cuda_graphs=False)
         with torch.inference_mode():
             engines = random_engines(bench.options.config, precision, bench.device, layers, execution)
             with engines:

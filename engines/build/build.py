@@ -19,37 +19,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.engines.build.assemble import Plan, assemble
-from scail2_rt.engines.registry import check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.lock import LOCK, alone
 from scail2_rt.engines.folder.manifest import (
     MANIFEST,
     STAGES,
+    BuildCommand,
     Identity,
     LoRARecord,
     Manifest,
-    build_command,
     check_folder,
     differences,
     read_manifest,
     write_manifest,
 )
-from scail2_rt.engines.observer import BuildObserver, BuildStep, SilentObserver
 from scail2_rt.engines.folder.sources import LORA_PART, file_groups, hash_sources
 from scail2_rt.engines.folder.weights import plan_store, planned_tensors
-from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.engines.observer import BuildObserver, BuildStep, SilentObserver
+from scail2_rt.engines.registry import backend, check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.kernels.errors import InputError, Scail2Error
 
 if TYPE_CHECKING:
     from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
-    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.lora import LoRAReport, LoRASpec
+    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.tensors import TensorSource
 
 __all__ = ["BuildObserver", "BuildReport", "BuildRequest", "BuildStep", "SilentObserver", "build", "choose_backend"]
 
-GRAPH_BYTES = 1 << 18  # room that one ONNX graph without weights may take, for the disk check
 DISK_MARGIN = 1 << 26
 
 
@@ -57,7 +56,7 @@ DISK_MARGIN = 1 << 26
 class BuildRequest:
     """What to build. precision None: the folder's, else what suits the hardware. components: parts of the checkpoint
     that were named apart ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds. plan_options and
-    stages (shell patterns of the stages wanted) are for backend tensorrt alone."""
+    stages (shell patterns of the stages wanted) are for backends with build options alone."""
 
     checkpoint: Path
     output: Path
@@ -228,19 +227,8 @@ def _check_room(plan: Plan) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"the output {plan.directory} cannot be made: {place} cannot be written; choose another -o.")
-    needed = plan.layout.size + DISK_MARGIN
-    if "onnxruntime" in plan.backends:
-        needed += GRAPH_BYTES * len(plan.definitions)
+    needed = plan.layout.size + DISK_MARGIN + sum(backend(name).room(plan.artefacts) for name in plan.backends)
     stages = plan.directory / STAGES
-    if "tensorrt" in plan.backends:
-        from scail2_rt.engines.tensorrt_backend.builder import chosen_stages
-        from scail2_rt.engines.tensorrt_backend.plans import plan_path
-        from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_resources
-
-        check_machine(plan.precision)
-        wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
-        todo = [stage for stage in wanted if not plan_path(stages, stage).is_file()]
-        check_resources({stage: plan.stage_bytes(stage) for stage in todo}, plan.directory)
     for file in stages.glob("*") if stages.is_dir() else ():
         needed -= file.stat().st_blocks * 512  # continued, or replaced
     free = shutil.disk_usage(place).free
@@ -290,16 +278,16 @@ def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity:
     """InputError when the finished folder is not of this request, or is damaged."""
     found = differences(previous, identity)
     if found:
-        command = build_command(
+        command = BuildCommand(
             plan.origin,
             plan.directory,
             plan.precision,
             plan.backends,
-            [(str(spec.path), spec.strength) for spec in request.loras],
+            tuple((str(spec.path), spec.strength) for spec in request.loras),
             request.lora_partial,
             plan.overrides,
             rebuild=True,
-        )
+        ).line
         listed = "; ".join(map(str, found))
         raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
     check_folder(plan.directory, previous, plan.definitions)

@@ -25,14 +25,14 @@ from scail2_rt.engines.build.convert_plan import PARTS, TOKENIZER, ConvertReques
 from scail2_rt.engines.folder.journal import Journal
 from scail2_rt.engines.folder.lock import alone
 from scail2_rt.engines.folder.manifest import SourceFile, write_json
-from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.engines.folder.sources import file_groups, hash_file, hash_sources
 from scail2_rt.engines.folder.store import StoreLayout, StoreWriter
 from scail2_rt.engines.folder.weights import finite_extremes, pieces
+from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.export.checkpoint.open import LABELS, Checkpoint
-from scail2_rt.kernels.errors import InputError, Scail2Error
-from scail2_rt.export.models.precision import Component
 from scail2_rt.export.checkpoint.tensors import TensorSource
+from scail2_rt.export.models.precision import Component
+from scail2_rt.kernels.errors import InputError, Scail2Error
 
 FORMAT_VERSION = 1
 STEP_EFFORT = 1 << 22  # bytes that take as long as the fixed cost of a step, for the estimate

@@ -29,8 +29,6 @@ def alone(folder: Path, refusal: str, note: Callable[[str], None]) -> Iterator[N
         raise InputError(refusal) from None
     except OSError as error:
         note(f"{folder} cannot be locked ({error.strerror or error}): let nothing else write to it meanwhile")
-        yield
-        return
     try:
         yield
     finally:

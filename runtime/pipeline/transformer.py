@@ -97,7 +97,7 @@ class Transformer:
             if video_mask.shape[1]
             else video_mask.new_zeros(1).expand(self.config.mask_channels, layout.frames, layout.height, layout.width)
         )
-        self._graph = StepGraph() if engines.graphs else None
+        self._graph = StepGraph() if engines.cuda_graphs else None
 
     def velocities(self, latent: Tensor, history_mask: Tensor, step: int) -> list[Tensor]:
         """latent fp32 [16, F, h, w], history_mask [4, F, h, w] → one fp32 velocity [16, F, h, w] per context."""

@@ -16,6 +16,7 @@ from typing import Any
 from scail2_rt.engines.folder.manifest import Manifest, write_json
 from scail2_rt.engines.registry import choose_backend, device_of, gpu
 from scail2_rt.export.models.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from scail2_rt.kernels.attention.variants import usual_attention
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout, forward_flops, vae_decode_flops, vae_encode_flops
 from scail2_rt.runtime.core.request import JobPlan
@@ -89,7 +90,7 @@ def memory_gib(plan: JobPlan, manifest: Manifest, max_rows: int) -> dict[str, fl
     dit, vae, _, _ = _parts(manifest)
     element = 4 if manifest.precision == "fp32" else 2
     passes = plan.request.passes
-    streams = activation_bytes(dit, plan.layout, passes, element, manifest.precision == "fp8")
+    streams = activation_bytes(dit, plan.layout, passes, element, usual_attention(manifest.precision))
     context = context_bytes(dit, passes, element)
     hidden = 2 * min(plan.layout.tokens, max_rows) * dit.ffn_dim * element
     vae_work = decode_bytes(vae, plan.height, plan.width, element)

@@ -13,6 +13,7 @@ import torch
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.export.models.config import DiTConfig, VAEConfig
+from scail2_rt.kernels.attention.variants import AttentionVariant
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import CLIP_TOKENS, Layout
 from scail2_rt.runtime.core.request import JobPlan
@@ -51,12 +52,12 @@ class MemoryPlan:
         return self.kind != "resident"
 
 
-def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: int, eight_bit: bool) -> int:
+def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: int, attention: AttentionVariant) -> int:
     """Bytes alive at the widest point of a forward pass, between a block's qkv and its attention: the residual stream,
     the tokens that do not change, q k v as projected (`element` bytes a value) and as prepared, the shared prefix."""
     static = layout.reference_tokens + layout.driving_tokens
-    prepared = 3 if eight_bit else 3 * element  # 16 bit: q, k and the output, while v stays in place
     shared = (4 + element) if passes > 1 else 0
+    prepared = attention.prepared_bytes(element)
     return layout.tokens * config.dim * (4 + 3 * element + prepared + shared) + static * config.dim * 4
 
 
@@ -74,15 +75,14 @@ def plan_memory(plan: JobPlan, engines: EngineSet) -> MemoryPlan | None:
     """The plan for a run; None where weights need no plan (on a CPU, and for executors whose plans carry them).
 
     InputError when not even two streamed blocks fit."""
-    if engines.backend != "torch" or engines.device.type != "cuda":
+    if not engines.places_weights:
         return None
     dit, vae = engines.config.dit, engines.config.vae
     assert dit is not None
     assert vae is not None
     passes = plan.request.passes
     element = engines.compute_dtype("dit.blocks.0.qkv").itemsize
-    eight_bit = engines.attention.startswith("8bit")
-    work = activation_bytes(dit, plan.layout, passes, element, eight_bit) + context_bytes(dit, passes, element)
+    work = activation_bytes(dit, plan.layout, passes, element, engines.attention) + context_bytes(dit, passes, element)
     work += plan.layout.tokens * 3 * dit.dim * element  # for fragmentation: the largest buffer, q k v, is one piece
     work += MARGIN_BYTES + sum(engines.store.layout.stage_bytes(f"dit.{name}") for name in ("embed", "head"))
     vae_element = engines.compute_dtype("vae.decode_step").itemsize

@@ -116,8 +116,8 @@ def describe_engines(engines: "EngineSet") -> dict[str, Any]:
         "sources": plain(identity.sources),
         "loras": plain(identity.loras),
         "max_rows": engines.max_rows,
-        "attention": engines.attention,
-        "graphs": engines.graphs,
+        "attention": engines.attention.name,
+        "graphs": engines.cuda_graphs,
         "fp8_accumulation": FP8_ACCUMULATION if engines.manifest.precision == "fp8" else None,
     }
 

@@ -55,5 +55,5 @@ def _denoise(engines: EngineSet, layout: Layout) -> None:
         engines, [torch.randn(7, dit.text_dim, device=device)], torch.randn(257, dit.clip_dim, device=device)
     )
     transformer = Transformer(engines, layout, inputs, contexts, [500.0])
-    for _ in range(2 if engines.graphs else 1):
+    for _ in range(2 if engines.cuda_graphs else 1):
         transformer.velocities(noise(16, frames), torch.zeros(4, frames, layout.height, layout.width, device=device), 0)

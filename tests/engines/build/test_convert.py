@@ -30,10 +30,10 @@ from scail2_rt.export.checkpoint.tensors import MappingSource
 from scail2_rt.export.models.config import DiTConfig, ModelConfig
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.cli import files_commands
+from tests.engines.build.test_build_interrupted import run_python
 from tests.support.command import SCAIL2_RT, Run, command_environment, error_of, one_json
 from tests.support.repackaged import Tensors, tensors_of
 from tests.support.small import DIT, Steps, random_tensors
-from tests.engines.build.test_build_interrupted import run_python
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 

@@ -78,7 +78,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def exact(folders: dict[str, Path]) -> Tensor:
-    return run(folders["fp32"], Execution(graphs=False, attention="sdpa"))
+    return run(folders["fp32"], Execution(cuda_graphs=False, attention="sdpa"))
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-3), ("bf16", 0.02), ("fp16", 0.005), ("fp8", 0.1)])
@@ -91,19 +91,19 @@ def test_each_precision_is_near_fp32(folders: dict[str, Path], exact: Tensor, pr
 def test_a_recorded_graph_computes_what_eager_running_does(
     folders: dict[str, Path], precision: str, passes: int
 ) -> None:
-    eager = run(folders[precision], Execution(graphs=False), passes=passes)
-    assert torch.equal(run(folders[precision], Execution(graphs=True), passes=passes), eager)
+    eager = run(folders[precision], Execution(cuda_graphs=False), passes=passes)
+    assert torch.equal(run(folders[precision], Execution(cuda_graphs=True), passes=passes), eager)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_streamed_weights_compute_what_resident_ones_do(folders: dict[str, Path], precision: str) -> None:
-    resident = run(folders[precision], Execution(graphs=False))
+    resident = run(folders[precision], Execution(cuda_graphs=False))
     assert torch.equal(run(folders[precision], Execution(), streamed=True), resident)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-3), ("bf16", 0.01), ("fp8", 0.05)])
 def test_row_chunks_leave_the_velocity_alone(folders: dict[str, Path], precision: str, limit: float) -> None:
-    whole = run(folders[precision], Execution(graphs=False))
+    whole = run(folders[precision], Execution(cuda_graphs=False))
     assert relative_error(run(folders[precision], Execution(max_rows=37)), whole) < limit
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from scail2_rt.export.models.config import DiTConfig
+from scail2_rt.kernels.attention.variants import EIGHT_BIT, SDPA
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.session.memory import activation_bytes, choose_plan, resident_stages
@@ -39,7 +40,7 @@ def test_one_block_is_never_streamed_alone() -> None:
 
 def test_activations_grow_with_tokens_passes_and_width() -> None:
     config, layout = DiTConfig(dim=256, heads=2, layers=2, ffn_dim=512), Layout.of(81, 512, 896)
-    one = activation_bytes(config, layout, 1, 2, eight_bit=True)
-    assert one < activation_bytes(config, layout, 2, 2, eight_bit=True)
-    assert one < activation_bytes(config, layout, 1, 2, eight_bit=False) < activation_bytes(config, layout, 1, 4, False)
+    one = activation_bytes(config, layout, 1, 2, EIGHT_BIT)
+    assert one < activation_bytes(config, layout, 2, 2, EIGHT_BIT)
+    assert one < activation_bytes(config, layout, 1, 2, SDPA) < activation_bytes(config, layout, 1, 4, SDPA)
     assert one == layout.tokens * config.dim * 13 + (layout.reference_tokens + layout.driving_tokens) * config.dim * 4
