@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scail2_rt.engines.engine_set import Execution
+    from scail2_rt.engines.backend import Execution
     from scail2_rt.kernels.errors import InputError, Scail2Error
     from scail2_rt.runtime.core.plan import Estimate, Plan
     from scail2_rt.runtime.core.progress import Cancelled, Progress
@@ -24,7 +24,7 @@ _MODULES = {
     "Cancelled": "runtime.core.progress",
     "Clip": "runtime.core.request",
     "Estimate": "runtime.core.plan",
-    "Execution": "engines.engine_set",
+    "Execution": "engines.backend",
     "InputError": "kernels.errors",
     "Output": "runtime.core.request",
     "Plan": "runtime.core.plan",

@@ -23,6 +23,7 @@ from scail2_rt.benchmarks.speed.random_weights import random_engines
 from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.export.models.precision import Precision
+from scail2_rt.kernels.attention.variants import is_eight_bit
 from scail2_rt.runtime.core.geometry import Layout, forward_flops
 from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
 from scail2_rt.runtime.pipeline.transformer import References, Schedule, Transformer, context_kv
@@ -62,7 +63,7 @@ def opened(bench: Bench, precision: Precision, layers: int | None = None) -> Eng
     execution = Execution(attention=bench.options.attention)
     if bench.options.folder is not None and layers is None:
         return open_engines(bench.options.folder, "torch", execution, bench.device.type)
-    if precision in ("fp32", "bf16") and bench.options.attention.startswith("8bit"):
+    if precision in ("fp32", "bf16") and is_eight_bit(bench.options.attention):
         execution = Execution()
     return random_engines(bench.options.config, precision, bench.device, layers, execution)
 

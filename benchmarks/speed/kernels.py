@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scail2_rt.benchmarks.speed.bench import Bench
 from scail2_rt.benchmarks.speed.harness import time_call
-from scail2_rt.kernels.attention.ops import choose_attention, cross_attention, prepare_qkv
+from scail2_rt.kernels.attention.ops import VARIANTS, choose_attention, cross_attention, prepare_qkv
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope, rope_table
 from scail2_rt.kernels.rows import ops
@@ -134,7 +134,7 @@ def _prepare(bench: Bench, variant: str, tokens: int, rope: Rope) -> None:
         return
     qkv = torch.randn(tokens, 3 * c, device=device, dtype=torch.bfloat16)
     weight = 1 + 0.1 * torch.randn(c, device=device)
-    timing = time_call(lambda: prepare_qkv(qkv, weight, weight, rope, variant), device, bench.options.runs)
+    timing = time_call(lambda: prepare_qkv(qkv, weight, weight, rope, VARIANTS[variant]), device, bench.options.runs)
     written = {"8bit": 3, "8bit-bf16pv": 2, "bf16": 4}[variant]  # bytes a channel; V in bf16 is not copied
     read = 6 if variant == "8bit" else 4
     moved = float(tokens) * (c * (read + written) + 4 * bench.dit.head_dim)

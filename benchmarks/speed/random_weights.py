@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from scail2_rt.benchmarks.speed.models import model
-from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, EngineSet, Execution
+from scail2_rt.engines.backend import EngineFolder
+from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, BackendChoice, EngineSet, Execution
 from scail2_rt.engines.folder.manifest import ExecutorRecord, Identity, Manifest, SourceFile, StageRecord
 from scail2_rt.engines.folder.store import StoreLayout
 from scail2_rt.engines.folder.weights import EMBEDDING, plan_store, planned_tensors
-from scail2_rt.engines.registry import gpu, versions
+from scail2_rt.engines.registry import backend, gpu
 from scail2_rt.export.checkpoint.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
 from scail2_rt.export.checkpoint.random_checkpoint import distribution
 from scail2_rt.export.models.config import ModelConfig
@@ -119,7 +120,7 @@ def random_manifest(config: ModelConfig, precision: Precision, layout: StoreLayo
         inputs, outputs = definition.io(definition.numerics(precision))
         stages.append(StageRecord(name, inputs, outputs, layout.stage_bytes(name)))
     files = tuple(SourceFile(part, "memory", 0, 0, f"random-{SEED}") for part in ("dit", "vae", "umt5", "clip"))
-    executor = ExecutorRecord("torch", versions("torch"), gpu())
+    executor = ExecutorRecord("torch", backend("torch").versions(), gpu())
     return Manifest(Identity(config, precision, files), origin, {}, False, (executor,), tuple(stages), ())
 
 
@@ -134,14 +135,7 @@ def random_engines(
     config, place = model(config_name, layers), torch.device(device)
     weights = RandomWeights(config, place)
     store = RandomStore(config, precision, weights)
-    return EngineSet(
-        Path("random"),
-        random_manifest(config, precision, store.layout, f"random weights of {config_name}"),
-        stage_definitions(config),
-        "torch",
-        "random weights were asked for",
-        place,
-        execution,
-        store=store,
-        tables=weights.tables(config),
-    )
+    manifest = random_manifest(config, precision, store.layout, f"random weights of {config_name}")
+    folder = EngineFolder(Path("random"), manifest, stage_definitions(config), store)
+    choice = BackendChoice(backend("torch"), "random weights were asked for", place)
+    return EngineSet(folder, weights.tables(config), choice, execution)

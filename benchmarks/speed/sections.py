@@ -27,7 +27,7 @@ def run_section(section: str, options: Options, debug: bool = False) -> tuple[Re
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench.start(options, model(options.config), section)
     bench.debug = debug
-    importlib.import_module(f"scail2_rt.benchmarks.{section}").run(bench)
+    importlib.import_module(f"scail2_rt.benchmarks.speed.{section}").run(bench)
     bench.finish()
     return bench.results, bench.failures
 

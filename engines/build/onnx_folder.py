@@ -1,10 +1,11 @@
 """`export-onnx`: a checkpoint as ONNX files for other tools, beside one file with all weights.
 
 Two layouts. `stages`: every engine stage, as an engine folder's `stages/` holds them. `monolithic`: the transformer as
-one graph (`export.onnx.monolithic`). Both refer to `weights.safetensors`, which is written tensor by tensor, so that
-memory does not depend on the model, and which also holds what the runtime keeps between the stages (`tables.…`). The
-graphs compute in the types of the precision flag, the form for TensorRT; ONNX Runtime on a CPU has no bf16. The folder
-appears when it is complete."""
+one graph (`export.onnx.monolithic`). Both refer to `weights.safetensors`, written tensor by tensor, so that memory
+does not depend on the model, and which also holds what the runtime keeps between the stages (`tables.…`). The graphs
+compute in the types of the precision flag, the form for TensorRT; ONNX Runtime on a CPU has no bf16.
+The folder appears when it is complete.
+"""
 
 import os
 import shutil

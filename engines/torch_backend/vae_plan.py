@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scail2_rt.kernels.conv.ops import (
-    Backend,
     ConvWeights,
     Frames,
+    Implementation,
     Norm,
     Phases,
     conv,
@@ -35,9 +35,9 @@ class Layers:
     """The weights of one half of the VAE by checkpoint name, laid out for the kernels when first asked for."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, backend: Backend
+        self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, implementation: Implementation
     ) -> None:
-        self.source, self.device, self.dtype, self.backend = weights, device, dtype, backend
+        self.source, self.device, self.dtype, self.implementation = weights, device, dtype, implementation
         self._convs: dict[str, ConvWeights] = {}
         self._norms: dict[str, Norm] = {}
 
@@ -47,7 +47,7 @@ class Layers:
         if name not in self._convs:
             weight, bias = self.source[f"{name}.weight"], self.source[f"{name}.bias"]
             self._convs[name] = prepare_conv(
-                weight, bias, self.dtype, self.device, self.backend, stride, time_stride, phases, pad_out
+                weight, bias, self.dtype, self.device, self.implementation, stride, time_stride, phases, pad_out
             )
         return self._convs[name]
 
@@ -184,8 +184,8 @@ class Plan:
         if isinstance(last, ConvOp) and last.raw is x and last.norm is None:
             last.norm, last.normed = norm, into
             return
-        frames, backend = self.frames, self.layers.backend
-        self.ops.append(lambda clock: rms_norm_frames(x, into, norm, clock, frames, backend))
+        frames, implementation = self.frames, self.layers.implementation
+        self.ops.append(lambda clock: rms_norm_frames(x, into, norm, clock, frames, implementation))
 
     def current(self) -> Frames:
         if self.x is None:

@@ -2,9 +2,8 @@
 
 `DecodeStream` and `EncodeStream` mean what a chain of `decode_chunk` or `encode_chunk` means (`export.models.vae`),
 with the weights of the stages `vae.decode_step` and `vae.encode_step`. Buffers are made for the first video size that
-is seen and kept; a step runs on the current stream and never waits for the GPU, so it can be captured in a CUDA graph:
-one for the first frame and one for all later steps, since the position in the rings is a counter on the device. The
-1×1×1 convolution beside the latent and the latent's statistics are one small fp32 matrix.
+is seen and kept; a step runs on the current stream and never waits for the GPU: the position in the rings is a counter
+on the device. The 1×1×1 convolution beside the latent and the latent's statistics are one small fp32 matrix.
 """
 
 from abc import ABC, abstractmethod
@@ -16,18 +15,24 @@ from torch import Tensor
 from scail2_rt.engines.torch_backend.vae_plan import Buffers, Layers, Plan, Size
 from scail2_rt.export.models.config import VAEConfig
 from scail2_rt.export.models.vae import FRAMES_PER_LATENT, LATENT_MEAN, LATENT_STD, PIXELS_PER_CELL, check_config
-from scail2_rt.kernels.conv.ops import Backend
+from scail2_rt.kernels.conv.ops import Implementation
 from scail2_rt.kernels.errors import InputError
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """Triton where it exists and has a fast type: a GPU in 16 bit. fp32 stays with the library's exact convolutions."""
+def choose_implementation(device: torch.device, dtype: torch.dtype) -> Implementation:
+    """Triton where it has a fast type: a GPU in 16 bit. fp32 stays with the library's exact convolutions.
+
+    InputError where Triton is needed and cannot be imported."""
     if device.type != "cuda" or dtype == torch.float32:
-        return "torch"
+        return "library"
     try:
         import triton  # noqa: F401
-    except ImportError:
-        return "torch"
+    except ImportError as error:
+        raise InputError(
+            f"the VAE's {str(dtype).removeprefix('torch.')} convolutions on a GPU need Triton, which cannot be "
+            f'imported ({error}); install it with pip install "scail2-rt[gpu]", build with --precision fp32, or use '
+            "another --backend."
+        ) from error
     return "triton"
 
 
@@ -40,35 +45,33 @@ class _Stream(ABC):
         config: VAEConfig,
         device: torch.device | str,
         dtype: torch.dtype,
-        backend: Backend | None = None,
+        implementation: Implementation | None = None,
     ) -> None:
         check_config(config)
         self.config, self.device, self.dtype = config, torch.device(device), dtype
-        self.backend = backend or choose_backend(self.device, dtype)
-        self._layers = Layers(weights, self.device, dtype, self.backend)
+        implementation = implementation or choose_implementation(self.device, dtype)
+        self._layers = Layers(weights, self.device, dtype, implementation)
         self._cells: tuple[int, int] | None = None
         self._plans: dict[bool, Plan] = {}
         self._buffers: Buffers | None = None
         self._first = True
         self._mix, self._bias = self._latent_map(weights)
 
-    @property
-    def at_start(self) -> bool:
-        """The next chunk is the first of a video: another plan, and so another CUDA graph, than every later one."""
-        return self._first
-
     def reset(self) -> None:
-        """Forgets the video; the next chunk is a first one. May be captured in a graph together with `step`."""
+        """Forgets the video; the next chunk is a first one."""
         self._first = True
         if self._buffers is not None:
             self._buffers.reset()
 
-    def free(self) -> None:
-        """Gives the buffers back, which are far larger than the weights; the next chunk is a first one."""
+    def close(self) -> None:
+        """Gives the buffers back, which are far larger than the weights, to whoever needs the device's memory. The
+        weights stay: the next chunk is a first one."""
         self._plans, self._buffers, self._cells, self._first = {}, None, None, True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def prepare(self, height: int, width: int) -> None:
-        """Makes the buffers for latents of height × width cells, as a first step does; keeps those it has."""
+    def _prepare(self, height: int, width: int) -> None:
+        """Makes the buffers for latents of height × width cells; keeps those it has."""
         if self._cells == (height, width):
             return
         if not self._first:
@@ -105,7 +108,7 @@ class DecodeStream(_Stream):
     def step(self, latent: Tensor) -> Tensor:
         """Normalised latent [16, 1, h, w] → unclamped pixels, fp32 [3, 1 (first chunk) or 4, 8h, 8w]."""
         height, width = latent.shape[2:]
-        self.prepare(height, width)
+        self._prepare(height, width)
         plan, buffers = self._next()
         values = latent.to(self.device, torch.float32).flatten(1).T @ self._mix.T + self._bias
         _, new = buffers.ring("decoder.conv1", 1, Size(height, width), len(self._bias))
@@ -149,7 +152,7 @@ class EncodeStream(_Stream):
         if frames != (1 if self._first else FRAMES_PER_LATENT):
             raise InputError(f"A stream takes 1 frame, then {FRAMES_PER_LATENT} at a time; got {frames}")
         height, width = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
-        self.prepare(height, width)
+        self._prepare(height, width)
         plan, buffers = self._next()
         _, new = buffers.ring("encoder.conv1", FRAMES_PER_LATENT, Size(*video.shape[2:]), len(video))
         new.write(buffers.clock, video.to(self.device, torch.float32).permute(1, 2, 3, 0))

@@ -96,7 +96,7 @@ def takes(src: Frames, weights: ConvWeights, planar: Tensor | None) -> bool:
     return (
         src.data.is_cuda
         and src.data.dtype == weights.matrix.dtype == torch.float16
-        and weights.backend == "triton"
+        and weights.implementation == "triton"
         and (weights.taps, weights.stride, weights.time_stride, weights.phases) == ((3, 3, 3), 1, 1, "none")
         and weights.c_in % CHUNK == 0
         and weights.c_out in (96, 192, 384)

@@ -4,7 +4,7 @@ With the border inside the buffer a convolution needs no padding, and a tap is n
 pixels: row m of the implicit GEMM reads the pixels m + shift, and the taps of one kernel row (dx) lie side by side in
 memory, so they form one stretch of kx·C values. Frames live in rings: what produced them wrote them at slot
 (clock + offset + t) mod ring, where `clock` is a counter on the device, so that a step reads the last two frames of
-the step before without a copy, and one captured CUDA graph serves every step. The epilogue adds bias and residual and,
+the step before without a copy and launches kernels with the same arguments. The epilogue adds bias and residual and,
 where one program holds all channels of its pixels, also writes the RMS-normed and SiLU'd result into the next ring.
 Values that are not normed are stored times `Frames.scale`, a power of two: fp16 has a sixth of its exponents to spare
 below, and RMS norm does not see the factor. Nearest ×2 before a 3×3 convolution is four 2×2 convolutions (phases) with
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from scail2_rt.kernels.conv.config import ConvConfig, choose_conv
 
-Backend = Literal["triton", "torch"]
+Implementation = Literal["triton", "library"]  # library: what PyTorch calls; also on a CPU
 Phases = Literal["none", "space", "time"]
 NORM_FLOOR = 1e-12  # smallest norm that RMS norm divides by
 CHANNEL_STEP = 8  # channels are padded to it: 16-byte pixels, which TMA needs
@@ -78,7 +78,7 @@ def store_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class ConvWeights:
     """A convolution's weights, laid out once. `matrix`: [phases·c_out, kt·ky·group] in the compute type for Triton,
-    [phases·c_out, c_in, kt, ky, kx] fp32 (values rounded to the compute type) for PyTorch. `bias` fp32 [phases·c_out].
+    [phases·c_out, c_in, kt, ky, kx] fp32 (values rounded to it) for the library. `bias` fp32 [phases·c_out].
 
     c_in and c_out are padded channel counts. `phases`: "space" writes output pixel (2y+a, 2x+b), "time" frame 2t+a."""
 
@@ -90,7 +90,7 @@ class ConvWeights:
     stride: int
     time_stride: int
     phases: Phases
-    backend: Backend
+    implementation: Implementation
 
     @property
     def phase_count(self) -> int:
@@ -109,7 +109,7 @@ def prepare_conv(
     bias: Tensor,
     dtype: torch.dtype,
     device: torch.device,
-    backend: Backend,
+    implementation: Implementation,
     stride: int = 1,
     time_stride: int = 1,
     phases: Phases = "none",
@@ -132,13 +132,13 @@ def prepare_conv(
     bias = F.pad(bias, (0, c_out - out)).flatten().contiguous()
     taps = (weight.shape[2], weight.shape[3], weight.shape[4])
     weight = weight.to(dtype)
-    if backend == "triton":
+    if implementation == "triton":
         group = taps[2] * c_in
         weight = weight.permute(0, 2, 3, 4, 1).reshape(len(weight), taps[0] * taps[1], group)
         matrix = F.pad(weight, (0, -group % GROUP_STEP)).flatten(1).contiguous()
     else:
         matrix = weight.float()
-    return ConvWeights(matrix, bias, c_in, c_out, taps, stride, time_stride, phases, backend)
+    return ConvWeights(matrix, bias, c_in, c_out, taps, stride, time_stride, phases, implementation)
 
 
 def _fold_nearest(weight: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def conv(
     With `norm`, `raw` must be given: it is scratch when the configuration cannot fuse the norm, and it is written
     anyway if `keep_raw`. `residual` may be `raw`. All frames have the padded channels of the weights.
     """
-    if weights.backend == "torch":
+    if weights.implementation == "library":
         _torch_conv(src, weights, clock, frames, raw, residual, normed, norm, planar)
         return
     from scail2_rt.kernels.conv import hopper_conv
@@ -207,9 +207,11 @@ def conv(
         launch_norm(raw, normed, norm, clock, frames * (2 if weights.phases == "time" else 1))
 
 
-def rms_norm_frames(src: Frames, dst: Frames, norm: Norm, clock: Tensor, frames: int, backend: Backend) -> None:
+def rms_norm_frames(
+    src: Frames, dst: Frames, norm: Norm, clock: Tensor, frames: int, implementation: Implementation
+) -> None:
     """dst = [silu](x / rms(x) · gamma) for every pixel of `frames` frames."""
-    if backend == "torch":
+    if implementation == "library":
         dst.write(clock, _torch_norm(src.read(clock, frames)[:, 1:-1, 1:-1], norm))
         return
     from scail2_rt.kernels.conv.launch import launch_norm
@@ -247,7 +249,7 @@ def _torch_conv(
 
 
 def convolved(src: Frames, weights: ConvWeights, clock: Tensor, frames: int) -> Tensor:
-    """conv(src) + bias by `F.conv3d`, for weights of the torch backend → fp32 [frames', H', W', c_out]."""
+    """conv(src) + bias by `F.conv3d`, for the library's weights → fp32 [frames', H', W', c_out]."""
     kt, ky, kx = weights.taps
     window = src.read(clock, (frames - 1) * weights.time_stride + kt).permute(3, 0, 1, 2)[None]
     height, width = (size - 2 for size in window.shape[3:])

@@ -85,6 +85,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
     A second call with the same options does nothing; an interrupted build continues."""
     from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
+    from scail2_rt.engines.registry import backend
     from scail2_rt.engines.tensorrt_backend.profiles import plan_options
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import open_checkpoint
@@ -111,7 +112,8 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         f"{report.directory}: {built}; {report.stages} stages in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
-    if "torch" in report.added and (compiled := warm_kernels(Path(report.directory))):
+    ours = any(backend(name).compiles_kernels for name in report.added)
+    if ours and (compiled := warm_kernels(Path(report.directory))):
         text += f"\n{compiled}"
     show(report, text + lora_lines(report.loras), as_json)
 

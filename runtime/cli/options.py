@@ -12,7 +12,7 @@ from scail2_rt.runtime.cli.types import MemorySize, SizeType
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
-# "auto" and kernels.attention_choice.VARIANTS
+# "auto" and kernels.attention.variants.VARIANTS
 ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
 SCHEDULERS = ("unipc", "dpm++", "euler")
 ANCHORS = ("off", "first", "previous")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.engines.tensorrt_backend.preflight import host_memory
 from scail2_rt.export.models.config import DiTConfig
+from scail2_rt.kernels.attention.variants import AttentionVariant
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import CLIP_TOKENS, Layout
 from scail2_rt.runtime.core.plan import Plan
@@ -114,17 +115,13 @@ def memory_model(plan: Plan, engines: EngineSet) -> MemoryModel:
     )
 
 
-def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: int, attention: str) -> int:
+def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: int, attention: AttentionVariant) -> int:
     """Bytes alive at the widest point of a forward pass, between a block's qkv and its attention: the residual stream,
     q k v as projected (`element` bytes per value) and as prepared, the shared prefix of two passes; and, since the
     largest buffer is one piece, once more q k v for fragmentation."""
     projected = 3 * element
     shared = (4 + element) if passes > 1 else 0
-    return layout.tokens * config.dim * (4 + projected + prepared_bytes(attention, element) + shared + projected)
-
-
-def prepared_bytes(attention: str, element: int) -> int:
-    return 3 if attention.startswith("8bit") else 3 * element
+    return layout.tokens * config.dim * (4 + projected + attention.prepared_bytes(element) + shared + projected)
 
 
 def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
@@ -172,7 +169,7 @@ def place(plan: Plan, engines: EngineSet) -> Placement | None:
     them). InputError when the run does not fit this machine."""
     model = memory_model(plan, engines)
     if engines.places_weights:
-        return choose_placement(model, memory_budget(engines.execution.vram_limit), engines.cuda_graphs)
+        return choose_placement(model, memory_budget(engines.execution.vram_limit), engines.execution.cuda_graphs)
     if engines.device.type == "cpu":
         check_host(model)
     return None

@@ -140,7 +140,7 @@ def describe_engines(engines: "EngineSet") -> dict[str, Any]:
         "sources": plain(identity.sources),
         "loras": plain(identity.loras),
         "max_rows": engines.max_rows,
-        "attention": engines.attention,
+        "attention": engines.attention.name,
         "cuda_graphs": engines.cuda_graphs,
         "fp8_accumulation": FP8_ACCUMULATION if engines.manifest.precision == "fp8" else None,
     }

@@ -157,6 +157,8 @@ class Session:
             with self._on_device():
                 placement = placement or place(plan, self.engines)
                 if placement is not None:
+                    if set(placement.streamed) != set(self.engines.streamed):
+                        self.constants.drop_transformers()  # recorded steps read weights that move now
                     apply(placement, self.engines)
             machine = Machine(self.engines, self.constants, progress, placement)
             made = animate_plan(plan, machine, noise, carry, self.prompts)

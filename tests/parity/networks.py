@@ -17,7 +17,7 @@ from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.pipeline.conditioning import encode_ids
 from scail2_rt.runtime.pipeline.preprocess import clip_pixels
 from scail2_rt.runtime.pipeline.transformer import References, Schedule, Transformer, context_kv
-from scail2_rt.runtime.pipeline.vae import VAEStream, decode, encode_clip
+from scail2_rt.runtime.pipeline.vae import decode, encode_clip
 from tests.parity.fixtures import Fixture, Golden, Row, compare, difference, exact, unknown
 
 DIT, VAE_TOLERANCE, ENCODER, CLIP_PIXELS = 2e-4, 1e-4, 5e-5, 1e-4
@@ -171,7 +171,7 @@ def check_vae(golden: Golden, fixture: Fixture) -> Iterator[Row]:
     weights = golden.with_tensor("vae", "encoder.conv1.weight")
     engines = golden.engines(vae=weights)
     if "video_unclamped" in fixture:
-        stream = VAEStream(engines, "vae.decode")
+        stream = engines.vae_stream("vae.decode")
         chunks = [stream.step(frame) for frame in fixture["latent"].split(1, dim=1)]
         yield compare(f"{fixture.name} unclamped", torch.cat(chunks, 1), fixture["video_unclamped"], VAE_TOLERANCE)
         video = torch.cat(list(decode(engines, fixture["latent"])), 1)
@@ -186,7 +186,7 @@ def check_vae(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 def _vae_taps(engines: EngineSet, fixture: Fixture, weights: Fixture) -> Iterator[Row]:
     model = load_reference(VAE(engines.config.vae), weights.weights())
-    stream = VAEStream(engines, "vae.decode")
+    stream = engines.vae_stream("vae.decode")
     taps = {tap.partition(".")[2] for tap in fixture.tensors if tap.startswith("chunk")} - {"out"}
     with tapped(model, {tap: tap for tap in taps} | {"conv2": "conv2"}) as seen:
         model.decode(fixture["latent"][None])

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -15,12 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scail2_rt.engines.build.build import BuildStep
 from scail2_rt.engines.build.convert import convert
 from scail2_rt.engines.build.convert_plan import DTYPES, ConvertRequest
+from scail2_rt.engines.folder.lock import LOCK
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.export.checkpoint.derive import dit_shapes
 from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
@@ -360,11 +361,11 @@ class TestRefusals:
 
     def test_a_second_conversion_in_the_folder(self, tmp_path: Path) -> None:
         opened = small(tmp_path / "c")
-        handle = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another conversion is writing to"):
+        with (
+            FileLock(tmp_path / LOCK),
+            pytest.raises(InputError, match="another conversion is writing to"),
+        ):
             convert(ConvertRequest(tmp_path / "x.safetensors"), opened)
-        os.close(handle)
         convert(ConvertRequest(tmp_path / "x.safetensors"), opened)
 
     @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def layer(c_in: int, c_out: int, backend: str, device: str) -> ConvWeights:
     gen = torch.Generator().manual_seed(c_in)
     weight = torch.randn(c_out, c_in, 3, 3, 3, generator=gen) / (27 * c_in) ** 0.5
     bias = torch.randn(c_out, generator=gen)
-    return prepare_conv(weight, bias, HALF, torch.device(device), "torch" if backend == "torch" else "triton")
+    return prepare_conv(weight, bias, HALF, torch.device(device), "library" if backend == "library" else "triton")
 
 
 def random_frames(ring: int, height: int, width: int, channels: int, device: str, **place: float) -> Frames:
@@ -79,11 +79,11 @@ def test_agrees_with_twin(c_in: int, c_out: int, size: tuple[int, int]) -> None:
     norm = Norm(torch.rand(c_out, device="cuda") + 0.5, c_out, True) if c_out < 384 else None
     for tile in TILES[c_out]:
         results = []
-        for backend in ("torch", "hopper"):
+        for backend in ("library", "hopper"):
             raw = poisoned(src, 6, c_out, 1, 2, 2.0**-6)
             normed = poisoned(src, 6, c_out, 3, 1, 1.0) if norm is not None else None
             weights = layer(c_in, c_out, backend, "cuda")
-            if backend == "torch":
+            if backend == "library":
                 conv(src, weights, clock, 2, raw=raw, residual=residual, normed=normed, norm=norm)
             else:
                 hopper.launch_conv(src, weights, clock, 2, tile, raw, residual, normed, norm, None)
@@ -98,7 +98,7 @@ def test_updates_a_residual_in_place() -> None:
     clock = torch.zeros(1, dtype=torch.int32, device="cuda")
     src, stream = random_frames(3, 40, 30, 96, "cuda"), random_frames(1, 40, 30, 96, "cuda", scale=2.0**-6)
     twin = Frames(stream.data.clone(), scale=stream.scale)
-    conv(src, layer(96, 96, "torch", "cuda"), clock, 1, raw=twin, residual=twin)
+    conv(src, layer(96, 96, "library", "cuda"), clock, 1, raw=twin, residual=twin)
     hopper.launch_conv(src, layer(96, 96, "triton", "cuda"), clock, 1, None, stream, stream, None, None, None)
     got, expected = stream.read(clock, 1), twin.read(clock, 1)
     assert float((got - expected).norm() / expected.norm()) < 1e-3

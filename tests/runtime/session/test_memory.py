@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scail2_rt.export.models.config import DiTConfig
+from scail2_rt.kernels.attention.variants import EIGHT_BIT, SIXTEEN_BIT
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.core.request import Request
@@ -16,7 +17,6 @@ from scail2_rt.runtime.session.session import Session
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 GIB = 2**30
-EIGHT_BIT, SIXTEEN_BIT = "8bit", "bf16"
 NOTHING = MemoryModel((GIB,) * 10, *[0] * 10)
 MODEL = replace(NOTHING, work=4 * GIB, vae_decode=6 * GIB)
 
