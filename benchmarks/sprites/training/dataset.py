@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, paint
 from scail2_rt.benchmarks.sprites.training.model import UMT5, make_encoders
+from scail2_rt.benchmarks.sprites.training.networks import ClipVAE
 from scail2_rt.benchmarks.sprites.world.cases import CasePlan, View
 from scail2_rt.export.models.dit import DiTInputs
-from scail2_rt.export.models.vae import VAE
 from scail2_rt.runtime.masks.palette import COLOURS, ON_ABOVE
 from scail2_rt.runtime.pipeline.preprocess import clip_pixels, half_resolution, normalise_image, normalise_video
 from scail2_rt.runtime.pipeline.text import Tokenizer, clean_prompt
@@ -97,7 +97,7 @@ class Samples:
 class Encoding:
     """The encoders, and what they make of plans."""
 
-    def __init__(self, vae: VAE, tokenizer_file: Path, device: torch.device) -> None:
+    def __init__(self, vae: ClipVAE, tokenizer_file: Path, device: torch.device) -> None:
         self.vae, self.device = vae.to(device).eval(), device
         self.umt5, self.clip = (encoder.to(device) for encoder in make_encoders())
         self.tokenizer = Tokenizer(tokenizer_file, UMT5.vocab)
@@ -154,7 +154,7 @@ class Encoding:
     def _latent(self, video: Tensor) -> Tensor:
         """video [N, T, 3, H, W] in -1..1 → [N, 16, F, h, w]."""
         clips = video.split(max(FRAMES_AT_ONCE // video.shape[1], 1))
-        return torch.cat([self.vae.encode_whole(clip.transpose(1, 2)) for clip in clips])
+        return torch.cat([self.vae.encode_clip(clip.transpose(1, 2)) for clip in clips])
 
 
 def mask_channels(mask: Tensor) -> Tensor:

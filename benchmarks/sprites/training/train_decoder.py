@@ -118,7 +118,7 @@ def train_decoder(
     def loss(answers: Answers, size: int, generator: torch.Generator) -> Tensor:
         latent, video, inside = answers.windows(size, generator)
         weight = 1 + CHARACTER_WEIGHT * inside
-        return ((vae.decode_whole(latent) - video).square() * weight).mean() / weight.mean()
+        return ((vae.decode_clip(latent) - video).square() * weight).mean() / weight.mean()
 
     losses = [partial(loss, *kind) for kind in kinds]
     with folded_convolutions(workers.device):

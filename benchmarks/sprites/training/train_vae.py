@@ -85,11 +85,11 @@ def train_vae(
     def loss(kind: str, frames: int, generator: torch.Generator) -> Tensor:
         size = batch * BATCH_FRAMES // (frames * (4 if kind == "whole" else 1))
         video, weight = clips.batch(max(size, 1), frames, kind, generator)
-        latent = vae.encode_whole(video)
+        latent = vae.encode_clip(video)
         deviation = latent.detach().std(dim=(0, 2, 3, 4), keepdim=True)
         noise = torch.randn(latent.shape, generator=generator, device=latent.device)
         share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator, device=latent.device)
-        error = vae.decode_whole(latent + NOISE * share * deviation * noise) - video
+        error = vae.decode_clip(latent + NOISE * share * deviation * noise) - video
         return ((error.square() + 0.1 * (error.square() + 1e-4).sqrt()) * weight).mean()
 
     losses = [partial(loss, *kind) for kind in kinds]

@@ -153,7 +153,8 @@ def test_processes_average_gradients_and_draw_their_own_batches(tmp_path: Path) 
     assert batch0 != batch1
 
 
-def test_folded_padding_changes_no_velocity() -> None:
+def two_inputs() -> DiTInputs:
+    """A batch of two; 40 rows of text are of the prompt."""
     generator = torch.Generator().manual_seed(0)
 
     def some(*shape: int) -> torch.Tensor:
@@ -163,13 +164,37 @@ def test_folded_padding_changes_no_velocity() -> None:
     text[:, 40:] = 0
     size, half = (2, 4, 4), (2, 2, 2)
     shapes: list[tuple[int, ...]] = [(16, *size), (16, *half), (16, 1, 4, 4), (28, 3, 4, 4), (28, *half)]
-    inputs = DiTInputs(*(some(*shape) for shape in shapes), text, some(257, DIT.clip_dim), some(4, *size))
-    weights = weights_of(CHECKPOINT)["dit"]
+    return DiTInputs(*(some(*shape) for shape in shapes), text, some(257, DIT.clip_dim), some(4, *size))
+
+
+def test_folded_padding_changes_no_velocity() -> None:
+    inputs, weights = two_inputs(), weights_of(CHECKPOINT)["dit"]
     with torch.no_grad():
         whole, folded = (
             dit(inputs, torch.tensor([900.0, 300.0])) for dit in (make_dit(weights), folded_padding(weights))
         )
     torch.testing.assert_close(folded, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_after_an_inference_of_the_same_layout() -> None:
+    """The rotary table is kept between calls; a tensor made under inference mode could not be differentiated with."""
+    dit, inputs, times = folded_padding(weights_of(CHECKPOINT)["dit"]), two_inputs(), torch.tensor([900.0, 300.0])
+    with torch.inference_mode():
+        dit(inputs, times)
+    dit(inputs, times).square().mean().backward()
+    gradient = dit.get_parameter("blocks.0.self_attn.q.weight").grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
+
+
+@torch.inference_mode()
+def test_one_pass_over_a_clip_is_what_single_frames_give() -> None:
+    vae, generator = make_vae(), torch.Generator().manual_seed(0)
+    for frames in (1, 13):
+        video = torch.rand(2, 3, frames, 24, 16, generator=generator) * 2 - 1
+        latent = torch.randn(2, 16, (frames + 3) // 4, 2, 3, generator=generator)
+        torch.testing.assert_close(vae.encode_clip(video), vae.encode(video), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vae.decode_clip(latent), vae.decode(latent), rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
@@ -263,7 +288,7 @@ def test_a_vae_of_folded_convolutions_and_fused_norms_learns_the_same() -> None:
     expected, conv3d = outcome(vae.encode, vae.decode), layers.conv3d
     with folded_convolutions(torch.device("cuda")):
         assert layers.conv3d is folded_conv3d
-        ways = [outcome(vae.encode, vae.decode), outcome(vae.encode_whole, vae.decode_whole)]
+        ways = [outcome(vae.encode, vae.decode), outcome(vae.encode_clip, vae.decode_clip)]
     assert layers.conv3d is conv3d
     for found in ways:
         for mine, theirs in zip(found, expected, strict=True):
