@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.models.config import VAEConfig
-from scail2_rt.export.models.layers import parameter
 from scail2_rt.export.models.precision import FP32, Numerics
+from scail2_rt.export.models.weights import parameter
 from scail2_rt.kernels.errors import InputError
 
 # Statistics of the 16 latent channels: normalised latent = (mean output - LATENT_MEAN) / LATENT_STD.

@@ -31,7 +31,7 @@ from scail2_rt.export.models.vae import (
     drop_time_convs,
     encode_chunk,
 )
-from scail2_rt.export.stages.spec import Dim, StageDefinition, TensorSpec
+from scail2_rt.export.stages.spec import Dim, Specs, StageDefinition, TensorSpec
 
 
 class EncoderHalf(nn.Module):
@@ -136,9 +136,7 @@ def _layer_caches(layers: nn.ModuleList, scale: int) -> Iterator[tuple[int, int,
             scale *= 2
 
 
-def _io(
-    numerics: Numerics, config: VAEConfig, half: str, first: bool
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def _io(numerics: Numerics, config: VAEConfig, half: str, first: bool) -> Specs:
     """`half` is "encode" or "decode". Caches are in the compute type, and so are the pixels that go in."""
     frames = 1 if first else FRAMES_PER_LATENT
     pixels = numerics.compute if half == "encode" else torch.float32

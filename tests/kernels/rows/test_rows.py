@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scail2_rt.export.models import layers
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.export.models.precision import FP8_ACCUMULATION, numerics_of
+from scail2_rt.export.stages import layers
 from scail2_rt.export.stages.dit import definitions
 from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.kernels.rows import ops

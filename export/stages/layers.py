@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.models.precision import Accumulation, Numerics
+from scail2_rt.export.models.weights import parameter
 from scail2_rt.kernels.rows.ops import E4M3, Affine, RowForm, Rows, as_rows, fp8_linear, gelu_linear, gelu_rows
 
 
@@ -78,8 +79,3 @@ class Norm(nn.Module):
     def affine(self) -> Affine:
         """Of a LayerNorm."""
         return Affine(self.weight, cast(Tensor, self.bias))
-
-
-def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    """An uninitialised weight; its values come from the store."""
-    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
