@@ -251,4 +251,4 @@ def test_every_fp8_linear_has_its_accumulation() -> None:
 def test_gemm_refuses_what_it_cannot_do() -> None:
     data, weight = poisoned(3, 24, dtype=ops.E4M3), poisoned(16, 24, dtype=ops.E4M3)
     with pytest.raises(Scail2Error, match="e4m3 GEMM"):
-        ops.fp8_linear(data, poisoned(3, 1), weight, poisoned(16), None, torch.bfloat16)
+        ops.fp8_linear((data, poisoned(3, 1)), (weight, poisoned(16)), None, torch.bfloat16)
