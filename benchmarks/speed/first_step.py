@@ -17,8 +17,8 @@ STEPS = 3
 def main(folder: Path, work: Path, size: str, start: float) -> dict[str, float]:
     import torch
 
-    from scail2_rt.benchmarks.speed.case import Job, run_job
     from scail2_rt.benchmarks.speed.models import parse_sizes
+    from scail2_rt.benchmarks.speed.workload import Workload, run_workload
     from scail2_rt.engines.engine_set import open_engines
     from scail2_rt.runtime.core.progress import SilentProgress
 
@@ -39,13 +39,13 @@ def main(folder: Path, work: Path, size: str, start: float) -> dict[str, float]:
                 raise Reached
 
     found = {"import_s": time.time() - start}
-    plan = Job(parse_sizes(size)[0], STEPS, work).plan()
+    plan = Workload(parse_sizes(size)[0], STEPS, work).plan()
     found["checked_s"] = time.time() - start
     clock = Clock()
     with open_engines(folder, "torch") as engines:
         found["opened_s"] = time.time() - start
         with contextlib.suppress(Reached):
-            run_job(plan, engines, clock, work)
+            run_workload(plan, engines, clock, work)
     found["first_step_done_s"] = clock.done_s[0]
     found["warm_step_s"] = clock.done_s[-1] - clock.done_s[-2]
     return found | {f"phase_{name}_s": seconds for name, seconds in clock.timings.items()}

@@ -22,7 +22,7 @@ TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class RowOperation:
     """`call(*tensors)`; tensors whose index is in `cut` have a row a token. `moved`: bytes read and written."""
 
     name: str
@@ -35,8 +35,8 @@ class Case:
 def run(bench: Bench) -> None:
     for work in bench.options.sizes[:1]:
         with bench.attempt("kernels/inputs"):
-            for case in _row_operations(bench, work.tokens):
-                _measure(bench, case, work.tokens)
+            for operation in _row_operations(bench, work.tokens):
+                _measure(bench, operation, work.tokens)
             _cross(bench, work.tokens)
         layout = work.layout
         table = rope_table(layout.frames, *layout.grid, bench.dit.head_dim).to(bench.device)
@@ -45,7 +45,7 @@ def run(bench: Bench) -> None:
                 _prepare(bench, variant, work.tokens, table)
 
 
-def _row_operations(bench: Bench, tokens: int) -> list[Case]:
+def _row_operations(bench: Bench, tokens: int) -> list[RowOperation]:
     c, f, device = bench.dit.dim, bench.dit.ffn_dim, bench.device
     x = torch.randn(tokens, c, device=device)
     y = torch.randn(tokens, c, device=device, dtype=torch.bfloat16)
@@ -68,26 +68,26 @@ def _row_operations(bench: Bench, tokens: int) -> list[Case]:
         return ops.rms_norm_rows(y, weight, eps)
 
     return [
-        Case("norm_modulate", norm_modulate, (x, shift, scale), (0,), n * c * 6),
-        Case("norm_modulate_quant", norm_modulate_quant, (x, shift, scale), (0,), n * (c * 5 + 4)),
-        Case("residual_norm_quant", residual_norm, (x, y, gate, shift, scale), (0, 1), n * (c * 11 + 4)),
-        Case("gate_residual", ops.gate_residual, (x, y, gate), (0, 1), n * c * 10),
-        Case("rms_norm_rows", rms_norm_rows, (y, weight), (0,), n * c * 4),
-        Case("quantise_rows", ops.quantise_rows, (y,), (0,), n * (c * 3 + 4)),
-        Case("gelu", ops.gelu, (h,), (0,), n * f * 4),
-        Case("gelu_quant", ops.gelu_quant, (h,), (0,), n * (f * 3 + 4)),
+        RowOperation("norm_modulate", norm_modulate, (x, shift, scale), (0,), n * c * 6),
+        RowOperation("norm_modulate_quant", norm_modulate_quant, (x, shift, scale), (0,), n * (c * 5 + 4)),
+        RowOperation("residual_norm_quant", residual_norm, (x, y, gate, shift, scale), (0, 1), n * (c * 11 + 4)),
+        RowOperation("gate_residual", ops.gate_residual, (x, y, gate), (0, 1), n * c * 10),
+        RowOperation("rms_norm_rows", rms_norm_rows, (y, weight), (0,), n * c * 4),
+        RowOperation("quantise_rows", ops.quantise_rows, (y,), (0,), n * (c * 3 + 4)),
+        RowOperation("gelu", ops.gelu, (h,), (0,), n * f * 4),
+        RowOperation("gelu_quant", ops.gelu_quant, (h,), (0,), n * (f * 3 + 4)),
     ]
 
 
-def _measure(bench: Bench, case: Case, tokens: int) -> None:
-    name = f"kernels/{case.name}/{tokens}"
+def _measure(bench: Bench, operation: RowOperation, tokens: int) -> None:
+    name = f"kernels/{operation.name}/{tokens}"
     with bench.attempt(name):
-        timing = time_call(lambda: case.call(*case.tensors), bench.device, bench.options.runs)
-        few = [t[:CHECKED_ROWS] if i in case.cut else t for i, t in enumerate(case.tensors)]
-        error = difference(case.call(*few), case.call(*(t.cpu() for t in few)))
-        rate, ceiling = case.moved / timing.median_s / 1e12, bench.ceiling("copy")
+        timing = time_call(lambda: operation.call(*operation.tensors), bench.device, bench.options.runs)
+        few = [t[:CHECKED_ROWS] if i in operation.cut else t for i, t in enumerate(operation.tensors)]
+        error = difference(operation.call(*few), operation.call(*(t.cpu() for t in few)))
+        rate, ceiling = operation.moved / timing.median_s / 1e12, bench.ceiling("copy")
         percent = 100 * rate / ceiling if ceiling else None
-        bench.add(name, timing, error=error, tbytes_s=rate, percent_of_ceiling=percent, bytes=case.moved)
+        bench.add(name, timing, error=error, tbytes_s=rate, percent_of_ceiling=percent, bytes=operation.moved)
 
 
 def difference(out: Tensor | tuple[Tensor, Tensor], twin: Tensor | tuple[Tensor, Tensor]) -> float:

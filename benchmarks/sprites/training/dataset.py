@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, paint
 from scail2_rt.benchmarks.sprites.training.model import UMT5, make_encoders
 from scail2_rt.benchmarks.sprites.training.networks import ClipVAE
-from scail2_rt.benchmarks.sprites.world.cases import CasePlan, View
+from scail2_rt.benchmarks.sprites.world.cases import Scene, View
 from scail2_rt.export.models.dit import DiTInputs
 from scail2_rt.runtime.masks.palette import COLOURS, ON_ABOVE
 from scail2_rt.runtime.pipeline.preprocess import clip_pixels, half_resolution, normalise_image, normalise_video
@@ -95,7 +95,7 @@ class Samples:
 
 
 class Encoding:
-    """The encoders, and what they make of plans."""
+    """The encoders, and what they make of scenes."""
 
     def __init__(self, vae: ClipVAE, tokenizer_file: Path, device: torch.device) -> None:
         self.vae, self.device = vae.to(device).eval(), device
@@ -103,12 +103,12 @@ class Encoding:
         self.tokenizer = Tokenizer(tokenizer_file, UMT5.vocab)
 
     @torch.no_grad()
-    def samples(self, plans: Sequence[CasePlan]) -> Samples:
-        truth, labels = draw_pictures([plan.truth for plan in plans], self.device)
-        driving, driving_mask = self._view([plan.driving for plan in plans])
-        reference, reference_mask = self._view([plan.reference for plan in plans])
+    def samples(self, scenes: Sequence[Scene]) -> Samples:
+        truth, labels = draw_pictures([scene.truth for scene in scenes], self.device)
+        driving, driving_mask = self._view([scene.driving for scene in scenes])
+        reference, reference_mask = self._view([scene.reference for scene in scenes])
         pixels = normalise_image(reference)
-        extras = [self._reference(*self._view([plan.extras[i] for plan in plans])) for i in range(len(plans[0].extras))]
+        extras = [self._reference(*self._view(views)) for views in zip(*(s.extras for s in scenes), strict=True)]
         latent, mask = self._reference(reference, reference_mask)
         count, _, _, h, w = latent.shape
         extra, extra_mask = (
@@ -129,7 +129,7 @@ class Encoding:
             extra,
             extra_mask,
             self.clip(torch.cat([clip_pixels(image[0]) for image in pixels])),
-            self.text([plan.prompt for plan in plans]),
+            self.text([scene.prompt for scene in scenes]),
         )
         return Samples(*(getattr(found, f.name).to(STORED) for f in fields(Samples)))
 

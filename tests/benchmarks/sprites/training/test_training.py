@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT
 from scail2_rt.benchmarks.sprites.training import train
 from scail2_rt.benchmarks.sprites.training.dataset import TEXT_ROWS
-from scail2_rt.benchmarks.sprites.training.fitting import Budget, Gradients, Muon, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Gradients, Muon, Training, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.training.model import DIT, VAE_SIZES, make_dit, make_vae, weights_of
 from scail2_rt.benchmarks.sprites.training.train_dit import folded_padding
 from scail2_rt.benchmarks.sprites.training.train_vae import (
@@ -110,8 +110,8 @@ def small_fit(folder: Path, steps: int, identity: str = "") -> tuple[dict[str, t
         return (model(torch.randn(8, 3, generator=generator)) - 1).square().mean()
 
     workers, optimiser = Workers(0, 1, torch.device("cpu")), adam(model.parameters(), 0.01)
-    budget, files = Budget(steps=steps), (folder / "state", folder / "log.jsonl")
-    return fit(model, [loss], lambda _: 0, [optimiser], budget, workers, *files, identity), optimiser
+    training = Training(Budget(steps=steps), workers, folder, "linear", identity)
+    return fit(model, [loss], lambda _: 0, [optimiser], training), optimiser
 
 
 def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
 
 def test_training_learns_and_a_spent_budget_is_not_spent_again(tmp_path: Path) -> None:
     first, _ = small_fit(tmp_path, 400)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "linear.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [100, 200, 300, 400, 400]
     assert all(line["by kind"] == [pytest.approx(line["loss"], abs=1e-4)] for line in lines[:-1])
     assert lines[3]["loss"] < lines[0]["loss"]
@@ -238,7 +238,7 @@ TWO_PROCESSES = """
 import json
 import torch
 from pathlib import Path
-from scail2_rt.benchmarks.sprites.training.fitting import Budget, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Training, Workers, adam, fit
 
 workers = Workers.here()
 torch.manual_seed(0)
@@ -250,7 +250,7 @@ def loss(generator):
 
 folder = Path(__file__).parent
 optimisers = [adam(model.parameters(), 0.01)]
-weights = fit(model, [loss], lambda _: 0, optimisers, Budget(steps=5), workers, folder / "state", folder / "log.jsonl")
+weights = fit(model, [loss], lambda _: 0, optimisers, Training(Budget(steps=5), workers, folder, "linear"))
 workers.wait()
 found = [weights["weight"].sum().item(), seen[0].sum().item()]
 (folder / f"rank{workers.rank}.json").write_text(json.dumps(found))

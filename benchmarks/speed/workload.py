@@ -19,7 +19,7 @@ SHIFT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Workload:
     """What to generate, and the folder that keeps its case, its video and the prompt cache."""
 
     work: Work
@@ -54,7 +54,7 @@ class Job:
         )
 
 
-def run_job(plan: JobPlan, engines: EngineSet, progress: Progress, folder: Path) -> str:
+def run_workload(plan: JobPlan, engines: EngineSet, progress: Progress, folder: Path) -> str:
     """From inputs to the finished mp4, as `scail2-rt generate` does it; → the memory plan's line, if there is one."""
     from scail2_rt.runtime.session.memory import apply, plan_memory
 
@@ -65,10 +65,10 @@ def run_job(plan: JobPlan, engines: EngineSet, progress: Progress, folder: Path)
     return "" if memory is None else memory.line
 
 
-def job_of(bench: Bench) -> Job:
+def workload_of(bench: Bench) -> Workload:
     """81 frames of 512×896 and 6 steps; less for the tiny model, which is not measured but tried."""
     steps = 6 if bench.options.config != "tiny" else 2
-    return Job(bench.options.sizes[0], steps, bench.options.work)
+    return Workload(bench.options.sizes[0], steps, bench.options.work)
 
 
 def engine_folder(bench: Bench) -> Path:
