@@ -16,7 +16,7 @@ from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.runtime.core.geometry import Layout, latent_frames
 from scail2_rt.runtime.core.progress import Progress
 from scail2_rt.runtime.core.request import JobPlan
-from scail2_rt.runtime.media.video_reader import VideoWriter
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 from scail2_rt.runtime.pipeline.anchor import open_anchor
 from scail2_rt.runtime.pipeline.async_copy import Leaving, leave
 from scail2_rt.runtime.pipeline.conditioning import (
@@ -87,8 +87,8 @@ def generate(
     carry, written = (saved.carry, saved.frames) if saved else (Carry(), 0)
     made = animate_plan(plan, engines, progress, noise, carry, cache, memory)
     audio = request.driving if plan.audio else None
-    picture = plan.width, plan.height, plan.frame_rate, request.codec, request.crf
-    writer = VideoWriter(request.output, *picture, audio, plan.start_s, plan.timestamps, after=written)
+    video = VideoFormat(plan.width, plan.height, plan.frame_rate, request.codec, request.crf)
+    writer = VideoWriter(request.output, video, audio, plan.start_s, plan.timestamps, after=written)
     try:
         for frames in made:
             writer.write(frames.pixels.numpy())
