@@ -23,7 +23,7 @@ TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 
 @dataclass(frozen=True, slots=True)
 class RowOperation:
-    """`call(*tensors)`; tensors whose index is in `cut` have a row a token. `moved`: bytes read and written."""
+    """`call(*tensors)`; tensors whose index is in `cut` have one row per token. `moved`: bytes read and written."""
 
     name: str
     call: Callable[..., ops.Rows]
@@ -135,7 +135,7 @@ def _prepare(bench: Bench, variant: str, tokens: int, rope: Rope) -> None:
     qkv = torch.randn(tokens, 3 * c, device=device, dtype=torch.bfloat16)
     weight = 1 + 0.1 * torch.randn(c, device=device)
     timing = time_call(lambda: prepare_qkv(qkv, weight, weight, rope, variant), device, bench.options.runs)
-    written = {"8bit": 3, "8bit-bf16pv": 2, "bf16": 4}[variant]  # bytes a channel; V in bf16 is not copied
+    written = {"8bit": 3, "8bit-bf16pv": 2, "bf16": 4}[variant]  # bytes per channel; V in bf16 is not copied
     read = 6 if variant == "8bit" else 4
     moved = float(tokens) * (c * (read + written) + 4 * bench.dit.head_dim)
     rate, ceiling = moved / timing.median_s / 1e12, bench.ceiling("copy")

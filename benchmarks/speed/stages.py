@@ -34,7 +34,7 @@ def run(bench: Bench) -> None:
 
 
 def random_inputs(engines: EngineSet, stage: str, tokens: int) -> list[Tensor]:
-    """N(0,1) in fp32 for every input, a row a token; modulation is small, the driving flag 0."""
+    """N(0,1) in fp32 for every input, one row per token; modulation is small, the driving flag 0."""
     generator = torch.Generator(engines.device).manual_seed(1)
     specs, _ = engines.definitions[stage].io(engines.numerics(stage))
     found = []
@@ -54,7 +54,7 @@ def _cut(engines: EngineSet, stage: str, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def stage_flops(engines: EngineSet, stage: str, tokens: int) -> float:
-    """FLOP of the stage's matrix products: its two-dimensional weights, each used once a token."""
+    """FLOP of the stage's matrix products: its two-dimensional weights, each used once per token."""
     locations = (
         engines.store.layout.location(name) for name in engines.store.layout.names if name.startswith(f"{stage}.")
     )

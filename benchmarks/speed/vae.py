@@ -1,4 +1,4 @@
-"""Section `vae`: decoding a segment and encoding its driving clip, one latent frame a call, against the plain layers.
+"""Section `vae`: decoding a segment and encoding its driving clip, one latent frame per call, against the plain layers.
 
 Baselines are the reference layers of `export.models.vae` in fp32 (with the TF32 convolutions that PyTorch uses by
 default) and in bf16 (with fp32 sums between blocks, which the public code rounds too). Error is against fp32

@@ -1,4 +1,4 @@
-"""The Wan 2.1 VAE as a stream: one latent frame a call, with the meaning of one pass over the whole video.
+"""The Wan 2.1 VAE as a stream: one latent frame per call, with the meaning of one pass over the whole video.
 
 Every convolution in time is causal and keeps its last input frames in a cache, so a chunk of four frames sees what it
 would see inside the whole video. Caches are explicit: a flat list, in layer order, of the same shapes after the first
@@ -6,7 +6,7 @@ frame and after every later chunk (a layer that has seen one frame caches [zeros
 The same layers serve the fp32 reference and the engine stages, which pass other `Numerics`: convolutions in the compute
 type, norms and SiLU in fp32, sums between blocks always in fp32. So an fp16 convolution sees either a normed value (at
 most √C·gamma) or a sum saturated to the largest finite fp16: only a single convolution's own output could overflow.
-Source of the layout: Wan2.1 `wan/modules/vae.py` and the whole-sequence sentences of the model's specification.
+Source of the layers: Wan2.1 `wan/modules/vae.py` and the whole-sequence sentences of the model's specification.
 """
 
 import math
@@ -378,13 +378,13 @@ def decode_chunk(
 
 
 def check_config(config: VAEConfig) -> None:
-    """InputError when the VAE is not of the Wan 2.1 kind: 16 latent channels, 8×8×4 pixels a latent cell."""
+    """InputError when the VAE is not of the Wan 2.1 kind: 16 latent channels, 8×8×4 pixels per latent cell."""
     side, frames = 2 ** (len(config.dim_mult) - 1), 2 ** sum(config.temporal_downsample)
     levels_agree = len(config.temporal_downsample) == len(config.dim_mult) - 1
     if (config.z_dim, side, frames) != (len(LATENT_MEAN), PIXELS_PER_CELL, FRAMES_PER_LATENT) or not levels_agree:
         raise InputError(
-            f"The VAE has {config.z_dim} latent channels and {side}×{side}×{frames} pixels a latent cell; the Wan 2.1 "
-            "VAE of SCAIL-2 has 16 and 8×8×4. Give the checkpoint's own Wan2.1_VAE file."
+            f"The VAE has {config.z_dim} latent channels and {side}×{side}×{frames} pixels per latent cell; the Wan "
+            "2.1 VAE of SCAIL-2 has 16 and 8×8×4. Give the checkpoint's own Wan2.1_VAE file."
         )
 
 

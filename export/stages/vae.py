@@ -121,7 +121,7 @@ def _in_channels(conv: Any) -> int:
 
 
 def _layer_caches(layers: nn.ModuleList, scale: int) -> Iterator[tuple[int, int, int]]:
-    """(channels, frames, cells a latent cell) of the caches of these layers, which start at `scale`."""
+    """(channels, frames, cells per latent cell) of the caches of these layers, which start at `scale`."""
     for layer in layers:
         if isinstance(layer, ResidualBlock):
             for conv in ("2", "6"):

@@ -31,7 +31,7 @@ Rows = Tensor | Quantised
 
 @dataclass(frozen=True, slots=True)
 class RowForm:
-    """The operand rows of a GEMM: in `dtype`, or rounded from it to e4m3 with one scale a row."""
+    """The operand rows of a GEMM: in `dtype`, or rounded from it to e4m3 with one scale per row."""
 
     dtype: torch.dtype
     quantised: bool = False

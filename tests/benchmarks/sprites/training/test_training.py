@@ -231,7 +231,7 @@ def test_recorded_gradients_are_those_of_an_eager_step() -> None:
     recorded, other, eager = at(7, gradients.of), at(8, gradients.of), at(7, gradients._compute)
     assert recorded[0] == pytest.approx(eager[0])
     torch.testing.assert_close(recorded[1], eager[1])
-    assert other[0] != recorded[0]  # every replay draws anew
+    assert other[0] != recorded[0]  # every replay draws again
 
 
 TWO_PROCESSES = """
