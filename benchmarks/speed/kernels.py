@@ -85,9 +85,8 @@ def _measure(bench: Bench, operation: RowOperation, tokens: int) -> None:
         timing = time_call(lambda: operation.call(*operation.tensors), bench.device, bench.options.runs)
         few = [t[:CHECKED_ROWS] if i in operation.cut else t for i, t in enumerate(operation.tensors)]
         error = difference(operation.call(*few), operation.call(*(t.cpu() for t in few)))
-        rate, ceiling = operation.moved / timing.median_s / 1e12, bench.ceiling("copy")
-        percent = 100 * rate / ceiling if ceiling else None
-        bench.add(name, timing, error=error, tbytes_s=rate, percent_of_ceiling=percent, bytes=operation.moved)
+        rate = bench.rate(timing, "copy", operation.moved)
+        bench.add(name, timing, error=error, **rate, bytes=operation.moved)
 
 
 def difference(out: Tensor | tuple[Tensor, Tensor], twin: Tensor | tuple[Tensor, Tensor]) -> float:
@@ -112,13 +111,11 @@ def _cross(bench: Bench, tokens: int) -> None:
         few = q[:CHECKED_ROWS]
         out = cross_attention(few, text, image, bench.dit.head_dim)
         twin = cross_attention(few.cpu().float(), text.cpu().float(), image.cpu().float(), bench.dit.head_dim)
-        rate, ceiling = flops / timing.median_s / 1e12, bench.ceiling("gemm_bf16")
         bench.add(
             name,
             timing,
             error=difference(out, twin),
-            tflops=rate,
-            percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+            **bench.rate(timing, "gemm_bf16", flops),
             flops=flops,
             bytes=4.0 * tokens * c,
         )
@@ -138,12 +135,10 @@ def _prepare(bench: Bench, variant: str, tokens: int, rope: Rope) -> None:
     written = {"8bit": 3, "8bit-bf16pv": 2, "bf16": 4}[variant]  # bytes per channel; V in bf16 is not copied
     read = 6 if variant == "8bit" else 4
     moved = float(tokens) * (c * (read + written) + 4 * bench.dit.head_dim)
-    rate, ceiling = moved / timing.median_s / 1e12, bench.ceiling("copy")
     bench.add(
         name,
         timing,
         note="its error is part of section attention's",
-        tbytes_s=rate,
-        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        **bench.rate(timing, "copy", moved),
         bytes=moved,
     )

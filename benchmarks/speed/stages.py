@@ -72,16 +72,14 @@ def _measure(bench: Bench, stage: str, precision: Precision, inputs: list[Tensor
         )
         timing = time_call(lambda: engines.run(stage, *typed), bench.device, bench.options.runs)
         flops = stage_flops(engines, stage, tokens)
-        fp8 = engines.numerics(stage).fp8
-        rate, ceiling = flops / timing.median_s / 1e12, bench.ceiling("gemm_fp8" if fp8 else "gemm_bf16")
+        ceiling = "gemm_fp8" if engines.numerics(stage).fp8 else "gemm_bf16"
         layout = engines.store.layout
     traffic = sum(float(x.nbytes) for x in typed) + layout.stage_bytes(stage)
     bench.add(
         f"stages/{stage.rpartition('.')[2]}-{precision}/{tokens}",
         timing,
         error=error,
-        tflops=rate,
-        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        **bench.rate(timing, ceiling, flops),
         flops=flops,
         bytes=traffic,
     )
