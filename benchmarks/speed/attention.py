@@ -73,14 +73,12 @@ def _speed(bench: Bench, variants: list[str], tokens: int) -> None:
     times = time_calls(calls, device, bench.options.runs)
     cudnn = times.get("cudnn")
     for variant, timing in times.items():
-        rate = flops / timing.median_s / 1e12
-        ceiling = bench.ceiling("gemm_fp8" if VARIANTS[variant].eight_bit else "gemm_bf16")
+        ceiling = "gemm_fp8" if VARIANTS[variant].eight_bit else "gemm_bf16"
         bench.add(
             f"attention/{variant}/{tokens}",
             timing,
             "baseline" if variant in LIBRARIES else "ours",
-            tflops=rate,
-            percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+            **bench.rate(timing, ceiling, flops),
             percent_of_cudnn=100 * cudnn.median_s / timing.median_s if cudnn else None,
             flops=flops,
             bytes=4.0 * tokens * heads * width * (1 if variant in ("8bit", "8bit-triton") else 2),

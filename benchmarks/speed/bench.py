@@ -103,6 +103,12 @@ class Bench:
         name = name if self.on_gpu or name == "copy" else "gemm_fp32"
         return self.results.value(f"ceiling/{name}", "tbytes_s" if name == "copy" else "tflops")
 
+    def rate(self, timing: Timing, ceiling: str, amount: float) -> dict[str, Any]:
+        """What a call that does `amount` FLOP (bytes for the ceiling `copy`) reaches, and its part of the ceiling."""
+        reached, best = amount / timing.median_s / 1e12, self.ceiling(ceiling)
+        unit = "tbytes_s" if ceiling == "copy" else "tflops"
+        return {unit: reached, "percent_of_ceiling": 100 * reached / best if best else None}
+
     def add(self, name: str, timing: Timing | None = None, kind: Kind = "ours", note: str = "", **values: Any) -> None:
         """One result; values that are None are left out."""
         breakdown = values.pop("breakdown", {})

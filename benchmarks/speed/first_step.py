@@ -15,8 +15,8 @@ STEPS = 3
 
 
 def main(folder: Path, work: Path, size: str, start: float) -> dict[str, float]:
-    from scail2_rt.benchmarks.speed.case import Job
     from scail2_rt.benchmarks.speed.models import parse_sizes
+    from scail2_rt.benchmarks.speed.workload import Workload
     from scail2_rt.runtime.core.progress import Progress, RunProgress
     from scail2_rt.runtime.session.check import check_request
     from scail2_rt.runtime.session.write import write_video
@@ -33,13 +33,13 @@ def main(folder: Path, work: Path, size: str, start: float) -> dict[str, float]:
                 raise Reached
 
     found = {"import_s": time.time() - start}
-    job, progress = Job(parse_sizes(size)[0], STEPS, work), RunProgress(heard)
-    plan = check_request(job.request())
+    workload, progress = Workload(parse_sizes(size)[0], STEPS, work), RunProgress(heard)
+    plan = check_request(workload.request())
     found["checked_s"] = time.time() - start
-    with job.open(folder) as session:
+    with workload.open(folder) as session:
         found["opened_s"] = time.time() - start
         with contextlib.suppress(Reached):
-            write_video(session, session.fit(plan), job.output, progress)
+            write_video(session, session.fit(plan), workload.output, progress)
     found["first_step_done_s"] = done_s[0]
     found["warm_step_s"] = done_s[-1] - done_s[-2]
     return found | {f"phase_{name}_s": seconds for name, seconds in progress.timings.items()}

@@ -120,14 +120,11 @@ def _ours(bench: Bench, precision: Precision, work: Work) -> None:
             groups, unknown = gpu_breakdown(call)
         chosen = engines.attention
         del call
-    rate = flops / timing.median_s / 1e12
-    ceiling = bench.ceiling("gemm_fp8" if precision == "fp8" else "gemm_bf16")
     bench.add(
         f"forward/{precision}/{work.tokens}",
         timing,
         note=f"attention {chosen}" + (f"; other: {unknown}" if unknown else ""),
-        tflops=rate,
-        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        **bench.rate(timing, "gemm_fp8" if precision == "fp8" else "gemm_bf16", flops),
         flops=flops,
         breakdown=groups,
         **peaks,

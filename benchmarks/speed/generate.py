@@ -13,7 +13,7 @@ from statistics import mean, median
 
 from scail2_rt.benchmarks.report.record import Timing
 from scail2_rt.benchmarks.speed.bench import Bench
-from scail2_rt.benchmarks.speed.case import Job, engine_folder, job_of
+from scail2_rt.benchmarks.speed.workload import Workload, engine_folder, workload_of
 from scail2_rt.engines.engine_set import Execution
 from scail2_rt.runtime.core.progress import Progress
 
@@ -21,17 +21,17 @@ LIMIT_GIB = 12
 
 
 def run(bench: Bench) -> None:
-    job = job_of(bench)
-    resident = f"generate/resident/{job.name}"
-    limited = f"generate/limit-{LIMIT_GIB}GiB/{job.name}"
+    workload = workload_of(bench)
+    resident = f"generate/resident/{workload.name}"
+    limited = f"generate/limit-{LIMIT_GIB}GiB/{workload.name}"
     with bench.attempt(resident):
         folder = engine_folder(bench)
-        _measure(bench, resident, folder, job, None, bench.options.runs if bench.on_gpu else 1)
+        _measure(bench, resident, folder, workload, None, bench.options.runs if bench.on_gpu else 1)
         if not bench.on_gpu:
             bench.skip(limited)
             return
     with bench.attempt(limited):
-        _measure(bench, limited, engine_folder(bench), job, LIMIT_GIB << 30, 1)
+        _measure(bench, limited, engine_folder(bench), workload, LIMIT_GIB << 30, 1)
         whole, part = bench.results.value(resident), bench.results.value(limited)
         row = bench.results.rows[limited]
         if whole and part:
@@ -64,15 +64,15 @@ class StepClock:
         return mean(b - a for a, b in pairwise(last.values())) - steps * self.step_s
 
 
-def _measure(bench: Bench, name: str, folder: Path, job: Job, limit: int | None, runs: int) -> None:
+def _measure(bench: Bench, name: str, folder: Path, workload: Workload, limit: int | None, runs: int) -> None:
     execution = Execution(attention=bench.options.attention, vram_limit=limit)
     seconds: list[float] = []
-    with bench.peaks() as peaks, job.open(folder, execution) as session:
-        session.generate(session.check(job.request(steps=1)), job.output)
-        plan = session.check(job.request())
+    with bench.peaks() as peaks, workload.open(folder, execution) as session:
+        session.generate(session.check(workload.request(steps=1)), workload.output)
+        plan = session.check(workload.request())
         for _ in range(runs):
             clock, started = StepClock(), time.perf_counter()
-            result = session.generate(plan, job.output, clock)
+            result = session.generate(plan, workload.output, clock)
             seconds.append(time.perf_counter() - started)
         graphs, attention = session.constants.graphs_recorded, session.engines.attention
     assert plan.estimate is not None
@@ -82,7 +82,7 @@ def _measure(bench: Bench, name: str, folder: Path, job: Job, limit: int | None,
         name,
         timing,
         note=f"{note}; {plan.estimate.placement}" if plan.estimate.placement else note,
-        fps=job.frames / timing.median_s,
+        fps=workload.frames / timing.median_s,
         step_s=clock.step_s,
         segment_overhead_s=clock.segment_overhead_s,
         estimated_peak_gib=plan.estimate.peak / 2**30,

@@ -71,8 +71,8 @@ class RandomStore:
     def __init__(self, config: ModelConfig, precision: Precision, weights: RandomWeights) -> None:
         definitions = stage_definitions(config)
         self.weights = weights
-        self.plan = planned_tensors(config, definitions, precision)
-        self.layout: StoreLayout = plan_store(self.plan)
+        self.shapes = planned_tensors(config, definitions, precision)
+        self.layout: StoreLayout = plan_store(self.shapes)
         self._sources: dict[str, Mapping[str, tuple[str, ...]]] = {
             name: definition.weights for name, definition in definitions.items()
         }
@@ -90,7 +90,7 @@ class RandomStore:
             scale = parameter.removesuffix("weight") + "scale"
             if parameter not in wanted and scale not in wanted:
                 continue
-            target = self.plan[name][parameter]
+            target = self.shapes[name][parameter]
             component = name.partition(".")[0]
             drawn = [self.weights.draw(component, source).flatten() for source in sources]
             values = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(target.shape)
@@ -108,7 +108,7 @@ class RandomStore:
         parts = name.split(".")
         for end in range(len(parts) - 1, 0, -1):
             stage, parameter = ".".join(parts[:end]), ".".join(parts[end:])
-            if parameter in self.plan.get(stage, {}):
+            if parameter in self.shapes.get(stage, {}):
                 return stage, parameter
         raise KeyError(name)
 

@@ -38,7 +38,7 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     said = [
         f"checkpoint  {checkpoint}: a small SCAIL-2, trained on drawn figures",
         f"engines     {engines} ({built.stages} stages for {', '.join(built.backends)}) {reused}",
-        f"case        {folder}: {case.plan.prompt}; held out from training, figures and motion",
+        f"case        {folder}: {case.scene.prompt}; held out from training, figures and motion",
     ]
     request = make_request(folder, SEED, Variant("demo"))
     with Session.open(engines, backend=backend) as session, open_progress() as listener:
@@ -47,7 +47,7 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     with VideoReader(output / "demo.mp4") as reader:
         made = reader.read(video.frames)
     sheet = output / "contact_sheet.png"
-    write_sheet(sheet, [case_block(f"{TASK}: {case.plan.prompt}", case, {OURS: made})])
+    write_sheet(sheet, [case_block(f"{TASK}: {case.scene.prompt}", case, {OURS: made})])
     scores, comparison = _judge(Answer.of(case), made)
     said += [
         "video       " + summary(result).replace("\n", f"\n{'':12}"),

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scail2_rt.engines.build.convert_plan import PARTS, TOKENIZER, ConvertRequest, Target, check_places, plan_target
+from scail2_rt.engines.build.convert_target import PARTS, TOKENIZER, ConvertRequest, Target, check_places, make_target
 from scail2_rt.engines.folder.journal import Journal
 from scail2_rt.engines.folder.lock import alone
 from scail2_rt.engines.folder.manifest import SourceFile, write_json
@@ -88,7 +88,7 @@ def convert(request: ConvertRequest, checkpoint: Checkpoint, observer: BuildObse
     parts: dict[Component, Path] = {"dit": output}
     if request.everything:
         parts |= {component: output.parent / name for component, name in PARTS.items()}
-    targets = [plan_target(checkpoint, component, path, request) for component, path in parts.items()]
+    targets = [make_target(checkpoint, component, path, request) for component, path in parts.items()]
     tokenizer = output.parent / TOKENIZER if request.everything else None
     check_places(targets, checkpoint, tokenizer, request.overwrite)
     try:

@@ -104,30 +104,40 @@ class ConvWeights:
         return (1, 1) if inside else (0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class ConvForm:
+    """What a convolution does besides its weights. `phases` "space": a 3×3 convolution behind nearest ×2; "time": 2·C
+    outputs that are two frames of C channels. `pad_out`: outputs are padded to a multiple of it."""
+
+    stride: int = 1
+    time_stride: int = 1
+    phases: Phases = "none"
+    pad_out: int = CHANNEL_STEP
+
+
+PLAIN = ConvForm()
+
+
 def prepare_conv(
     weight: Tensor,
     bias: Tensor,
     dtype: torch.dtype,
     device: torch.device,
     implementation: Implementation,
-    stride: int = 1,
-    time_stride: int = 1,
-    phases: Phases = "none",
-    pad_out: int = CHANNEL_STEP,
+    form: ConvForm = PLAIN,
 ) -> ConvWeights:
-    """Checkpoint layout → `ConvWeights`. weight [O, I, kt, ky, kx] or [O, I, ky, kx]; kernels 3×3×3, 3×1×1, 1×1×1.
-
-    `phases` "space": a 3×3 convolution behind nearest ×2. "time": 2·C outputs that are two frames of C channels."""
+    """Weights as in the checkpoint → `ConvWeights`. weight [O, I, kt, ky, kx] or [O, I, ky, kx], bias [O]; kernels
+    3×3×3, 3×1×1, 1×1×1."""
     weight, bias = weight.detach().to(device, torch.float32), bias.detach().to(device, torch.float32)
     if weight.ndim == 4:
         weight = weight[:, :, None]
-    if phases == "space":
+    if form.phases == "space":
         weight, bias = _fold_nearest(weight), bias.repeat(4, 1)
     else:
-        parts = 2 if phases == "time" else 1
+        parts = 2 if form.phases == "time" else 1
         weight, bias = weight.unflatten(0, (parts, -1)), bias.view(parts, -1)
     out, inputs = weight.shape[1:3]
-    c_out, c_in = -(-out // pad_out) * pad_out, padded(inputs)
+    c_out, c_in = -(-out // form.pad_out) * form.pad_out, padded(inputs)
     weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, c_in - inputs, 0, c_out - out)).flatten(0, 1)
     bias = F.pad(bias, (0, c_out - out)).flatten().contiguous()
     taps = (weight.shape[2], weight.shape[3], weight.shape[4])
@@ -138,7 +148,7 @@ def prepare_conv(
         matrix = F.pad(weight, (0, -group % GROUP_STEP)).flatten(1).contiguous()
     else:
         matrix = weight.float()
-    return ConvWeights(matrix, bias, c_in, c_out, taps, stride, time_stride, phases, implementation)
+    return ConvWeights(matrix, bias, c_in, c_out, taps, form.stride, form.time_stride, form.phases, implementation)
 
 
 def _fold_nearest(weight: Tensor) -> Tensor:
@@ -165,46 +175,58 @@ class Norm:
     silu: bool
 
 
-def conv(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    frames: int,
-    *,
-    raw: Frames | None = None,
-    residual: Frames | None = None,
-    normed: Frames | None = None,
-    norm: Norm | None = None,
-    keep_raw: bool = True,
-    planar: Tensor | None = None,
-    config: ConvConfig | None = None,
-) -> None:
-    """y = conv(src) + bias + residual for `frames` output frames (before "time" phases double them).
+@dataclass(frozen=True, slots=True)
+class ConvCall:
+    """One convolution between buffers: y = conv(src) + bias + residual for `frames` output frames (before "time" phases
+    double them).
 
-    Stores y in `raw`, norm(y) in `normed` (of scale 1), and the first channels of y in `planar` fp32 [c, frames, H, W].
-    With `norm`, `raw` must be given: it is scratch when the configuration cannot fuse the norm, and it is written
-    anyway if `keep_raw`. `residual` may be `raw`. All frames have the padded channels of the weights.
-    """
+    Stores y in `raw` and norm(y) in `normed`. With `norm`, `raw` must be given: it is scratch when the configuration
+    cannot fuse the norm, and it is written anyway if `keep_raw`. `residual` may be `raw`. All frames have the padded
+    channels of the weights. ValueError: a norm without its destination, or one that would be stored scaled."""
+
+    src: Frames
+    weights: ConvWeights
+    frames: int
+    raw: Frames | None = None
+    residual: Frames | None = None
+    normed: Frames | None = None
+    norm: Norm | None = None
+    keep_raw: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.norm is None) != (self.normed is None):
+            raise ValueError("a norm and its destination belong together")
+        if self.normed is not None and self.normed.scale != 1:
+            raise ValueError("normed frames are stored unscaled")
+
+    def destinations(self, fused: bool) -> tuple[Frames | None, Frames | None, Norm | None]:
+        """`raw`, `normed` and `norm` of a launch that computes the norm too, or leaves it to a launch of its own."""
+        if fused:
+            return self.raw if self.keep_raw else None, self.normed, self.norm
+        return self.raw, None, None
+
+
+def conv(call: ConvCall, clock: Tensor, planar: Tensor | None = None, config: ConvConfig | None = None) -> None:
+    """Run `call`; the first channels of y also go to `planar` fp32 [c, frames, H, W]. `config`: not the chosen one."""
+    weights, norm = call.weights, call.norm
     if weights.implementation == "library":
-        _torch_conv(src, weights, clock, frames, raw, residual, normed, norm, planar)
+        _torch_conv(call, clock, planar)
         return
     from scail2_rt.kernels.conv import hopper_conv
     from scail2_rt.kernels.conv.launch import launch_conv, launch_norm
 
-    on_hopper = config is None and hopper_conv.takes(src, weights, planar)
-    config = config or choose_conv(src.data.device, weights.c_in, weights.c_out, weights.stride)
+    on_hopper = config is None and hopper_conv.takes(call, planar)
+    config = config or choose_conv(call.src.data.device, weights.c_in, weights.c_out, weights.stride)
     columns = hopper_conv.FUSED_CHANNELS if on_hopper else config.columns
     fused = norm is not None and columns >= weights.c_out
-    store_raw = raw if keep_raw or not fused else None
-    stored = (store_raw, residual, normed if fused else None, norm if fused else None, planar)
     if on_hopper:
-        hopper_conv.launch_conv(src, weights, clock, frames, None, *stored)
+        hopper_conv.launch_conv(call, clock, fused)
     else:
-        launch_conv(src, weights, clock, frames, config, *stored)
+        launch_conv(call, clock, config, fused, planar)
     if norm is not None and not fused:
-        if raw is None or normed is None:
+        if call.raw is None or call.normed is None:
             raise ValueError("a norm that cannot be fused needs both destinations")
-        launch_norm(raw, normed, norm, clock, frames * (2 if weights.phases == "time" else 1))
+        launch_norm(call.raw, call.normed, norm, clock, call.frames * (2 if weights.phases == "time" else 1))
 
 
 def rms_norm_frames(
@@ -226,26 +248,16 @@ def _torch_norm(x: Tensor, norm: Norm) -> Tensor:
     return F.silu(y) if norm.silu else y
 
 
-def _torch_conv(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    frames: int,
-    raw: Frames | None,
-    residual: Frames | None,
-    normed: Frames | None,
-    norm: Norm | None,
-    planar: Tensor | None,
-) -> None:
-    y = convolved(src, weights, clock, frames)
-    if residual is not None:
-        y = y + residual.read(clock, len(y))[:, 1:-1, 1:-1]
+def _torch_conv(call: ConvCall, clock: Tensor, planar: Tensor | None) -> None:
+    y = convolved(call.src, call.weights, clock, call.frames)
+    if call.residual is not None:
+        y = y + call.residual.read(clock, len(y))[:, 1:-1, 1:-1]
     if planar is not None:
         planar.copy_(y[..., : len(planar)].permute(3, 0, 1, 2))
-    if raw is not None:
-        raw.write(clock, y)
-    if norm is not None and normed is not None:
-        normed.write(clock, _torch_norm(y, norm))
+    if call.raw is not None:
+        call.raw.write(clock, y)
+    if call.norm is not None and call.normed is not None:
+        call.normed.write(clock, _torch_norm(y, call.norm))
 
 
 def convolved(src: Frames, weights: ConvWeights, clock: Tensor, frames: int) -> Tensor:

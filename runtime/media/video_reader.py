@@ -30,9 +30,6 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.media.animated_webp import as_matroska, is_animated_webp
 from scail2_rt.runtime.media.images import check_file
-from scail2_rt.runtime.media.video_writer import VideoWriter
-
-__all__ = ["VideoInfo", "VideoReader", "VideoWriter", "probe_video"]
 
 _REPAIR = "re-encode it to H.264, or give another file"
 _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273

@@ -17,7 +17,7 @@ from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.core.request import Output
 from scail2_rt.runtime.core.warnings import collecting
 from scail2_rt.runtime.media.unfinished import clear_sidecars, partial_path, resumable
-from scail2_rt.runtime.media.video_writer import VideoWriter
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.session import report
@@ -116,8 +116,8 @@ class _Run:
     def writer(self, after: int) -> VideoWriter:
         plan, output = self.plan, self.output
         audio = plan.request.driving if plan.audio and isinstance(plan.request.driving, Path) else None
-        picture = plan.width, plan.height, plan.frame_rate, output.codec, output.crf
-        return VideoWriter(output.path, *picture, audio, plan.start_s, plan.timestamps, after=after)
+        picture = VideoFormat(plan.width, plan.height, plan.frame_rate, output.codec, output.crf)
+        return VideoWriter(output.path, picture, audio, plan.start_s, plan.timestamps, after=after)
 
     def complete(self, resumed: int) -> Result:
         document, beside = self._write_report("complete", self.output.path)

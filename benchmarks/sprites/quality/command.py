@@ -40,7 +40,7 @@ RUN_OPTIONS = in_section(
     option("--scheduler", type=click.Choice(SCHEDULERS), help="Instead of the benchmark's own, as the next three."),
     option("--steps", type=click.IntRange(min=1), metavar="N", help="Denoising steps."),
     option("--shift", type=float, metavar="X", help="Shift of the noise levels."),
-    option("--guidance", type=float, metavar="X", help="Strength of the prompt; 1 or less: one pass a step."),
+    option("--guidance", type=float, metavar="X", help="Strength of the prompt; 1 or less: one pass per step."),
 )
 RESULT_OPTIONS = in_section(
     "Results",

@@ -87,7 +87,7 @@ class QualityOptions:
         return Variant(USUAL, self.precision, self.attention, {**SAMPLING, **self.sampling})
 
     @property
-    def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
+    def runs(self) -> list[tuple[Variant, tuple[str, ...]]]:
         """What is run, in order."""
         if self.table == "long":
             return [(variant, ("longer",)) for variant in long_variants(self.usual)]
@@ -104,7 +104,7 @@ def run_quality(options: QualityOptions, debug: bool = False) -> Results:
     if options.engines is not None:
         options = replace(options, precision=read_manifest(options.engines).precision)
     runner = _Runner(options, debug)
-    for number, (variant, tasks) in enumerate(options.plan):
+    for number, (variant, tasks) in enumerate(options.runs):
         runner.run_variant(variant, tasks, required=number == 0)
     return runner.results
 
@@ -218,7 +218,7 @@ class _Runner:
             made = self._run_case(session, variant, task, seed)
             if made and len(blocks) < SHEET_CASES:
                 case = self.trials[task, seed].answer.case
-                blocks.append(case_block(f"{task}, case {seed}: {case.plan.prompt}", case, made))
+                blocks.append(case_block(f"{task}, case {seed}: {case.scene.prompt}", case, made))
         if blocks and self.options.sheets is not None:
             suffix = "" if variant.name == USUAL else f"-{variant.name}"
             write_sheet(self.options.sheets / f"{task}{suffix}.png", blocks)

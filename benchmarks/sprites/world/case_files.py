@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from scail2_rt.benchmarks.sprites.world.cases import SpriteCase, plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.cases import SpriteCase, make_scene, render_case
 from scail2_rt.benchmarks.sprites.world.motions import FRAMES_PER_SECOND
 from scail2_rt.benchmarks.sprites.world.raster import UNITS
 from scail2_rt.runtime.core.case_folder import read_case
@@ -32,10 +32,10 @@ def write_case(case: SpriteCase, directory: Path, sound: bool = True) -> None:
         images |= {f"extra_{number}": image, f"extra_{number}_mask": mask}
     for name, pixels in images.items():
         write_image(directory / f"{name}.png", pixels)
-    samples = motion_sound(case.plan.joints) if sound else None
+    samples = motion_sound(case.scene.joints) if sound else None
     write_video(directory / "rendered_v2.mp4", case.driving, FRAME_RATE, samples)
-    write_video(directory / MASKS[case.plan.mode], case.driving_mask, FRAME_RATE)
-    (directory / "prompt.txt").write_text(case.plan.prompt, encoding="utf-8")
+    write_video(directory / MASKS[case.scene.mode], case.driving_mask, FRAME_RATE)
+    (directory / "prompt.txt").write_text(case.scene.prompt, encoding="utf-8")
 
 
 def draw_case(
@@ -47,8 +47,8 @@ def draw_case(
     audio: bool = True,
 ) -> None:
     """A case of any size, for whoever needs files and not a particular content."""
-    plan = plan_case("replace" if replace_mode else "animate", SOME_SEED, frames=frames)
-    write_case(render_case(plan, (height, width)), directory, audio)
+    scene = make_scene("replace" if replace_mode else "animate", SOME_SEED, frames=frames)
+    write_case(render_case(scene, (height, width)), directory, audio)
 
 
 def case_request(directory: Path, **options: Any) -> Request:

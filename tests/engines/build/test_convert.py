@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from scail2_rt.engines.build.build import BuildStep
 from scail2_rt.engines.build.convert import convert
-from scail2_rt.engines.build.convert_plan import DTYPES, ConvertRequest
+from scail2_rt.engines.build.convert_target import DTYPES, ConvertRequest
 from scail2_rt.engines.folder.lock import LOCK
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.export.checkpoint.derive import dit_shapes
@@ -185,7 +185,7 @@ class TestInterruption:
             import os, signal, sys
             from pathlib import Path
             from scail2_rt.engines.build.convert import convert
-            from scail2_rt.engines.build.convert_plan import ConvertRequest
+            from scail2_rt.engines.build.convert_target import ConvertRequest
             from scail2_rt.export.checkpoint.open import open_checkpoint
             from tests.support.small import Steps
 
@@ -304,7 +304,7 @@ class TestInterruption:
             import resource, signal, sys
             from pathlib import Path
             from scail2_rt.engines.build.convert import convert
-            from scail2_rt.engines.build.convert_plan import ConvertRequest
+            from scail2_rt.engines.build.convert_target import ConvertRequest
             from scail2_rt.export.checkpoint.open import open_checkpoint
             opened = open_checkpoint(sys.argv[1], components=("dit",))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from scail2_rt.export.models.config import VAEConfig
 from scail2_rt.export.models.vae import VAE
 from scail2_rt.kernels.conv import ops as kernels
 from scail2_rt.kernels.conv.config import ConvConfig
-from scail2_rt.kernels.conv.ops import ConvWeights, Frames, Implementation, Norm
+from scail2_rt.kernels.conv.ops import ConvCall, ConvForm, ConvWeights, Frames, Implementation, Norm
 from scail2_rt.kernels.errors import InputError
 from tests.export.models.test_vae import noise, random_vae
 
@@ -116,7 +116,7 @@ def test_a_closed_stream_begins_anew() -> None:
     assert error(decode(stream, noise(16, 2, 2, 3)), pixels) < 1e-5
 
 
-KINDS = {  # taps, options of prepare_conv
+KINDS = {  # taps, fields of ConvForm
     "3x3x3": ((3, 3, 3), {}),
     "1x1x1": ((1, 1, 1), {}),
     "up": ((1, 3, 3), {"phases": "space"}),
@@ -153,7 +153,7 @@ def run_conv(weights: ConvWeights, kind: str, dtype: torch.dtype, tile: ConvConf
     raw = video_frames(5, size_out, out, dtype, 1, "nan")
     normed = video_frames(5, size_out, out, dtype, 3, "nan", scale=1)
     norm = Norm(kernels.pad_channels(1 + 0.1 * noise(20).to(DEVICE), out), 20, silu=True)
-    kernels.conv(src, weights, clock, 2, raw=raw, residual=residual, normed=normed, norm=norm, config=tile)
+    kernels.conv(ConvCall(src, weights, 2, raw, residual, normed, norm), clock, config=tile)
     frames = 4 if kind == "double" else 2
     return raw.read(clock, frames), normed.read(clock, frames)  # with the border, which must stay zero
 
@@ -173,7 +173,7 @@ def test_conv_kernel_agrees_with_its_twin(kind: str, tile: str, dtype: torch.dty
     results: dict[Implementation, tuple[Tensor, Tensor]] = {}
     implementations: tuple[Implementation, ...] = ("library", "triton")
     for implementation in implementations:
-        weights = kernels.prepare_conv(weight, bias, dtype, DEVICE, implementation, **options)
+        weights = kernels.prepare_conv(weight, bias, dtype, DEVICE, implementation, ConvForm(**options))
         results[implementation] = run_conv(weights, kind, dtype, TILES[tile] if implementation == "triton" else None)
     bound = 1e-3 if dtype == torch.float16 else 8e-3
     for got, want in zip(results["triton"], results["library"], strict=True):
@@ -195,7 +195,9 @@ def test_norm_kernel_agrees_with_its_twin() -> None:
 
 def test_folded_upsampling_is_nearest_then_3x3() -> None:
     weight, bias = noise(6, 5, 3, 3, seed=3), noise(6, seed=4)
-    weights = kernels.prepare_conv(weight, bias, torch.float32, torch.device("cpu"), "library", phases="space")
+    weights = kernels.prepare_conv(
+        weight, bias, torch.float32, torch.device("cpu"), "library", ConvForm(phases="space")
+    )
     data = F.pad(noise(2, 4, 3, 5), (0, 3, 1, 1, 1, 1))
     got = kernels.convolved(Frames(data), weights, torch.zeros(1, dtype=torch.int32), 2)[..., :6]
     frames = data[:, 1:-1, 1:-1, :5].permute(0, 3, 1, 2)

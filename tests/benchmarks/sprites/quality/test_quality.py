@@ -18,7 +18,7 @@ from scail2_rt.benchmarks.sprites.quality.sheets import MARGIN, TITLE, Block, wr
 from scail2_rt.benchmarks.sprites.quality.trials import Answer, Variant, make_request
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT, make_engines
 from scail2_rt.benchmarks.sprites.world.case_files import write_case
-from scail2_rt.benchmarks.sprites.world.cases import CasePlan, plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.cases import Scene, make_scene, render_case
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope
 from scail2_rt.runtime.media.images import load_image
@@ -139,7 +139,7 @@ def test_a_long_clip_is_followed_over_its_segments(engines: Path, tmp_path: Path
 
 
 def test_a_perfect_video_scores_perfectly() -> None:
-    case = render_case(plan_case("extra", 1))
+    case = render_case(make_scene("extra", 1))
     answer = Answer.of(case)
     scores = answer.score(case.truth)
     assert scores["psnr"] == scores["character_psnr"] == scores["hidden_psnr"] == 100
@@ -151,7 +151,7 @@ def test_a_perfect_video_scores_perfectly() -> None:
 
 
 def test_swapping_colours_swaps_who_does_what() -> None:
-    usual, swapped = (render_case(plan_case("two", 0, swapped=swapped)) for swapped in (False, True))
+    usual, swapped = (render_case(make_scene("two", 0, swapped=swapped)) for swapped in (False, True))
     np.testing.assert_array_equal(usual.driving, swapped.driving)
     np.testing.assert_array_equal(usual.reference_mask, swapped.reference_mask)
     places = [
@@ -286,15 +286,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 def two_characters(session: Session, folder: Path) -> float:
     """PSNR in dB on the characters of a case with two, each bound by its colour."""
-    return generated(session, folder, plan_case("two", 1))["character_psnr"]
+    return generated(session, folder, make_scene("two", 1))["character_psnr"]
 
 
 def two_segments(session: Session, folder: Path) -> dict[str, float]:
     """A clip whose second segment starts from the first one's last frames."""
-    return generated(session, folder, plan_case("animate", 0, frames=61))
+    return generated(session, folder, make_scene("animate", 0, frames=61))
 
 
-def generated(session: Session, folder: Path, plan: CasePlan) -> dict[str, float]:
+def generated(session: Session, folder: Path, plan: Scene) -> dict[str, float]:
     case = render_case(plan)
     write_case(case, folder / "case")
     request = make_request(folder / "case", plan.seed, Variant("test"))
@@ -315,7 +315,7 @@ def test_a_second_segment_goes_on_where_the_first_ended(trained: Session, tmp_pa
 
 def test_swapped_colours_swap_who_does_what(trained: Session, tmp_path: Path) -> None:
     """The answer to swapped colours is nearer to the swapped truth than to the usual one, and the other way round."""
-    cases = [render_case(plan_case("two", 1, swapped=swapped)) for swapped in (False, True)]
+    cases = [render_case(make_scene("two", 1, swapped=swapped)) for swapped in (False, True)]
     for case, other in (cases, cases[::-1]):
         folder = tmp_path / str(case is cases[1])
         write_case(case, folder / "case")

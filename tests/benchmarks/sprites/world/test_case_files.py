@@ -7,7 +7,7 @@ import pytest
 
 from scail2_rt.benchmarks.sprites.quality.trials import TASKS, held_out_case
 from scail2_rt.benchmarks.sprites.world.case_files import case_request, motion_sound, write_case
-from scail2_rt.benchmarks.sprites.world.cases import plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
 from scail2_rt.runtime.media.images import load_image
 from scail2_rt.runtime.media.lossless import SAMPLE_RATE
 from scail2_rt.runtime.media.video_reader import VideoReader
@@ -24,7 +24,7 @@ def read(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("task", ["replace", "extra"])
 def test_files_hold_what_was_drawn(task: str, tmp_path: Path) -> None:
-    case = render_case(plan_case(task, 1, frames=9), (64, 96))
+    case = render_case(make_scene(task, 1, frames=9), (64, 96))
     write_case(case, tmp_path)
     request = case_request(tmp_path, tmp_path / "out.mp4")
     assert request.mode == case.plan.mode

@@ -17,7 +17,7 @@ SHIFT, OVERLAP = 5.0, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Workload:
     """What to generate, in how many segments, and the folder that keeps its case, its video and the prompt cache."""
 
     work: Work
@@ -61,10 +61,10 @@ class Job:
         return Session.open(engines, backend="torch", execution=execution, prompt_cache=self.folder / "cache")
 
 
-def job_of(bench: Bench) -> Job:
+def workload_of(bench: Bench) -> Workload:
     """81 frames of 512×896 and 6 steps; less for the tiny model, which is not measured but tried."""
     steps = 6 if bench.options.config != "tiny" else 2
-    return Job(bench.options.sizes[0], steps, bench.options.work, bench.options.segments)
+    return Workload(bench.options.sizes[0], steps, bench.options.work, bench.options.segments)
 
 
 def engine_folder(bench: Bench) -> Path:

@@ -64,7 +64,7 @@ class Target:
         return self.path.with_name(f"{self.path.name}.json")
 
 
-def plan_target(checkpoint: Checkpoint, component: Component, path: Path, request: ConvertRequest) -> Target:
+def make_target(checkpoint: Checkpoint, component: Component, path: Path, request: ConvertRequest) -> Target:
     source = checkpoint.sources[component]
     exact = _held_in_fp32(checkpoint.config, component)
     asked = DTYPES[request.dtype] if request.dtype and component == "dit" else None
