@@ -14,11 +14,12 @@ from scail2_rt.export.onnx.stages import export_stage, split_dim
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.kernels.rows.ops import E4M3
+from tests.support.small import DIT, UMT5
 
 SMALL = ModelConfig(
-    dit=DiTConfig(dim=48, heads=2, layers=2, ffn_dim=80, freq_dim=16, text_dim=24, clip_dim=20),
-    vae=VAEConfig(dim=6),  # as the tiny preset: its graphs are traced once for all tests
-    umt5=UMT5Config(vocab=50, dim=24, attn_dim=16, ffn_dim=40, heads=2, layers=2),
+    dit=DIT,
+    vae=VAEConfig(dim=6),  # as the tiny preset: graphs of equal sizes are traced once for all tests
+    umt5=UMT5,
     clip=CLIPConfig(image_size=28, patch=14, dim=32, heads=2, layers=3, mlp_dim=64),
 )
 REAL = ModelConfig(

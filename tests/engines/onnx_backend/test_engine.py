@@ -159,9 +159,9 @@ def test_converts_the_callers_types(head: Case) -> None:
 def test_wrong_shapes_are_named(head: Case) -> None:
     engine = engine_of(head)
     x, mod = head.inputs({"rows": 3})
-    with pytest.raises(Scail2Error, match=r"dit\.head was given mod of shape \[3, 48\].*'2', '48'.*rows = 3"):
+    with pytest.raises(Scail2Error, match=r"dit\.head was given mod of shape \[3, 32\].*'2', '32'.*rows = 3"):
         engine(x, x)
-    with pytest.raises(Scail2Error, match=r"x of shape \[48\]"):
+    with pytest.raises(Scail2Error, match=r"x of shape \[32\]"):
         engine(x[0], mod)
     with pytest.raises(Scail2Error, match="takes 2 inputs and was given 1"):
         engine(x)

@@ -245,7 +245,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
 def test_a_store_of_other_numerics_is_refused() -> None:
     stage = STAGES["dit.head"]
     with pytest.raises(
-        Scail2Error, match=r"holds dit\.head\.linear\.weight as torch\.float16 .*needs FLOAT \[64, 48\]"
+        Scail2Error, match=r"holds dit\.head\.linear\.weight as torch\.float16 .*needs FLOAT \[64, 32\]"
     ):
         stage_model(stage, FP32, plan([stage], FP16))
 
