@@ -24,7 +24,7 @@ ABOUT = {
     "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
     "all": "Every section, each in a process of its own, merged.",
 }
-MODELS = ("14b", "1.3b", "tiny")  # benchmarks.models.MODELS
+MODELS = ("14b", "1.3b", "tiny")  # benchmarks.speed.models.MODELS
 WORK = Path(tempfile.gettempdir()) / "scail2-rt-bench"
 
 RUN_OPTIONS = in_section(
@@ -50,11 +50,19 @@ RUN_OPTIONS = in_section(
         metavar="PATTERN",
         help="Sections forward, vae: only rows of these names, as in 'forward/fp8/*'; may be repeated.",
     ),
+    option(
+        "--segments",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Section generate: segments of the clip, to see what each costs beyond its steps.",
+    ),
 )
 RESULT_OPTIONS = in_section(
     "Results",
     option("--json", "output", type=PATH, metavar="FILE", help="Save there, after every measurement."),
-    option("--report", type=PATH, metavar="FILE.html", help="Write an HTML report with plots."),
+    option("--report", "html_page", type=PATH, metavar="FILE.html", help="Write an HTML page with plots."),
     option("--summary", "summary_file", type=PATH, metavar="FILE", help="Write the flat summary."),
     option(
         "--work",
@@ -89,45 +97,30 @@ for _name in (*SECTIONS, "all"):
     _add_section(_name)
 
 
-def _run(
-    section: str,
-    config: str,
-    weights: str,
-    sizes: str | None,
-    runs: int,
-    attention: str,
-    only: tuple[str, ...],
-    output: Path | None,
-    report: Path | None,
-    summary_file: Path | None,
-    work: Path,
-) -> None:
+def _run(section: str, sizes: str | None, html_page: Path | None, summary_file: Path | None, **given: Any) -> None:
+    """`given`: the other fields of `speed.bench.Options`."""
     from scail2_rt.benchmarks.speed.bench import Options
     from scail2_rt.benchmarks.speed.models import default_sizes, parse_sizes
     from scail2_rt.benchmarks.speed.sections import last_line, run_all, run_section, text_of
 
-    works = parse_sizes(sizes) if sizes else default_sizes(config)
-    options = Options(config, weights, works, runs, attention, work, output, only)
+    options = Options(sizes=parse_sizes(sizes) if sizes else default_sizes(given["config"]), **given)
     if section == "all":
-        words = ["--config", config, "--weights", weights, "--runs", str(runs), "--attention", attention]
-        words += ["--work", str(work), "--sizes", ",".join(map(str, works))]
-        words += [word for pattern in only for word in ("--only", pattern)]
-        results, failed = run_all(options, words)
+        results, failed = run_all(options)
     else:
         debug = bool((click.get_current_context().find_root().obj or {}).get("debug"))
         results, failed = run_section(section, options, debug)
     click.echo(text_of(results))
-    _write_outputs(results, report, summary_file)
-    click.echo(last_line(results, failed, output))
+    _write_outputs(results, html_page, summary_file)
+    click.echo(last_line(results, failed, options.output))
     if failed:
         raise click.exceptions.Exit(1)
 
 
-def _write_outputs(results: Any, report: Path | None, summary_file: Path | None) -> None:
-    if report is not None:
-        from scail2_rt.benchmarks.report.html import write_report
+def _write_outputs(results: Any, html_page: Path | None, summary_file: Path | None) -> None:
+    if html_page is not None:
+        from scail2_rt.benchmarks.report.html import write_page
 
-        write_report(results, report)
+        write_page(results, html_page)
     if summary_file is not None:
         from scail2_rt.benchmarks.report.goals import summary_document
 
@@ -168,17 +161,17 @@ def merge(files: tuple[Path, ...], output: Path) -> None:
 
 @bench.command("report", cls=SectionCommand)
 @click.argument("file", type=PATH)
-@click.option("-o", "--output", type=PATH, help="HTML report with plots.")
+@click.option("-o", "--output", "html_page", type=PATH, help="HTML page with plots.")
 @click.option("--summary", "summary_file", type=PATH, help="Flat summary as JSON.")
 @debug_option
-def report_command(file: Path, output: Path | None, summary_file: Path | None) -> None:
-    """Print a saved result with its goals; write its HTML report and its flat summary where asked."""
+def report_command(file: Path, html_page: Path | None, summary_file: Path | None) -> None:
+    """Print a saved result with its goals; write its HTML page and its flat summary where asked."""
     from scail2_rt.benchmarks.report.record import load
     from scail2_rt.benchmarks.speed.sections import last_line, text_of
 
     results = load(file)
     click.echo(text_of(results))
-    _write_outputs(results, output, summary_file)
+    _write_outputs(results, html_page, summary_file)
     failed = [row.name for row in results.rows.values() if row.failure]
     click.echo(last_line(results, failed, file))
 

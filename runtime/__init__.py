@@ -1,1 +1,60 @@
-"""Request to video: command line, media, masks, conditioning, segments, solvers, transformer, VAE streaming."""
+"""From a request to a video. The public API is here, loaded when it is asked for:
+
+from scail2_rt.runtime import Session, Request
+
+with Session.open("engines/") as session:
+    plan = session.check(Request(image="ref.png", mask_image="ref_mask.png", driving="dance.mp4",
+                                 mask_video="dance_mask.mp4", prompt="a girl dances"))
+    session.generate(plan, "out.mp4")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.backend import Execution
+    from scail2_rt.kernels.errors import InputError, Scail2Error
+    from scail2_rt.runtime.core.plan import Estimate, Plan
+    from scail2_rt.runtime.core.progress import Cancelled, Progress
+    from scail2_rt.runtime.core.request import Clip, Output, Request
+    from scail2_rt.runtime.session.session import Session
+    from scail2_rt.runtime.session.write import Result
+
+_MODULES = {
+    "Cancelled": "runtime.core.progress",
+    "Clip": "runtime.core.request",
+    "Estimate": "runtime.core.plan",
+    "Execution": "engines.backend",
+    "InputError": "kernels.errors",
+    "Output": "runtime.core.request",
+    "Plan": "runtime.core.plan",
+    "Progress": "runtime.core.progress",
+    "Request": "runtime.core.request",
+    "Result": "runtime.session.write",
+    "Scail2Error": "kernels.errors",
+    "Session": "runtime.session.session",
+}
+__all__ = [
+    "Cancelled",
+    "Clip",
+    "Estimate",
+    "Execution",
+    "InputError",
+    "Output",
+    "Plan",
+    "Progress",
+    "Request",
+    "Result",
+    "Scail2Error",
+    "Session",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"scail2_rt.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,7 +15,7 @@ _STYLE = (
 )
 
 
-def write_report(results: Results, path: Path) -> None:
+def write_page(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html(results), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The two plots of the report as SVG text: stacked bars of time, and a roofline. No plotting library is needed."""
+"""The two plots of the HTML page as SVG text: stacked bars of time, and a roofline. No plotting library is needed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def _rank(part: str, bars: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def roofline(points: Mapping[str, tuple[float, float]], tops: Mapping[str, float], tbytes_s: float | None) -> str:
-    """points: name → (FLOP a byte, TFLOP/s); tops: name → TFLOP/s of a matrix-product ceiling; memory in TB/s."""
+    """points: name → (FLOP per byte, TFLOP/s); tops: name → TFLOP/s of a matrix-product ceiling; memory in TB/s."""
     height, left, top, right, bottom = 520, 70, 20, 930, 470
     xs = [x for x, _ in points.values()] + ([value / tbytes_s for value in tops.values()] if tbytes_s else [])
     ys = [y for _, y in points.values()] + list(tops.values())
@@ -73,7 +73,7 @@ def roofline(points: Mapping[str, tuple[float, float]], tops: Mapping[str, float
     for decade in range(low_y, high_y + 1):
         _, y = at(10.0**low_x, 10.0**decade)
         out += [f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>', text(left - 6, y + 4, f"{10.0**decade:g}", "end")]
-    out += [text(500, bottom + 38, "FLOP a byte of memory traffic", "middle"), text(left, 12, "TFLOP/s")]
+    out += [text(500, bottom + 38, "FLOP per byte of memory traffic", "middle"), text(left, 12, "TFLOP/s")]
     for name, ceiling in tops.items():
         start = max(ceiling / tbytes_s, 10.0**low_x) if tbytes_s else 10.0**low_x
         (x0, y0), (x1, _) = at(start, ceiling), at(10.0**high_x, ceiling)

@@ -1,7 +1,7 @@
 """Results: rows, the document that holds them, and its life on disk.
 
 A row is one measured thing under a name that does not change (`forward/fp8/48832`), so that two documents can be
-compared and merged row by row. The document is written anew, atomically, after every row: a run that is killed keeps
+compared and merged row by row. The document is written again, atomically, after every row: a run that is killed keeps
 what it had. Each row names the run (command, date, machine, versions) that it comes from.
 """
 

@@ -1,4 +1,4 @@
-"""Results as text: one line a row."""
+"""Results as text: one line per row."""
 
 from collections.abc import Iterable, Sequence
 

@@ -45,7 +45,7 @@ def _usable(bench: Bench) -> list[str]:
         if bench.on_gpu and variant == "sdpa" and named == "auto":
             continue  # PyTorch's own choice is one of the others
         try:
-            usable.append(choose_attention(variant, "bf16", bench.device, bench.dit.head_dim)[0])
+            usable.append(choose_attention(variant, "bf16", bench.device, bench.dit.head_dim)[0].name)
         except InputError as error:
             kind: Kind = "baseline" if variant in LIBRARIES else "ours"
             bench.skip(f"attention/{variant}", f"not measured: {error}", kind)
@@ -66,21 +66,19 @@ def _speed(bench: Bench, variants: list[str], tokens: int) -> None:
     calls: dict[str, Callable[[], Any]] = {}
     for variant in variants:
         with bench.attempt(f"attention/{variant}/{tokens}"):
-            prepared = prepare_qkv(qkv, weight, weight, rope, variant)
+            prepared = prepare_qkv(qkv, weight, weight, rope, VARIANTS[variant])
             self_attention(prepared)  # compiles, and fails here if it does
             synchronise(device)
             calls[variant] = partial(self_attention, prepared)
     times = time_calls(calls, device, bench.options.runs)
     cudnn = times.get("cudnn")
     for variant, timing in times.items():
-        rate = flops / timing.median_s / 1e12
-        ceiling = bench.ceiling("gemm_fp8" if variant.startswith("8bit") else "gemm_bf16")
+        ceiling = "gemm_fp8" if VARIANTS[variant].eight_bit else "gemm_bf16"
         bench.add(
             f"attention/{variant}/{tokens}",
             timing,
             "baseline" if variant in LIBRARIES else "ours",
-            tflops=rate,
-            percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+            **bench.rate(timing, ceiling, flops),
             percent_of_cudnn=100 * cudnn.median_s / timing.median_s if cudnn else None,
             flops=flops,
             bytes=4.0 * tokens * heads * width * (1 if variant in ("8bit", "8bit-triton") else 2),
@@ -100,7 +98,7 @@ def _error(bench: Bench, variants: list[str], family: str, tokens: int) -> None:
     for variant in variants:
         name = f"attention/{variant}/error/{family}"
         with bench.attempt(name):
-            out = self_attention(prepare_qkv(qkv, weights[0], weights[1], rope, variant))
+            out = self_attention(prepare_qkv(qkv, weights[0], weights[1], rope, VARIANTS[variant]))
             rows = out[index].unflatten(1, (heads, width)).transpose(0, 1)
             error, mean, worst = families.error(rows, exact)
             kind: Kind = "baseline" if variant in LIBRARIES else "ours"

@@ -3,7 +3,7 @@
 Zero-mean Gaussian inputs hide most mistakes of 8-bit attention; the others are the ones that count.
 
     normal      q, k, v ~ N(0, 1)
-    shifted     normal, V shifted by ±0.5 a channel: catches low-precision accumulation over many keys
+    shifted     normal, V shifted by ±0.5 per channel: catches low-precision accumulation over many keys
     clustered   tokens in 4 runs, q and k aligned with their run's direction, V coherent inside a run: a global mean
                 does not cure it
     realistic   Student-t (4 d.o.f.) features, RMS-normed over all heads, channel weights about 1 with 2 % outliers of

@@ -1,6 +1,6 @@
 """Baselines of section `forward`: the 40 transformer blocks as others run them, in plain PyTorch.
 
-`official`   the public code's dataflow: fp32 weights under bf16 autocast (every call casts them anew), residual stream
+`official`   the public code's dataflow: fp32 weights under bf16 autocast (every call casts them again), residual stream
              and modulation in fp32, RoPE in fp64 complex arithmetic, cuDNN attention, cross-attention k and v of every
              block computed again in every call
 `compile`    the same block with bf16 weights, RoPE in real fp32 arithmetic (inductor knows no complex numbers),

@@ -29,8 +29,9 @@ NEEDS_GPU = "not measured: needs a GPU"
 @dataclass(frozen=True, slots=True)
 class Options:
     """`weights`: "random" or an engine folder; `attention`: one variant, or "auto" for all (attention section) or the
-    default (elsewhere); `only`: shell patterns of the rows to measure, () for all; `work`: folder for what is written
-    on the way (random engines, cases, videos); `output`: where results are saved."""
+    default (elsewhere); `only`: shell patterns of the rows to measure, () for all; `segments`: of the clip that section
+    generate makes; `work`: folder for what is written on the way (random engines, cases, videos); `output`: where
+    results are saved."""
 
     config: str
     weights: str
@@ -40,6 +41,7 @@ class Options:
     work: Path
     output: Path | None = None
     only: tuple[str, ...] = ()
+    segments: int = 1
 
     @property
     def folder(self) -> Path | None:
@@ -100,6 +102,12 @@ class Bench:
         """TFLOP/s of `gemm_bf16`, `gemm_fp8`; TB/s of `copy`. A CPU has one GEMM ceiling, that of fp32."""
         name = name if self.on_gpu or name == "copy" else "gemm_fp32"
         return self.results.value(f"ceiling/{name}", "tbytes_s" if name == "copy" else "tflops")
+
+    def rate(self, timing: Timing, ceiling: str, amount: float) -> dict[str, Any]:
+        """What a call that does `amount` FLOP (bytes for the ceiling `copy`) reaches, and its part of the ceiling."""
+        reached, best = amount / timing.median_s / 1e12, self.ceiling(ceiling)
+        unit = "tbytes_s" if ceiling == "copy" else "tflops"
+        return {unit: reached, "percent_of_ceiling": 100 * reached / best if best else None}
 
     def add(self, name: str, timing: Timing | None = None, kind: Kind = "ours", note: str = "", **values: Any) -> None:
         """One result; values that are None are left out."""

@@ -15,40 +15,34 @@ STEPS = 3
 
 
 def main(folder: Path, work: Path, size: str, start: float) -> dict[str, float]:
-    import torch
-
-    from scail2_rt.benchmarks.speed.case import Job, run_job
     from scail2_rt.benchmarks.speed.models import parse_sizes
-    from scail2_rt.engines.engine_set import open_engines
-    from scail2_rt.runtime.core.progress import SilentProgress
+    from scail2_rt.benchmarks.speed.workload import Workload
+    from scail2_rt.runtime.core.progress import Progress, RunProgress
+    from scail2_rt.runtime.session.check import check_request
+    from scail2_rt.runtime.session.write import write_video
 
     class Reached(BaseException):
         """The last step that counts is done; a BaseException, so that nothing on the way takes it for a fault."""
 
-    class Clock(SilentProgress):
-        def __init__(self) -> None:
-            super().__init__()
-            self.done_s: list[float] = []
+    done_s: list[float] = []
 
-        def step(self, index: int) -> None:
-            super().step(index)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.done_s.append(time.time() - start)
-            if len(self.done_s) == STEPS:
+    def heard(event: Progress) -> None:
+        if event.step > len(done_s):
+            done_s.append(time.time() - start)
+            if len(done_s) == STEPS:
                 raise Reached
 
     found = {"import_s": time.time() - start}
-    plan = Job(parse_sizes(size)[0], STEPS, work).plan()
+    workload, progress = Workload(parse_sizes(size)[0], STEPS, work), RunProgress(heard)
+    plan = check_request(workload.request())
     found["checked_s"] = time.time() - start
-    clock = Clock()
-    with open_engines(folder, "torch") as engines:
+    with workload.open(folder) as session:
         found["opened_s"] = time.time() - start
         with contextlib.suppress(Reached):
-            run_job(plan, engines, clock, work)
-    found["first_step_done_s"] = clock.done_s[0]
-    found["warm_step_s"] = clock.done_s[-1] - clock.done_s[-2]
-    return found | {f"phase_{name}_s": seconds for name, seconds in clock.timings.items()}
+            write_video(session, session.fit(plan), workload.output, progress)
+    found["first_step_done_s"] = done_s[0]
+    found["warm_step_s"] = done_s[-1] - done_s[-2]
+    return found | {f"phase_{name}_s": seconds for name, seconds in progress.timings.items()}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the first size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,8 +23,10 @@ from scail2_rt.benchmarks.speed.random_weights import random_engines
 from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.export.models.precision import Precision
+from scail2_rt.kernels.attention.variants import is_eight_bit
 from scail2_rt.runtime.core.geometry import Layout, forward_flops
-from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
+from scail2_rt.runtime.pipeline.transformer import References, Schedule, Transformer, context_kv
 
 ERROR_LAYERS = 4
 ERROR_WORK = Work(256, 448, 33)  # 5,488 tokens
@@ -60,15 +63,24 @@ def opened(bench: Bench, precision: Precision, layers: int | None = None) -> Eng
     execution = Execution(attention=bench.options.attention)
     if bench.options.folder is not None and layers is None:
         return open_engines(bench.options.folder, "torch", execution, bench.device.type)
-    if precision in ("fp32", "bf16") and bench.options.attention.startswith("8bit"):
+    if precision in ("fp32", "bf16") and is_eight_bit(bench.options.attention):
         execution = Execution()
     return random_engines(bench.options.config, precision, bench.device, layers, execution)
 
 
-def random_inputs(
-    config: DiTConfig, layout: Layout, device: torch.device
-) -> tuple[SegmentInputs, Tensor, Tensor, Tensor]:
-    """Segment inputs, text [40, text_dim], CLIP features [257, clip_dim], noise [16, F, h, w]; the same every time."""
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """driving: the clip's latent and mask; text [40, text_dim], clip [257, clip_dim], noise [16, F, h, w]."""
+
+    references: References
+    driving: tuple[Tensor, Tensor]
+    text: Tensor
+    clip: Tensor
+    noise: Tensor
+
+
+def random_inputs(config: DiTConfig, layout: Layout, device: torch.device) -> Inputs:
+    """What a step reads; the same every time."""
     generator = torch.Generator(device).manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
@@ -76,25 +88,23 @@ def random_inputs(
 
     f, h, w = layout.frames, layout.height, layout.width
     masks = config.mask_channels
-    inputs = SegmentInputs(
-        normal(16, 1, h, w),
-        normal(masks, 1, h, w).gt(0).float(),
-        normal(16, f, h // 2, w // 2),
-        normal(masks, f, h // 2, w // 2).gt(0).float(),
-        normal(16, 0, h, w),
-        normal(masks, 0, h, w),
-    )
-    return inputs, normal(40, config.text_dim), normal(257, config.clip_dim), normal(16, f, h, w)
+    references = normal(16, 1, h, w), normal(masks, 1, h, w).gt(0).float()
+    driving = normal(16, f, h // 2, w // 2), normal(masks, f, h // 2, w // 2).gt(0).float()
+    shown = References(*references, normal(16, 0, h, w), normal(masks, 0, h, w))
+    text, clip, noise = normal(40, config.text_dim), normal(257, config.clip_dim), normal(16, f, h, w)
+    return Inputs(shown, driving, text, clip, noise)
 
 
 def step(engines: EngineSet, layout: Layout) -> Callable[[], list[Tensor]]:
     """A denoising step of one pass, everything that is constant over the steps done."""
     assert engines.config.dit is not None
-    inputs, text, clip, noise = random_inputs(engines.config.dit, layout, engines.device)
-    contexts = context_kv(engines, [text], clip)
-    transformer = Transformer(engines, layout, inputs, contexts, [900.0])
-    history = noise.new_zeros(4, *noise.shape[1:])
-    return partial(transformer.velocities, noise, history, 0)
+    inputs = random_inputs(engines.config.dit, layout, engines.device)
+    contexts = context_kv(engines, [inputs.text], inputs.clip)
+    transformer = Transformer(engines, layout, contexts, GraphPool())
+    transformer.show_references(inputs.references)
+    transformer.show_driving(*inputs.driving)
+    history = inputs.noise.new_zeros(4, *inputs.noise.shape[1:])
+    return partial(transformer.velocities, inputs.noise, history, Schedule.of(engines, [900.0]), 0)
 
 
 def _ours(bench: Bench, precision: Precision, work: Work) -> None:
@@ -110,14 +120,11 @@ def _ours(bench: Bench, precision: Precision, work: Work) -> None:
             groups, unknown = gpu_breakdown(call)
         chosen = engines.attention
         del call
-    rate = flops / timing.median_s / 1e12
-    ceiling = bench.ceiling("gemm_fp8" if precision == "fp8" else "gemm_bf16")
     bench.add(
         f"forward/{precision}/{work.tokens}",
         timing,
         note=f"attention {chosen}" + (f"; other: {unknown}" if unknown else ""),
-        tflops=rate,
-        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        **bench.rate(timing, "gemm_fp8" if precision == "fp8" else "gemm_bf16", flops),
         flops=flops,
         breakdown=groups,
         **peaks,
@@ -150,7 +157,7 @@ def _errors(bench: Bench) -> None:
     layout = (ERROR_WORK if bench.on_gpu else SMALL).layout
 
     def velocity(precision: Precision, attention: str) -> Tensor:
-        execution = Execution(attention=attention, graphs=False)
+        execution = Execution(attention=attention, cuda_graphs=False)
         with torch.inference_mode():
             engines = random_engines(bench.options.config, precision, bench.device, layers, execution)
             with engines:

@@ -1,59 +1,91 @@
 """Section `generate`: a whole generation from files to mp4, engines and prompt cache warm, with and without a memory
 limit.
 
-It goes through the pipeline that `scail2-rt generate` calls. A run of one step comes first, which loads, compiles and
-reads; then whole runs are timed. Peak memory covers all of it, loading included.
+It goes through the session that `scail2-rt generate` uses. A run of one step comes first, which loads, compiles and
+reads; then whole runs are timed. Peak memory covers all of it, loading included. With several segments, a segment costs
+its steps and an overhead: decoding, reading and encoding what the next one starts from, recording a graph.
 """
 
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean, median
 
 from scail2_rt.benchmarks.report.record import Timing
 from scail2_rt.benchmarks.speed.bench import Bench
-from scail2_rt.benchmarks.speed.case import Job, engine_folder, job_of, run_job
-from scail2_rt.engines.engine_set import Execution, open_engines
-from scail2_rt.runtime.core.progress import SilentProgress
+from scail2_rt.benchmarks.speed.workload import Workload, engine_folder, workload_of
+from scail2_rt.engines.engine_set import Execution
+from scail2_rt.runtime.core.progress import Progress
 
 LIMIT_GIB = 12
 
 
 def run(bench: Bench) -> None:
-    job = job_of(bench)
-    resident = f"generate/resident/{job.name}"
-    limited = f"generate/limit-{LIMIT_GIB}GiB/{job.name}"
+    workload = workload_of(bench)
+    resident = f"generate/resident/{workload.name}"
+    limited = f"generate/limit-{LIMIT_GIB}GiB/{workload.name}"
     with bench.attempt(resident):
         folder = engine_folder(bench)
-        _measure(bench, resident, folder, job, None, bench.options.runs if bench.on_gpu else 1)
+        _measure(bench, resident, folder, workload, None, bench.options.runs if bench.on_gpu else 1)
         if not bench.on_gpu:
             bench.skip(limited)
             return
     with bench.attempt(limited):
-        _measure(bench, limited, engine_folder(bench), job, LIMIT_GIB << 30, 1)
+        _measure(bench, limited, engine_folder(bench), workload, LIMIT_GIB << 30, 1)
         whole, part = bench.results.value(resident), bench.results.value(limited)
         row = bench.results.rows[limited]
         if whole and part:
             bench.add(limited, row.timing, "ours", row.note, breakdown=row.breakdown, **row.values, ratio=part / whole)
 
 
-def _measure(bench: Bench, name: str, folder: Path, job: Job, limit: int | None, runs: int) -> None:
+class StepClock:
+    """Listens to a run: when each step was done."""
+
+    def __init__(self) -> None:
+        self.done_s: dict[tuple[int, int], float] = {}  # (segment, step), both from 1
+
+    def __call__(self, event: Progress) -> None:
+        if event.step:
+            self.done_s.setdefault((event.segment, event.step), time.perf_counter())
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds from one step to the next within a segment."""
+        gaps = [b - a for (one, a), (other, b) in pairwise(self.done_s.items()) if one[0] == other[0]]
+        return median(gaps) if gaps else None
+
+    @property
+    def segment_overhead_s(self) -> float | None:
+        """Seconds that a later segment costs beyond its steps; None for a clip of one segment."""
+        last = {segment: time_s for (segment, _), time_s in self.done_s.items()}
+        steps = max((step for _, step in self.done_s), default=0)
+        if len(last) < 2 or self.step_s is None:
+            return None
+        return mean(b - a for a, b in pairwise(last.values())) - steps * self.step_s
+
+
+def _measure(bench: Bench, name: str, folder: Path, workload: Workload, limit: int | None, runs: int) -> None:
     execution = Execution(attention=bench.options.attention, vram_limit=limit)
-    seconds, plan = [], job.plan()
-    with bench.peaks() as peaks, open_engines(folder, "torch", execution) as engines:
-        run_job(job.plan(steps=1), engines, SilentProgress(), job.folder)
+    seconds: list[float] = []
+    with bench.peaks() as peaks, workload.open(folder, execution) as session:
+        session.generate(session.check(workload.request(steps=1)), workload.output)
+        plan = session.check(workload.request())
         for _ in range(runs):
-            progress = SilentProgress()
-            started = time.perf_counter()
-            memory = run_job(plan, engines, progress, job.folder)
+            clock, started = StepClock(), time.perf_counter()
+            result = session.generate(plan, workload.output, clock)
             seconds.append(time.perf_counter() - started)
-        attention = engines.attention
+        graphs, attention = session.constants.graphs_recorded, session.engines.attention
+    assert plan.estimate is not None
     timing = Timing.of(seconds)
-    note = f"attention {attention}" + (f"; {memory}" if memory else "")
+    note = f"attention {attention}; graphs recorded: {graphs}"
     bench.add(
         name,
         timing,
-        note=note,
-        fps=job.work.frames / timing.median_s,
-        step_s=progress.timings.get("denoise", 0.0) / job.steps,
-        breakdown=dict(progress.timings),
+        note=f"{note}; {plan.estimate.placement}" if plan.estimate.placement else note,
+        fps=workload.frames / timing.median_s,
+        step_s=clock.step_s,
+        segment_overhead_s=clock.segment_overhead_s,
+        estimated_peak_gib=plan.estimate.peak / 2**30,
+        breakdown=dict(result.timings),
         **peaks,
     )

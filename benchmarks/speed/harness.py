@@ -52,7 +52,7 @@ def time_call(call: Call, device: torch.device, runs: int, warm_up: int = 2) -> 
 
 
 def _sample(call: Call, device: torch.device, repeats: int) -> float:
-    """Seconds a call."""
+    """Seconds per call."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scail2_rt.benchmarks.speed.bench import Bench
 from scail2_rt.benchmarks.speed.harness import time_call
-from scail2_rt.kernels.attention.ops import choose_attention, cross_attention, prepare_qkv
+from scail2_rt.kernels.attention.ops import VARIANTS, choose_attention, cross_attention, prepare_qkv
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope, rope_table
 from scail2_rt.kernels.rows import ops
@@ -22,8 +22,8 @@ TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """`call(*tensors)`; tensors whose index is in `cut` have a row a token. `moved`: bytes read and written."""
+class RowOperation:
+    """`call(*tensors)`; tensors whose index is in `cut` have one row per token. `moved`: bytes read and written."""
 
     name: str
     call: Callable[..., ops.Rows]
@@ -35,8 +35,8 @@ class Case:
 def run(bench: Bench) -> None:
     for work in bench.options.sizes[:1]:
         with bench.attempt("kernels/inputs"):
-            for case in _row_operations(bench, work.tokens):
-                _measure(bench, case, work.tokens)
+            for operation in _row_operations(bench, work.tokens):
+                _measure(bench, operation, work.tokens)
             _cross(bench, work.tokens)
         layout = work.layout
         table = rope_table(layout.frames, *layout.grid, bench.dit.head_dim).to(bench.device)
@@ -45,7 +45,7 @@ def run(bench: Bench) -> None:
                 _prepare(bench, variant, work.tokens, table)
 
 
-def _row_operations(bench: Bench, tokens: int) -> list[Case]:
+def _row_operations(bench: Bench, tokens: int) -> list[RowOperation]:
     c, f, device = bench.dit.dim, bench.dit.ffn_dim, bench.device
     x = torch.randn(tokens, c, device=device)
     y = torch.randn(tokens, c, device=device, dtype=torch.bfloat16)
@@ -68,26 +68,25 @@ def _row_operations(bench: Bench, tokens: int) -> list[Case]:
         return ops.rms_norm_rows(y, weight, eps)
 
     return [
-        Case("norm_modulate", norm_modulate, (x, shift, scale), (0,), n * c * 6),
-        Case("norm_modulate_quant", norm_modulate_quant, (x, shift, scale), (0,), n * (c * 5 + 4)),
-        Case("residual_norm_quant", residual_norm, (x, y, gate, shift, scale), (0, 1), n * (c * 11 + 4)),
-        Case("gate_residual", ops.gate_residual, (x, y, gate), (0, 1), n * c * 10),
-        Case("rms_norm_rows", rms_norm_rows, (y, weight), (0,), n * c * 4),
-        Case("quantise_rows", ops.quantise_rows, (y,), (0,), n * (c * 3 + 4)),
-        Case("gelu", ops.gelu, (h,), (0,), n * f * 4),
-        Case("gelu_quant", ops.gelu_quant, (h,), (0,), n * (f * 3 + 4)),
+        RowOperation("norm_modulate", norm_modulate, (x, shift, scale), (0,), n * c * 6),
+        RowOperation("norm_modulate_quant", norm_modulate_quant, (x, shift, scale), (0,), n * (c * 5 + 4)),
+        RowOperation("residual_norm_quant", residual_norm, (x, y, gate, shift, scale), (0, 1), n * (c * 11 + 4)),
+        RowOperation("gate_residual", ops.gate_residual, (x, y, gate), (0, 1), n * c * 10),
+        RowOperation("rms_norm_rows", rms_norm_rows, (y, weight), (0,), n * c * 4),
+        RowOperation("quantise_rows", ops.quantise_rows, (y,), (0,), n * (c * 3 + 4)),
+        RowOperation("gelu", ops.gelu, (h,), (0,), n * f * 4),
+        RowOperation("gelu_quant", ops.gelu_quant, (h,), (0,), n * (f * 3 + 4)),
     ]
 
 
-def _measure(bench: Bench, case: Case, tokens: int) -> None:
-    name = f"kernels/{case.name}/{tokens}"
+def _measure(bench: Bench, operation: RowOperation, tokens: int) -> None:
+    name = f"kernels/{operation.name}/{tokens}"
     with bench.attempt(name):
-        timing = time_call(lambda: case.call(*case.tensors), bench.device, bench.options.runs)
-        few = [t[:CHECKED_ROWS] if i in case.cut else t for i, t in enumerate(case.tensors)]
-        error = difference(case.call(*few), case.call(*(t.cpu() for t in few)))
-        rate, ceiling = case.moved / timing.median_s / 1e12, bench.ceiling("copy")
-        percent = 100 * rate / ceiling if ceiling else None
-        bench.add(name, timing, error=error, tbytes_s=rate, percent_of_ceiling=percent, bytes=case.moved)
+        timing = time_call(lambda: operation.call(*operation.tensors), bench.device, bench.options.runs)
+        few = [t[:CHECKED_ROWS] if i in operation.cut else t for i, t in enumerate(operation.tensors)]
+        error = difference(operation.call(*few), operation.call(*(t.cpu() for t in few)))
+        rate = bench.rate(timing, "copy", operation.moved)
+        bench.add(name, timing, error=error, **rate, bytes=operation.moved)
 
 
 def difference(out: Tensor | tuple[Tensor, Tensor], twin: Tensor | tuple[Tensor, Tensor]) -> float:
@@ -112,13 +111,11 @@ def _cross(bench: Bench, tokens: int) -> None:
         few = q[:CHECKED_ROWS]
         out = cross_attention(few, text, image, bench.dit.head_dim)
         twin = cross_attention(few.cpu().float(), text.cpu().float(), image.cpu().float(), bench.dit.head_dim)
-        rate, ceiling = flops / timing.median_s / 1e12, bench.ceiling("gemm_bf16")
         bench.add(
             name,
             timing,
             error=difference(out, twin),
-            tflops=rate,
-            percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+            **bench.rate(timing, "gemm_bf16", flops),
             flops=flops,
             bytes=4.0 * tokens * c,
         )
@@ -134,16 +131,14 @@ def _prepare(bench: Bench, variant: str, tokens: int, rope: Rope) -> None:
         return
     qkv = torch.randn(tokens, 3 * c, device=device, dtype=torch.bfloat16)
     weight = 1 + 0.1 * torch.randn(c, device=device)
-    timing = time_call(lambda: prepare_qkv(qkv, weight, weight, rope, variant), device, bench.options.runs)
-    written = {"8bit": 3, "8bit-bf16pv": 2, "bf16": 4}[variant]  # bytes a channel; V in bf16 is not copied
+    timing = time_call(lambda: prepare_qkv(qkv, weight, weight, rope, VARIANTS[variant]), device, bench.options.runs)
+    written = {"8bit": 3, "8bit-bf16pv": 2, "bf16": 4}[variant]  # bytes per channel; V in bf16 is not copied
     read = 6 if variant == "8bit" else 4
     moved = float(tokens) * (c * (read + written) + 4 * bench.dit.head_dim)
-    rate, ceiling = moved / timing.median_s / 1e12, bench.ceiling("copy")
     bench.add(
         name,
         timing,
         note="its error is part of section attention's",
-        tbytes_s=rate,
-        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        **bench.rate(timing, "copy", moved),
         bytes=moved,
     )

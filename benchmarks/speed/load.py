@@ -15,7 +15,7 @@ from typing import Any
 
 from scail2_rt.benchmarks.report.record import Timing
 from scail2_rt.benchmarks.speed.bench import Bench
-from scail2_rt.benchmarks.speed.case import Job, engine_folder, job_of
+from scail2_rt.benchmarks.speed.workload import Workload, engine_folder, workload_of
 from scail2_rt.kernels.errors import Scail2Error
 
 LIMIT_S = 600
@@ -24,11 +24,11 @@ DETAILS = ("import_s", "checked_s", "opened_s", "first_step_done_s", "warm_step_
 
 def run(bench: Bench) -> None:
     with bench.attempt("load/first-step"):
-        folder, job = engine_folder(bench), job_of(bench)
-        job.plan()  # draws the case
+        folder, workload = engine_folder(bench), workload_of(bench)
+        workload.request()  # draws the case
         bench.free()
-        fresh_process(folder, job)  # page cache, prompt cache, compiled kernels
-        found = [fresh_process(folder, job) for _ in range(max(3, bench.options.runs) if bench.on_gpu else 1)]
+        fresh_process(folder, workload)  # page cache, prompt cache, compiled kernels
+        found = [fresh_process(folder, workload) for _ in range(max(3, bench.options.runs) if bench.on_gpu else 1)]
         middle = sorted(found, key=to_first_step)[len(found) // 2]
         phases = {name.removeprefix("phase_"): value for name, value in middle.items() if name.startswith("phase_")}
         bench.add(
@@ -48,8 +48,15 @@ def details(times: Mapping[str, float]) -> dict[str, Any]:
     return {name: times[name] for name in DETAILS}
 
 
-def fresh_process(folder: Path, job: Job) -> dict[str, float]:
-    words = [sys.executable, "-m", "scail2_rt.benchmarks.speed.first_step", str(folder), str(job.folder), str(job.work)]
+def fresh_process(folder: Path, workload: Workload) -> dict[str, float]:
+    words = [
+        sys.executable,
+        "-m",
+        "scail2_rt.benchmarks.speed.first_step",
+        str(folder),
+        str(workload.folder),
+        str(workload.work),
+    ]
     result = subprocess.run([*words, str(time.time())], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or ["no message"]

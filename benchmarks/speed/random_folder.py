@@ -88,7 +88,7 @@ def _write_store(path: Path, store: RandomStore) -> None:
     try:
         with ThreadPoolExecutor(WRITERS) as pool:
             jobs = []
-            for stage, tensors in store.plan.items():
+            for stage, tensors in store.shapes.items():
                 for parameter, tensor in store.stage(stage, tensors).items():
                     room.acquire()
                     jobs.append(pool.submit(write, f"{stage}.{parameter}", tensor.cpu()))

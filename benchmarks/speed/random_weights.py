@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from scail2_rt.benchmarks.speed.models import model
-from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, EngineSet, Execution
+from scail2_rt.engines.backend import EngineFolder
+from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, BackendChoice, EngineSet, Execution
 from scail2_rt.engines.folder.manifest import ExecutorRecord, Identity, Manifest, SourceFile, StageRecord
 from scail2_rt.engines.folder.store import StoreLayout
 from scail2_rt.engines.folder.weights import EMBEDDING, plan_store, planned_tensors
-from scail2_rt.engines.registry import gpu, versions
+from scail2_rt.engines.registry import backend, gpu
 from scail2_rt.export.checkpoint.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
 from scail2_rt.export.checkpoint.random_checkpoint import distribution
 from scail2_rt.export.models.config import ModelConfig
@@ -70,8 +71,8 @@ class RandomStore:
     def __init__(self, config: ModelConfig, precision: Precision, weights: RandomWeights) -> None:
         definitions = stage_definitions(config)
         self.weights = weights
-        self.plan = planned_tensors(config, definitions, precision)
-        self.layout: StoreLayout = plan_store(self.plan)
+        self.shapes = planned_tensors(config, definitions, precision)
+        self.layout: StoreLayout = plan_store(self.shapes)
         self._sources: dict[str, Mapping[str, tuple[str, ...]]] = {
             name: definition.weights for name, definition in definitions.items()
         }
@@ -89,7 +90,7 @@ class RandomStore:
             scale = parameter.removesuffix("weight") + "scale"
             if parameter not in wanted and scale not in wanted:
                 continue
-            target = self.plan[name][parameter]
+            target = self.shapes[name][parameter]
             component = name.partition(".")[0]
             drawn = [self.weights.draw(component, source).flatten() for source in sources]
             values = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(target.shape)
@@ -107,7 +108,7 @@ class RandomStore:
         parts = name.split(".")
         for end in range(len(parts) - 1, 0, -1):
             stage, parameter = ".".join(parts[:end]), ".".join(parts[end:])
-            if parameter in self.plan.get(stage, {}):
+            if parameter in self.shapes.get(stage, {}):
                 return stage, parameter
         raise KeyError(name)
 
@@ -119,7 +120,7 @@ def random_manifest(config: ModelConfig, precision: Precision, layout: StoreLayo
         inputs, outputs = definition.io(definition.numerics(precision))
         stages.append(StageRecord(name, inputs, outputs, layout.stage_bytes(name)))
     files = tuple(SourceFile(part, "memory", 0, 0, f"random-{SEED}") for part in ("dit", "vae", "umt5", "clip"))
-    executor = ExecutorRecord("torch", versions("torch"), gpu())
+    executor = ExecutorRecord("torch", backend("torch").versions(), gpu())
     return Manifest(Identity(config, precision, files), origin, {}, False, (executor,), tuple(stages), ())
 
 
@@ -134,14 +135,7 @@ def random_engines(
     config, place = model(config_name, layers), torch.device(device)
     weights = RandomWeights(config, place)
     store = RandomStore(config, precision, weights)
-    return EngineSet(
-        Path("random"),
-        random_manifest(config, precision, store.layout, f"random weights of {config_name}"),
-        stage_definitions(config),
-        "torch",
-        "random weights were asked for",
-        place,
-        execution,
-        store=store,
-        tables=weights.tables(config),
-    )
+    manifest = random_manifest(config, precision, store.layout, f"random weights of {config_name}")
+    folder = EngineFolder(Path("random"), manifest, stage_definitions(config), store)
+    choice = BackendChoice(backend("torch"), "random weights were asked for", place)
+    return EngineSet(folder, weights.tables(config), choice, execution)

@@ -27,13 +27,13 @@ def run_section(section: str, options: Options, debug: bool = False) -> tuple[Re
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench.start(options, model(options.config), section)
     bench.debug = debug
-    importlib.import_module(f"scail2_rt.benchmarks.{section}").run(bench)
+    importlib.import_module(f"scail2_rt.benchmarks.speed.{section}").run(bench)
     bench.finish()
     return bench.results, bench.failures
 
 
-def run_all(options: Options, arguments: Sequence[str]) -> tuple[Results, tuple[str, ...]]:
-    """Every section in a fresh process with the same `arguments`; the merged file grows with each."""
+def run_all(options: Options) -> tuple[Results, tuple[str, ...]]:
+    """Every section in a fresh process with the same options; the merged file grows with each."""
     output = options.output or options.work / "results.json"
     parts = output.with_name(f"{output.stem}.sections")
     done: list[Results] = []
@@ -48,7 +48,7 @@ def run_all(options: Options, arguments: Sequence[str]) -> tuple[Results, tuple[
             "scail2_rt.runtime.cli.main",
             "bench",
             section,
-            *arguments,
+            *_words(options),
             "--json",
             str(part),
         ]
@@ -61,6 +61,14 @@ def run_all(options: Options, arguments: Sequence[str]) -> tuple[Results, tuple[
     if not done:
         raise Scail2Error("no section of the benchmark produced a result; see the messages above.")
     return merge(done), tuple(failed)
+
+
+def _words(options: Options) -> list[str]:
+    """The options of `scail2-rt bench SECTION`, but for its output."""
+    words = ["--config", options.config, "--weights", options.weights, "--runs", str(options.runs)]
+    words += ["--attention", options.attention, "--work", str(options.work), "--segments", str(options.segments)]
+    words += ["--sizes", ",".join(map(str, options.sizes))]
+    return words + [word for pattern in options.only for word in ("--only", pattern)]
 
 
 def text_of(results: Results) -> str:

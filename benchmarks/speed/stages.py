@@ -34,7 +34,7 @@ def run(bench: Bench) -> None:
 
 
 def random_inputs(engines: EngineSet, stage: str, tokens: int) -> list[Tensor]:
-    """N(0,1) in fp32 for every input, a row a token; modulation is small, the driving flag 0."""
+    """N(0,1) in fp32 for every input, one row per token; modulation is small, the driving flag 0."""
     generator = torch.Generator(engines.device).manual_seed(1)
     specs, _ = engines.definitions[stage].io(engines.numerics(stage))
     found = []
@@ -54,7 +54,7 @@ def _cut(engines: EngineSet, stage: str, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def stage_flops(engines: EngineSet, stage: str, tokens: int) -> float:
-    """FLOP of the stage's matrix products: its two-dimensional weights, each used once a token."""
+    """FLOP of the stage's matrix products: its two-dimensional weights, each used once per token."""
     locations = (
         engines.store.layout.location(name) for name in engines.store.layout.names if name.startswith(f"{stage}.")
     )
@@ -72,16 +72,14 @@ def _measure(bench: Bench, stage: str, precision: Precision, inputs: list[Tensor
         )
         timing = time_call(lambda: engines.run(stage, *typed), bench.device, bench.options.runs)
         flops = stage_flops(engines, stage, tokens)
-        fp8 = engines.numerics(stage).fp8
-        rate, ceiling = flops / timing.median_s / 1e12, bench.ceiling("gemm_fp8" if fp8 else "gemm_bf16")
+        ceiling = "gemm_fp8" if engines.numerics(stage).fp8 else "gemm_bf16"
         layout = engines.store.layout
     traffic = sum(float(x.nbytes) for x in typed) + layout.stage_bytes(stage)
     bench.add(
         f"stages/{stage.rpartition('.')[2]}-{precision}/{tokens}",
         timing,
         error=error,
-        tflops=rate,
-        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        **bench.rate(timing, ceiling, flops),
         flops=flops,
         bytes=traffic,
     )

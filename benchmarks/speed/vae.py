@@ -1,4 +1,4 @@
-"""Section `vae`: decoding a segment and encoding its driving clip, one latent frame a call, against the plain layers.
+"""Section `vae`: decoding a segment and encoding its driving clip, one latent frame per call, against the plain layers.
 
 Baselines are the reference layers of `export.models.vae` in fp32 (with the TF32 convolutions that PyTorch uses by
 default) and in bf16 (with fp32 sums between blocks, which the public code rounds too). Error is against fp32
@@ -124,15 +124,13 @@ def _record(bench: Bench, half: Half, name: str, kind: Kind, call: Callable[[], 
         error = ((out - exact).double().norm() / exact.double().norm()).item()
         del out
         timing = time_call(call, bench.device, bench.options.runs, warm_up=1)
-    rate, ceiling = half.flops / timing.median_s / 1e12, bench.ceiling("gemm_bf16")
     bench.add(
         f"vae/{half.name}/{name}",
         timing,
         kind,
         slow_baseline(f"vae-{half.name}-{name}", timing, bench.options.config, bench.options.sizes[0].tokens),
         error=error,
-        tflops=rate,
-        percent_of_ceiling=100 * rate / ceiling if ceiling else None,
+        **bench.rate(timing, "gemm_bf16", half.flops),
         flops=half.flops,
         **peaks,
     )

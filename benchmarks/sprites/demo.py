@@ -15,10 +15,12 @@ from scail2_rt.benchmarks.sprites.quality.sheets import case_block, write_sheet
 from scail2_rt.benchmarks.sprites.quality.trials import BASELINES, OURS, Answer, Variant, held_out_case, make_request
 from scail2_rt.benchmarks.sprites.shipped import BACKEND, make_engines, shipped_checkpoint
 from scail2_rt.benchmarks.sprites.world.case_files import write_case
+from scail2_rt.runtime.cli.progress import BuildLines, open_progress
 from scail2_rt.runtime.core.as_json import plain
-from scail2_rt.runtime.core.progress import BuildLines
-from scail2_rt.runtime.jobs import generate
+from scail2_rt.runtime.core.request import Output
+from scail2_rt.runtime.jobs.run import generate, summary
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
+from scail2_rt.runtime.session.session import Session
 
 TASK, SEED = "animate", 0
 
@@ -36,19 +38,19 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     said = [
         f"checkpoint  {checkpoint}: a small SCAIL-2, trained on drawn figures",
         f"engines     {engines} ({built.stages} stages for {', '.join(built.backends)}) {reused}",
-        f"case        {folder}: {case.plan.prompt}; held out from training, figures and motion",
+        f"case        {folder}: {case.scene.prompt}; held out from training, figures and motion",
     ]
-    request = make_request(folder, output / "demo.mp4", SEED, Variant("demo"))
-    job = generate.Case(str(folder), request)
-    result, text = generate.run_single(job, generate.EngineChoice(engines, backend), "quality", estimate_only=False)
+    request = make_request(folder, SEED, Variant("demo"))
+    with Session.open(engines, backend=backend) as session, open_progress() as listener:
+        result = generate(session.check(request), Output(output / "demo.mp4", overwrite=True), session, listener)
     video = probe_video(output / "demo.mp4")
     with VideoReader(output / "demo.mp4") as reader:
         made = reader.read(video.frames)
     sheet = output / "contact_sheet.png"
-    write_sheet(sheet, [case_block(f"{TASK}: {case.plan.prompt}", case, {OURS: made})])
+    write_sheet(sheet, [case_block(f"{TASK}: {case.scene.prompt}", case, {OURS: made})])
     scores, comparison = _judge(Answer.of(case), made)
     said += [
-        "video       " + text.replace("\n", f"\n{'':12}"),
+        "video       " + summary(result).replace("\n", f"\n{'':12}"),
         f"            {video.frames} frames, {float(video.frame_rate):g} fps, {'with' if video.audio else 'no'} audio",
         f"sheet       {sheet}: reference, driving video, ours, truth",
         f"quality     {comparison}",
@@ -58,8 +60,12 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     ]
     seconds = time.perf_counter() - started
     said.append(f"The demo took {seconds:.1f} s.")
-    summary = {"frames": video.frames, "frame_rate": str(video.frame_rate), "audio": video.audio, "seconds": seconds}
-    found = {"demo": {**summary, "scores": scores, "sheet": str(sheet)}, "build": plain(built), "run": result}
+    facts = {"frames": video.frames, "frame_rate": str(video.frame_rate), "audio": video.audio, "seconds": seconds}
+    found = {
+        "demo": {**facts, "scores": scores, "sheet": str(sheet)},
+        "build": plain(built),
+        "run": dict(result.report),
+    }
     return found, "\n".join(said)
 
 

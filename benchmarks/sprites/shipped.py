@@ -32,7 +32,7 @@ def make_engines(
     observer: BuildObserver | None = None,
 ) -> BuildReport:
     """Engines in a folder of the program's own: what an older version, another checkpoint or a half-deleted folder left
-    there is built anew."""
+    there is built again."""
     request = BuildRequest(checkpoint, directory, tuple(backends), precision)
     opened, watcher = open_checkpoint(checkpoint), observer or SilentObserver()
     try:
@@ -40,5 +40,5 @@ def make_engines(
     except InputError as error:
         if not directory.is_dir():
             raise
-        print(f"building the engines anew: {error}", file=sys.stderr)
+        print(f"building the engines again: {error}", file=sys.stderr)
         return build(replace(request, rebuild=True), opened, watcher)

@@ -12,13 +12,12 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scail2_rt.engines.registry import device_of, gpu, stage_numerics, versions
+from scail2_rt.engines.backend import ArtefactPlan
 from scail2_rt.engines.folder.journal import Journal
 from scail2_rt.engines.folder.manifest import (
     FORMAT_VERSION,
@@ -33,10 +32,11 @@ from scail2_rt.engines.folder.manifest import (
     StageRecord,
     write_manifest,
 )
-from scail2_rt.engines.observer import BuildObserver, Phase
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout, StoreWriter
 from scail2_rt.engines.folder.weights import EMBEDDING, StageTensors, runtime_tables, write_stage
+from scail2_rt.engines.observer import BuildObserver, Phase
+from scail2_rt.engines.registry import BACKENDS, backend, gpu
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.spec import StageDefinition
@@ -70,9 +70,23 @@ class Plan:
 
     @property
     def refreshed(self) -> tuple[str, ...]:
-        """Executors whose artefacts are looked at again although the folder has them: plans that were asked for."""
+        """Executors whose artefacts are looked at again although the folder has them: build options were given."""
         asked = self.plan_options is not None or self.patterns
-        return ("tensorrt",) if asked and "tensorrt" in self.backends else ()
+        return tuple(name for name in self.backends if asked and backend(name).build_options)
+
+    @property
+    def artefacts(self) -> ArtefactPlan:
+        """What an executor's files are made from."""
+        return ArtefactPlan(
+            self.directory,
+            self.config,
+            self.precision,
+            self.definitions,
+            {stage: self.stage_bytes(stage) for stage in self.definitions},
+            self.layout,
+            self.plan_options,
+            self.patterns,
+        )
 
     def stage_bytes(self, stage: str) -> int:
         return sum(tensor.nbytes for tensor in self.tensors[stage].values())
@@ -124,7 +138,8 @@ class _Assembly:
             self._tables()
             self._tokenizer()
         added = tuple(name for name in plan.backends if previous is None or name not in previous.backends)
-        made = tuple(name for name in plan.backends if name in (*added, *plan.refreshed) and self._artefacts(name))
+        wanted = [name for name in plan.backends if name in (*added, *plan.refreshed)]
+        made = tuple(n for n in wanted if backend(n).build(plan.artefacts, self.observer, self.journal))
         added = tuple(name for name in added if name in made)
         manifest = self._manifest(made, self._seal(made))
         if manifest.executors:
@@ -140,9 +155,9 @@ class _Assembly:
             file.unlink(missing_ok=True)
 
     def _old_stages(self) -> list[Path]:
-        patterns = [f"{STORE_NAME}*", "*.onnx*"]
-        if "tensorrt" not in self.plan.backends:  # else plans are kept as far as they are still good
-            patterns += ["*.plan*", "plans.json"]
+        patterns = [f"{STORE_NAME}*"]
+        for name in BACKENDS:
+            patterns += backend(name).leftovers(wanted=name in self.plan.backends)
         return [file for pattern in patterns for file in self.stages.glob(pattern)]
 
     def _weights(self) -> None:
@@ -192,69 +207,13 @@ class _Assembly:
         shutil.copyfile(self.plan.tokenizer, partial)
         os.replace(partial, path)
 
-    def _artefacts(self, backend: str) -> bool:
-        """Make the files of one executor; are they complete? The torch executor runs from the store alone."""
-        if backend == "tensorrt":
-            return self._plans()
-        if backend == "torch":
-            return True
-        from scail2_rt.export.onnx.stages import export_stage
-
-        plan = self.plan
-        sizes = {stage: plan.stage_bytes(stage) for stage in plan.definitions}
-        phase = Phase(self.observer, backend, sizes, _tracing_effort(plan.definitions))
-        for stage, definition in plan.definitions.items():
-            path = self.stages / f"{stage}.onnx"
-            if self.journal.has(backend, stage) and path.is_file():
-                phase.skip(stage)
-                continue
-            step = phase.start(stage)
-            numerics = stage_numerics(definition, plan.precision, backend, device_of(backend))
-            export_stage(definition, numerics, path, plan.layout)
-            self.journal.add(backend, stage)
-            phase.finish(step)
-        return True
-
-    def _plans(self) -> bool:
-        from scail2_rt.engines.tensorrt_backend.builder import build_plans
-
-        plan = self.plan
-        sizes = {stage: plan.stage_bytes(stage) for stage in plan.definitions}
-        build_plans(
-            plan.directory,
-            plan.definitions,
-            sizes,
-            plan.precision,
-            plan.config,
-            plan.layout,
-            self.observer,
-            plan.plan_options,
-            plan.patterns,
-        )
-        files = [plan.directory / file for file in self._plan_files()]
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            self.observer.note(
-                f"{len(files) - len(missing)} of {len(files)} files of the TensorRT stages are there; the same command "
-                "without --stages makes the others"
-            )
-        return not missing
-
-    def _plan_files(self) -> list[str]:
-        from scail2_rt.engines.tensorrt_backend.plans import graph_path, plan_path
-
-        folder = Path(STAGES)
-        return [str(path(folder, stage)) for stage in self.plan.definitions for path in (graph_path, plan_path)]
-
     def _seal(self, added: tuple[str, ...]) -> tuple[Artefact, ...]:
         """Size and hash of every file of the folder; those of an existing manifest are kept unless made again."""
-        plans = self._plan_files() if "tensorrt" in added else []
+        made = [file for name in added for file in backend(name).files(self.plan.definitions)]
         before = self.previous.artefacts if self.previous is not None else ()
-        kept = tuple(artefact for artefact in before if artefact.path not in plans)
+        kept = tuple(artefact for artefact in before if artefact.path not in made)
         paths = [] if kept else [f"{STAGES}/{STORE_NAME}", TABLES, *([TOKENIZER] if self.plan.tokenizer else [])]
-        if "onnxruntime" in added:
-            paths += [f"{STAGES}/{stage}.onnx" for stage in self.plan.definitions]
-        paths += plans
+        paths += made
         sizes = {path: (self.plan.directory / path).stat().st_size for path in paths}
         phase = Phase(self.observer, "seal", sizes)
         sealed = []
@@ -267,7 +226,10 @@ class _Assembly:
 
     def _manifest(self, added: tuple[str, ...], artefacts: tuple[Artefact, ...]) -> Manifest:
         plan = self.plan
-        new = [ExecutorRecord(name, versions(name), gpu() if device_of(name) == "cuda" else None) for name in added]
+        new = [
+            ExecutorRecord(name, backend(name).versions(), gpu() if backend(name).device() == "cuda" else None)
+            for name in added
+        ]
         before = self.previous.executors if self.previous is not None else ()
         stages = []
         for name, definition in plan.definitions.items():
@@ -283,14 +245,3 @@ class _Assembly:
             artefacts=artefacts,
             created_by=f"scail2-rt {importlib.metadata.version('scail2-rt')}",
         )
-
-
-def _tracing_effort(definitions: Mapping[str, StageDefinition]) -> dict[str, float]:
-    """How long each stage's graph takes: one is traced a family, and a VAE graph is ten times as big as the others."""
-    seen: set[str] = set()
-    effort = {}
-    for stage, definition in definitions.items():
-        first = definition.family not in seen
-        effort[stage] = (10.0 if definition.component == "vae" else 1.0) if first else 0.001
-        seen.add(definition.family)
-    return effort

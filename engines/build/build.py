@@ -19,36 +19,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.engines.build.assemble import Plan, assemble
-from scail2_rt.engines.registry import check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
+from scail2_rt.engines.folder.lock import LOCK, alone
 from scail2_rt.engines.folder.manifest import (
     MANIFEST,
     STAGES,
+    BuildCommand,
     Identity,
     LoRARecord,
     Manifest,
-    build_command,
     check_folder,
     differences,
     read_manifest,
     write_manifest,
 )
-from scail2_rt.engines.observer import BuildObserver, BuildStep, SilentObserver
 from scail2_rt.engines.folder.sources import LORA_PART, file_groups, hash_sources
 from scail2_rt.engines.folder.weights import plan_store, planned_tensors
-from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.engines.observer import BuildObserver, BuildStep, SilentObserver
+from scail2_rt.engines.registry import backend, check_precision, choose_backend, default_precision, refuse_unbuildable
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.kernels.errors import InputError, Scail2Error
 
 if TYPE_CHECKING:
     from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
-    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.lora import LoRAReport, LoRASpec
+    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.tensors import TensorSource
 
 __all__ = ["BuildObserver", "BuildReport", "BuildRequest", "BuildStep", "SilentObserver", "build", "choose_backend"]
 
-GRAPH_BYTES = 1 << 18  # room that one ONNX graph without weights may take, for the disk check
 DISK_MARGIN = 1 << 26
 
 
@@ -56,7 +56,7 @@ DISK_MARGIN = 1 << 26
 class BuildRequest:
     """What to build. precision None: the folder's, else what suits the hardware. components: parts of the checkpoint
     that were named apart ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds. plan_options and
-    stages (shell patterns of the stages wanted) are for backend tensorrt alone."""
+    stages (shell patterns of the stages wanted) are for backends with build options alone."""
 
     checkpoint: Path
     output: Path
@@ -106,7 +106,7 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     added: tuple[str, ...] = ()
     resumed = 0
     try:
-        with _held(directory):
+        with _held(directory, noted):
             identity = _identity(plan, request, checkpoint, previous, noted)
             if previous is not None:
                 _check_same(plan, request, previous, identity)
@@ -158,7 +158,8 @@ def _previous(directory: Path, rebuild: bool) -> Manifest | None:
         raise InputError(f"the output {directory} is a file; name a folder with -o.")
     if (directory / MANIFEST).exists():
         return None if rebuild else read_manifest(directory)
-    if any(directory.iterdir()) and not (directory / JOURNAL).exists():
+    others = [file for file in directory.iterdir() if file.name != LOCK]  # which a killed build leaves behind
+    if others and not (directory / JOURNAL).exists():
         raise InputError(f"the output {directory} has other files in it; name a new or empty folder with -o.")
     return None
 
@@ -226,19 +227,8 @@ def _check_room(plan: Plan) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"the output {plan.directory} cannot be made: {place} cannot be written; choose another -o.")
-    needed = plan.layout.size + DISK_MARGIN
-    if "onnxruntime" in plan.backends:
-        needed += GRAPH_BYTES * len(plan.definitions)
+    needed = plan.layout.size + DISK_MARGIN + sum(backend(name).room(plan.artefacts) for name in plan.backends)
     stages = plan.directory / STAGES
-    if "tensorrt" in plan.backends:
-        from scail2_rt.engines.tensorrt_backend.builder import chosen_stages
-        from scail2_rt.engines.tensorrt_backend.plans import plan_path
-        from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_resources
-
-        check_machine(plan.precision)
-        wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
-        todo = [stage for stage in wanted if not plan_path(stages, stage).is_file()]
-        check_resources({stage: plan.stage_bytes(stage) for stage in todo}, plan.directory)
     for file in stages.glob("*") if stages.is_dir() else ():
         needed -= file.stat().st_blocks * 512  # continued, or replaced
     free = shutil.disk_usage(place).free
@@ -250,21 +240,15 @@ def _check_room(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _held(directory: Path) -> Iterator[None]:
+def _held(directory: Path, observer: BuildObserver) -> Iterator[None]:
     """The folder, made if needed, locked against a second build; one that was made here and stays empty goes again."""
-    import fcntl
-
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    refusal = f"another build is writing to {directory}; wait until it ends."
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another build is writing to {directory}; wait until it ends.") from None
-        yield
+        with alone(directory, refusal, observer.note):
+            yield
     finally:
-        os.close(handle)
         if made:
             with contextlib.suppress(OSError):  # not empty: it is the folder that was asked for
                 directory.rmdir()
@@ -294,16 +278,16 @@ def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity:
     """InputError when the finished folder is not of this request, or is damaged."""
     found = differences(previous, identity)
     if found:
-        command = build_command(
+        command = BuildCommand(
             plan.origin,
             plan.directory,
             plan.precision,
             plan.backends,
-            [(str(spec.path), spec.strength) for spec in request.loras],
+            tuple((str(spec.path), spec.strength) for spec in request.loras),
             request.lora_partial,
             plan.overrides,
             rebuild=True,
-        )
+        ).line
         listed = "; ".join(map(str, found))
         raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
     check_folder(plan.directory, previous, plan.definitions)

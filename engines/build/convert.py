@@ -8,32 +8,31 @@ tell (heads) go into the file's metadata. Writing is the weight store's: header 
 when it is complete and hashed. `FILE.json` records sources and hashes, by which a second call knows that it is done.
 """
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scail2_rt.engines.build.convert_plan import PARTS, TOKENIZER, ConvertRequest, Target, check_places, plan_target
+from scail2_rt.engines.build.convert_target import PARTS, TOKENIZER, ConvertRequest, Target, check_places, make_target
 from scail2_rt.engines.folder.journal import Journal
+from scail2_rt.engines.folder.lock import alone
 from scail2_rt.engines.folder.manifest import SourceFile, write_json
-from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.engines.folder.sources import file_groups, hash_file, hash_sources
 from scail2_rt.engines.folder.store import StoreLayout, StoreWriter
 from scail2_rt.engines.folder.weights import finite_extremes, pieces
+from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.export.checkpoint.open import LABELS, Checkpoint
-from scail2_rt.kernels.errors import InputError, Scail2Error
-from scail2_rt.export.models.precision import Component
 from scail2_rt.export.checkpoint.tensors import TensorSource
+from scail2_rt.export.models.precision import Component
+from scail2_rt.kernels.errors import InputError, Scail2Error
 
 FORMAT_VERSION = 1
 STEP_EFFORT = 1 << 22  # bytes that take as long as the fixed cost of a step, for the estimate
@@ -89,12 +88,13 @@ def convert(request: ConvertRequest, checkpoint: Checkpoint, observer: BuildObse
     parts: dict[Component, Path] = {"dit": output}
     if request.everything:
         parts |= {component: output.parent / name for component, name in PARTS.items()}
-    targets = [plan_target(checkpoint, component, path, request) for component, path in parts.items()]
+    targets = [make_target(checkpoint, component, path, request) for component, path in parts.items()]
     tokenizer = output.parent / TOKENIZER if request.everything else None
     check_places(targets, checkpoint, tokenizer, request.overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(output.parent):
+        refusal = f"another conversion is writing to {output.parent}; wait until it ends"
+        with alone(output.parent, refusal, observer.note):
             files = tuple(_convert(target, request.overwrite, observer) for target in targets)
             if tokenizer is not None and checkpoint.tokenizer is not None:
                 _copy(checkpoint.tokenizer, tokenizer)
@@ -255,19 +255,6 @@ def _describe(
         up_to_date=up_to_date,
         resumed_groups=resumed,
     )
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second conversion out of a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"another conversion is writing to {folder}; wait until it ends") from None
-    finally:
-        os.close(handle)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """`export-onnx`: a checkpoint as ONNX files for other tools, beside one file with all weights.
 
 Two layouts. `stages`: every engine stage, as an engine folder's `stages/` holds them. `monolithic`: the transformer as
-one graph (`export.onnx.monolithic`). Both refer to `weights.safetensors`, which is written tensor by tensor, so that memory
+one graph (`export.onnx.monolithic`). Both refer to `weights.safetensors`, written tensor by tensor, so that memory
 does not depend on the model, and which also holds what the runtime keeps between the stages (`tables.…`). The graphs
 compute in the types of the precision flag, the form for TensorRT; ONNX Runtime on a CPU has no bf16.
 The folder appears when it is complete.
@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor
 
 from scail2_rt.engines.build.assemble import EMBEDDING_SOURCE
-from scail2_rt.engines.registry import check_precision
-from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout, StoreWriter, TensorShape
 from scail2_rt.engines.folder.weights import (
     EMBEDDING,
@@ -28,17 +26,19 @@ from scail2_rt.engines.folder.weights import (
     runtime_tables,
     write_stage,
 )
+from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
+from scail2_rt.engines.registry import check_precision
 from scail2_rt.export.models.config import ModelConfig
-from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.onnx.monolithic import CLIP_TOKENS, TABLES, transformer_model
 from scail2_rt.export.onnx.stages import export_stage
-from scail2_rt.export.models.precision import Precision
-from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.export.stages.definitions import stage_definitions
+from scail2_rt.export.stages.spec import StageDefinition
+from scail2_rt.kernels.errors import InputError, Scail2Error
 
 if TYPE_CHECKING:
-    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.lora import LoRAReport, LoRASpec
+    from scail2_rt.export.checkpoint.open import Checkpoint
     from scail2_rt.export.checkpoint.tensors import TensorSource
 
 Layout = Literal["stages", "monolithic"]

@@ -177,39 +177,44 @@ def _loras(loras: Iterable[LoRARecord]) -> str:
 
 def describe_command(manifest: Manifest, directory: Path, backend: str | None = None) -> str:
     """The command that rebuilds this folder, or that adds `backend` to it."""
-    return build_command(
+    return BuildCommand(
         manifest.checkpoint,
         directory,
         manifest.precision,
         (backend,) if backend else manifest.backends,
-        [(lora.file.path, lora.strength) for lora in manifest.loras],
+        tuple((lora.file.path, lora.strength) for lora in manifest.loras),
         manifest.lora_partial,
         manifest.overrides,
         rebuild=backend is None,
-    )
+    ).line
 
 
-def build_command(
-    checkpoint: str,
-    directory: Path,
-    precision: str,
-    backends: Iterable[str],
-    loras: Iterable[tuple[str, float]] = (),
-    lora_partial: bool = False,
-    overrides: Mapping[str, str] | None = None,
-    rebuild: bool = False,
-) -> str:
-    """A `scail2-rt build-engines` command line, quoted for a shell."""
-    words = ["scail2-rt", "build-engines", checkpoint]
-    for component, path in (overrides or {}).items():
-        words += [f"--{_OPTIONS.get(component, component)}", path]
-    words += ["-o", str(directory), "--precision", precision]
-    for lora, strength in loras:
-        words += ["--lora", f"{lora}:{strength:g}"]
-    words += ["--lora-partial"] if lora_partial else []
-    for name in backends:
-        words += ["--backend", name]
-    return shlex.join([*words, "--rebuild"] if rebuild else words)
+@dataclass(frozen=True, slots=True)
+class BuildCommand:
+    """A call of `scail2-rt build-engines`. loras: (file, strength); overrides: part of the checkpoint → its path."""
+
+    checkpoint: str
+    directory: Path
+    precision: str
+    backends: tuple[str, ...]
+    loras: tuple[tuple[str, float], ...] = ()
+    lora_partial: bool = False
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rebuild: bool = False
+
+    @property
+    def line(self) -> str:
+        """Quoted for a shell."""
+        words = ["scail2-rt", "build-engines", self.checkpoint]
+        for component, path in self.overrides.items():
+            words += [f"--{_OPTIONS.get(component, component)}", path]
+        words += ["-o", str(self.directory), "--precision", self.precision]
+        for lora, strength in self.loras:
+            words += ["--lora", f"{lora}:{strength:g}"]
+        words += ["--lora-partial"] if self.lora_partial else []
+        for name in self.backends:
+            words += ["--backend", name]
+        return shlex.join([*words, "--rebuild"] if self.rebuild else words)
 
 
 def check_folder(directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition]) -> None:

@@ -9,7 +9,7 @@ TensorRT refuses and says which file it was and what TensorRT said; what was bui
 
 import fnmatch
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scail2_rt.engines.backend import ArtefactPlan
 from scail2_rt.engines.folder.manifest import STAGES
 from scail2_rt.engines.observer import BuildObserver, BuildStep, Phase
-from scail2_rt.engines.tensorrt_backend.library import process_log, process_logger
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT, Library, process_log, process_logger
 from scail2_rt.engines.tensorrt_backend.plans import (
     LOGS,
     TIMINGS,
@@ -35,16 +36,13 @@ from scail2_rt.engines.tensorrt_backend.plans import (
 from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_resources, find_gpu
 from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions, Profile, stage_profiles
 from scail2_rt.engines.tensorrt_backend.progress import BuildProgress, interruptible, progress_monitor
-from scail2_rt.export.models.config import ModelConfig
-from scail2_rt.export.models.precision import Precision
-from scail2_rt.export.onnx.stages import WeightLocations, export_stage
-from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
+from scail2_rt.export.onnx.stages import export_stage
+from scail2_rt.export.stages.spec import TensorSpec
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-BACKEND = "tensorrt"
 FREE_SHARE = 0.8  # of the free GPU memory, at most, for one layer's workspace
 
 
@@ -75,46 +73,35 @@ def chosen_stages(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, .
     return tuple(name for name in names if not patterns or any(fnmatch.fnmatch(name, p) for p in patterns))
 
 
-def build_plans(
-    directory: Path,
-    definitions: Mapping[str, StageDefinition],
-    weight_bytes: Mapping[str, int],
-    precision: Precision,
-    config: ModelConfig,
-    store: WeightLocations,
-    observer: BuildObserver,
-    options: PlanOptions | None = None,
-    patterns: Sequence[str] = (),
-) -> PlansReport:
+def build_plans(plan: ArtefactPlan, observer: BuildObserver, library: Library = TENSORRT) -> PlansReport:
     """Make the plans of an engine folder whose weight store is complete.
-
-    weight_bytes   stage → bytes of its weights, for estimates; patterns: shell patterns of the stages wanted
 
     InputError when the machine cannot build; Scail2Error, naming the ONNX file and TensorRT's messages, when a stage
     cannot be built. KeyboardInterrupt passes through once TensorRT has stopped. Finished plans stay good."""
-    options = options or PlanOptions()
-    environment = check_machine(precision)
-    wanted = chosen_stages(tuple(definitions), patterns)
-    stages = directory / STAGES
+    options = plan.options or PlanOptions()
+    environment = check_machine(plan.precision, library)
+    wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
+    stages = plan.directory / STAGES
     ledger, timings = PlanLedger(stages), TimingCache(stages / TIMINGS)
-    phase = Phase(observer, BACKEND, {name: weight_bytes.get(name, 0) for name in wanted})
+    phase = Phase(observer, library.name, {name: plan.stage_bytes.get(name, 0) for name in wanted})
     todo: dict[str, tuple[str, tuple[Profile, ...]]] = {}
     for name in wanted:
-        numerics = definitions[name].numerics(precision)
+        definition = plan.definitions[name]
+        numerics = definition.numerics(plan.precision)
         graph = graph_path(stages, name)
-        export_stage(definitions[name], numerics, graph, store)
-        profiles = stage_profiles(definitions[name], numerics, config, options)
+        export_stage(definition, numerics, graph, plan.store)
+        profiles = stage_profiles(definition, numerics, plan.config, options)
         digest = plan_digest(graph, profiles, options, environment)
         if ledger.good(name, digest):
             phase.skip(name)
         else:
             todo[name] = digest, profiles
-    check_resources({name: weight_bytes.get(name, 0) for name in todo}, directory)
+    check_resources({name: plan.stage_bytes.get(name, 0) for name in todo}, plan.directory)
     for name, (digest, profiles) in todo.items():
         step = phase.start(name)
         started = time.monotonic()
-        files = PlanFiles(graph_path(stages, name), plan_path(stages, name), directory / LOGS / f"{name}.log")
-        inputs = definitions[name].io(definitions[name].numerics(precision))[0]
+        files = PlanFiles(graph_path(stages, name), plan_path(stages, name), plan.directory / LOGS / f"{name}.log")
+        inputs = plan.definitions[name].io(plan.definitions[name].numerics(plan.precision))[0]
         build_plan(name, inputs, files, profiles, options, timings, partial(_advance, observer, step))
         ledger.add(name, PlanRecord(digest, files.plan.stat().st_size, time.monotonic() - started))
         phase.finish(step)

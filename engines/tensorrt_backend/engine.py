@@ -5,7 +5,8 @@ shapes, scratch memory. So a CUDA graph that was recorded at one shape stays goo
 TensorRT is told an address when it is new, not on every call: inputs come from static chunk buffers or from PyTorch's
 allocator, which hands out the same blocks call after call, and so do outputs. (Output buffers that belong to the engine
 would be overwritten by the next call while the caller still holds them, and would cost their size 160 times.) TensorRT
-finishes its set-up in the first enqueue after a shape was set, which must not be recorded: `prepare` does it.
+finishes its set-up in the first enqueue after a shape was set, which must not be recorded: a stage runs once at a shape
+before it is recorded there, as `verify` does.
 """
 
 from collections import OrderedDict
@@ -83,14 +84,6 @@ class TensorRTEngine:
             self._enqueue(self._ready(shapes, stream, device.capturing()), addresses, stream)
         return outputs
 
-    def prepare(self, sizes: Mapping[str, int]) -> None:
-        """Get ready for being recorded in a CUDA graph at these values of the free dimensions (`{"rows": 8139}`): one
-        call on zeros, outside of any recording."""
-        device = self._session.device.torch_device
-        values = {"": 1, **sizes}
-        shapes = [[concrete_size(dim, values) for dim in spec.dims] for spec in self.inputs]
-        self(*(torch.zeros(s, dtype=spec.dtype, device=device) for s, spec in zip(shapes, self.inputs, strict=True)))
-
     def plan_report(self) -> str:
         """The engine inspector's JSON: every layer with the data types of its operands (plans keep these details)."""
         import tensorrt as trt
@@ -118,7 +111,7 @@ class TensorRTEngine:
         if capturing and (bound is None or not bound.warm or bound.scratch != scratch.pointer):
             raise Scail2Error(
                 f"stage {self.name} was recorded in a CUDA graph at the shapes {[list(shape) for shape in shapes]} "
-                "before it ran at them once; call prepare first."
+                "before it ran at them once; run it once, then record it."
             )
         if bound is None:
             bound = self._new_context(self._engine, shapes, stream)

@@ -8,9 +8,11 @@ file of the stage being built. TensorRT calls logger and error recorder from thr
 
 import contextlib
 import functools
+import importlib
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -19,26 +21,39 @@ from scail2_rt.kernels.errors import InputError
 if TYPE_CHECKING:
     import tensorrt as trt
 
-MINIMUM_VERSION = (10, 13)
-INSTALL = 'pip install "scail2-rt[tensorrt]"'
 KEPT_MESSAGES = 8
 
 
-def require_library() -> str:
-    """Version of the installed TensorRT. InputError when there is none, it cannot be loaded, or it is too old."""
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A library of TensorRT's family. name: of the backend; module: what is imported; title: for people; minimum: the
+    first version that will do; install: the command that installs it."""
+
+    name: str
+    module: str
+    title: str
+    minimum: tuple[int, int]
+    install: str
+
+
+TENSORRT = Library("tensorrt", "tensorrt", "TensorRT", (10, 13), 'pip install "scail2-rt[tensorrt]"')
+
+
+def require_library(library: Library = TENSORRT) -> str:
+    """Version of the installed library. InputError when there is none, it cannot be loaded, or it is too old."""
     try:
-        import tensorrt as trt
+        module = importlib.import_module(library.module)
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"backend tensorrt was asked for, but the TensorRT library cannot be loaded here ({reason}); install it "
-            f"with {INSTALL}, or use --backend torch."
+            f"backend {library.name} was asked for, but the {library.title} library cannot be loaded here ({reason}); "
+            f"install it with {library.install}, or use --backend torch."
         ) from error
-    version = str(trt.__version__)
-    if _numbers(version) < MINIMUM_VERSION:
+    version = str(module.__version__)
+    if _numbers(version) < library.minimum:
         raise InputError(
-            f"backend tensorrt needs TensorRT {'.'.join(map(str, MINIMUM_VERSION))} or newer, and {version} is "
-            f"installed; update it with {INSTALL} --upgrade, or use --backend torch."
+            f"backend {library.name} needs {library.title} {'.'.join(map(str, library.minimum))} or newer, and "
+            f"{version} is installed; update it with {library.install} --upgrade, or use --backend torch."
         )
     return version
 

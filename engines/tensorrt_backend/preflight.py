@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scail2_rt.engines.folder.manifest import ExecutorRecord
-from scail2_rt.engines.tensorrt_backend.library import require_library
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT, Library, require_library
 from scail2_rt.engines.tensorrt_backend.plans import Environment
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.kernels.errors import InputError
@@ -54,18 +54,18 @@ def find_gpu() -> GpuFacts | None:
     return GpuFacts(torch.cuda.get_device_name(), (major, minor), free)
 
 
-def check_machine(precision: Precision | None = None) -> Environment:
-    """TensorRT and GPU for a build. InputError when either is missing, too old, or cannot do the precision."""
-    version = require_library()
+def check_machine(precision: Precision | None = None, library: Library = TENSORRT) -> Environment:
+    """Library and GPU for a build. InputError when either is missing, too old, or cannot do the precision."""
+    version = require_library(library)
     gpu = find_gpu()
     if gpu is None:
         raise InputError(
-            "backend tensorrt builds its plans on the GPU that runs them, and PyTorch finds no CUDA GPU on this "
-            "machine; use a machine with one, or --backend onnxruntime here."
+            f"backend {library.name} builds its plans on the GPU that runs them, and PyTorch finds no CUDA GPU on "
+            "this machine; use a machine with one, or --backend onnxruntime here."
         )
     if gpu.capability < SMALLEST_CAPABILITY:
         raise InputError(
-            f"backend tensorrt needs a GPU of compute capability 8.0 or newer, and this is {gpu.text}; "
+            f"backend {library.name} needs a GPU of compute capability 8.0 or newer, and this is {gpu.text}; "
             "use --backend torch."
         )
     if precision == "fp8" and gpu.capability < FP8_CAPABILITY:
@@ -76,13 +76,13 @@ def check_machine(precision: Precision | None = None) -> Environment:
     return Environment(version, gpu.text)
 
 
-def check_place(record: ExecutorRecord, remedy: str) -> None:
-    """InputError when a folder's plans were built by another TensorRT or on another GPU than are here. `remedy`: the
+def check_place(record: ExecutorRecord, remedy: str, library: Library = TENSORRT) -> None:
+    """InputError when a folder's plans were built by another version or on another GPU than are here. `remedy`: the
     command that builds them again."""
-    here = check_machine()
+    here = check_machine(library=library)
     for field, have, want in (
-        ("executors.tensorrt.versions.tensorrt", record.versions.get("tensorrt"), here.tensorrt),
-        ("executors.tensorrt.gpu", record.gpu, here.gpu),
+        (f"executors.{library.name}.versions.{library.name}", record.versions.get(library.name), here.tensorrt),
+        (f"executors.{library.name}.gpu", record.gpu, here.gpu),
     ):
         if have != want:
             raise InputError(

@@ -2,9 +2,8 @@
 
 `DecodeStream` and `EncodeStream` mean what a chain of `decode_chunk` or `encode_chunk` means (`export.models.vae`),
 with the weights of the stages `vae.decode_step` and `vae.encode_step`. Buffers are made for the first video size that
-is seen and kept; a step runs on the current stream and never waits for the GPU, so it can be captured in a CUDA graph:
-one for the first frame and one for all later steps, since the position in the rings is a counter on the device. The
-1×1×1 convolution beside the latent and the latent's statistics are one small fp32 matrix.
+is seen and kept; a step runs on the current stream and never waits for the GPU: the position in the rings is a counter
+on the device. The 1×1×1 convolution beside the latent and the latent's statistics are one small fp32 matrix.
 """
 
 from abc import ABC, abstractmethod
@@ -13,21 +12,27 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.torch_backend.vae_plan import Buffers, Layers, Plan, Size
+from scail2_rt.engines.torch_backend.vae_program import Buffers, Layers, Program, Size
 from scail2_rt.export.models.config import VAEConfig
 from scail2_rt.export.models.vae import FRAMES_PER_LATENT, LATENT_MEAN, LATENT_STD, PIXELS_PER_CELL, check_config
-from scail2_rt.kernels.conv.ops import Backend
+from scail2_rt.kernels.conv.ops import Implementation
 from scail2_rt.kernels.errors import InputError
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """Triton where it exists and has a fast type: a GPU in 16 bit. fp32 stays with the library's exact convolutions."""
+def choose_implementation(device: torch.device, dtype: torch.dtype) -> Implementation:
+    """Triton where it has a fast type: a GPU in 16 bit. fp32 stays with the library's exact convolutions.
+
+    InputError where Triton is needed and cannot be imported."""
     if device.type != "cuda" or dtype == torch.float32:
-        return "torch"
+        return "library"
     try:
         import triton  # noqa: F401
-    except ImportError:
-        return "torch"
+    except ImportError as error:
+        raise InputError(
+            f"the VAE's {str(dtype).removeprefix('torch.')} convolutions on a GPU need Triton, which cannot be "
+            f'imported ({error}); install it with pip install "scail2-rt[gpu]", build with --precision fp32, or use '
+            "another --backend."
+        ) from error
     return "triton"
 
 
@@ -40,42 +45,40 @@ class _Stream(ABC):
         config: VAEConfig,
         device: torch.device | str,
         dtype: torch.dtype,
-        backend: Backend | None = None,
+        implementation: Implementation | None = None,
     ) -> None:
         check_config(config)
         self.config, self.device, self.dtype = config, torch.device(device), dtype
-        self.backend = backend or choose_backend(self.device, dtype)
-        self._layers = Layers(weights, self.device, dtype, self.backend)
+        implementation = implementation or choose_implementation(self.device, dtype)
+        self._layers = Layers(weights, self.device, dtype, implementation)
         self._cells: tuple[int, int] | None = None
-        self._plans: dict[bool, Plan] = {}
+        self._programs: dict[bool, Program] = {}
         self._buffers: Buffers | None = None
         self._first = True
         self._mix, self._bias = self._latent_map(weights)
 
-    @property
-    def at_start(self) -> bool:
-        """The next chunk is the first of a video: another plan, and so another CUDA graph, than every later one."""
-        return self._first
-
     def reset(self) -> None:
-        """Forgets the video; the next chunk is a first one. May be captured in a graph together with `step`."""
+        """Forgets the video; the next chunk is a first one."""
         self._first = True
         if self._buffers is not None:
             self._buffers.reset()
 
-    def free(self) -> None:
-        """Gives the buffers back, which are far larger than the weights; the next chunk is a first one."""
-        self._plans, self._buffers, self._cells, self._first = {}, None, None, True
+    def close(self) -> None:
+        """Gives the buffers back, which are far larger than the weights, to whoever needs the device's memory. The
+        weights stay: the next chunk is a first one."""
+        self._programs, self._buffers, self._cells, self._first = {}, None, None, True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def prepare(self, height: int, width: int) -> None:
-        """Makes the buffers for latents of height × width cells, as a first step does; keeps those it has."""
+    def _prepare(self, height: int, width: int) -> None:
+        """Makes the buffers for latents of height × width cells; keeps those it has."""
         if self._cells == (height, width):
             return
         if not self._first:
             raise InputError(f"The video changes its size to {height}×{width} latent cells; reset the stream first")
-        self._plans, self._buffers = {}, None  # frees the old buffers first
+        self._programs, self._buffers = {}, None  # frees the old buffers first
         self._buffers = Buffers(self.dtype, self.device)
-        self._plans = {first: self._build(self._buffers, first, Size(height, width)) for first in (False, True)}
+        self._programs = {first: self._build(self._buffers, first, Size(height, width)) for first in (False, True)}
         self._layers.forget_source()  # all are laid out now
         self._cells = (height, width)
 
@@ -84,15 +87,15 @@ class _Stream(ABC):
         """The 1×1×1 convolution beside the latent together with the latent's statistics: fp32 matrix and bias."""
 
     @abstractmethod
-    def _build(self, buffers: Buffers, first: bool, cells: Size) -> Plan:
+    def _build(self, buffers: Buffers, first: bool, cells: Size) -> Program:
         """The operations of a first or of a later step."""
 
-    def _next(self) -> tuple[Plan, Buffers]:
+    def _next(self) -> tuple[Program, Buffers]:
         if self._buffers is None:
             raise ValueError("the stream has no buffers yet")
-        plan = self._plans[self._first]
+        program = self._programs[self._first]
         self._first = False
-        return plan, self._buffers
+        return program, self._buffers
 
 
 class DecodeStream(_Stream):
@@ -105,34 +108,34 @@ class DecodeStream(_Stream):
     def step(self, latent: Tensor) -> Tensor:
         """Normalised latent [16, 1, h, w] → unclamped pixels, fp32 [3, 1 (first chunk) or 4, 8h, 8w]."""
         height, width = latent.shape[2:]
-        self.prepare(height, width)
-        plan, buffers = self._next()
+        self._prepare(height, width)
+        program, buffers = self._next()
         values = latent.to(self.device, torch.float32).flatten(1).T @ self._mix.T + self._bias
         _, new = buffers.ring("decoder.conv1", 1, Size(height, width), len(self._bias))
         new.write(buffers.clock, values.view(1, height, width, -1))
         side = PIXELS_PER_CELL
-        pixels = torch.empty(3, plan.frames, side * height, side * width, dtype=torch.float32, device=self.device)
-        plan.run(pixels)
+        pixels = torch.empty(3, program.frames, side * height, side * width, dtype=torch.float32, device=self.device)
+        program.run(pixels)
         return pixels
 
-    def _build(self, buffers: Buffers, first: bool, cells: Size) -> Plan:
+    def _build(self, buffers: Buffers, first: bool, cells: Size) -> Program:
         config, name = self.config, "decoder"
-        plan = Plan(self._layers, buffers, first, cells, later=1)
-        plan.input_conv(f"{name}.conv1", buffers.ring(f"{name}.conv1", 1, cells, config.z_dim)[0])
-        _middle(plan, name)
+        program = Program(self._layers, buffers, first, cells, later=1)
+        program.input_conv(f"{name}.conv1", buffers.ring(f"{name}.conv1", 1, cells, config.z_dim)[0])
+        _middle(program, name)
         temporal, index = tuple(reversed(config.temporal_downsample)), 0
         for level in range(len(config.dim_mult)):
             last_level = level == len(config.dim_mult) - 1
             for block in range(config.res_blocks + 1):
                 before_time = block == config.res_blocks and not last_level and temporal[level] and not first
-                into = plan.time_ring(f"{name}.upsamples.{index + 1}")[1] if before_time else None
-                plan.residual_block(f"{name}.upsamples.{index}", into)
+                into = program.time_ring(f"{name}.upsamples.{index + 1}")[1] if before_time else None
+                program.residual_block(f"{name}.upsamples.{index}", into)
                 index += 1
             if not last_level:
-                plan.upsample(f"{name}.upsamples.{index}", temporal[level])
+                program.upsample(f"{name}.upsamples.{index}", temporal[level])
                 index += 1
-        plan.head(f"{name}.head")
-        return plan
+        program.head(f"{name}.head")
+        return program
 
 
 class EncodeStream(_Stream):
@@ -149,37 +152,37 @@ class EncodeStream(_Stream):
         if frames != (1 if self._first else FRAMES_PER_LATENT):
             raise InputError(f"A stream takes 1 frame, then {FRAMES_PER_LATENT} at a time; got {frames}")
         height, width = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
-        self.prepare(height, width)
-        plan, buffers = self._next()
+        self._prepare(height, width)
+        program, buffers = self._next()
         _, new = buffers.ring("encoder.conv1", FRAMES_PER_LATENT, Size(*video.shape[2:]), len(video))
         new.write(buffers.clock, video.to(self.device, torch.float32).permute(1, 2, 3, 0))
         channels = self._mix.shape[1]
         features = torch.empty(channels, 1, height, width, dtype=torch.float32, device=self.device)
-        plan.run(features)
+        program.run(features)
         return torch.addmm(self._bias[:, None], self._mix, features.flatten(1)).view(-1, 1, height, width)
 
-    def _build(self, buffers: Buffers, first: bool, cells: Size) -> Plan:
+    def _build(self, buffers: Buffers, first: bool, cells: Size) -> Program:
         config, name = self.config, "encoder"
         size = cells.scaled(PIXELS_PER_CELL)
-        plan = Plan(self._layers, buffers, first, size, later=FRAMES_PER_LATENT)
-        plan.input_conv(f"{name}.conv1", buffers.ring(f"{name}.conv1", FRAMES_PER_LATENT, size, 3)[0])
+        program = Program(self._layers, buffers, first, size, later=FRAMES_PER_LATENT)
+        program.input_conv(f"{name}.conv1", buffers.ring(f"{name}.conv1", FRAMES_PER_LATENT, size, 3)[0])
         index = 0
         for level in range(len(config.dim_mult)):
             for _ in range(config.res_blocks):
-                plan.residual_block(f"{name}.downsamples.{index}")
+                program.residual_block(f"{name}.downsamples.{index}")
                 index += 1
             if level < len(config.dim_mult) - 1:
-                plan.downsample(f"{name}.downsamples.{index}", config.temporal_downsample[level])
+                program.downsample(f"{name}.downsamples.{index}", config.temporal_downsample[level])
                 index += 1
-        _middle(plan, name)
-        plan.head(f"{name}.head")
-        return plan
+        _middle(program, name)
+        program.head(f"{name}.head")
+        return program
 
 
-def _middle(plan: Plan, name: str) -> None:
-    plan.residual_block(f"{name}.middle.0")
-    plan.attention(f"{name}.middle.1")
-    plan.residual_block(f"{name}.middle.2")
+def _middle(program: Program, name: str) -> None:
+    program.residual_block(f"{name}.middle.0")
+    program.attention(f"{name}.middle.1")
+    program.residual_block(f"{name}.middle.2")
 
 
 def _mixing(weights: Mapping[str, Tensor], name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -274,8 +274,8 @@ def _measured(
 
 
 def has_graphs(engines: EngineSet) -> bool:
-    """ONNX Runtime works on a stream of its own, which PyTorch cannot record."""
-    return engines.device.type == "cuda" and engines.backend != "onnxruntime"
+    """PyTorch cannot record what an executor does on a stream of its own."""
+    return engines.device.type == "cuda" and engines.executor.follows_stream
 
 
 def _graph_verdict(sets: Iterable[EngineSet], stages: Sequence[StageResult]) -> tuple[bool | None, str]:
@@ -288,8 +288,9 @@ def _graph_verdict(sets: Iterable[EngineSet], stages: Sequence[StageResult]) -> 
 
 
 def _operand_verdict(sets: Mapping[str, EngineSet], stages: Sequence[StageResult]) -> tuple[bool | None, str]:
-    if "tensorrt" not in sets:
+    planned = [name for name, engines in sets.items() if engines.executor.reports_plans]
+    if not planned:
         return None, "not applicable: no TensorRT plans were tested"
-    fp8 = [result for result in stages if result.backend == "tensorrt" and result.level == "fp8"]
+    fp8 = [result for result in stages if result.backend in planned and result.level == "fp8"]
     failed = [result.stage for result in fp8 if result.fault is not None]
     return not failed, f"{len(fp8) - len(failed)} of {len(fp8)} fp8 stages multiply fp8 operands"

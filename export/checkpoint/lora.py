@@ -137,16 +137,16 @@ def apply_loras(source: TensorSource, specs: Sequence[LoRASpec], partial: bool =
     reports = []
     for spec in specs:
         lora = open_weights(spec.path)
-        plan = _Plan(lora, source, spec.strength, known)
-        plan.read(index, _peft_scale(spec.path, lora))
-        if plan.problems and not partial:
-            raise InputError(_refusal(spec.path, plan.problems))
-        if not plan.applied:
-            raise InputError(f"{spec.path} has no tensor that fits this transformer: {_listed(plan.problems)}")
-        for name, changes in plan.updates.items():
+        fusion = _Fusion(lora, source, spec.strength, known)
+        fusion.read(index, _peft_scale(spec.path, lora))
+        if fusion.problems and not partial:
+            raise InputError(_refusal(spec.path, fusion.problems))
+        if not fusion.applied:
+            raise InputError(f"{spec.path} has no tensor that fits this transformer: {_listed(fusion.problems)}")
+        for name, changes in fusion.updates.items():
             updates.setdefault(name, []).extend(changes)
-        skipped = tuple(f"{name}: {reason}" for name, reason in plan.problems.items())
-        reports.append(LoRAReport(spec.path, spec.strength, plan.applied, len(plan.updates), skipped))
+        skipped = tuple(f"{name}: {reason}" for name, reason in fusion.problems.items())
+        reports.append(LoRAReport(spec.path, spec.strength, fusion.applied, len(fusion.updates), skipped))
     return FusedSource(source, updates, tuple(reports))
 
 
@@ -227,7 +227,7 @@ class ModuleIndex:
 
 
 @dataclass(slots=True)
-class _Plan:
+class _Fusion:
     """Checks one LoRA file against the transformer and collects its updates, or the reasons against them."""
 
     lora: TensorSource

@@ -133,10 +133,10 @@ def _write_sparse_sat(path: Path, shapes: Mapping[str, Shape], seed: int) -> Non
         module[SAT_PREFIX + sat] = torch.empty(len(parts) * rows, *rest)  # never touched, so no memory
     with torch.serialization.skip_data():
         torch.save({"module": module}, path)
-    layout = open_torch(path)
+    stored = open_torch(path)
     with path.open("r+b") as file:
         for sat, parts in stacks.items():
-            offset = layout.place(SAT_PREFIX + sat).offset
+            offset = stored.place(SAT_PREFIX + sat).offset
             for part in parts:
                 shape = shapes[part]
                 written = shape if math.prod(shape) <= _SMALL else (1, *shape[1:])

@@ -346,7 +346,7 @@ def _not_a_zip(path: Path, magic: bytes) -> str:
     if magic[:1] in (b"\x80", b"c", b"("):
         return (
             f"{path} was refused: it is an old PyTorch file or a plain pickle, which cannot be memory-mapped nor read "
-            "without trusting it. If it is a checkpoint of yours, write it anew with "
+            "without trusting it. If it is a checkpoint of yours, write it again with "
             f'torch.save(torch.load("{path.name}", weights_only=True), "new.pth") and give the new file'
         )
     return f"{path} is neither a PyTorch nor a safetensors file (it starts with {magic!r}); copy or download it again"

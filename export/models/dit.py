@@ -1,12 +1,11 @@
 """The SCAIL-2 transformer in plain PyTorch, with the key names of the Wan-branch checkpoint.
 
 This is the reference that every stage, executor and kernel must agree with: one sequence, no chunks, no constants taken
-out of the loop, everything in the type of its weights. Every tensor may have batch dimensions in front, which training
-uses. Source: SCAIL-2 `wan/modules/model_scail2.py`.
+out of the loop, everything in the type of its weights. Every tensor may have batch dimensions in front.
+Source: SCAIL-2 `wan/modules/model_scail2.py`.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +45,6 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()
 
 
-@lru_cache(maxsize=32)
-def _rope_on(
-    device: torch.device, frames: int, height: int, width: int, head_dim: int, additional_refs: int, replace: bool
-) -> Rope:
-    """`rope_table` on a device: every step of a training needs the same. A normal tensor even when inference asks
-    first, since gradients may be wanted later. Recorded CUDA graphs read it, so the cache must hold the layouts of all
-    of them: one that is dropped is memory that belongs to others."""
-    with torch.inference_mode(False):
-        return rope_table(frames, height, width, head_dim, additional_refs, replace).to(device)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -68,11 +56,10 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """q [L, C], k and v [M, C], bias [M] on the scores → [L, C]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """q [L, C], k and v [M, C] → [L, C]."""
     q, k, v = (t.to(v.dtype).unflatten(-1, (heads, -1)).transpose(-2, -3) for t in (q, k, v))
-    mask = None if bias is None else bias.to(q.dtype).expand(*q.shape[:-1], -1)
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(-2, -3).flatten(-2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
 
 
 class SelfAttention(nn.Module):
@@ -87,7 +74,7 @@ class SelfAttention(nn.Module):
             rotate(norm(linear(x)).unflatten(-1, (self.heads, -1)), rope).flatten(-2)
             for norm, linear in ((self.norm_q, self.q), (self.norm_k, self.k))
         )
-        return self.o(_attention(q, k, self.v(x), self.heads))
+        return self.o(attention(q, k, self.v(x), self.heads))
 
 
 class CrossAttention(nn.Module):
@@ -96,13 +83,11 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.q, self.k, self.v, self.o, self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(6))
         self.norm_q, self.norm_k, self.norm_k_img = (RMSNorm(config.dim, config.eps) for _ in range(3))
-        self.text_bias: Tensor | None
-        self.register_buffer("text_bias", None, persistent=False)  # of a training that folds the padding
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor) -> Tensor:
         q = self.norm_q(self.q(x))
-        from_text = _attention(q, self.norm_k(self.k(text)), self.v(text), self.heads, self.text_bias)
-        from_image = _attention(q, self.norm_k_img(self.k_img(image)), self.v_img(image), self.heads)
+        from_text = attention(q, self.norm_k(self.k(text)), self.v(text), self.heads)
+        from_image = attention(q, self.norm_k_img(self.k_img(image)), self.v_img(image), self.heads)
         return self.o(from_text + from_image)
 
 
@@ -195,12 +180,18 @@ class DiT(nn.Module):
         )
         return torch.cat([part.flatten(-3).transpose(-1, -2) for part in parts], dim=-2)
 
+    def rope(self, inputs: DiTInputs) -> Rope:
+        """The rotary table of the inputs' layout, on their device."""
+        frames, height, width = inputs.latent.shape[-3:]
+        additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
+        table = rope_table(frames, height // 2, width // 2, self.config.head_dim, additional, inputs.replace)
+        return table.to(inputs.latent.device)
+
     def forward(self, inputs: DiTInputs, t: float | Tensor) -> Tensor:
         """→ velocity [16, F, h, w] at scheduler timestep t (0…1000; a tensor of the batch dimensions for a batch)."""
         *batch, _, frames, height, width = inputs.latent.shape
         additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
-        sizes = frames, height // 2, width // 2, self.config.head_dim
-        rope = _rope_on(inputs.latent.device, *sizes, additional, inputs.replace)
+        rope = self.rope(inputs)
         times = sinusoid(torch.as_tensor(t, dtype=torch.float64).reshape(-1), self.config.freq_dim)
         e = self.time_embedding(times.to(inputs.latent.device)).reshape(*batch, -1)
         time = self.time_projection(e).unflatten(-1, (6, -1))

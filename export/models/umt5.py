@@ -15,8 +15,9 @@ from scail2_rt.export.models.config import UMT5Config
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
     """Bucket of each key position relative to each query position → int64 [length, length], row = query.
 
-    Half of the buckets are for keys after the query. Of each half, the nearer half holds one distance a bucket and the
-    rest grow logarithmically up to `max_distance`; everything farther shares the last one (T5 paper, section 2.1)."""
+    Half of the buckets are for keys after the query. Of each half, the nearer half holds one distance per bucket and
+    the rest grow logarithmically up to `max_distance`. Everything farther shares the last one (T5 paper, section
+    2.1)."""
     position = torch.arange(length)
     relative = position[None, :] - position[:, None]
     distance = relative.abs()

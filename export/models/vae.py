@@ -1,4 +1,4 @@
-"""The Wan 2.1 VAE as a stream: one latent frame a call, with the meaning of one pass over the whole video.
+"""The Wan 2.1 VAE as a stream: one latent frame per call, with the meaning of one pass over the whole video.
 
 Every convolution in time is causal and keeps its last input frames in a cache, so a chunk of four frames sees what it
 would see inside the whole video. Caches are explicit: a flat list, in layer order, of the same shapes after the first
@@ -6,7 +6,7 @@ frame and after every later chunk (a layer that has seen one frame caches [zeros
 The same layers serve the fp32 reference and the engine stages, which pass other `Numerics`: convolutions in the compute
 type, norms and SiLU in fp32, sums between blocks always in fp32. So an fp16 convolution sees either a normed value (at
 most √C·gamma) or a sum saturated to the largest finite fp16: only a single convolution's own output could overflow.
-Source of the layout: Wan2.1 `wan/modules/vae.py` and the whole-sequence sentences of the model's specification.
+Source of the layers: Wan2.1 `wan/modules/vae.py` and the whole-sequence sentences of the model's specification.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.models.config import VAEConfig
-from scail2_rt.export.models.layers import parameter
 from scail2_rt.export.models.precision import FP32, Numerics
+from scail2_rt.export.models.weights import parameter
 from scail2_rt.kernels.errors import InputError
 
 # Statistics of the 16 latent channels: normalised latent = (mean output - LATENT_MEAN) / LATENT_STD.
@@ -212,14 +212,15 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
         x = video_of(self.resample(frames_of(saturate(x, self.compute))), len(x))
+        return self.in_time(x, caches).float()
+
+    def in_time(self, x: Tensor, caches: Caches) -> Tensor:
+        """x [B, C, T, h, w] → [B, C, T', h, w]."""
         if self.temporal and caches.first:
-            whole = x.shape[2] > 1
-            caches.start(x[:, :, -1:] if whole else x)
-            if whole and self.time_conv is not None:
-                x = torch.cat([x[:, :, :1], conv3d(x, *self.time_conv.weights(), stride=(2, 1, 1))], dim=2)
+            caches.start(x)
         elif self.time_conv is not None:
             x = conv3d(caches.extend(x, 1), *self.time_conv.weights(), stride=(2, 1, 1))
-        return x.float()
+        return x
 
 
 class Upsample(nn.Module):
@@ -236,18 +237,21 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), numerics) if temporal else None
 
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
-        x = saturate(x, self.compute)
-        batch, channels, frames, height, width = x.shape
-        if self.temporal and caches.first and frames == 1:
+        x = self.in_time(saturate(x, self.compute), caches)
+        return video_of(self.resample["1"](_twice(frames_of(x))), len(x)).float()
+
+    def in_time(self, x: Tensor, caches: Caches) -> Tensor:
+        """x [B, C, T, h, w] → [B, C, T', h, w]."""
+        batch, channels, _, height, width = x.shape
+        if self.temporal and caches.first:
             caches.start(x.new_zeros(batch, channels, 2, height, width))
-        elif self.time_conv is not None and caches.first:
-            x = torch.cat([x[:, :, :1], self._doubled(x[:, :, 1:], caches, self.time_conv)], dim=2)
         elif self.time_conv is not None:
-            x = self._doubled(x, caches, self.time_conv)
-        return video_of(self.resample["1"](_twice(frames_of(x))), batch).float()
+            x = self.doubled(x, caches, self.time_conv)
+        return x
 
     @staticmethod
-    def _doubled(x: Tensor, caches: Caches, time_conv: CausalConv3d) -> Tensor:
+    def doubled(x: Tensor, caches: Caches, time_conv: CausalConv3d) -> Tensor:
+        """x [B, C, T, h, w] → [B, C, 2·T, h, w]: the two halves of what the convolution gives for each frame."""
         batch, channels, frames, height, width = x.shape
         halves = time_conv(x, caches).reshape(batch, 2, channels, frames, height, width)
         return halves.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * frames, height, width)
@@ -374,13 +378,13 @@ def decode_chunk(
 
 
 def check_config(config: VAEConfig) -> None:
-    """InputError when the VAE is not of the Wan 2.1 kind: 16 latent channels, 8×8×4 pixels a latent cell."""
+    """InputError when the VAE is not of the Wan 2.1 kind: 16 latent channels, 8×8×4 pixels per latent cell."""
     side, frames = 2 ** (len(config.dim_mult) - 1), 2 ** sum(config.temporal_downsample)
     levels_agree = len(config.temporal_downsample) == len(config.dim_mult) - 1
     if (config.z_dim, side, frames) != (len(LATENT_MEAN), PIXELS_PER_CELL, FRAMES_PER_LATENT) or not levels_agree:
         raise InputError(
-            f"The VAE has {config.z_dim} latent channels and {side}×{side}×{frames} pixels a latent cell; the Wan 2.1 "
-            "VAE of SCAIL-2 has 16 and 8×8×4. Give the checkpoint's own Wan2.1_VAE file."
+            f"The VAE has {config.z_dim} latent channels and {side}×{side}×{frames} pixels per latent cell; the Wan "
+            "2.1 VAE of SCAIL-2 has 16 and 8×8×4. Give the checkpoint's own Wan2.1_VAE file."
         )
 
 
@@ -411,14 +415,6 @@ class VAE(nn.Module):
     def decode_step(self, latent: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """latent [1, 16, 1, h, w] → video [1, 3, 4, H, W], caches."""
         return decode_chunk(self.decoder, self.conv2, latent, caches)
-
-    def encode_whole(self, video: Tensor) -> Tensor:
-        """`encode` of 4·(F-1)+1 frames in one pass, whose memory grows with the video: for training."""
-        return encode_chunk(self.encoder, self.conv1, video, None)[0]
-
-    def decode_whole(self, latent: Tensor) -> Tensor:
-        """`decode` in one pass, whose memory grows with the video: for training."""
-        return decode_chunk(self.decoder, self.conv2, latent, None)[0]
 
     def encode(self, video: Tensor) -> Tensor:
         """video [1, 3, T, H, W] in -1..1, H and W multiples of 8 → normalised latent [1, 16, F, h, w].

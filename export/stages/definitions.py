@@ -1,7 +1,7 @@
 """Every engine stage of a checkpoint, by name, in the order in which a build makes them."""
 
 from scail2_rt.export.models.config import ModelConfig
-from scail2_rt.export.stages import dit, encoders, vae
+from scail2_rt.export.stages import clip, dit, umt5, vae
 from scail2_rt.export.stages.spec import StageDefinition
 
 
@@ -9,9 +9,9 @@ def stage_definitions(config: ModelConfig) -> dict[str, StageDefinition]:
     """Name → definition for the components that the checkpoint has."""
     stages: list[StageDefinition] = []
     if config.umt5 is not None:
-        stages += encoders.umt5_definitions(config.umt5)
+        stages += umt5.definitions(config.umt5)
     if config.clip is not None:
-        stages += encoders.clip_definitions(config.clip)
+        stages += clip.definitions(config.clip)
     if config.vae is not None:
         stages += vae.definitions(config.vae)
     if config.dit is not None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.models.config import DiTConfig
-from scail2_rt.export.models.layers import Linear, Norm
 from scail2_rt.export.models.precision import FP8_ACCUMULATION, Numerics
-from scail2_rt.export.stages.spec import ROWS, Dim, StageDefinition, TensorSpec
+from scail2_rt.export.stages.layers import Linear, Norm
+from scail2_rt.export.stages.spec import ROWS, Dim, Specs, StageDefinition, TensorSpec
 from scail2_rt.kernels.rows.ops import (
     gate_residual,
     gelu,
@@ -174,9 +174,7 @@ def _linear(parameter_name: str, *sources: str) -> dict[str, tuple[str, ...]]:
 Tensors = dict[str, tuple[bool, tuple[Dim, ...]]]
 
 
-def _specs(
-    numerics: Numerics, inputs: Tensors, outputs: Tensors
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def _specs(numerics: Numerics, inputs: Tensors, outputs: Tensors) -> Specs:
     def make(tensors: Tensors) -> tuple[TensorSpec, ...]:
         return tuple(
             TensorSpec(name, numerics.compute if compute else torch.float32, dims)

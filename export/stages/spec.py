@@ -31,6 +31,9 @@ class TensorSpec:
         return self.dims.index(ROWS) if ROWS in self.dims else None
 
 
+Specs = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # of inputs, of outputs
+
+
 @dataclass(frozen=True, slots=True)
 class StageDefinition:
     """One engine stage.
@@ -45,7 +48,7 @@ class StageDefinition:
 
     name: str
     build: Callable[[Numerics], nn.Module]
-    io: Callable[[Numerics], tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]
+    io: Callable[[Numerics], Specs]
     weights: Mapping[str, tuple[str, ...]] = field(hash=False)
     family: str = ""
 

@@ -31,7 +31,7 @@ from scail2_rt.export.models.vae import (
     drop_time_convs,
     encode_chunk,
 )
-from scail2_rt.export.stages.spec import Dim, StageDefinition, TensorSpec
+from scail2_rt.export.stages.spec import Dim, Specs, StageDefinition, TensorSpec
 
 
 class EncoderHalf(nn.Module):
@@ -121,7 +121,7 @@ def _in_channels(conv: Any) -> int:
 
 
 def _layer_caches(layers: nn.ModuleList, scale: int) -> Iterator[tuple[int, int, int]]:
-    """(channels, frames, cells a latent cell) of the caches of these layers, which start at `scale`."""
+    """(channels, frames, cells per latent cell) of the caches of these layers, which start at `scale`."""
     for layer in layers:
         if isinstance(layer, ResidualBlock):
             for conv in ("2", "6"):
@@ -136,9 +136,7 @@ def _layer_caches(layers: nn.ModuleList, scale: int) -> Iterator[tuple[int, int,
             scale *= 2
 
 
-def _io(
-    numerics: Numerics, config: VAEConfig, half: str, first: bool
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def _io(numerics: Numerics, config: VAEConfig, half: str, first: bool) -> Specs:
     """`half` is "encode" or "decode". Caches are in the compute type, and so are the pixels that go in."""
     frames = 1 if first else FRAMES_PER_LATENT
     pixels = numerics.compute if half == "encode" else torch.float32

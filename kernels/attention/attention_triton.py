@@ -175,20 +175,19 @@ def has_tma(device: torch.device) -> bool:
     return _major(device) >= 9
 
 
-def default_config(device: torch.device, kind: str) -> Config:
-    """Fixed choices by capability: what fits shared memory (99 KiB on sm86, 89 and 120) and the registers.
+def default_config_8bit(device: torch.device, fp8_pv: bool) -> Config:
+    """As `default_config`, for 8-bit QK."""
+    return Config() if _major(device) == 9 else Config(rows=64, keys=64, warps=4, stages=2 if fp8_pv else 3)
 
-    kind: "8bit", "8bit-bf16pv", "bf16" or "cross"."""
+
+def default_config(device: torch.device, cross: bool = False) -> Config:
+    """Fixed choices by capability: what fits shared memory (99 KiB on sm86, 89 and 120) and the registers."""
     major = _major(device)
-    if kind.startswith("8bit"):
-        return Config() if major == 9 else Config(rows=64, keys=64, warps=4, stages=2 if kind == "8bit" else 3)
     if major == 9:
         return Config(rows=64, keys=64, warps=4, stages=3)
     if major == 10:
         return Config(rows=128, keys=128, warps=8, stages=2)
-    if kind == "bf16":
-        return Config(rows=128, keys=64, warps=8, stages=2)
-    return Config(rows=32, keys=64, warps=4, stages=2)
+    return Config(rows=32, keys=64, warps=4, stages=2) if cross else Config(rows=128, keys=64, warps=8, stages=2)
 
 
 def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = None, tma: bool | None = None) -> Tensor:
@@ -196,7 +195,7 @@ def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = Non
     heads, padded, dim = prepared.q.shape
     fp8 = prepared.v_scale is not None
     device = prepared.q.device
-    config = config or default_config(device, prepared.variant)
+    config = config or default_config_8bit(device, fp8)
     tma = has_tma(device) if tma is None else tma
     m, n = config.rows, config.keys
     q, k = prepared.q.view(-1, dim), prepared.k.view(-1, dim)
@@ -225,7 +224,7 @@ def attention_16bit(
     """q, k, v [H, L, D] views of [L, C] matrices (q and k with one row stride); `out` [L, C] contiguous."""
     heads, length, dim = q.shape
     tma = has_tma(q.device) if tma is None else tma
-    config = config or default_config(q.device, "bf16")
+    config = config or default_config(q.device)
     m, n = config.rows, config.keys
     q, k, v = flat_heads(q), flat_heads(k), flat_heads(v)
     if q.stride(0) != k.stride(0):
@@ -245,7 +244,7 @@ def cross_attention(
     """q [L, C], text_kv and image_kv [n, 2·C], all 16-bit with contiguous rows; `out` [L, C] contiguous."""
     length, channels = q.shape
     tma = has_tma(q.device) if tma is None else tma
-    config = config or default_config(q.device, "cross")
+    config = config or default_config(q.device, cross=True)
     m, n = config.rows, config.keys
     n_image = min(n, 64)  # 257 image keys: a last tile of 64 wastes less
     _cross_attention[(triton.cdiv(length, m), channels // head_dim)](

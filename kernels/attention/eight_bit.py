@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scail2_rt.kernels.attention.variants import EIGHT_BIT, EIGHT_BIT_16BIT_PV, AttentionVariant
 from scail2_rt.kernels.rope import Rope, rotate
 from scail2_rt.kernels.rows.ops import E4M3, E4M3_MAX, rms_norm
 
@@ -43,13 +44,7 @@ class Prepared8:
     v_scale: Tensor | None
     v_shift: Tensor | None
     tokens: int
-    triton: bool = False  # keep away from the kernel written for sm90
-
-    @property
-    def variant(self) -> str:
-        if self.v_scale is None:
-            return "8bit-bf16pv"
-        return "8bit-triton" if self.triton else "8bit"
+    variant: AttentionVariant = EIGHT_BIT
 
 
 def padded_length(tokens: int) -> int:
@@ -70,7 +65,8 @@ def empty_prepared8(heads: int, tokens: int, head_dim: int, v: Tensor | None, de
 
     q, k = (torch.empty(heads, lp, head_dim, dtype=torch.int8, device=device) for _ in range(2))
     if v is not None:
-        return Prepared8(q, floats(heads, lp), k, floats(heads, lp // TILE), v, None, None, tokens)
+        k_scale = floats(heads, lp // TILE)
+        return Prepared8(q, floats(heads, lp), k, k_scale, v, None, None, tokens, EIGHT_BIT_16BIT_PV)
     v8 = torch.empty(heads, head_dim, lp, dtype=E4M3, device=device)
     shift, scale = floats(heads, head_dim), floats(heads, head_dim)
     return Prepared8(q, floats(heads, lp), k, floats(heads, lp // TILE), v8, scale, shift, tokens)
@@ -135,7 +131,8 @@ def prepare_8bit(
     factor = math.log2(math.e) / head_dim
     q_scale, k_scale = q_scale[..., 0] * factor, k_scale[..., 0, 0] / math.sqrt(head_dim)
     if not fp8_pv:
-        return Prepared8(q8, q_scale, k8, k_scale, sixteen_bit_v(qkv, head_dim), None, None, tokens)
+        v = sixteen_bit_v(qkv, head_dim)
+        return Prepared8(q8, q_scale, k8, k_scale, v, None, None, tokens, EIGHT_BIT_16BIT_PV)
     return Prepared8(q8, q_scale, k8, k_scale, *_quantised_v(v.transpose(0, 1).float()), tokens)
 
 

@@ -1,6 +1,6 @@
 """The kernels that mix tokens: preparation of q, k, v, self-attention, and the two-softmax cross-attention.
 
-One function each; what it runs follows from the tensors' device and from the attention variant (`attention_choice`),
+One function each; what it runs follows from the tensors' device and from the attention variant (`attention.variants`),
 which `prepare_qkv` is given and its result carries. On a CPU these are the PyTorch twins, and what ONNX graphs are
 checked against; on a GPU the Triton kernels or a library's attention. Only this module knows what a variant needs:
 `PreparedQKV` feeds the 16-bit ones, `Prepared8` (kernels.eight_bit) the 8-bit ones.
@@ -14,12 +14,23 @@ from torch.nn import functional as F
 
 from scail2_rt.kernels.attention import eight_bit
 from scail2_rt.kernels.attention.eight_bit import Prepared8
-from scail2_rt.kernels.attention.variants import EIGHT_BIT, VARIANTS, choose_attention, hopper_obstacle
+from scail2_rt.kernels.attention.variants import (
+    CUDNN,
+    FLASH,
+    SAGE,
+    SDPA,
+    SIXTEEN_BIT,
+    VARIANTS,
+    AttentionVariant,
+    choose_attention,
+    hopper_obstacle,
+)
 from scail2_rt.kernels.rope import Rope, rotate
 from scail2_rt.kernels.rows.ops import rms_norm
 
 __all__ = [
-    "VARIANTS", "Prepared8", "PreparedQKV", "choose_attention", "cross_attention", "prepare_qkv", "self_attention"
+    "VARIANTS", "AttentionVariant", "Prepared8", "PreparedQKV", "choose_attention", "cross_attention", "prepare_qkv",
+    "self_attention",
 ]  # fmt: skip
 
 EPS = 1e-6
@@ -34,19 +45,21 @@ class PreparedQKV:
     q: Tensor
     k: Tensor
     v: Tensor
-    variant: str = "sdpa"
+    variant: AttentionVariant = SDPA
 
 
 Prepared = PreparedQKV | Prepared8
 
 
-def prepare_qkv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, variant: str = "sdpa") -> Prepared:
+def prepare_qkv(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, variant: AttentionVariant = SDPA
+) -> Prepared:
     """RMS norm over all heads, then RoPE; for the 8-bit variants also rotation and quantisation.
 
     qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. In 16 bit v stays a view of qkv."""
-    if variant in EIGHT_BIT:
-        made = _prepare_8bit(qkv, q_weight, k_weight, rope, variant != "8bit-bf16pv")
-        return replace(made, triton=variant == "8bit-triton")
+    if variant.eight_bit:
+        made = _prepare_8bit(qkv, q_weight, k_weight, rope, fp8_pv=variant.v is not None)
+        return replace(made, variant=variant)
     heads = q_weight.shape[0] // rope.head_dim
     v = qkv.chunk(3, dim=-1)[2].unflatten(-1, (heads, -1)).transpose(0, 1)
     if qkv.is_cuda:
@@ -77,20 +90,20 @@ def _prepare_8bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, f
 def self_attention(prepared: Prepared) -> Tensor:
     """Softmax attention over all tokens, scale 1/√D, no mask, by the variant it was prepared for.
 
-    → [L, C] in the attention's 16-bit type (bf16 for "8bit")."""
+    → [L, C] in the attention's 16-bit type (bf16 where v was quantised)."""
     if isinstance(prepared, Prepared8):
         return _eight_bit_attention(prepared)
     q, k, v = prepared.q, prepared.k, prepared.v
-    if prepared.variant == "bf16":
+    if prepared.variant == SIXTEEN_BIT:
         from scail2_rt.kernels.attention import attention_triton, hopper_attention_16bit
 
         out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2])
         if hopper_obstacle(q.device, q.shape[2], q.dtype) is None:
             return hopper_attention_16bit.hopper_attention_16bit(q, k, v, out)
         return attention_triton.attention_16bit(q, k, v, out)
-    if prepared.variant in ("flash", "sage"):
+    if prepared.variant in (FLASH, SAGE):
         return _library_attention(prepared)
-    if prepared.variant == "cudnn":
+    if prepared.variant == CUDNN:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -106,7 +119,7 @@ def _eight_bit_attention(prepared: Prepared8) -> Tensor:
     heads, _, dim = prepared.q.shape
     dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
     out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
-    if prepared.variant == "8bit" and hopper_obstacle(prepared.q.device, dim, prepared.q.dtype) is None:
+    if prepared.variant.sm90 and hopper_obstacle(prepared.q.device, dim, prepared.q.dtype) is None:
         from scail2_rt.kernels.attention.hopper_attention import hopper_attention
 
         return hopper_attention(prepared, out)
@@ -118,7 +131,7 @@ def _eight_bit_attention(prepared: Prepared8) -> Tensor:
 def _library_attention(prepared: PreparedQKV) -> Tensor:
     """flash-attn or SageAttention, both on [1, L, H, D] → [L, C]."""
     q, k, v = (t.transpose(0, 1)[None] for t in (prepared.q, prepared.k, prepared.v))
-    if prepared.variant == "flash":
+    if prepared.variant == FLASH:
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v)[0].flatten(1)

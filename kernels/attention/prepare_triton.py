@@ -257,9 +257,10 @@ def _v_shift(mean, residual, shift, blocks, length, channels, P: tl.constexpr, D
 
 
 def prepare_16bit(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, q: Tensor, k: Tensor, rows: int = 4
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, q: Tensor, k: Tensor
 ) -> None:
     """Write normed, rotated q and k, each contiguous [L, C] in qkv's type. qkv [L, 3·C], last stride 1."""
+    rows = 4  # of one program
     length, channels = q.shape
     block = min(1024, triton.next_power_of_2(channels))
     _norm_rope[(triton.cdiv(length, rows), 2)](

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of `conv.py`: the implicit GEMM and the RMS norm over channels.
+"""Triton kernels of `ops.py`: the implicit GEMM and the RMS norm over channels.
 
 A program computes `ROWS` output pixels of one frame. With TMA a tile is a stretch of the flattened, bordered source
 (border pixels are computed and not stored: two of a row), so that every tap is a two-dimensional box of a view whose

@@ -54,7 +54,7 @@ struct Problem {
     const float* bias;
     const float* gamma;
     Frames src, residual, raw, normed;  // scale: of src and residual what values read are multiplied by
-    int frames, height, width, pitch, frame_rows, c_in, c_out, group_pitch, tiles;  // tiles: of ROWS pixels a frame
+    int frames, height, width, pitch, frame_rows, c_in, c_out, group_pitch, tiles;  // tiles: of ROWS pixels per frame
     float norm_channels, norm_floor;
     int silu;
 };
@@ -315,7 +315,7 @@ __device__ __forceinline__ void consume(const Ring& ring, const Problem& p, int 
     }
 }
 
-// Grid: at most one block a multiprocessor. Dynamic shared memory: 1024 to align, STAGES stages, their barriers.
+// Grid: at most one block per multiprocessor. Dynamic shared memory: 1024 to align, STAGES stages, their barriers.
 // pixels: fp16 [slots * (H+2) * (W+2), c_in] in boxes of BOX x 32; weights: fp16 [c_out, 9 * group_pitch] in boxes of
 // COLUMNS x 32, channel i of tap (dt, dy, dx) at (dt * 3 + dy) * group_pitch + dx * c_in + i.
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)

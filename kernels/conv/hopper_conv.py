@@ -1,6 +1,6 @@
 """3×3×3 convolutions of the causal video VAE in CUDA C++ for Hopper (sm_90): when and how `hopper_conv.cu` runs.
 
-It does what `launch_conv` does, with the same arguments, for fp16 frames and the layers that hold most of the work."""
+It does what `launch.launch_conv` does, for fp16 frames and the layers that hold most of the work."""
 
 import ctypes
 import functools
@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scail2_rt.kernels.conv.ops import NORM_FLOOR, ConvWeights, Frames, Norm
+from scail2_rt.kernels.conv.ops import NORM_FLOOR, ConvCall, Frames
 from scail2_rt.kernels.cuda.nvrtc import HOPPER, Kernel, launch, tensor_map, unavailable
 
-CHUNK = 32  # channels a stage
+CHUNK = 32  # channels per stage
 FUSED_CHANNELS = 192  # at most, for a norm in the same launch: one block holds all channels of a pixel
 SHARED_LIMIT = 227 * 1024
 SMALL_TILE_COST = 1.07  # of a pixel in tiles of 128 rows, which read the weights more often, over one in 192
@@ -91,12 +91,13 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def takes(src: Frames, weights: ConvWeights, planar: Tensor | None) -> bool:
-    """Whether `launch` runs this convolution here: a 3×3×3 of stride 1, in fp16, on an sm_90 GPU."""
+def takes(call: ConvCall, planar: Tensor | None) -> bool:
+    """Whether `launch_conv` runs this convolution here: a 3×3×3 of stride 1, in fp16, on an sm_90 GPU."""
+    src, weights = call.src, call.weights
     return (
         src.data.is_cuda
         and src.data.dtype == weights.matrix.dtype == torch.float16
-        and weights.backend == "triton"
+        and weights.implementation == "triton"
         and (weights.taps, weights.stride, weights.time_stride, weights.phases) == ((3, 3, 3), 1, 1, "none")
         and weights.c_in % CHUNK == 0
         and weights.c_out in (96, 192, 384)
@@ -105,20 +106,11 @@ def takes(src: Frames, weights: ConvWeights, planar: Tensor | None) -> bool:
     )
 
 
-def launch_conv(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    frames: int,
-    tile: ConvTile | None,
-    raw: Frames | None,
-    residual: Frames | None,
-    normed: Frames | None,
-    norm: Norm | None,
-    planar: Tensor | None,
-) -> None:
-    """`conv` of `conv.py` for what it `takes`, with the norm fused (at most 192 channels), or without one."""
-    _check(src, weights, clock, raw, residual, normed, norm, planar)
+def launch_conv(call: ConvCall, clock: Tensor, fused: bool, tile: ConvTile | None = None) -> None:
+    """`conv` of `ops.py` for what it `takes`, its norm `fused` (at most 192 channels) or left out."""
+    _check(call, clock, fused)
+    src, weights, frames, residual = call.src, call.weights, call.frames, call.residual
+    raw, normed, norm = call.destinations(fused)
     _, bordered_height, pitch, channels = src.data.shape
     height, width = bordered_height - 2, pitch - 2
     tile = tile or _choose(src.data.device.index or 0, height * pitch, frames, weights.c_out)
@@ -178,28 +170,18 @@ def _available(device: int) -> bool:
     return all(unavailable(tile.kernel(), device) is None for tile in (NARROW, WIDE, WIDE_SMALL))
 
 
-def _check(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    raw: Frames | None,
-    residual: Frames | None,
-    normed: Frames | None,
-    norm: Norm | None,
-    planar: Tensor | None,
-) -> None:
+def _check(call: ConvCall, clock: Tensor, fused: bool) -> None:
     """ValueError for what the kernel does not do or would read or write out of bounds."""
-    if planar is not None or weights.taps != (3, 3, 3) or weights.phases != "none" or weights.stride != 1:
+    src, weights = call.src, call.weights
+    if weights.taps != (3, 3, 3) or weights.phases != "none" or weights.stride != 1:
         raise ValueError("the kernel is for 3×3×3 convolutions of stride 1 between frames")
     if src.data.shape[3] != weights.c_in or weights.c_in % CHUNK or weights.c_out not in (96, 192, 384):
         raise ValueError(f"no kernel for {src.data.shape[3]} channels to {weights.c_out}")
-    if norm is not None and weights.c_out > FUSED_CHANNELS:
+    if fused and weights.c_out > FUSED_CHANNELS:
         raise ValueError("384 channels are two blocks: their norm is a pass of its own")
-    if clock.dtype != torch.int32 or (normed is not None and normed.scale != 1):
-        raise ValueError("the clock must be int32, and normed frames are stored unscaled")
-    if (norm is None) != (normed is None):
-        raise ValueError("a norm and its destination belong together")
-    for frames in (src, raw, residual, normed):
+    if clock.dtype != torch.int32:
+        raise ValueError("the clock must be int32")
+    for frames in (src, call.raw, call.residual, call.normed):
         if frames is None:
             continue
         if frames.data.shape[1:3] != src.data.shape[1:3] or frames.data.dtype != torch.float16:

@@ -10,23 +10,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scail2_rt.kernels.conv.config import ConvConfig
 from scail2_rt.kernels.conv.conv_triton import conv_kernel, norm_kernel
-from scail2_rt.kernels.conv.ops import GROUP_STEP, NORM_FLOOR, ConvWeights, Frames, Norm
+from scail2_rt.kernels.conv.ops import GROUP_STEP, NORM_FLOOR, ConvCall, ConvWeights, Frames, Norm
 
 
-def launch_conv(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    frames: int,
-    config: ConvConfig,
-    raw: Frames | None,
-    residual: Frames | None,
-    normed: Frames | None,
-    norm: Norm | None,
-    planar: Tensor | None,
-) -> None:
-    """`conv` of `conv.py` with the norm fused, or without one. TMA takes stride 1 only."""
-    _check(src, weights, clock, config, raw, residual, normed, planar)
+def launch_conv(call: ConvCall, clock: Tensor, config: ConvConfig, fused: bool, planar: Tensor | None) -> None:
+    """`conv` of `ops.py`, its norm `fused` or left out. TMA takes stride 1 only."""
+    _check(call, clock, config, planar)
+    src, weights, frames, residual = call.src, call.weights, call.frames, call.residual
+    raw, normed, norm = call.destinations(fused)
     kt, ky, kx = weights.taps
     src_height, src_width = (size - 2 for size in src.data.shape[1:3])
     height, width = src_height // weights.stride, src_width // weights.stride
@@ -102,7 +93,7 @@ def launch_conv(
 
 
 def launch_norm(src: Frames, dst: Frames, norm: Norm, clock: Tensor, frames: int) -> None:
-    """`rms_norm_frames` of `conv.py`; src and dst have the same size."""
+    """`rms_norm_frames` of `ops.py`; src and dst have the same size."""
     if src.data.shape[1:] != dst.data.shape[1:]:
         raise ValueError(f"a norm cannot go from frames of {tuple(src.data.shape[1:])} to {tuple(dst.data.shape[1:])}")
     bordered_height, pitch, channels = src.data.shape[1:]
@@ -150,30 +141,20 @@ def _box(matrix: Tensor, columns: int, depth: int) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [columns, depth])
 
 
-def _check(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    config: ConvConfig,
-    raw: Frames | None,
-    residual: Frames | None,
-    normed: Frames | None,
-    planar: Tensor | None,
-) -> None:
+def _check(call: ConvCall, clock: Tensor, config: ConvConfig, planar: Tensor | None) -> None:
     """ValueError for what the kernel would read or write out of bounds."""
+    src, weights = call.src, call.weights
     if src.data.shape[3] != weights.c_in or not src.data.is_contiguous():
         raise ValueError(f"the convolution takes {weights.c_in} channels, the frames have {src.data.shape[3]}")
     if config.tma and weights.stride != 1:
         raise ValueError("TMA tiles need stride 1")
-    if normed is not None and normed.scale != 1:
-        raise ValueError("normed frames are stored unscaled")
     if clock.dtype != torch.int32:
         raise ValueError("the clock must be int32")
     factor = 2 if weights.phases == "space" else 1
     size = tuple((side - 2) // weights.stride * factor for side in src.data.shape[1:3])
     if max(src.data[0].numel(), size[0] * size[1] * weights.c_out) >= 2**30:
         raise ValueError("a frame is too large for 32-bit offsets")
-    for frames in (raw, residual, normed):
+    for frames in (call.raw, call.residual, call.normed):
         if frames is not None and frames.data.shape[1:] != (size[0] + 2, size[1] + 2, weights.c_out):
             raise ValueError(f"the convolution gives {size} × {weights.c_out}, not {tuple(frames.data.shape[1:])}")
     if planar is not None and (planar.shape[2:] != size or not planar.is_contiguous()):

@@ -4,7 +4,7 @@ With the border inside the buffer a convolution needs no padding, and a tap is n
 pixels: row m of the implicit GEMM reads the pixels m + shift, and the taps of one kernel row (dx) lie side by side in
 memory, so they form one stretch of kx·C values. Frames live in rings: what produced them wrote them at slot
 (clock + offset + t) mod ring, where `clock` is a counter on the device, so that a step reads the last two frames of
-the step before without a copy, and one captured CUDA graph serves every step. The epilogue adds bias and residual and,
+the step before without a copy and launches kernels with the same arguments. The epilogue adds bias and residual and,
 where one program holds all channels of its pixels, also writes the RMS-normed and SiLU'd result into the next ring.
 Values that are not normed are stored times `Frames.scale`, a power of two: fp16 has a sixth of its exponents to spare
 below, and RMS norm does not see the factor. Nearest ×2 before a 3×3 convolution is four 2×2 convolutions (phases) with
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from scail2_rt.kernels.conv.config import ConvConfig, choose_conv
 
-Backend = Literal["triton", "torch"]
+Implementation = Literal["triton", "library"]  # library: what PyTorch calls; also on a CPU
 Phases = Literal["none", "space", "time"]
 NORM_FLOOR = 1e-12  # smallest norm that RMS norm divides by
 CHANNEL_STEP = 8  # channels are padded to it: 16-byte pixels, which TMA needs
@@ -78,7 +78,7 @@ def store_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class ConvWeights:
     """A convolution's weights, laid out once. `matrix`: [phases·c_out, kt·ky·group] in the compute type for Triton,
-    [phases·c_out, c_in, kt, ky, kx] fp32 (values rounded to the compute type) for PyTorch. `bias` fp32 [phases·c_out].
+    [phases·c_out, c_in, kt, ky, kx] fp32 (values rounded to it) for the library. `bias` fp32 [phases·c_out].
 
     c_in and c_out are padded channel counts. `phases`: "space" writes output pixel (2y+a, 2x+b), "time" frame 2t+a."""
 
@@ -90,7 +90,7 @@ class ConvWeights:
     stride: int
     time_stride: int
     phases: Phases
-    backend: Backend
+    implementation: Implementation
 
     @property
     def phase_count(self) -> int:
@@ -104,41 +104,51 @@ class ConvWeights:
         return (1, 1) if inside else (0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class ConvForm:
+    """What a convolution does besides its weights. `phases` "space": a 3×3 convolution behind nearest ×2; "time": 2·C
+    outputs that are two frames of C channels. `pad_out`: outputs are padded to a multiple of it."""
+
+    stride: int = 1
+    time_stride: int = 1
+    phases: Phases = "none"
+    pad_out: int = CHANNEL_STEP
+
+
+PLAIN = ConvForm()
+
+
 def prepare_conv(
     weight: Tensor,
     bias: Tensor,
     dtype: torch.dtype,
     device: torch.device,
-    backend: Backend,
-    stride: int = 1,
-    time_stride: int = 1,
-    phases: Phases = "none",
-    pad_out: int = CHANNEL_STEP,
+    implementation: Implementation,
+    form: ConvForm = PLAIN,
 ) -> ConvWeights:
-    """Checkpoint layout → `ConvWeights`. weight [O, I, kt, ky, kx] or [O, I, ky, kx]; kernels 3×3×3, 3×1×1, 1×1×1.
-
-    `phases` "space": a 3×3 convolution behind nearest ×2. "time": 2·C outputs that are two frames of C channels."""
+    """Weights as in the checkpoint → `ConvWeights`. weight [O, I, kt, ky, kx] or [O, I, ky, kx], bias [O]; kernels
+    3×3×3, 3×1×1, 1×1×1."""
     weight, bias = weight.detach().to(device, torch.float32), bias.detach().to(device, torch.float32)
     if weight.ndim == 4:
         weight = weight[:, :, None]
-    if phases == "space":
+    if form.phases == "space":
         weight, bias = _fold_nearest(weight), bias.repeat(4, 1)
     else:
-        parts = 2 if phases == "time" else 1
+        parts = 2 if form.phases == "time" else 1
         weight, bias = weight.unflatten(0, (parts, -1)), bias.view(parts, -1)
     out, inputs = weight.shape[1:3]
-    c_out, c_in = -(-out // pad_out) * pad_out, padded(inputs)
+    c_out, c_in = -(-out // form.pad_out) * form.pad_out, padded(inputs)
     weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, c_in - inputs, 0, c_out - out)).flatten(0, 1)
     bias = F.pad(bias, (0, c_out - out)).flatten().contiguous()
     taps = (weight.shape[2], weight.shape[3], weight.shape[4])
     weight = weight.to(dtype)
-    if backend == "triton":
+    if implementation == "triton":
         group = taps[2] * c_in
         weight = weight.permute(0, 2, 3, 4, 1).reshape(len(weight), taps[0] * taps[1], group)
         matrix = F.pad(weight, (0, -group % GROUP_STEP)).flatten(1).contiguous()
     else:
         matrix = weight.float()
-    return ConvWeights(matrix, bias, c_in, c_out, taps, stride, time_stride, phases, backend)
+    return ConvWeights(matrix, bias, c_in, c_out, taps, form.stride, form.time_stride, form.phases, implementation)
 
 
 def _fold_nearest(weight: Tensor) -> Tensor:
@@ -165,51 +175,65 @@ class Norm:
     silu: bool
 
 
-def conv(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    frames: int,
-    *,
-    raw: Frames | None = None,
-    residual: Frames | None = None,
-    normed: Frames | None = None,
-    norm: Norm | None = None,
-    keep_raw: bool = True,
-    planar: Tensor | None = None,
-    config: ConvConfig | None = None,
-) -> None:
-    """y = conv(src) + bias + residual for `frames` output frames (before "time" phases double them).
+@dataclass(frozen=True, slots=True)
+class ConvCall:
+    """One convolution between buffers: y = conv(src) + bias + residual for `frames` output frames (before "time" phases
+    double them).
 
-    Stores y in `raw`, norm(y) in `normed` (of scale 1), and the first channels of y in `planar` fp32 [c, frames, H, W].
-    With `norm`, `raw` must be given: it is scratch when the configuration cannot fuse the norm, and it is written
-    anyway if `keep_raw`. `residual` may be `raw`. All frames have the padded channels of the weights.
-    """
-    if weights.backend == "torch":
-        _torch_conv(src, weights, clock, frames, raw, residual, normed, norm, planar)
+    Stores y in `raw` and norm(y) in `normed`. With `norm`, `raw` must be given: it is scratch when the configuration
+    cannot fuse the norm, and it is written anyway if `keep_raw`. `residual` may be `raw`. All frames have the padded
+    channels of the weights. ValueError: a norm without its destination, or one that would be stored scaled."""
+
+    src: Frames
+    weights: ConvWeights
+    frames: int
+    raw: Frames | None = None
+    residual: Frames | None = None
+    normed: Frames | None = None
+    norm: Norm | None = None
+    keep_raw: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.norm is None) != (self.normed is None):
+            raise ValueError("a norm and its destination belong together")
+        if self.normed is not None and self.normed.scale != 1:
+            raise ValueError("normed frames are stored unscaled")
+
+    def destinations(self, fused: bool) -> tuple[Frames | None, Frames | None, Norm | None]:
+        """`raw`, `normed` and `norm` of a launch that computes the norm too, or leaves it to a launch of its own."""
+        if fused:
+            return self.raw if self.keep_raw else None, self.normed, self.norm
+        return self.raw, None, None
+
+
+def conv(call: ConvCall, clock: Tensor, planar: Tensor | None = None, config: ConvConfig | None = None) -> None:
+    """Run `call`; the first channels of y also go to `planar` fp32 [c, frames, H, W]. `config`: not the chosen one."""
+    weights, norm = call.weights, call.norm
+    if weights.implementation == "library":
+        _torch_conv(call, clock, planar)
         return
     from scail2_rt.kernels.conv import hopper_conv
     from scail2_rt.kernels.conv.launch import launch_conv, launch_norm
 
-    on_hopper = config is None and hopper_conv.takes(src, weights, planar)
-    config = config or choose_conv(src.data.device, weights.c_in, weights.c_out, weights.stride)
+    on_hopper = config is None and hopper_conv.takes(call, planar)
+    config = config or choose_conv(call.src.data.device, weights.c_in, weights.c_out, weights.stride)
     columns = hopper_conv.FUSED_CHANNELS if on_hopper else config.columns
     fused = norm is not None and columns >= weights.c_out
-    store_raw = raw if keep_raw or not fused else None
-    stored = (store_raw, residual, normed if fused else None, norm if fused else None, planar)
     if on_hopper:
-        hopper_conv.launch_conv(src, weights, clock, frames, None, *stored)
+        hopper_conv.launch_conv(call, clock, fused)
     else:
-        launch_conv(src, weights, clock, frames, config, *stored)
+        launch_conv(call, clock, config, fused, planar)
     if norm is not None and not fused:
-        if raw is None or normed is None:
+        if call.raw is None or call.normed is None:
             raise ValueError("a norm that cannot be fused needs both destinations")
-        launch_norm(raw, normed, norm, clock, frames * (2 if weights.phases == "time" else 1))
+        launch_norm(call.raw, call.normed, norm, clock, call.frames * (2 if weights.phases == "time" else 1))
 
 
-def rms_norm_frames(src: Frames, dst: Frames, norm: Norm, clock: Tensor, frames: int, backend: Backend) -> None:
+def rms_norm_frames(
+    src: Frames, dst: Frames, norm: Norm, clock: Tensor, frames: int, implementation: Implementation
+) -> None:
     """dst = [silu](x / rms(x) · gamma) for every pixel of `frames` frames."""
-    if backend == "torch":
+    if implementation == "library":
         dst.write(clock, _torch_norm(src.read(clock, frames)[:, 1:-1, 1:-1], norm))
         return
     from scail2_rt.kernels.conv.launch import launch_norm
@@ -224,30 +248,20 @@ def _torch_norm(x: Tensor, norm: Norm) -> Tensor:
     return F.silu(y) if norm.silu else y
 
 
-def _torch_conv(
-    src: Frames,
-    weights: ConvWeights,
-    clock: Tensor,
-    frames: int,
-    raw: Frames | None,
-    residual: Frames | None,
-    normed: Frames | None,
-    norm: Norm | None,
-    planar: Tensor | None,
-) -> None:
-    y = convolved(src, weights, clock, frames)
-    if residual is not None:
-        y = y + residual.read(clock, len(y))[:, 1:-1, 1:-1]
+def _torch_conv(call: ConvCall, clock: Tensor, planar: Tensor | None) -> None:
+    y = convolved(call.src, call.weights, clock, call.frames)
+    if call.residual is not None:
+        y = y + call.residual.read(clock, len(y))[:, 1:-1, 1:-1]
     if planar is not None:
         planar.copy_(y[..., : len(planar)].permute(3, 0, 1, 2))
-    if raw is not None:
-        raw.write(clock, y)
-    if norm is not None and normed is not None:
-        normed.write(clock, _torch_norm(y, norm))
+    if call.raw is not None:
+        call.raw.write(clock, y)
+    if call.norm is not None and call.normed is not None:
+        call.normed.write(clock, _torch_norm(y, call.norm))
 
 
 def convolved(src: Frames, weights: ConvWeights, clock: Tensor, frames: int) -> Tensor:
-    """conv(src) + bias by `F.conv3d`, for weights of the torch backend → fp32 [frames', H', W', c_out]."""
+    """conv(src) + bias by `F.conv3d`, for the library's weights → fp32 [frames', H', W', c_out]."""
     kt, ky, kx = weights.taps
     window = src.read(clock, (frames - 1) * weights.time_stride + kt).permute(3, 0, 1, 2)[None]
     height, width = (size - 2 for size in window.shape[3:])

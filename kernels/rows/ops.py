@@ -31,7 +31,7 @@ Rows = Tensor | Quantised
 
 @dataclass(frozen=True, slots=True)
 class RowForm:
-    """The operand rows of a GEMM: in `dtype`, or rounded from it to e4m3 with one scale a row."""
+    """The operand rows of a GEMM: in `dtype`, or rounded from it to e4m3 with one scale per row."""
 
     dtype: torch.dtype
     quantised: bool = False
@@ -156,21 +156,20 @@ def quantise_rows(x: Tensor) -> Quantised:
 
 
 def fp8_linear(
-    data: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    column_scale: Tensor,
+    rows: Quantised,
+    columns: Quantised,
     bias: Tensor | None,
     dtype: torch.dtype,
     out: Tensor | None = None,
     fast_accumulation: bool = True,
 ) -> Tensor:
-    """(data @ weightᵀ) · row_scale · column_scale + bias.
+    """(data @ weightᵀ) · row scale · column scale + bias.
 
-    data e4m3 [L, C], row_scale fp32 [L, 1], weight e4m3 [O, C], column_scale fp32 [O], bias [O] → [L, O] in `dtype`.
+    rows e4m3 [L, C] and fp32 [L, 1], columns e4m3 [O, C] and fp32 [O], bias [O] → [L, O] in `dtype`.
     `fast_accumulation`: leave all K products to the tensor core's own accumulator, which loses small addends once the
     sum is large; otherwise it is added to fp32 registers every few steps. GPU only.
     The twin rounds the product to `dtype` before the scales (the rule of the exported graphs), the GPU after them."""
+    (data, row_scale), (weight, column_scale) = rows, columns
     if data.is_cuda:
         _check_gemm(data, weight, dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -4,8 +4,8 @@
 One program works on one row at a time and keeps the whole row in registers: it is read once, normed or activated, and
 written once as the GEMM's operand. The row length is a compile-time constant: lanes of the power-of-two block beyond it
 are then known to be empty and cost nothing. `VEC` neighbouring columns belong to a thread: without the hint the layout
-would follow the one-byte output, and the fp32 loads would touch 64 bytes a thread.
-A grid of one program a row lets many short programs hide each other's latency; a grid of a few programs a
+would follow the one-byte output, and the fp32 loads would touch 64 bytes per thread.
+A grid of one program per row lets many short programs hide each other's latency; a grid of a few programs a
 multiprocessor (`LOOP`) keeps the weights in registers and prefetches the next row (`STAGES`). One compiled kernel
 serves every number of rows.
 Everything is fp32 between load and store. e4m3 is rounded from fp32 once, in hardware where there is an instruction
@@ -29,7 +29,7 @@ class Config(NamedTuple):
 
     warps: int
     vec: int  # neighbouring columns of one thread
-    programs: int = 0  # per multiprocessor, each looping over rows; 0: one program a row
+    programs: int = 0  # per multiprocessor, each looping over rows; 0: one program per row
     stages: int = 1  # rows in flight of a looping program
 
 

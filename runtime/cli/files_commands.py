@@ -10,7 +10,7 @@ from scail2_rt.runtime.cli.options import COMPONENT_OPTIONS
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 
-DTYPES = ("bf16", "fp16", "fp32")  # engines.convert_plan.DTYPES
+DTYPES = ("bf16", "fp16", "fp32")  # engines.build.convert_target.DTYPES
 REPOSITORY = "zai-org/SCAIL-2"  # runtime.download.REPOSITORY
 
 CONVERT_OPTIONS = in_section(
@@ -47,9 +47,9 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
     Little memory, whatever the size; an interrupted conversion continues; a second call does nothing."""
     from scail2_rt.engines.build.convert import convert as run
-    from scail2_rt.engines.build.convert_plan import ConvertRequest
+    from scail2_rt.engines.build.convert_target import ConvertRequest
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
-    from scail2_rt.runtime.core.progress import BuildLines
+    from scail2_rt.runtime.cli.progress import BuildLines
 
     parts = parts_apart(options)
     everything = options["everything"]
@@ -70,7 +70,7 @@ def download(directory: Path, repo: str, revision: str, as_json: bool) -> None:
     """Download the official checkpoint to DIRECTORY: the files that build-engines needs, each checked by its hash.
 
     An interrupted download continues; files that are there already are only checked."""
-    from scail2_rt.runtime.core.progress import BuildLines
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.download import HuggingFace
     from scail2_rt.runtime.jobs.download import download as run
 

@@ -2,7 +2,7 @@
 
     make-checkpoint  random weights in the official layout      export.random_checkpoint
     build-engines    checkpoint → engine folder                 export.checkpoint → engines.build
-    generate         engines + case → video                     jobs → request → pipeline
+    generate         engines + case → video                     jobs → session → pipeline
     masks            check, show, mend and make colour masks    mask_commands
     verify           engine folder against its checkpoint       engines.verify
     export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
@@ -85,10 +85,11 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
     A second call with the same options does nothing; an interrupted build continues."""
     from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
+    from scail2_rt.engines.registry import backend
     from scail2_rt.engines.tensorrt_backend.profiles import plan_options
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import open_checkpoint
-    from scail2_rt.runtime.core.progress import BuildLines
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.session.warm import warm_kernels
 
     parts = parts_apart(options)
@@ -111,7 +112,8 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         f"{report.directory}: {built}; {report.stages} stages in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
-    if "torch" in report.added and (compiled := warm_kernels(Path(report.directory))):
+    ours = any(backend(name).compiles_kernels for name in report.added)
+    if ours and (compiled := warm_kernels(Path(report.directory))):
         text += f"\n{compiled}"
     show(report, text + lora_lines(report.loras), as_json)
 
@@ -129,23 +131,16 @@ def generate(engines: Path, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
     A report (<output>.json) is written beside the video."""
-    from scail2_rt.runtime.jobs import generate
+    from scail2_rt.runtime.cli.progress import open_progress
+    from scail2_rt.runtime.jobs.batch import run_batch
+    from scail2_rt.runtime.jobs.options import GenerateOptions
+    from scail2_rt.runtime.jobs.run import run_single
 
-    how = {name: options[name] for name in ("backend", "max_rows", "attention", "vram_limit")}
-    choice = generate.EngineChoice(engines, **how, graphs=not options["no_graphs"])
-    preset = o.PRESETS[options["preset"]]
-    sampling = {name: default if options[name] is None else options[name] for name, default in preset.items()}
-    common = {**sampling, **{name: options[name] for name in generate.SHARED}, "prompt": generate.read_prompt(options)}
-    failed = 0
-    with stdout_for(as_json):
-        if options["batch"] is not None:
-            cases = generate.batch_cases(options, common)
-            result, text, failed = generate.run_batch(cases, choice, options["preset"], options["dry_run"])
-        else:
-            case = generate.single_case(options, common)
-            result, text = generate.run_single(case, choice, options["preset"], options["dry_run"])
-    show(result, text, as_json)
-    if failed:
+    given = GenerateOptions(engines=engines, **options)
+    with stdout_for(as_json), open_progress() as listener:
+        outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
+    show(outcome.document, outcome.text, as_json)
+    if outcome.failed:
         raise click.exceptions.Exit(1)
 
 
@@ -180,7 +175,7 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.engines.build.onnx_folder import export_onnx as export
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
-    from scail2_rt.runtime.core.progress import BuildLines
+    from scail2_rt.runtime.cli.progress import BuildLines
 
     alone = options["layout"] == "monolithic"  # needs the transformer only
     parts = parts_apart(options)

@@ -243,9 +243,11 @@ def from_labels(labels: Path, as_json: bool, **options: Any) -> None:
 def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckResult, Any]:
     """What the check says, and the files of the case if it is one."""
     from scail2_rt.kernels.errors import InputError
+    from scail2_rt.runtime.core.case_folder import CaseInputs
     from scail2_rt.runtime.masks.check import case_files, check_case, check_files
 
-    case = case_files(options)
+    inputs = CaseInputs(*(options[name] for name in ("case", "image", "mask_image", "driving", "mask_video")))
+    case = case_files(inputs, options["mode"])
     if case is None:
         if not files:
             raise InputError("There is nothing to check: give --case DIR, the four files of a case, or mask files.")

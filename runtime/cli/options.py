@@ -4,8 +4,6 @@ Only click is imported here and in `cli.py`, so that `--help` answers at once. T
 behind them define (a test compares them), because importing those would load PyTorch.
 """
 
-from typing import Any
-
 import click
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
@@ -14,16 +12,12 @@ from scail2_rt.runtime.cli.types import MemorySize, SizeType
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
-# "auto" and kernels.attention_choice.VARIANTS
+# "auto" and kernels.attention.variants.VARIANTS
 ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
-SOLVERS = ("unipc", "dpm++", "euler")
-HISTORIES = ("official", "latents")  # runtime.request
+SCHEDULERS = ("unipc", "dpm++", "euler")
 ANCHORS = ("off", "first", "previous")
 CODECS = ("h264", "hevc", "av1", "vp9")
-PRESETS: dict[str, dict[str, Any]] = {
-    "quality": {"solver": "unipc", "steps": 40, "shift": 3.0, "guidance": 5.0},
-    "fast": {"solver": "euler", "steps": 6, "shift": 5.0, "guidance": 1.0},
-}
+PRESETS = ("quality", "fast")  # runtime.jobs.options
 
 
 CASE = option(
@@ -121,16 +115,18 @@ SAMPLING_OPTIONS = in_section(
     "Sampling",
     option(
         "--preset",
-        type=click.Choice(list(PRESETS)),
+        type=click.Choice(PRESETS),
         default="quality",
         show_default=True,
         help="quality: 40 UniPC steps, shift 3, guidance 5. fast (needs a step-distilled LoRA): 6 Euler steps, "
         "shift 5, guidance 1. The options below override it.",
     ),
-    option("--solver", type=click.Choice(SOLVERS), help="Flow-matching solver."),
+    option("--scheduler", "--solver", "scheduler", type=click.Choice(SCHEDULERS), help="Flow-matching scheduler."),
     option("--steps", type=int, metavar="N", help="Denoising steps of each segment."),
     option("--shift", type=float, metavar="X", help="Shift of the noise schedule towards high noise."),
-    option("--guidance", type=float, metavar="X", help="Guidance scale; 1 or less runs one pass a step, not two."),
+    option(
+        "--guidance", type=float, metavar="X", help="Guidance scale; 1 or less runs one pass per step instead of two."
+    ),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the noise."),
     option(
         "--noise-device",
@@ -152,14 +148,6 @@ LONG_CLIP_OPTIONS = in_section(
         show_default=True,
         metavar="N",
         help="Frames that a segment takes over from the one before, 4n+1.",
-    ),
-    option(
-        "--history",
-        type=click.Choice(HISTORIES),
-        default="official",
-        show_default=True,
-        help="What a segment starts from. official: those frames, encoded again; latents (an experiment): their "
-        "latents, of which only the first is made anew.",
     ),
     option(
         "--overlap-blend",
@@ -215,7 +203,7 @@ ENGINE_OPTIONS = in_section(
         metavar="SIZE",
         help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
     ),
-    option("--no-graphs", is_flag=True, help="Launch every kernel anew instead of replaying a CUDA graph a step."),
+    option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
 )
 LORA_OPTIONS = (
     option("--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA to fuse; may be repeated."),

@@ -6,10 +6,10 @@ case a line, `prompt@@case_dir`. A video may end in .mov, .mkv and so on as well
 a file can be read is found out when it is read.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from scail2_rt.kernels.errors import InputError
 
@@ -48,15 +48,36 @@ class BatchLine:
     number: int
 
 
-def named_files(options: Mapping[str, Any], instead: str) -> dict[str, Path]:
-    """The files of a case that options name one by one: all four, or none. InputError when some are missing (`instead`
-    says what to give) and when a folder is named beside them."""
-    given: dict[str, Path] = {name: options[name] for name in FILES if options[name] is not None}
-    if given and options["case"] is not None:
-        raise InputError(f"--case and {flags(given)} were both given: use the folder or the four files.")
-    if given and (lacking := [name for name in FILES if name not in given]):
-        raise InputError(f"{flags(lacking)} is missing: {instead}.")
-    return given
+@dataclass(frozen=True, slots=True)
+class CaseInputs:
+    """How a case was given: a folder, or its files one by one."""
+
+    case: Path | None
+    image: Path | None
+    mask_image: Path | None
+    driving: Path | None
+    mask_video: Path | None
+
+    def files(self, instead: str) -> "NamedFiles | None":
+        """The files that were named one by one: all four, or None. InputError when some are missing (`instead` says
+        what to give) and when a folder is named beside them."""
+        given = [name for name in FILES if getattr(self, name) is not None]
+        if given and self.case is not None:
+            raise InputError(f"--case and {flags(given)} were both given: use the folder or the four files.")
+        if not given:
+            return None
+        if lacking := [name for name in FILES if name not in given]:
+            raise InputError(f"{flags(lacking)} is missing: {instead}.")
+        return NamedFiles(*(getattr(self, name) for name in FILES))
+
+
+class NamedFiles(NamedTuple):
+    """The four files of a case."""
+
+    image: Path
+    mask_image: Path
+    driving: Path
+    mask_video: Path
 
 
 def flags(names: Iterable[str]) -> str:

@@ -5,17 +5,16 @@ Unlike `generate` it does not stop at the first error. Files that cannot be read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scail2_rt.runtime.core.case_folder import CaseFiles, named_files, read_case
+from scail2_rt.runtime.core.case_folder import CaseFiles, CaseInputs, read_case
+from scail2_rt.runtime.core.findings import Finding, Framing
 from scail2_rt.runtime.core.geometry import check_size, oriented
 from scail2_rt.runtime.core.request import DEFAULT_SIZE
-from scail2_rt.runtime.masks.framing import Framing
 from scail2_rt.runtime.masks.lint import (
-    Finding,
     MaskFacts,
     check_masks,
     image_findings,
@@ -90,13 +89,13 @@ def _facts_text(facts: MaskFacts) -> str:
     return text
 
 
-def case_files(options: Mapping[str, Any]) -> CaseFiles | None:
-    """The files of `--case`, or the four that were named; None when neither is there. `mode` is "animate" for `auto`
-    without a folder, and not to be looked at."""
-    given = named_files(options, "give --case DIR, all four files of a case, or mask files by themselves")
-    if options["case"] is not None:
-        return read_case(options["case"], None if options["mode"] == "auto" else options["mode"])
-    return CaseFiles(**given, mode="replace" if options["mode"] == "replace" else "animate") if given else None
+def case_files(inputs: CaseInputs, mode: Literal["auto", "animate", "replace"]) -> CaseFiles | None:
+    """The files of a case folder, or the four that were named; None when neither is there. `mode` is "animate" for
+    `auto` without a folder, and not to be looked at."""
+    given = inputs.files("give --case DIR, all four files of a case, or mask files by themselves")
+    if inputs.case is not None:
+        return read_case(inputs.case, None if mode == "auto" else mode)
+    return CaseFiles(*given, mode="replace" if mode == "replace" else "animate") if given else None
 
 
 def check_case(

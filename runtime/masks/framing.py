@@ -14,67 +14,21 @@ the hidden border, so that a cut-out on white stays one and a photo gets no hard
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.findings import RGB, Framing, ReferenceFit
 from scail2_rt.runtime.core.geometry import covering_size
-from scail2_rt.runtime.masks.palette import BLACK, CLEAR_LABEL, RGB, codes
+from scail2_rt.runtime.masks.palette import BLACK, CLEAR_LABEL, codes
 from scail2_rt.runtime.masks.stats import image_stats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOLERANCE = 1.25  # ratio of the heights from which the difference is worth a warning
 _NEUTRAL: RGB = (127, 127, 127)  # 0 in the networks' range
 _BORDER = 0.02  # of a side: the border whose colour the margin continues
-
-
-@dataclass(frozen=True, slots=True)
-class Framing:
-    """Height of each character relative to the frame's, in the reference and (median over frames) in the driving
-    video."""
-
-    reference: Mapping[str, float]
-    driving: Mapping[str, float]
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times taller the reference's characters are, the median over those that both show."""
-        ratios = [self.reference[name] / self.driving[name] for name in self.reference if name in self.driving]
-        return median(ratios) if ratios else None
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"reference": dict(self.reference), "driving": dict(self.driving), "ratio": self.ratio}
-
-    @property
-    def differs(self) -> bool:
-        return self.ratio is not None and max(self.ratio, 1 / self.ratio) > TOLERANCE
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceFit:
-    """Where the scaled reference goes: its size, its place in the frame (negative: cut off there), the margin's colour.
-
-    scale: relative to the size that covers the frame, which is what a reference has without a fit."""
-
-    scale: float
-    height: int
-    width: int
-    top: int
-    left: int
-    margin: RGB
-
-    @property
-    def text(self) -> str:
-        return (
-            f"the reference is scaled to {100 * self.scale:.0f} %, so that its character is as tall as the driving one"
-        )
 
 
 def fit_reference(

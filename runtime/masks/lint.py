@@ -17,33 +17,16 @@ from typing import Literal
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.findings import TOLERANCE, Finding, Framing, Ranges
+from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.masks.cleaning import snapped
-from scail2_rt.runtime.masks.framing import TOLERANCE, Framing
 from scail2_rt.runtime.masks.palette import CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
 from scail2_rt.runtime.masks.stats import MaskStats, image_stats, video_stats
 from scail2_rt.runtime.media.images import is_image
 from scail2_rt.runtime.media.video_reader import VideoInfo
 
-Severity = Literal["error", "warning", "note"]
-Ranges = tuple[tuple[int, int], ...]
 SOFT = 0.03  # share of a mask in no clear class from which edges are worth a warning; crf 23 leaves about 1 %
 ASPECT_TOLERANCE = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """`rule` names the check, `frames` are (first, last) pairs counted in the video file from 0."""
-
-    severity: Severity
-    rule: str
-    file: str
-    says: str
-    remedy: str = ""
-    frames: Ranges = ()
-
-    @property
-    def sentence(self) -> str:
-        return f"{self.says} {self.remedy}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +68,7 @@ class MaskReport:
 
 def check_masks(
     reference_masks: Sequence[np.ndarray],
-    driving_mask: Path,
+    driving_mask: ClipSource,
     mode: Mode | Literal["auto"] = "auto",
     *,
     names: Sequence[str] = (),
@@ -156,6 +139,8 @@ def ranges_text(frames: Ranges, most: int = 6) -> str:
 def clean_command(name: str, options: str = "") -> str:
     """The command that mends a mask file."""
     path = Path(name)
+    if not path.suffix:  # a mask in memory
+        return f"`scail2-rt masks clean`{options and f' with {options}'} of a file that holds it"
     output = path.with_name(f"{path.stem}_clean{'.png' if is_image(path) else '.mp4'}")
     words = ["scail2-rt", "masks", "clean", shlex.quote(name), "-o", shlex.quote(str(output))]
     return f"`{' '.join(words)}{options and ' ' + options}`"
@@ -341,26 +326,26 @@ def video_pair(driving: VideoInfo, mask: VideoInfo) -> list[Finding]:
     rates = ["" if driving.frame_rate == mask.frame_rate else f" at {_fps(video)}" for video in (driving, mask)]
     if driving.frames != mask.frames:
         says = (
-            f"The driving video {driving.path} has {driving.frames} frames{rates[0]} but its mask {mask.path} has "
+            f"The driving video {driving.name} has {driving.frames} frames{rates[0]} but its mask {mask.name} has "
             f"{mask.frames}{rates[1]}."
         )
         remedy = " ".join(
             ["Make the mask video from this very clip, one mask a frame.", *driving.warnings, *mask.warnings]
         )
         first, behind = sorted((driving.frames, mask.frames))
-        found.append(Finding("error", "frame count", str(mask.path), says, remedy, ((first, behind - 1),)))
+        found.append(Finding("error", "frame count", mask.name, says, remedy, ((first, behind - 1),)))
     elif rates[0] and driving.frames > 1 and not driving.variable_frame_rate:
         says = f"The driving video runs at {_fps(driving)} but its mask at {_fps(mask)}."
-        found.append(Finding("warning", "rate", str(mask.path), says, "The n-th mask is used for the n-th frame."))
+        found.append(Finding("warning", "rate", mask.name, says, "The n-th mask is used for the n-th frame."))
     size, mask_size = (driving.height, driving.width), (mask.height, mask.width)
     if _aspects_differ(size, mask_size):
         says = (
             f"The driving video is {size[0]}x{size[1]} but its mask is {mask_size[0]}x{mask_size[1]} (height x width): "
             "both are cropped to the output's shape, so the mask may lie beside the character."
         )
-        found.append(Finding("warning", "size", str(mask.path), says, "Make the mask from this very clip."))
+        found.append(Finding("warning", "size", mask.name, says, "Make the mask from this very clip."))
         return found
-    return [*found, *_scaled(str(mask.path), mask_size, size)]
+    return [*found, *_scaled(mask.name, mask_size, size)]
 
 
 def _fps(video: VideoInfo) -> str:

@@ -34,13 +34,14 @@ from scail2_rt.runtime.masks.palette import (
 )
 from scail2_rt.runtime.media.images import is_image, load_image, load_mask_image
 from scail2_rt.runtime.media.lossless import write_image
-from scail2_rt.runtime.media.video_reader import VideoReader, VideoWriter, probe_video
+from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from scail2_rt.runtime.core.case_folder import CaseFiles
-    from scail2_rt.runtime.masks.lint import Finding
+    from scail2_rt.runtime.core.findings import Finding
 
 ORANGE: RGB = (255, 120, 0)
 _PAPER, _INK, _ALARM = (250, 250, 248), (30, 30, 30), (205, 0, 0)
@@ -166,7 +167,8 @@ def _write_overlay_video(output: Path, clip: Clip, count: int) -> list[Still]:
     wanted = set(chosen_frames(info.frames, count, clip.marked))
     stills: list[Still] = []
     height, width = (max(2, side // 2 * 2) for side in (info.height, info.width))  # 4:2:0 needs even sides
-    with VideoWriter(output, width, height, info.frame_rate or Fraction(25), timestamps=info.timestamps) as writer:
+    video = VideoFormat(width, height, info.frame_rate or Fraction(25))
+    with VideoWriter(output, video, timestamps=info.timestamps) as writer:
         for number, (picture, mask) in enumerate(_pairs(clip)):
             if number in wanted:
                 stills.append(Still(f"frame {number}", picture, mask, number in clip.marked))

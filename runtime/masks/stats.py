@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import visible_window
+from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.masks.palette import (
     BLACK,
     CHARACTERS,
@@ -34,7 +34,7 @@ from scail2_rt.runtime.masks.palette import (
     class_shares,
     codes,
 )
-from scail2_rt.runtime.media.video_reader import VideoReader
+from scail2_rt.runtime.media.clips import open_video
 
 REGION = 0.002  # share of a frame that a flat colour outside the palette must cover to count as meant
 SAME_COLOUR = 40  # largest difference in a channel up to which two flat colours are one
@@ -233,11 +233,11 @@ def image_stats(mask: np.ndarray, size: tuple[int, int] | None = None) -> MaskSt
 
 
 def video_stats(
-    path: Path, start: int = 0, frames: int | None = None, size: tuple[int, int] | None = None
+    source: ClipSource, start: int = 0, frames: int | None = None, size: tuple[int, int] | None = None
 ) -> tuple[MaskStats, Mode]:
     """Of a mask video, or of a part of it, and the mode that its first frames were made for. Reads it once."""
     stats, mode = MaskStats(size), None
-    with VideoReader(path, start) as reader:
+    with open_video(source, start) as reader:
         while frames is None or stats.frames < frames:
             chunk = reader.read(FRAMES_AT_ONCE if frames is None else min(FRAMES_AT_ONCE, frames - stats.frames))
             if not len(chunk):
@@ -245,5 +245,5 @@ def video_stats(
             mode = mode or guess_mode(chunk)
             stats.add(chunk)
     if mode is None:
-        raise InputError(f"{path} has no frame from number {start} on: start earlier, or give the whole mask video.")
+        raise InputError(f"{source} has no frame from number {start} on: start earlier, or give the whole mask video.")
     return stats, mode

@@ -11,7 +11,6 @@ about 20 ms at most).
 from __future__ import annotations
 
 import heapq
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
@@ -22,6 +21,7 @@ import av
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.warnings import warn
 
 _COPIED = {  # container: codecs
     "mp4": frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}),
@@ -33,7 +33,6 @@ _AAC_BIT_RATE = 192_000
 _FRAME_SAMPLES = 1024  # of an AAC packet
 _GAP_S = Fraction(1, 100)  # less is the rounding of a container's times
 
-logger = logging.getLogger(__name__)
 _Timed = tuple[Fraction, Any]  # seconds in the result, packet
 
 
@@ -214,7 +213,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         for last in frames:
             yield last
     if lost:
-        logger.warning("%s: %d damaged audio packets were replaced by silence.", container.name, lost)
+        warn(f"{container.name}: {lost} damaged audio packets were replaced by silence.")
 
 
 def _silence_after(frame: Any) -> Any:

@@ -6,23 +6,30 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.request import ImageSource
 from scail2_rt.runtime.media.animated_webp import is_animated_webp
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """An image file as RGB uint8 [H, W, 3]: EXIF orientation applied, grey and palette images expanded, 16 bit scaled
-    to 8, transparent pixels laid over `background` (white, as image viewers do). Colour profiles are ignored, as in the
-    public pipeline. Raises `InputError` for anything that is not a readable image."""
+def load_image(source: ImageSource, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
+    """An image as RGB uint8 [H, W, 3]. An array of this form is taken as it is. Of a file or PIL image: EXIF
+    orientation applied, grey and palette images expanded, 16 bit scaled to 8, transparent pixels laid over `background`
+    (white, as image viewers do). Colour profiles are ignored, as in the public pipeline. Raises `InputError` for
+    anything that is not a readable image."""
     from PIL import Image
 
-    with _opened(path) as image:
+    if isinstance(source, np.ndarray):
+        return as_pixels(source, "An image in memory")
+    with _opened(source) as image:
         if image.mode.startswith("I") or image.mode == "F":
             return _grey_to_rgb(np.asarray(image))
         if image.has_transparency_data:
@@ -31,9 +38,9 @@ def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -
         return np.array(image.convert("RGB"))
 
 
-def load_mask_image(path: Path) -> np.ndarray:
+def load_mask_image(source: ImageSource) -> np.ndarray:
     """`load_image` for masks: transparent pixels are black, that is, in no class."""
-    return load_image(path, background=(0, 0, 0))
+    return load_image(source, background=(0, 0, 0))
 
 
 def load_alpha(path: Path) -> np.ndarray | None:
@@ -60,10 +67,14 @@ def is_image(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(source: Path | str | PIL.Image.Image) -> Iterator[Any]:
     """The Pillow image, turned as its EXIF data say."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if isinstance(source, Image.Image):
+        yield ImageOps.exif_transpose(source)
+        return
+    path = Path(source)
     check_file(path)
     try:
         with Image.open(path) as opened:
@@ -72,6 +83,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise InputError(f"{path} is not an image that can be read: give a PNG, JPEG or WebP file.") from error
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is a damaged or unusable image ({error}): save it again as PNG or JPEG.") from error
+
+
+def as_pixels(picture: Any, name: str) -> np.ndarray:
+    """An array or PIL image in memory as RGB uint8 [H, W, 3]. InputError, with `name`, for anything else."""
+    pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise InputError(
+            f"{name} is {pixels.dtype} of shape {list(pixels.shape)}: give RGB pixels, uint8 [height, width, 3]."
+        )
+    return pixels
 
 
 def _grey_to_rgb(levels: np.ndarray) -> np.ndarray:

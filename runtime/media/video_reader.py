@@ -30,9 +30,6 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.media.animated_webp import as_matroska, is_animated_webp
 from scail2_rt.runtime.media.images import check_file
-from scail2_rt.runtime.media.video_writer import VideoWriter
-
-__all__ = ["VideoInfo", "VideoReader", "VideoWriter", "probe_video"]
 
 _REPAIR = "re-encode it to H.264, or give another file"
 _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273
@@ -41,13 +38,14 @@ _DEFAULT_RATE = Fraction(25)
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What decoding a video from end to end shows. Width and height are those of the frames that `VideoReader` gives.
+    """What reading a video from end to end shows. `name` is what messages call it (of a file, its path). Width and
+    height are those of the frames that `VideoReader` gives.
 
     `timestamps` are the frames' presentation times in seconds from the first frame when no constant rate describes them
     (variable frame rate), else None. `declared_frames` is the container's own count (0: it gives none).
     """
 
-    path: Path
+    name: str
     width: int
     height: int
     frames: int
@@ -99,7 +97,7 @@ def probe_video(path: Path) -> VideoInfo:
                     f"Audio track {number} of {path} has a codec that is not known here: the result will be without it."
                 )
         return VideoInfo(
-            path=path,
+            name=str(path),
             width=size[0],
             height=size[1],
             frames=len(pts),
@@ -149,7 +147,7 @@ class VideoReader:
 
     def __init__(self, path: Path, start: int = 0) -> None:
         """Raises `InputError` when the file is no video or ends before `start`."""
-        self.path = path
+        self.path, self.name = path, str(path)
         self.position = 0  # number of the next frame
         self.timestamps: list[Fraction] = []  # of the frames read so far, in seconds from the file's first frame
         self._opened = _open(path)

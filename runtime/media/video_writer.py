@@ -102,11 +102,31 @@ def check_place(path: Path, expected_bytes: int = 0) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class VideoFormat:
+    """How a video's pictures are stored: sides in pixels, rate, a name of `CODECS`, its quality (smaller is better).
+
+    InputError: odd sides, or a codec or crf that cannot be encoded here."""
+
+    width: int
+    height: int
+    frame_rate: Fraction
+    codec: str = "h264"
+    crf: int = 18
+
+    def __post_init__(self) -> None:
+        if self.width % 2 or self.height % 2:
+            raise InputError(
+                f"A video of {self.width}×{self.height} pixels cannot be stored as 4:2:0: both sides must be even."
+            )
+        check_codec(self.codec, self.crf)
+
+
 class VideoWriter:
     """Encodes RGB frames to `path`. Use as a context manager: leaving it without `finish` aborts.
 
     `timestamps`: presentation times (seconds, increasing) of the output frames when the rate is variable, at least as
-    many as frames are written; None means constant `frame_rate`. `audio_from`: a video whose audio, from `start_s`
+    many as frames are written; None means the format's constant rate. `audio_from`: a video whose audio, from `start_s`
     seconds after its first frame on, goes into the result. `after`: frames that the partial file of an interrupted run
     holds already; new ones follow them.
     """
@@ -114,26 +134,20 @@ class VideoWriter:
     def __init__(
         self,
         path: Path,
-        width: int,
-        height: int,
-        frame_rate: Fraction,
-        codec: str = "h264",
-        crf: int = 18,
+        video: VideoFormat,
         audio_from: Path | None = None,
         start_s: Fraction | float = 0,
         timestamps: Sequence[Fraction] | None = None,
         after: int = 0,
     ) -> None:
         check_writable(path)
-        if width % 2 or height % 2:
-            raise InputError(f"A video of {width}×{height} pixels cannot be stored as 4:2:0: both sides must be even.")
         self.path, self.partial = path, partial_path(path)
         self.frames = after  # accepted so far
         self._audio_from, self._start_s = audio_from, Fraction(start_s).limit_denominator(10**9)
         if audio_from is not None:
             open_audio(audio_from).close()  # a bad file is reported before the work, not after it
-        self._clock = _Clock.of(frame_rate, timestamps)
-        self._encoder = _Encoder(self.partial, width, height, frame_rate, check_codec(codec, crf), crf, self._clock)
+        self._clock = _Clock.of(video.frame_rate, timestamps)
+        self._encoder = _Encoder(self.partial, video, self._clock)
         if after:
             self._encoder.go_on()
         self._queue: queue.Queue[_Item] = queue.Queue(_QUEUED_FRAMES)
@@ -148,7 +162,7 @@ class VideoWriter:
 
         Raises what went wrong in the encoder thread, if anything did.
         """
-        expected = (self._encoder.height, self._encoder.width, 3)
+        expected = (self._encoder.video.height, self._encoder.video.width, 3)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
             raise ValueError(f"frames must be uint8 [n, {expected}], not {frames.dtype} {frames.shape}")
         self._clock.check(self.frames + len(frames))
@@ -310,12 +324,9 @@ class _Clock:
 class _Encoder:
     """Turns items of the queue into fragments of the partial file. Used by one thread at a time."""
 
-    def __init__(
-        self, partial: Path, width: int, height: int, frame_rate: Fraction, codec: Codec, crf: int, clock: _Clock
-    ) -> None:
-        self.width, self.height = width, height
-        self.segments = 0  # appended to the partial file
-        self._partial, self._frame_rate, self._codec, self._crf, self._clock = partial, frame_rate, codec, crf, clock
+    def __init__(self, partial: Path, video: VideoFormat, clock: _Clock) -> None:
+        self.video, self.segments = video, 0  # appended to the partial file
+        self._partial, self._clock = partial, clock
         self._reformatter = VideoReformatter()
         self._memory = io.BytesIO()
         self._container: Any = None
@@ -342,16 +353,17 @@ class _Encoder:
             "fragment_index": str(self.segments + 1),
         }
         self._container = av.open(self._memory, "w", format="mp4", options=options)
+        video, codec = self.video, CODECS[self.video.codec]
         stream = self._container.add_stream(
-            self._codec.encoder, rate=self._frame_rate, options={"crf": str(self._crf), **dict(self._codec.options)}
+            codec.encoder, rate=video.frame_rate, options={"crf": str(video.crf), **dict(codec.options)}
         )
         context = stream.codec_context
-        context.width, context.height, context.pix_fmt = self.width, self.height, "yuv420p"
+        context.width, context.height, context.pix_fmt = video.width, video.height, "yuv420p"
         context.time_base = stream.time_base = Fraction(1, self._clock.ticks)
         context.max_b_frames = 0
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = ColorRange.MPEG
-        if self._codec.encoder == "libx265":
+        if codec.encoder == "libx265":
             context.codec_tag = "hvc1"  # the tag that Apple's players ask for
         self._stream = stream
 

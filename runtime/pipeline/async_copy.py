@@ -1,5 +1,7 @@
-"""Results that leave the GPU while it goes on working: a copy to pinned memory, and an event that says it is there."""
+"""What a GPU does while it goes on working: copies to the CPU, and steps that are reported when they are done."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,25 +9,55 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving:
+class CopyToCpu:
     """A tensor on its way to the CPU."""
 
     tensor: Tensor
     copied: "torch.cuda.Event | None"
 
-    def arrive(self) -> Tensor:
+    def arrived(self) -> Tensor:
         """The tensor on the CPU; waits for its own copy alone."""
         if self.copied is not None:
             self.copied.synchronize()
         return self.tensor
 
 
-def leave(tensor: Tensor) -> Leaving:
-    """Start copying a tensor to the CPU; one that is there already is itself."""
+def copy_to_cpu(tensor: Tensor) -> CopyToCpu:
+    """Start copying a tensor to pinned memory; a CPU tensor is returned unchanged."""
     if tensor.device.type != "cuda":
-        return Leaving(tensor, None)
+        return CopyToCpu(tensor, None)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-    return Leaving(host, copied)
+    return CopyToCpu(host, copied)
+
+
+class StepMarks:
+    """Reports each step when the device has done it, one step late, so that the device never waits: a step is queued
+    while the one before it runs. At most two steps are queued, so a run can be cancelled within one."""
+
+    def __init__(self, device: torch.device, report: Callable[[int], None]) -> None:
+        self._device, self._report = device, report
+        self._queued: deque[tuple[int, torch.cuda.Event]] = deque()
+
+    def passed(self, step: int) -> None:
+        """The work of a step has been queued."""
+        if self._device.type != "cuda":
+            self._report(step)
+            return
+        done = torch.cuda.Event()
+        done.record()
+        self._queued.append((step, done))
+        while len(self._queued) > (step > 0):  # the first step compiles and loads: there is nothing to keep busy
+            self._wait()
+
+    def finish(self) -> None:
+        """Wait for the last step."""
+        while self._queued:
+            self._wait()
+
+    def _wait(self) -> None:
+        step, done = self._queued.popleft()
+        done.synchronize()
+        self._report(step)

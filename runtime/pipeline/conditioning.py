@@ -5,7 +5,6 @@ A prompt whose encoding is in the cache on disk never loads the text encoder. En
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,29 +12,50 @@ from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.export.models.umt5 import relative_buckets
-from scail2_rt.runtime.masks.framing import ReferenceFit, place
-from scail2_rt.runtime.masks.palette import PALETTE, RGB, mask_latents
+from scail2_rt.runtime.core.findings import RGB, ReferenceFit
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.progress import RunProgress
+from scail2_rt.runtime.core.request import ImageSource
+from scail2_rt.runtime.masks.framing import place
+from scail2_rt.runtime.masks.palette import PALETTE, mask_latents
 from scail2_rt.runtime.media.images import load_image, load_mask_image
 from scail2_rt.runtime.pipeline.preprocess import clip_pixels, normalise_image, resize_cover
 from scail2_rt.runtime.pipeline.text import PromptCache, Tokenizer, clean_prompt
+from scail2_rt.runtime.pipeline.transformer import References
 from scail2_rt.runtime.pipeline.vae import encode_clip
 
 BLACK: RGB = PALETTE["black"]
 AHEAD = 4  # layers of the text encoder whose weights are on their way while one is used
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
-    """contexts: text encodings [n, text_dim], one a guidance pass (positive first); clip [257, clip_dim];
-    reference [16, 1, h, w]; reference_mask [28, 1, h, w]; additional_refs [16, N, h, w];
-    additional_masks [28, N, h, w]."""
+    """contexts: text encodings [n, text_dim], one per guidance pass (positive first); clip [257, clip_dim];
+    references: the latents and masks of the reference images."""
 
     contexts: tuple[Tensor, ...]
     clip: Tensor
-    reference: Tensor
-    reference_mask: Tensor
-    additional_refs: Tensor
-    additional_masks: Tensor
+    references: References
+
+
+def encode_conditions(
+    plan: Plan, engines: EngineSet, progress: RunProgress, cache: PromptCache | None = None
+) -> Conditions:
+    """Prompts, CLIP features and references of a request."""
+    request = plan.request
+    prompts = [request.prompt, request.negative_prompt][: request.passes]
+    with progress.phase("text"):
+        contexts = encode_prompts(engines, prompts, cache)
+    with progress.phase("reference"):
+        fits = (plan.fit, *(None for _ in request.extra_refs))  # other views and close-ups keep their framing
+        pictures = [
+            load_reference(*pair, plan.height, plan.width, fit)
+            for pair, fit in zip(request.references, fits, strict=True)
+        ]
+        references = encode_references(engines, pictures)
+    with progress.phase("clip"):
+        clip = clip_features(engines, pictures[0][0])
+    return Conditions(contexts, clip, references)
 
 
 def encode_prompts(engines: EngineSet, prompts: Sequence[str], cache: PromptCache | None) -> tuple[Tensor, ...]:
@@ -81,9 +101,9 @@ def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
 
 
 def load_reference(
-    image: Path, mask: Path, height: int, width: int, fit: ReferenceFit | None = None
+    image: ImageSource, mask: ImageSource, height: int, width: int, fit: ReferenceFit | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Image and mask files → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped, or placed as
+    """Image and mask → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped, or placed as
     `fit` says."""
 
     def prepared(pixels: np.ndarray, margin: RGB) -> Tensor:
@@ -99,10 +119,8 @@ def encode_reference(engines: EngineSet, image: Tensor, mask: Tensor) -> tuple[T
     return latent, mask_latents(mask[None]).to(latent.device)
 
 
-def encode_references(
-    engines: EngineSet, references: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(image, mask) pairs, the primary first → reference, reference_mask, additional_refs, additional_masks."""
+def encode_references(engines: EngineSet, references: Sequence[tuple[Tensor, Tensor]]) -> References:
+    """(image, mask) pairs [3, H, W] in -1..1, the primary one first."""
     pairs = [encode_reference(engines, image, mask) for image, mask in references]
     latents, masks = (torch.cat(tensors, dim=1) for tensors in zip(*pairs, strict=True))
-    return latents[:, :1], masks[:, :1], latents[:, 1:], masks[:, 1:]
+    return References(latents[:, :1], masks[:, :1], latents[:, 1:], masks[:, 1:])

@@ -13,9 +13,10 @@ from torch import Tensor
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.core.geometry import Segment
-from scail2_rt.runtime.core.request import JobPlan
+from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.masks.palette import mask_latents
-from scail2_rt.runtime.media.video_reader import VideoReader
+from scail2_rt.runtime.media.clips import FrameReader, open_video
+from scail2_rt.runtime.pipeline.observe import observe
 from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_video, resize_cover
 from scail2_rt.runtime.pipeline.vae import encode, frame_groups
 
@@ -31,13 +32,13 @@ class DrivingClip:
     mask: Tensor
 
 
-def read_clips(plan: JobPlan, first: int = 0) -> Iterator[DrivingClip]:
+def read_clips(plan: Plan, first: int = 0) -> Iterator[DrivingClip]:
     """The plan's segments from number `first` on, in order; there may be none left."""
     segments = plan.segments[first:]
     if not segments:
         return
     start = plan.request.start + segments[0].start
-    with VideoReader(plan.request.driving, start) as driving, VideoReader(plan.request.mask_video, start) as masks:
+    with open_video(plan.request.driving, start) as driving, open_video(plan.request.mask_video, start) as masks:
         tails: list[Tensor | None] = [None, None]
         read_to = segments[0].start
         for segment in segments:
@@ -53,14 +54,14 @@ def read_clips(plan: JobPlan, first: int = 0) -> Iterator[DrivingClip]:
             yield DrivingClip(segment, *parts)
 
 
-def _read(reader: VideoReader, count: int, height: int, width: int) -> Tensor:
+def _read(reader: FrameReader, count: int, height: int, width: int) -> Tensor:
     """The next `count` frames at the output size; only a few at a time are held at the video's own size."""
     parts = []
     for wanted in range(count, 0, -FRAMES_AT_ONCE):
         frames = reader.read(min(wanted, FRAMES_AT_ONCE))
         if len(frames) < min(wanted, FRAMES_AT_ONCE):
             raise Scail2Error(
-                f"{reader.path} ended at frame {reader.position}, {wanted - len(frames)} frames early: it changed or "
+                f"{reader.name} ended at frame {reader.position}, {wanted - len(frames)} frames early: it changed or "
                 "cannot be decoded to its end. Re-encode it and try again."
             )
         parts.append(resize_cover(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width))
@@ -76,4 +77,7 @@ def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tenso
     groups = (half(clip.frames[group]).transpose(0, 1) for group in frame_groups(len(clip.frames)))
     latent = encode(engines, groups)
     mask = torch.cat([half(frames) for frames in clip.mask.split(FRAMES_AT_ONCE)])
-    return latent, mask_latents(mask).to(latent.device)
+    channels = mask_latents(mask).to(latent.device)
+    observe("driving", latent)
+    observe("driving_mask", channels)
+    return latent, channels

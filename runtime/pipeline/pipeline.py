@@ -1,54 +1,80 @@
-"""One generation, top to bottom: conditions, then for each segment noise, denoising, decoding, writing.
+"""One generation, top to bottom: conditions, then for each segment noise, denoising, decoding.
 
-`generate` is what the command line calls. `animate` is the part between encoded conditions and finished frames, which
-the parity tests drive with recorded inputs. Everything that needs no weights was checked before (`core.request`).
+`animate_plan` makes the frames of a checked request; writing them is the session's work. `animate` is the part between
+encoded conditions and finished frames, which the parity tests drive with recorded inputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet
-from scail2_rt.runtime.core.geometry import Layout, latent_frames
-from scail2_rt.runtime.core.progress import Progress
-from scail2_rt.runtime.core.request import JobPlan
-from scail2_rt.runtime.media.video_reader import VideoWriter
+from scail2_rt.runtime.core.geometry import Layout
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.pipeline.anchor import open_anchor
-from scail2_rt.runtime.pipeline.async_copy import Leaving, leave
-from scail2_rt.runtime.pipeline.conditioning import (
-    Conditions,
-    clip_features,
-    encode_prompts,
-    encode_references,
-    load_reference,
-)
+from scail2_rt.runtime.pipeline.async_copy import CopyToCpu, StepMarks, copy_to_cpu
+from scail2_rt.runtime.pipeline.conditioning import Conditions, encode_conditions
+from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.driving import DrivingClip, encode_driving, read_clips
-from scail2_rt.runtime.pipeline.history import OFFICIAL, Carry, History, Joins, cross_fade, encode_history
+from scail2_rt.runtime.pipeline.history import Carry, cross_fade, encode_history
+from scail2_rt.runtime.pipeline.observe import observe
+from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.pipeline.preprocess import quantise_frames
-from scail2_rt.runtime.pipeline.schedulers import make_solver
+from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from scail2_rt.runtime.pipeline.text import PromptCache
-from scail2_rt.runtime.pipeline.transformer import BlockKV, SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.pipeline.transformer import Transformer
 from scail2_rt.runtime.pipeline.vae import decode
-from scail2_rt.runtime.session.memory import MemoryPlan, resident_stages
-from scail2_rt.runtime.session.resume import Saved, Sidecar, noise_generator
 
-Observer = Callable[[str, Tensor], None]
+DrawNoise = Callable[[Layout], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the denoising runs: solver name, number of steps, sigma shift, guidance scale (≤ 1: one pass), and how
-    segments are joined."""
+    """How a video is made from noise, and how its segments are joined.
 
-    solver: str
+    scheduler, steps, shift   name, number of steps, sigma shift
+    guidance                  its scale; ≤ 1: one pass
+    mode                      animate or replace
+    overlap                   how many last frames of a segment the next one starts from
+    blend                     how many of the overlap's last frames fade from segment to segment
+    anchor_color              off, first or previous (`pipeline.anchor`)"""
+
+    scheduler: str
     steps: int
     shift: float
     guidance: float
-    joins: Joins = OFFICIAL
+    mode: Literal["animate", "replace"] = "animate"
+    overlap: int = 5
+    blend: int = 0
+    anchor_color: str = "off"
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Sampling":
+        request = plan.request
+        return cls(
+            scheduler=request.scheduler,
+            steps=request.steps,
+            shift=request.shift,
+            guidance=request.guidance,
+            mode=plan.mode,
+            overlap=request.segment_overlap,
+            blend=request.overlap_blend,
+            anchor_color=request.anchor_color,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a generation runs on. placement: None where weights are not placed (on a CPU, say)."""
+
+    engines: EngineSet
+    constants: Constants
+    progress: RunProgress
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,152 +90,66 @@ class Frames:
         return self.carry is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    output: Path
-    frames: int
-
-
-def generate(
-    plan: JobPlan,
-    engines: EngineSet,
-    progress: Progress,
-    cache: PromptCache | None = None,
-    memory: MemoryPlan | None = None,
-    sidecar: Sidecar | None = None,
-    saved: Saved | None = None,
-) -> Result:
-    """Animate the plan's character and write the video. A failure or Ctrl-C keeps the finished segments.
-
-    `sidecar` keeps what it takes to go on after each; `saved` is such a state, to go on from."""
-    request = plan.request
-    noise = noise_generator(request.noise_device, request.seed, saved)
-    carry, written = (saved.carry, saved.frames) if saved else (Carry(), 0)
-    made = animate_plan(plan, engines, progress, noise, carry, cache, memory)
-    audio = request.driving if plan.audio else None
-    picture = plan.width, plan.height, plan.frame_rate, request.codec, request.crf
-    writer = VideoWriter(request.output, *picture, audio, plan.start_s, plan.timestamps, after=written)
-    try:
-        for frames in made:
-            writer.write(frames.pixels.numpy())
-            written += len(frames.pixels)
-            if frames.carry is not None:
-                now = Saved(written, frames.carry.to("cpu"), noise.get_state())
-                writer.segment_done(save=partial(sidecar.write, saved=now) if sidecar else None)
-        with progress.phase("finish"):
-            writer.finish()
-    except BaseException:
-        writer.abort()
-        raise
-    return Result(request.output, written)
-
-
 def animate_plan(
-    plan: JobPlan,
-    engines: EngineSet,
-    progress: Progress,
-    noise: torch.Generator,
-    carry: Carry | None = None,
-    cache: PromptCache | None = None,
-    memory: MemoryPlan | None = None,
+    plan: Plan, machine: Machine, noise: torch.Generator, carry: Carry | None = None, cache: PromptCache | None = None
 ) -> Iterator[Frames]:
-    """The plan's frames as `generate` writes them, from the segment after `carry` on. Conditions are encoded at once,
-    frames are made as they are asked for."""
-    request, carry = plan.request, carry or Carry()
-    joins = Joins(request.history, request.overlap_blend, request.anchor_color)
-    sampling = Sampling(request.solver, request.steps, request.shift, request.guidance, joins)
-    conditions = encode_conditions(plan, engines, progress, cache)
+    """The plan's frames from the segment after `carry` on, made as they are asked for."""
+    carry = carry or Carry()
+    conditions = encode_conditions(plan, machine.engines, machine.progress, cache)
+    steps = plan.request.steps
+    rest = 1.0 if plan.estimate is None else plan.estimate.rest(steps)
+    machine.progress.begin(len(plan.segments), steps, carry.finished, rest)
 
     def draw_noise(layout: Layout) -> Tensor:
         shape = (16, layout.frames, layout.height, layout.width)
-        return torch.randn(shape, generator=noise, device=request.noise_device).to(engines.device)
+        return torch.randn(shape, generator=noise, device=plan.request.noise_device).to(machine.engines.device)
 
-    progress.begin(len(plan.segments), request.steps, carry.finished)
-    clips, overlap = read_clips(plan, carry.finished), request.segment_overlap
-    return animate(engines, conditions, clips, sampling, plan.mode, draw_noise, progress, overlap, carry, memory=memory)
-
-
-def encode_conditions(
-    plan: JobPlan, engines: EngineSet, progress: Progress, cache: PromptCache | None = None
-) -> Conditions:
-    """Prompts, CLIP features and references of a request."""
-    request = plan.request
-    prompts = [request.prompt, request.negative_prompt] if request.guidance > 1 else [request.prompt]
-    with progress.phase("text"):
-        contexts = encode_prompts(engines, prompts, cache)
-    with progress.phase("reference"):
-        files = ((request.image, request.mask_image), *request.extra_refs)
-        fits = (plan.fit, *(None for _ in request.extra_refs))  # other views and close-ups keep their framing
-        references = [
-            load_reference(*pair, plan.height, plan.width, fit) for pair, fit in zip(files, fits, strict=True)
-        ]
-        encoded = encode_references(engines, references)
-    with progress.phase("clip"):
-        clip = clip_features(engines, references[0][0])
-    return Conditions(contexts, clip, *encoded)
+    yield from animate(machine, conditions, read_clips(plan, carry.finished), Sampling.of(plan), draw_noise, carry)
 
 
 def animate(
-    engines: EngineSet,
+    machine: Machine,
     conditions: Conditions,
     clips: Iterable[DrivingClip],
     sampling: Sampling,
-    mode: str,
-    draw_noise: Callable[[Layout], Tensor],
-    progress: Progress,
-    overlap: int = 5,
+    draw_noise: DrawNoise,
     carry: Carry | None = None,
-    observe: Observer = lambda name, value: None,
-    memory: MemoryPlan | None = None,
 ) -> Iterator[Frames]:
     """Frames of the driving clips in order, every driving frame once.
 
-    `overlap`: how many last frames of a segment the next one starts from.
-    `carry`: what the segment before the first clip left, when that is not the video's first (its history may come from
-    elsewhere). `observe` is told intermediate tensors by name (parity tests)."""
-    carry, joins = carry or Carry(), sampling.joins
-    passes = len(conditions.contexts) if sampling.guidance > 1 else 1
+    `carry`: what the segment before the first clip left, when that is not the video's first."""
+    engines, progress, carry = machine.engines, machine.progress, carry or Carry()
+    passes = 2 if sampling.guidance > 1 else 1
     with progress.phase("context"):
-        contexts = context_kv(engines, conditions.contexts[:passes], conditions.clip)
-    stages = resident_stages(memory) if memory else []
+        contexts = machine.constants.contexts(conditions.contexts[:passes], conditions.clip)
     for index, clip in enumerate(timed(clips, progress), carry.finished):
         progress.segment(index)
-        engines.prefetch(stages)  # on their way while the driving clip is encoded
+        if machine.placement is not None:
+            engines.prefetch(machine.placement.resident)  # on their way while the driving clip is encoded
         with progress.phase("driving"):
-            driving, driving_mask = encode_driving(engines, clip)
-            observe("driving", driving)
-            observe("driving_mask", driving_mask)
+            driving = encode_driving(engines, clip)
             clean = None
             if clip.segment.overlap and carry.history is not None:
-                pixels, clean = encode_history(engines, joins.history, carry.history)
+                pixels, clean = encode_history(engines, carry.history)
                 observe("history", pixels)
                 observe("history_latent", clean)
-        frames, _, height, width = clip.frames.shape
-        extra = conditions.additional_refs.shape[1]
-        layout = Layout.of(frames, height, width, additional_refs=extra, replace=mode == "replace")
-        inputs = SegmentInputs(
-            conditions.reference,
-            conditions.reference_mask,
-            driving,
-            driving_mask,
-            conditions.additional_refs,
-            conditions.additional_masks,
-        )
+        layout = layout_of(clip, conditions, sampling)
         with progress.phase("denoise"):
-            latent = denoise(engines, layout, inputs, contexts, sampling, draw_noise(layout), clean, progress, observe)
+            transformer = machine.constants.transformer(layout, contexts)
+            transformer.show_references(conditions.references)
+            transformer.show_driving(*driving)
+            latent = denoise(machine, transformer, sampling, draw_noise(layout), clean)
+            del transformer
         observe("final_latent", latent)
-        if memory and memory.drops_blocks:
-            engines.release("dit.blocks.")
-        if engines.device.type == "cuda":
-            torch.cuda.empty_cache()  # what denoising held, the graph's memory too, goes to the VAE
-        for part in decode_segment(engines, clip, latent, joins, mode, overlap, carry, progress, observe):
+        make_room_for_decoding(machine)
+        for part in decode_segment(machine, clip, latent, sampling, carry):
             yield part
             carry = part.carry or carry
-    if joins.blend and carry.history is not None:  # held back for a segment that does not come
-        yield Frames(quantise_frames(carry.history.shown[:, -joins.blend :]).cpu(), Carry(carry.finished))
+    if sampling.blend and carry.history is not None:  # held back for a segment that does not come
+        yield Frames(quantise_frames(carry.history[:, -sampling.blend :]).cpu(), Carry(carry.finished))
 
 
-def timed(clips: Iterable[DrivingClip], progress: Progress) -> Iterator[DrivingClip]:
+def timed(clips: Iterable[DrivingClip], progress: RunProgress) -> Iterator[DrivingClip]:
     """The clips; making each is a phase of its own."""
     made = iter(clips)
     while True:
@@ -220,71 +160,33 @@ def timed(clips: Iterable[DrivingClip], progress: Progress) -> Iterator[DrivingC
         yield clip
 
 
-def decode_segment(
-    engines: EngineSet,
-    clip: DrivingClip,
-    latent: Tensor,
-    joins: Joins,
-    mode: str,
-    overlap: int,
-    carry: Carry,
-    progress: Progress,
-    observe: Observer = lambda name, value: None,
-) -> Iterator[Frames]:
-    """The frames that a segment adds, in order: colours anchored, the overlap faded in where the segment before has
-    left its own version of it, as many held back at the end for the next one's fade."""
-    segment, before = clip.segment, carry.history
-    blend = joins.blend if before is not None else 0
-    first, last = segment.overlap - min(blend, segment.overlap), segment.valid_frames - joins.blend
-    anchor = open_anchor(joins.anchor_color, mode, clip, carry.anchor, engines.device)
-    history: History | None = None
-
-    def finish(start: int, pixels: Tensor) -> Tensor:
-        shaded = pixels if anchor is None else anchor.shade(start, pixels)
-        return cross_fade(shaded, start, before, segment.overlap, blend)
-
-    for start, pixels, shown, levels in decoded_frames(engines, latent, finish, progress):
-        observe("pixels", pixels)
-        valid = slice(0, segment.valid_frames - start)
-        ending = (shown[:, valid], pixels[:, valid]) if shown is not pixels else (pixels[:, valid],) * 2
-        history = History(*ending) if history is None else history.after(*ending, overlap)
-        new, left = levels[max(first - start, 0) : max(last - start, 0)], None
-        if start + pixels.shape[1] >= segment.valid_frames:
-            history = replace(history, latent=latent[:, latent.shape[1] - latent_frames(overlap) + 1 :])
-            left = Carry(carry.finished + 1, history, {} if anchor is None else anchor.state())
-        if len(new) or left:
-            yield Frames(new, left)
+def layout_of(clip: DrivingClip, conditions: Conditions, sampling: Sampling) -> Layout:
+    """The token layout of a segment."""
+    frames, _, height, width = clip.frames.shape
+    extra = conditions.references.additional_refs.shape[1]
+    return Layout.of(frames, height, width, additional_refs=extra, replace=sampling.mode == "replace")
 
 
-def denoise(
-    engines: EngineSet,
-    layout: Layout,
-    inputs: SegmentInputs,
-    contexts: list[BlockKV],
-    sampling: Sampling,
-    x: Tensor,
-    clean: Tensor | None,
-    progress: Progress,
-    observe: Observer = lambda name, value: None,
-) -> Tensor:
+def denoise(machine: Machine, transformer: Transformer, sampling: Sampling, x: Tensor, clean: Tensor | None) -> Tensor:
     """From noise x fp32 [16, F, h, w] to a clean latent. `clean` [16, Th, h, w] holds the history latents: they
     overwrite the first Th frames before every model call and after every step, where the history mask is 1."""
-    solver = make_solver(sampling.solver, sampling.steps, sampling.shift)
-    transformer = Transformer(engines, layout, inputs, contexts, solver.timesteps)
-    frozen = 0 if clean is None else clean.shape[1]
+    scheduler = make_scheduler(sampling.scheduler, sampling.steps, sampling.shift)
+    schedule = machine.constants.schedule(scheduler.timesteps)
     history_mask = x.new_zeros(4, *x.shape[1:])
-    history_mask[:, :frozen] = 1
+    history_mask[:, : 0 if clean is None else clean.shape[1]] = 1
+    marks = StepMarks(x.device, machine.progress.step)
 
     x = overwrite_history(x, clean)
     for step in range(sampling.steps):
-        velocity, *unguided = transformer.velocities(x, history_mask, step)
+        velocity, *unguided = transformer.velocities(x, history_mask, schedule, step)
         observe("velocity", velocity)
         if unguided:
             observe("velocity_unguided", unguided[0])
             velocity = unguided[0] + sampling.guidance * (velocity - unguided[0])
-        x = overwrite_history(solver.step(velocity, x), clean)
+        x = overwrite_history(scheduler.step(velocity, x), clean)
         observe("latent", x)
-        progress.step(step)
+        marks.passed(step)
+    marks.finish()
     return x
 
 
@@ -293,26 +195,72 @@ def overwrite_history(x: Tensor, clean: Tensor | None) -> Tensor:
     return x if clean is None else torch.cat([clean, x[:, clean.shape[1] :]], dim=1)
 
 
-def decoded_frames(
-    engines: EngineSet, latent: Tensor, finish: Callable[[int, Tensor], Tensor], progress: Progress
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(index of the first frame, decoded pixels [3, 1 or 4, H, W], the same as `finish(index, pixels)` made them, those
-    as uint8 [1 or 4, H, W, 3] on the CPU) in order.
+def make_room_for_decoding(machine: Machine) -> None:
+    """Give the VAE what denoising held, as far as the placement says so."""
+    placement = machine.placement
+    if placement is not None and placement.drops_blocks:
+        machine.engines.release("dit.blocks.")
+    if placement is not None and not placement.keeps_graphs:
+        machine.constants.drop_transformers()
+        torch.cuda.empty_cache()
 
-    On a GPU a group of frames leaves while the next is decoded: it is handed out when the next has been queued."""
-    start, chunks = 0, decode(engines, latent)
-    waiting: tuple[int, Tensor, Tensor, Leaving] | None = None
+
+def decode_segment(
+    machine: Machine, clip: DrivingClip, latent: Tensor, sampling: Sampling, carry: Carry
+) -> Iterator[Frames]:
+    """The frames that a segment adds, in order: colours anchored, the overlap faded in where the segment before has
+    left its own version of it, as many held back at the end for the next one's fade."""
+    segment, before = clip.segment, carry.history
+    blend = sampling.blend if before is not None else 0
+    first, last = segment.overlap - min(blend, segment.overlap), segment.valid_frames - sampling.blend
+    anchor = open_anchor(sampling.anchor_color, sampling.mode, clip, carry.anchor, machine.engines.device)
+    history: Tensor | None = None
+
+    def finish(start: int, pixels: Tensor) -> Tensor:
+        shaded = pixels if anchor is None else anchor.shade(start, pixels)
+        return cross_fade(shaded, start, before, segment.overlap, blend)
+
+    for group in decoded_groups(machine, latent, finish):
+        observe("pixels", group.pixels)
+        shown = group.shown[:, : max(segment.valid_frames - group.start, 0)]
+        history = shown if history is None else torch.cat([history, shown], dim=1)
+        history = history[:, -sampling.overlap :]
+        new = group.levels.arrived()[max(first - group.start, 0) : max(last - group.start, 0)]
+        left = None
+        if group.start + group.pixels.shape[1] >= segment.valid_frames:
+            left = Carry(carry.finished + 1, history, {} if anchor is None else anchor.state())
+        if len(new) or left:
+            yield Frames(new, left)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Frames of one latent frame: the number of the first, decoded pixels [3, 1 or 4, H, W], the same as they are
+    shown, and those as uint8 [1 or 4, H, W, 3] on their way
+    to the CPU."""
+
+    start: int
+    pixels: Tensor
+    shown: Tensor
+    levels: CopyToCpu
+
+
+def decoded_groups(machine: Machine, latent: Tensor, finish: Callable[[int, Tensor], Tensor]) -> Iterator[Group]:
+    """The groups of a latent in order, each shown as `finish(start, pixels)` makes it. On a GPU a group leaves while
+    the next is decoded: it is handed out when the next has been queued."""
+    start, chunks = 0, decode(machine.engines, latent)
+    waiting: Group | None = None
     while True:
-        with progress.phase("decode", wait=False):
+        with machine.progress.phase("decode", wait=False):
             pixels = next(chunks, None)
             upcoming = None
             if pixels is not None:
                 shown = finish(start, pixels)
-                upcoming = (start, pixels, shown, leave(quantise_frames(shown)))
+                upcoming = Group(start, pixels, shown, copy_to_cpu(quantise_frames(shown)))
             if waiting is not None:
-                arrived = waiting[3].arrive()
+                waiting.levels.arrived()
         if waiting is not None:
-            yield *waiting[:3], arrived
+            yield waiting
         if upcoming is None:
             return
-        waiting, start = upcoming, start + upcoming[1].shape[1]
+        waiting, start = upcoming, start + upcoming.pixels.shape[1]

@@ -1,4 +1,4 @@
-"""Flow-matching solvers: noise levels, model timesteps and the update of the latent after each model call.
+"""Flow-matching schedulers: noise levels, model timesteps and the update of the latent after each model call.
 
 The forward process is x_σ = (1-σ)·x₀ + σ·noise and the model predicts v = noise - x₀. Euler integrates v. The other two
 work on the prediction x₀ = x - σ·v over λ = log((1-σ)/σ), and every update is a weighted sum of the latent and of
@@ -23,7 +23,7 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOLVERS = ("unipc", "dpm++", "euler")
+SCHEDULERS = ("unipc", "dpm++", "euler")
 TRAINING_STEPS = 1000
 
 
@@ -50,7 +50,7 @@ class _Update:
         return result
 
 
-class Solver:
+class Scheduler:
     """One trajectory from noise to latent; make a new one for every segment.
 
     sigmas     N+1 noise levels, falling to 0 (values representable in fp32)
@@ -66,7 +66,7 @@ class Solver:
         """Latent after the next step: v at `timesteps[i]` and the latent x it was computed for (any shape, device and
         float type) → a new fp32 tensor. Neither argument is changed. Raises Scail2Error past the last step."""
         if self._done == len(self.timesteps):
-            raise Scail2Error(f"This {self.name} trajectory has ended after {self._done} steps: make a new solver.")
+            raise Scail2Error(f"This {self.name} trajectory has ended after {self._done} steps: make a new scheduler.")
         result = self._advance(self._done, velocity.float(), x.float())
         self._done += 1
         return result
@@ -76,7 +76,7 @@ class Solver:
         return x.add(velocity, alpha=self.sigmas[i + 1] - self.sigmas[i])
 
 
-class MultistepSolver(Solver):
+class MultistepScheduler(Scheduler):
     """DPM-Solver++ 2M, and UniPC, which is the same predictor followed by a corrector once the next v is known."""
 
     def __init__(self, name: str, sigmas: tuple[float, ...], timesteps: tuple[int | float, ...]) -> None:
@@ -101,13 +101,13 @@ class MultistepSolver(Solver):
         return self._predictors[i](x, self._predictions)
 
 
-def make_solver(name: str, steps: int, shift: float) -> Solver:
-    """A solver for one trajectory of `steps` model calls: `unipc`, `dpm++` or `euler`.
+def make_scheduler(name: str, steps: int, shift: float) -> Scheduler:
+    """A scheduler for one trajectory of `steps` model calls: `unipc`, `dpm++` or `euler`.
 
     Levels fall linearly from the start to 0 and are shifted by σ ← s·σ / (1 + (s-1)·σ). Raises InputError for an
     unknown name, steps outside 1 … 1000, a shift that is not positive, or one so extreme that two levels coincide."""
-    if name not in SOLVERS:
-        raise InputError(f"There is no solver called {name!r}: use one of {', '.join(SOLVERS)}.")
+    if name not in SCHEDULERS:
+        raise InputError(f"There is no scheduler called {name!r}: use one of {', '.join(SCHEDULERS)}.")
     if not 1 <= steps <= TRAINING_STEPS:
         raise InputError(f"The number of steps must be between 1 and {TRAINING_STEPS}, not {steps}; 40 is usual.")
     if not 0 < shift < math.inf:
@@ -121,8 +121,8 @@ def make_solver(name: str, steps: int, shift: float) -> Solver:
     if any(low >= high for high, low in pairwise(sigmas)):
         raise InputError(f"A shift of {shift} makes noise levels of {steps} steps coincide; 1, 3 and 5 are usual.")
     if name == "euler":
-        return Solver(name, sigmas, tuple(_fp32(sigma * TRAINING_STEPS) for sigma in sigmas[:-1]))
-    return MultistepSolver(name, sigmas, tuple(int(sigma * TRAINING_STEPS) for sigma in shifted))
+        return Scheduler(name, sigmas, tuple(_fp32(sigma * TRAINING_STEPS) for sigma in sigmas[:-1]))
+    return MultistepScheduler(name, sigmas, tuple(int(sigma * TRAINING_STEPS) for sigma in shifted))
 
 
 def _log_snr(sigma: float) -> float:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import html
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from scail2_rt.kernels.cache_folder import cache_directory
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.warnings import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,6 @@ MAX_TOKENS = 512
 END_TOKEN = "</s>"
 TOKENIZER_FILE = "tokenizer.json"
 CACHE_FORMAT = "1"  # part of every key: raise it when the meaning of an entry changes
-
-_log = logging.getLogger(__name__)
 
 
 def clean_prompt(text: str) -> str:
@@ -108,11 +106,11 @@ class PromptCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            _log.warning("The cached prompt encoding %s cannot be read (%s): encoding the prompt again.", path, error)
+            warn(f"The cached prompt encoding {path} cannot be read ({error}): encoding the prompt again.")
             return None
         encoding = _decoded(data)
         if encoding is None:
-            _log.warning("The cached prompt encoding %s is damaged: encoding the prompt again.", path)
+            warn(f"The cached prompt encoding {path} is damaged: encoding the prompt again.")
         return encoding
 
     def store(self, text: str, encoding: Tensor) -> None:
@@ -131,7 +129,7 @@ class PromptCache:
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:
-            _log.warning("The prompt encoding could not be cached as %s (%s): continuing without.", path, error)
+            warn(f"The prompt encoding could not be cached as {path} ({error}): continuing without.")
 
 
 def _decoded(data: bytes) -> Tensor | None:

@@ -1,146 +1,122 @@
 """What a planned run will take, worked out without loading anything: FLOP, memory and time by phase.
 
-FLOP follow from the plan (`geometry`), weights from the manifest, activations from the token layout. Times divide FLOP
-by a rate: the one measured in the last run of this engine folder on this device (`last_run.json`, written by every
-complete run), else half of what a short matrix product reaches here; the text says which. Both are estimates: a small
-model is slower than its FLOP say, because calls cost time too.
+FLOP follow from the plan (`core.geometry`), memory from the memory model. Times divide FLOP by a rate: the one measured
+in the last run of this engine folder on this device (`last_run.json`, written by every complete run), else half of what
+a short matrix product reaches here; `basis` says which. Both are estimates: a small model is slower than its FLOP say,
+because calls cost time too.
 """
 
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from scail2_rt.engines.folder.manifest import Manifest, write_json
-from scail2_rt.engines.registry import choose_backend, device_of, gpu
-from scail2_rt.export.models.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
-from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.geometry import Layout, forward_flops, vae_decode_flops, vae_encode_flops
-from scail2_rt.runtime.core.request import JobPlan
-from scail2_rt.runtime.session.memory import activation_bytes, context_bytes, decode_bytes
+from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.engines.folder.manifest import write_json
+from scail2_rt.engines.registry import gpu
+from scail2_rt.runtime.core.geometry import forward_flops, vae_decode_flops, vae_encode_flops
+from scail2_rt.runtime.core.plan import Estimate, Plan
+from scail2_rt.runtime.pipeline.placement import Placement
+from scail2_rt.runtime.session.memory import LIBRARY_BYTES, memory_model
 
 LAST_RUN = "last_run.json"
-BENCHMARK_S = 0.3
+BENCHMARK_S = 0.1
 BENCHMARK_SIZE = {"cpu": 1024, "cuda": 8192}
 MATMUL_SHARE = 0.5  # of the bare matrix product's rate; whole runs reach 0.3 to 0.7
 VAE_REFERENCE_DIM = 96  # the width for which the VAE's FLOP were measured
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """FLOP, GiB (weights and activations together) and seconds by phase, and where the times come from."""
-
-    tokens: int
-    passes: int
-    flop: Mapping[str, float]
-    memory_gib: Mapping[str, float]
-    seconds: Mapping[str, float]
-    basis: str
-
-    @property
-    def total_s(self) -> float:
-        return sum(self.seconds.values())
-
-
-def estimate(plan: JobPlan, manifest: Manifest, directory: Path, backend: str, max_rows: int) -> Estimate:
-    """The estimate for one plan on the engines of `directory`, run by `backend` (or what `auto` chooses)."""
-    chosen, _ = choose_backend(backend, manifest.backends)
-    flop = work(plan, manifest)
-    rates, basis = rates_for(directory, chosen)
-    seconds = {phase: amount / rates["vae" if phase in VAE_PHASES else "denoise"] for phase, amount in flop.items()}
-    memory = memory_gib(plan, manifest, max_rows)
-    return Estimate(plan.layout.tokens, plan.request.passes, flop, memory, seconds, basis)
-
-
 VAE_PHASES = ("reference", "driving", "decode")
 
 
-def work(plan: JobPlan, manifest: Manifest) -> dict[str, float]:
+class Rates:
+    """FLOP/s of one set of engines, measured when first asked for."""
+
+    def __init__(self, engines: EngineSet) -> None:
+        self._engines = engines
+        self._known: tuple[dict[str, float], str] | None = None
+
+    def get(self) -> tuple[dict[str, float], str]:
+        """({"denoise", "vae"} FLOP/s, where they come from)."""
+        if self._known is None:
+            self._known = _last_run(self._engines) or _measured(self._engines)
+        return self._known
+
+    def remember(self, plan: Plan, timings: Mapping[str, float]) -> None:
+        """Keep what a complete run measured, in the engine folder too; one that is read-only stays as it is."""
+        flop = work(plan, self._engines)
+        vae_s = sum(timings.get(phase, 0.0) for phase in VAE_PHASES)
+        denoise_s = timings.get("denoise", 0.0)
+        if not (vae_s and denoise_s):
+            return
+        rates = {"denoise": flop["denoise"] / denoise_s, "vae": sum(flop[phase] for phase in VAE_PHASES) / vae_s}
+        self._known = rates, f"the speed of the last run with these engines ({device_name(self._engines)})"
+        try:
+            document = {"device": device_name(self._engines), "flop_per_s": rates}
+            write_json(self._engines.directory / LAST_RUN, document)
+        except OSError:
+            return
+
+
+def estimate(plan: Plan, engines: EngineSet, placement: Placement | None, rates: Rates) -> Estimate:
+    """The estimate of a plan on these engines, placed like this."""
+    flop = work(plan, engines)
+    speeds, basis = rates.get()
+    seconds = {phase: amount / speeds["vae" if phase in VAE_PHASES else "denoise"] for phase, amount in flop.items()}
+    model = memory_model(plan, engines)
+    phases = model.phases(placement)
+    libraries = LIBRARY_BYTES if engines.device.type == "cuda" else 0
+    line = "" if placement is None else placement.line
+    return Estimate(flop, phases, max(phases.values()) + libraries, line, seconds, basis)
+
+
+def work(plan: Plan, engines: EngineSet) -> dict[str, float]:
     """FLOP of each phase of a plan (nothing taken from the prompt cache)."""
-    dit, vae, umt5, clip = _parts(manifest)
-    request = plan.request
+    dit, vae, umt5, clip = (getattr(engines.config, part) for part in ("dit", "vae", "umt5", "clip"))
+    request, size = plan.request, (plan.height, plan.width)
     wide = (vae.dim / VAE_REFERENCE_DIM) ** 2
-    references = len(request.extra_refs) + 1
     driving = denoise = decode = 0.0
     for segment in plan.segments:
-        frames, size = segment.padded_frames, (plan.height, plan.width)
-        layout = Layout.of(frames, *size, len(request.extra_refs), plan.mode == "replace")
+        frames = segment.padded_frames
         driving += vae_encode_flops(frames, plan.height // 2, plan.width // 2)
         if segment.overlap:
             driving += vae_encode_flops(segment.overlap, *size)
-        denoise += request.steps * request.passes * forward_flops(dit, layout)
+        denoise += request.steps * request.passes * forward_flops(dit, plan.segment_layout(segment))
         decode += vae_decode_flops(frames, *size)
     umt5_weights = umt5.layers * (4 * umt5.dim * umt5.attn_dim + 3 * umt5.dim * umt5.ffn_dim)
     clip_weights = clip.layers * (4 * clip.dim**2 + 2 * clip.dim * clip.mlp_dim)
     return {
         "text": 2.0 * request.passes * dit.text_len * umt5_weights,
         "clip": 2.0 * clip.tokens * clip_weights,
-        "reference": references * wide * vae_encode_flops(1, plan.height, plan.width),
+        "reference": len(request.references) * wide * vae_encode_flops(1, *size),
         "driving": wide * driving,
         "denoise": float(denoise),
         "decode": wide * decode,
     }
 
 
-def memory_gib(plan: JobPlan, manifest: Manifest, max_rows: int) -> dict[str, float]:
-    """GiB of weights and activations while each phase runs, beside what Python and its libraries take."""
-    dit, vae, _, _ = _parts(manifest)
-    element = 4 if manifest.precision == "fp32" else 2
-    passes = plan.request.passes
-    streams = activation_bytes(dit, plan.layout, passes, element, manifest.precision == "fp8")
-    context = context_bytes(dit, passes, element)
-    hidden = 2 * min(plan.layout.tokens, max_rows) * dit.ffn_dim * element
-    vae_work = decode_bytes(vae, plan.height, plan.width, element)
-    kv = _weights(manifest, "dit.", ".context_kv")
-    resident = _weights(manifest, "dit.") - kv + _weights(manifest, "vae.")
-    phases = {
-        "text": _weights(manifest, "umt5."),
-        "clip": _weights(manifest, "clip"),
-        "reference": _weights(manifest, "vae.encode") + vae_work,
-        "denoise": resident + streams + context + hidden,
-        "decode": resident + context + vae_work,
-    }
-    return {phase: amount / 2**30 for phase, amount in phases.items()}
-
-
-def _weights(manifest: Manifest, prefix: str, suffix: str = "") -> int:
-    """Bytes of the weights of the stages with this prefix and suffix."""
-    names = (stage for stage in manifest.stages if stage.name.startswith(prefix) and stage.name.endswith(suffix))
-    return sum(stage.weight_bytes for stage in names)
-
-
-def _parts(manifest: Manifest) -> tuple[DiTConfig, VAEConfig, UMT5Config, CLIPConfig]:
-    config = manifest.config
-    if config.dit is None or config.vae is None or config.umt5 is None or config.clip is None:
-        parts = {"dit": config.dit, "vae": config.vae, "umt5": config.umt5, "clip": config.clip}
-        lacking = ", ".join(name for name, part in parts.items() if part is None)
-        raise InputError(f"The engine folder has no {lacking}: build it from a complete checkpoint.")
-    return config.dit, config.vae, config.umt5, config.clip
-
-
-def device_name(backend: str) -> str:
+def device_name(engines: EngineSet) -> str:
     """What rates are filed under: the executor and the machine it runs on."""
-    return f"{backend} on {gpu() if device_of(backend) == 'cuda' else 'cpu'}"
+    return f"{engines.backend} on {gpu() if engines.device.type == 'cuda' else 'cpu'}"
 
 
-def rates_for(directory: Path, backend: str) -> tuple[dict[str, float], str]:
-    """({"denoise", "vae"} FLOP/s, where they come from)."""
+def _last_run(engines: EngineSet) -> tuple[dict[str, float], str] | None:
     try:
-        last = json.loads((directory / LAST_RUN).read_text())
+        last = json.loads((engines.directory / LAST_RUN).read_text())
         rates = {name: float(last["flop_per_s"][name]) for name in ("denoise", "vae")}
-        if last["device"] == device_name(backend) and min(rates.values()) > 0:
+        if last["device"] == device_name(engines) and min(rates.values()) > 0:
             return rates, f"the speed of the last run with these engines ({last['device']})"
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no run yet, or a file of another version: measure instead
-    device = device_of(backend)
+    return None
+
+
+def _measured(engines: EngineSet) -> tuple[dict[str, float], str]:
+    device = engines.device.type
     rate = MATMUL_SHARE * _matmul_rate(device)
     return {"denoise": rate, "vae": rate}, f"half the speed of a matrix product on this {device}; no run measured yet"
 
 
 def _matmul_rate(device: str) -> float:
-    """FLOP/s of a square matrix product, repeated for about a third of a second."""
+    """FLOP/s of a square matrix product, repeated for a tenth of a second."""
     import torch
 
     size = BENCHMARK_SIZE[device]
@@ -159,24 +135,8 @@ def _matmul_rate(device: str) -> float:
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
-def remember_run(
-    directory: Path, plan: JobPlan, manifest: Manifest, backend: str, timings: Mapping[str, float]
-) -> None:
-    """Keep the measured rates in the engine folder for later estimates; a folder that is read-only stays as it is."""
-    flop = work(plan, manifest)
-    vae_s = sum(timings.get(phase, 0.0) for phase in VAE_PHASES)
-    denoise_s = timings.get("denoise", 0.0)
-    if not (vae_s and denoise_s):
-        return
-    rates = {"denoise": flop["denoise"] / denoise_s, "vae": sum(flop[phase] for phase in VAE_PHASES) / vae_s}
-    try:
-        write_json(directory / LAST_RUN, {"device": device_name(backend), "flop_per_s": rates})
-    except OSError:
-        return
-
-
-def describe(plan: JobPlan, result: Estimate) -> dict[str, Any]:
-    """The estimate as one JSON object."""
+def described(plan: Plan, expected: Estimate) -> dict[str, Any]:
+    """The plan with its estimate as one JSON object."""
     return {
         "status": "dry-run",
         "mode": plan.mode,
@@ -188,24 +148,28 @@ def describe(plan: JobPlan, result: Estimate) -> dict[str, Any]:
             {"start": s.start, "end": s.valid_end, "padded_frames": s.padded_frames, "overlap": s.overlap}
             for s in plan.segments
         ],
-        "tokens": result.tokens,
+        "tokens": plan.layout.tokens,
         "steps": plan.request.steps,
-        "passes": result.passes,
-        "flop": dict(result.flop),
-        "memory_gib": dict(result.memory_gib),
-        "seconds": dict(result.seconds),
-        "total_s": result.total_s,
-        "basis": result.basis,
+        "passes": plan.request.passes,
+        "flop": dict(expected.flop),
+        "memory_gib": {phase: amount / 2**30 for phase, amount in expected.memory.items()},
+        "peak_gib": expected.peak / 2**30,
+        "placement": expected.placement,
+        "seconds": dict(expected.seconds),
+        "total_s": expected.total_s,
+        "basis": expected.basis,
         "warnings": list(plan.warnings),
     }
 
 
-def as_text(plan: JobPlan, result: Estimate) -> str:
-    """The estimate for people."""
+def as_text(plan: Plan, expected: Estimate) -> str:
+    """The plan with its estimate for people, every warning included."""
     request, layout = plan.request, plan.layout
+    count = len(plan.segments)
     lines = [
-        f"{plan.frames} frames at {float(plan.frame_rate):.6g} fps, {plan.height}x{plan.width}, mode {plan.mode}",
-        f"{len(plan.segments)} segments of at most {max(s.padded_frames for s in plan.segments)} frames:",
+        f"{counted(plan.frames, 'frame')} at {float(plan.frame_rate):.6g} fps, {plan.height}x{plan.width}, "
+        f"mode {plan.mode}",
+        f"{counted(count, 'segment')} of at most {max(s.padded_frames for s in plan.segments)} frames:",
     ]
     if plan.fit is not None:
         lines.insert(1, plan.fit.text)
@@ -214,24 +178,33 @@ def as_text(plan: JobPlan, result: Estimate) -> str:
         padding = f", padded by {segment.padding}" if segment.padding else ""
         lines.append(f"  {number}: frames {segment.start} to {segment.valid_end - 1}{overlap}{padding}")
     lines += [
-        f"{result.tokens:,} tokens = {layout.reference_tokens:,} reference + {layout.video_tokens:,} video "
+        f"{layout.tokens:,} tokens = {layout.reference_tokens:,} reference + {layout.video_tokens:,} video "
         f"+ {layout.driving_tokens:,} driving",
-        f"{request.steps} {request.solver} steps of {result.passes} pass{'es' if result.passes > 1 else ''} a segment",
+        f"{counted(request.steps, f'{request.scheduler} step')} of {counted(request.passes, 'pass')} per segment",
         "",
         f"{'phase':<10} {'TFLOP':>12} {'GiB':>8} {'time':>10}",
     ]
-    for phase, flop in result.flop.items():
-        gib = result.memory_gib.get(phase)
-        memory = "" if gib is None else f"{gib:.2f}"
-        lines.append(f"{phase:<10} {flop / 1e12:>12.3f} {memory:>8} {duration(result.seconds[phase]):>10}")
-    total = sum(result.flop.values()) / 1e12
-    peak = max(result.memory_gib.values())
+    for phase in dict.fromkeys([*expected.flop, *expected.memory]):
+        flop = f"{expected.flop[phase] / 1e12:.3f}" if phase in expected.flop else ""
+        gib = f"{expected.memory[phase] / 2**30:.2f}" if phase in expected.memory else ""
+        seconds = duration(expected.seconds[phase]) if phase in expected.seconds else ""
+        lines.append(f"{phase:<10} {flop:>12} {gib:>8} {seconds:>10}")
+    total = sum(expected.flop.values()) / 1e12
     lines += [
-        f"{'all':<10} {total:>12.3f} {peak:>8.2f} {duration(result.total_s):>10}",
+        f"{'all':<10} {total:>12.3f} {expected.peak / 2**30:>8.2f} {duration(expected.total_s):>10}",
         "",
-        f"Times assume {result.basis}. Memory is weights and activations of a phase, without the libraries themselves.",
+        *([f"GPU memory: {expected.placement}"] if expected.placement else []),
+        f"Times assume {expected.basis}. Memory is weights and activations of a phase; the last line also has what the "
+        "GPU's libraries take.",
+        *(f"warning: {sentence}" for sentence in plan.warnings),
     ]
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 frame`, `2 frames`, `2 passes`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

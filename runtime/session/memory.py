@@ -1,63 +1,127 @@
-"""What lies in GPU memory when: worked out once a run, from the weights' sizes, the token layout and what is free.
+"""The memory model: what a run holds at once, phase by phase, worked out before anything loads.
 
-Three plans, the first that fits is taken. *resident*: the transformer stays loaded through decoding, for the next
-segment. *phased*: it is dropped before the VAE decodes and loaded again. *streamed*: only the first blocks stay; the
-others pass through two buffers a stage family, read from the engine folder while the block before them runs.
-The sizes of activations are formulas of the buffers that are alive at once (`runtime.pipeline.transformer`,
-`engines.torch_backend.vae_streams`); `scail2-rt bench generate` measures what the allocator really held.
+One model serves the dry run, the plan and the run. On a GPU whose weights the runtime places itself it also decides how
+(`pipeline.placement`): the first of four ways that fits the budget is taken. Sizes of weights are the manifest's; sizes
+of activations are formulas of the buffers that are alive at once (`pipeline.transformer`, `engines.torch_backend`);
+`scail2-rt bench generate` measures what the allocator and the driver really saw.
 """
 
 from dataclasses import dataclass
 
-import torch
-
 from scail2_rt.engines.engine_set import EngineSet
-from scail2_rt.export.models.config import DiTConfig, VAEConfig
+from scail2_rt.engines.tensorrt_backend.preflight import host_memory
+from scail2_rt.export.models.config import DiTConfig
+from scail2_rt.kernels.attention.variants import AttentionVariant
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import CLIP_TOKENS, Layout
-from scail2_rt.runtime.core.request import JobPlan
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.pipeline.conditioning import AHEAD as LAYERS_AHEAD
+from scail2_rt.runtime.pipeline.placement import BLOCK_STAGES, Placement
+from scail2_rt.runtime.pipeline.transformer import AHEAD as BLOCKS_AHEAD
 
-CONTEXT_BYTES = 600 << 20  # what CUDA, the libraries' workspaces and compiled kernels take beside the allocator
+LIBRARY_BYTES = 800 << 20  # what CUDA, the libraries' workspaces and compiled kernels take beside the allocator
 MARGIN_BYTES = 512 << 20
-VAE_BUFFERS = 104  # pixel-sized [dim, H, W] buffers of the decoder's rings and streams (8.3 GiB at 512×896 in fp16)
-BLOCK_STAGES = ("qkv", "mid", "ffn")
+# Pixel-sized [dim, H, W] buffers of the VAE's rings and streams, as measured at 512×896 and 704×1280 in fp16: 88 to 90
+# and 61 to 62. `bench generate` shows the estimate beside the peak.
+DECODE_BUFFERS, ENCODE_BUFFERS = 92, 63
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """kind: resident, phased or streamed; resident_blocks: how many blocks keep their weights; needed and budget in
-    bytes of the allocator."""
+class MemoryModel:
+    """Bytes of one run's parts.
 
-    kind: str
-    resident_blocks: int
-    blocks: int
-    needed: int
-    budget: int
+    blocks         of each block's weights that are used at every step
+    constant       of the transformer's other weights that stay loaded while denoising
+    text, clip, context_weights
+                   of weights that are loaded at once by these phases
+    vae_encode, vae_decode
+                   of weights and buffers: at full size
+    vae_driving    the same for a segment's driving clip (half size) and, from the second segment on, its history
+    context        cross-attention keys and values of all blocks
+    tokens         token buffers that a layout keeps
+    work           activations of a forward pass; what a recorded step keeps
+    margin         for what the allocator cannot use"""
 
-    @property
-    def line(self) -> str:
-        """One printable line."""
-        what = {
-            "resident": "all blocks stay in GPU memory",
-            "phased": "all blocks in GPU memory while denoising, dropped for decoding",
-            "streamed": f"{self.resident_blocks} of {self.blocks} blocks in GPU memory, the others streamed from the "
-            "engine folder, all dropped for decoding",
-        }[self.kind]
-        return f"{self.kind}: {what}; {self.needed / 2**30:.1f} of {self.budget / 2**30:.1f} GiB planned"
+    blocks: tuple[int, ...]
+    constant: int
+    text: int
+    clip: int
+    context_weights: int
+    vae_encode: int
+    vae_decode: int
+    vae_driving: int
+    context: int
+    tokens: int
+    work: int
+    margin: int = 0
 
-    @property
-    def drops_blocks(self) -> bool:
-        """Do the blocks leave memory before the VAE decodes?"""
-        return self.kind != "resident"
+    def phases(self, placement: Placement | None) -> dict[str, int]:
+        """Bytes while each phase runs. Without a placement all weights stay."""
+        count = len(self.blocks) if placement is None else placement.resident_blocks
+        streamed = placement is not None and placement.kind == "streamed"
+        slots = 2 * max(self.blocks) if streamed else 0
+        weights = sum(self.blocks[:count]) + self.constant
+        kept = self.context + self.tokens
+        graphs = self.work if placement is not None and placement.keeps_graphs else 0
+        while_decoding = weights if placement is None or not placement.drops_blocks else self.constant
+        return {
+            "text": self.text,
+            "clip": self.clip,
+            "reference": self.vae_encode + self.margin,
+            "context": self.context + self.context_weights,
+            "driving": weights + kept + graphs + self.vae_driving + self.margin,
+            "denoise": weights + slots + kept + self.work + self.margin,
+            "decode": while_decoding + kept + graphs + self.vae_decode + self.margin,
+        }
+
+    def needed(self, placement: Placement | None) -> int:
+        """Bytes of the largest phase."""
+        return max(self.phases(placement).values())
 
 
-def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: int, eight_bit: bool) -> int:
+def memory_model(plan: Plan, engines: EngineSet) -> MemoryModel:
+    """The model of a plan on these engines."""
+    dit, vae = engines.config.dit, engines.config.vae
+    if dit is None or vae is None or engines.config.umt5 is None or engines.config.clip is None:
+        parts = {name: getattr(engines.config, name) for name in ("dit", "vae", "umt5", "clip")}
+        lacking = ", ".join(name for name, part in parts.items() if part is None)
+        raise InputError(f"The engine folder has no {lacking}: build it from a complete checkpoint.")
+    sizes = {stage.name: stage.weight_bytes for stage in engines.manifest.stages}
+    on_demand = engines.places_weights  # else (a mapped store, plans) all weights of a phase are there at once
+    passes, element = plan.request.passes, engines.compute_dtype("dit.blocks.0.qkv").itemsize
+    pixels = vae.dim * plan.height * plan.width * engines.compute_dtype("vae.decode_step").itemsize
+    encode = ENCODE_BUFFERS * pixels
+
+    def weights(prefix: str, suffix: str = "") -> list[int]:
+        return [size for name, size in sizes.items() if name.startswith(prefix) and name.endswith(suffix)]
+
+    layers, kv = weights("umt5.layers."), weights("dit.blocks.", ".context_kv")
+    later = any(segment.overlap for segment in plan.segments)
+    hidden = 0 if on_demand else 2 * min(plan.layout.tokens, engines.max_rows) * dit.ffn_dim * element
+    encoder = max(weights("vae.encode"), default=0)
+    return MemoryModel(
+        blocks=tuple(sum(sizes[f"dit.blocks.{i}.{name}"] for name in BLOCK_STAGES) for i in range(dit.layers)),
+        constant=sum(sizes[f"dit.{name}"] for name in ("embed", "head")),
+        text=sum(layers[: LAYERS_AHEAD + 1]) if on_demand else sum(weights("umt5.")),
+        clip=sum(weights("clip")),
+        context_weights=sum(kv[: BLOCKS_AHEAD + 1]) if on_demand else sum(kv),
+        vae_encode=encoder + encode,
+        vae_decode=max(weights("vae.decode"), default=0) + DECODE_BUFFERS * pixels,
+        vae_driving=encoder + (encode if later else encode // 4),
+        context=context_bytes(dit, passes, element),
+        tokens=4 * dit.dim * (plan.layout.reference_tokens + plan.layout.driving_tokens),
+        work=activation_bytes(dit, plan.layout, passes, element, engines.attention) + hidden,
+        margin=MARGIN_BYTES if on_demand else 0,
+    )
+
+
+def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: int, attention: AttentionVariant) -> int:
     """Bytes alive at the widest point of a forward pass, between a block's qkv and its attention: the residual stream,
-    the tokens that do not change, q k v as projected (`element` bytes a value) and as prepared, the shared prefix."""
-    static = layout.reference_tokens + layout.driving_tokens
-    prepared = 3 if eight_bit else 3 * element  # 16 bit: q, k and the output, while v stays in place
+    q k v as projected (`element` bytes per value) and as prepared, the shared prefix of two passes; and, since the
+    largest buffer is one piece, once more q k v for fragmentation."""
+    projected = 3 * element
     shared = (4 + element) if passes > 1 else 0
-    return layout.tokens * config.dim * (4 + 3 * element + prepared + shared) + static * config.dim * 4
+    return layout.tokens * config.dim * (4 + projected + attention.prepared_bytes(element) + shared + projected)
 
 
 def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
@@ -65,74 +129,68 @@ def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
     return passes * config.layers * (config.text_len + CLIP_TOKENS) * 2 * config.dim * element
 
 
-def decode_bytes(config: VAEConfig, height: int, width: int, element: int) -> int:
-    """Buffers of the VAE while it decodes."""
-    return VAE_BUFFERS * config.dim * height * width * element
-
-
-def plan_memory(plan: JobPlan, engines: EngineSet) -> MemoryPlan | None:
-    """The plan for a run; None where weights need no plan (on a CPU, and for executors whose plans carry them).
-
-    InputError when not even two streamed blocks fit."""
-    if engines.backend != "torch" or engines.device.type != "cuda":
-        return None
-    dit, vae = engines.config.dit, engines.config.vae
-    assert dit is not None
-    assert vae is not None
-    passes = plan.request.passes
-    element = engines.compute_dtype("dit.blocks.0.qkv").itemsize
-    eight_bit = engines.attention.startswith("8bit")
-    work = activation_bytes(dit, plan.layout, passes, element, eight_bit) + context_bytes(dit, passes, element)
-    work += plan.layout.tokens * 3 * dit.dim * element  # for fragmentation: the largest buffer, q k v, is one piece
-    work += MARGIN_BYTES + sum(engines.store.layout.stage_bytes(f"dit.{name}") for name in ("embed", "head"))
-    vae_element = engines.compute_dtype("vae.decode_step").itemsize
-    decode = decode_bytes(vae, plan.height, plan.width, vae_element) + MARGIN_BYTES
-    sizes = [
-        sum(engines.store.layout.stage_bytes(f"dit.blocks.{i}.{name}") for name in BLOCK_STAGES)
-        for i in range(dit.layers)
-    ]
-    return choose_plan(sizes, work, decode, memory_budget(engines.execution.vram_limit))
-
-
 def memory_budget(limit: int | None) -> int:
-    """Bytes that the allocator may hold: what is free and what it holds already, or the limit less the context."""
+    """Bytes that PyTorch's allocator may hold on the current GPU: what is free and what it holds already, or the limit
+    less what the libraries take."""
+    import torch
+
     free, _ = torch.cuda.mem_get_info()
-    budget = free + torch.cuda.memory_reserved() - CONTEXT_BYTES
-    return budget if limit is None else min(budget, limit - CONTEXT_BYTES)
+    budget = free + torch.cuda.memory_reserved() - LIBRARY_BYTES
+    return budget if limit is None else min(budget, limit - LIBRARY_BYTES)
 
 
-def choose_plan(sizes: list[int], work: int, decode: int, budget: int) -> MemoryPlan:
-    """The first of the three plans that fits. `sizes`: bytes of each block's weights; `work`, `decode`: bytes that
-    denoising and decoding need beside them."""
-    blocks, weights = len(sizes), sum(sizes)
-    if weights + max(work, decode) <= budget:
-        return MemoryPlan("resident", blocks, blocks, weights + max(work, decode), budget)
-    if max(weights + work, decode) <= budget:
-        return MemoryPlan("phased", blocks, blocks, max(weights + work, decode), budget)
-    slots = 2 * max(sizes)
-    resident = max(min(int((budget - work - slots) // max(sizes)), blocks - 2), 0)
-    needed = max(work + slots + resident * max(sizes), decode)
-    if needed > budget:
+def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Placement:
+    """The first way that fits. `graphs`: steps are recorded, so that they may be worth keeping. InputError when not
+    even two streamed blocks fit."""
+    blocks = len(model.blocks)
+
+    def placed(kind: str, resident: int, keeps_graphs: bool = False) -> Placement:
+        way = Placement(kind, resident, blocks, keeps_graphs, 0, budget)  # type: ignore[arg-type]
+        return Placement(kind, resident, blocks, keeps_graphs, model.needed(way), budget)  # type: ignore[arg-type]
+
+    ways = [placed("resident", blocks, True)] if graphs else []
+    ways += [placed("resident", blocks), placed("phased", blocks)]
+    for way in ways:
+        if way.needed <= budget:
+            return way
+    least = placed("streamed", 0)
+    if least.needed > budget:
         raise InputError(
-            f"This run needs at least {(needed + CONTEXT_BYTES) / 2**30:.1f} GiB of GPU memory even with streamed "
-            f"weights, and may use {(budget + CONTEXT_BYTES) / 2**30:.1f} GiB: use a smaller --size, fewer frames a "
-            "segment (--segment-length), or a larger --vram-limit."
+            f"This run needs at least {(least.needed + LIBRARY_BYTES) / 2**30:.1f} GiB of GPU memory even with "
+            f"streamed weights, and may use {(budget + LIBRARY_BYTES) / 2**30:.1f} GiB: use a smaller --size, fewer "
+            "frames per segment (--segment-length), or a larger --vram-limit."
         )
-    return MemoryPlan("streamed", resident, blocks, needed, budget)
+    counts = range(max(blocks - 2, 0), -1, -1)
+    return next(way for count in counts if (way := placed("streamed", count)).needed <= budget)
 
 
-def apply(memory: MemoryPlan, engines: EngineSet) -> None:
+def place(plan: Plan, engines: EngineSet) -> Placement | None:
+    """How the weights of a run are placed; None where the runtime does not place them (on a CPU, and where plans carry
+    them). InputError when the run does not fit this machine."""
+    model = memory_model(plan, engines)
+    if engines.places_weights:
+        return choose_placement(model, memory_budget(engines.execution.vram_limit), engines.execution.cuda_graphs)
+    if engines.device.type == "cpu":
+        check_host(model)
+    return None
+
+
+def check_host(model: MemoryModel) -> None:
+    """InputError when activations exceed the computer's memory. Weights are mapped: they may be larger."""
+    activations = max(model.context + model.tokens + model.work, model.vae_encode, model.vae_decode)
+    available = host_memory()
+    if activations > available:
+        raise InputError(
+            f"This run needs {activations / 2**30:.1f} GiB of memory beside its weights, and this computer has "
+            f"{available / 2**30:.1f} GiB free: use a smaller --size or fewer frames per segment (--segment-length)."
+        )
+
+
+def apply(placement: Placement, engines: EngineSet) -> None:
     """Tell the engines and the allocator."""
-    if engines.execution.vram_limit is not None:
-        total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(memory.budget / total)
-    engines.stream(_stages(range(memory.resident_blocks, memory.blocks)))
+    import torch
 
-
-def resident_stages(memory: MemoryPlan) -> list[str]:
-    """The block stages that stay loaded while denoising, in the order in which they are first run."""
-    return _stages(range(memory.resident_blocks))
-
-
-def _stages(blocks: range) -> list[str]:
-    return [f"dit.blocks.{i}.{name}" for i in blocks for name in BLOCK_STAGES]
+    total = torch.cuda.mem_get_info()[1]
+    limited = engines.execution.vram_limit is not None
+    torch.cuda.set_per_process_memory_fraction(min(placement.budget / total, 1.0) if limited else 1.0)
+    engines.stream(placement.streamed)

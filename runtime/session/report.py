@@ -13,16 +13,19 @@ import platform
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scail2_rt.runtime.core.as_json import plain
-from scail2_rt.runtime.core.request import JobPlan, Request, reference_pairs
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.request import Clip, ClipSource, ImageSource, Output, Request
 
 if TYPE_CHECKING:
     from scail2_rt.engines.engine_set import EngineSet
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
+OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume")
 PACKAGES = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av", "numpy", "tokenizers")
 
 
@@ -48,13 +51,34 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def input_files(request: Request) -> dict[str, Path]:
-    """Label → file, for every file that the result depends on."""
-    files = {"driving": request.driving, "mask_video": request.mask_video}
-    for index, (image, mask) in enumerate(reference_pairs(request)):
+def describe_inputs(request: Request) -> dict[str, dict[str, str | None]]:
+    """Label → path (None: it was in memory) and SHA-256, for everything that the result depends on."""
+    sources: dict[str, ImageSource | ClipSource] = {"driving": request.driving, "mask_video": request.mask_video}
+    for index, (image, mask) in enumerate(request.references):
         label = f"extra_ref_{index}" if index else "image"
-        files |= {label: image, f"{label}_mask": mask}
-    return files
+        sources |= {label: image, f"{label}_mask": mask}
+    return {label: _described(source) for label, source in sources.items()}
+
+
+def _described(source: "ImageSource | ClipSource") -> dict[str, str | None]:
+    from scail2_rt.runtime.media.clips import clip_hash
+    from scail2_rt.runtime.media.images import load_image
+
+    if isinstance(source, Path):
+        return {"path": str(source), "sha256": file_hash(source)}
+    if isinstance(source, Clip):
+        return {"path": None, "sha256": clip_hash(source)}
+    pixels = load_image(source, background=(0, 0, 0))
+    return {"path": None, "sha256": hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()}
+
+
+def _option(value: Any) -> Any:
+    """An option as JSON can hold it; what is in memory by its kind."""
+    if isinstance(value, tuple):
+        return [_option(item) for item in value]
+    if isinstance(value, Path | str | int | float) or value is None:
+        return plain(value)
+    return f"{type(value).__name__} in memory"
 
 
 def versions() -> dict[str, str]:
@@ -69,7 +93,8 @@ def versions() -> dict[str, str]:
 
 
 def memory_peaks() -> dict[str, float]:
-    """GiB: host resident peak of this process, where the system tells it; on a GPU the allocator's peak and what the driver says is in use."""
+    """GiB: host resident peak of this process, where the system tells it; on a GPU the allocator's peak and what the
+    driver says is in use."""
     peaks = {}
     if (host := _host_peak_bytes()) is not None:
         peaks["host_peak_gib"] = host / 2**30
@@ -126,18 +151,19 @@ def describe_engines(engines: "EngineSet") -> dict[str, Any]:
         "sources": plain(identity.sources),
         "loras": plain(identity.loras),
         "max_rows": engines.max_rows,
-        "attention": engines.attention,
-        "graphs": engines.graphs,
+        "attention": engines.attention.name,
+        "cuda_graphs": engines.cuda_graphs,
         "fp8_accumulation": FP8_ACCUMULATION if engines.manifest.precision == "fp8" else None,
     }
 
 
-def describe_plan(plan: JobPlan) -> dict[str, Any]:
+def describe_plan(plan: Plan, output: Output) -> dict[str, Any]:
     """Every option, resolved, with the plan that follows from it."""
     request = plan.request
+    options = {field.name: _option(getattr(request, field.name)) for field in fields(request)}
     return {
         "report_version": REPORT_VERSION,
-        "options": plain(request),
+        "options": options | {"output": str(output.path)} | {name: getattr(output, name) for name in OUTPUT_OPTIONS},
         "mode": plan.mode,
         "seed": request.seed,
         "height": plan.height,
@@ -146,9 +172,7 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
         "frames": plan.frames,
         "segments": plain(plan.segments),
         "tokens": plan.layout.tokens,
-        "inputs": {
-            label: {"path": str(path), "sha256": file_hash(path)} for label, path in input_files(request).items()
-        },
+        "inputs": describe_inputs(request),
         "mask_findings": plain(plan.masks),
         "framing": plan.framing and plan.framing.described,
         "reference_fit": plain(plan.fit),

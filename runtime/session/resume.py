@@ -1,7 +1,7 @@
 """Going on with an interrupted run: the state after its last finished segment, and the proof that it is the same run.
 
 The state is one safetensors file beside the partial video (`runtime.media.unfinished` says when it is written): the
-history in the fp32 values that the next segment starts from, its latents, the colour anchor, the noise generator's
+history in the fp32 values that the next segment starts from, the colour anchor, the noise generator's
 state, and as metadata the identity of the request: every option, the hashes of the input files, what the engines were
 made of and are run by, and the versions of the packages that compute. What goes on after equal identities is the
 uninterrupted run: bit by bit on a CPU, on a GPU as far as its kernels repeat themselves. A difference is refused by
@@ -23,9 +23,9 @@ from torch import Tensor
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.case_folder import FILES
 from scail2_rt.runtime.media.unfinished import clear_sidecars, resumable, sidecar_path
-from scail2_rt.runtime.pipeline.history import Carry, History
+from scail2_rt.runtime.pipeline.history import Carry
 
-FORMAT = "1"
+FORMAT = "2"
 # Options that say where things are or whether to begin, not what comes out; input files count by their hashes.
 _NO_MATTER = ("overwrite", "resume", "allow_mask_problems", "output", *FILES, "extra_refs")
 _WHERE = ("directory", "manifest_sha256")  # another executor built into the folder changes its manifest, not this one
@@ -81,13 +81,9 @@ class Sidecar:
 
     def write(self, part: int, saved: Saved) -> None:
         """Keep the state after part `part`; the one before it stays until the next. All of it or nothing is seen."""
-        history, anchor = saved.carry.history, saved.carry.anchor
-        tensors = {"noise": saved.noise, **{f"anchor.{name}": value for name, value in anchor.items()}}
-        if history is not None:
-            kept = {"shown": history.shown, "latent": history.latent}
-            if history.decoded is not history.shown:
-                kept["decoded"] = history.decoded
-            tensors |= {f"history.{name}": value for name, value in kept.items() if value is not None}
+        tensors = {"noise": saved.noise, **{f"anchor.{name}": value for name, value in saved.carry.anchor.items()}}
+        if saved.carry.history is not None:
+            tensors["history"] = saved.carry.history
         tensors = {name: value.contiguous().clone() for name, value in tensors.items()}  # the format takes no views
         numbers = {"format": FORMAT, "frames": str(saved.frames), "finished": str(saved.carry.finished)}
         path = sidecar_path(self.output, part)
@@ -116,13 +112,13 @@ class Sidecar:
                 notes = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
-            raise Scail2Error(f"{path} cannot be read ({error}): start anew with --overwrite.") from error
+            raise Scail2Error(f"{path} cannot be read ({error}): start again with --overwrite.") from error
         if notes.get("format") != FORMAT:
-            raise InputError(f"{path} was written by another version of scail2-rt: start anew with --overwrite.")
+            raise InputError(f"{path} was written by another version of scail2-rt: start again with --overwrite.")
         if difference := first_difference(json.loads(notes["identity"]), self.identity):
             raise InputError(
                 f"The interrupted run of {self.output} cannot go on: {difference}. Give what was given then, or start "
-                "anew with --overwrite and without --resume."
+                "again with --overwrite and without --resume."
             )
         return Saved(int(notes["frames"]), _carry(int(notes["finished"]), tensors), tensors["noise"])
 
@@ -131,10 +127,8 @@ class Sidecar:
 
 
 def _carry(finished: int, tensors: Mapping[str, Tensor]) -> Carry:
-    parts = {name.removeprefix("history."): value for name, value in tensors.items() if name.startswith("history.")}
     anchor = {name.removeprefix("anchor."): value for name, value in tensors.items() if name.startswith("anchor.")}
-    history = History(parts["shown"], parts.get("decoded", parts["shown"]), parts.get("latent")) if parts else None
-    return Carry(finished, history, anchor)
+    return Carry(finished, tensors.get("history"), anchor)
 
 
 def noise_generator(device: str, seed: int, saved: Saved | None = None) -> torch.Generator:

@@ -12,7 +12,8 @@ import torch
 
 from scail2_rt.engines.engine_set import EngineSet, open_engines
 from scail2_rt.runtime.core.geometry import Layout
-from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.pipeline.constants import Constants
+from scail2_rt.runtime.pipeline.transformer import References
 from scail2_rt.runtime.pipeline.vae import decode, encode_clip
 
 SIZES = ((5, 256, 256), (5, 96, 160))  # frames, height, width
@@ -48,12 +49,11 @@ def _denoise(engines: EngineSet, layout: Layout) -> None:
         return torch.randn(channels, frames, layout.height >> half, layout.width >> half, device=device)
 
     frames = layout.frames
-    inputs = SegmentInputs(
-        noise(16, 1), noise(28, 1), noise(16, frames, True), noise(28, frames, True), noise(16, 0), noise(28, 0)
-    )
-    contexts = context_kv(
-        engines, [torch.randn(7, dit.text_dim, device=device)], torch.randn(257, dit.clip_dim, device=device)
-    )
-    transformer = Transformer(engines, layout, inputs, contexts, [500.0])
-    for _ in range(2 if engines.graphs else 1):
-        transformer.velocities(noise(16, frames), torch.zeros(4, frames, layout.height, layout.width, device=device), 0)
+    constants = Constants(engines)
+    texts, clip = [torch.randn(7, dit.text_dim, device=device)], torch.randn(257, dit.clip_dim, device=device)
+    transformer = constants.transformer(layout, constants.contexts(texts, clip))
+    transformer.show_references(References(noise(16, 1), noise(28, 1), noise(16, 0), noise(28, 0)))
+    transformer.show_driving(noise(16, frames, True), noise(28, frames, True))
+    schedule, history = constants.schedule([500.0]), noise(4, frames).zero_()
+    for _ in range(2 if engines.cuda_graphs else 1):
+        transformer.velocities(noise(16, frames), history, schedule, 0)

@@ -9,10 +9,13 @@ import torch
 
 from scail2_rt.engines import registry
 from scail2_rt.engines.build.build import BuildRequest, build
-from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
 from scail2_rt.engines.folder.manifest import MANIFEST, read_manifest
 from scail2_rt.engines.row_chunks import RowChunks, piece_size
-from scail2_rt.export.models.precision import PRECISIONS
+from scail2_rt.export.checkpoint.open import open_checkpoint
+from scail2_rt.export.models.config import ModelConfig
+from scail2_rt.export.models.precision import FP32, PRECISIONS
+from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.export.stages.spec import ROWS, TensorSpec
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.kernels.rows.ops import layer_norm
@@ -152,7 +155,7 @@ def test_stages_load_when_run_and_go_when_released(engines: EngineSet) -> None:
     x, mod = inputs_of(engines, "dit.blocks.0.qkv", 3)
     engines.run("dit.blocks.0.qkv", x, mod)
     engines.run("dit.head", x, mod[:2])
-    engine, _ = engines._engines["dit.blocks.0.qkv"]
+    engine, _ = engines.executor._engines["dit.blocks.0.qkv"]
     engines.release("dit.blocks.")
     assert engines.loaded == ("dit.head",)
     with pytest.raises(ValueError, match="closed"):
@@ -325,6 +328,46 @@ def test_the_manifest_survives_a_round_trip(folder: Path, tmp_path: Path) -> Non
     assert manifest.config.dit == DIT
     assert manifest.backends == ("torch",)
     assert manifest.executors[0].versions == {"torch": torch.__version__}
+
+
+class TestBackends:
+    """What is known of a backend before it opens, and what an executor says of itself."""
+
+    @pytest.mark.parametrize("name", registry.BACKENDS)
+    def test_each_is_what_the_table_says(self, name: str) -> None:
+        backend = registry.backend(name)
+        assert (backend.name, backend.module) == (name, name)
+        assert backend.install.startswith("pip install")
+        assert backend.numerics(stage_definitions(ModelConfig(dit=DIT))["dit.head"], "fp8", "cpu") == FP32
+
+    def test_where_a_memory_limit_can_be_kept(self, folder: Path) -> None:
+        obstacles = {name: registry.backend(name).limit_obstacle("cuda") for name in registry.BACKENDS}
+        assert obstacles == {
+            "tensorrt": "plans carry their weights",
+            "torch": None,
+            "onnxruntime": "onnxruntime runs on the cuda here",
+        }
+        with pytest.raises(InputError, match=r"needs the torch executor on a GPU, but torch runs on the cpu here"):
+            open_engines(folder, "torch", Execution(vram_limit=1 << 30), device="cpu")
+
+    def test_on_a_cpu_no_weights_are_placed_and_no_steps_recorded(self, engines: EngineSet) -> None:
+        assert not engines.places_weights
+        assert not engines.cuda_graphs
+        assert engines.streamed == ()
+        engines.stream([])
+
+    def test_weights_are_streamed_by_who_can(self, engines: EngineSet) -> None:
+        executor = registry.backend("onnxruntime").open(engines.executor.folder, engines.device, Execution())
+        executor.stream([])
+        with pytest.raises(Scail2Error, match="onnxruntime cannot stream weights"):
+            executor.stream(["dit.head"])
+
+    def test_a_folder_without_a_transformer_has_no_attention(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        checkpoint = open_checkpoint(tiny_checkpoint, components=("umt5",))
+        build(BuildRequest(tiny_checkpoint, tmp_path / "e", ("torch",), "fp32"), checkpoint)
+        with open_engines(tmp_path / "e", "torch", device="cpu") as opened:
+            assert opened.attention.name == "none"
+            assert "the folder has no transformer" in opened.choice
 
 
 class TestChoice:

@@ -142,7 +142,7 @@ def test_fp8_linear_is_the_stated_rule(dtype: torch.dtype) -> None:
     restored = data.double() * row_scale.double()
     assert relative_error(restored[3:4], x[3:4]) < 0.05
     assert relative_error(restored[:3], x[:3]) < 0.05
-    got = fp8_linear(data, row_scale, columns, column_scale, bias, dtype)
+    got = fp8_linear((data, row_scale), (columns, column_scale), bias, dtype)
     want = restored @ (columns.double() * column_scale.double()[:, None]).T + bias.double()
     assert got.dtype == dtype
     assert relative_error(got, want) < TOLERANCE[dtype]

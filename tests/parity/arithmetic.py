@@ -1,4 +1,4 @@
-"""Fixtures that need no network: preparation of pixels and masks, RoPE, segments, solvers, LoRA, checkpoint layouts."""
+"""Fixtures that need no network: preparing pixels and masks, RoPE, segments, schedulers, LoRA, checkpoint layouts."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from scail2_rt.runtime.pipeline.preprocess import (
     quantise_frames,
     resize_cover,
 )
-from scail2_rt.runtime.pipeline.schedulers import make_solver
+from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from scail2_rt.runtime.pipeline.text import clean_prompt
 from tests.parity.fixtures import Fixture, Golden, Row, compare, difference, exact, unknown
 from tests.parity.networks import dit_fixture
@@ -125,20 +125,20 @@ def check_solver(golden: Golden, fixture: Fixture) -> Iterator[Row]:
         sigmas = fixture[f"{key}.sigmas"]
 
         def fits(name: str, case: dict[str, Any] = case, t: torch.Tensor = timesteps, s: torch.Tensor = sigmas) -> bool:
-            solver = make_solver(name, case["steps"], case["shift"])
-            whole = all(isinstance(value, int) for value in solver.timesteps)
-            same = difference(torch.tensor(solver.sigmas), s) <= SIGMAS
+            scheduler = make_scheduler(name, case["steps"], case["shift"])
+            whole = all(isinstance(value, int) for value in scheduler.timesteps)
+            same = difference(torch.tensor(scheduler.sigmas), s) <= SIGMAS
             return same and whole == (not t.is_floating_point())
 
         names = [name for name in ("unipc", "dpm++", "euler") if fits(name)]
         if not names:
-            yield unknown(f"{fixture.name} {key}: no solver has this schedule")
+            yield unknown(f"{fixture.name} {key}: no scheduler has this schedule")
             continue
-        solver = make_solver(names[0], case["steps"], case["shift"])
-        yield compare(f"{fixture.name} {key} {names[0]} timesteps", torch.tensor(solver.timesteps), timesteps, 0)
+        scheduler = make_scheduler(names[0], case["steps"], case["shift"])
+        yield compare(f"{fixture.name} {key} {names[0]} timesteps", torch.tensor(scheduler.timesteps), timesteps, 0)
         x, trajectory = fixture["x_init"][0], []
         for t in timesteps:
-            x = solver.step(torch.sin(k * x + t / 1000), x)
+            x = scheduler.step(torch.sin(k * x + t / 1000), x)
             trajectory.append(x)
         yield compare(f"{fixture.name} {key} {names[0]}", torch.stack(trajectory), fixture[f"{key}.traj"], TRAJECTORY)
 

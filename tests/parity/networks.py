@@ -16,8 +16,8 @@ from scail2_rt.export.models.vae import VAE
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.pipeline.conditioning import encode_ids
 from scail2_rt.runtime.pipeline.preprocess import clip_pixels
-from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
-from scail2_rt.runtime.pipeline.vae import VAEStream, decode, encode_clip
+from scail2_rt.runtime.pipeline.transformer import References, Schedule, Transformer, context_kv
+from scail2_rt.runtime.pipeline.vae import decode, encode_clip
 from tests.parity.fixtures import Fixture, Golden, Row, compare, difference, exact, unknown
 
 DIT, VAE_TOLERANCE, ENCODER, CLIP_PIXELS = 2e-4, 1e-4, 5e-5, 1e-4
@@ -79,13 +79,15 @@ class Recorder:
 def check_dit(golden: Golden, fixture: Fixture) -> Iterator[Row]:
     """One forward pass: through the stages, and through the plain reference."""
     weights = dit_fixture(golden, f"dit/{fixture.metadata['model']}_weights.safetensors")
-    inputs, reference_inputs, t = _dit_inputs(golden, fixture)
+    references, reference_inputs, t = _dit_inputs(golden, fixture)
     engines = Recorder(golden.engines(dit=weights))
-    layout = Layout(*reference_inputs.latent.shape[1:], inputs.additional_refs.shape[1], reference_inputs.replace)
+    layout = Layout(*reference_inputs.latent.shape[1:], references.additional_refs.shape[1], reference_inputs.replace)
     contexts = context_kv(engines, [reference_inputs.text], reference_inputs.clip)
-    transformer = Transformer(engines, layout, inputs, contexts, [t])
+    transformer, schedule = Transformer(engines, layout, contexts), Schedule.of(engines, [t])
+    transformer.show_references(references)
+    transformer.show_driving(reference_inputs.driving, reference_inputs.driving_mask)
     latent, history = (x.to(engines.device) for x in (reference_inputs.latent, reference_inputs.history_mask))
-    (velocity,) = transformer.velocities(latent, history, 0)
+    (velocity,) = transformer.velocities(latent, history, schedule, 0)
     yield compare(fixture.name, velocity, fixture["out"], DIT)
     model = load_reference(DiT(engines.config.dit), weights.weights())
     taps_path = fixture.path.with_name(f"{fixture.path.stem}_taps.safetensors")
@@ -102,8 +104,8 @@ def check_dit(golden: Golden, fixture: Fixture) -> Iterator[Row]:
     text, image = engines.outputs["dit.context"]
     values = {
         "tokens_in": engines.inputs["dit.blocks.0.qkv"][0],
-        "time_embedding": transformer.time,
-        "time_projection": transformer.modulation,
+        "time_embedding": schedule.time,
+        "time_projection": schedule.modulation,
         "context": torch.cat([image, text])[: taps["context"].shape[1]] if "context" in taps else None,
         "head_out": engines.outputs["dit.head"][0],
         **{
@@ -134,7 +136,7 @@ _DIT_HOOKS = {
 }
 
 
-def _dit_inputs(golden: Golden, fixture: Fixture) -> tuple[SegmentInputs, DiTInputs, float]:
+def _dit_inputs(golden: Golden, fixture: Fixture) -> tuple[References, DiTInputs, float]:
     x = fixture["in.x"]
 
     def optional(name: str, *shape: int) -> Tensor:
@@ -161,7 +163,7 @@ def _dit_inputs(golden: Golden, fixture: Fixture) -> tuple[SegmentInputs, DiTInp
         *given,
         fixture.metadata["replace_flag"] is True,
     )
-    return SegmentInputs(reference, reference_mask, driving, driving_mask, *additional), whole, fixture["in.t"].item()
+    return References(reference, reference_mask, *additional), whole, fixture["in.t"].item()
 
 
 def check_vae(golden: Golden, fixture: Fixture) -> Iterator[Row]:
@@ -169,7 +171,7 @@ def check_vae(golden: Golden, fixture: Fixture) -> Iterator[Row]:
     weights = golden.with_tensor("vae", "encoder.conv1.weight")
     engines = golden.engines(vae=weights)
     if "video_unclamped" in fixture:
-        stream = VAEStream(engines, "vae.decode")
+        stream = engines.vae_stream("vae.decode")
         chunks = [stream.step(frame) for frame in fixture["latent"].split(1, dim=1)]
         yield compare(f"{fixture.name} unclamped", torch.cat(chunks, 1), fixture["video_unclamped"], VAE_TOLERANCE)
         video = torch.cat(list(decode(engines, fixture["latent"])), 1)
@@ -184,7 +186,7 @@ def check_vae(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 def _vae_taps(engines: EngineSet, fixture: Fixture, weights: Fixture) -> Iterator[Row]:
     model = load_reference(VAE(engines.config.vae), weights.weights())
-    stream = VAEStream(engines, "vae.decode")
+    stream = engines.vae_stream("vae.decode")
     taps = {tap.partition(".")[2] for tap in fixture.tensors if tap.startswith("chunk")} - {"out"}
     with tapped(model, {tap: tap for tap in taps} | {"conv2": "conv2"}) as seen:
         model.decode(fixture["latent"][None])

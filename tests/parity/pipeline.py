@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.runtime.core.geometry import Layout, Segment, plan_segments
-from scail2_rt.runtime.core.progress import SilentProgress
+from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.pipeline.conditioning import Conditions, encode_references
+from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.driving import DrivingClip
-from scail2_rt.runtime.pipeline.history import Carry, History
-from scail2_rt.runtime.pipeline.pipeline import Sampling, animate
-from scail2_rt.runtime.pipeline.schedulers import make_solver
+from scail2_rt.runtime.pipeline.history import Carry
+from scail2_rt.runtime.pipeline.observe import observing
+from scail2_rt.runtime.pipeline.pipeline import Machine, Sampling, animate
+from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from tests.parity.fixtures import Fixture, Golden, Row, compare, exact
 from tests.parity.networks import dit_fixture
 
@@ -29,14 +31,14 @@ def check_pipeline(golden: Golden, fixture: Fixture) -> Iterator[Row]:
         dit=dit_fixture(golden, fixture.metadata["dit_weights"]), vae=golden.load(fixture.metadata["vae_weights"])
     )
     conditions = _conditions(golden, fixture, engines)
-    yield compare(f"{fixture.name} ref_latent", conditions.reference, fixture["ref_latent"], TOLERANCE)
-    yield compare(f"{fixture.name} ref_mask28", conditions.reference_mask, fixture["ref_mask28"], MASK)
+    yield compare(f"{fixture.name} ref_latent", conditions.references.reference, fixture["ref_latent"], TOLERANCE)
+    yield compare(f"{fixture.name} ref_mask28", conditions.references.reference_mask, fixture["ref_mask28"], MASK)
     segments = plan_segments(case["T"], case["segment_len"], case["overlap"])
     planned = [{key: row[key] for key in asdict(segments[0])} for row in fixture.metadata["segments"]]
     yield exact(f"{fixture.name} segments", [asdict(segment) for segment in segments] == planned)
-    solver = make_solver(case["solver"], case["steps"], case["shift"])
-    yield compare(f"{fixture.name} sigmas", torch.tensor(solver.sigmas), fixture["seg0.sigmas"], SIGMAS)
-    yield compare(f"{fixture.name} timesteps", torch.tensor(solver.timesteps), fixture["seg0.timesteps"], 0)
+    scheduler = make_scheduler(case["solver"], case["steps"], case["shift"])
+    yield compare(f"{fixture.name} sigmas", torch.tensor(scheduler.sigmas), fixture["seg0.sigmas"], SIGMAS)
+    yield compare(f"{fixture.name} timesteps", torch.tensor(scheduler.timesteps), fixture["seg0.timesteps"], 0)
 
     video, frames = [], []
     for index, seen in enumerate(_run(engines, conditions, fixture, segments)):
@@ -64,7 +66,7 @@ def _conditions(golden: Golden, fixture: Fixture, engines: EngineSet) -> Conditi
     references += list(zip(images, masks, strict=True))
     contexts = (fixture["in.context"], fixture["in.context_null"])
     clip = golden.load(fixture.metadata["clip_fea"])["clip_fea"][0].float()
-    return Conditions(contexts, clip, *encode_references(engines, references))
+    return Conditions(contexts, clip, encode_references(engines, references))
 
 
 def _pictures(tensor: Tensor) -> list[Tensor]:
@@ -79,7 +81,8 @@ def _run(
 ) -> Iterator[dict[str, list[Any]]]:
     """What was seen of each segment; `first` is the number of the first one in the fixture."""
     case = fixture.metadata["case"]
-    sampling = Sampling(case["solver"], case["steps"], case["shift"], case["guide"])
+    mode: Literal["animate", "replace"] = "replace" if case["replace"] else "animate"
+    sampling = Sampling(case["solver"], case["steps"], case["shift"], case["guide"], mode, case["overlap"])
     noises = iter([fixture[f"seg{first + i}.noise"] for i in range(len(segments))])
     seen: dict[str, list[Any]] = {}
 
@@ -94,16 +97,15 @@ def _run(
     def observe(name: str, value: Tensor) -> None:
         seen.setdefault(name, []).append(value.cpu())
 
-    mode = "replace" if case["replace"] else "animate"
     recorded = fixture[f"seg{first}.history_pixels"].to(engines.device) if first else None
-    carry = Carry(first, None if recorded is None else History.of(recorded))
-    for frames in animate(
-        engines, conditions, clips(), sampling, mode, draw_noise, SilentProgress(), case["overlap"], carry, observe
-    ):
-        seen.setdefault("frames", []).append(frames.pixels.cpu())
-        if frames.ends_segment:
-            yield seen
-            seen = {}
+    carry = Carry(first, recorded)
+    machine = Machine(engines, Constants(engines), RunProgress())
+    with observing(observe):
+        for frames in animate(machine, conditions, clips(), sampling, draw_noise, carry):
+            seen.setdefault("frames", []).append(frames.pixels.cpu())
+            if frames.ends_segment:
+                yield seen
+                seen = {}
 
 
 def _segment_rows(fixture: Fixture, index: int, seen: dict[str, list[Any]], tolerance: float) -> Iterator[Row]:

@@ -43,8 +43,6 @@ for floor in ("kernels", "export", "engines", "runtime"):
 there = [name for name in ("fcntl", "resource") if name in sys.modules]
 print(json.dumps({"count": count, "failed": failed, "there": there}))
 """
-# Become portable with locks of `filelock`; until then they may miss `fcntl`, and nothing else.
-LOCKS = ("scail2_rt.engines.build.build", "scail2_rt.engines.build.convert")
 
 COMMAND = """
 from scail2_rt.runtime.cli.main import main
@@ -66,24 +64,12 @@ def imported(cache: Path) -> dict[str, object]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def missing(imported: dict[str, object], *libraries: str) -> dict[str, str]:
-    """Modules that do not import, without those that miss one of `libraries`."""
-    failed: dict[str, tuple[str, str]] = imported["failed"]  # type: ignore[assignment]
-    return {module: said for module, (name, said) in failed.items() if name.partition(".")[0] not in libraries}
-
-
 def test_every_module_imports(imported: dict[str, object]) -> None:
-    """But for kernels that are written in Triton, where there is no Triton, and what waits for portable locks."""
+    """But for kernels that are written in Triton, where there is no Triton."""
     assert imported["count"] > 100  # type: ignore[operator]
     assert imported["there"] == []
-    found = missing(imported, "triton")
-    assert {module for module in found if module not in LOCKS} == set()
-    assert all("fcntl" in said for said in found.values())
-
-
-@pytest.mark.xfail(reason="engine folders are locked with fcntl", strict=True)
-def test_locks_are_portable(imported: dict[str, object]) -> None:
-    assert missing(imported, "triton") == {}
+    failed: dict[str, tuple[str, str]] = imported["failed"]  # type: ignore[assignment]
+    assert {module: said for module, (name, said) in failed.items() if name.partition(".")[0] != "triton"} == {}
 
 
 def test_a_video_is_made(cache: Path, engines: Path, case: Path, tmp_path: Path) -> None:
@@ -96,7 +82,6 @@ def test_a_video_is_made(cache: Path, engines: Path, case: Path, tmp_path: Path)
     assert "host_peak_gib" not in report["memory"]
 
 
-@pytest.mark.xfail(reason="engine folders are locked with fcntl", strict=True)
 def test_engines_are_built(cache: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     words = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "torch", "--precision", "fp32")
     result = run(COMMAND, cache, *words)

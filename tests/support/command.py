@@ -65,15 +65,18 @@ _SIGNAL_AT = """
 import os, time
 from pathlib import Path
 from scail2_rt.runtime.core import progress
-step = progress.SilentProgress.step
+segment, step, current = progress.RunProgress.segment, progress.RunProgress.step, []
+def begun(self, index):
+    current[:] = [index]
+    segment(self, index)
 def signalled(self, index):
     step(self, index)
-    if (self.current, index) == ({segment}, 0):
+    if (current[0], index) == ({segment}, 0):
         from scail2_rt.runtime.media.unfinished import resumable
         while resumable(Path({output!r})) < {segment}:
             time.sleep(0.01)
         os.kill(os.getpid(), {number})
-progress.SilentProgress.step = signalled
+progress.RunProgress.segment, progress.RunProgress.step = begun, signalled
 """
 
 

@@ -4,13 +4,15 @@ A test module loads them with `pytest_plugins = ["tests.support.runtime_fixtures
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from scail2_rt.benchmarks.sprites.world.case_files import draw_case
 from scail2_rt.kernels.cache_folder import cache_directory
+from scail2_rt.runtime.core.request import Request
 from tests.support.command import SCAIL2_RT, Run, command_environment, unmeasured
 from tests.support.forked import CommandServer
 
@@ -50,11 +52,10 @@ def scail2(cache: Path, installed: Run) -> Iterator[Run]:
     def run(
         *arguments: object, cwd: Path | None = None, measured: bool = True, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        if "PYTHONPATH" in environment or "MALLOC_MMAP_THRESHOLD_" in environment or not measured:  # read at the start
+        if "PYTHONPATH" in environment or not measured:  # which take effect when a process starts
             return installed(*arguments, cwd=cwd, measured=measured, **environment)
-        return server.run(
-            [str(argument) for argument in arguments], command_environment(cache, **environment), cwd, timeout_s=600
-        )
+        words, env = [str(argument) for argument in arguments], command_environment(cache, **environment)
+        return server.run(words, env, cwd, timeout_s=600)
 
     yield run
     server.close()
@@ -83,3 +84,14 @@ def replace_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cases") / "swap"
     draw_case(directory, frames=13, replace_mode=True, audio=False)
     return directory
+
+
+@pytest.fixture
+def request_of(case: Path) -> Callable[..., Request]:
+    """Makes the request of `case` at its own size, with these fields changed."""
+
+    def make(**changes: object) -> Request:
+        names = ("ref.png", "ref_mask.png", "rendered_v2.mp4", "rendered_mask_v2.mp4")
+        return replace(Request(*(case / name for name in names), size=(64, 96)), **changes)
+
+    return make

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS, PRECISIONS, SOLVERS
+from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS, PRECISIONS, SCHEDULERS
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option
 
 WORK = Path(tempfile.gettempdir()) / "scail2-rt-quality"
@@ -26,7 +26,7 @@ MEASURE_OPTIONS = in_section(
         "--variants",
         "table",
         flag_value="variants",
-        help="Also precisions, attention variants, guidance, solvers and step counts, on a few tasks.",
+        help="Also precisions, attention variants, guidance, schedulers and step counts, on a few tasks.",
     ),
     option("--long", "table", flag_value="long", help="Ways to hold a clip of five segments together, instead."),
 )
@@ -37,10 +37,10 @@ RUN_OPTIONS = in_section(
     ),
     option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Executor to run."),
     option("--attention", type=click.Choice(ATTENTION), default="auto", show_default=True, help="Self-attention."),
-    option("--solver", type=click.Choice(SOLVERS), help="Instead of the benchmark's own, as the next three."),
+    option("--scheduler", type=click.Choice(SCHEDULERS), help="Instead of the benchmark's own, as the next three."),
     option("--steps", type=click.IntRange(min=1), metavar="N", help="Denoising steps."),
     option("--shift", type=float, metavar="X", help="Shift of the noise levels."),
-    option("--guidance", type=float, metavar="X", help="Strength of the prompt; 1 or less: one pass a step."),
+    option("--guidance", type=float, metavar="X", help="Strength of the prompt; 1 or less: one pass per step."),
 )
 RESULT_OPTIONS = in_section(
     "Results",
@@ -79,7 +79,7 @@ def quality(
     from scail2_rt.benchmarks.sprites.quality.quality import QualityOptions, run_quality
     from scail2_rt.benchmarks.sprites.shipped import shipped_checkpoint
 
-    sampling = {name: given.pop(name) for name in ("solver", "steps", "shift", "guidance")}
+    sampling = {name: given.pop(name) for name in ("scheduler", "steps", "shift", "guidance")}
     if given["engines"] is None and given["checkpoint"] is None:
         given["checkpoint"] = shipped_checkpoint()
     options = QualityOptions(

@@ -1,9 +1,9 @@
 """Figures of merit against a known answer, one function each. Videos are uint8 [T, H, W, 3]; PSNR in dB.
 
 Masked figures count the pixels of a region [T, H, W] alone, pooled over all frames. Silhouettes are found, not given:
-what differs from the scene without characters, in the output and in the truth by the same rule. Motion is read off the
-pixels too: the neighbourhood of each true joint is searched for in the output. SSIM: Wang et al. 2004, section III-B
-(Gaussian window of 11x11, deviation 1.5, "valid" border); Lab as in `runtime.media.colour`.
+what differs from the picture without characters, in the output and in the truth by the same rule. Motion is read off
+the pixels too: the neighbourhood of each true joint is searched for in the output. SSIM: Wang et al. 2004, section
+III-B (Gaussian window of 11x11, deviation 1.5, "valid" border); Lab as in `runtime.media.colour`.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ PEAK = 255.0
 MOST_DB = 100.0  # what equal videos get: a JSON file has no infinity
 SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5
 SSIM_C1, SSIM_C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
-SEEN = 15.0  # Lab distance from the bare scene from which a pixel belongs to a character
+SEEN = 15.0  # Lab distance from the bare picture from which a pixel belongs to a character
 PATCH, SEARCH = 5, 8  # half widths in pixels: of a joint's neighbourhood, and of the search for it
 UNLIKE = 0.5  # a match must explain this share of what the neighbourhood varies by
 AMBIGUOUS = 0.15  # the truth itself matches so well elsewhere: the place cannot be told
@@ -77,9 +77,9 @@ def frame_colour(output: np.ndarray, truth: np.ndarray, region: np.ndarray) -> n
     return np.array([colour_error(*(video[t : t + 1] for video in (output, truth, region))) for t in range(len(truth))])
 
 
-def silhouette(video: np.ndarray, scene: np.ndarray) -> np.ndarray:
-    """bool [T, H, W]: pixels that do not look like `scene`, the same frames without characters."""
-    return np.linalg.norm(lab(video) - lab(scene), axis=-1) > SEEN
+def silhouette(video: np.ndarray, bare: np.ndarray) -> np.ndarray:
+    """bool [T, H, W]: pixels that do not look like `bare`, the same frames without characters."""
+    return np.linalg.norm(lab(video) - lab(bare), axis=-1) > SEEN
 
 
 def shape_error(found: np.ndarray, true: np.ndarray) -> float:

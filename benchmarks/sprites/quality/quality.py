@@ -41,17 +41,14 @@ from scail2_rt.benchmarks.sprites.quality.trials import (
 from scail2_rt.benchmarks.sprites.shipped import make_engines
 from scail2_rt.benchmarks.sprites.world import cases, figures, motions, raster
 from scail2_rt.benchmarks.sprites.world.case_files import write_case
-from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
+from scail2_rt.engines.engine_set import EngineSet, Execution
 from scail2_rt.engines.folder.manifest import read_manifest
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Segment
-from scail2_rt.runtime.core.progress import SilentProgress
-from scail2_rt.runtime.core.request import Request, check_request
-from scail2_rt.runtime.pipeline.pipeline import animate_plan
+from scail2_rt.runtime.core.request import Request
 from scail2_rt.runtime.pipeline.preprocess import normalise_video, quantise_frames
-from scail2_rt.runtime.pipeline.text import PromptCache
 from scail2_rt.runtime.pipeline.vae import decode, encode_clip
-from scail2_rt.runtime.session.resume import noise_generator
+from scail2_rt.runtime.session.session import Session
 
 CONFIG = "sprites"
 VARIANT_TASKS = ("animate", "replace", "two")
@@ -90,7 +87,7 @@ class QualityOptions:
         return Variant(USUAL, self.precision, self.attention, {**SAMPLING, **self.sampling})
 
     @property
-    def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
+    def runs(self) -> list[tuple[Variant, tuple[str, ...]]]:
         """What is run, in order."""
         if self.table == "long":
             return [(variant, ("longer",)) for variant in long_variants(self.usual)]
@@ -107,17 +104,15 @@ def run_quality(options: QualityOptions, debug: bool = False) -> Results:
     if options.engines is not None:
         options = replace(options, precision=read_manifest(options.engines).precision)
     runner = _Runner(options, debug)
-    for number, (variant, tasks) in enumerate(options.plan):
+    for number, (variant, tasks) in enumerate(options.runs):
         runner.run_variant(variant, tasks, required=number == 0)
     return runner.results
 
 
-def make_video(engines: EngineSet, request: Request, cache: Path) -> _Made:
+def make_video(session: Session, request: Request) -> _Made:
     """The request's frames uint8 [T, H, W, 3], as `generate` would encode them, and its segments."""
-    plan = check_request(request)
-    prompts, noise = PromptCache(cache, engines.encoder_hash), noise_generator("cpu", request.seed)
-    pixels = [frames.pixels for frames in animate_plan(plan, engines, SilentProgress(), noise, cache=prompts)]
-    return torch.cat(pixels).numpy(), plan.segments
+    plan = session.check(request)
+    return np.concatenate(list(session.animate(plan))), plan.segments
 
 
 def drawing_hash() -> str:
@@ -166,17 +161,17 @@ class _Runner:
         try:
             if variant.unknown:
                 raise InputError(f"this version has no option {', '.join(variant.unknown)}")
-            with self._engines(variant) as engines:
-                self._describe(engines)
+            with self._session(variant) as session:
+                self._describe(session.engines)
                 for task in tasks:
-                    self._run_task(engines, variant, task)
+                    self._run_task(session, variant, task)
         except InputError as error:
             if required:
                 raise
             self._add(Row(f"{variant.name}/{tasks[0]}/{OURS}/0", note=f"not measured: {error}"))
 
     @contextmanager
-    def _engines(self, variant: Variant) -> Iterator[EngineSet]:
+    def _session(self, variant: Variant) -> Iterator[Session]:
         options = self.options
         if options.engines is not None and variant.precision != options.precision:
             raise InputError(f"{options.engines} holds {options.precision}")
@@ -184,9 +179,10 @@ class _Runner:
         if options.engines is None:
             assert options.checkpoint is not None
             make_engines(options.checkpoint, folder, precision=variant.precision)
-        with open_engines(folder, options.backend, Execution(attention=variant.attention)) as engines:
-            print(f"{variant.name}: {engines.choice}", file=sys.stderr, flush=True)
-            yield engines
+        execution = Execution(attention=variant.attention)
+        with Session.open(folder, backend=options.backend, execution=execution, prompt_cache=options.work) as session:
+            print(f"{variant.name}: {session.choice}", file=sys.stderr, flush=True)
+            yield session
 
     def _describe(self, engines: EngineSet) -> None:
         """The run's description, once the first engines are open; rows of an earlier run are taken over."""
@@ -216,23 +212,23 @@ class _Runner:
         self.results = replace(self.results, runs=(*self.results.runs, run))
         self.described = True
 
-    def _run_task(self, engines: EngineSet, variant: Variant, task: str) -> None:
+    def _run_task(self, session: Session, variant: Variant, task: str) -> None:
         blocks: list[Block] = []
         for seed in range(self.options.cases):
-            made = self._run_case(engines, variant, task, seed)
+            made = self._run_case(session, variant, task, seed)
             if made and len(blocks) < SHEET_CASES:
                 case = self.trials[task, seed].answer.case
-                blocks.append(case_block(f"{task}, case {seed}: {case.plan.prompt}", case, made))
+                blocks.append(case_block(f"{task}, case {seed}: {case.scene.prompt}", case, made))
         if blocks and self.options.sheets is not None:
             suffix = "" if variant.name == USUAL else f"-{variant.name}"
             write_sheet(self.options.sheets / f"{task}{suffix}.png", blocks)
 
-    def _run_case(self, engines: EngineSet, variant: Variant, task: str, seed: int) -> dict[str, np.ndarray]:
+    def _run_case(self, session: Session, variant: Variant, task: str, seed: int) -> dict[str, np.ndarray]:
         """→ the model's videos that were made in this call, by who made them."""
         work = self.options.work
         trial = self.trials.setdefault((task, seed), _Trial(task, seed, work / "cases" / f"{task}-{seed}"))
         videos: dict[str, np.ndarray] = {}
-        for who, (kind, make) in self._makers(engines, variant, trial).items():
+        for who, (kind, make) in self._makers(session, variant, trial).items():
             name = f"{variant.name}/{task}/{who}/{seed}"
             known = self.results.rows.get(name)
             if known is not None and known.measured:
@@ -253,14 +249,12 @@ class _Runner:
                 videos[who] = video
         return videos
 
-    def _makers(self, engines: EngineSet, variant: Variant, trial: _Trial) -> dict[str, tuple[Kind, _Make]]:
+    def _makers(self, session: Session, variant: Variant, trial: _Trial) -> dict[str, tuple[Kind, _Make]]:
         """Who makes which video of a trial, and how: (frames, segments)."""
 
         def ours(**options: Any) -> _Made:
             trial.draw()
-            unwritten = trial.folder / "output.mp4"
-            request = make_request(trial.folder, unwritten, trial.seed, variant, **options)
-            return make_video(engines, request, self.options.work)
+            return make_video(session, make_request(trial.folder, trial.seed, variant, **options))
 
         def alone(make: Callable[[Answer], np.ndarray]) -> _Make:
             return lambda: (make(trial.answer), ())
@@ -272,7 +266,7 @@ class _Runner:
             makers[FITTED] = ("ours", partial(ours, fit_reference=True))
         if variant.name == USUAL:
             makers |= {who: ("baseline", alone(make)) for who, make in BASELINES.items()}
-            makers[CEILING] = ("ceiling", alone(lambda answer: round_trip(engines, answer.case.truth)))
+            makers[CEILING] = ("ceiling", alone(lambda answer: round_trip(session.engines, answer.case.truth)))
         return makers
 
     def _add(self, row: Row) -> None:

@@ -1,7 +1,7 @@
 """Contact sheets: a PNG that shows at a glance what went in, what came out and what was right.
 
-A block a case: its title, the reference images on the left, and one row of frames each for the driving video, for what
-was made and for the truth, all at the same moments.
+One block per case: its title, the reference images on the left, and one row of frames each for the driving video, for
+what was made and for the truth, all at the same moments.
 """
 
 import math

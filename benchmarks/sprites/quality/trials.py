@@ -17,7 +17,7 @@ import numpy as np
 from scail2_rt.benchmarks.sprites.quality import metrics
 from scail2_rt.benchmarks.sprites.world import cases
 from scail2_rt.benchmarks.sprites.world.case_files import case_request
-from scail2_rt.benchmarks.sprites.world.cases import SIZE, SpriteCase, closeup, plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.cases import SIZE, SpriteCase, closeup, make_scene, render_case
 from scail2_rt.benchmarks.sprites.world.raster import Picture, draw_picture
 from scail2_rt.runtime.core.geometry import Segment
 from scail2_rt.runtime.core.request import Request
@@ -27,7 +27,7 @@ SEGMENT, OVERLAP = cases.FRAMES, 5
 STEP = SEGMENT - OVERLAP
 LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
 DRAWN_AS = {"swapped": "two", "closeup": "replace", "long": "animate", "longer": "animate"}
-SAMPLING: Mapping[str, Any] = {"solver": "unipc", "steps": 2, "shift": 3.0, "guidance": 1.0}
+SAMPLING: Mapping[str, Any] = {"scheduler": "unipc", "steps": 2, "shift": 3.0, "guidance": 1.0}
 OURS, ONE_REFERENCE, FITTED, CEILING = "ours", "one-reference", "fit-reference", "vae"
 
 
@@ -47,8 +47,8 @@ class Variant:
 
 
 def variants(usual: Variant) -> tuple[Variant, ...]:
-    """One thing changed at a time; what would be the usual way again is left out. Solvers differ from three steps on,
-    so they are compared at six."""
+    """One thing changed at a time; what would be the usual way again is left out. Schedulers differ from three steps
+    on, so they are compared at six."""
     precisions = [Variant(name, name, "auto", usual.options) for name in ("fp32", "bf16", "fp8")]
     attentions = ("sdpa", "bf16", "8bit-bf16pv", "8bit")
     changed = [Variant(f"fp8-{attention}", "fp8", attention, usual.options) for attention in attentions]
@@ -59,9 +59,9 @@ def variants(usual: Variant) -> tuple[Variant, ...]:
         for value in values:
             options = {**usual.options, key: value}
             changed.append(Variant(f"{key}-{value:g}", usual.precision, usual.attention, options))
-    for solver in ("dpm++", "euler"):
-        options = {**usual.options, "solver": solver, "steps": 6}
-        changed.append(Variant(f"steps-6-{solver}", usual.precision, usual.attention, options))
+    for scheduler in ("dpm++", "euler"):
+        options = {**usual.options, "scheduler": scheduler, "steps": 6}
+        changed.append(Variant(f"steps-6-{scheduler}", usual.precision, usual.attention, options))
     same = (usual.precision, usual.attention, usual.options)
     return tuple(v for v in (*precisions, *changed) if (v.precision, v.attention, v.options) != same)
 
@@ -70,7 +70,6 @@ def long_variants(usual: Variant) -> tuple[Variant, ...]:
     """Ways to hold a long clip together."""
     ways: dict[str, dict[str, Any]] = {
         "official": {},
-        "latents": {"history": "latents"},
         "overlap-9": {"segment_overlap": 9},
         "overlap-13": {"segment_overlap": 13},
         "blend-4": {"overlap_blend": 4},
@@ -86,46 +85,46 @@ def long_variants(usual: Variant) -> tuple[Variant, ...]:
 def held_out_case(task: str, seed: int) -> SpriteCase:
     """Held-out case number `seed` of a task of this module."""
     frames = LENGTHS.get(task, cases.FRAMES)
-    plan = plan_case(DRAWN_AS.get(task, task), seed, "test", frames, swapped=task == "swapped")
-    return render_case(closeup(plan) if task == "closeup" else plan)
+    scene = make_scene(DRAWN_AS.get(task, task), seed, "test", frames, swapped=task == "swapped")
+    return render_case(closeup(scene) if task == "closeup" else scene)
 
 
-def make_request(folder: Path, output: Path, seed: int, variant: Variant, **options: Any) -> Request:
-    """The request for a case folder under a variant; an existing output may be replaced."""
+def make_request(folder: Path, seed: int, variant: Variant, **options: Any) -> Request:
+    """The request for a case folder under a variant."""
     usual: dict[str, Any] = {"size": SIZE, "segment_length": SEGMENT, "segment_overlap": OVERLAP, "seed": seed}
-    return case_request(folder, output, **{**usual, **SAMPLING, **variant.options, **options, "overwrite": True})
+    return case_request(folder, **{**usual, **SAMPLING, **variant.options, **options})
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A case with what its outputs are compared with. scene: the truth without characters; shape: their silhouettes in
+    """A case with what its outputs are compared with. bare: the truth without characters; shape: their silhouettes in
     it; characters: bool [T, H, W], where the truth shows one."""
 
     case: SpriteCase
-    scene: np.ndarray
+    bare: np.ndarray
     shape: np.ndarray
     characters: np.ndarray
 
     @classmethod
     def of(cls, case: SpriteCase) -> "Answer":
-        empty = Picture(case.plan.truth.parts[:, :0], case.plan.truth.background)
-        scene, _ = draw_picture(empty, *case.truth.shape[1:3])
-        return cls(case, scene, metrics.silhouette(case.truth, scene), case.labels > 0)
+        empty = Picture(case.scene.truth.parts[:, :0], case.scene.truth.background)
+        bare, _ = draw_picture(empty, *case.truth.shape[1:3])
+        return cls(case, bare, metrics.silhouette(case.truth, bare), case.labels > 0)
 
     def score(self, output: np.ndarray) -> dict[str, float]:
         """Figures of a video uint8 [T, H, W, 3]; `hidden_psnr` where the task hides something, `area` (of the
         silhouettes, over the truth's) where the reference does not tell the size."""
-        truth, joints = self.case.truth, self.case.plan.joints
+        truth, joints = self.case.truth, self.case.scene.joints
         found = {
             "psnr": metrics.psnr(output, truth),
             "ssim": metrics.ssim(output, truth),
             "character_psnr": metrics.psnr(output, truth, self.characters),
             "colour_error": metrics.colour_error(output, truth, self.characters),
-            "shape_error": metrics.shape_error(metrics.silhouette(output, self.scene), self.shape),
+            "shape_error": metrics.shape_error(metrics.silhouette(output, self.bare), self.shape),
             "motion_px": metrics.motion_error(output, truth, joints),
         }
-        if self.case.plan.task == "closeup":
-            found["area"] = float(metrics.silhouette(output, self.scene).sum() / self.shape.sum())
+        if self.case.scene.task == "closeup":
+            found["area"] = float(metrics.silhouette(output, self.bare).sum() / self.shape.sum())
         if self.case.hidden.any():
             found["hidden_psnr"] = metrics.psnr(output, truth, self.case.hidden)
         return {name: value for name, value in found.items() if not np.isnan(value)}
@@ -133,9 +132,8 @@ class Answer:
     def follow(self, output: np.ndarray, segments: Iterable[Segment]) -> dict[str, float]:
         """What becomes of a long clip: PSNR and colour error on the characters by frame, PSNR by segment, how both
         drift from the first to the last segment, the change at the joins."""
-        plan = tuple(segments)
         truth, characters = self.case.truth, self.characters
-        own = [slice(segment.start + segment.overlap, segment.valid_end) for segment in plan]
+        own = [slice(segment.start + segment.overlap, segment.valid_end) for segment in segments]
         found = {
             f"segment_{number}": metrics.psnr(output[part], truth[part], characters[part])
             for number, part in enumerate(own, 1)

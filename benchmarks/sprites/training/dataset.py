@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, paint
 from scail2_rt.benchmarks.sprites.training.model import UMT5, make_encoders
-from scail2_rt.benchmarks.sprites.world.cases import CasePlan, View
+from scail2_rt.benchmarks.sprites.training.networks import ClipVAE
+from scail2_rt.benchmarks.sprites.world.cases import Scene, View
 from scail2_rt.export.models.dit import DiTInputs
-from scail2_rt.export.models.vae import VAE
 from scail2_rt.runtime.masks.palette import COLOURS, ON_ABOVE
 from scail2_rt.runtime.pipeline.preprocess import clip_pixels, half_resolution, normalise_image, normalise_video
 from scail2_rt.runtime.pipeline.text import Tokenizer, clean_prompt
@@ -95,20 +95,20 @@ class Samples:
 
 
 class Encoding:
-    """The encoders, and what they make of plans."""
+    """The encoders, and what they make of scenes."""
 
-    def __init__(self, vae: VAE, tokenizer_file: Path, device: torch.device) -> None:
+    def __init__(self, vae: ClipVAE, tokenizer_file: Path, device: torch.device) -> None:
         self.vae, self.device = vae.to(device).eval(), device
         self.umt5, self.clip = (encoder.to(device) for encoder in make_encoders())
         self.tokenizer = Tokenizer(tokenizer_file, UMT5.vocab)
 
     @torch.no_grad()
-    def samples(self, plans: Sequence[CasePlan]) -> Samples:
-        truth, labels = draw_pictures([plan.truth for plan in plans], self.device)
-        driving, driving_mask = self._view([plan.driving for plan in plans])
-        reference, reference_mask = self._view([plan.reference for plan in plans])
+    def samples(self, scenes: Sequence[Scene]) -> Samples:
+        truth, labels = draw_pictures([scene.truth for scene in scenes], self.device)
+        driving, driving_mask = self._view([scene.driving for scene in scenes])
+        reference, reference_mask = self._view([scene.reference for scene in scenes])
         pixels = normalise_image(reference)
-        extras = [self._reference(*self._view([plan.extras[i] for plan in plans])) for i in range(len(plans[0].extras))]
+        extras = [self._reference(*self._view(views)) for views in zip(*(s.extras for s in scenes), strict=True)]
         latent, mask = self._reference(reference, reference_mask)
         count, _, _, h, w = latent.shape
         extra, extra_mask = (
@@ -129,7 +129,7 @@ class Encoding:
             extra,
             extra_mask,
             self.clip(torch.cat([clip_pixels(image[0]) for image in pixels])),
-            self.text([plan.prompt for plan in plans]),
+            self.text([scene.prompt for scene in scenes]),
         )
         return Samples(*(getattr(found, f.name).to(STORED) for f in fields(Samples)))
 
@@ -154,7 +154,7 @@ class Encoding:
     def _latent(self, video: Tensor) -> Tensor:
         """video [N, T, 3, H, W] in -1..1 → [N, 16, F, h, w]."""
         clips = video.split(max(FRAMES_AT_ONCE // video.shape[1], 1))
-        return torch.cat([self.vae.encode_whole(clip.transpose(1, 2)) for clip in clips])
+        return torch.cat([self.vae.encode_clip(clip.transpose(1, 2)) for clip in clips])
 
 
 def mask_channels(mask: Tensor) -> Tensor:

@@ -10,40 +10,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scail2_rt.benchmarks.sprites.world.cases import FRAMES, SIZE, CasePlan, Colours, plan_case
+from scail2_rt.benchmarks.sprites.world.cases import FRAMES, SIZE, Colours, Scene, make_scene
 from scail2_rt.benchmarks.sprites.world.figures import FIELDS, RA, RB
 from scail2_rt.benchmarks.sprites.world.raster import Picture, draw
 
 DRAWN_AT_ONCE = {"cpu": 256, "cuda": 2112}  # frames
-PLANS_A_JOB = 16
+SCENES_PER_JOB = 16
 
 
-def training_plan(task: str, seed: int, frames: int = FRAMES) -> CasePlan:
+def training_scene(task: str, seed: int, frames: int = FRAMES) -> Scene:
     """Case number `seed` of the training set. Those of several characters come in pairs that differ in the driving
     mask's colours and the answer alone: else the answers to the pictures are learnt by heart, not what colours mean."""
     if task in ("two", "three"):
-        return plan_case(task, seed // 2, "train", frames, swapped=seed % 2 == 1)
-    return plan_case(task, seed, "train", frames)
+        return make_scene(task, seed // 2, "train", frames, swapped=seed % 2 == 1)
+    return make_scene(task, seed, "train", frames)
 
 
-def _plan_some(task: str, seeds: range, frames: int) -> list[CasePlan]:
-    return [training_plan(task, seed, frames) for seed in seeds]
+def _make_some(task: str, seeds: range, frames: int) -> list[Scene]:
+    return [training_scene(task, seed, frames) for seed in seeds]
 
 
-def plan_many(requests: Sequence[tuple[str, range]], frames: int = FRAMES) -> Iterator[CasePlan]:
+def make_scenes(requests: Sequence[tuple[str, range]], frames: int = FRAMES) -> Iterator[Scene]:
     """Plans of every (task, seeds) of the training set, in order."""
     jobs = [
-        (task, seeds[start : start + PLANS_A_JOB])
+        (task, seeds[start : start + SCENES_PER_JOB])
         for task, seeds in requests
-        for start in range(0, len(seeds), PLANS_A_JOB)
+        for start in range(0, len(seeds), SCENES_PER_JOB)
     ]
     workers = max((os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1)), 1)
     context = get_context("forkserver")
-    context.set_forkserver_preload([plan_case.__module__])  # imported once, not by every process of every call
+    context.set_forkserver_preload([make_scene.__module__])  # imported once, not by every process of every call
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         tasks, seeds = zip(*jobs, strict=True)
-        for plans in pool.map(_plan_some, tasks, seeds, itertools.repeat(frames)):
-            yield from plans
+        for scenes in pool.map(_make_some, tasks, seeds, itertools.repeat(frames)):
+            yield from scenes
 
 
 def draw_pictures(pictures: Sequence[Picture], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,27 @@ class Workers:
         return float(shared.item())
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One training: how long it goes on, who takes part, and its files in `work`, `name`.state and `name`.jsonl.
+
+    identity: names what is learnt from."""
+
+    budget: Budget
+    workers: Workers
+    work: Path
+    name: str
+    identity: str = ""
+
+    @property
+    def state_file(self) -> Path:
+        return self.work / f"{self.name}.state"
+
+    @property
+    def log_file(self) -> Path:
+        return self.work / f"{self.name}.jsonl"
+
+
 def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     """AdamW; `rate` is the peak of the learning rate."""
     parameters = list(parameters)
@@ -176,40 +197,54 @@ class Gradients:
         return graph, value
 
 
+class _Losses:
+    """Sums of the losses of each kind of batch since the last line of the log."""
+
+    def __init__(self, kinds: int, device: torch.device) -> None:
+        self._sums, self._counts = torch.zeros(kinds, device=device), [0] * kinds
+
+    def add(self, kind: int, loss: Tensor) -> None:
+        self._sums[kind] += loss
+        self._counts[kind] += 1
+
+    def take(self) -> dict[str, Any]:
+        """The mean over all batches and of each kind (0 where there was none); the sums begin again."""
+        sums = self._sums.tolist()
+        each = [round(value / max(count, 1), 4) for value, count in zip(sums, self._counts, strict=True)]
+        found = {"loss": round(sum(sums) / sum(self._counts), 6), "by kind": each}
+        self._sums, self._counts = torch.zeros_like(self._sums), [0] * len(sums)
+        return found
+
+
 def fit(
     model: nn.Module,
     losses: Sequence[Loss],
     turn: Callable[[int], int],
     optimisers: Sequence[torch.optim.Optimizer],
-    budget: Budget,
-    workers: Workers,
-    state_file: Path,
-    log_file: Path,
-    identity: str = "",
+    training: Training,
 ) -> dict[str, Tensor]:
     """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
 
     losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
-    of the optimisers are their peaks. `identity` names what is learnt from; InputError where the state file is of
-    something else. Progress is appended to `log_file`, a JSON object a line, with the loss of all batches and of
-    each kind (0 where there was none)."""
+    of the optimisers are their peaks. InputError where the state file has another identity. Progress is appended to
+    the log file, one JSON object per line, with the loss of all batches and of each kind."""
+    budget, workers = training.budget, training.workers
     parameters = [p for p in model.parameters() if p.requires_grad]
     peaks = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
     average = [p.detach().clone() for p in parameters]
-    steps, seconds = _resume(state_file, model, optimisers, average, identity)
+    steps, seconds = _resume(training, model, optimisers, average)
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]  # resuming replaced them
     generator = torch.Generator(workers.device).manual_seed(workers.rank + workers.count * steps)
     gradients = Gradients(parameters, losses, generator)
     began, saved = time.monotonic() - seconds, time.monotonic()
-    running, counts = torch.zeros(len(losses), device=workers.device), [0] * len(losses)
+    running = _Losses(len(losses), workers.device)
     share = workers.agree(budget.spent(time.monotonic() - began, steps))
     while share < 1:
         height = min(share / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * share)) + 1e-3
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * height
         kind = turn(steps)
-        running[kind] += gradients.of(kind)
-        counts[kind] += 1
+        running.add(kind, gradients.of(kind))
         workers.average(gradients.flat)
         gradients.flat *= (1 / gradients.flat.norm()).clamp(max=1)
         for optimiser in optimisers:
@@ -223,16 +258,14 @@ def fit(
             share = workers.agree(budget.spent(time.monotonic() - began, steps))
         if workers.rank == 0 and steps % LOG_EVERY == 0:
             line = {"step": steps, "seconds": round(time.monotonic() - began, 1), "rate": round(height, 4)}
-            sums = running.tolist()
-            each = [round(value / max(count, 1), 4) for value, count in zip(sums, counts, strict=True)]
-            _append(log_file, {**line, "loss": round(sum(sums) / sum(counts), 6), "by kind": each})
-            running, counts = torch.zeros_like(running), [0] * len(losses)
+            _append(training.log_file, line | running.take())
         if workers.rank == 0 and time.monotonic() - saved > SAVE_EVERY_S:
-            _save(state_file, model, optimisers, average, steps, time.monotonic() - began, identity)
+            _save(training, model, optimisers, average, steps, time.monotonic() - began)
             saved = time.monotonic()
     if workers.rank == 0:
-        _save(state_file, model, optimisers, average, steps, time.monotonic() - began, identity)
-        _append(log_file, {"step": steps, "seconds": round(time.monotonic() - began, 1), "workers": workers.count})
+        _save(training, model, optimisers, average, steps, time.monotonic() - began)
+        last = {"step": steps, "seconds": round(time.monotonic() - began, 1), "workers": workers.count}
+        _append(training.log_file, last)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return {name: t.cpu() for name, t in zip(names, average, strict=True)}
 
@@ -244,34 +277,34 @@ def _append(file: Path, line: dict[str, Any]) -> None:
 
 
 def _save(
-    file: Path,
+    training: Training,
     model: nn.Module,
     optimisers: Sequence[torch.optim.Optimizer],
     average: list[Tensor],
     steps: int,
     seconds: float,
-    identity: str,
 ) -> None:
     state = {
         "model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "average": average,
-        "steps": steps, "seconds": seconds, "identity": identity,
+        "steps": steps, "seconds": seconds, "identity": training.identity,
     }  # fmt: skip
-    partial = file.with_suffix(".partial")
+    partial = training.state_file.with_suffix(".partial")
     torch.save(state, partial)
-    partial.replace(file)
+    partial.replace(training.state_file)
 
 
 def _resume(
-    file: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], average: list[Tensor], identity: str
+    training: Training, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], average: list[Tensor]
 ) -> tuple[int, float]:
     """Steps and seconds that earlier runs spent; everything else is as they left it."""
+    file = training.state_file
     if not file.is_file():
         return 0, 0.0
     state = torch.load(file, map_location="cpu", weights_only=True)
-    if state["identity"] != identity:
+    if state["identity"] != training.identity:
         raise InputError(
-            f"{file} is of another training ({state['identity']}, this one is {identity}): remove it, or give another "
-            "--work."
+            f"{file} is of another training ({state['identity']}, this one is {training.identity}): remove it, or give "
+            "another --work."
         )
     model.load_state_dict(state["model"])
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):

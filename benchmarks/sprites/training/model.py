@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scail2_rt.benchmarks.sprites.training.networks import ClipVAE
 from scail2_rt.export.checkpoint.derive import clip_shapes, dit_shapes, umt5_shapes, vae_shapes
 from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.export.checkpoint.random_checkpoint import (
@@ -31,7 +32,6 @@ from scail2_rt.export.models.config import CLIPConfig, DiTConfig, UMT5Config, VA
 from scail2_rt.export.models.dit import DiT
 from scail2_rt.export.models.precision import Component, Numerics
 from scail2_rt.export.models.umt5 import UMT5Encoder
-from scail2_rt.export.models.vae import VAE
 from scail2_rt.kernels.errors import InputError
 
 DIT = DiTConfig(dim=192, heads=3, layers=9, ffn_dim=512, text_dim=64, clip_dim=80)
@@ -62,9 +62,9 @@ def make_dit(weights: Weights | None = None) -> DiT:
     return dit
 
 
-def make_vae(weights: Weights | None = None, compute: torch.dtype = torch.float32) -> VAE:
+def make_vae(weights: Weights | None = None, compute: torch.dtype = torch.float32) -> ClipVAE:
     """Weights fp32, convolutions in `compute`."""
-    vae = VAE(VAE_SIZES, Numerics(torch.float32, compute))
+    vae = ClipVAE(VAE_SIZES, Numerics(torch.float32, compute))
     vae.load_state_dict(initial("vae", vae_shapes(VAE_SIZES)) if weights is None else weights)
     return vae.requires_grad_(True)
 

@@ -4,25 +4,27 @@
     torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.training.train …       on two
 
 An interrupted run goes on; the VAE that is finished in DIR (`vae.pt`) is not trained again, the data set is encoded
-anew. `train_decoder` comes after it, then `round_weights`.
+again. `train_decoder` comes after it, then `round_weights`.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import torch
 
 from scail2_rt.benchmarks.sprites.training import train_vae
 from scail2_rt.benchmarks.sprites.training.dataset import FRAMES_AT_ONCE, GROUPS, Encoding, Samples, group_requests
-from scail2_rt.benchmarks.sprites.training.drawing import plan_many
+from scail2_rt.benchmarks.sprites.training.drawing import make_scenes
 from scail2_rt.benchmarks.sprites.training.fitting import Budget, Workers
 from scail2_rt.benchmarks.sprites.training.model import UMT5, Weights, digest, make_vae, weights_of, write_checkpoint
 from scail2_rt.benchmarks.sprites.training.train_dit import Batches, Kind, train_dit
-from scail2_rt.benchmarks.sprites.world.cases import FRAMES, CasePlan
+from scail2_rt.benchmarks.sprites.world.cases import FRAMES, Scene
 from scail2_rt.export.checkpoint.random_checkpoint import write_tokenizer
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError
@@ -32,31 +34,95 @@ MINUTES = click.FloatRange(min=0, min_open=True)
 COUNT = click.IntRange(min=1)
 
 
-def make_trained_vae(
-    plans: list[CasePlan], budget: Budget, batch: int, workers: Workers, work: Path, start: Weights | None
-) -> Weights:
-    clips = train_vae.Clips(plans, workers.device)
-    weights = train_vae.train_vae(clips, budget, batch, workers, work, start)
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """The command's argument and options."""
+
+    output: Path
+    work: Path
+    vae_minutes: float
+    minutes: float
+    vae_steps: int
+    steps: int
+    frames: int
+    vae_cases: int
+    samples: int
+    short_samples: int
+    vae_batch: int
+    batch: int
+    vae_from: str | None
+    start: Path | None
+    slower: float
+    only: str | None
+
+    @property
+    def finished_vae(self) -> Path:
+        return self.work / "vae.pt"
+
+
+def check_options(options: TrainOptions) -> None:
+    """UsageError: an output that exists, or options that contradict one another."""
+    check_new(options.output)
+    if options.only == "dit" and options.start is None and not options.finished_vae.is_file():
+        raise click.UsageError(
+            f"{options.work} has no vae.pt: train the VAE first (without --only, or with --only vae)."
+        )
+    if options.start is not None and (options.only == "vae" or options.vae_from):
+        raise click.UsageError("--from brings its own VAE: leave out --only vae and --vae-from.")
+
+
+def provide_vae(options: TrainOptions, begun: dict[Component, Weights] | None, workers: Workers) -> None:
+    """Write vae.pt if it is not there: that of the checkpoint to begin with, or a trained one."""
+    if options.finished_vae.is_file():
+        return
+    if begun is not None:
+        weights = begun["vae"]
+    elif options.only != "dit":
+        weights = make_trained_vae(options, workers)
+    else:
+        return
+    if workers.rank == 0:
+        torch.save(weights, options.finished_vae)
+
+
+def make_trained_vae(options: TrainOptions, workers: Workers) -> Weights:
+    scenes = list(make_scenes(train_vae.vae_requests(options.vae_cases), frames=options.frames))
+    start = torch.load(options.vae_from, weights_only=True) if options.vae_from else None
+    budget = Budget(options.vae_minutes, options.vae_steps)
+    clips = train_vae.Clips(scenes, workers.device)
+    weights = train_vae.train_vae(clips, budget, options.vae_batch, workers, options.work, start)
     whole, characters = train_vae.reconstruction_psnr(make_vae(weights).to(workers.device), clips)
     if workers.rank == 0:
         print(f"VAE: PSNR {whole:.2f} dB, of characters {characters:.2f} dB", flush=True)
     return weights
 
 
+def make_trained_dit(options: TrainOptions, vae: Weights, start: Weights | None, workers: Workers) -> Weights:
+    """The transformer for a VAE. start: weights to begin with, else random ones."""
+    encoding, frames, samples = make_encoding(vae, workers), options.frames, options.samples
+    short, short_samples = min(SHORT_FRAMES, frames), options.short_samples
+    kinds = encoded_kinds(encoding, range(samples), frames, options.batch, workers)
+    kinds += encoded_kinds(encoding, range(samples, samples + short_samples), short, 2 * options.batch, workers)
+    identity = f"vae {digest(vae)}, {samples} samples of {frames} frames and {short_samples} of {short}"
+    print(f"data set: {identity}; here { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
+    batches, budget = Batches(kinds, encoding.text([""])), Budget(options.minutes, options.steps)
+    return train_dit(batches, budget, workers, options.work, identity, start, options.slower)
+
+
 def encoded_kinds(encoding: Encoding, seeds: range, frames: int, batch: int, workers: Workers) -> list[Kind]:
     """Cases of some length, encoded, as kinds of batches; each process draws its own from its part of `seeds`."""
     own, kinds = workers.part(seeds), []
     for name, tasks in GROUPS.items():
-        plans = plan_many(group_requests(name, own), frames=frames)
+        scenes = make_scenes(group_requests(name, own), frames=frames)
         with train_vae.folded_convolutions(workers.device):
-            samples = Samples.join([encoding.samples(part) for part in pieces(plans, FRAMES_AT_ONCE // frames)])
+            samples = Samples.join([encoding.samples(part) for part in pieces(scenes, FRAMES_AT_ONCE // frames)])
         kinds.append(Kind(f"{name}, {frames} frames", samples, name == "replace", batch, float(sum(tasks.values()))))
     return kinds
 
 
-def pieces(plans: Iterator[CasePlan], size: int) -> Iterator[list[CasePlan]]:
-    """The plans by `size`, at least one."""
-    while piece := list(islice(plans, max(size, 1))):
+def pieces(scenes: Iterator[Scene], size: int) -> Iterator[list[Scene]]:
+    """The scenes by `size`, at least one."""
+    while piece := list(islice(scenes, max(size, 1))):
         yield piece
 
 
@@ -91,9 +157,9 @@ def given_weights(checkpoint: Path) -> dict[Component, Weights]:
 @click.option("--vae-cases", default=1600, show_default=True)
 @click.option("--samples", default=48_000, show_default=True, help="Cases of the transformer's data set.")
 @click.option("--short-samples", default=96_000, show_default=True, help="Short cases of it, of 9 frames.")
-@click.option("--vae-batch", default=32, show_default=True, help="Clips a step and process.")
+@click.option("--vae-batch", default=32, show_default=True, help="Clips per step and process.")
 @click.option(
-    "--batch", default=32, show_default=True, help="Samples a step and process, of short cases twice as many."
+    "--batch", default=32, show_default=True, help="Samples per step and process, of short cases twice as many."
 )
 @click.option("--vae-from", type=click.Path(exists=True, dir_okay=False), help="A vae.pt to begin the VAE with.")
 @click.option(
@@ -106,47 +172,23 @@ def given_weights(checkpoint: Path) -> dict[Component, Weights]:
 @click.option(
     "--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs --from, or the VAE in --work."
 )
-def main(
-    output: Path, work: Path, vae_minutes: float, minutes: float, vae_steps: int, steps: int, frames: int,
-    vae_cases: int, samples: int, short_samples: int, vae_batch: int, batch: int, vae_from: str | None,
-    start: Path | None, slower: float, only: str | None,
-) -> None:  # fmt: skip
+def main(**given: Any) -> None:
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""
-    check_new(output)
-    finished = work / "vae.pt"
-    if only == "dit" and start is None and not finished.is_file():
-        raise click.UsageError(f"{work} has no vae.pt: train the VAE first (without --only, or with --only vae).")
-    if start is not None and (only == "vae" or vae_from):
-        raise click.UsageError("--from brings its own VAE: leave out --only vae and --vae-from.")
-    begun = None if start is None else given_weights(start)
-    work.mkdir(parents=True, exist_ok=True)
+    options = TrainOptions(**given)
+    check_options(options)
+    begun = None if options.start is None else given_weights(options.start)
+    options.work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers = Workers.here()
-    if begun is not None:
-        if workers.rank == 0 and not finished.is_file():
-            torch.save(begun["vae"], finished)
-    elif not finished.is_file() and only != "dit":
-        plans = list(plan_many(train_vae.vae_requests(vae_cases), frames=frames))
-        given = torch.load(vae_from, weights_only=True) if vae_from else None
-        weights = make_trained_vae(plans, Budget(vae_minutes, vae_steps), vae_batch, workers, work, given)
-        if workers.rank == 0:
-            torch.save(weights, finished)
-    if only == "vae":
+    provide_vae(options, begun, workers)
+    if options.only == "vae":
         return
     workers.wait()
-    vae_weights = torch.load(finished, weights_only=True)
-    encoding = make_encoding(vae_weights, workers)
-    short = min(SHORT_FRAMES, frames)
-    kinds = encoded_kinds(encoding, range(samples), frames, batch, workers)
-    kinds += encoded_kinds(encoding, range(samples, samples + short_samples), short, 2 * batch, workers)
-    identity = f"vae {digest(vae_weights)}, {samples} samples of {frames} frames and {short_samples} of {short}"
-    print(f"data set: {identity}; here { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
-    batches = Batches(kinds, encoding.text([""]))
-    first = None if begun is None else begun["dit"]
-    dit = train_dit(batches, Budget(minutes, steps), workers, work, identity, first, slower)
+    vae = torch.load(options.finished_vae, weights_only=True)
+    dit = make_trained_dit(options, vae, None if begun is None else begun["dit"], workers)
     if workers.rank == 0:
-        write_checkpoint(output, dit, vae_weights)
-        print(json.dumps({"output": str(output)}), flush=True)
+        write_checkpoint(options.output, dit, vae)
+        print(json.dumps({"output": str(options.output)}), flush=True)
     workers.wait()
 
 

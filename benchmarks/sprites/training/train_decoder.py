@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from torch import Tensor
 
 from scail2_rt.benchmarks.sprites.training.dataset import FRAMES_AT_ONCE, GROUPS, NEW_CASES, Encoding, group_requests
-from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, plan_many
-from scail2_rt.benchmarks.sprites.training.fitting import Budget, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, make_scenes
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Training, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.training.model import Weights, digest, make_vae, write_checkpoint
 from scail2_rt.benchmarks.sprites.training.train import (
     COUNT,
@@ -32,7 +33,7 @@ from scail2_rt.benchmarks.sprites.training.train import (
 )
 from scail2_rt.benchmarks.sprites.training.train_dit import folded_padding
 from scail2_rt.benchmarks.sprites.training.train_vae import folded_convolutions
-from scail2_rt.benchmarks.sprites.world.cases import FRAMES, CasePlan
+from scail2_rt.benchmarks.sprites.world.cases import FRAMES, Scene
 from scail2_rt.export.models.dit import DiT
 from scail2_rt.runtime.pipeline.preprocess import normalise_video
 from scail2_rt.runtime.pipeline.schedulers import TRAINING_STEPS
@@ -41,6 +42,31 @@ WINDOW = (10, 8)  # rows and columns of latents, of what is decoded at once
 TRUE_SHARE = 0.1  # of the samples: latents of the truth
 CHARACTER_WEIGHT = 6.0
 RATE = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """The command's arguments and options."""
+
+    checkpoint: Path
+    output: Path
+    work: Path
+    minutes: float
+    steps: int
+    frames: int
+    cases: int
+    short_cases: int
+    batch: int
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.minutes, self.steps)
+
+    @property
+    def sets(self) -> tuple[tuple[int, int, int], ...]:
+        """(cases, frames of each, cases per step), usual ones and short ones."""
+        short = min(SHORT_FRAMES, self.frames)
+        return (self.cases, self.frames, self.batch), (self.short_cases, short, 4 * self.batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +111,24 @@ def collect_answers(dit: DiT, encoding: Encoding, count: int, frames: int, worke
     generator = torch.Generator(encoding.device).manual_seed(workers.rank)
     parts = []
     for name in GROUPS:
-        plans = pieces(plan_many(group_requests(name, own), frames=frames), FRAMES_AT_ONCE // frames // 4)
+        scenes = pieces(make_scenes(group_requests(name, own), frames=frames), FRAMES_AT_ONCE // frames // 4)
         with folded_convolutions(encoding.device):
-            parts += [_answers(dit, encoding, piece, name == "replace", generator) for piece in plans]
+            parts += [_answers(dit, encoding, piece, name == "replace", generator) for piece in scenes]
     return Answers.join(parts)
 
 
 def _answers(
-    dit: DiT, encoding: Encoding, plans: Sequence[CasePlan], replace: bool, generator: torch.Generator
+    dit: DiT, encoding: Encoding, scenes: Sequence[Scene], replace: bool, generator: torch.Generator
 ) -> Answers:
     device = encoding.device
-    stored = encoding.samples(plans)
-    samples = stored.take(torch.arange(len(plans), device=device))
+    stored = encoding.samples(scenes)
+    samples = stored.take(torch.arange(len(scenes), device=device))
     noise = torch.randn(samples.latent.shape, generator=generator, device=device)
     history = torch.zeros_like(noise[:, :4])
-    times = torch.full((len(plans),), float(TRAINING_STEPS), device=device)
+    times = torch.full((len(scenes),), float(TRAINING_STEPS), device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         velocity = dit(samples.inputs(noise, history, samples.text, replace), times)
-    video, labels = draw_pictures([plan.truth for plan in plans], device)
+    video, labels = draw_pictures([scene.truth for scene in scenes], device)
     return Answers((noise - velocity.float()).to(stored.latent.dtype), stored.latent, video, labels > 0)
 
 
@@ -118,14 +144,12 @@ def train_decoder(
     def loss(answers: Answers, size: int, generator: torch.Generator) -> Tensor:
         latent, video, inside = answers.windows(size, generator)
         weight = 1 + CHARACTER_WEIGHT * inside
-        return ((vae.decode_whole(latent) - video).square() * weight).mean() / weight.mean()
+        return ((vae.decode_clip(latent) - video).square() * weight).mean() / weight.mean()
 
     losses = [partial(loss, *kind) for kind in kinds]
     with folded_convolutions(workers.device):
-        weights = fit(
-            vae, losses, lambda step: step % len(losses), [adam(trained, RATE)], budget, workers,
-            work / "decoder.state", work / "decoder.jsonl", identity,
-        )  # fmt: skip
+        training = Training(budget, workers, work, "decoder", identity)
+        weights = fit(vae, losses, lambda step: step % len(losses), [adam(trained, RATE)], training)
     return {**start, **weights}
 
 
@@ -143,27 +167,24 @@ def train_decoder(
     default=16,
     type=COUNT,
     show_default=True,
-    help="Cases a step and process, of short ones four times as many.",
+    help="Cases per step and process, of short ones four times as many.",
 )
-def main(
-    checkpoint: Path, output: Path, work: Path, minutes: float, steps: int, frames: int, cases: int, short_cases: int,
-    batch: int,
-) -> None:  # fmt: skip
+def main(**given: Any) -> None:
     """Write CHECKPOINT, whose decoder knows the transformer's answers, to OUTPUT."""
-    check_new(output)
-    weights = given_weights(checkpoint)
-    work.mkdir(parents=True, exist_ok=True)
+    options = DecoderOptions(**given)
+    check_new(options.output)
+    weights = given_weights(options.checkpoint)
+    options.work.mkdir(parents=True, exist_ok=True)
     workers = Workers.here()
     encoding = make_encoding(weights["vae"], workers)
     dit = folded_padding(weights["dit"]).to(workers.device)
-    sets = ((cases, frames, batch), (short_cases, min(SHORT_FRAMES, frames), 4 * batch))
-    kinds = [(collect_answers(dit, encoding, count, length, workers), size) for count, length, size in sets]
+    kinds = [(collect_answers(dit, encoding, count, length, workers), size) for count, length, size in options.sets]
     begun = ", ".join(f"{part} {digest(tensors)}" for part, tensors in weights.items())
-    identity = f"{begun}, {cases} cases of {frames} frames and {short_cases} short ones"
+    identity = f"{begun}, {options.cases} cases of {options.frames} frames and {options.short_cases} short ones"
     print(f"answers: {identity}", flush=True)
-    vae = train_decoder(kinds, weights["vae"], Budget(minutes, steps), workers, work, identity)
+    vae = train_decoder(kinds, weights["vae"], options.budget, workers, options.work, identity)
     if workers.rank == 0:
-        write_checkpoint(output, weights["dit"], vae)
+        write_checkpoint(options.output, weights["dit"], vae)
     workers.wait()
 
 

@@ -2,24 +2,23 @@
 
 x_σ = (1-σ)·x₀ + σ·noise, the model predicts noise - x₀. In part of the samples the first latents are history: clean up
 to a little noise, marked in the history mask, not in the loss. In part the prompt is dropped, so that guidance has
-something to compare with. Mask colours are dealt anew in every sample. Half of the steps see short clips: they show
+something to compare with. Every sample deals the mask colours again. Half of the steps see short clips: they show
 twice the cases in the time, and what a frame should look like hardly depends on how many follow it.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.training.dataset import TEXT_ROWS, Samples
-from scail2_rt.benchmarks.sprites.training.fitting import Budget, Muon, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Muon, Training, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.training.model import Weights, make_dit
-from scail2_rt.export.models.dit import CrossAttention, DiT, DiTInputs
+from scail2_rt.benchmarks.sprites.training.networks import FoldedDiT
+from scail2_rt.export.models.dit import DiT, DiTInputs
 from scail2_rt.runtime.masks.palette import CHARACTERS
 from scail2_rt.runtime.pipeline.schedulers import TRAINING_STEPS
 
@@ -115,21 +114,16 @@ def train_dit(
         for block in dit.blocks:
             block.compile(dynamic=False)
     losses = [partial(batches.loss, dit, kind) for kind in batches.kinds]
-    state, log = work / "dit.state", work / "dit.jsonl"
     matrices = [p for name, p in dit.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     chosen = set(matrices)
     others = [p for p in dit.parameters() if p not in chosen]
     optimisers = [Muon(matrices, MATRIX_RATE / slower), adam(others, RATE / slower)]
-    return fit(dit, losses, batches.turn, optimisers, budget, workers, state, log, identity)
+    return fit(dit, losses, batches.turn, optimisers, Training(budget, workers, work, "dit", identity))
 
 
-def folded_padding(weights: Weights | None = None) -> DiT:
-    """A transformer that computes the same from `TEXT_ROWS` rows of text, faster: the rows that pad a prompt are alike,
-    so that a few stand for all of them, with the logarithm of how many each stands for on their scores."""
-    dit = make_dit(weights)
-    rows = dit.config.text_len - TEXT_ROWS
-    dit.config = replace(dit.config, text_len=TEXT_ROWS + PADDING_ROWS)
-    for module in dit.modules():
-        if isinstance(module, CrossAttention):
-            module.text_bias = F.pad(torch.full((PADDING_ROWS,), math.log(rows / PADDING_ROWS)), (TEXT_ROWS, 0))
+def folded_padding(weights: Weights | None = None) -> FoldedDiT:
+    """The transformer as it is trained, on `TEXT_ROWS` rows of text. weights: None for those of a training's start."""
+    whole = make_dit(weights)
+    dit = FoldedDiT(whole.config, TEXT_ROWS, PADDING_ROWS)
+    dit.load_state_dict(whole.state_dict())
     return dit

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures
-from scail2_rt.benchmarks.sprites.training.fitting import Budget, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Training, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.training.model import Weights, digest, make_vae
-from scail2_rt.benchmarks.sprites.world.cases import TASKS, CasePlan
+from scail2_rt.benchmarks.sprites.world.cases import TASKS, Scene
 from scail2_rt.export.models import vae as layers
 from scail2_rt.export.models.vae import LATENT_MEAN, LATENT_STD, VAE
 from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_video
@@ -41,12 +41,12 @@ ROUNDS, SEGMENT_FRAMES = 16, 144  # batches that statistics are taken from on a 
 class Clips:
     """Drawn videos that batches are cut from: image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W]."""
 
-    def __init__(self, plans: Sequence[CasePlan], device: torch.device) -> None:
+    def __init__(self, scenes: Sequence[Scene], device: torch.device) -> None:
         parts = []
-        for start in range(0, len(plans), 32):
-            chosen = plans[start : start + 32]
-            parts.append(draw_pictures([plan.truth for plan in chosen], device))
-            parts.append(draw_pictures([plan.driving.picture for plan in chosen], device))
+        for start in range(0, len(scenes), 32):
+            chosen = scenes[start : start + 32]
+            parts.append(draw_pictures([scene.truth for scene in chosen], device))
+            parts.append(draw_pictures([scene.driving.picture for scene in chosen], device))
         self.image, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def batch(self, size: int, frames: int, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -85,19 +85,17 @@ def train_vae(
     def loss(kind: str, frames: int, generator: torch.Generator) -> Tensor:
         size = batch * BATCH_FRAMES // (frames * (4 if kind == "whole" else 1))
         video, weight = clips.batch(max(size, 1), frames, kind, generator)
-        latent = vae.encode_whole(video)
+        latent = vae.encode_clip(video)
         deviation = latent.detach().std(dim=(0, 2, 3, 4), keepdim=True)
         noise = torch.randn(latent.shape, generator=generator, device=latent.device)
         share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator, device=latent.device)
-        error = vae.decode_whole(latent + NOISE * share * deviation * noise) - video
+        error = vae.decode_clip(latent + NOISE * share * deviation * noise) - video
         return ((error.square() + 0.1 * (error.square() + 1e-4).sqrt()) * weight).mean()
 
     losses = [partial(loss, *kind) for kind in kinds]
     with folded_convolutions(workers.device):
-        weights = fit(
-            vae, losses, lambda step: step * STRIDE % len(losses), [adam(vae.parameters(), RATE)], budget, workers,
-            work / "vae.state", work / "vae.jsonl", identity,
-        )  # fmt: skip
+        optimisers, training = [adam(vae.parameters(), RATE)], Training(budget, workers, work, "vae", identity)
+        weights = fit(vae, losses, lambda step: step * STRIDE % len(losses), optimisers, training)
     vae.load_state_dict(weights)
     return normalised(vae, clips)
 

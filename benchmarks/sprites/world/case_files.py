@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from scail2_rt.benchmarks.sprites.world.cases import SpriteCase, plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.cases import SpriteCase, make_scene, render_case
 from scail2_rt.benchmarks.sprites.world.motions import FRAMES_PER_SECOND
 from scail2_rt.benchmarks.sprites.world.raster import UNITS
 from scail2_rt.runtime.core.case_folder import read_case
@@ -32,10 +32,10 @@ def write_case(case: SpriteCase, directory: Path, sound: bool = True) -> None:
         images |= {f"extra_{number}": image, f"extra_{number}_mask": mask}
     for name, pixels in images.items():
         write_image(directory / f"{name}.png", pixels)
-    samples = motion_sound(case.plan.joints) if sound else None
+    samples = motion_sound(case.scene.joints) if sound else None
     write_video(directory / "rendered_v2.mp4", case.driving, FRAME_RATE, samples)
-    write_video(directory / MASKS[case.plan.mode], case.driving_mask, FRAME_RATE)
-    (directory / "prompt.txt").write_text(case.plan.prompt, encoding="utf-8")
+    write_video(directory / MASKS[case.scene.mode], case.driving_mask, FRAME_RATE)
+    (directory / "prompt.txt").write_text(case.scene.prompt, encoding="utf-8")
 
 
 def draw_case(
@@ -47,11 +47,11 @@ def draw_case(
     audio: bool = True,
 ) -> None:
     """A case of any size, for whoever needs files and not a particular content."""
-    plan = plan_case("replace" if replace_mode else "animate", SOME_SEED, frames=frames)
-    write_case(render_case(plan, (height, width)), directory, audio)
+    scene = make_scene("replace" if replace_mode else "animate", SOME_SEED, frames=frames)
+    write_case(render_case(scene, (height, width)), directory, audio)
 
 
-def case_request(directory: Path, output: Path, **options: Any) -> Request:
+def case_request(directory: Path, **options: Any) -> Request:
     """The request for a folder of `write_case`, all its additional references included. `options`: fields of `Request`
     that are not files."""
     files = read_case(directory)
@@ -59,7 +59,7 @@ def case_request(directory: Path, output: Path, **options: Any) -> Request:
     extras = tuple((mask.with_name(mask.name.replace("_mask", "")), mask) for mask in with_masks)
     prompt = (directory / "prompt.txt").read_text(encoding="utf-8")
     given = {"prompt": prompt, "extra_refs": extras, "mode": files.mode, **options}
-    return Request(files.image, files.mask_image, files.driving, files.mask_video, output, **given)
+    return Request(files.image, files.mask_image, files.driving, files.mask_video, **given)
 
 
 def motion_sound(joints: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Cases: what the model is given and what it should answer, for every task, deterministic from (split, task, seed).
 
-`plan_case` decides everything with a numpy generator and says it in parts and backgrounds; `render_case` draws it. The
-training set plans cases in the same way and draws them on a GPU. A driving figure and the character that it animates
+`make_scene` decides everything with a numpy generator and says it in parts and backgrounds; `render_case` draws it. The
+training set makes scenes in the same way and draws them on a GPU. A driving figure and the character that it animates
 share joint angles, place and ground, not size or proportions: the answer keeps the character as its reference shows it.
 
     animate    another person drives             mesh       a shaded body rendering drives
@@ -68,7 +68,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class CasePlan:
+class Scene:
     """A case that has not been drawn. joints [T, characters · J, 2] of the answer; facing_away [T, characters]: the
     character's back is seen; hides: what only an extra reference shows, "background", "back" or ""."""
 
@@ -90,7 +90,7 @@ class SpriteCase:
     """A drawn case. Images uint8 [H, W, 3], videos uint8 [T, H, W, 3]; labels uint8 [T, H, W]: 0 where the answer
     shows no character, else its number; hidden bool [T, H, W]: what the first reference cannot tell."""
 
-    plan: CasePlan
+    scene: Scene
     reference: np.ndarray
     reference_mask: np.ndarray
     extras: tuple[tuple[np.ndarray, np.ndarray], ...]
@@ -101,16 +101,16 @@ class SpriteCase:
     hidden: np.ndarray
 
 
-def plan_case(task: str, seed: int, split: str = "test", frames: int = FRAMES, swapped: bool = False) -> CasePlan:
+def make_scene(task: str, seed: int, split: str = "test", frames: int = FRAMES, swapped: bool = False) -> Scene:
     """The case number `seed` of a task. `swapped`: of several characters the first has the colour of the last driving
     figure, and so on; all else is that of the case."""
     random = np.random.default_rng([SPLITS.index(split), TASKS.index(task), seed])
-    return _PLANS[task](_Draw(task, seed, split, frames, random, swapped))
+    return _SCENES[task](_Draw(task, seed, split, frames, random, swapped))
 
 
-def closeup(plan: CasePlan) -> CasePlan:
+def closeup(scene: Scene) -> Scene:
     """The same case from a reference that the character fills from edge to edge, so that its size says nothing."""
-    picture = plan.reference.picture
+    picture = scene.reference.picture
     parts = picture.parts.copy()
     x, y, radii = parts[..., [AX, BX]], parts[..., [AY, BY]], parts[..., [RA, RB]]
     (left, right), (top, bottom) = (((at - radii).min(), (at + radii).max()) for at in (x, y))
@@ -118,20 +118,20 @@ def closeup(plan: CasePlan) -> CasePlan:
     parts[..., [AX, BX]] = (x - (left + right) / 2) * grow + UNITS / 2
     parts[..., [AY, BY]] = (y - (top + bottom) / 2) * grow + UNITS / 2
     parts[..., [RA, RB]] = radii * grow
-    return replace(plan, task="closeup", reference=replace(plan.reference, picture=replace(picture, parts=parts)))
+    return replace(scene, task="closeup", reference=replace(scene.reference, picture=replace(picture, parts=parts)))
 
 
-def render_case(plan: CasePlan, size: tuple[int, int] = SIZE) -> SpriteCase:
-    reference, reference_labels, reference_mask = _view(plan.reference, size)
-    extras = tuple((image[0], mask[0]) for image, _, mask in (_view(view, size) for view in plan.extras))
-    driving, _, driving_mask = _view(plan.driving, size)
-    truth, labels = draw_picture(plan.truth, *size)
+def render_case(scene: Scene, size: tuple[int, int] = SIZE) -> SpriteCase:
+    reference, reference_labels, reference_mask = _view(scene.reference, size)
+    extras = tuple((image[0], mask[0]) for image, _, mask in (_view(view, size) for view in scene.extras))
+    driving, _, driving_mask = _view(scene.driving, size)
+    truth, labels = draw_picture(scene.truth, *size)
     hidden = np.zeros(labels.shape, bool)
-    if plan.hides == "background":
+    if scene.hides == "background":
         hidden = (labels < 1) & (reference_labels > 0)
-    elif plan.hides == "back":
-        hidden = (labels > 0) & np.expand_dims(plan.facing_away.any(1), (1, 2))
-    return SpriteCase(plan, reference[0], reference_mask[0], extras, driving, driving_mask, truth, labels, hidden)
+    elif scene.hides == "back":
+        hidden = (labels > 0) & np.expand_dims(scene.facing_away.any(1), (1, 2))
+    return SpriteCase(scene, reference[0], reference_mask[0], extras, driving, driving_mask, truth, labels, hidden)
 
 
 def _view(view: View, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,7 +142,7 @@ def _view(view: View, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np
 
 @dataclass(slots=True)
 class _Draw:
-    """What the plans of all tasks draw from."""
+    """What the scenes of all tasks draw from."""
 
     task: str
     seed: int
@@ -195,12 +195,12 @@ class _Draw:
         return f"a man in {article} {top} shirt and {bottom} trousers {verb}"
 
     def finish(
-        self, mode: str, prompt: str, reference: View, driving: View, truth: Picture, bodies: list[Body],
-        motions: list[Motion], extras: tuple[View, ...] = (), hides: str = "",
-    ) -> CasePlan:  # fmt: skip
-        away = np.stack([np.cos(motion.yaw) < -0.3 for motion in motions], 1)
-        joints = np.concatenate([body.joints for body in bodies], 1)
-        return CasePlan(self.task, self.seed, mode, prompt, reference, extras, driving, truth, joints, away, hides)
+        self, mode: str, prompt: str, reference: View, driving: View, truth: Picture, acts: list[tuple[Body, Motion]]
+    ) -> Scene:
+        """`acts`: each character of the answer in its pose, and its motion."""
+        away = np.stack([np.cos(motion.yaw) < -0.3 for _, motion in acts], 1)
+        joints = np.concatenate([body.joints for body, _ in acts], 1)
+        return Scene(self.task, self.seed, mode, prompt, reference, (), driving, truth, joints, away)
 
 
 def _recoloured(colours: Colours, background: RGB) -> Colours:
@@ -208,7 +208,7 @@ def _recoloured(colours: Colours, background: RGB) -> Colours:
     return (background, *colours[1:])
 
 
-def _single(draw: _Draw, species: str, style: Callable[[Body], Body] | None = None) -> CasePlan:
+def _single(draw: _Draw, species: str, style: Callable[[Body], Body] | None = None) -> Scene:
     """One character, animated before the background of its reference."""
     character, driver = (make_character(species, draw.random) for _ in range(2))
     motion, (x, ground), scenery = draw.motion(species), draw.place(), draw.scenery()
@@ -218,10 +218,10 @@ def _single(draw: _Draw, species: str, style: Callable[[Body], Body] | None = No
     backdrop = draw.scenery() if style is None else black(draw.frames)
     driving = View(make_picture([style(figure) if style else figure], backdrop), _recoloured(colours, BLACK))
     truth = make_picture([body], scenery)
-    return draw.finish("animate", draw.describe(character, motion), reference, driving, truth, [body], [motion])
+    return draw.finish("animate", draw.describe(character, motion), reference, driving, truth, [(body, motion)])
 
 
-def _replace(draw: _Draw) -> CasePlan:
+def _replace(draw: _Draw) -> Scene:
     species = "human" if draw.random.uniform() < 0.75 else "animal"
     driver = make_character(species, draw.random)
     character = make_character(species, draw.random, driver.height * draw.random.uniform(0.85, 1.18))
@@ -232,10 +232,10 @@ def _replace(draw: _Draw) -> CasePlan:
     figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))
     driving = View(make_picture([figure], scenery), _recoloured(colours, WHITE))
     truth = make_picture([body], scenery)
-    return draw.finish("replace", draw.describe(character, motion), reference, driving, truth, [body], [motion])
+    return draw.finish("replace", draw.describe(character, motion), reference, driving, truth, [(body, motion)])
 
 
-def _several(draw: _Draw, count: int) -> CasePlan:
+def _several(draw: _Draw, count: int) -> Scene:
     """Characters in a row; the order of the driving figures is drawn apart from that in the reference."""
     random, low, high = draw.random, *{2: (58, 68), 3: (46, 54)}[count]
     middles = (np.arange(count) + 0.5) * 128 / count
@@ -257,10 +257,11 @@ def _several(draw: _Draw, count: int) -> CasePlan:
     drawn = figures[::-1] if draw.swapped else figures  # of two at the same depth the same one is in front
     driving = View(make_picture(drawn, draw.scenery()), _recoloured(colours, BLACK))
     prompt = " and ".join(draw.describe(*pair) for pair in zip(characters, motions, strict=True))
-    return draw.finish("animate", prompt, reference, driving, make_picture(bodies, scenery), bodies, motions)
+    acts = list(zip(bodies, motions, strict=True))
+    return draw.finish("animate", prompt, reference, driving, make_picture(bodies, scenery), acts)
 
 
-def _extra(draw: _Draw) -> CasePlan:
+def _extra(draw: _Draw) -> Scene:
     """The reference hides something that an extra one shows: what is behind the character, or its back."""
     hides = ("background", "back")[draw.seed // 2 % 2]
     character, driver = (make_character("human", draw.random) for _ in range(2))
@@ -277,13 +278,12 @@ def _extra(draw: _Draw) -> CasePlan:
         extra = View(make_picture([turned], draw.scenery()[:1]), (BLACK, *colours[1:]))
     figure, body = (pose_body(who, motion, x, ground, 1) for who in (driver, character))
     driving = View(make_picture([figure], draw.scenery()), _recoloured(colours, BLACK))
-    return draw.finish(
-        "animate", draw.describe(character, motion), View(make_picture([resting], scenery[:1]), colours), driving,
-        make_picture([body], scenery), [body], [motion], (extra,), hides,
-    )  # fmt: skip
+    reference, truth = View(make_picture([resting], scenery[:1]), colours), make_picture([body], scenery)
+    scene = draw.finish("animate", draw.describe(character, motion), reference, driving, truth, [(body, motion)])
+    return replace(scene, extras=(extra,), hides=hides)
 
 
-_PLANS: dict[str, Callable[[_Draw], CasePlan]] = {
+_SCENES: dict[str, Callable[[_Draw], Scene]] = {
     "animate": lambda draw: _single(draw, "human"),
     "pose": lambda draw: _single(draw, "human", skeleton),
     "mesh": lambda draw: _single(draw, "human", clay),

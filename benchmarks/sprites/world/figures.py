@@ -61,7 +61,7 @@ def make_character(species: str, random: Random, height: float | None = None) ->
     skin = SKINS[random.integers(len(SKINS))]
     palette = np.array([COLOURS[top], COLOURS[bottom], skin, hair, pack, stripe, shoes, (0.08, 0.08, 0.1)])
     palette = np.clip(palette + random.normal(0, 0.04, palette.shape), 0.04, 0.96)
-    stripes = (random.uniform(size=3) < 0.4).astype(float)  # one band a part: finer ones the small VAE blurs
+    stripes = (random.uniform(size=3) < 0.4).astype(float)  # one band per part: the small VAE blurs finer ones
     if species == "human":
         middle = {"thigh": 0.22, "shin": 0.22, "torso": 0.28, "upper": 0.17, "fore": 0.16, "head": 0.1,
                   "shoulders": 0.11, "hips": 0.06, "girth": 0.105, "limb": 0.062, "pack": 0.085}  # fmt: skip
@@ -80,6 +80,18 @@ def pose_body(character: Character, motion: Motion, x: np.ndarray, ground: np.nd
     assembly = _Assembly(character, motion, label)
     (_person if character.species == "human" else _animal)(assembly)
     return assembly.set_down(x, ground)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a part is drawn. colour: a row of the palette; stripes: along the part; layer: lifts it over parts of the
+    same depth, whatever the yaw; bone: it is in a stick figure; detail: a body rendering leaves it out."""
+
+    colour: int
+    stripes: float = 0.0
+    layer: float = 0.0
+    bone: bool = True
+    detail: bool = False
 
 
 @dataclass(slots=True)
@@ -111,20 +123,17 @@ class _Assembly:
     def joint(self, point: np.ndarray) -> None:
         self.joints.append(self.turned(point)[0])
 
-    def add(
-        self, a: np.ndarray, b: np.ndarray, ra: float, rb: float, colour: int, *, stripes: float = 0.0,
-        layer: float = 0.0, bone: bool = True, detail: bool = False,
-    ) -> None:  # fmt: skip
-        """A capsule from `a` to `b`. `layer` lifts it over parts of the same depth, whatever the yaw."""
+    def add(self, a: np.ndarray, b: np.ndarray, ra: float, rb: float, look: Look) -> None:
+        """A capsule from `a` to `b`."""
         (start, near), (end, far) = self.turned(a), self.turned(b)
         part = np.zeros((len(start), FIELDS))
         part[:, AX : AY + 1], part[:, BX : BY + 1], part[:, RA], part[:, RB] = start, end, ra, rb
-        part[:, COLOUR], part[:, SECOND] = self.character.palette[colour], self.character.palette[STRIPE]
-        part[:, STRIPES], part[:, SHADE], part[:, LABEL] = stripes, RIM, self.label
+        part[:, COLOUR], part[:, SECOND] = self.character.palette[look.colour], self.character.palette[STRIPE]
+        part[:, STRIPES], part[:, SHADE], part[:, LABEL] = look.stripes, RIM, self.label
         self.parts.append(part)
-        self.depth.append((near + far) / 2 + layer)
-        self.bones.append(sum(number >= 0 for number in self.bones) if bone else -1)
-        self.details.append(detail)
+        self.depth.append((near + far) / 2 + look.layer)
+        self.bones.append(sum(number >= 0 for number in self.bones) if look.bone else -1)
+        self.details.append(look.detail)
 
     def set_down(self, x: np.ndarray, ground: np.ndarray) -> Body:
         h = self.character.height
@@ -152,23 +161,23 @@ def _person(body: _Assembly) -> None:
         hand = body.limb(middle, shoulder + elbow, s["fore"])
         bend = body.limb(socket, hip, s["thigh"])
         foot = body.limb(bend, hip + knee, s["shin"])
-        body.add(socket, bend, limb * 1.15, limb * 0.95, BOTTOM, stripes=stripes[1], layer=-0.02)
-        body.add(bend, foot, limb * 0.95, limb * 0.8, BOTTOM, stripes=stripes[1], layer=-0.019)
-        body.add(foot, foot + body.point(side * 0.03, 0.0, 0.03), limb * 0.9, limb * 0.75, SHOES, bone=False)
-        body.add(top, middle, limb, limb * 0.85, TOP, stripes=stripes[2], layer=0.08)
-        body.add(middle, hand, limb * 0.85, limb * 0.7, TOP, stripes=stripes[2], layer=0.09)
-        body.add(hand, hand, limb * 0.85, limb * 0.85, SKIN, layer=0.095, bone=False)
+        body.add(socket, bend, limb * 1.15, limb * 0.95, Look(BOTTOM, stripes=stripes[1], layer=-0.02))
+        body.add(bend, foot, limb * 0.95, limb * 0.8, Look(BOTTOM, stripes=stripes[1], layer=-0.019))
+        body.add(foot, foot + body.point(side * 0.03, 0.0, 0.03), limb * 0.9, limb * 0.75, Look(SHOES, bone=False))
+        body.add(top, middle, limb, limb * 0.85, Look(TOP, stripes=stripes[2], layer=0.08))
+        body.add(middle, hand, limb * 0.85, limb * 0.7, Look(TOP, stripes=stripes[2], layer=0.09))
+        body.add(hand, hand, limb * 0.85, limb * 0.85, Look(SKIN, layer=0.095, bone=False))
         for point in (hand, middle, bend, foot):
             body.joint(point)
-    body.add(hips, neck, girth * 0.9, girth, TOP, stripes=stripes[0], layer=0.03)
-    body.add(head, head, s["head"], s["head"], SKIN, layer=0.05)
+    body.add(hips, neck, girth * 0.9, girth, Look(TOP, stripes=stripes[0], layer=0.03))
+    body.add(head, head, s["head"], s["head"], Look(SKIN, layer=0.05))
     up = body.limb(head, np.pi - angle[0] - angle[1], s["head"] * 0.55)
-    body.add(up, up + body.point(0, 0, -0.06), s["head"] * 0.75, s["head"] * 0.8, HAIR, layer=0.1, bone=False)
+    body.add(up, up + body.point(0, 0, -0.06), s["head"] * 0.75, s["head"] * 0.8, Look(HAIR, layer=0.1, bone=False))
     back = hips + 0.62 * (neck - hips) + body.point(0, 0, -0.12)
-    body.add(back, back + body.point(0, -0.04), s["pack"], s["pack"] * 0.9, PACK, bone=False)
+    body.add(back, back + body.point(0, -0.04), s["pack"], s["pack"] * 0.9, Look(PACK, bone=False))
     for side in (-1, 1):
         eye = head + body.point(side * s["head"] * 0.42, -0.005, s["head"] * 0.9)
-        body.add(eye, eye, 0.016, 0.016, DARK, bone=False, detail=True)
+        body.add(eye, eye, 0.016, 0.016, Look(DARK, bone=False, detail=True))
 
 
 def _animal(body: _Assembly) -> None:
@@ -188,18 +197,18 @@ def _animal(body: _Assembly) -> None:
         hip = start + body.point(-0.03 * front, girth * 0.35, z)
         knee = body.limb(hip, angle[first], s["thigh"])
         foot = body.limb(knee, angle[first] - angle[first + 1], s["shin"])
-        body.add(hip, knee, limb * 1.2, limb * 0.9, TOP, stripes=stripes[1])
-        body.add(knee, foot, limb * 0.9, limb * 0.8, BOTTOM)
+        body.add(hip, knee, limb * 1.2, limb * 0.9, Look(TOP, stripes=stripes[1]))
+        body.add(knee, foot, limb * 0.9, limb * 0.8, Look(BOTTOM))
         body.joint(knee)
         body.joint(foot)
-    body.add(rump, chest, girth * 0.95, girth, TOP, stripes=stripes[0])
-    body.add(chest, head, girth * 0.7, s["head"] * 0.7, TOP, stripes=stripes[2], layer=0.01)
-    body.add(rump, tail, limb * 0.7, limb * 0.6, HAIR, layer=0.01)
-    body.add(tail, tip, limb * 0.6, limb * 0.55, HAIR, layer=0.01)
-    body.add(head, head, s["head"], s["head"], TOP, layer=0.02, bone=False)
-    body.add(head, snout, s["head"] * 0.7, s["head"] * 0.5, SKIN, layer=0.03)
+    body.add(rump, chest, girth * 0.95, girth, Look(TOP, stripes=stripes[0]))
+    body.add(chest, head, girth * 0.7, s["head"] * 0.7, Look(TOP, stripes=stripes[2], layer=0.01))
+    body.add(rump, tail, limb * 0.7, limb * 0.6, Look(HAIR, layer=0.01))
+    body.add(tail, tip, limb * 0.6, limb * 0.55, Look(HAIR, layer=0.01))
+    body.add(head, head, s["head"], s["head"], Look(TOP, layer=0.02, bone=False))
+    body.add(head, snout, s["head"] * 0.7, s["head"] * 0.5, Look(SKIN, layer=0.03))
     for z in (0.06, -0.06):
         ear = head + body.point(-0.02, -s["head"] * 0.7, z)
-        body.add(ear, ear + body.point(-0.03, -s["ear"]), 0.04, 0.025, HAIR, layer=0.025, bone=False, detail=True)
+        body.add(ear, ear + body.point(-0.03, -s["ear"]), 0.04, 0.025, Look(HAIR, layer=0.025, bone=False, detail=True))
     eye = head + body.point(0.05, -0.03, 0.09)
-    body.add(eye, eye, 0.017, 0.017, DARK, layer=0.03, bone=False, detail=True)
+    body.add(eye, eye, 0.017, 0.017, Look(DARK, layer=0.03, bone=False, detail=True))

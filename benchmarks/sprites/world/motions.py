@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 FRAMES_PER_SECOND = 16
-SPEED = (0.35, 0.6)  # periods a second: of what is faster, the small VAE blends the four frames of a latent
+SPEED = (0.35, 0.6)  # periods per second: of what is faster, the small VAE blends the four frames of a latent
 # lean, head, then (shoulder, elbow, hip, knee) of the left side and of the right
 HUMAN_JOINTS = 10
 # body pitch, neck, tail, then (upper, lower) of front near, front far, hind near, hind far

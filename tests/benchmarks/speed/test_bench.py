@@ -60,7 +60,7 @@ def test_all_sections_measure_and_merge(everything: tuple[dict[str, Any], str], 
     assert last["goals"] == {}  # goals are for the 14B model
     html = (work / "all.html").read_text()
     assert html.count("<svg") >= 2
-    assert "FLOP a byte" in html
+    assert "FLOP per byte" in html
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_a_damaged_engine_folder_is_built_anew(
     other = tmp_path / "other"
     make_checkpoint(other, seed=1)
     assert not shipped.make_engines(other, folder).up_to_date
-    assert capsys.readouterr().err.count("building the engines anew") == 2
+    assert capsys.readouterr().err.count("building the engines again") == 2
 
 
 def test_a_missing_checkpoint_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

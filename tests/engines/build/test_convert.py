@@ -1,7 +1,6 @@
 """`scail2-rt convert`: one file from any layout, the same engines from it; interrupted, refused, continued."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -12,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scail2_rt.engines.build.build import BuildStep
 from scail2_rt.engines.build.convert import convert
-from scail2_rt.engines.build.convert_plan import DTYPES, ConvertRequest
+from scail2_rt.engines.build.convert_target import DTYPES, ConvertRequest
+from scail2_rt.engines.folder.lock import LOCK
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.export.checkpoint.derive import dit_shapes
 from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
@@ -181,7 +182,7 @@ class TestInterruption:
             import os, signal, sys
             from pathlib import Path
             from scail2_rt.engines.build.convert import convert
-            from scail2_rt.engines.build.convert_plan import ConvertRequest
+            from scail2_rt.engines.build.convert_target import ConvertRequest
             from scail2_rt.export.checkpoint.open import open_checkpoint
             from tests.support.small import Steps
 
@@ -275,7 +276,7 @@ class TestInterruption:
         words = ("convert", tiny_checkpoint, "-o", output, "--dtype", "fp32")
         code = (
             "import os, signal\n"
-            "from scail2_rt.runtime.core.progress import BuildLines\n"
+            "from scail2_rt.runtime.cli.progress import BuildLines\n"
             "def started(self, step):\n"
             "    if (step.phase, step.name) == ('convert', 'blocks.1'):\n"
             "        os.kill(os.getpid(), signal.SIGINT)\n"
@@ -296,7 +297,7 @@ class TestInterruption:
             import resource, signal, sys
             from pathlib import Path
             from scail2_rt.engines.build.convert import convert
-            from scail2_rt.engines.build.convert_plan import ConvertRequest
+            from scail2_rt.engines.build.convert_target import ConvertRequest
             from scail2_rt.export.checkpoint.open import open_checkpoint
             opened = open_checkpoint(sys.argv[1], components=("dit",))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -353,11 +354,11 @@ class TestRefusals:
 
     def test_a_second_conversion_in_the_folder(self, tmp_path: Path) -> None:
         opened = small(tmp_path / "c")
-        handle = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another conversion is writing to"):
+        with (
+            FileLock(tmp_path / LOCK),
+            pytest.raises(InputError, match="another conversion is writing to"),
+        ):
             convert(ConvertRequest(tmp_path / "x.safetensors"), opened)
-        os.close(handle)
         convert(ConvertRequest(tmp_path / "x.safetensors"), opened)
 
     @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from scail2_rt.engines.backend import ArtefactPlan
 from scail2_rt.engines.folder.store import STORE_NAME, StoreReader
 from scail2_rt.engines.observer import SilentObserver
 from scail2_rt.engines.torch_backend.engine import TorchEngine
@@ -95,7 +97,7 @@ FAULTS = [
     Fault("engine", "tensor.is_contiguous() and ", ""),
     Fault("engine", " and tensor.data_ptr() % ALIGNMENT == 0", ""),
     Fault(
-        "executor",
+        "engine",
         "device.synchronize()\n            self._contexts.clear()",
         "device\n            self._contexts.clear()",
     ),
@@ -115,13 +117,14 @@ def scenario(modules: dict[str, ModuleType], recorder: Recorder, folder: Path) -
     forget_logger(modules["library"])
     layout = make_folder(folder, STAGES, FP32)
     stages = folder / "stages"
-    arguments = (folder, STAGES, {}, "fp32", CONFIG, layout, SilentObserver())
-    modules["builder"].build_plans(*arguments)
+    plan = ArtefactPlan(folder, CONFIG, "fp32", STAGES, {}, layout)
+    modules["builder"].build_plans(plan, SilentObserver())
     graphs = [f"{name}.trt.onnx" for name in STAGES]
     assert recorder.loaded_timings == [graphs[:i] for i in range(len(graphs))]
     assert json.loads((stages / modules["plans"].TIMINGS).read_text()) == graphs
     recorder.settings.refuse_profile = True
-    _must_fail(lambda: modules["builder"].build_plans(*arguments, modules["profiles"].PlanOptions(max_rows=99)))
+    other = replace(plan, options=modules["profiles"].PlanOptions(max_rows=99))
+    _must_fail(lambda: modules["builder"].build_plans(other, SilentObserver()))
     recorder.settings.refuse_profile = False
     session = modules["session"].TensorRTSession(recorder.device)
     _run(modules, recorder, session, stages, "dit.head", [{"rows": 4}, {"rows": 9}])
@@ -137,7 +140,7 @@ def _run(
     name: str,
     sizes: list[dict[str, int]],
 ) -> None:
-    engine = modules["executor"].TensorRTEngine(
+    engine = modules["engine"].TensorRTEngine(
         STAGES[name], FP32, modules["plans"].plan_path(stages, name), session, "build again"
     )
     expected = TorchEngine(STAGES[name], FP32, StoreReader(stages / STORE_NAME), torch.device("cpu"))
@@ -152,7 +155,8 @@ def _run(
                 recorder.device.recording = False
                 torch.testing.assert_close(actual, expected(*given), atol=1e-5, rtol=1e-5)
     recorder.device.recording = True
-    _must_fail(lambda: engine.prepare({symbol: size * 2 for symbol, size in sizes[0].items()}))
+    unseen = {symbol: size * 2 for symbol, size in sizes[0].items()}
+    _must_fail(lambda: engine(*example_inputs(STAGES[name], FP32, unseen, 1)))
     recorder.device.recording = False
     recorder.settings.execute_error = "a kernel failed"
     _must_fail(lambda: engine(*example_inputs(STAGES[name], FP32, sizes[0], 1)))

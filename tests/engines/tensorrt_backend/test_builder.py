@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from scail2_rt.engines.backend import ArtefactPlan
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout
 from scail2_rt.engines.observer import BuildStep, SilentObserver
 from scail2_rt.engines.tensorrt_backend import preflight
@@ -49,8 +50,8 @@ class Watching(SilentObserver):
 def build(folder: Path, layout: StoreLayout, observer: SilentObserver | None = None, **chosen: object) -> PlansReport:
     stages = small_stages()
     sizes = dict.fromkeys(stages, 1000)
-    arguments = (folder, stages, sizes, "fp32", CONFIG, layout, observer or SilentObserver())
-    return build_plans(*arguments, **chosen)  # type: ignore[arg-type]
+    plan = ArtefactPlan(folder, CONFIG, "fp32", stages, sizes, layout, **chosen)  # type: ignore[arg-type]
+    return build_plans(plan, observer or SilentObserver())
 
 
 def test_every_stage_is_built_once(recorder: Recorder, tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_only_what_changed_is_built_again(recorder: Recorder, tmp_path: Path) ->
     (tmp_path / "e/stages/umt5.final.plan").write_bytes(b"cut short")
     assert set(build(tmp_path / "e", layout).built) == {"umt5.final", "vae.picture"}
     (tmp_path / "e/stages" / PLANS).write_text("damaged")
-    assert build(tmp_path / "e", layout, patterns=["dit.*"]).built == ("dit.head", "dit.context")
+    assert build(tmp_path / "e", layout, patterns=("dit.*",)).built == ("dit.head", "dit.context")
     other = GpuFacts("NVIDIA B200", (10, 0), 1 << 40)
     with mock.patch.object(preflight, "find_gpu", return_value=other):
-        assert build(tmp_path / "e", layout, patterns=["dit.*"]).built == ("dit.head", "dit.context")
+        assert build(tmp_path / "e", layout, patterns=("dit.*",)).built == ("dit.head", "dit.context")
 
 
 def test_every_parser_error_is_told(recorder: Recorder, tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_every_parser_error_is_told(recorder: Recorder, tmp_path: Path) -> None:
 
 def test_a_stage_that_cannot_be_built(recorder: Recorder, tmp_path: Path) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
-    build(tmp_path / "e", layout, patterns=["dit.head"])
+    build(tmp_path / "e", layout, patterns=("dit.head",))
     recorder.settings.build_error = "Error Code 10: Could not find\nany implementation for node gemm"
     with pytest.raises(Scail2Error) as caught:
         build(tmp_path / "e", layout)
@@ -132,7 +133,7 @@ def test_timings_of_another_gpu_are_dropped(recorder: Recorder, tmp_path: Path) 
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
     (tmp_path / "e/stages" / TIMINGS).write_text('["measured elsewhere"]')
     recorder.settings.foreign_timings = True
-    build(tmp_path / "e", layout, patterns=["dit.head"])
+    build(tmp_path / "e", layout, patterns=("dit.head",))
     assert recorder.loaded_timings == [[]]
     assert json.loads((tmp_path / "e/stages" / TIMINGS).read_text()) == ["dit.head.trt.onnx"]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scail2_rt.engines.backend import ArtefactPlan
 from scail2_rt.engines.folder.manifest import ExecutorRecord
 from scail2_rt.engines.folder.store import STORE_NAME, StoreReader
 from scail2_rt.engines.observer import SilentObserver
@@ -38,7 +39,7 @@ def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
 @pytest.fixture
 def folder(recorder: Recorder, tmp_path: Path) -> Path:
     layout = make_folder(tmp_path / "e", STAGES, FP32)
-    build_plans(tmp_path / "e", STAGES, {}, "fp32", CONFIG, layout, SilentObserver())
+    build_plans(ArtefactPlan(tmp_path / "e", CONFIG, "fp32", STAGES, {}, layout), SilentObserver())
     recorder.calls.clear()
     return tmp_path / "e" / "stages"
 
@@ -140,7 +141,7 @@ def test_a_graph_is_recorded_only_after_a_call(folder: Path, session: TensorRTSe
     with pytest.raises(Scail2Error, match=r"recorded in a CUDA graph at the shapes \[\[6, 48\], \[2, 48\]\] before"):
         run(*given)
     recorder.device.recording = False
-    run.prepare({"rows": 6})
+    run(*given)
     recorder.device.recording = True
     assert_same(folder, "dit.head", given, run(*given))
     recorder.device.recording = False
@@ -164,7 +165,7 @@ def test_scratch_grows_and_contexts_follow(folder: Path, session: TensorRTSessio
     assert session.scratch.pointer != before, "what a graph has recorded must stay"
     assert session.scratch.size >= 500000
     recorder.device.recording = True
-    with pytest.raises(Scail2Error, match="call prepare first"):
+    with pytest.raises(Scail2Error, match="run it once, then record it"):
         small(*given)
     recorder.device.recording = False
     assert_same(folder, "dit.head", given, small(*given))

@@ -13,7 +13,7 @@ from torch import Tensor
 from scail2_rt.export.models.clip import CLIPVisual, unused
 from scail2_rt.export.models.config import CLIPConfig
 from scail2_rt.export.models.precision import BF16, FP16, FP32, Numerics
-from scail2_rt.export.stages import encoders
+from scail2_rt.export.stages.clip import definitions
 
 CONFIG = CLIPConfig(image_size=24, patch=4, dim=48, heads=3, layers=3, mlp_dim=64)
 VIT_H = CLIPConfig(image_size=224, patch=14, dim=1280, heads=16, layers=32, mlp_dim=5120)
@@ -32,7 +32,7 @@ def random_tower(config: CLIPConfig = CONFIG) -> CLIPVisual:
 
 
 def run_stage(config: CLIPConfig, tower: CLIPVisual, numerics: Numerics, pixels: Tensor) -> Tensor:
-    (definition,) = encoders.clip_definitions(config)
+    (definition,) = definitions(config)
     weights, module = tower.state_dict(), definition.build(numerics).eval()
     state = module.state_dict()
     assert set(state) == set(definition.weights)
@@ -114,7 +114,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
     assert {"log_scale", "visual.head", "visual.post_norm.weight", "visual.post_norm.bias"} < rest
     assert all("visual.transformer.31." in name for name in rest if "transformer" in name)
     assert len(rest) == 4 + 12
-    (definition,) = encoders.clip_definitions(VIT_H)
+    (definition,) = definitions(VIT_H)
     with torch.device("meta"):
         module = definition.build(FP16).state_dict()
     assert {source for (source,) in definition.weights.values()} == set(used)
@@ -122,7 +122,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
 
 
 def test_definition() -> None:
-    (definition,) = encoders.clip_definitions(VIT_H)
+    (definition,) = definitions(VIT_H)
     (pixels,), (features,) = definition.io(FP16)
     assert (definition.name, definition.family, definition.component) == ("clip", "clip", "clip")
     assert (pixels.name, pixels.dtype, pixels.dims) == ("pixels", torch.float16, (1, 3, 224, 224))

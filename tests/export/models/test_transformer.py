@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
-from scail2_rt.export.models import dit as dit_module
 from scail2_rt.export.models.dit import DiT, DiTInputs, patchify, unpatchify
 from scail2_rt.runtime.core.geometry import Layout
-from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.pipeline.transformer import References, Schedule, Transformer, context_kv
 from tests.support.small import DIT, build_small, small_checkpoint
 
 F, H, W, EXTRA = 3, 8, 12, 2
@@ -60,30 +59,15 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield opened
 
 
-def test_gradients_flow_after_an_inference_of_the_same_layout(model: DiT, inputs: DiTInputs) -> None:
-    """The rotary table is kept between calls; a tensor made under inference mode could not be differentiated with."""
-    dit_module._rope_on.cache_clear()
-    with torch.inference_mode():
-        model(inputs, 500.0)
-    trained = DiT(DIT)
-    trained.load_state_dict(model.state_dict())
-    trained(inputs, 500.0).square().mean().backward()
-    assert trained.blocks[0].self_attn.q.weight.grad.abs().max() > 0
-
-
-def transformer_of(engines: EngineSet, inputs: DiTInputs, texts: list[Tensor], steps: list[float]) -> Transformer:
+def transformer_of(engines: EngineSet, inputs: DiTInputs, texts: list[Tensor]) -> Transformer:
     assert inputs.additional_refs is not None
     assert inputs.additional_masks is not None
-    segment = SegmentInputs(
-        inputs.reference,
-        inputs.reference_mask[:, :1],
-        inputs.driving,
-        inputs.driving_mask,
-        inputs.additional_refs,
-        inputs.additional_masks,
-    )
+    masks = inputs.reference_mask[:, :1], inputs.additional_refs, inputs.additional_masks
     contexts = context_kv(engines, texts, inputs.clip)
-    return Transformer(engines, Layout(F, H, W, EXTRA, inputs.replace), segment, contexts, steps)
+    transformer = Transformer(engines, Layout(F, H, W, EXTRA, inputs.replace), contexts)
+    transformer.show_references(References(inputs.reference, *masks))
+    transformer.show_driving(inputs.driving, inputs.driving_mask)
+    return transformer
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -92,10 +76,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def test_both_guidance_passes_agree_with_the_reference(engines: EngineSet, model: DiT, inputs: DiTInputs) -> None:
     other = torch.randn(3, DIT.text_dim, generator=torch.Generator().manual_seed(6))
-    transformer = transformer_of(engines, inputs, [inputs.text, other], [999, 437.5])
+    transformer = transformer_of(engines, inputs, [inputs.text, other])
+    schedule = Schedule.of(engines, [999, 437.5])
     assert inputs.history_mask is not None
     for step, t in enumerate([999, 437.5]):
-        guided, unguided = transformer.velocities(inputs.latent, inputs.history_mask, step)
+        guided, unguided = transformer.velocities(inputs.latent, inputs.history_mask, schedule, step)
         limit = ERROR[engines.manifest.precision]
         assert relative_error(guided, model(inputs, t)) < limit
         fields = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
@@ -110,13 +95,13 @@ def test_row_chunks_leave_the_velocity_alone(tmp_path: Path, inputs: DiTInputs) 
     velocities = []
     for max_rows in (1000, 37):  # 162 tokens: one piece; five pieces, the last one padded
         with open_engines(tmp_path / "small", "torch", Execution(max_rows=max_rows)) as engines:
-            transformer = transformer_of(engines, inputs, [inputs.text], [500])
-            velocities += transformer.velocities(inputs.latent, inputs.history_mask, 0)
+            transformer, schedule = transformer_of(engines, inputs, [inputs.text]), Schedule.of(engines, [500])
+            velocities += transformer.velocities(inputs.latent, inputs.history_mask, schedule, 0)
     assert relative_error(velocities[1], velocities[0]) < 1e-6
 
 
 def test_context_weights_leave_memory_after_use(engines: EngineSet, inputs: DiTInputs) -> None:
-    transformer_of(engines, inputs, [inputs.text], [500])
+    transformer_of(engines, inputs, [inputs.text])
     assert not [name for name in engines.loaded if "context" in name]
 
 

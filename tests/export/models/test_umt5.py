@@ -13,7 +13,7 @@ from torch import Tensor
 from scail2_rt.export.models.config import UMT5Config
 from scail2_rt.export.models.precision import BF16, FP32, Numerics
 from scail2_rt.export.models.umt5 import UMT5Encoder, relative_buckets
-from scail2_rt.export.stages import encoders
+from scail2_rt.export.stages.umt5 import definitions
 
 CONFIG = UMT5Config(vocab=50, dim=32, attn_dim=48, ffn_dim=40, heads=3, layers=3, buckets=16, max_distance=20)
 XXL = UMT5Config(256384, 4096, 4096, 10240, 64, 24)
@@ -36,7 +36,7 @@ def run_stages(encoder: UMT5Encoder, numerics: Numerics, ids: Tensor, mask: Tens
     config, weights = encoder.config, encoder.state_dict()
     x = weights["token_embedding.weight"][ids]
     buckets = relative_buckets(len(ids), config.buckets, config.max_distance)
-    for definition in encoders.umt5_definitions(config):
+    for definition in definitions(config):
         module = definition.build(numerics).eval()
         state = module.state_dict()
         assert set(state) == set(definition.weights)
@@ -162,7 +162,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
         encoder = UMT5Encoder(XXL)
     assert {name: tuple(p.shape) for name, p in encoder.state_dict().items()} == expected
     used: list[str] = []
-    for definition in encoders.umt5_definitions(XXL):
+    for definition in definitions(XXL):
         with torch.device("meta"):
             state = definition.build(BF16).state_dict()
         assert set(state) == set(definition.weights)
@@ -173,7 +173,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
 
 
 def test_stage_names_and_families() -> None:
-    stages = encoders.umt5_definitions(CONFIG)
+    stages = definitions(CONFIG)
     assert [d.name for d in stages] == ["umt5.layers.0", "umt5.layers.1", "umt5.layers.2", "umt5.final"]
     assert [d.family for d in stages] == ["umt5.layers"] * 3 + ["umt5.final"]
     given, made = stages[0].io(BF16)

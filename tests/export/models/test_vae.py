@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from scail2_rt.export.models.config import VAEConfig
 from scail2_rt.export.models.precision import BF16, FP16, FP32, Numerics
 from scail2_rt.export.models.vae import LATENT_MEAN, LATENT_STD, VAE, Caches, ResidualBlock, Upsample, conv3d
-from scail2_rt.export.stages import vae
 from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
+from scail2_rt.export.stages.vae import definitions
 from scail2_rt.kernels.errors import InputError
 
 TOLERANCE = 1e-4
@@ -152,7 +152,7 @@ def sizes(spec: TensorSpec, cells: dict[str, int]) -> tuple[int, ...]:
 
 def run_stages(vae: VAE, numerics: Numerics, half: str, chunks: list[Tensor], cells: dict[str, int]) -> Tensor:
     """Chunks through `vae.{half}_first` and `_step`, checking every input and output against the specs."""
-    stages = {d.name: d for d in vae.definitions(vae.config)}
+    stages = {d.name: d for d in definitions(vae.config)}
     outputs, caches = [], ()
     with torch.inference_mode():
         for index, chunk in enumerate(chunks):
@@ -252,27 +252,11 @@ def test_stream_equals_whole_sequence(config: VAEConfig) -> None:
     video = noise(1, 3, 13, 24, 16)
     expected = whole.encode(video)
     assert expected.shape == (1, 16, 4, 3, 2)
-    for encode in (vae.encode, vae.encode_whole):
-        assert (encode(video) - expected).abs().max() < 1e-5
+    assert (vae.encode(video) - expected).abs().max() < 1e-5
     latent = noise(1, 16, 4, 2, 3)
     expected = whole.decode(latent)
     assert expected.shape == (1, 3, 13, 16, 24)
     assert (vae.decode(latent) - expected).abs().max() < 1e-5
-    assert (vae.decode_whole(latent) - expected).abs().max() < 3e-5  # sums over more frames, in another order
-
-
-@torch.inference_mode()
-def test_a_stream_goes_on_after_several_frames_at_once() -> None:
-    """A first call with five frames leaves the caches that five frames one after the other leave."""
-    vae = random_vae(CONFIGS["wan"])
-    video, latent = noise(1, 3, 9, 16, 24), noise(1, 16, 3, 2, 3)
-    for whole, first, step, parts in (
-        (vae.encode, vae.encode_first, vae.encode_step, (video[:, :, :5], video[:, :, 5:])),
-        (vae.decode, vae.decode_first, vae.decode_step, (latent[:, :, :2], latent[:, :, 2:])),
-    ):
-        begun, caches = first(parts[0])
-        found = torch.cat([begun, step(parts[1], caches)[0]], dim=2)
-        torch.testing.assert_close(found, whole(torch.cat(parts, dim=2)), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -343,7 +327,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
         vae = VAE(VAEConfig(96))
     assert {name: tuple(p.shape) for name, p in vae.state_dict().items()} == expected
     used: dict[str, set[str]] = {}
-    for definition in vae.definitions(VAEConfig(96)):
+    for definition in definitions(VAEConfig(96)):
         with torch.device("meta"):
             module = definition.build(FP16)
         shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
@@ -358,7 +342,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
 
 def test_stage_definitions_real_size() -> None:
     """Names, families, and the caches of the real model: first gives what step takes and gives back."""
-    stages = vae.definitions(VAEConfig(96))
+    stages = definitions(VAEConfig(96))
     assert [d.name for d in stages] == ["vae.encode_first", "vae.encode_step", "vae.decode_first", "vae.decode_step"]
     assert all(d.family == d.name and d.component == "vae" for d in stages)
     for first, step in (stages[:2], stages[2:]):
@@ -381,7 +365,7 @@ def test_other_kinds_of_vae_are_refused(config: VAEConfig) -> None:
     with pytest.raises(InputError, match=r"Wan 2\.1"):
         VAE(config)
     with pytest.raises(InputError, match=r"Wan2\.1_VAE file"):
-        vae.definitions(config)
+        definitions(config)
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])

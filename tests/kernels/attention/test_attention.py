@@ -176,7 +176,7 @@ def test_8bit_attention(tokens: int, heads: int, dim: int, tma: bool) -> None:
 def test_8bit_attention_adds_up_a_common_component() -> None:
     """One-level fp8 accumulation is off by tens of per cent here."""
     inputs = case(16000, 2, 128, torch.bfloat16)  # whole tiles: padding must stay zero in v
-    prepared = prepare_qkv(*inputs, variant="8bit")
+    prepared = prepare_qkv(*inputs, variant=variants.EIGHT_BIT)
     prepared.v_shift.zero_()  # the kernel must not lean on the removed mean
     prepared.v.copy_((prepared.v.float().abs() + 16).clamp(max=448).to(prepared.v.dtype))
     assert error(self_attention(prepared), eight_bit.attention_8bit(prepared)) < 0.01
@@ -235,11 +235,12 @@ def test_prepare_and_attend_by_variant(variant: str, dtype: torch.dtype) -> None
     if CUDA and variant in ("8bit", "8bit-triton") and CAPABILITY < (8, 9):
         pytest.skip("e4m3 needs a GPU of capability 8.9")
     inputs = case(131, 2, 128, dtype)
-    prepared = prepare_qkv(*inputs, variant=variant)
-    assert prepared.variant == variant
+    prepared = prepare_qkv(*inputs, variant=variants.VARIANTS[variant])
+    assert prepared.variant.name == variant
     out = self_attention(prepared)
     assert error(out, exact(*normed(*inputs))) < (0.04 if variant in ("8bit", "8bit-triton") else 0.02)
-    assert torch.equal(self_attention(prepare_qkv(*inputs, variant=variant)), out)  # same inputs, same bits
+    again = prepare_qkv(*inputs, variant=variants.VARIANTS[variant])
+    assert torch.equal(self_attention(again), out)  # same inputs, same bits
 
 
 @pytest.mark.parametrize(
@@ -260,10 +261,10 @@ def test_auto_choice(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(variants, "hopper_obstacle", lambda *_: "no cuda-python")
     chosen, reason = choose_attention("auto", precision, "cuda", 128)
-    assert chosen == variant
+    assert chosen.name == variant
     assert precision in reason or "16-bit" in reason
-    assert ("Triton, not the sm90 CUDA kernel: no cuda-python" in reason) == (chosen == "8bit")
-    assert ("8bit cannot run" in reason) == (precision == "fp8" and chosen != "8bit")
+    assert ("Triton, not the sm90 CUDA kernel: no cuda-python" in reason) == (variant == "8bit")
+    assert ("8bit cannot run" in reason) == (precision == "fp8" and variant != "8bit")
 
 
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])
@@ -275,17 +276,17 @@ def test_auto_takes_the_16_bit_sm90_kernel_where_that_runs(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(variants, "hopper_obstacle", lambda *args: asked.append(args[-1]) or problem)
     chosen, reason = choose_attention("auto", precision, "cuda", 128)
-    assert chosen == ("cudnn" if problem else "bf16")
+    assert chosen.name == ("cudnn" if problem else "bf16")
     assert ("(the sm90 CUDA kernel)" in reason) == (problem is None)
     assert ("sm90 CUDA kernel: no cuda-python" in reason) == (problem is not None)
     assert set(asked) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
-    assert choose_attention("auto", "fp32", "cuda", 128)[0] == "sdpa"
+    assert choose_attention("auto", "fp32", "cuda", 128)[0].name == "sdpa"
 
 
 def test_auto_takes_cudnn_for_heads_that_the_sm90_kernel_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     chosen, reason = choose_attention("auto", "bf16", "cuda", 64)
-    assert chosen == "cudnn"
+    assert chosen.name == "cudnn"
     assert "its heads are 128 wide, here they are 64" in reason
 
 
@@ -305,7 +306,7 @@ def test_16bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyP
     assert "the sm90 CUDA kernel" in reason
     assert ("Triton" in reason) == (problem is not None)
     x = torch.zeros(2, 30, 128, dtype=torch.bfloat16)
-    assert self_attention(PreparedQKV(x, x, x, "bf16")).shape == (30, 256)
+    assert self_attention(PreparedQKV(x, x, x, variants.SIXTEEN_BIT)).shape == (30, 256)
     assert called == ["triton" if problem else "sm90"]
 
 
@@ -328,15 +329,15 @@ def test_8bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPa
     assert ("Triton" in reason) == (problem is not None)
     assert "sm90" not in choose_attention("8bit-triton", "fp8", "cuda", 128)[1]
     made = eight_bit.empty_prepared8(2, 30, 128, None, torch.device("cpu"))
-    for triton in (False, True):
-        on_gpu = replace(made, q=made.q.as_subclass(OnGpu), triton=triton)
+    for variant in (variants.EIGHT_BIT, variants.EIGHT_BIT_TRITON):
+        on_gpu = replace(made, q=made.q.as_subclass(OnGpu), variant=variant)
         assert self_attention(on_gpu).shape == (30, 256)
     assert called == ["triton" if problem else "sm90", "triton"]
 
 
 def test_a_named_variant_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_attention("auto", "bf16", "cpu", 128)[0] == "sdpa"
-    assert choose_attention("8bit", "fp32", "cpu", 128)[0] == "8bit"
+    assert choose_attention("auto", "bf16", "cpu", 128)[0].name == "sdpa"
+    assert choose_attention("8bit", "fp32", "cpu", 128)[0].name == "8bit"
     with pytest.raises(InputError, match="needs an NVIDIA GPU"):
         choose_attention("cudnn", "bf16", "cpu", 128)
     with pytest.raises(InputError, match="unknown attention"):
@@ -351,3 +352,13 @@ def test_a_named_variant_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(variants, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="flash_attn is not installed"):
         choose_attention("flash", "bf16", "cuda", 128)
+
+
+def test_a_variant_says_its_bytes() -> None:
+    """Beside q k v as projected, in bytes a channel: q, k, and v or (where v stays in place) the output."""
+    at_two = {name: variant.prepared_bytes(2) for name, variant in variants.VARIANTS.items()}
+    assert at_two == dict.fromkeys(at_two, 6) | {"8bit": 3, "8bit-triton": 3, "8bit-bf16pv": 4}
+    assert variants.SDPA.prepared_bytes(4) == 12
+    assert [name for name, variant in variants.VARIANTS.items() if variant.eight_bit] == list(at_two)[:3]
+    assert str(variants.usual_attention("fp8")) == "8bit"
+    assert not variants.usual_attention("bf16").eight_bit

@@ -7,7 +7,7 @@ import torch
 
 from scail2_rt.kernels.conv import hopper_conv as hopper
 from scail2_rt.kernels.conv.hopper_conv import NARROW, WIDE, WIDE_SMALL, ConvTile
-from scail2_rt.kernels.conv.ops import ConvWeights, Frames, Norm, conv, prepare_conv
+from scail2_rt.kernels.conv.ops import ConvCall, ConvWeights, Frames, Norm, conv, prepare_conv
 from scail2_rt.kernels.cuda.nvrtc import HOPPER, compile_cubin
 from scail2_rt.kernels.errors import Scail2Error
 
@@ -21,7 +21,7 @@ def layer(c_in: int, c_out: int, backend: str, device: str) -> ConvWeights:
     gen = torch.Generator().manual_seed(c_in)
     weight = torch.randn(c_out, c_in, 3, 3, 3, generator=gen) / (27 * c_in) ** 0.5
     bias = torch.randn(c_out, generator=gen)
-    return prepare_conv(weight, bias, HALF, torch.device(device), "torch" if backend == "torch" else "triton")
+    return prepare_conv(weight, bias, HALF, torch.device(device), "library" if backend == "library" else "triton")
 
 
 def random_frames(ring: int, height: int, width: int, channels: int, device: str, **place: float) -> Frames:
@@ -57,7 +57,7 @@ def test_compiles(tile: ConvTile, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_takes_nothing_on_a_cpu() -> None:
-    assert not hopper.takes(random_frames(3, 4, 4, 96, "cpu"), layer(96, 96, "triton", "cpu"), None)
+    assert not hopper.takes(ConvCall(random_frames(3, 4, 4, 96, "cpu"), layer(96, 96, "triton", "cpu"), 1), None)
 
 
 def test_refuses_other_shapes() -> None:
@@ -65,7 +65,7 @@ def test_refuses_other_shapes() -> None:
     src, other = random_frames(3, 4, 4, 96, "cpu"), random_frames(3, 5, 4, 96, "cpu")
     for raw, residual in ((other, None), (src, other)):
         with pytest.raises(ValueError):
-            hopper.launch_conv(src, weights, clock, 1, None, raw, residual, None, None, None)
+            hopper.launch_conv(ConvCall(src, weights, 1, raw, residual), clock, False)
 
 
 @needs_hopper
@@ -79,14 +79,15 @@ def test_agrees_with_twin(c_in: int, c_out: int, size: tuple[int, int]) -> None:
     norm = Norm(torch.rand(c_out, device="cuda") + 0.5, c_out, True) if c_out < 384 else None
     for tile in TILES[c_out]:
         results = []
-        for backend in ("torch", "hopper"):
+        for backend in ("library", "hopper"):
             raw = poisoned(src, 6, c_out, 1, 2, 2.0**-6)
             normed = poisoned(src, 6, c_out, 3, 1, 1.0) if norm is not None else None
             weights = layer(c_in, c_out, backend, "cuda")
-            if backend == "torch":
-                conv(src, weights, clock, 2, raw=raw, residual=residual, normed=normed, norm=norm)
+            call = ConvCall(src, weights, 2, raw, residual, normed, norm)
+            if backend == "library":
+                conv(call, clock)
             else:
-                hopper.launch_conv(src, weights, clock, 2, tile, raw, residual, normed, norm, None)
+                hopper.launch_conv(call, clock, norm is not None, tile)
             results.append([f.read(clock, 2) for f in (raw, normed) if f is not None])
         for expected, got in zip(*results, strict=True):
             assert torch.isfinite(got).all()
@@ -98,7 +99,7 @@ def test_updates_a_residual_in_place() -> None:
     clock = torch.zeros(1, dtype=torch.int32, device="cuda")
     src, stream = random_frames(3, 40, 30, 96, "cuda"), random_frames(1, 40, 30, 96, "cuda", scale=2.0**-6)
     twin = Frames(stream.data.clone(), scale=stream.scale)
-    conv(src, layer(96, 96, "torch", "cuda"), clock, 1, raw=twin, residual=twin)
-    hopper.launch_conv(src, layer(96, 96, "triton", "cuda"), clock, 1, None, stream, stream, None, None, None)
+    conv(ConvCall(src, layer(96, 96, "library", "cuda"), 1, twin, twin), clock)
+    hopper.launch_conv(ConvCall(src, layer(96, 96, "triton", "cuda"), 1, stream, stream), clock, False)
     got, expected = stream.read(clock, 1), twin.read(clock, 1)
     assert float((got - expected).norm() / expected.norm()) < 1e-3

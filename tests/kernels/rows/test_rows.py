@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scail2_rt.export.models import layers
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.export.models.precision import FP8_ACCUMULATION, numerics_of
+from scail2_rt.export.stages import layers
 from scail2_rt.export.stages.dit import definitions
 from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.kernels.rows import ops
@@ -251,4 +251,4 @@ def test_every_fp8_linear_has_its_accumulation() -> None:
 def test_gemm_refuses_what_it_cannot_do() -> None:
     data, weight = poisoned(3, 24, dtype=ops.E4M3), poisoned(16, 24, dtype=ops.E4M3)
     with pytest.raises(Scail2Error, match="e4m3 GEMM"):
-        ops.fp8_linear(data, poisoned(3, 1), weight, poisoned(16), None, torch.bfloat16)
+        ops.fp8_linear((data, poisoned(3, 1)), (weight, poisoned(16)), None, torch.bfloat16)

@@ -21,9 +21,9 @@ from scail2_rt.export.models.precision import PRECISIONS
 from scail2_rt.kernels.attention.variants import VARIANTS
 from scail2_rt.runtime.cli import options
 from scail2_rt.runtime.cli.main import cli, explain
-from scail2_rt.runtime.core.request import ANCHORS, HISTORIES
+from scail2_rt.runtime.core.request import ANCHORS, SCHEDULERS
+from scail2_rt.runtime.jobs.options import PRESETS
 from scail2_rt.runtime.media.video_writer import CODECS
-from scail2_rt.runtime.pipeline.schedulers import SOLVERS
 from tests.support.command import SCAIL2_RT, SMALL, Run, error_of, one_json, unmeasured
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -99,9 +99,9 @@ def test_help_names_every_command(scail2: Run, words: tuple[str, ...]) -> None:
 def test_command_help_lists_every_option_in_a_section(scail2: Run, command: str) -> None:
     result = scail2(command, "-h")
     assert result.returncode == 0
-    found = cli.get_command(click.Context(cli), command)
-    assert found is not None
-    options = [name for parameter in found.params for name in parameter.opts if name.startswith("--")]
+    known = cli.get_command(click.Context(cli), command)
+    assert known is not None
+    options = [name for parameter in known.params for name in parameter.opts if name.startswith("--")]
     assert len(options) > 2
     assert [name for name in options if name not in result.stdout] == []
     assert "--json" in options
@@ -122,8 +122,8 @@ def test_option_values_are_those_of_the_modules() -> None:
     assert options.PRECISIONS == PRECISIONS
     assert set(options.BACKENDS) == {"auto", *BACKENDS}
     assert ("auto", *VARIANTS) == options.ATTENTION
-    assert options.SOLVERS == SOLVERS
-    assert (options.HISTORIES, options.ANCHORS) == (HISTORIES, ANCHORS)
+    assert options.SCHEDULERS == SCHEDULERS
+    assert (tuple(PRESETS), ANCHORS) == (options.PRESETS, options.ANCHORS)
     assert tuple(CODECS) == options.CODECS
 
 
@@ -136,7 +136,7 @@ def test_option_values_are_those_of_the_modules() -> None:
         (("generate", "engines", "-o", "x.mp4", "--sizes", "3"), "No such option"),
         (("generate", "engines", "-o", "x.mp4", "--size", "512"), "'512' is not a size"),
         (("generate", "engines", "-o", "x.mp4", "--steps", "many"), "'many' is not a valid integer"),
-        (("generate", "engines", "-o", "x.mp4", "--solver", "heun"), "'heun' is not one of"),
+        (("generate", "engines", "-o", "x.mp4", "--scheduler", "heun"), "'heun' is not one of"),
         (("build-engines", "SCAIL-2"), "Missing option '-o'"),
     ],
 )
@@ -325,7 +325,7 @@ def test_a_long_step_says_how_far_it_is_and_what_is_left(
 ) -> None:
     """10 s between lines; the rate is that of this call: what an earlier one had fetched (20 GiB) does not count."""
     from scail2_rt.engines.observer import BuildStep
-    from scail2_rt.runtime.core import progress
+    from scail2_rt.runtime.cli import progress
 
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])

@@ -56,7 +56,7 @@ def test_replace_over_three_segments_with_files_named(
 ) -> None:
     """13 frames, segments of 5 with one frame of overlap; `auto` reads the mode from the mask's white background."""
     output = tmp_path / "r.mp4"
-    words = (*SMALL, "--segment-length", "5", "--segment-overlap", "1", "--solver", "euler")
+    words = (*SMALL, "--segment-length", "5", "--segment-overlap", "1", "--scheduler", "euler")
     files = files_of(replace_case, "replace_mask.mp4")
     result = scail2("generate", engines, *files, "-o", output, *words)
     assert result.returncode == 0, result.stderr
@@ -193,16 +193,16 @@ def test_ctrl_c_keeps_finished_segments_as_a_playable_video(
 def test_a_fault_in_the_middle_is_reported_and_keeps_finished_segments(
     scail2: Run, engines: Path, case: Path, tmp_path: Path
 ) -> None:
-    """A solver that fails in the second segment, put in place before the program starts."""
+    """A scheduler that fails in the second segment, put in place before the program starts."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from scail2_rt.runtime.pipeline import schedulers as solvers\n"
-        "step, calls = solvers.Solver.step, []\n"
+        "from scail2_rt.runtime.pipeline import schedulers\n"
+        "step, calls = schedulers.Scheduler.step, []\n"
         "def failing(self, *arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 3:\n"
         "        raise RuntimeError('the device fell over')\n"
         "    return step(self, *arguments)\n"
-        "solvers.Solver.step = failing\n"
+        "schedulers.Scheduler.step = failing\n"
     )
     words = ("--case", case, "-o", tmp_path / "c.mp4", *SMALL, "--json")
     result = scail2("generate", engines, *words, PYTHONPATH=str(tmp_path))

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.request import Request, check_request
+from scail2_rt.runtime.core.request import Request
 from scail2_rt.runtime.masks.framing import Framing, fit_reference
 from scail2_rt.runtime.masks.stats import image_stats
 from scail2_rt.runtime.media.lossless import write_video
 from scail2_rt.runtime.pipeline.conditioning import load_reference
+from scail2_rt.runtime.session.check import check_request
 from tests.support.command import SMALL, Run, error_of, one_json
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -58,7 +59,7 @@ def write_case(
 
 def request_of(case: Path, **changes: object) -> Request:
     names = ("ref.png", "ref_mask.png", "rendered_v2.mp4", "replace_mask.mp4")
-    request = Request(*(case / name for name in names), case.with_suffix(".mp4"), mode="replace", size=(64, 96))
+    request = Request(*(case / name for name in names), mode="replace", size=(64, 96))
     return replace(request, **changes)
 
 

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from scail2_rt.runtime.core.case_folder import read_case
-from scail2_rt.runtime.core.request import Request, check_request
+from scail2_rt.runtime.core.request import Request
 from scail2_rt.runtime.media.images import load_image
 from scail2_rt.runtime.media.video_reader import probe_video
 from scail2_rt.runtime.pipeline.driving import read_clips
+from scail2_rt.runtime.session.check import check_request
 from tests.support.clips import SCENE, clicks_s, cut_in_packet, number_of, overwrite, packet_at, scene, write_clip
 from tests.support.command import Run, error_of, one_json
 from tests.support.media_rows import (
@@ -101,7 +102,7 @@ def test_video(row: Row, results: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_pixels_that_the_model_reads(row: Row, folders: Path, tmp_path: Path) -> None:
+def test_pixels_that_the_model_reads(row: Row, folders: Path) -> None:
     height, width = (int(side) for side in row.size.split("x"))
     files = read_case(folders / row.name)
     plan = check_request(
@@ -110,7 +111,6 @@ def test_pixels_that_the_model_reads(row: Row, folders: Path, tmp_path: Path) ->
             files.mask_image,
             files.driving,
             files.mask_video,
-            tmp_path / "a.mp4",
             size=(height, width),
             segment_length=13,
         )

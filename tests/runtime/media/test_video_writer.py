@@ -19,16 +19,19 @@ import pytest
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.media import video_writer
 from scail2_rt.runtime.media.unfinished import part_ends
-from scail2_rt.runtime.media.video_reader import VideoReader, VideoWriter, probe_video
-from scail2_rt.runtime.media.video_writer import check_codec, check_writable
+from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter, check_codec, check_writable
 from tests.support.clips import clicks_s, flat, number_of, ramp, write_clip
 from tests.support.command import unmeasured
 
 NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
+SMALL = VideoFormat(64, 48, NTSC)
 
 
 def write(path: Path, frames: np.ndarray, segment: int = 8, **options: object) -> Path:
-    with VideoWriter(path, 64, 48, options.pop("rate", Fraction(25)), **options) as writer:  # type: ignore[arg-type]
+    video = {name: options.pop(name) for name in ("codec", "crf") if name in options}
+    form = VideoFormat(64, 48, options.pop("rate", Fraction(25)), **video)  # type: ignore[arg-type]
+    with VideoWriter(path, form, **options) as writer:  # type: ignore[arg-type]
         for begin in range(0, len(frames), segment):
             writer.write(frames[begin : begin + segment])
             writer.segment_done()
@@ -92,20 +95,22 @@ class TestPicture:
 
     def test_too_few_timestamps(self, tmp_path: Path) -> None:
         with (
-            VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25), timestamps=[Fraction(0), Fraction(1)]) as writer,
+            VideoWriter(
+                tmp_path / "out.mp4", VideoFormat(64, 48, Fraction(25)), timestamps=[Fraction(0), Fraction(1)]
+            ) as writer,
             pytest.raises(ValueError, match="only 2 timestamps"),
         ):
             writer.write(ramp(3))
 
     def test_wrong_frames(self, tmp_path: Path) -> None:
         with (
-            VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25)) as writer,
+            VideoWriter(tmp_path / "out.mp4", VideoFormat(64, 48, Fraction(25))) as writer,
             pytest.raises(ValueError, match="uint8"),
         ):
             writer.write(ramp(3, 48, 66))
 
     def test_without_segment_marks(self, tmp_path: Path) -> None:
-        with VideoWriter(tmp_path / "new" / "out.mp4", 64, 48, NTSC) as writer:
+        with VideoWriter(tmp_path / "new" / "out.mp4", SMALL) as writer:
             writer.write(ramp(5))
             path = writer.finish()
         assert numbers(path) == [0, 1, 2, 3, 4]
@@ -198,12 +203,12 @@ class TestAudio:
             assert not container.streams.audio
         source.write_text("nothing")
         with pytest.raises(InputError, match=r"audio of .*in\.mp4 cannot be read"):
-            VideoWriter(tmp_path / "other.mp4", 64, 48, Fraction(25), audio_from=source)
+            VideoWriter(tmp_path / "other.mp4", VideoFormat(64, 48, Fraction(25)), audio_from=source)
 
 
 class TestEndings:
     def test_abort_keeps_finished_segments_only(self, tmp_path: Path) -> None:
-        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         for begin in (0, 7):
             writer.write(ramp(14)[begin : begin + 7])
             writer.segment_done()
@@ -216,21 +221,21 @@ class TestEndings:
             writer.write(ramp(1))
 
     def test_exception_before_the_first_segment_leaves_nothing(self, tmp_path: Path) -> None:
-        with contextlib.suppress(KeyboardInterrupt), VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC) as writer:
+        with contextlib.suppress(KeyboardInterrupt), VideoWriter(tmp_path / "out.mp4", SMALL) as writer:
             writer.write(ramp(9))
             raise KeyboardInterrupt
         assert writer.abort() is None
         assert only(tmp_path)
 
     def test_no_frames(self, tmp_path: Path) -> None:
-        with VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC) as writer, pytest.raises(Scail2Error, match="No frame"):
+        with VideoWriter(tmp_path / "out.mp4", SMALL) as writer, pytest.raises(Scail2Error, match="No frame"):
             writer.finish()
         assert only(tmp_path)
 
     def test_an_older_result_survives_until_the_new_one_is_there(self, tmp_path: Path) -> None:
         old = write(tmp_path / "out.mp4", ramp(3)).read_bytes()
         (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
-        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         writer.write(ramp(4))
         writer.segment_done(wait=True)
         assert (tmp_path / "out.mp4").read_bytes() == old
@@ -241,10 +246,10 @@ class TestEndings:
 
     def test_a_stale_partial_file_is_not_called_ours(self, tmp_path: Path) -> None:
         (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
-        assert VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC).abort() is None
+        assert VideoWriter(tmp_path / "out.mp4", SMALL).abort() is None
 
     def test_disk_full_while_appending(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         writer.write(ramp(6))
         writer.segment_done(wait=True)
 
@@ -265,7 +270,7 @@ class TestEndings:
             raise av.error.ExternalError(-542398533, "Generic error in an external library")
 
         monkeypatch.setattr(video_writer._Encoder, "_encode", broken)
-        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         with pytest.raises(Scail2Error, match=r"Encoding .* failed .*external library"):
             writer.write(ramp(30).repeat(10, 0))  # more than fits into the queue
         assert writer.abort() is None
@@ -276,7 +281,7 @@ class TestEndings:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "replace", full)
-        writer = VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC)
+        writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         writer.write(ramp(6))
         with pytest.raises(Scail2Error, match=r"No space left.*is in .*out\.partial\.mp4"):
             writer.finish()
@@ -288,8 +293,8 @@ class TestEndings:
 import sys, numpy as np
 from fractions import Fraction
 from pathlib import Path
-from scail2_rt.runtime.media.video_writer import VideoWriter
-writer = VideoWriter(Path(sys.argv[1]), 64, 48, Fraction(30000, 1001))
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+writer = VideoWriter(Path(sys.argv[1]), VideoFormat(64, 48, Fraction(30000, 1001)))
 for k in range(3):
     writer.write(np.stack([np.full((48, 64, 3), 8 * (i + 1), np.uint8) for i in range(6 * k, 6 * k + 6)]))
     writer.segment_done(wait=True)
@@ -321,7 +326,7 @@ sys.stdin.read()
         """With half a part behind the whole ones, as a loss of power can leave it; the result is that of one writer."""
         seen: list[int] = []
         whole = write(tmp_path / "whole.mp4", ramp(24), 6, codec=codec).read_bytes()
-        with VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25), codec) as first:
+        with VideoWriter(tmp_path / "out.mp4", VideoFormat(64, 48, Fraction(25), codec)) as first:
             for begin in (0, 6, 12):
                 first.write(ramp(24)[begin : begin + 6])
                 first.segment_done(wait=True, save=seen.append)
@@ -331,7 +336,7 @@ sys.stdin.read()
         for cut in (len(data) - 1, (ends[1] + ends[2]) // 2, ends[1] + 5):
             first.partial.write_bytes(data[:cut])
             assert part_ends(first.partial) == ends[:2]
-            with VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25), codec, after=12) as second:
+            with VideoWriter(tmp_path / "out.mp4", VideoFormat(64, 48, Fraction(25), codec), after=12) as second:
                 assert first.partial.stat().st_size == ends[1]
                 second.write(ramp(24)[12:18])
                 second.segment_done(save=seen.append)
@@ -349,7 +354,7 @@ sys.stdin.read()
             encoded.append(number)
 
         monkeypatch.setattr(video_writer._Encoder, "_encode", held_up)
-        with VideoWriter(tmp_path / "out.mp4", 64, 48, NTSC) as writer:
+        with VideoWriter(tmp_path / "out.mp4", SMALL) as writer:
             writer.write(ramp(20))
             writer.segment_done()
             assert encoded == []
@@ -373,7 +378,7 @@ class TestChecks:
 
     def test_odd_size(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="must be even"):
-            VideoWriter(tmp_path / "out.mp4", 65, 48, NTSC)
+            VideoFormat(65, 48, NTSC)
 
     def test_writable(self, tmp_path: Path) -> None:
         check_writable(tmp_path / "new" / "deeper" / "out.mp4", 1000)

@@ -16,9 +16,10 @@ from scail2_rt.export.checkpoint.tensors import MappingSource
 from scail2_rt.export.models.config import DiTConfig, ModelConfig, VAEConfig
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout
-from scail2_rt.runtime.pipeline.transformer import SegmentInputs, Transformer, context_kv
+from scail2_rt.runtime.pipeline.constants import Constants
+from scail2_rt.runtime.pipeline.placement import BLOCK_STAGES
+from scail2_rt.runtime.pipeline.transformer import References
 from scail2_rt.runtime.pipeline.vae import decode, encode_clip
-from scail2_rt.runtime.session.memory import BLOCK_STAGES
 from scail2_rt.runtime.session.warm import run_small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -47,21 +48,23 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def velocities(engines: EngineSet, passes: int = 2, steps: int = 3) -> Tensor:
     """[steps · passes, 16, F, H, W] from inputs that are the same at every call."""
-    inputs = SegmentInputs(
+    references = References(
         noise(16, 1, H, W, seed=1),
         noise(28, 1, H, W, seed=2).abs(),
-        noise(16, F, H // 2, W // 2, seed=3),
-        noise(28, F, H // 2, W // 2, seed=4).abs(),
         noise(16, 1, H, W, seed=5),
         noise(28, 1, H, W, seed=6).abs(),
     )
     texts = [noise(9 + i, DIT.text_dim, seed=7 + i) for i in range(passes)]
-    contexts = context_kv(engines, texts, noise(257, DIT.clip_dim, seed=10))
-    transformer = Transformer(engines, Layout(F, H, W, 1, True), inputs, contexts, [900.0, 500.0, 100.0])
+    constants = Constants(engines)
+    contexts = constants.contexts(texts, noise(257, DIT.clip_dim, seed=10))
+    transformer = constants.transformer(Layout(F, H, W, 1, True), contexts)
+    transformer.show_references(references)
+    transformer.show_driving(noise(16, F, H // 2, W // 2, seed=3), noise(28, F, H // 2, W // 2, seed=4).abs())
+    schedule = constants.schedule([900.0, 500.0, 100.0])
     history = torch.zeros(4, F, H, W, device="cuda")
     result = []
     for step in range(steps):
-        result += transformer.velocities(noise(16, F, H, W, seed=20 + step), history, step)
+        result += transformer.velocities(noise(16, F, H, W, seed=20 + step), history, schedule, step)
     return torch.stack(result).clone()
 
 
@@ -78,7 +81,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def exact(folders: dict[str, Path]) -> Tensor:
-    return run(folders["fp32"], Execution(graphs=False, attention="sdpa"))
+    return run(folders["fp32"], Execution(cuda_graphs=False, attention="sdpa"))
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-3), ("bf16", 0.02), ("fp16", 0.005), ("fp8", 0.1)])
@@ -91,19 +94,19 @@ def test_each_precision_is_near_fp32(folders: dict[str, Path], exact: Tensor, pr
 def test_a_recorded_graph_computes_what_eager_running_does(
     folders: dict[str, Path], precision: str, passes: int
 ) -> None:
-    eager = run(folders[precision], Execution(graphs=False), passes=passes)
-    assert torch.equal(run(folders[precision], Execution(graphs=True), passes=passes), eager)
+    eager = run(folders[precision], Execution(cuda_graphs=False), passes=passes)
+    assert torch.equal(run(folders[precision], Execution(cuda_graphs=True), passes=passes), eager)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_streamed_weights_compute_what_resident_ones_do(folders: dict[str, Path], precision: str) -> None:
-    resident = run(folders[precision], Execution(graphs=False))
+    resident = run(folders[precision], Execution(cuda_graphs=False))
     assert torch.equal(run(folders[precision], Execution(), streamed=True), resident)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-3), ("bf16", 0.01), ("fp8", 0.05)])
 def test_row_chunks_leave_the_velocity_alone(folders: dict[str, Path], precision: str, limit: float) -> None:
-    whole = run(folders[precision], Execution(graphs=False))
+    whole = run(folders[precision], Execution(cuda_graphs=False))
     assert relative_error(run(folders[precision], Execution(max_rows=37)), whole) < limit
 
 

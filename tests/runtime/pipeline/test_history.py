@@ -2,20 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet, open_engines
-from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
-from scail2_rt.runtime.core.progress import SilentProgress
+from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.pipeline.conditioning import Conditions
+from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.driving import DrivingClip
-from scail2_rt.runtime.pipeline.history import Carry, History, Joins, cross_fade, encode_history
-from scail2_rt.runtime.pipeline.pipeline import Frames, Sampling, animate
-from scail2_rt.runtime.pipeline.vae import decode, encode_clip
+from scail2_rt.runtime.pipeline.history import Carry, cross_fade, encode_history
+from scail2_rt.runtime.pipeline.observe import observing
+from scail2_rt.runtime.pipeline.pipeline import Frames, Machine, Sampling, animate
+from scail2_rt.runtime.pipeline.transformer import References
+from scail2_rt.runtime.pipeline.vae import encode_clip
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 HEIGHT, WIDTH, LENGTH, OVERLAP = 32, 32, 9, 5
@@ -37,60 +40,32 @@ class TestFade:
 
     @pytest.mark.parametrize(("blend", "expected"), [(0, []), (1, [1 / 2]), (3, [1 / 4, 2 / 4, 3 / 4])])
     def test_weights_rise_to_the_end_of_the_overlap(self, blend: int, expected: list[float]) -> None:
-        faded = cross_fade(self.NEW, 0, History.of(self.OLD), 5, blend)
+        faded = cross_fade(self.NEW, 0, self.OLD, 5, blend)
         assert faded[0, :, 0, 0].tolist() == [1] * (5 - blend) + expected + [1] * 4
 
     def test_groups_of_frames_give_what_the_whole_gives(self) -> None:
         old, new = noise(3, 5, 4, 4), noise(3, 9, 4, 4, seed=1)
-        whole = cross_fade(new, 0, History.of(old), 5, 5)
-        parts = [cross_fade(new[:, a:b], a, History.of(old), 5, 5) for a, b in ((0, 1), (1, 5), (5, 9))]
+        whole = cross_fade(new, 0, old, 5, 5)
+        parts = [cross_fade(new[:, a:b], a, old, 5, 5) for a, b in ((0, 1), (1, 5), (5, 9))]
         assert torch.equal(torch.cat(parts, 1), whole)
         assert torch.allclose(whole[:, 2], (old[:, 2] + new[:, 2]) / 2, atol=1e-6)
 
     def test_nothing_to_fade_changes_nothing(self) -> None:
         new = noise(3, 9, 4, 4)
         assert cross_fade(new, 0, None, 5, 5) is new
-        assert cross_fade(new, 5, History.of(self.OLD), 5, 5) is new
+        assert cross_fade(new, 5, self.OLD, 5, 5) is new
 
 
-class TestHistory:
-    def test_official_is_the_rounded_frames_encoded_as_a_clip(self, opened: EngineSet) -> None:
-        frames = noise(3, 5, HEIGHT, WIDTH).clamp(-1, 1)
-        pixels, clean = encode_history(opened, "official", History.of(frames))
-        assert torch.equal(pixels, frames.bfloat16().float())
-        assert torch.equal(clean, encode_clip(opened, pixels))
-
-    def test_latents_are_taken_over_but_the_first(self, opened: EngineSet) -> None:
-        """The last 4k frames of a decoded clip are those of its last k latents."""
-        latent = noise(16, 3, HEIGHT // 8, WIDTH // 8)
-        frames = torch.cat(list(decode(opened, latent)), 1)
-        history = History(frames[:, -5:] * 0.5, frames[:, -5:], latent[:, -1:])
-        pixels, clean = encode_history(opened, "latents", history)
-        assert torch.equal(pixels, frames[:, 4:5].bfloat16().float())  # as decoded, not as shown
-        assert torch.equal(clean[:, :1], encode_clip(opened, pixels))
-        assert torch.equal(clean[:, 1:], latent[:, 2:])
-
-    def test_latents_that_are_not_known_are_refused(self, opened: EngineSet) -> None:
-        with pytest.raises(ValueError, match="last 1 latents"):
-            encode_history(opened, "latents", History.of(noise(3, 5, HEIGHT, WIDTH)))
-
-    def test_the_end_of_a_segment_is_kept(self) -> None:
-        frames = noise(3, 13, 2, 2)
-        history = History.of(frames[:, :1])
-        for start in (1, 5, 9):
-            group = frames[:, start : start + 4]
-            history = history.after(group, group, 5)
-        assert history.shown is history.decoded
-        assert torch.equal(history.shown, frames[:, -5:])
-        other = history.after(frames[:, :2] * 2, frames[:, :2], 5)
-        assert torch.equal(other.decoded, torch.cat([frames[:, -3:], frames[:, :2]], 1))
-        assert torch.equal(other.shown, torch.cat([frames[:, -3:], frames[:, :2] * 2], 1))
+def test_a_history_is_the_rounded_frames_encoded_as_a_clip(opened: EngineSet) -> None:
+    frames = noise(3, 5, HEIGHT, WIDTH).clamp(-1, 1)
+    pixels, clean = encode_history(opened, frames)
+    assert torch.equal(pixels, frames.bfloat16().float())
+    assert torch.equal(clean, encode_clip(opened, pixels))
 
 
-def test_unknown_joins_are_refused() -> None:
-    for wrong in ({"history": "pixels"}, {"anchor_color": "last"}, {"blend": -1}):
-        with pytest.raises(InputError):
-            Joins(**wrong)  # type: ignore[arg-type]
+class Joins(NamedTuple):
+    blend: int = 0
+    anchor_color: str = "off"
 
 
 class Run:
@@ -101,10 +76,8 @@ class Run:
         assert dit is not None
         assert clip is not None
         h, w = HEIGHT // 8, WIDTH // 8
-        empty = noise(16, 0, h, w), noise(28, 0, h, w)
-        conditions = Conditions(
-            (noise(4, dit.text_dim),), noise(clip.tokens, dit.clip_dim), noise(16, 1, h, w), noise(28, 1, h, w), *empty
-        )
+        shown = References(noise(16, 1, h, w), noise(28, 1, h, w), noise(16, 0, h, w), noise(28, 0, h, w))
+        conditions = Conditions((noise(4, dit.text_dim),), noise(clip.tokens, dit.clip_dim), shown)
         driving = (noise(frames + 3, 3, HEIGHT, WIDTH, seed=2) * 60 + 128).clamp(0, 255).byte()
         mask = torch.zeros_like(driving)
         mask[:, 0, :8, :8] = 255
@@ -123,16 +96,15 @@ class Run:
         def observe(name: str, value: Tensor) -> None:
             self.seen.setdefault(name, []).append(value)
 
-        sampling = Sampling("euler", 1, 5.0, 1.0, joins)
-        words = (opened, conditions, clips, sampling, "animate", draw_noise, SilentProgress())
-        self.parts: list[Frames] = list(animate(*words, overlap=OVERLAP, carry=carry, observe=observe))
+        sampling = Sampling("euler", 1, 5.0, 1.0, overlap=OVERLAP, blend=joins.blend, anchor_color=joins.anchor_color)
+        machine = Machine(opened, Constants(opened), RunProgress())
+        with observing(observe):
+            self.parts: list[Frames] = list(animate(machine, conditions, clips, sampling, draw_noise, carry))
         self.frames = torch.cat([part.pixels for part in self.parts])
 
 
 @pytest.mark.parametrize("frames", [3, 9, 10, 15, 17])
-@pytest.mark.parametrize(
-    "joins", [Joins(), Joins("latents"), Joins(blend=1), Joins("latents", 5, "first"), Joins("official", 3, "previous")]
-)
+@pytest.mark.parametrize("joins", [Joins(), Joins(1), Joins(5, "first"), Joins(3, "previous")])
 def test_every_frame_comes_once(opened: EngineSet, joins: Joins, frames: int) -> None:
     run = Run(opened, joins, frames)
     assert len(run.frames) == frames
@@ -150,14 +122,7 @@ def test_a_fade_changes_the_overlap_alone(opened: EngineSet) -> None:
     assert (faded.frames[7].permute(2, 0, 1) - middle).abs().max() <= 1
 
 
-def test_histories_differ_in_the_later_segments_alone(opened: EngineSet) -> None:
-    official, latents = Run(opened, Joins()), Run(opened, Joins("latents"))
-    assert torch.equal(official.frames[:9], latents.frames[:9])
-    assert not torch.equal(official.frames[9:], latents.frames[9:])
-    assert torch.equal(latents.seen["history_latent"][0][:, 1:], latents.seen["final_latent"][0][:, -1:])
-
-
-@pytest.mark.parametrize("joins", [Joins(), Joins("latents", 5, "first"), Joins("official", 2, "previous")])
+@pytest.mark.parametrize("joins", [Joins(), Joins(5, "first"), Joins(2, "previous")])
 def test_what_a_segment_leaves_is_all_that_the_next_needs(opened: EngineSet, joins: Joins) -> None:
     whole = Run(opened, joins)
     carries = [part.carry for part in whole.parts if part.carry is not None]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
-from scail2_rt.runtime.core.progress import SilentProgress
+from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.media.lossless import write_video
 from scail2_rt.runtime.media.unfinished import part_ends, partial_path, sidecar_path
 from scail2_rt.runtime.media.video_reader import VideoReader
@@ -36,13 +36,13 @@ import json, os, random, signal, sys, time
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
-from scail2_rt.runtime.media.video_writer import VideoWriter
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 from scail2_rt.runtime.media.unfinished import sidecar_path
 folder, trials, parts, count = Path(sys.argv[1]), *map(int, sys.argv[2:])
 frames = np.stack([np.full((48, 64, 3), 8 * (i + 1), np.uint8) for i in range(parts * count)])
 
 def write(output, said, allowed):
-    with VideoWriter(output, 64, 48, Fraction(25)) as writer:
+    with VideoWriter(output, VideoFormat(64, 48, Fraction(25))) as writer:
         for k in range(parts):
             os.read(allowed, 1)
             writer.write(frames[k * count : (k + 1) * count])
@@ -121,10 +121,10 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np
 from scail2_rt.kernels.errors import Scail2Error
-from scail2_rt.runtime.media.video_writer import VideoWriter
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 output, limited, room = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 noise = np.random.default_rng(0)
-writer = VideoWriter(output, 64, 48, Fraction(25))
+writer = VideoWriter(output, VideoFormat(64, 48, Fraction(25)))
 try:
     for k in range(4):
         if k == limited:
@@ -176,12 +176,12 @@ def full_disk(output: Path, limited: int, room: int) -> subprocess.CompletedProc
 
 AT_SEGMENT = """
 from scail2_rt.runtime.core import progress
-begin = progress.SilentProgress.segment
+begin = progress.RunProgress.segment
 def segment(self, index):
     if index == 1:
         fault()
     begin(self, index)
-progress.SilentProgress.segment = segment
+progress.RunProgress.segment = segment
 """
 
 
@@ -279,15 +279,15 @@ def no_onnxruntime_memory() -> None:
 def test_out_of_memory_names_the_phase_the_need_and_the_remedy(
     allocate: Callable[[], object], phase: str, says: tuple[str, ...]
 ) -> None:
-    with pytest.raises(Scail2Error) as caught, SilentProgress().phase(phase):
+    with pytest.raises(Scail2Error) as caught, RunProgress().phase(phase):
         allocate()
     assert [part for part in says if part not in str(caught.value)] == [], str(caught.value)
 
 
 def test_other_errors_stay_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="buffer of size 3"), SilentProgress().phase("denoise"):
+    with pytest.raises(RuntimeError, match="buffer of size 3"), RunProgress().phase("denoise"):
         raise RuntimeError("a buffer of size 3 is not one of size 4")
-    with pytest.raises(InputError, match="Unable to allocate 3 GiB"), SilentProgress().phase("denoise"):
+    with pytest.raises(InputError, match="Unable to allocate 3 GiB"), RunProgress().phase("denoise"):
         raise InputError("Unable to allocate 3 GiB: as it was told")
 
 

@@ -1,45 +1,96 @@
-"""Which of the three memory plans is taken, and what it says."""
+"""How weights are placed in GPU memory, and what the model counts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from scail2_rt.export.models.config import DiTConfig
+from scail2_rt.kernels.attention.variants import EIGHT_BIT, SIXTEEN_BIT
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout
-from scail2_rt.runtime.session.memory import activation_bytes, choose_plan, resident_stages
+from scail2_rt.runtime.core.request import Request
+from scail2_rt.runtime.session import memory
+from scail2_rt.runtime.session.memory import LIBRARY_BYTES, MemoryModel, activation_bytes, choose_placement
+from scail2_rt.runtime.session.session import Session
 
+pytest_plugins = ["tests.support.runtime_fixtures"]
 GIB = 2**30
-BLOCKS = [GIB] * 10
+NOTHING = MemoryModel((GIB,) * 10, *[0] * 10)
+MODEL = replace(NOTHING, work=4 * GIB, vae_decode=6 * GIB)
 
 
 @pytest.mark.parametrize(
-    ("budget", "kind", "resident"),
+    ("budget", "kind", "resident", "keeps_graphs"),
     [
-        *((16, "resident", 10), (15, "phased", 10), (14, "phased", 10)),
-        *((13, "streamed", 7), (8, "streamed", 2), (6, "streamed", 0)),
+        *((20, "resident", 10, True), (19, "resident", 10, False), (16, "resident", 10, False)),
+        *((15, "phased", 10, False), (14, "phased", 10, False)),
+        *((13, "streamed", 7, False), (8, "streamed", 2, False), (6, "streamed", 0, False)),
     ],
 )
-def test_the_first_plan_that_fits(budget: int, kind: str, resident: int) -> None:
-    plan = choose_plan(BLOCKS, work=4 * GIB, decode=6 * GIB, budget=budget * GIB)
-    assert (plan.kind, plan.resident_blocks) == (kind, resident)
-    assert plan.needed <= plan.budget == budget * GIB
-    assert plan.drops_blocks == (kind != "resident")
-    assert len(resident_stages(plan)) == 3 * resident
-    assert f"of {budget}.0 GiB planned" in plan.line
+def test_the_first_way_that_fits(budget: int, kind: str, resident: int, keeps_graphs: bool) -> None:
+    way = choose_placement(MODEL, budget * GIB)
+    assert (way.kind, way.resident_blocks, way.keeps_graphs) == (kind, resident, keeps_graphs)
+    assert way.needed <= way.budget == budget * GIB
+    assert way.drops_blocks == (kind != "resident")
+    assert len(way.resident) == 3 * resident
+    assert len(way.streamed) == 3 * (10 - resident)
+    assert f"of {budget}.0 GiB planned" in way.line
+
+
+def test_without_recorded_steps_none_are_kept() -> None:
+    assert not choose_placement(MODEL, 100 * GIB, graphs=False).keeps_graphs
 
 
 def test_too_little_memory_says_how_much_is_needed() -> None:
-    with pytest.raises(InputError, match=r"at least 6\.6 GiB.*--vram-limit"):
-        choose_plan(BLOCKS, work=4 * GIB, decode=5 * GIB, budget=5 * GIB)
+    with pytest.raises(InputError, match=rf"at least {6 + LIBRARY_BYTES / GIB:.1f} GiB.*--vram-limit"):
+        choose_placement(replace(MODEL, vae_decode=5 * GIB), 5 * GIB)
 
 
 def test_one_block_is_never_streamed_alone() -> None:
-    assert choose_plan(BLOCKS, 4 * GIB, 4 * GIB, int(13.9 * GIB)).resident_blocks == 7
-    assert choose_plan([GIB] * 3, 4 * GIB, 4 * GIB, int(6.9 * GIB)).resident_blocks == 0
+    model = replace(NOTHING, work=4 * GIB, vae_decode=4 * GIB)
+    assert choose_placement(model, int(13.9 * GIB)).resident_blocks == 7
+    assert choose_placement(replace(model, blocks=(GIB,) * 3), int(6.9 * GIB)).resident_blocks == 0
+
+
+def test_phases_hold_what_they_run() -> None:
+    model = MemoryModel((10, 10, 10), 1, 20, 30, 4, 50, 60, 7, 8, 9, 80)
+    way = choose_placement(model, 10**6)
+    resident = 30 + 1 + 8 + 9
+    assert model.phases(way) == {
+        "text": 20,
+        "clip": 30,
+        "reference": 50,
+        "context": 8 + 4,
+        "driving": resident + 80 + 7,
+        "denoise": resident + 80,
+        "decode": resident + 80 + 60,
+    }
+    assert way.needed == model.needed(way) == resident + 140
+    streamed = choose_placement(model, 127)
+    assert (streamed.kind, streamed.resident_blocks) == ("streamed", 0)
+    assert model.phases(streamed)["denoise"] == 1 + 20 + 17 + 80
+    assert model.phases(streamed)["decode"] == 1 + 17 + 60  # blocks and recorded steps are gone
 
 
 def test_activations_grow_with_tokens_passes_and_width() -> None:
     config, layout = DiTConfig(dim=256, heads=2, layers=2, ffn_dim=512), Layout.of(81, 512, 896)
-    one = activation_bytes(config, layout, 1, 2, eight_bit=True)
-    assert one < activation_bytes(config, layout, 2, 2, eight_bit=True)
-    assert one < activation_bytes(config, layout, 1, 2, eight_bit=False) < activation_bytes(config, layout, 1, 4, False)
-    assert one == layout.tokens * config.dim * 13 + (layout.reference_tokens + layout.driving_tokens) * config.dim * 4
+    one = activation_bytes(config, layout, 1, 2, EIGHT_BIT)
+    assert one < activation_bytes(config, layout, 2, 2, EIGHT_BIT)
+    assert (
+        one < activation_bytes(config, layout, 1, 2, SIXTEEN_BIT) < activation_bytes(config, layout, 1, 4, SIXTEEN_BIT)
+    )
+    assert one == layout.tokens * config.dim * (4 + 6 + 3 + 6)
+
+
+def test_what_does_not_fit_the_computer_is_refused_by_the_check(
+    case: Path, engines: Path, monkeypatch: pytest.MonkeyPatch, request_of: Callable[..., Request]
+) -> None:
+    with Session.open(engines, backend="torch") as session:
+        assert session.check(request_of()).estimate is not None
+        monkeypatch.setattr(memory, "host_memory", lambda: 1 << 20)
+        with pytest.raises(
+            InputError, match=r"needs .* GiB of memory beside its weights.*0\.0 GiB free: use a smaller"
+        ):
+            session.check(request_of())

@@ -20,7 +20,7 @@ import torch
 from scail2_rt.benchmarks.sprites.world.case_files import draw_case
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.media.unfinished import clear_sidecars, partial_path, resumable, sidecar_path
-from scail2_rt.runtime.pipeline.history import Carry, History
+from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.session.resume import Saved, Sidecar, first_difference, identity, noise_generator
 from tests.support.command import (
     SCAIL2_RT,
@@ -37,7 +37,7 @@ from tests.support.command import (
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 SEGMENTS = ("--segment-length", "9", "--segment-overlap", "5")  # 21 frames: 0..9, 4..13, 8..17, 12..21
-ALL_JOINS = ("--history", "latents", "--overlap-blend", "3", "--anchor-color", "first")
+ALL_JOINS = ("--overlap-blend", "3", "--anchor-color", "first")
 
 
 def killed_in(segment: int, scail2: Run, words: tuple[object, ...], output: Path, folder: Path) -> None:
@@ -199,8 +199,7 @@ def test_resume_of_a_batch_leaves_what_is_complete_and_begins_what_is_not(
 
 def saved(number: int, noise: torch.Generator) -> Saved:
     pixels = torch.randn(3, 5, 32, 32)
-    history = History(pixels, pixels + number, torch.randn(16, 1, 4, 4))
-    return Saved(9 * number, Carry(number, history, {"count": torch.rand(4, 4)}), noise.get_state())
+    return Saved(9 * number, Carry(number, pixels, {"count": torch.rand(4, 4)}), noise.get_state())
 
 
 def leave_parts(output: Path, parts: int) -> None:
@@ -225,8 +224,7 @@ def test_a_sidecar_gives_back_every_bit(tmp_path: Path) -> None:
         assert found.carry.history is not None
         assert state.carry.history is not None
         assert (found.frames, found.carry.finished) == (9 * parts, parts)
-        for name in ("shown", "decoded", "latent"):
-            assert torch.equal(getattr(found.carry.history, name), getattr(state.carry.history, name))
+        assert torch.equal(found.carry.history, state.carry.history)
         assert torch.equal(found.carry.anchor["count"], state.carry.anchor["count"])
         again = noise_generator("cpu", 0, found)
         assert torch.equal(torch.randn(5, generator=again), torch.randn(5, generator=noise.clone_state()))
@@ -234,15 +232,10 @@ def test_a_sidecar_gives_back_every_bit(tmp_path: Path) -> None:
     assert sidecar.load() is None
 
 
-def test_frames_that_nothing_was_done_to_are_kept_once(tmp_path: Path) -> None:
-    sidecar, pixels = Sidecar(tmp_path / "a.mp4", {}), torch.randn(3, 5, 64, 64)
-    sidecar.write(1, Saved(9, Carry(1, History.of(pixels)), torch.zeros(1)))
-    assert sidecar_path(tmp_path / "a.mp4", 1).stat().st_size < 1.1 * pixels.nbytes
-    leave_parts(tmp_path / "a.mp4", 1)
-    found = sidecar.load()
-    assert found is not None
-    assert found.carry.history is not None
-    assert found.carry.history.decoded is found.carry.history.shown
+def test_a_sidecar_holds_the_overlap_and_no_more(tmp_path: Path) -> None:
+    sidecar, pixels = Sidecar(tmp_path / "a.mp4", {}), torch.randn(3, 9, 64, 64)
+    sidecar.write(1, Saved(9, Carry(1, pixels[:, -5:]), torch.zeros(1)))
+    assert sidecar_path(tmp_path / "a.mp4", 1).stat().st_size < 1.1 * pixels[:, -5:].nbytes
 
 
 def test_a_damaged_sidecar_is_told(tmp_path: Path) -> None:
@@ -286,7 +279,7 @@ def test_what_changes_no_frame_is_no_difference() -> None:
 SEGMENT_METER = """
 import gc, sys, time, tracemalloc
 from scail2_rt.runtime.core import progress
-begin, calls = progress.SilentProgress.segment, [0]
+begin, calls = progress.RunProgress.segment, [0]
 def count(frame, event, argument):
     if event in ("call", "c_call"):
         calls[0] += 1
@@ -302,7 +295,7 @@ def segment(self, index):
     print("meter", peak, held, calls[0], time.process_time(), file=sys.stderr)
     begin(self, index)
     sys.setprofile(count)
-progress.SilentProgress.segment = segment
+progress.RunProgress.segment = segment
 """
 
 
@@ -319,7 +312,7 @@ class Metered:
 
 def metered(scail2: Run, engines: Path, folder: Path, frames: int, **environment: str) -> Metered:
     draw_case(folder / "case", frames=frames, height=64, width=64)
-    words = ("--size", "64x64", "--solver", "euler", "--steps", "1", "--guidance", "1", "--segment-length", "21")
+    words = ("--size", "64x64", "--scheduler", "euler", "--steps", "1", "--guidance", "1", "--segment-length", "21")
     environment |= sabotage(folder, SEGMENT_METER)
     output = folder / "a.mp4"
     result = scail2("generate", engines, "--case", folder / "case", "-o", output, *words, measured=False, **environment)

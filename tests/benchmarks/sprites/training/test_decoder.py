@@ -48,13 +48,13 @@ def test_the_decoder_learns_what_answers_mean_and_the_encoder_stays(tmp_path: Pa
     vae = make_vae(start).requires_grad_(False)
     random = torch.Generator().manual_seed(3)
     true = torch.randn(4, 16, 1, 16, 16, generator=random)
-    video = (127.5 * (vae.decode_whole(true).clamp(-1, 1) + 1)).byte().transpose(1, 2)
+    video = (127.5 * (vae.decode_clip(true).clamp(-1, 1) + 1)).byte().transpose(1, 2)
     answers = Answers(true + 0.8, true, video, torch.ones(4, 1, 128, 128, dtype=torch.bool))
 
     def error(weights: dict[str, torch.Tensor]) -> float:
         latent, truth, _ = answers.windows(16, torch.Generator().manual_seed(4))
         with torch.no_grad():
-            return float((make_vae(weights).decode_whole(latent) - truth).square().mean())
+            return float((make_vae(weights).decode_clip(latent) - truth).square().mean())
 
     learnt = train_decoder([(answers, 2)], start, Budget(steps=40), ALONE, tmp_path, "shifted")
     assert error(learnt) < 0.6 * error(start)

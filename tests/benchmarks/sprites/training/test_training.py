@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT
 from scail2_rt.benchmarks.sprites.training import train
 from scail2_rt.benchmarks.sprites.training.dataset import TEXT_ROWS
-from scail2_rt.benchmarks.sprites.training.fitting import Budget, Gradients, Muon, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Gradients, Muon, Training, Workers, adam, fit
 from scail2_rt.benchmarks.sprites.training.model import DIT, VAE_SIZES, make_dit, make_vae, weights_of
 from scail2_rt.benchmarks.sprites.training.train_dit import folded_padding
 from scail2_rt.benchmarks.sprites.training.train_vae import (
@@ -117,8 +117,8 @@ def small_fit(folder: Path, steps: int, identity: str = "") -> tuple[dict[str, t
         return (model(torch.randn(8, 3, generator=generator)) - 1).square().mean()
 
     workers, optimiser = Workers(0, 1, torch.device("cpu")), adam(model.parameters(), 0.01)
-    budget, files = Budget(steps=steps), (folder / "state", folder / "log.jsonl")
-    return fit(model, [loss], lambda _: 0, [optimiser], budget, workers, *files, identity), optimiser
+    training = Training(Budget(steps=steps), workers, folder, "linear", identity)
+    return fit(model, [loss], lambda _: 0, [optimiser], training), optimiser
 
 
 def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
 
 def test_training_learns_and_a_spent_budget_is_not_spent_again(tmp_path: Path) -> None:
     first, _ = small_fit(tmp_path, 400)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "linear.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [100, 200, 300, 400, 400]
     assert all(line["by kind"] == [pytest.approx(line["loss"], abs=1e-4)] for line in lines[:-1])
     assert lines[3]["loss"] < lines[0]["loss"]
@@ -160,7 +160,8 @@ def test_processes_average_gradients_and_draw_their_own_batches(tmp_path: Path) 
     assert batch0 != batch1
 
 
-def test_folded_padding_changes_no_velocity() -> None:
+def two_inputs() -> DiTInputs:
+    """A batch of two; 40 rows of text are of the prompt."""
     generator = torch.Generator().manual_seed(0)
 
     def some(*shape: int) -> torch.Tensor:
@@ -170,13 +171,37 @@ def test_folded_padding_changes_no_velocity() -> None:
     text[:, 40:] = 0
     size, half = (2, 4, 4), (2, 2, 2)
     shapes: list[tuple[int, ...]] = [(16, *size), (16, *half), (16, 1, 4, 4), (28, 3, 4, 4), (28, *half)]
-    inputs = DiTInputs(*(some(*shape) for shape in shapes), text, some(257, DIT.clip_dim), some(4, *size))
-    weights = weights_of(CHECKPOINT)["dit"]
+    return DiTInputs(*(some(*shape) for shape in shapes), text, some(257, DIT.clip_dim), some(4, *size))
+
+
+def test_folded_padding_changes_no_velocity() -> None:
+    inputs, weights = two_inputs(), weights_of(CHECKPOINT)["dit"]
     with torch.no_grad():
         whole, folded = (
             dit(inputs, torch.tensor([900.0, 300.0])) for dit in (make_dit(weights), folded_padding(weights))
         )
     torch.testing.assert_close(folded, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_after_an_inference_of_the_same_layout() -> None:
+    """The rotary table is kept between calls; a tensor made under inference mode could not be differentiated with."""
+    dit, inputs, times = folded_padding(weights_of(CHECKPOINT)["dit"]), two_inputs(), torch.tensor([900.0, 300.0])
+    with torch.inference_mode():
+        dit(inputs, times)
+    dit(inputs, times).square().mean().backward()
+    gradient = dit.get_parameter("blocks.0.self_attn.q.weight").grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
+
+
+@torch.inference_mode()
+def test_one_pass_over_a_clip_is_what_single_frames_give() -> None:
+    vae, generator = make_vae(), torch.Generator().manual_seed(0)
+    for frames in (1, 13):
+        video = torch.rand(2, 3, frames, 24, 16, generator=generator) * 2 - 1
+        latent = torch.randn(2, 16, (frames + 3) // 4, 2, 3, generator=generator)
+        torch.testing.assert_close(vae.encode_clip(video), vae.encode(video), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vae.decode_clip(latent), vae.decode(latent), rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
@@ -213,14 +238,14 @@ def test_recorded_gradients_are_those_of_an_eager_step() -> None:
     recorded, other, eager = at(7, gradients.of), at(8, gradients.of), at(7, gradients._compute)
     assert recorded[0] == pytest.approx(eager[0])
     torch.testing.assert_close(recorded[1], eager[1])
-    assert other[0] != recorded[0]  # every replay draws anew
+    assert other[0] != recorded[0]  # every replay draws again
 
 
 TWO_PROCESSES = """
 import json
 import torch
 from pathlib import Path
-from scail2_rt.benchmarks.sprites.training.fitting import Budget, Workers, adam, fit
+from scail2_rt.benchmarks.sprites.training.fitting import Budget, Training, Workers, adam, fit
 
 workers = Workers.here()
 torch.manual_seed(0)
@@ -232,7 +257,7 @@ def loss(generator):
 
 folder = Path(__file__).parent
 optimisers = [adam(model.parameters(), 0.01)]
-weights = fit(model, [loss], lambda _: 0, optimisers, Budget(steps=5), workers, folder / "state", folder / "log.jsonl")
+weights = fit(model, [loss], lambda _: 0, optimisers, Training(Budget(steps=5), workers, folder, "linear"))
 workers.wait()
 found = [weights["weight"].sum().item(), seen[0].sum().item()]
 (folder / f"rank{workers.rank}.json").write_text(json.dumps(found))
@@ -270,7 +295,7 @@ def test_a_vae_of_folded_convolutions_and_fused_norms_learns_the_same() -> None:
     expected, conv3d = outcome(vae.encode, vae.decode), layers.conv3d
     with folded_convolutions(torch.device("cuda")):
         assert layers.conv3d is folded_conv3d
-        ways = [outcome(vae.encode, vae.decode), outcome(vae.encode_whole, vae.decode_whole)]
+        ways = [outcome(vae.encode, vae.decode), outcome(vae.encode_clip, vae.decode_clip)]
     assert layers.conv3d is conv3d
     for found in ways:
         for mine, theirs in zip(found, expected, strict=True):

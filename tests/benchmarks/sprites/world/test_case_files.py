@@ -7,11 +7,11 @@ import pytest
 
 from scail2_rt.benchmarks.sprites.quality.trials import TASKS, held_out_case
 from scail2_rt.benchmarks.sprites.world.case_files import case_request, motion_sound, write_case
-from scail2_rt.benchmarks.sprites.world.cases import plan_case, render_case
-from scail2_rt.runtime.core.request import check_request
+from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
 from scail2_rt.runtime.media.images import load_image
 from scail2_rt.runtime.media.lossless import SAMPLE_RATE
 from scail2_rt.runtime.media.video_reader import VideoReader
+from scail2_rt.runtime.session.check import check_request
 from tests.support.command import Run, one_json, read_video
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -24,7 +24,7 @@ def read(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("task", ["replace", "extra"])
 def test_files_hold_what_was_drawn(task: str, tmp_path: Path) -> None:
-    case = render_case(plan_case(task, 1, frames=9), (64, 96))
+    case = render_case(make_scene(task, 1, frames=9), (64, 96))
     write_case(case, tmp_path)
     request = case_request(tmp_path, tmp_path / "out.mp4")
     assert request.mode == case.plan.mode
@@ -44,7 +44,7 @@ def test_files_hold_what_was_drawn(task: str, tmp_path: Path) -> None:
 def test_every_task_passes_the_checks(task: str, tmp_path: Path) -> None:
     """Without a warning, but for the one that a close-up is there for."""
     write_case(held_out_case(task, 1), tmp_path)
-    plan = check_request(case_request(tmp_path, tmp_path / "out.mp4", size=(128, 128), segment_length=33))
+    plan = check_request(case_request(tmp_path, size=(128, 128), segment_length=33))
     assert len(plan.warnings) == (task == "closeup")
     assert all("--fit-reference" in warning for warning in plan.warnings)
     assert plan.mode == ("replace" if task in ("replace", "closeup") else "animate")

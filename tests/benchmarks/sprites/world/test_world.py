@@ -15,22 +15,22 @@ from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.shipped import make_engines
 from scail2_rt.benchmarks.sprites.training import dataset, model
-from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, paint, plan_many
+from scail2_rt.benchmarks.sprites.training.drawing import draw_pictures, make_scenes, paint
 from scail2_rt.benchmarks.sprites.world import cases
 from scail2_rt.benchmarks.sprites.world.case_files import case_request, write_case
-from scail2_rt.benchmarks.sprites.world.cases import TASKS, CasePlan, SpriteCase, plan_case, render_case
+from scail2_rt.benchmarks.sprites.world.cases import TASKS, Scene, SpriteCase, make_scene, render_case
 from scail2_rt.benchmarks.sprites.world.figures import AX, AY, BX, BY, FIELDS, LABEL, RA, RB
 from scail2_rt.benchmarks.sprites.world.motions import HELD_OUT, PRACTISED, Motion, Random, make_motion
 from scail2_rt.benchmarks.sprites.world.raster import UNITS, Picture, black, draw_picture
 from scail2_rt.engines.engine_set import EngineSet, open_engines
 from scail2_rt.export.checkpoint.random_checkpoint import TOKENIZER_FILE
 from scail2_rt.export.models.dit import DiT, DiTInputs
-from scail2_rt.runtime.core.request import check_request
 from scail2_rt.runtime.masks.palette import COLOURS, PALETTE_RGB, RGB, background_of, mask_latents
 from scail2_rt.runtime.pipeline.conditioning import clip_features, encode_prompts, encode_references, load_reference
 from scail2_rt.runtime.pipeline.driving import encode_driving, read_clips
 from scail2_rt.runtime.pipeline.preprocess import normalise_video
 from scail2_rt.runtime.pipeline.vae import encode_clip
+from scail2_rt.runtime.session.check import check_request
 from tests.support.small import DIT, random_tensors
 
 FRAMES = 5
@@ -40,7 +40,7 @@ SEEDS = range(4)  # both kinds of motion, and both things that an extra referenc
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, list[SpriteCase]]:
     """A few cases of every task."""
-    return {task: [render_case(plan_case(task, seed, frames=FRAMES)) for seed in SEEDS] for task in TASKS}
+    return {task: [render_case(make_scene(task, seed, frames=FRAMES)) for seed in SEEDS] for task in TASKS}
 
 
 def bare(picture: Picture) -> np.ndarray:
@@ -60,17 +60,17 @@ def colours_of(mask: np.ndarray) -> set[tuple[int, ...]]:
 
 
 def test_a_seed_gives_the_same_case_again() -> None:
-    first, again, other = (render_case(plan_case("three", seed, frames=3)) for seed in (7, 7, 8))
-    assert first.plan.prompt == again.plan.prompt
+    first, again, other = (render_case(make_scene("three", seed, frames=3)) for seed in (7, 7, 8))
+    assert first.scene.prompt == again.scene.prompt
     for name in ("reference", "reference_mask", "driving", "driving_mask", "truth", "labels", "hidden"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    np.testing.assert_array_equal(first.plan.joints, again.plan.joints)
+    np.testing.assert_array_equal(first.scene.joints, again.scene.joints)
     assert (first.truth != other.truth).mean() > 0.3
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_and_test_cases_of_a_seed_differ(task: str) -> None:
-    train, test = (plan_case(task, 1, split, FRAMES) for split in cases.SPLITS)
+    train, test = (make_scene(task, 1, split, FRAMES) for split in cases.SPLITS)
     assert train.joints.shape != test.joints.shape or np.abs(train.joints - test.joints).max() > 1
     assert np.abs(train.truth.background - test.truth.background).max() > 0.05
 
@@ -81,7 +81,7 @@ def test_masks_follow_the_colour_rules(drawn: dict[str, list[SpriteCase]], task:
     the reference and the driving mask, and no two have the same."""
     palette = {tuple(colour) for colour in PALETTE_RGB.tolist()}
     for case in drawn[task]:
-        mode = case.plan.mode
+        mode = case.scene.mode
         assert mode == ("replace" if task == "replace" else "animate")
         of_reference, of_driving = colours_of(case.reference_mask), colours_of(case.driving_mask)
         assert of_reference | of_driving <= palette
@@ -101,8 +101,8 @@ def test_masks_lie_on_what_is_drawn(drawn: dict[str, list[SpriteCase]], task: st
     """Outside a mask and its edge there is the bare scene; inside it mostly is not."""
     for case in drawn[task]:
         views = (
-            (case.reference[None], case.reference_mask[None], case.plan.reference),
-            (case.driving, case.driving_mask, case.plan.driving),
+            (case.reference[None], case.reference_mask[None], case.scene.reference),
+            (case.driving, case.driving_mask, case.scene.driving),
         )
         for image, mask, view in views:
             figure, scene = (mask != view.colours[0]).any(-1), bare(view.picture)
@@ -114,8 +114,8 @@ def test_masks_lie_on_what_is_drawn(drawn: dict[str, list[SpriteCase]], task: st
 @pytest.mark.parametrize("task", TASKS)
 def test_joints_lie_on_their_characters(drawn: dict[str, list[SpriteCase]], task: str) -> None:
     for case in drawn[task]:
-        characters = len(case.plan.driving.colours) - 1
-        found, joints = [], np.floor(case.plan.joints).astype(int).reshape(FRAMES, characters, -1, 2)
+        characters = len(case.scene.driving.colours) - 1
+        found, joints = [], np.floor(case.scene.joints).astype(int).reshape(FRAMES, characters, -1, 2)
         for number in range(characters):
             x, y = np.moveaxis(joints[:, number], -1, 0)
             inside = (x >= 0) & (y >= 0) & (x < UNITS) & (y < UNITS)
@@ -131,15 +131,15 @@ def test_joints_lie_on_their_characters(drawn: dict[str, list[SpriteCase]], task
 def test_the_answer_is_the_right_scene_around_the_characters(drawn: dict[str, list[SpriteCase]], task: str) -> None:
     """The reference's in animate mode, the driving video's in replace mode."""
     for case in drawn[task]:
-        figure = (case.driving_mask != case.plan.driving.colours[0]).any(-1)
-        resting = (case.reference_mask != case.plan.reference.colours[0]).any(-1)[None]
-        replaced = case.plan.mode == "replace"
+        figure = (case.driving_mask != case.scene.driving.colours[0]).any(-1)
+        resting = (case.reference_mask != case.scene.reference.colours[0]).any(-1)[None]
+        replaced = case.scene.mode == "replace"
         given = case.driving if replaced else np.broadcast_to(case.reference, case.truth.shape)
         outside = away_from(case.labels > 0, figure if replaced else resting)
         assert outside.mean() > 0.3
         np.testing.assert_array_equal(case.truth[outside], given[outside])
         covered = away_from(case.labels > 0)
-        np.testing.assert_array_equal(case.truth[covered], bare(case.plan.truth)[covered])
+        np.testing.assert_array_equal(case.truth[covered], bare(case.scene.truth)[covered])
 
 
 def test_motions_of_the_test_split_are_never_trained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_motions_of_the_test_split_are_never_trained(monkeypatch: pytest.MonkeyP
     for split in cases.SPLITS:
         for task in TASKS:
             for seed in range(0, 48, 2):
-                plan_case(task, seed, split, frames=1)
+                make_scene(task, seed, split, frames=1)
         by_split[split] = set(seen)
         seen.clear()
     new = {(species, name) for species, names in HELD_OUT.items() for name in names}
@@ -186,8 +186,8 @@ def test_only_a_spin_shows_the_back(name: str) -> None:
 
 def test_an_extra_reference_shows_what_the_first_hides() -> None:
     for seed in SEEDS:
-        case = render_case(plan_case("extra", seed))  # of full length: turning round takes time
-        (image, mask), hides = case.extras[0], case.plan.hides
+        case = render_case(make_scene("extra", seed))  # of full length: turning round takes time
+        (image, mask), hides = case.extras[0], case.scene.hides
         assert hides == ("background", "back")[seed // 2 % 2]
         assert case.hidden.mean() > 0.002
         if hides == "background":
@@ -197,15 +197,15 @@ def test_an_extra_reference_shows_what_the_first_hides() -> None:
             np.testing.assert_array_equal(case.truth[uncovered], shown[uncovered])
             assert (case.reference != image)[case.hidden.any(0)].any(-1).mean() > 0.9
         else:
-            assert not case.hidden[~case.plan.facing_away[:, 0]].any()
-            assert colours_of(mask) == {cases.BLACK, case.plan.reference.colours[1]}
-            assert not case.plan.facing_away[0, 0]
-    assert not any(render_case(plan_case(task, 1, frames=1)).hidden.any() for task in TASKS if task != "extra")
+            assert not case.hidden[~case.scene.facing_away[:, 0]].any()
+            assert colours_of(mask) == {cases.BLACK, case.scene.reference.colours[1]}
+            assert not case.scene.facing_away[0, 0]
+    assert not any(render_case(make_scene(task, 1, frames=1)).hidden.any() for task in TASKS if task != "extra")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_closeup_fills_the_reference_and_changes_nothing_else(seed: int) -> None:
-    usual = plan_case("replace", seed, frames=3)
+    usual = make_scene("replace", seed, frames=3)
     case, before = render_case(cases.closeup(usual)), render_case(usual)
     rows, columns = np.nonzero((case.reference_mask != cases.BLACK).any(-1))
     assert max(np.ptp(rows), np.ptp(columns)) > 118
@@ -232,39 +232,39 @@ def test_a_label_is_as_large_as_its_part(height: int) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_can_be_drawn_at_another_size(task: str) -> None:
     """A wider picture shows more of the scene; what is in the square is at the same place in it."""
-    plan = plan_case(task, 1, frames=2)
-    wide, square = render_case(plan, (96, 160)), render_case(plan, (96, 96))
+    scene = make_scene(task, 1, frames=2)
+    wide, square = render_case(scene, (96, 160)), render_case(scene, (96, 96))
     assert wide.driving.shape == wide.truth.shape == wide.driving_mask.shape == (2, 96, 160, 3)
     assert wide.reference.shape == wide.reference_mask.shape == (96, 160, 3)
     assert wide.labels.shape == wide.hidden.shape == (2, 96, 160)
     np.testing.assert_array_equal(wide.truth[:, :, :96], square.truth)
-    whole = (render_case(plan).labels > 0).mean()
+    whole = (render_case(scene).labels > 0).mean()
     assert (square.labels > 0).mean() == pytest.approx(whole, rel=0.1)
 
 
 def test_many_cases_are_drawn_as_each_alone() -> None:
     """Pictures of different numbers of parts, and their masks, in one batch."""
-    plans = [plan_case(task, 3, "train", 2) for task in ("two", "animal", "pose")]
-    images, labels = draw_pictures([plan.truth for plan in plans], torch.device("cpu"))
-    masks = paint(labels, [plan.driving.colours for plan in plans])
-    for plan, image, label, mask in zip(plans, images, labels, masks, strict=True):
-        alone, its_labels = draw_picture(plan.truth, *cases.SIZE)
+    scenes = [make_scene(task, 3, "train", 2) for task in ("two", "animal", "pose")]
+    images, labels = draw_pictures([scene.truth for scene in scenes], torch.device("cpu"))
+    masks = paint(labels, [scene.driving.colours for scene in scenes])
+    for scene, image, label, mask in zip(scenes, images, labels, masks, strict=True):
+        alone, its_labels = draw_picture(scene.truth, *cases.SIZE)
         np.testing.assert_array_equal(image.permute(0, 2, 3, 1).numpy(), alone)
         np.testing.assert_array_equal(label.numpy(), its_labels)
-        expected = np.array(plan.driving.colours, np.uint8)[its_labels]
+        expected = np.array(scene.driving.colours, np.uint8)[its_labels]
         np.testing.assert_array_equal(mask.permute(0, 2, 3, 1).numpy(), expected)
 
 
-def test_plans_made_in_processes_are_those_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_made_in_processes_are_those_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1000")  # a single process is enough here
-    found = list(plan_many([("pose", range(2, 20)), ("two", range(2))], frames=1))
+    found = list(make_scenes([("pose", range(2, 20)), ("two", range(2))], frames=1))
     expected = [("pose", seed) for seed in range(2, 20)] + [("two", 0)] * 2
-    assert [(plan.task, plan.seed) for plan in found] == expected
-    for plan in (found[0], found[17], found[18]):
-        here = plan_case(plan.task, plan.seed, "train", 1)
-        np.testing.assert_array_equal(plan.truth.parts, here.truth.parts)
-        assert plan.prompt == here.prompt
-    first, second = (draw_picture(plan.driving.picture, *cases.SIZE) for plan in found[18:])
+    assert [(scene.task, scene.seed) for scene in found] == expected
+    for scene in (found[0], found[17], found[18]):
+        here = make_scene(scene.task, scene.seed, "train", 1)
+        np.testing.assert_array_equal(scene.truth.parts, here.truth.parts)
+        assert scene.prompt == here.prompt
+    first, second = (draw_picture(scene.driving.picture, *cases.SIZE) for scene in found[18:])
     np.testing.assert_array_equal(first[0], second[0])
     assert (first[1] != second[1]).any()  # only the colours of the mask tell these two apart
 
@@ -317,12 +317,12 @@ def test_training_sees_what_the_runtime_computes(untrained: tuple[Path, EngineSe
     """Every tensor of a sample against the runtime's, which reads the same case from files; samples are kept in bf16.
     The second case of the batch is another one, so a mixed-up batch dimension shows."""
     checkpoint, engines = untrained
-    plans = [plan_case(task, seed, "train", FRAMES) for seed in (5, 4)]
+    scenes = [make_scene(task, seed, "train", FRAMES) for seed in (5, 4)]
     rounded = {name: tensor.bfloat16().float() for name, tensor in model.make_vae().state_dict().items()}
     encoding = dataset.Encoding(model.make_vae(rounded), checkpoint / TOKENIZER_FILE, torch.device("cpu"))
-    samples = encoding.samples(plans)
-    for number, plan in enumerate(plans):
-        expected, text = runtime_tensors(engines, plan, tmp_path / str(number))
+    samples = encoding.samples(scenes)
+    for number, scene in enumerate(scenes):
+        expected, text = runtime_tensors(engines, scene, tmp_path / str(number))
         found = samples.take(torch.tensor([number]))
         for name, tensor in expected.items():
             exact = name.endswith("mask")
@@ -333,12 +333,12 @@ def test_training_sees_what_the_runtime_computes(untrained: tuple[Path, EngineSe
         assert not found.text[0, rows:].any()
 
 
-def runtime_tensors(engines: EngineSet, plan: CasePlan, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+def runtime_tensors(engines: EngineSet, scene: Scene, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     """By the names of `Samples`, and the prompt's encoding, without padding."""
-    case = render_case(plan)
+    case = render_case(scene)
     write_case(case, folder)
     segments = {"segment_length": FRAMES, "segment_overlap": 1}
-    job = check_request(case_request(folder, folder / "o.mp4", size=cases.SIZE, **segments))
+    job = check_request(case_request(folder, size=cases.SIZE, **segments))
     request = job.request
     pairs = [(request.image, request.mask_image), *request.extra_refs]
     references = [load_reference(*pair, *cases.SIZE) for pair in pairs]

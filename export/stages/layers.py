@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scail2_rt.export.models.precision import Accumulation, Numerics
-from scail2_rt.kernels.rows.ops import E4M3, Affine, RowForm, Rows, as_rows, fp8_linear, gelu_linear, gelu_rows
+from scail2_rt.export.models.weights import parameter
+from scail2_rt.kernels.rows.ops import (
+    E4M3,
+    Affine,
+    Quantised,
+    RowForm,
+    Rows,
+    as_rows,
+    fp8_linear,
+    gelu_linear,
+    gelu_rows,
+)
 
 
 class Linear(nn.Module):
@@ -43,9 +54,8 @@ class Linear(nn.Module):
         """The product for rows [L, in] in `form`, written to `out` [L, out] when it is given."""
         compute = self.numerics.compute
         if self.scale is not None:
-            data, row_scale = rows
             fast = self.accumulation == "fast"
-            return fp8_linear(data, row_scale, self.weight, self.scale, self.bias, compute, out, fast)
+            return fp8_linear(cast(Quantised, rows), (self.weight, self.scale), self.bias, compute, out, fast)
         rows = cast(Tensor, rows)  # by `form`
         weight = self.weight.to(compute)
         bias = None if self.bias is None else self.bias.to(compute)
@@ -78,8 +88,3 @@ class Norm(nn.Module):
     def affine(self) -> Affine:
         """Of a LayerNorm."""
         return Affine(self.weight, cast(Tensor, self.bias))
-
-
-def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    """An uninitialised weight; its values come from the store."""
-    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)

@@ -17,12 +17,12 @@ import torch
 from scail2_rt.engines.folder.store import StoreLayout, TensorShape
 from scail2_rt.engines.folder.weights import planned_tensors
 from scail2_rt.export.checkpoint.open import Checkpoint
+from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.export.models.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config
-from scail2_rt.export.stages.dit import table_sources
-from scail2_rt.kernels.errors import InputError
 from scail2_rt.export.models.precision import Component
 from scail2_rt.export.stages.definitions import stage_definitions
-from scail2_rt.export.checkpoint.tensors import TensorSource
+from scail2_rt.export.stages.dit import table_sources
+from scail2_rt.kernels.errors import InputError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PARTS: dict[Component, str] = {"vae": "vae.safetensors", "umt5": "umt5.safetensors", "clip": "clip.safetensors"}
@@ -64,7 +64,7 @@ class Target:
         return self.path.with_name(f"{self.path.name}.json")
 
 
-def plan_target(checkpoint: Checkpoint, component: Component, path: Path, request: ConvertRequest) -> Target:
+def make_target(checkpoint: Checkpoint, component: Component, path: Path, request: ConvertRequest) -> Target:
     source = checkpoint.sources[component]
     exact = _held_in_fp32(checkpoint.config, component)
     asked = DTYPES[request.dtype] if request.dtype and component == "dit" else None

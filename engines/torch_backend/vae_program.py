@@ -1,4 +1,4 @@
-"""The VAE of one video size as two lists of operations on fixed buffers: the first frame, and every later step.
+"""The VAE of one video size as two programs, lists of operations on fixed buffers: the first frame, every later step.
 
 A layer here is what it launches. Each causal convolution has a ring into which whatever produces its input writes,
 normed and SiLU'd already; sums between blocks live in plain buffers that are updated in place. A layer that begins
@@ -8,18 +8,20 @@ Everything not normed is stored times 2^-6 in fp16: sums up to 4·10^6 stay fini
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from scail2_rt.kernels.conv.ops import (
-    Backend,
+    PLAIN,
+    ConvCall,
+    ConvForm,
     ConvWeights,
     Frames,
+    Implementation,
     Norm,
-    Phases,
     conv,
     pad_channels,
     padded,
@@ -35,20 +37,16 @@ class Layers:
     """The weights of one half of the VAE by checkpoint name, laid out for the kernels when first asked for."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, backend: Backend
+        self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, implementation: Implementation
     ) -> None:
-        self.source, self.device, self.dtype, self.backend = weights, device, dtype, backend
+        self.source, self.device, self.dtype, self.implementation = weights, device, dtype, implementation
         self._convs: dict[str, ConvWeights] = {}
         self._norms: dict[str, Norm] = {}
 
-    def conv(
-        self, name: str, stride: int = 1, time_stride: int = 1, phases: Phases = "none", pad_out: int = 8
-    ) -> ConvWeights:
+    def conv(self, name: str, form: ConvForm = PLAIN) -> ConvWeights:
         if name not in self._convs:
             weight, bias = self.source[f"{name}.weight"], self.source[f"{name}.bias"]
-            self._convs[name] = prepare_conv(
-                weight, bias, self.dtype, self.device, self.backend, stride, time_stride, phases, pad_out
-            )
+            self._convs[name] = prepare_conv(weight, bias, self.dtype, self.device, self.implementation, form)
         return self._convs[name]
 
     def norm(self, name: str, silu: bool = True) -> Norm:
@@ -124,46 +122,18 @@ class Buffers:
         self.clock.zero_()
 
 
-@dataclass(slots=True)
-class ConvOp:
-    """One call of `conv`; a following norm is added to it while the list is built."""
-
-    src: Frames
-    weights: ConvWeights
-    frames: int
-    raw: Frames | None = None
-    residual: Frames | None = None
-    normed: Frames | None = None
-    norm: Norm | None = None
-    keep_raw: bool = True
-
-    def run(self, clock: Tensor, planar: Tensor | None = None) -> None:
-        conv(
-            self.src,
-            self.weights,
-            clock,
-            self.frames,
-            raw=self.raw,
-            residual=self.residual,
-            normed=self.normed,
-            norm=self.norm,
-            keep_raw=self.keep_raw,
-            planar=planar,
-        )
-
-
 Op = Callable[[Tensor], None]  # takes the clock
 
 
-class Plan:
-    """Operations of one pass in order, built layer by layer on a value `x`, the sums of `frames` frames at `size`.
+class Program:
+    """The operations of one pass in order, built layer by layer on a value `x`, the sums of `frames` frames at `size`.
 
     `later`: frames of a later step at this point, by which buffers are sized; `frames` is 1 in the first pass."""
 
     def __init__(self, layers: Layers, buffers: Buffers, first: bool, size: Size, later: int) -> None:
         self.layers, self.buffers, self.first = layers, buffers, first
         self.size, self.later = size, later
-        self.ops: list[Op | ConvOp] = []
+        self.ops: list[Op | ConvCall] = []
         self.x: Frames | None = None
 
     @property
@@ -176,20 +146,20 @@ class Plan:
     def input_conv(self, name: str, src: Frames) -> None:
         weights = self.layers.conv(name)
         self.x = self.stream(self.layers.channels(name))
-        self.ops.append(ConvOp(src, weights, self.frames, raw=self.x))
+        self.ops.append(ConvCall(src, weights, self.frames, raw=self.x))
 
     def normed(self, x: Frames, norm: Norm, into: Frames) -> None:
         """into = norm(x), by the convolution that has just made x if there is one."""
         last = self.ops[-1] if self.ops else None
-        if isinstance(last, ConvOp) and last.raw is x and last.norm is None:
-            last.norm, last.normed = norm, into
+        if isinstance(last, ConvCall) and last.raw is x and last.norm is None:
+            self.ops[-1] = replace(last, norm=norm, normed=into)
             return
-        frames, backend = self.frames, self.layers.backend
-        self.ops.append(lambda clock: rms_norm_frames(x, into, norm, clock, frames, backend))
+        frames, implementation = self.frames, self.layers.implementation
+        self.ops.append(lambda clock: rms_norm_frames(x, into, norm, clock, frames, implementation))
 
     def current(self) -> Frames:
         if self.x is None:
-            raise ValueError("the plan has no input yet")
+            raise ValueError("the program has no input yet")
         return self.x
 
     def residual_block(self, name: str, into: Frames | None = None) -> None:
@@ -201,13 +171,13 @@ class Plan:
         window2, new2 = buffers.ring(f"{name}.residual.6", self.later, self.size, norm2.channels)
         self.normed(x, norm1, new1)
         scratch = buffers.plain("scratch", self.later, self.size, norm2.channels)
-        self.ops.append(ConvOp(window1, conv1, self.frames, raw=scratch, normed=new2, norm=norm2, keep_raw=False))
+        self.ops.append(ConvCall(window1, conv1, self.frames, raw=scratch, normed=new2, norm=norm2, keep_raw=False))
         out = self.stream(norm2.channels)
         if layers.has(f"{name}.shortcut"):
-            self.ops.append(ConvOp(x, layers.conv(f"{name}.shortcut"), self.frames, raw=out))
+            self.ops.append(ConvCall(x, layers.conv(f"{name}.shortcut"), self.frames, raw=out))
             x = out
         self.x = into or out
-        self.ops.append(ConvOp(window2, conv2, self.frames, raw=self.x, residual=x))
+        self.ops.append(ConvCall(window2, conv2, self.frames, raw=self.x, residual=x))
 
     def attention(self, name: str) -> None:
         """x += proj(attention(norm(x))) in each frame."""
@@ -216,11 +186,11 @@ class Plan:
         rows = buffers.plain("attention", self.later, self.size, channels, raw=False)
         qkv = buffers.plain("qkv", self.later, self.size, 3 * channels, raw=False)
         self.normed(x, norm, rows)
-        self.ops.append(ConvOp(rows, self.layers.conv(f"{name}.to_qkv"), self.frames, raw=qkv))
+        self.ops.append(ConvCall(rows, self.layers.conv(f"{name}.to_qkv"), self.frames, raw=qkv))
         frames = self.frames
         self.ops.append(lambda clock: attend(qkv.data[:frames], rows.data[:frames], channels))
         self.x = self.stream(channels)
-        self.ops.append(ConvOp(rows, self.layers.conv(f"{name}.proj"), self.frames, raw=self.x, residual=x))
+        self.ops.append(ConvCall(rows, self.layers.conv(f"{name}.proj"), self.frames, raw=self.x, residual=x))
 
     def upsample(self, name: str, temporal: bool) -> None:
         """x = [twice the frames, then] nearest ×2 and a 3×3 convolution to half the channels."""
@@ -229,14 +199,14 @@ class Plan:
             if not self.first:
                 window, _ = self.time_ring(name)
                 out = self.buffers.plain("doubled", 2 * self.later, self.size, 2 * channels)
-                weights = self.layers.conv(f"{name}.time_conv", phases="time")
-                self.ops.append(ConvOp(window, weights, self.frames, raw=out))
+                weights = self.layers.conv(f"{name}.time_conv", ConvForm(phases="time"))
+                self.ops.append(ConvCall(window, weights, self.frames, raw=out))
                 x = out
             self.later *= 2
         self.size = self.size.scaled(2)
         self.x = self.stream(channels)
-        weights = self.layers.conv(f"{name}.resample.1", phases="space")
-        self.ops.append(ConvOp(x, weights, self.frames, raw=self.x))
+        weights = self.layers.conv(f"{name}.resample.1", ConvForm(phases="space"))
+        self.ops.append(ConvCall(x, weights, self.frames, raw=self.x))
 
     def time_ring(self, name: str) -> tuple[Frames, Frames]:
         """Ring of an up-sampling's temporal convolution; the block before it writes there instead of in place."""
@@ -247,40 +217,40 @@ class Plan:
         """x = a stride-2 convolution of x, then, if temporal, half the frames (the first frame passes)."""
         x, channels = self.current(), self.layers.channels(f"{name}.resample.1")
         self.size = self.size.scaled(1, 2)
-        weights = self.layers.conv(f"{name}.resample.1", stride=2)
+        weights = self.layers.conv(f"{name}.resample.1", ConvForm(stride=2))
         if not temporal:
             self.x = self.stream(channels)
-            self.ops.append(ConvOp(x, weights, self.frames, raw=self.x))
+            self.ops.append(ConvCall(x, weights, self.frames, raw=self.x))
             return
         window, new = self.buffers.ring(f"{name}.time_conv", self.later, self.size, channels, raw=True)
-        self.ops.append(ConvOp(x, weights, self.frames, raw=new))
+        self.ops.append(ConvCall(x, weights, self.frames, raw=new))
         self.later //= 2
         self.x = new
         if not self.first:
             self.x = self.stream(channels)
             last = Frames(window.data, window.counter, 1, window.scale)  # this layer looks back one frame, not two
-            weights = self.layers.conv(f"{name}.time_conv", time_stride=2)
-            self.ops.append(ConvOp(last, weights, self.frames, raw=self.x))
+            weights = self.layers.conv(f"{name}.time_conv", ConvForm(time_stride=2))
+            self.ops.append(ConvCall(last, weights, self.frames, raw=self.x))
 
     def head(self, name: str) -> None:
-        """The last operation: its output is planar and is given when the plan runs."""
+        """The last operation: its output is planar and is given when the program runs."""
         norm = self.layers.norm(f"{name}.0")
         window, new = self.buffers.ring(f"{name}.2", self.later, self.size, norm.channels)
         self.normed(self.current(), norm, new)
-        self.ops.append(ConvOp(window, self.layers.conv(f"{name}.2", pad_out=16), self.frames))
+        self.ops.append(ConvCall(window, self.layers.conv(f"{name}.2", ConvForm(pad_out=16)), self.frames))
 
     def run(self, planar: Tensor) -> None:
         """planar fp32 [channels, frames, H, W] takes the head's output. Advances the clock."""
         clock = self.buffers.clock
         *ops, head = self.ops
         for op in ops:
-            if isinstance(op, ConvOp):
-                op.run(clock)
+            if isinstance(op, ConvCall):
+                conv(op, clock)
             else:
                 op(clock)
-        if not isinstance(head, ConvOp):
-            raise ValueError("a plan ends with its head")
-        head.run(clock, planar)
+        if not isinstance(head, ConvCall):
+            raise ValueError("a program ends with its head")
+        conv(head, clock, planar)
         clock.add_(self.buffers.advance[self.first])
 
 

@@ -1,0 +1,113 @@
+"""The TensorRT backend: every stage as a plan that was compiled on the GPU that runs it.
+
+The class serves every library of TensorRT's family: what differs between them is in a `Library`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from scail2_rt.engines.backend import ArtefactPlan, Backend, EngineFolder, Execution, Executor
+from scail2_rt.engines.folder.journal import Journal
+from scail2_rt.engines.folder.manifest import STAGES, ExecutorRecord, describe_command
+from scail2_rt.engines.observer import BuildObserver
+from scail2_rt.engines.tensorrt_backend.engine import TensorRTEngine
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT, Library, require_library
+from scail2_rt.engines.tensorrt_backend.plans import PLANS, graph_path, plan_path
+from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_place, check_resources
+from scail2_rt.engines.tensorrt_backend.session import TensorRTSession
+from scail2_rt.export.models.precision import Precision
+
+
+class TensorRTExecutor(Executor):
+    reports_plans = True
+
+    def __init__(self, backend: Backend, folder: EngineFolder, device: torch.device, execution: Execution) -> None:
+        super().__init__(backend, folder, device, execution)
+        self._session: TensorRTSession | None = None
+
+    def plan_report(self, name: str) -> str:
+        engine = self._engine(name)[0]
+        assert isinstance(engine, TensorRTEngine)
+        return engine.plan_report()
+
+    def close(self) -> None:
+        super().close()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _load(self, name: str) -> TensorRTEngine:
+        from scail2_rt.engines.tensorrt_backend.session import CudaDevice
+
+        folder = self.folder
+        definition, numerics = folder.definition(name), self.numerics(name)
+        if self._session is None:
+            self._session = TensorRTSession(CudaDevice(self.device))
+        plan = plan_path(folder.directory / STAGES, name)
+        return TensorRTEngine(
+            definition, numerics, plan, self._session, describe_command(folder.manifest, folder.directory)
+        )
+
+
+class TensorRTBackend(Backend):
+    needs_gpu = True
+    built_by_auto = False  # plans take long to build: only who names it gets them
+    build_options = True
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.name, self.module, self.install = library.name, library.module, library.install
+
+    def device(self) -> str:
+        return "cuda"
+
+    def versions(self) -> dict[str, str]:
+        """The library's own word: its wheels have many names."""
+        return {self.name: require_library(self.library)}
+
+    def check_machine(self, precision: Precision | None = None) -> None:
+        check_machine(precision, self.library)
+
+    def check_place(self, record: ExecutorRecord, remedy: str) -> None:
+        check_place(record, remedy, self.library)
+
+    def limit_obstacle(self, device: str) -> str:
+        return "plans carry their weights"
+
+    def room(self, plan: ArtefactPlan) -> int:
+        from scail2_rt.engines.tensorrt_backend.builder import chosen_stages
+
+        self.check_machine(plan.precision)
+        wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
+        todo = [stage for stage in wanted if not plan_path(plan.directory / STAGES, stage).is_file()]
+        check_resources({stage: plan.stage_bytes[stage] for stage in todo}, plan.directory)
+        return 0  # it has been asked for
+
+    def build(self, plan: ArtefactPlan, observer: BuildObserver, journal: Journal) -> bool:
+        from scail2_rt.engines.tensorrt_backend.builder import build_plans
+
+        build_plans(plan, observer, self.library)
+        files = [plan.directory / file for file in self.files(plan.definitions)]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            observer.note(
+                f"{len(files) - len(missing)} of {len(files)} files of the {self.library.title} stages are there; the "
+                "same command without --stages makes the others"
+            )
+        return not missing
+
+    def files(self, stages: Iterable[str]) -> tuple[str, ...]:
+        folder = Path(STAGES)
+        return tuple(path(folder, stage).as_posix() for stage in stages for path in (graph_path, plan_path))
+
+    def leftovers(self, wanted: bool) -> tuple[str, ...]:
+        """Plans are kept as far as they are still good; their digests tell."""
+        return () if wanted else ("*.plan*", PLANS)
+
+    def open(self, folder: EngineFolder, device: torch.device, execution: Execution) -> TensorRTExecutor:
+        return TensorRTExecutor(self, folder, device, execution)
+
+
+BACKEND = TensorRTBackend(TENSORRT)

@@ -1,0 +1,163 @@
+"""The torch backend: PyTorch modules and our kernels, on a CPU or a GPU, straight from the weight store.
+
+On a GPU it places weights itself: stages are read in the background, a family of stages may share two buffers, and the
+VAE keeps its causal past in rings. On a CPU weights are views of the mapped store.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scail2_rt.engines.backend import Backend, Engine, EngineFolder, EngineSpec, Execution, Executor
+from scail2_rt.engines.folder.manifest import KERNELS
+from scail2_rt.engines.folder.store import StoreReader, TensorShape
+from scail2_rt.engines.torch_backend.engine import TorchEngine, check_stored, run_rows, stage_tensors
+from scail2_rt.engines.torch_backend.loading import Loading, StageStream, WeightLoader
+from scail2_rt.engines.torch_backend.vae_streams import DecodeStream, EncodeStream, choose_implementation
+from scail2_rt.engines.vae_stream import VAEStream
+from scail2_rt.export.models.precision import Numerics, Precision
+from scail2_rt.export.stages.spec import StageDefinition
+
+Rings = EncodeStream | DecodeStream
+VAE_HALVES: dict[str, type[Rings]] = {"vae.encode": EncodeStream, "vae.decode": DecodeStream}
+
+
+def use_kernel_cache(directory: Path) -> None:
+    """Let Triton and NVRTC keep compiled kernels in `directory`, unless the user said where or it cannot be written."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(exist_ok=True)
+        for variable in ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS"):
+            os.environ.setdefault(variable, str(directory))
+
+
+class TorchExecutor(Executor):
+    """InputError when the folder's VAE needs kernels that cannot run here."""
+
+    def __init__(self, backend: Backend, folder: EngineFolder, device: torch.device, execution: Execution) -> None:
+        super().__init__(backend, folder, device, execution)
+        self._on_gpu = device.type == "cuda"
+        self.cuda_graphs = self.places_weights = self._on_gpu
+        if self._on_gpu:
+            use_kernel_cache(folder.directory / KERNELS)
+            if folder.manifest.config.vae is not None:
+                choose_implementation(device, self.numerics("vae.decode_step").compute)  # refuses now, not at a frame
+        self._loader = WeightLoader(folder.store, device) if isinstance(folder.store, StoreReader) else None
+        self._loading: dict[str, Loading] = {}
+        self._rings: dict[str, Rings] = {}
+        self._streamed: dict[str, tuple[str, ...]] = {}  # stage → the stages of its family that share buffers
+        self._streams: dict[str, StageStream[TorchEngine]] = {}  # family → the shared buffers
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        return tuple(self._streamed)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """On a GPU; views of the mapped store need no loading."""
+        if not self._on_gpu or self._loader is None:
+            return
+        for name in names:
+            if name not in self._engines and name not in self._loading and name not in self._streamed:
+                self._loading[name] = self._loader.start(name, self._tensors(name))
+
+    def stream(self, names: Sequence[str]) -> None:
+        """Two device buffers a family; all other stages stay loaded."""
+        if set(names) == set(self._streamed):
+            return
+        for stage in {*names, *self._streamed}:
+            self.release(stage)
+        for family in list(self._streams):
+            self._streams.pop(family).close()
+        families: dict[str, list[str]] = {}
+        for name in names:
+            families.setdefault(self.folder.definition(name).family, []).append(name)
+        self._streamed = {name: tuple(family) for family in families.values() for name in family}
+
+    def release(self, prefix: str) -> None:
+        for name in [name for name in self._loading if name.startswith(prefix)]:
+            self._loading.pop(name).wait()
+        super().release(prefix)
+        for family in [family for family in self._streams if family.startswith(prefix)]:
+            self._streams.pop(family).close()
+        self._rings = {stage: rings for stage, rings in self._rings.items() if not stage.startswith(prefix)}
+
+    def vae_stream(self, stage: str) -> VAEStream:
+        """On a GPU the form with rings, made once: its weights are laid out for the kernels."""
+        if not self._on_gpu:
+            return super().vae_stream(stage)
+        if stage not in self._rings:
+            name = f"{stage}_step"
+            tensors, config = self._tensors(name), self.folder.manifest.config.vae
+            assert config is not None, "a folder with a VAE stage has a VAE"
+            weights = self._loaded(name) or self.folder.store.stage(name, tensors)
+            self._rings[stage] = VAE_HALVES[stage](weights, config, self.device, self.numerics(name).compute)
+        self._rings[stage].reset()
+        return self._rings[stage]
+
+    def close(self) -> None:
+        super().close()
+        if self._loader is not None:
+            self._loader.close()
+
+    def _engine(self, name: str) -> tuple[Engine, EngineSpec]:
+        if name not in self._streamed:
+            return super()._engine(name)
+        spec = EngineSpec.of(self.folder.definition(name), self.numerics(name))
+        return self._stream_of(name, spec.family).take(name), spec
+
+    def _call(
+        self, engine: Engine, spec: EngineSpec, inputs: Sequence[Tensor], out: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Row slices instead of chunk buffers: a module reads and writes any slice."""
+        assert isinstance(engine, TorchEngine)
+        return run_rows(engine, (spec.inputs, spec.outputs), inputs, self.max_rows, out)
+
+    def _load(self, name: str) -> TorchEngine:
+        definition = self.folder.definition(name)
+        return TorchEngine(definition, self.numerics(name), self.folder.store, self.device, self._loaded(name))
+
+    def _loaded(self, name: str) -> dict[str, Tensor] | None:
+        """The weights of a stage on the GPU; None where nothing is loaded in the background."""
+        self.prefetch([name])
+        return self._loading.pop(name).wait() if name in self._loading else None
+
+    def _stream_of(self, name: str, family: str) -> StageStream[TorchEngine]:
+        if family not in self._streams:
+            assert self._loader is not None, "weights are streamed from a store on disk"
+            definition = self.folder.definition(name)
+            make = partial(TorchEngine, definition, self.numerics(name), self.folder.store, self.device)
+            self._streams[family] = StageStream(self._loader, self._streamed[name], self._tensors(name), make)
+        return self._streams[family]
+
+    def _tensors(self, name: str) -> dict[str, TensorShape]:
+        """The weights of a stage, checked against the store."""
+        tensors = stage_tensors(self.folder.definition(name), self.numerics(name))
+        check_stored(name, tensors, self.folder.store)
+        return tensors
+
+
+class TorchBackend(Backend):
+    name = module = "torch"
+    packages = ("torch",)
+    install = "pip install torch"
+    compiles_kernels = True
+
+    def numerics(self, definition: StageDefinition, precision: Precision, device: str) -> Numerics:
+        """PyTorch has no fast fp16 on a CPU: fp32 there."""
+        numerics = definition.numerics(precision)
+        if device == "cpu" and numerics.compute == torch.float16:
+            return numerics.in_arithmetic(torch.float32)
+        return numerics
+
+    def limit_obstacle(self, device: str) -> str | None:
+        return None if device == "cuda" else super().limit_obstacle(device)
+
+    def open(self, folder: EngineFolder, device: torch.device, execution: Execution) -> TorchExecutor:
+        return TorchExecutor(self, folder, device, execution)
+
+
+BACKEND = TorchBackend()

@@ -1,0 +1,50 @@
+"""The VAE as a stream: one latent frame a call, with a causal past that does not grow with the length of the clip.
+
+The first call of a clip takes (gives) one pixel frame, every later one four. `StagedVAEStream` is the form over engine
+stages, whose caches travel from call to call; an executor may have a form of its own.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.backend import Executor
+
+
+class VAEStream(Protocol):
+    """A half of the VAE at some place in a clip."""
+
+    def reset(self) -> None:
+        """Forget the clip; the next call begins one."""
+
+    def step(self, x: Tensor) -> Tensor:
+        """Encoder: [3, 1 or 4, H, W] in -1..1, on any device → normalised latent [16, 1, h, w]; decoder: the way back,
+        unclamped. fp32 on the executor's device."""
+        ...
+
+    def close(self) -> None:
+        """Give back the memory of the causal past."""
+
+
+class StagedVAEStream:
+    """`step()` runs `<stage>_first` once after `reset()`, then `<stage>_step` with the caches of the call before."""
+
+    def __init__(self, executor: "Executor", stage: str) -> None:
+        self.executor, self.stage = executor, stage
+        self.caches: tuple[Tensor, ...] | None = None
+
+    def reset(self) -> None:
+        self.caches = None
+
+    def step(self, x: Tensor) -> Tensor:
+        name = f"{self.stage}_{'first' if self.caches is None else 'step'}"
+        dtype = self.executor.numerics(name).compute if "encode" in name else torch.float32
+        x = x.to(self.executor.device)[None].to(dtype)
+        result, *caches = self.executor.run(name, x, *(self.caches or ()))
+        self.caches = tuple(caches)
+        return result[0].float()
+
+    def close(self) -> None:
+        self.caches = None

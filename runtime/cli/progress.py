@@ -1,0 +1,104 @@
+"""What the commands show on stderr while they work: a bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from scail2_rt.runtime.core.progress import Listener, Progress
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.observer import BuildStep
+
+LINE_INTERVAL_S = 10.0
+
+
+class ProgressLines:
+    """Plain lines on stderr for logs: each segment's start, and a step every `LINE_INTERVAL_S` seconds."""
+
+    def __init__(self) -> None:
+        self._printed = 0.0
+        self._last: tuple[int, int] = (0, 0)
+
+    def __call__(self, event: Progress) -> None:
+        now, here = time.perf_counter(), (event.segment, event.step)
+        new_segment = event.segment > self._last[0]
+        last_step = event.step == event.steps and event.segment == event.segments
+        due = now - self._printed >= LINE_INTERVAL_S or last_step
+        if not event.segment or here == self._last or not (new_segment or due):
+            return
+        self._printed, self._last = now, here
+        left = "" if event.seconds_left is None else f", about {event.seconds_left:.0f} s left"
+        print(f"{event.position}{left}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Listener]:
+    """A bar on the terminal (stderr): segment, step, phase, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    times = (TimeElapsedColumn(), TextColumn("left {task.fields[left]}"))
+    with Bar(*columns, *times, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None, left="-:--:--")
+
+        def show(event: Progress) -> None:
+            text = ", ".join(part for part in (event.position, event.phase) if part)
+            left = "-:--:--" if event.seconds_left is None else _clock(event.seconds_left)
+            total = 1.0 if event.segments else None
+            bar.update(task, description=text, completed=event.fraction, total=total, left=left)
+
+        yield show
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+@contextmanager
+def open_progress() -> Iterator[Listener]:
+    """The bar when stderr is a terminal, else plain lines."""
+    if sys.stderr.isatty():
+        with progress_bar() as show:
+            yield show
+    else:
+        yield ProgressLines()
+
+
+class BuildLines:
+    """What `build-engines` and the like show on stderr: a line for each finished step, with its size, its time and what
+    is left; for a long one (a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
+
+    def __init__(self) -> None:
+        self.printed = 0.0
+        self.base: tuple[float, int] | None = None  # when the current step was heard of first, and how far it was
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def started(self, step: "BuildStep") -> None:
+        self.printed, self.base = time.monotonic(), None
+
+    def advanced(self, step: "BuildStep", done_bytes: int) -> None:
+        now = time.monotonic()
+        since, before = self.base = self.base or (now, done_bytes)
+        if now - self.printed < LINE_INTERVAL_S:
+            return
+        self.printed = now
+        left = ""
+        if done_bytes > before:
+            seconds = (now - since) / (done_bytes - before) * (step.size_bytes - done_bytes)
+            left = f", about {seconds:.0f} s left"
+        done, size = done_bytes / 2**30, step.size_bytes / 2**30
+        print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB{left}", file=sys.stderr, flush=True)
+
+    def done(self, step: "BuildStep") -> None:
+        if step.phase == "seal":
+            return  # hashing what was written: quick, and nothing to learn from
+        left = "" if step.remaining_s is None or step.remaining_s < 1 else f", about {step.remaining_s:.0f} s left"
+        size = f"{step.size_bytes / 2**20:.1f} MiB, {step.seconds:.1f} s"
+        print(f"{step.phase} {step.index}/{step.total} {step.name}: {size}{left}", file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""`scail2-rt generate` behind the command line: one case through a session (many: `jobs.batch`).
+
+Everything is checked before anything is loaded: each case first, then the engine folder. A case that cannot work ends
+the command. However a run ends, its report is written beside the video, and what was finished is named.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.case_folder import FILES, flags
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.progress import Listener
+from scail2_rt.runtime.core.request import Output, Request
+from scail2_rt.runtime.jobs.options import GenerateOptions
+from scail2_rt.runtime.session.check import check_output, check_request, check_room
+
+if TYPE_CHECKING:
+    from scail2_rt.runtime.session.session import Session
+    from scail2_rt.runtime.session.write import Result
+
+MANY_STEPS = 10  # from here on steps and guidance are those of a model that was not distilled
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One piece of work: a request and its output, or why there is none."""
+
+    name: str
+    request: Request | None
+    output: Output | None
+    error: Scail2Error | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a command: the JSON object, the text for people, and how many of its cases failed."""
+
+    document: Mapping[str, Any]
+    text: str
+    failed: int = 0
+
+
+def single_job(options: GenerateOptions) -> Job:
+    """The job of `--case DIR`, or of the four files."""
+    instead = f"give --case DIR, --batch FILE, or all of {flags(FILES)}"
+    files = options.inputs.files(instead)
+    output, prompt = options.output_to(options.output), options.read_prompt()
+    if options.case is not None:
+        return Job(str(options.case), options.folder_request(options.case, prompt=prompt), output)
+    if files is None:
+        raise InputError(f"There is nothing to animate: {instead}.")
+    return Job(str(files.driving), options.request(*files, prompt=prompt), output)
+
+
+def check_job(job: Job) -> Plan:
+    """The plan of a job, without engines; InputError when it cannot work."""
+    if job.request is None or job.output is None:
+        raise job.error or InputError(f"{job.name} holds no request.")
+    check_output(job.output, job.request)
+    plan = check_request(job.request)
+    check_room(job.output, plan)
+    return plan
+
+
+@contextmanager
+def open_session(options: GenerateOptions) -> "Iterator[Session]":
+    """The engines that the options name; SIGTERM ends a run as Ctrl-C does."""
+    from scail2_rt.engines.engine_set import Execution
+    from scail2_rt.runtime.session.session import Session
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    execution = Execution(options.max_rows, options.attention, not options.no_graphs, options.vram_limit)
+    with Session.open(options.engines, backend=options.backend, execution=execution) as session:
+        yield session
+
+
+def fit_plan(plan: Plan, session: "Session", options: GenerateOptions) -> Plan:
+    """The plan with what depends on the engines and on the preset."""
+    fitting = session.fit(plan)
+    if options.preset == "fast" and not session.engines.manifest.loras and plan.request.steps < MANY_STEPS:
+        sentence = (
+            "--preset fast needs engines with a step-distilled LoRA, and these have none: expect a blurred video; "
+            "build with --lora FILE, or use --preset quality."
+        )
+        fitting = replace(fitting, warnings=(*fitting.warnings, sentence))
+    return fitting
+
+
+def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
+    """One case, or its estimate."""
+    job = single_job(options)
+    plan = check_job(job)
+    with open_session(options) as session:
+        return run_plan(fit_plan(plan, session, options), job, session, options, listener)
+
+
+def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions, listener: Listener) -> Outcome:
+    """A checked job on open engines: its estimate with `--dry-run`, else its video."""
+    if options.dry_run:
+        from scail2_rt.runtime.session.estimate import as_text, described
+
+        assert plan.estimate is not None
+        return Outcome(described(plan, plan.estimate), as_text(plan, plan.estimate))
+    assert job.output is not None
+    result = generate(plan, job.output, session, listener)
+    return Outcome({**result.report, "report": result.report_path and str(result.report_path)}, summary(result))
+
+
+def generate(plan: Plan, output: Output, session: "Session", listener: Listener) -> "Result":
+    """Write the video, and say on stderr what a person wants to know on the way."""
+    from scail2_rt.runtime.media.unfinished import resumable
+    from scail2_rt.runtime.session.estimate import counted
+    from scail2_rt.runtime.session.write import what_is_left
+
+    print(f"engines: {session.choice}", file=sys.stderr)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if plan.fit is not None:
+        print(plan.fit.text, file=sys.stderr)
+    if plan.estimate is not None and plan.estimate.placement:
+        print(f"memory: {plan.estimate.placement}", file=sys.stderr)
+    if output.resume and not output.path.exists():
+        parts = resumable(output.path)
+        done = f"resuming after {parts} of {counted(len(plan.segments), 'segment')}"
+        print(done if parts else "no interrupted run is there to resume: this one begins", file=sys.stderr)
+    began = False
+
+    def heard(event: Any) -> None:
+        nonlocal began
+        began = True
+        listener(event)
+
+    try:
+        result = session.generate(plan, output, heard)
+    except BaseException:
+        if began:
+            print(f"stopped: {what_is_left(output.path)}", file=sys.stderr)
+        raise
+    finally:
+        for warning in session.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if result.resumed is None:
+        print(f"{output.path} is complete: nothing to resume", file=sys.stderr)
+    return result
+
+
+def summary(result: "Result") -> str:
+    """One complete run for people: the file, what it is, how long it took and what for."""
+    from scail2_rt.runtime.session.estimate import counted
+
+    document, segments = result.report, len(result.report["segments"])
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.timings.items() if seconds >= 0.05)
+    rate = f"{float(Fraction(document['frame_rate'])):.6g}"
+    resumed = f" ({counted(result.resumed, 'segment')} from an interrupted run)" if result.resumed else ""
+    return (
+        f"{result.path}: {counted(result.frames, 'frame')} of {document['height']}x{document['width']} at {rate} fps, "
+        f"{counted(segments, 'segment')}{resumed} in {sum(result.timings.values()):.1f} s ({phases})"
+        + (f"\nreport: {result.report_path}" if result.report_path else "")
+    )

@@ -1,0 +1,80 @@
+"""What a session keeps from segment to segment and from request to request.
+
+By token layout: the transformer with its rotary table, its token buffers and, on a GPU, its recorded step. By schedule:
+the time embeddings. Besides, the buffers of the cross-attention keys and values, for one or two passes.
+A clip of equal segments therefore records one graph and loads `dit.time` once, and a second request of the same layout
+records none.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.runtime.core.geometry import Layout
+from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
+from scail2_rt.runtime.pipeline.transformer import BlockKV, Schedule, Transformer, context_kv
+
+LAYOUTS = 3  # token buffers of 48,832 tokens of the 14B take 0.2 GiB; recorded steps share their memory
+SCHEDULES = 8
+
+
+class Constants:
+    """The constants of one set of engines. `graphs_recorded` and `schedules_made` count what was not found here."""
+
+    def __init__(self, engines: EngineSet) -> None:
+        self.engines = engines
+        self.schedules_made = 0
+        self._graphs_recorded = 0
+        self._pool = GraphPool()
+        self._transformers: OrderedDict[Layout, Transformer] = OrderedDict()
+        self._schedules: OrderedDict[tuple[float, ...], Schedule] = OrderedDict()
+        self._contexts: list[BlockKV] | None = None
+
+    @property
+    def graphs_recorded(self) -> int:
+        return self._graphs_recorded + self._pool.recorded
+
+    def contexts(self, texts: Sequence[Tensor], clip: Tensor) -> list[BlockKV]:
+        """Cross-attention keys and values for these texts [n, text_dim] and this image [257, clip_dim]; they are valid
+        until the next call."""
+        if self._contexts is not None and len(self._contexts) != len(texts):
+            self.drop_transformers()  # their steps read the old buffers
+            self._contexts = None
+        self._contexts = context_kv(self.engines, texts, clip, self._contexts)
+        return self._contexts
+
+    def transformer(self, layout: Layout, contexts: list[BlockKV]) -> Transformer:
+        """The transformer of a layout over the contexts that `contexts` gave."""
+        found = self._transformers.pop(layout, None)
+        if found is None or found.contexts is not contexts:
+            found = Transformer(self.engines, layout, contexts, self._pool)
+        self._transformers[layout] = found
+        while len(self._transformers) > LAYOUTS:
+            self._transformers.popitem(last=False)
+        return found
+
+    def schedule(self, timesteps: Sequence[float]) -> Schedule:
+        """The time embeddings of these timesteps."""
+        key = tuple(float(t) for t in timesteps)
+        if key in self._schedules:
+            self._schedules.move_to_end(key)
+            return self._schedules[key]
+        self.schedules_made += 1
+        self._schedules[key] = Schedule.of(self.engines, timesteps)
+        while len(self._schedules) > SCHEDULES:
+            self._schedules.popitem(last=False)
+        return self._schedules[key]
+
+    def drop_transformers(self) -> None:
+        """Give back the memory of token buffers and recorded steps."""
+        self._transformers.clear()
+        self._graphs_recorded += self._pool.recorded
+        self._pool = GraphPool()
+
+    def drop(self) -> None:
+        """Give back everything."""
+        self.drop_transformers()
+        self._schedules.clear()
+        self._contexts = None

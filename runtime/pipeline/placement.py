@@ -1,0 +1,54 @@
+"""How the weights of a run lie in GPU memory: a decision of `session.memory`, carried out by the pipeline."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+BLOCK_STAGES = ("qkv", "mid", "ffn")
+Kind = Literal["resident", "phased", "streamed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """kind             resident: the transformer stays loaded while the VAE decodes; phased: it is dropped before;
+                        streamed: of the transformer's blocks only the first stay, the others pass through two buffers
+                        per stage family, read from the engine folder while the block before them runs
+    resident_blocks     how many blocks keep their weights while denoising, of `blocks`
+    keeps_graphs        recorded steps stay from segment to segment; else their memory goes to the VAE
+    needed, budget      bytes of PyTorch's allocator: what the run takes at once, and what it may take"""
+
+    kind: Kind
+    resident_blocks: int
+    blocks: int
+    keeps_graphs: bool
+    needed: int
+    budget: int
+
+    @property
+    def line(self) -> str:
+        """One printable line."""
+        what = {
+            "resident": "all blocks stay in GPU memory",
+            "phased": "all blocks in GPU memory while denoising, dropped for decoding",
+            "streamed": f"{self.resident_blocks} of {self.blocks} blocks in GPU memory, the others streamed from the "
+            "engine folder, all dropped for decoding",
+        }[self.kind]
+        return f"{self.kind}: {what}; {self.needed / 2**30:.1f} of {self.budget / 2**30:.1f} GiB planned"
+
+    @property
+    def drops_blocks(self) -> bool:
+        """Do the blocks leave memory before the VAE decodes?"""
+        return self.kind != "resident"
+
+    @property
+    def resident(self) -> list[str]:
+        """The block stages that stay loaded while denoising, in the order in which they are first run."""
+        return _stages(range(self.resident_blocks))
+
+    @property
+    def streamed(self) -> list[str]:
+        """The block stages that are streamed, in that order."""
+        return _stages(range(self.resident_blocks, self.blocks))
+
+
+def _stages(blocks: range) -> list[str]:
+    return [f"dit.blocks.{i}.{name}" for i in blocks for name in BLOCK_STAGES]

@@ -1,0 +1,206 @@
+"""Every check that needs no weights: a request becomes a plan, or one sentence says why not.
+
+`check_request` reads the media (not the engines) from cheap to dear; the driving video and its mask are decoded once
+each. `check_output` is about the file that is to be written. Nothing is written, except that a clip whose frames can be
+read once only is kept in a temporary file.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.findings import Finding, ReferenceFit
+from scail2_rt.runtime.core.geometry import Layout, check_size, oriented, plan_segments
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.request import DEFAULT_SIZE, Output, Request
+from scail2_rt.runtime.media.unfinished import part_ends, partial_path, resumable, sidecar_path
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from scail2_rt.runtime.masks.lint import MaskReport
+
+OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
+
+
+def check_request(request: Request) -> Plan:
+    """The plan of a request. Raises InputError with one sentence for the first thing that is wrong."""
+    from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
+    from scail2_rt.runtime.media.clips import probe
+
+    _check_files(request)
+    images, masks, findings = _load_references(request)
+    request = _prepared(request)
+    driving, mask_video = probe(request.driving), probe(request.mask_video)
+    findings += video_pair(driving, mask_video)
+    refuse(findings, request.allow_mask_problems)
+    frames = _trimmed(request, min(driving.frames, mask_video.frames))
+    height, width = request.size or oriented(DEFAULT_SIZE, *images[0].shape[:2])
+    check_size(height, width)
+    segments = plan_segments(frames, request.segment_length, request.segment_overlap)
+    report = check_masks(
+        masks,
+        request.mask_video,
+        request.mode,
+        names=[mask for _, mask in _names(request)],
+        start=request.start,
+        frames=frames,
+        size=(height, width),
+    )
+    findings += report.findings
+    refuse(report.findings, request.allow_mask_problems)
+    fit = _fit(images[0], masks[0], report, height, width) if request.fit_reference else None
+    if fit:  # the difference that the mask check warns of is mended
+        findings = [finding for finding in findings if finding.rule != "framing"]
+    largest = max(segment.padded_frames for segment in segments)
+    times = driving.timestamps and driving.timestamps[request.start : request.start + frames]
+    return Plan(
+        request=request,
+        height=height,
+        width=width,
+        frame_rate=driving.frame_rate,
+        frames=frames,
+        segments=segments,
+        mode=report.mode,
+        layout=Layout.of(largest, height, width, len(request.extra_refs), report.mode == "replace"),
+        warnings=(*driving.warnings, *mask_video.warnings, *warnings_of(findings)),
+        timestamps=times,
+        audio=driving.audio,
+        masks=tuple(findings),
+        framing=report.framing,
+        fit=fit,
+    )
+
+
+def _check_files(request: Request) -> None:
+    for label, path in request.inputs.items():
+        if not isinstance(path, Path):
+            continue
+        if not path.exists():
+            raise InputError(f"The {label} {path} does not exist.")
+        if not path.is_file():
+            raise InputError(f"The {label} {path} is not a file.")
+        if path.stat().st_size == 0:
+            raise InputError(f"The {label} {path} is empty (0 bytes): copy it again.")
+
+
+def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"], list[Finding]]:
+    """Images and masks uint8 [H, W, 3], and what is wrong with their shapes."""
+    from scail2_rt.runtime.masks.lint import image_pair
+    from scail2_rt.runtime.media.images import load_image, load_mask_image
+
+    images, masks, findings = [], [], []
+    for (image_source, mask_source), (image_name, mask_name) in zip(request.references, _names(request), strict=True):
+        image, mask = load_image(image_source), load_mask_image(mask_source)
+        findings += image_pair(image_name, image.shape[:2], mask_name, mask.shape[:2])
+        images.append(image)
+        masks.append(mask)
+    return images, masks, findings
+
+
+def _names(request: Request) -> list[tuple[str, str]]:
+    """What messages call each reference image and its mask."""
+    named = request.names
+    extra = range(1, len(request.extra_refs) + 1)
+    labels = [("reference image", "reference mask")]
+    labels += [(f"extra reference {number}", f"mask of extra reference {number}") for number in extra]
+    return [(named[image], named[mask]) for image, mask in labels]
+
+
+def _prepared(request: Request) -> Request:
+    """Prompts cleaned; clips that can be read again and again."""
+    from scail2_rt.runtime.media.clips import rereadable
+    from scail2_rt.runtime.pipeline.text import clean_prompt
+
+    return replace(
+        request,
+        driving=rereadable(request.driving, "driving video"),
+        mask_video=rereadable(request.mask_video, "driving mask video"),
+        prompt=clean_prompt(request.prompt),
+        negative_prompt=clean_prompt(request.negative_prompt),
+    )
+
+
+def _fit(image: "np.ndarray", mask: "np.ndarray", report: "MaskReport", height: int, width: int) -> ReferenceFit:
+    """How `--fit-reference` scales the reference."""
+    from scail2_rt.runtime.masks.framing import fit_reference
+
+    if report.mode != "replace":
+        raise InputError(
+            "--fit-reference is for replace mode: in animate mode the character keeps its place in the reference image."
+        )
+    return fit_reference(image, mask, report.framing.driving, height, width)
+
+
+def _trimmed(request: Request, total: int) -> int:
+    """Frames of the output."""
+    if request.start >= total:
+        raise InputError(
+            f"--start {request.start} is beyond the end of the driving video, whose frames are 0 to {total - 1}."
+        )
+    left = total - request.start
+    if request.frames is not None and request.frames > left:
+        raise InputError(
+            f"--frames {request.frames} is more than the {left} frames that the driving video has from frame "
+            f"{request.start} on: leave --frames out to go to the end."
+        )
+    return request.frames or left
+
+
+def check_output(output: Output, request: Request) -> None:
+    """What can be said about the output before the request's media are read. InputError for a place that cannot be
+    written, and for files there that would be lost: an input, another result, an interrupted run's segments, a file
+    that is no report of this program."""
+    from scail2_rt.runtime.media.video_writer import check_codec, check_writable
+    from scail2_rt.runtime.session.report import is_report, report_path
+
+    beside = report_path(output.path)
+    if beside.exists() and not is_report(beside):
+        raise InputError(
+            f"The report would replace {beside}, which is no report of scail2-rt: choose another name with -o."
+        )
+    _check_unfinished(output)
+    for label, path in request.inputs.items():
+        if isinstance(path, Path) and path.resolve() == output.path.resolve():
+            raise InputError(f"The output {output.path} is the {label}: choose another name with -o.")
+    check_codec(output.codec, output.crf)
+    if output.codec in ("av1", "vp9") and output.path.suffix.lower() == ".mov":
+        raise InputError(f"A .mov file cannot hold {output.codec} video: name the output .mp4, or use --codec hevc.")
+    check_writable(output.path)
+    if output.path.exists() and not (output.overwrite or output.resume):
+        raise InputError(
+            f"The output {output.path} exists: choose another name with -o, or replace it with --overwrite."
+        )
+
+
+def check_room(output: Output, plan: Plan) -> None:
+    """InputError when the disk has too little room for the video.
+
+    H.264 at crf 18 takes about a tenth of a byte per pixel, without loss about one and a half; both files are there for
+    a moment when the audio is added. Two saved states hold the overlap in fp32, decoded and as seen."""
+    from scail2_rt.runtime.media.video_writer import check_writable
+
+    pixels = plan.height * plan.width
+    states = 2 * 2 * 12 * plan.request.segment_overlap * pixels
+    video = int(plan.frames * pixels * (3 if output.crf == 0 else 0.3))
+    check_writable(output.path, video + states + OUTPUT_MARGIN)
+
+
+def _check_unfinished(output: Output) -> None:
+    """Hours of work in an interrupted run's files are not thrown away unasked."""
+    partial_video = partial_path(output.path)
+    if output.overwrite or not partial_video.is_file():
+        return
+    parts = resumable(output.path)
+    if parts and not output.resume:
+        raise InputError(
+            f"{partial_video} holds {parts} finished segment(s) of an interrupted run: go on with --resume, or start "
+            "again with --overwrite."
+        )
+    if output.resume and not parts and (lost := len(part_ends(partial_video))) and not output.path.exists():
+        raise InputError(
+            f"{partial_video} holds {lost} finished segment(s), but the state to go on from, "
+            f"{sidecar_path(output.path, lost).name}, is not beside it: move the video away, or start again with "
+            "--overwrite."
+        )

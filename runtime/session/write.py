@@ -1,0 +1,192 @@
+"""A generation written to a file: the video as it is made, the state to go on from, and the report beside it.
+
+Whatever ends a run, what was finished is kept and the report says how it ended. With `resume`, a complete result stays,
+an interrupted one is continued, and what was not begun begins.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.progress import RunProgress
+from scail2_rt.runtime.core.request import Output
+from scail2_rt.runtime.core.warnings import collecting
+from scail2_rt.runtime.media.unfinished import clear_sidecars, partial_path, resumable
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+from scail2_rt.runtime.pipeline.history import Carry
+from scail2_rt.runtime.pipeline.placement import Placement
+from scail2_rt.runtime.session import report
+from scail2_rt.runtime.session.check import check_output, check_room
+from scail2_rt.runtime.session.resume import Saved, Sidecar, first_difference, identity, noise_generator
+
+if TYPE_CHECKING:
+    from scail2_rt.runtime.session.session import Session
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """A video that was written.
+
+    path       the video; frames: how many it has
+    timings    seconds by phase
+    warnings   the plan's, and those that came up
+    report     the JSON document, as it is in `report_path` (None: it could not be written)
+    resumed    segments that an interrupted run had finished; None when the result was there already"""
+
+    path: Path
+    frames: int
+    timings: Mapping[str, float]
+    warnings: tuple[str, ...]
+    report: Mapping[str, Any]
+    report_path: Path | None
+    resumed: int | None = 0
+
+
+def write_video(session: "Session", plan: Plan, output: Output, progress: RunProgress) -> Result:
+    """`Session.generate`."""
+    check_output(output, plan.request)
+    check_room(output, plan)
+    about = {
+        **report.describe_plan(plan, output),
+        "prompt_cache": _cache_hits(session, plan),
+        "engines": report.describe_engines(session.engines),
+        "device": report.describe_device(session.engines),
+        "versions": report.versions(),
+    }
+    sidecar = Sidecar(output.path, identity(about))
+    saved = sidecar.load() if output.resume else None
+    if output.resume and output.path.exists() and not output.overwrite:
+        return _complete_already(output.path, about, unfinished=saved is not None)
+    placement = session.place(plan)
+    about |= {"resumed_after_segments": saved.carry.finished if saved else 0}
+    about |= {"placement": None if placement is None else placement.line}
+    run = _Run(session, plan, output, about, progress)
+    run.begin(fresh=saved is None)
+    try:
+        with collecting(session.warnings):
+            _write(session, run, sidecar, saved, placement)
+    except BaseException as error:
+        run.failed(error)
+        raise
+    if saved is None:
+        session.rates.remember(plan, progress.timings)
+    result = run.complete(saved.carry.finished if saved else 0)
+    sidecar.clear()
+    progress.end()
+    return result
+
+
+def _write(session: "Session", run: "_Run", sidecar: Sidecar, saved: Saved | None, placement: Placement | None) -> None:
+    plan = run.plan
+    noise = noise_generator(plan.request.noise_device, plan.request.seed, saved)
+    carry, written = (saved.carry, saved.frames) if saved else (Carry(), 0)
+    made = session.frames(plan, run.progress, noise, carry, placement)
+    with run.writer(after=written) as writer:
+        for frames in made:
+            writer.write(frames.pixels.numpy())
+            written += len(frames.pixels)
+            if frames.carry is not None:
+                now = Saved(written, frames.carry.to("cpu"), noise.get_state())
+                writer.segment_done(save=partial(sidecar.write, saved=now))
+        with run.progress.phase("finish"):
+            writer.finish()
+
+
+class _Run:
+    """One run's report while it is being made."""
+
+    def __init__(
+        self, session: "Session", plan: Plan, output: Output, about: dict[str, Any], progress: RunProgress
+    ) -> None:
+        self.plan, self.output, self.about, self.progress = plan, output, about, progress
+        self._warnings = session.warnings
+
+    def begin(self, fresh: bool) -> None:
+        """The folder is made; a fresh run removes what an earlier one has left."""
+        self.output.path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            partial_path(self.output.path).unlink(missing_ok=True)
+            clear_sidecars(self.output.path)
+
+    def writer(self, after: int) -> VideoWriter:
+        plan, output = self.plan, self.output
+        audio = plan.request.driving if plan.audio and isinstance(plan.request.driving, Path) else None
+        picture = VideoFormat(plan.width, plan.height, plan.frame_rate, output.codec, output.crf)
+        return VideoWriter(output.path, picture, audio, plan.start_s, plan.timestamps, after=after)
+
+    def complete(self, resumed: int) -> Result:
+        document, beside = self._write_report("complete", self.output.path)
+        return Result(
+            path=self.output.path,
+            frames=self.plan.frames,
+            timings=dict(self.progress.timings),
+            warnings=tuple(document["warnings"]),
+            report=document,
+            report_path=beside,
+            resumed=resumed,
+        )
+
+    def failed(self, error: BaseException) -> None:
+        unfinished = partial_path(self.output.path)
+        name = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        self._write_report("partial" if unfinished.is_file() else "failed", unfinished, name)
+
+    def _write_report(self, status: str, video: Path, error: str | None = None) -> tuple[dict[str, Any], Path | None]:
+        beside: Path | None = report.report_path(self.output.path)
+        warnings = (*self.plan.warnings, *self._warnings)
+        end = report.describe_end(status, video, self.progress.timings, warnings, error)
+        try:
+            report.write_report(report.report_path(self.output.path), {**self.about, **end})
+        except OSError as fault:  # the disk is full, say: what became of the video matters more
+            self._warnings.append(f"The report {beside} could not be written ({fault}).")
+            end["warnings"], beside = [*self.plan.warnings, *self._warnings], None
+        return {**self.about, **end}, beside
+
+
+def what_is_left(output: Path) -> str:
+    """What an interrupted run has left, and how to go on, in one sentence."""
+    kept = partial_path(output)
+    what = f"the finished segments are in {kept}" if kept.is_file() else "no segment was finished, so no video is kept"
+    return what + ("; the same command with --resume goes on after them" if resumable(output) else "")
+
+
+def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) -> Result:
+    """The result that `resume` finds complete; InputError when it is another request's, or one that the interrupted run
+    was to replace."""
+    if unfinished:
+        raise InputError(
+            f"The output {output} exists, and the interrupted run was to replace it: give --overwrite with --resume."
+        )
+    beside = report.report_path(output)
+    before = json.loads(beside.read_text(encoding="utf-8")) if report.is_report(beside) else {}
+    if before.get("status") != "complete" or before.get("output_sha256") != report.file_hash(output):
+        raise InputError(
+            f"The output {output} exists and is not a complete result of this command: choose another name with -o, or "
+            "replace it with --overwrite."
+        )
+    if difference := first_difference(identity(before), identity(about)):
+        raise InputError(
+            f"The output {output} is complete, but of another request: {difference}. Choose another name with -o, or "
+            "replace it with --overwrite."
+        )
+    return Result(
+        path=output,
+        frames=before["frames"],
+        timings=before["timings_s"],
+        warnings=tuple(before["warnings"]),
+        report=before,
+        report_path=beside,
+        resumed=None,
+    )
+
+
+def _cache_hits(session: "Session", plan: Plan) -> dict[str, int]:
+    request = plan.request
+    prompts = (request.prompt, request.negative_prompt)[: request.passes]
+    hits = sum(session.prompts.path(prompt).is_file() for prompt in prompts)
+    return {"hits": hits, "misses": len(prompts) - hits}

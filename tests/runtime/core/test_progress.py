@@ -1,0 +1,74 @@
+"""What a run tells: phases, positions, fractions, cancelling."""
+
+import threading
+import time
+
+import pytest
+
+from scail2_rt.runtime.core.progress import Cancelled, Progress, RunProgress
+
+
+def test_phases_add_up_whatever_happens_in_them() -> None:
+    progress = RunProgress()
+    for _ in range(2):
+        with progress.phase("decode"):
+            pass
+    first = progress.timings["decode"]
+    with pytest.raises(ValueError), progress.phase("decode"):
+        raise ValueError
+    assert progress.timings["decode"] > first > 0
+
+
+def test_events_say_where_a_run_is() -> None:
+    events: list[Progress] = []
+    progress = RunProgress(events.append)
+    with progress.phase("text"):
+        pass
+    progress.begin(3, 4)
+    progress.segment(1)
+    with progress.phase("denoise"):
+        progress.step(1)
+    progress.end()
+    first, start, phase, step, end = events
+    assert (first.phase, first.position, first.fraction, first.seconds_left) == ("text", "", 0, None)
+    assert (start.position, start.fraction) == ("segment 2/3, step 0/4", 5 / 15)  # a segment: its steps and one more
+    assert phase.phase == step.phase == "denoise"
+    assert (step.position, step.fraction) == ("segment 2/3, step 2/4", 7 / 15)
+    assert step.seconds_left is not None
+    assert (end.fraction, end.seconds_left) == (1, 0)
+    assert "47 %  segment 2/3, step 2/4, denoise, about" in str(step)
+
+
+def test_what_is_left_follows_from_the_work_of_this_run() -> None:
+    events: list[Progress] = []
+    progress = RunProgress(events.append)
+    progress.begin(2, 3, before=1, rest=0)
+    time.sleep(0.01)
+    progress.segment(1)
+    assert events[-1].seconds_left is None  # nothing of this run is done: the first segment was there
+    progress.step(1)
+    left = events[-1].seconds_left
+    assert left is not None
+    assert left > 0  # two of three steps took at least 0.01 s, so one takes half as long
+
+
+def test_a_cancelled_run_ends_at_the_next_event() -> None:
+    cancel = threading.Event()
+    progress = RunProgress(cancel=cancel)
+    progress.begin(1, 5)
+    progress.segment(0)
+    progress.step(0)
+    cancel.set()
+    with pytest.raises(Cancelled), progress.phase("decode"):
+        pass
+    with pytest.raises(Cancelled):
+        progress.step(1)
+    progress.end()  # what is finished is not cancelled
+
+
+def test_what_a_listener_raises_reaches_the_caller() -> None:
+    def stop(event: Progress) -> None:
+        raise LookupError(event.phase)
+
+    with pytest.raises(LookupError, match="text"), RunProgress(stop).phase("text"):
+        pass
