@@ -5,6 +5,7 @@ another, with a tone that follows the motion), builds engines and generates. The
 how close the video came, and shows it beside the truth on a contact sheet. Engines are reused the next time.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     ]
     request = make_request(folder, SEED, Variant("demo"))
     with Session.open(engines, backend=backend) as session, open_progress() as listener:
+        print(f"engines: {session.choice}", file=sys.stderr)
         result = generate(session.check(request), Output(output / "demo.mp4", overwrite=True), session, listener)
     video = probe_video(output / "demo.mp4")
     with VideoReader(output / "demo.mp4") as reader:

@@ -15,7 +15,7 @@ from scail2_rt.runtime.core.case_folder import FILES, flags, read_batch
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.jobs.options import GenerateOptions
-from scail2_rt.runtime.jobs.run import Job, Outcome, check_job, fit_plan, open_session, run_plan
+from scail2_rt.runtime.jobs.run import Job, Outcome, check_job, fit_plan, open_session, run_plan, say_engines
 
 T = TypeVar("T")
 
@@ -61,6 +61,8 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
     checked = [(job, attempt(job, partial(check_job, job))) for job in jobs]
     plans = [(job, plan) for job, plan in checked if plan is not None]
     with open_session(options) if plans else nullcontext() as session:
+        if session is not None:
+            say_engines(session, options)
         for number, (job, plan) in enumerate(plans, 1):
             print(f"case {number}/{len(plans)}: {job.name}", file=sys.stderr)
 

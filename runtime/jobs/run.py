@@ -99,7 +99,15 @@ def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
     job = single_job(options)
     plan = check_job(job)
     with open_session(options) as session:
-        return run_plan(fit_plan(plan, session, options), job, session, options, listener)
+        fitting = fit_plan(plan, session, options)
+        say_engines(session, options)
+        return run_plan(fitting, job, session, options, listener)
+
+
+def say_engines(session: "Session", options: GenerateOptions) -> None:
+    """What runs, where and why, on stderr; a dry run runs nothing."""
+    if not options.dry_run:
+        print(f"engines: {session.choice}", file=sys.stderr)
 
 
 def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions, listener: Listener) -> Outcome:
@@ -120,7 +128,6 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
     from scail2_rt.runtime.session.estimate import counted
     from scail2_rt.runtime.session.write import what_is_left
 
-    print(f"engines: {session.choice}", file=sys.stderr)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if plan.fit is not None:

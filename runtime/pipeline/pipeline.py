@@ -4,7 +4,8 @@
 encoded conditions and finished frames, which the parity tests drive with recorded inputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,7 +93,7 @@ class Frames:
 
 def animate_plan(
     plan: Plan, machine: Machine, noise: torch.Generator, carry: Carry | None = None, cache: PromptCache | None = None
-) -> Iterator[Frames]:
+) -> Generator[Frames, None, None]:
     """The plan's frames from the segment after `carry` on, made as they are asked for."""
     carry = carry or Carry()
     conditions = encode_conditions(plan, machine.engines, machine.progress, cache)
@@ -114,7 +115,7 @@ def animate(
     sampling: Sampling,
     draw_noise: DrawNoise,
     carry: Carry | None = None,
-) -> Iterator[Frames]:
+) -> Generator[Frames, None, None]:
     """Frames of the driving clips in order, every driving frame once.
 
     `carry`: what the segment before the first clip left, when that is not the video's first."""
@@ -142,9 +143,10 @@ def animate(
             del transformer
         observe("final_latent", latent)
         make_room_for_decoding(machine)
-        for part in decode_segment(machine, clip, latent, sampling, carry):
-            yield part
-            carry = part.carry or carry
+        with closing(decode_segment(machine, clip, latent, sampling, carry)) as parts:
+            for part in parts:
+                yield part
+                carry = part.carry or carry
     if sampling.blend and carry.history is not None:  # held back for a segment that does not come
         yield Frames(quantise_frames(carry.history[:, -sampling.blend :]).cpu(), Carry(carry.finished))
 
@@ -207,7 +209,7 @@ def make_room_for_decoding(machine: Machine) -> None:
 
 def decode_segment(
     machine: Machine, clip: DrivingClip, latent: Tensor, sampling: Sampling, carry: Carry
-) -> Iterator[Frames]:
+) -> Generator[Frames, None, None]:
     """The frames that a segment adds, in order: colours anchored, the overlap faded in where the segment before has
     left its own version of it, as many held back at the end for the next one's fade."""
     segment, before = clip.segment, carry.history
@@ -220,17 +222,18 @@ def decode_segment(
         shaded = pixels if anchor is None else anchor.shade(start, pixels)
         return cross_fade(shaded, start, before, segment.overlap, blend)
 
-    for group in decoded_groups(machine, latent, finish):
-        observe("pixels", group.pixels)
-        shown = group.shown[:, : max(segment.valid_frames - group.start, 0)]
-        history = shown if history is None else torch.cat([history, shown], dim=1)
-        history = history[:, -sampling.overlap :]
-        new = group.levels.arrived()[max(first - group.start, 0) : max(last - group.start, 0)]
-        left = None
-        if group.start + group.pixels.shape[1] >= segment.valid_frames:
-            left = Carry(carry.finished + 1, history, {} if anchor is None else anchor.state())
-        if len(new) or left:
-            yield Frames(new, left)
+    with closing(decoded_groups(machine, latent, finish)) as groups:
+        for group in groups:
+            observe("pixels", group.pixels)
+            shown = group.shown[:, : max(segment.valid_frames - group.start, 0)]
+            history = shown if history is None else torch.cat([history, shown], dim=1)
+            history = history[:, -sampling.overlap :]
+            new = group.levels.arrived()[max(first - group.start, 0) : max(last - group.start, 0)]
+            left = None
+            if group.start + group.pixels.shape[1] >= segment.valid_frames:
+                left = Carry(carry.finished + 1, history, {} if anchor is None else anchor.state())
+            if len(new) or left:
+                yield Frames(new, left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,22 +248,24 @@ class Group:
     levels: CopyToCpu
 
 
-def decoded_groups(machine: Machine, latent: Tensor, finish: Callable[[int, Tensor], Tensor]) -> Iterator[Group]:
+def decoded_groups(
+    machine: Machine, latent: Tensor, finish: Callable[[int, Tensor], Tensor]
+) -> Generator[Group, None, None]:
     """The groups of a latent in order, each shown as `finish(start, pixels)` makes it. On a GPU a group leaves while
     the next is decoded: it is handed out when the next has been queued."""
-    start, chunks = 0, decode(machine.engines, latent)
-    waiting: Group | None = None
-    while True:
-        with machine.progress.phase("decode", wait=False):
-            pixels = next(chunks, None)
-            upcoming = None
-            if pixels is not None:
-                shown = finish(start, pixels)
-                upcoming = Group(start, pixels, shown, copy_to_cpu(quantise_frames(shown)))
+    start, waiting = 0, None
+    with closing(decode(machine.engines, latent)) as chunks:
+        while True:
+            with machine.progress.phase("decode", wait=False):
+                pixels = next(chunks, None)
+                upcoming = None
+                if pixels is not None:
+                    shown = finish(start, pixels)
+                    upcoming = Group(start, pixels, shown, copy_to_cpu(quantise_frames(shown)))
+                if waiting is not None:
+                    waiting.levels.arrived()
             if waiting is not None:
-                waiting.levels.arrived()
-        if waiting is not None:
-            yield waiting
-        if upcoming is None:
-            return
-        waiting, start = upcoming, start + upcoming.pixels.shape[1]
+                yield waiting
+            if upcoming is None:
+                return
+            waiting, start = upcoming, start + upcoming.pixels.shape[1]

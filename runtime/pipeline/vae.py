@@ -3,7 +3,7 @@
 The first latent frame holds one pixel frame, every later one four.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def encode_clip(engines: EngineSet, video: Tensor) -> Tensor:
     return encode(engines, (video[:, group] for group in frame_groups(video.shape[1])))
 
 
-def decode(engines: EngineSet, latent: Tensor) -> Iterator[Tensor]:
+def decode(engines: EngineSet, latent: Tensor) -> Generator[Tensor, None, None]:
     """Normalised latent [16, F, h, w] → pixel frames [3, 1, H, W], then [3, 4, H, W] each, clamped to -1..1."""
     stream = engines.vae_stream("vae.decode")
     try:

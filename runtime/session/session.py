@@ -10,7 +10,7 @@ generation at a time. Cancelling or failing leaves it ready for the next request
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -106,9 +106,11 @@ class Session:
 
         Scail2Error when the session runs another generation, or when something fails."""
         run = RunProgress(on_progress, cancel)
-        for frames in self.frames(plan, run, noise_generator(plan.request.noise_device, plan.request.seed)):
-            if len(frames.pixels):
-                yield frames.pixels.numpy()
+        noise = noise_generator(plan.request.noise_device, plan.request.seed)
+        with contextlib.closing(self.frames(plan, run, noise)) as made:
+            for frames in made:
+                if len(frames.pixels):
+                    yield frames.pixels.numpy()
         run.end()
 
     def generate(
@@ -142,7 +144,7 @@ class Session:
         noise: torch.Generator,
         carry: Carry | None = None,
         placement: Placement | None = None,
-    ) -> Iterator[Frames]:
+    ) -> Generator[Frames, None, None]:
         """What `animate` and `generate` consume: frames with what each segment leaves, from the segment after `carry`
         on. One run at a time; a run that fails leaves nothing behind."""
         if self._closed:
@@ -161,9 +163,9 @@ class Session:
                         self.constants.drop_transformers()  # recorded steps read weights that move now
                     apply(placement, self.engines)
             machine = Machine(self.engines, self.constants, progress, placement)
-            made = animate_plan(plan, machine, noise, carry, self.prompts)
-            while (frames := self._next(made)) is not None:
-                yield frames
+            with contextlib.closing(animate_plan(plan, machine, noise, carry, self.prompts)) as made:
+                while (frames := self._next(made)) is not None:
+                    yield frames
         except (Cancelled, KeyboardInterrupt, GeneratorExit):
             raise  # nothing is wrong with what is loaded
         except BaseException:

@@ -4,6 +4,7 @@ Whatever ends a run, what was finished is kept and the report says how it ended.
 an interrupted one is continued, and what was not begun begins.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,8 +86,8 @@ def _write(session: "Session", run: "_Run", sidecar: Sidecar, saved: Saved | Non
     plan = run.plan
     noise = noise_generator(plan.request.noise_device, plan.request.seed, saved)
     carry, written = (saved.carry, saved.frames) if saved else (Carry(), 0)
-    made = session.frames(plan, run.progress, noise, carry, placement)
-    with run.writer(after=written) as writer:
+    frames_of_run = session.frames(plan, run.progress, noise, carry, placement)
+    with contextlib.closing(frames_of_run) as made, run.writer(after=written) as writer:
         for frames in made:
             writer.write(frames.pixels.numpy())
             written += len(frames.pixels)

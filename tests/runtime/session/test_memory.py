@@ -87,7 +87,7 @@ def test_activations_grow_with_tokens_passes_and_width() -> None:
 def test_what_does_not_fit_the_computer_is_refused_by_the_check(
     case: Path, engines: Path, monkeypatch: pytest.MonkeyPatch, request_of: Callable[..., Request]
 ) -> None:
-    with Session.open(engines, backend="torch") as session:
+    with Session.open(engines, backend="torch", device="cpu") as session:
         assert session.check(request_of()).estimate is not None
         monkeypatch.setattr(memory, "host_memory", lambda: 1 << 20)
         with pytest.raises(

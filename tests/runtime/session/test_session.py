@@ -327,3 +327,18 @@ def test_a_driving_clip_in_memory_is_part_of_what_a_resumed_run_compares(
     with pytest.raises(InputError, match="the file driving has changed"):
         session.generate(session.check(other), Output(tmp_path / "a.mp4", resume=True))
     assert session.generate(session.check(request), Output(tmp_path / "a.mp4", resume=True)).resumed == 1
+
+
+def test_a_run_that_failed_holds_nothing_while_its_error_is_handled(
+    session: Session, quick: Callable[..., Request], expected: np.ndarray, tmp_path: Path
+) -> None:
+    """The traceback of an error refers to what was suspended; the session is free all the same."""
+
+    def stop(event: Progress) -> None:
+        if event.segment == 2:
+            raise LookupError
+
+    with pytest.raises(LookupError) as caught:
+        session.generate(session.check(quick()), tmp_path / "a.mp4", stop)
+    assert caught.tb is not None
+    assert np.array_equal(frames_of(session, quick()), expected)

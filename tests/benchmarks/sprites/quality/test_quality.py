@@ -155,7 +155,7 @@ def test_swapping_colours_swaps_who_does_what() -> None:
     np.testing.assert_array_equal(usual.driving, swapped.driving)
     np.testing.assert_array_equal(usual.reference_mask, swapped.reference_mask)
     places = [
-        np.flatnonzero((mask == usual.plan.driving.colours[1]).all(-1))
+        np.flatnonzero((mask == usual.scene.driving.colours[1]).all(-1))
         for mask in (usual.driving_mask, swapped.driving_mask)
     ]
     assert not set(places[0]) & set(places[1])

@@ -26,9 +26,9 @@ def read(path: Path) -> np.ndarray:
 def test_files_hold_what_was_drawn(task: str, tmp_path: Path) -> None:
     case = render_case(make_scene(task, 1, frames=9), (64, 96))
     write_case(case, tmp_path)
-    request = case_request(tmp_path, tmp_path / "out.mp4")
-    assert request.mode == case.plan.mode
-    assert request.prompt == case.plan.prompt
+    request = case_request(tmp_path)
+    assert request.mode == case.scene.mode
+    assert request.prompt == case.scene.prompt
     np.testing.assert_array_equal(read(request.driving), case.driving)
     np.testing.assert_array_equal(read(request.mask_video), case.driving_mask)
     np.testing.assert_array_equal(load_image(request.image), case.reference)

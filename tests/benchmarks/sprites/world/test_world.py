@@ -346,7 +346,9 @@ def runtime_tensors(engines: EngineSet, scene: Scene, folder: Path) -> tuple[dic
     truth = normalise_video(torch.from_numpy(case.truth)).permute(3, 0, 1, 2)
     (text,) = encode_prompts(engines, [request.prompt], None)
     names = ("reference", "reference_mask", "extra", "extra_mask", "driving", "driving_mask")
-    tensors = (*encode_references(engines, references), *encode_driving(engines, clip))
+    shown = encode_references(engines, references)
+    still = shown.reference, shown.reference_mask, shown.additional_refs, shown.additional_masks
+    tensors = (*still, *encode_driving(engines, clip))
     others = {"clip": clip_features(engines, references[0][0]), "latent": encode_clip(engines, truth)}
     return dict(zip(names, tensors, strict=True)) | others, text
 
