@@ -2,7 +2,7 @@
 
 A command spends more time on importing PyTorch than on the tiny model, and tests give some two hundred of them. A child
 runs what the console script runs (`main()` as the whole of a process of its own, with its own environment, folder,
-standard streams and exit code); only the imports are the parent's. `test_installed.py` runs the script itself.
+standard streams and exit code); only the imports are the parent's. `test_cli.py` runs the script itself.
 """
 
 import atexit
