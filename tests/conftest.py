@@ -5,6 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+
+# Before PyTorch is imported: the threads of processes that share a busy core spend their time waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

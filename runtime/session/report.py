@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -94,15 +93,27 @@ def versions() -> dict[str, str]:
 
 
 def memory_peaks() -> dict[str, float]:
-    """GiB: host resident peak of this process; on a GPU the allocator's peak and what the driver says is in use."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    peaks = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    """GiB: host resident peak of this process, where the system tells it; on a GPU the allocator's peak and what the
+    driver says is in use."""
+    peaks = {}
+    if (host := _host_peak_bytes()) is not None:
+        peaks["host_peak_gib"] = host / 2**30
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
         peaks["device_allocator_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         peaks["device_in_use_gib"] = (total - free) / 2**30
     return {name: round(value, 3) for name, value in peaks.items()}
+
+
+def _host_peak_bytes() -> int | None:
+    """None on Windows, where Python has no `resource`."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def processor_name() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -50,6 +51,38 @@ def unmeasured(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Without coverage's hook. A process that is killed, or whose files may not grow, leaves a broken data file behind,
     over which the report of the whole run fails."""
     return {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
+
+
+def sabotage(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which `code` runs before the program starts."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+# In the middle of a segment, once the ones before it are in the file: the process signals itself, so that it is the
+# same moment on a machine of any speed.
+_SIGNAL_AT = """
+import os, time
+from pathlib import Path
+from scail2_rt.runtime.core import progress
+segment, step, current = progress.RunProgress.segment, progress.RunProgress.step, []
+def begun(self, index):
+    current[:] = [index]
+    segment(self, index)
+def signalled(self, index):
+    step(self, index)
+    if (current[0], index) == ({segment}, 0):
+        from scail2_rt.runtime.media.unfinished import resumable
+        while resumable(Path({output!r})) < {segment}:
+            time.sleep(0.01)
+        os.kill(os.getpid(), {number})
+progress.RunProgress.segment, progress.RunProgress.step = begun, signalled
+"""
+
+
+def signal_at(folder: Path, output: Path, segment: int, number: signal.Signals = signal.SIGKILL) -> dict[str, str]:
+    """The environment in which `generate -o output` sends itself a signal after the first step of a segment from 1."""
+    return sabotage(folder, _SIGNAL_AT.format(segment=segment, output=str(output), number=int(number)))
 
 
 def one_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout, StoreReader, StoreWriter, TensorShape
 from scail2_rt.export.models.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
-from scail2_rt.export.models.precision import Numerics
+from scail2_rt.export.models.precision import PRECISIONS, Numerics
 from scail2_rt.export.onnx.stages import export_stage, split_dim
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.kernels.rows.ops import E4M3
+from tests.support.small import DIT, UMT5
 
 SMALL = ModelConfig(
-    dit=DiTConfig(dim=48, heads=2, layers=2, ffn_dim=80, freq_dim=16, text_dim=24, clip_dim=20),
-    vae=VAEConfig(dim=6),  # as the tiny preset: its graphs are traced once for all tests
-    umt5=UMT5Config(vocab=50, dim=24, attn_dim=16, ffn_dim=40, heads=2, layers=2),
+    dit=DIT,
+    vae=VAEConfig(dim=6),  # as the tiny preset: graphs of equal sizes are traced once for all tests
+    umt5=UMT5,
     clip=CLIPConfig(image_size=28, patch=14, dim=32, heads=2, layers=3, mlp_dim=64),
 )
 REAL = ModelConfig(
@@ -28,6 +29,12 @@ REAL = ModelConfig(
     clip=CLIPConfig(image_size=224, patch=14, dim=1280, heads=16, layers=4, mlp_dim=5120),
 )
 STAGES = {name: stage for name, stage in stage_definitions(SMALL).items() if ".1." not in f"{name}."}  # one a family
+
+
+def kinds_of_numerics(stage: StageDefinition) -> list[Numerics]:
+    """Those of every precision flag, and fp32 arithmetic where bf16 is stored."""
+    kinds = {stage.numerics(precision) for precision in PRECISIONS}
+    return sorted(kinds | {n.in_arithmetic(torch.float32) for n in kinds if n.compute == torch.bfloat16}, key=str)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A test module loads them with `pytest_plugins = ["tests.support.runtime_fixtures"]`."""
 
+import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scail2_rt.benchmarks.sprites.world.case_files import draw_case
 from scail2_rt.kernels.cache_folder import cache_directory
 from scail2_rt.runtime.core.request import Request
 from tests.support.command import SCAIL2_RT, Run, command_environment, unmeasured
+from tests.support.forked import CommandServer
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +27,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scail2(cache: Path) -> Run:
-    """Runs the installed console script with these arguments."""
+def installed(cache: Path) -> Run:
+    """Runs the installed console script with these arguments, from its start."""
 
     def run(
         *arguments: object, cwd: Path | None = None, measured: bool = True, **environment: str
@@ -37,6 +39,26 @@ def scail2(cache: Path) -> Run:
         return subprocess.run(words, capture_output=True, text=True, env=env, timeout=600, cwd=cwd, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def scail2(cache: Path, installed: Run) -> Iterator[Run]:
+    """As `installed`, without waiting for imports (see `CommandServer`) where the environment leaves that open."""
+    if not hasattr(os, "fork"):
+        yield installed
+        return
+    server = CommandServer(command_environment(cache))
+
+    def run(
+        *arguments: object, cwd: Path | None = None, measured: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        if "PYTHONPATH" in environment or not measured:  # which take effect when a process starts
+            return installed(*arguments, cwd=cwd, measured=measured, **environment)
+        words, env = [str(argument) for argument in arguments], command_environment(cache, **environment)
+        return server.run(words, env, cwd, timeout_s=600)
+
+    yield run
+    server.close()
 
 
 @pytest.fixture(scope="session")

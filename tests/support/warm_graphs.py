@@ -1,28 +1,44 @@
-"""`python -m tests.support.warm_graphs`: trace the VAE graphs that the tests need into the cache, two at a time.
+"""`python -m tests.support.warm_graphs`: trace the graphs that many tests need into the cache, two at a time.
 
-A trace takes half a minute, and twice as long under coverage; so `make test` does it before it measures coverage. Tests
-trace what is missing, so skipping this costs time only."""
+A trace takes up to half a minute, and two or three times as long under coverage; so `make test` does it before it
+measures coverage, and each once, whatever process needs it later. Tests trace what is missing, so skipping this costs
+time only."""
 
 from concurrent.futures import ProcessPoolExecutor
 
+from scail2_rt.export.checkpoint.random_checkpoint import PRESETS
+from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import FP16, FP32, Numerics
 from scail2_rt.export.onnx.stages import stage_graph
 from scail2_rt.export.stages.definitions import stage_definitions
-from tests.support.onnx_case import REAL, SMALL
+from tests.support.onnx_case import REAL, SMALL, kinds_of_numerics
 
-VAE = ("vae.decode_step", "vae.encode_step", "vae.decode_first", "vae.encode_first")
-SIZES = {"small": SMALL, "real": REAL}
+_TINY = PRESETS["tiny"]
+TINY = ModelConfig(dit=_TINY.dit, vae=_TINY.vae, umt5=_TINY.umt5, clip=_TINY.clip)
+SIZES = {"small": SMALL, "tiny": TINY, "real": REAL}
 
 
 def trace(size: str, stage: str, numerics: Numerics) -> None:
     stage_graph(stage_definitions(SIZES[size])[stage], numerics)
 
 
+def graphs() -> list[tuple[str, str, Numerics]]:
+    """Of each family one stage; the slowest to trace first, so that both processes end together."""
+    found = []
+    for size, config in SIZES.items():
+        families = {stage.family or name: stage for name, stage in reversed(stage_definitions(config).items())}
+        for stage in families.values():
+            vae = stage.component == "vae"
+            if vae and size == "tiny":
+                continue  # as small
+            kinds = [FP32] if size == "real" else [FP32, FP16] if vae else kinds_of_numerics(stage)
+            found += [(size, stage.name, kind) for kind in kinds]
+    return sorted(found, key=lambda graph: not graph[1].startswith("vae"))
+
+
 def main() -> None:
-    graphs = [(size, stage, FP32) for size in SIZES for stage in VAE]
-    graphs += [("small", stage, FP16) for stage in VAE]
     with ProcessPoolExecutor(2) as pool:
-        for done in [pool.submit(trace, *graph) for graph in graphs]:
+        for done in [pool.submit(trace, *graph) for graph in graphs()]:
             done.result()
 
 

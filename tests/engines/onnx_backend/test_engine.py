@@ -1,5 +1,7 @@
 """ONNX Runtime against PyTorch, stage by stage: small sizes in every arithmetic, real sizes in fp32; and its errors."""
 
+import contextlib
+import ctypes
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +140,9 @@ def test_weights_stay_in_the_mapping(stored: Numerics, tmp_path: Path) -> None:
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that no file backs."""
+    """Memory of this process that no file backs, without what is free already."""
+    with contextlib.suppress(AttributeError):  # another libc than glibc
+        ctypes.CDLL(None).malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) / 1024
 
@@ -159,9 +163,9 @@ def test_converts_the_callers_types(head: Case) -> None:
 def test_wrong_shapes_are_named(head: Case) -> None:
     engine = engine_of(head)
     x, mod = head.inputs({"rows": 3})
-    with pytest.raises(Scail2Error, match=r"dit\.head was given mod of shape \[3, 48\].*'2', '48'.*rows = 3"):
+    with pytest.raises(Scail2Error, match=r"dit\.head was given mod of shape \[3, 32\].*'2', '32'.*rows = 3"):
         engine(x, x)
-    with pytest.raises(Scail2Error, match=r"x of shape \[48\]"):
+    with pytest.raises(Scail2Error, match=r"x of shape \[32\]"):
         engine(x[0], mod)
     with pytest.raises(Scail2Error, match="takes 2 inputs and was given 1"):
         engine(x)

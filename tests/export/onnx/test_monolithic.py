@@ -2,7 +2,6 @@
 and its structure; and the folders that `export-onnx` writes."""
 
 import json
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from scail2_rt.export.checkpoint.open import Checkpoint
 from scail2_rt.export.checkpoint.tensors import MappingSource, shapes_of
 from scail2_rt.export.models.config import DiTConfig, ModelConfig
 from scail2_rt.export.models.dit import DiT, DiTInputs
+from scail2_rt.export.onnx import stages
 from scail2_rt.export.onnx.monolithic import OPSET, graph_inputs, signature, transformer_model
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from tests.parity.fixtures import Golden
@@ -202,8 +202,8 @@ def _model(checkpoint: Checkpoint) -> onnx.ModelProto:
     return transformer_model(DIT, lambda d: d.numerics("fp8"), export.layout)
 
 
-def test_forty_real_blocks_need_no_memory_and_little_time() -> None:
-    """The graph of the 14B model, over a store that has no file."""
+def test_forty_real_blocks_need_no_memory_and_few_traces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The graph of the 14B model, over a store that has no file: stages of one family are traced once."""
     from scail2_rt.engines.folder.store import TensorShape
     from scail2_rt.engines.folder.weights import plan_store, planned_tensors
     from scail2_rt.export.stages.definitions import stage_definitions
@@ -217,9 +217,15 @@ def test_forty_real_blocks_need_no_memory_and_little_time() -> None:
         name: TensorShape(torch.float32, (count, 5120) if name.endswith("modulation") else (5120,))
         for name, count in rows.items()
     }
-    started = time.monotonic()
+    traced: list[str] = []
+    trace = stages._traced
+    monkeypatch.setattr(stages, "_traced", lambda stage, n: (traced.append(stage.name), trace(stage, n))[1])
+    monkeypatch.setenv("SCAIL2_RT_CACHE", str(tmp_path))
+    stages._graph.cache_clear()
     model = transformer_model(config, lambda d: d.numerics("bf16"), plan_store(tensors))
-    assert time.monotonic() - started < 60
+    stages._graph.cache_clear()
+    assert len(traced) == len(set(traced)) < 12
+    assert not [name for name in traced if ".1." in name]
     assert model.ByteSize() < 4_000_000
     assert sum(node.op_type == "Attention" for node in model.graph.node) == 120
     elements = sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.external_data)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -38,13 +37,16 @@ def test_this_machine() -> None:
     json.dumps(plain(found), allow_nan=False)
 
 
-def test_it_is_fast() -> None:
-    """A new process, PyTorch's import included. Twice the five seconds that it may take, for a busy machine."""
-    started = time.monotonic()
-    code = "from scail2_rt.runtime.jobs.doctor import diagnose; print(diagnose().text)"
+def test_it_imports_no_more_than_it_reports_on() -> None:
+    """In a new process: what makes it slow are imports, and the compilers and exporters take the longest."""
+    slow = ("onnx", "onnxscript", "torch._inductor", "torch._dynamo", "torch.onnx", "huggingface_hub")
+    code = (
+        "import sys; from scail2_rt.runtime.jobs.doctor import diagnose; print(diagnose().text);"
+        f"print([name for name in {slow!r} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 10
     assert done.stdout.startswith("Python")
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 class TestEngines:

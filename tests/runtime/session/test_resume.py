@@ -2,14 +2,16 @@
 a run that was not. And memory that does not grow with the clip."""
 
 import json
+import random
 import shutil
 import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,60 +22,110 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.media.unfinished import clear_sidecars, partial_path, resumable, sidecar_path
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.session.resume import Saved, Sidecar, first_difference, identity, noise_generator
-from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video, unmeasured
+from tests.support.command import (
+    SCAIL2_RT,
+    SMALL,
+    Run,
+    command_environment,
+    error_of,
+    one_json,
+    read_video,
+    sabotage,
+    signal_at,
+    unmeasured,
+)
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 SEGMENTS = ("--segment-length", "9", "--segment-overlap", "5")  # 21 frames: 0..9, 4..13, 8..17, 12..21
 ALL_JOINS = ("--overlap-blend", "3", "--anchor-color", "first")
 
 
-def kill_when(ready: Callable[[], object], command: list[object], cache: Path, then_s: float = 0.0) -> int:
-    """Start the command, kill it without warning once it is `ready` and a little later; its exit code."""
-    words = [str(word) for word in command]
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=unmeasured(command_environment(cache))
-    )
-    deadline = time.monotonic() + 300
-    while not ready() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(then_s)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode
+def killed_in(segment: int, scail2: Run, words: tuple[object, ...], output: Path, folder: Path) -> None:
+    """Run the command, which dies without warning in the middle of this segment, from 1."""
+    folder.mkdir(exist_ok=True)
+    result = scail2(*words, measured=False, **signal_at(folder, output, segment))
+    assert result.returncode == -signal.SIGKILL, result.stderr
 
 
-@pytest.mark.parametrize(
-    "joins", [pytest.param((), id="official"), pytest.param(ALL_JOINS, id="all joins", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("joins", [pytest.param((), id="official"), pytest.param(ALL_JOINS, id="all joins")])
 def test_killed_again_and_again_and_the_video_is_the_same(
+    scail2: Run, engines: Path, case: Path, tmp_path: Path, joins: tuple[str, ...]
+) -> None:
+    words = ("--case", case, *SMALL, *SEGMENTS, *joins)
+    folder, output = tmp_path / "o", tmp_path / "o" / "a.mp4"
+    whole = one_json(scail2("generate", engines, *words, "-o", folder / "whole.mp4", "--json"))
+    command = ("generate", engines, *words, "-o", output, "--resume")
+    for segment in (1, 2, 3)[: 3 if joins else 2]:
+        killed_in(segment, scail2, command, output, tmp_path / "sabotage")
+        assert resumable(output) == segment
+    result = scail2(*command, "--json")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming after {segment} of 4 segments" in result.stderr
+    check_same_as_whole(one_json(result), whole, output)
+    assert one_json(result)["resumed_after_segments"] == segment
+
+
+def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Path) -> None:
+    """The resumed video is that of the run that was not interrupted, and nothing else is left in its folder."""
+    mine, theirs = read_video(output), read_video(output.with_name("whole.mp4"))
+    assert np.array_equal(mine.pixels, theirs.pixels)
+    assert mine.audio_s == theirs.audio_s > 0
+    assert reply["output_sha256"] == whole["output_sha256"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["a.json", "a.mp4", "whole.json", "whole.mp4"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("joins", [pytest.param((), id="official"), pytest.param(ALL_JOINS, id="all joins")])
+def test_killed_at_random_moments_and_the_video_is_the_same(
     scail2: Run, engines: Path, case: Path, cache: Path, tmp_path: Path, joins: tuple[str, ...]
 ) -> None:
-    words = ("--case", case, *SMALL, *SEGMENTS, *joins, "--steps", 40)  # slow: the last kill must come before the end
-    whole = one_json(scail2("generate", engines, *words, "-o", tmp_path / "whole.mp4", "--json"))
-    output = tmp_path / "a.mp4"
-    command = [SCAIL2_RT, "generate", engines, *words, "-o", output, "--resume"]
-    for part, then_s in ((1, 0.0), (2, 0.15), (3, 0.05))[: 3 if joins else 2]:
-        assert kill_when(sidecar_path(output, part).exists, command, cache, then_s) == -signal.SIGKILL
-        assert resumable(output) >= part - 1
-    before = resumable(output)
-    result = scail2(*command[1:], "--json")
-    assert result.returncode == 0, result.stderr
-    assert f"resuming after {before} of 4 segments" in result.stderr
-    reply = one_json(result)
-    assert reply["resumed_after_segments"] == before > 0
-    assert np.array_equal(read_video(output).pixels, read_video(tmp_path / "whole.mp4").pixels)
-    assert read_video(output).audio_s == read_video(tmp_path / "whole.mp4").audio_s > 0
-    assert reply["output_sha256"] == whole["output_sha256"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.mp4", "whole.json", "whole.mp4"]
+    """Wherever the signal falls: while modules are imported, a part is appended, the sidecar is written, the result is
+    moved. Each video is killed until a run comes to its end."""
+    words = ("--case", case, *SMALL, *SEGMENTS, *joins, "--steps", 10)
+    folder, output, chance = tmp_path / "o", tmp_path / "o" / "a.mp4", random.Random(0)
+    started = time.monotonic()
+    whole = one_json(scail2("generate", engines, *words, "-o", folder / "whole.mp4", "--json"))
+    length_s = time.monotonic() - started
+    command = [str(word) for word in (SCAIL2_RT, "generate", engines, *words, "-o", output, "--json")]
+    killed = 0
+    for _ in range(8):
+        while True:
+            had = resumable(output)
+            with subprocess.Popen(
+                [*command, "--resume"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=unmeasured(command_environment(cache)),
+            ) as process:
+                try:
+                    told, said = process.communicate(timeout=chance.uniform(0.2, 1.2) * length_s)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.communicate()
+                    killed += 1
+                    if not output.exists():  # else it was killed behind its end
+                        assert resumable(output) >= had
+                        continue
+                    told = ""
+                break
+        assert process.returncode == 0 or not told, said
+        if told:
+            check_same_as_whole(json.loads(told), whole, output)
+        for path in (output, output.with_suffix(".json")):
+            path.unlink(missing_ok=True)
+        clear_sidecars(output)
+    print(f"killed {killed} times")
+    assert killed
 
 
 @pytest.fixture(scope="module")
-def interrupted(engines: Path, case: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of `a.mp4` that was killed after its first segment."""
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(case, folder / "case")
-    command = [SCAIL2_RT, "generate", engines, "--case", folder / "case", "-o", folder / "a.mp4", *SMALL]
-    assert kill_when(partial(resumable, folder / "a.mp4"), command, cache) == -signal.SIGKILL
+    command = ("generate", engines, "--case", folder / "case", "-o", folder / "a.mp4", *SMALL)
+    killed_in(1, scail2, command, folder / "a.mp4", tmp_path_factory.mktemp("sabotage"))
     assert resumable(folder / "a.mp4") == 1
     return folder
 
@@ -220,57 +272,86 @@ def test_what_changes_no_frame_is_no_difference() -> None:
     assert first_difference(run(1), run(2)) == "--seed was 1 and is 2 now"
 
 
-# memory and time over the length of a clip
+# memory and work over the length of a clip
 
-# At the start of every segment, onto stderr: the highest resident memory so far (KiB), CPU seconds since the segment
-# before, and those of a fixed piece of work, by which a machine that others keep busy is told from a slower program.
-SEGMENT_CLOCK = """
-import resource, sys, time
+# At the start of every segment, onto stderr: the highest resident memory so far (KiB), the bytes of all tensors and of
+# what Python and NumPy allocated, how many functions this thread has called, and its CPU seconds.
+SEGMENT_METER = """
+import gc, sys, time, tracemalloc
 from scail2_rt.runtime.core import progress
-begin, last = progress.RunProgress.segment, [0.0]
-def fixed_work():
-    import torch
-    x, w = torch.ones(1, 16, 5, 64, 64), torch.ones(16, 16, 3, 3, 3)
-    start = time.process_time()
-    for _ in range(12):
-        torch.nn.functional.conv3d(x, w, padding=1)
-    return time.process_time() - start
+begin, calls = progress.RunProgress.segment, [0]
+def count(frame, event, argument):
+    if event in ("call", "c_call"):
+        calls[0] += 1
 def segment(self, index):
-    now = time.process_time()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print("clock", peak, now - last[0], fixed_work(), file=sys.stderr)
-    last[0] = time.process_time()
+    sys.setprofile(None)
+    import torch
+    with open("/proc/self/status") as status:
+        peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+    gc.collect()
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for x in gc.get_objects() if type(x) is torch.Tensor}
+    held = sum(storages.values()) + (tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else 0)
+    print("meter", peak, held, calls[0], time.process_time(), file=sys.stderr)
     begin(self, index)
+    sys.setprofile(count)
 progress.RunProgress.segment = segment
 """
 
 
-@pytest.mark.slow
-def test_a_thousand_frames_take_the_memory_of_two_hundred_and_five_times_the_time(
-    scail2: Run, engines: Path, tmp_path: Path
-) -> None:
-    """In one run, so that nothing else differs: the peak after all 1,000 frames, writing the result included, against
-    the peak after 200 (keeping the 800 others would take 10 MB in 8 bit), and the CPU time of late segments against
-    that of early ones. The allocator's threshold, which by itself moves with what was freed and is worth 100 MiB by
-    chance, is fixed: what is measured is what the program holds."""
-    (tmp_path / "sitecustomize.py").write_text(SEGMENT_CLOCK)
-    draw_case(tmp_path / "case", frames=1000, height=64, width=64)
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """A run's figures at the start of each segment."""
+
+    peak_kib: list[int]
+    held: list[int]
+    calls: list[int]  # within each segment
+    cpu_s: list[float]
+    report: dict[str, Any]
+
+
+def metered(scail2: Run, engines: Path, folder: Path, frames: int, **environment: str) -> Metered:
+    draw_case(folder / "case", frames=frames, height=64, width=64)
     words = ("--size", "64x64", "--scheduler", "euler", "--steps", "1", "--guidance", "1", "--segment-length", "21")
-    words += ("--overwrite",)
-    output = tmp_path / "a.mp4"
-    environment = {"PYTHONPATH": str(tmp_path), "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
-    for _ in range(2):  # once more where other processes took the machine in the second half: growth shows every time
-        result = scail2("generate", engines, "--case", tmp_path / "case", "-o", output, *words, **environment)
-        assert result.returncode == 0, result.stderr
-        report = json.loads(output.with_suffix(".json").read_text())
-        assert report["frames"] == 1000
-        clock = [[float(word) for word in line.split()[1:]] for line in result.stderr.splitlines() if "clock" in line]
-        at_200 = next(i for i, segment in enumerate(report["segments"]) if segment["valid_end"] > 200)
-        grown_mib = report["memory"]["host_peak_gib"] * 2**10 - clock[at_200][0] / 2**10
-        costs = [seconds / fixed for _, seconds, fixed in clock[2:]]  # in units of the fixed work; the first warms up
-        early, late = statistics.median(costs[:20]), statistics.median(costs[-20:])
-        print(f"memory grew by {grown_mib:.1f} MiB; a segment costs {early:.2f} early, {late:.2f} late")
-        assert grown_mib < 6
-        if late < 1.05 * early:
-            break
-    assert late < 1.05 * early
+    environment |= sabotage(folder, SEGMENT_METER)
+    output = folder / "a.mp4"
+    result = scail2("generate", engines, "--case", folder / "case", "-o", output, *words, measured=False, **environment)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split()[1:] for line in result.stderr.splitlines() if line.startswith("meter")]
+    peaks, held, calls = ([int(row[column]) for row in rows] for column in range(3))
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert report["frames"] == frames
+    seconds = [float(row[3]) for row in rows]
+    return Metered(peaks, held, [b - a for a, b in pairwise(calls)], [b - a for a, b in pairwise(seconds)], report)
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+
+
+@LINUX
+def test_later_segments_hold_no_more_and_do_no_more(scail2: Run, engines: Path, tmp_path: Path) -> None:
+    """Over 160 frames: keeping them would take 2 MB in 8 bit; beginning at the clip's start would call the decoder for
+    each frame before."""
+    found = metered(scail2, engines, tmp_path, 229, PYTHONTRACEMALLOC="1")
+    assert len(found.held) == 14
+    grown = found.held[-1] - found.held[3]
+    print(f"held: {found.held[3]} and {grown} more; calls in a segment: {found.calls}")
+    assert grown < 300_000
+    assert found.calls[-1] < 1.02 * found.calls[2]
+
+
+@LINUX
+@pytest.mark.soak
+def test_a_thousand_frames_take_the_memory_of_two_hundred(scail2: Run, engines: Path, tmp_path: Path) -> None:
+    """In one run, so that nothing else differs: the peak after all 1,000 frames, writing the result included, against
+    the peak after 200 (keeping the 800 others would take 10 MB in 8 bit), and the work in late segments against that in
+    early ones. The allocator's threshold, which by itself moves with what was freed and is worth 100 MiB by chance, is
+    fixed: what is measured is what the program holds."""
+    found = metered(scail2, engines, tmp_path, 1000, MALLOC_MMAP_THRESHOLD_=str(256 << 10), MALLOC_TRIM_THRESHOLD_="0")
+    at_200 = next(i for i, segment in enumerate(found.report["segments"]) if segment["valid_end"] > 200)
+    grown_mib = found.report["memory"]["host_peak_gib"] * 2**10 - found.peak_kib[at_200] / 2**10
+    early, late = (statistics.median(found.calls[part]) for part in (slice(2, 22), slice(-20, None)))
+    seconds = [statistics.median(found.cpu_s[part]) for part in (slice(2, 22), slice(-20, None))]
+    print(f"memory grew by {grown_mib:.1f} MiB; calls in a segment: {early} early, {late} late; CPU seconds: {seconds}")
+    assert grown_mib < 6
+    assert late < 1.02 * early

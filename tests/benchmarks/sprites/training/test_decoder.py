@@ -1,7 +1,5 @@
 """The decoder's training on the transformer's answers: what it is given, what it changes, and its command."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from scail2_rt.benchmarks.sprites.training.fitting import Budget, Workers
 from scail2_rt.benchmarks.sprites.training.model import make_vae, weights_of
 from scail2_rt.benchmarks.sprites.training.train_decoder import WINDOW, Answers, train_decoder
 from tests.benchmarks.sprites.training.test_training import last_line
-from tests.support.command import command_environment
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 
@@ -68,12 +65,12 @@ def test_the_decoder_learns_what_answers_mean_and_the_encoder_stays(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_set")
 def test_the_command_changes_the_decoder_alone_and_goes_on(tmp_path: Path) -> None:
     def trained(output: str, steps: int) -> int:
-        sizes = ("--cases", "12", "--short-cases", "12", "--frames", "5", "--batch", "1")
-        command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.training.train_decoder", str(CHECKPOINT), output]
-        words = [*command, "--work", "work", *sizes, "--steps", str(steps)]
-        return subprocess.run(words, env=command_environment(tmp_path), cwd=tmp_path).returncode
+        sizes = ("--cases", "8", "--short-cases", "8", "--frames", "5", "--batch", "1")
+        words = [str(CHECKPOINT), str(tmp_path / output), "--work", str(tmp_path / "work"), *sizes]
+        return CliRunner().invoke(module.main, [*words, "--steps", str(steps)], catch_exceptions=False).exit_code
 
     assert trained("first", 2) == 0
     assert trained("second", 4) == 0

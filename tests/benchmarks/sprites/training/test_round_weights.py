@@ -1,7 +1,5 @@
 """Rounding the sprite transformer's weights for fp8: what is left of the error, what stays, and the command."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from scail2_rt.benchmarks.sprites.training import round_weights as module
 from scail2_rt.benchmarks.sprites.training.model import DIT, make_dit, make_vae, weights_of, write_checkpoint
 from scail2_rt.benchmarks.sprites.training.round_weights import Moments, fp8_layers, make_up
 from scail2_rt.kernels.rows.ops import quantise_columns
-from tests.support.command import command_environment
 
 
 def held(weight: Tensor) -> Tensor:
@@ -68,12 +65,12 @@ def test_the_shipped_weights_are_what_fp8_engines_hold() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_set")
 def test_the_command_rounds_fp8_layers_alone(tmp_path: Path) -> None:
     dit, vae = (dict(network.state_dict()) for network in (make_dit(), make_vae()))
     write_checkpoint(tmp_path / "before", dit, vae)
-    command = [sys.executable, "-m", "scail2_rt.benchmarks.sprites.training.round_weights", "before", "after"]
-    sizes = ["--frames", "5", "--cases", "12"]
-    assert subprocess.run([*command, *sizes], env=command_environment(tmp_path), cwd=tmp_path).returncode == 0
+    words = [str(tmp_path / "before"), str(tmp_path / "after"), "--frames", "5", "--cases", "8"]
+    assert CliRunner().invoke(module.main, words, catch_exceptions=False).exit_code == 0
     before, after = weights_of(tmp_path / "before"), weights_of(tmp_path / "after")
     layers = fp8_layers(make_dit())
     for part, tensors in before.items():

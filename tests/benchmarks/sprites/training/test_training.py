@@ -1,6 +1,7 @@
 """The training command on a CPU: a few steps make a checkpoint that opens, and a second call goes on."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,34 +37,40 @@ Coder = Callable[[torch.Tensor], torch.Tensor]
 def trained(folder: Path, work: str, steps: int, *options: str) -> Path:
     """A checkpoint, by the command."""
     output = folder / f"{work}-{steps}"
-    command = [
-        sys.executable,
-        "-m",
-        "scail2_rt.benchmarks.sprites.training.train",
-        output,
-        "--work",
-        folder / work,
-        *options,
-    ]
+    command = [output, "--work", folder / work, *options]
     command += ["--vae-steps", 2, "--steps", steps, "--frames", 5, "--vae-cases", 8, "--vae-batch", 1]
-    words = [str(word) for word in [*command, "--samples", 12, "--short-samples", 12, "--batch", 2]]
-    result = subprocess.run(words, capture_output=True, text=True, env=command_environment(folder))
-    assert result.returncode == 0, result.stderr
+    words = [str(word) for word in [*command, "--samples", 8, "--short-samples", 8, "--batch", 2]]
+    result = CliRunner().invoke(train.main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
     return output
 
 
+@pytest.mark.parametrize("command", ["train", "train_decoder", "round_weights"])
+def test_commands_start_as_modules(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"scail2_rt.benchmarks.sprites.training.{command}"
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(name, run_name="__main__")
+    assert end.value.code == 0
+    assert "OUTPUT" in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_ten_steps_make_a_checkpoint_and_more_go_on(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_set")
+def test_a_few_steps_make_a_checkpoint_and_more_go_on(tmp_path: Path) -> None:
     """In the same work folder, and from the checkpoint alone, whose VAE then stays."""
-    first = trained(tmp_path, "work", 10)
+    first = trained(tmp_path, "work", 4)
     checkpoint = open_checkpoint(first)
     assert (checkpoint.config.dit, checkpoint.config.vae) == (DIT, VAE_SIZES)
     begun, log = last_line(tmp_path / "work" / "dit.jsonl"), tmp_path / "work" / "vae.jsonl"
-    assert begun["step"] == 10
+    assert begun["step"] == 4
     vae_lines = log.read_text()
-    trained(tmp_path, "work", 20)
+    trained(tmp_path, "work", 8)
     gone_on = last_line(tmp_path / "work" / "dit.jsonl")
-    assert gone_on["step"] == 20
+    assert gone_on["step"] == 8
     assert gone_on["seconds"] > begun["seconds"]
     assert log.read_text() == vae_lines  # what is finished is not done again
     later = weights_of(trained(tmp_path, "other", 1, "--from", str(first), "--slower", "1000"))
@@ -304,6 +311,7 @@ def coarse_clips(generator: torch.Generator, side: int) -> Clips:
     return clips
 
 
+@pytest.mark.usefixtures("small_set")
 def test_a_vae_that_began_elsewhere_is_not_gone_on_with(tmp_path: Path) -> None:
     clips = coarse_clips(torch.Generator().manual_seed(0), 64)
     begun = weights_of(CHECKPOINT)["vae"]
