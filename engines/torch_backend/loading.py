@@ -1,9 +1,10 @@
 """Weights from the store to the device, in the background.
 
-A few reader threads each own a pinned buffer and a stream: they read a piece of the file into the buffer, copy it to
-the device, sum it while it is copied, and wait for their own copy, so while one copies the others read, and a finished
-future means that the data is there. Each stage lies in one device buffer. On a CPU a piece is read straight into place.
-Whoever waits for a stage compares the sums, so a damaged one never runs.
+A few reader threads each own two pinned buffers and a stream: they read a piece of the file into a buffer, copy it to
+the device and wait for their own copy, so while one copies the others read, and a finished future means that the data
+is there. Each stage lies in one device buffer. On a CPU a piece is read straight into place. Other threads sum a piece
+while its reader reads the next one into its other buffer: reading is no slower for it where cores are free. Whoever
+waits for a stage compares the sums, so a damaged one never runs.
 
 `WeightLoader.start` begins with one stage. `StageStream` keeps a family of stages in two buffers that take turns: while
 one stage runs the next is on its way, so that a model larger than the device's memory still runs; it sums every stage
@@ -25,6 +26,7 @@ from scail2_rt.engines.folder.store import StoreReader, TensorShape
 from scail2_rt.engines.folder.sums import PIECE, SumChecker, piece_sum
 
 READERS = 4
+SUMMERS = 4
 ALIGNMENT = 256  # bytes; what matrix products and vector loads want
 SLOTS = 2
 Engine = TypeVar("Engine")
@@ -44,27 +46,31 @@ def carve(buffer: Tensor, tensors: Mapping[str, TensorShape]) -> dict[str, Tenso
     return views
 
 
+Piece = tuple[str, "Future[bytes] | None"]
+
+
 @dataclass(frozen=True, slots=True)
 class Loading:
     """A stage on its way: its tensors on the device, valid after `wait()`.
 
-    pieces: (tensor in the store, sum), in order; checker: what the sums are compared with, None: nothing was summed"""
+    pieces: (tensor in the store, its sum to come), in order; checker: what the sums are compared with, None where
+    nothing is summed"""
 
     stage: str
     tensors: dict[str, Tensor]
-    pieces: tuple[Future[tuple[str, bytes]], ...]
+    pieces: tuple[Future[Piece], ...]
     checker: SumChecker | None = None
 
     def wait(self) -> dict[str, Tensor]:
         """Block until every piece has arrived; an error while reading is raised here, and DamagedError when a tensor is
         not what its sum says."""
         sums: dict[str, list[bytes]] = {}
-        for piece in self.pieces:
-            name, found = piece.result()
-            sums.setdefault(name, []).append(found)
+        for name, coming in [piece.result() for piece in self.pieces]:
+            if coming is not None:
+                sums.setdefault(name, []).append(coming.result())
         if self.checker is not None:
-            for name, found_sums in sums.items():
-                self.checker.tensor(self.stage, name, found_sums)
+            for name, pieces in sums.items():
+                self.checker.tensor(self.stage, name, pieces)
             self.checker.whole.add(self.stage)
         return self.tensors
 
@@ -79,6 +85,7 @@ class WeightLoader:
     def __init__(self, store: StoreReader, device: torch.device) -> None:
         self.store, self.device = store, device
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
+        self._summers = ThreadPoolExecutor(SUMMERS, thread_name_prefix="sums")
         self._own = threading.local()
 
     def start(
@@ -106,33 +113,36 @@ class WeightLoader:
         ]
         return Loading(stage, views, tuple(pieces), checker)
 
-    def _load(
-        self, name: str, target: Tensor, start: int, free: "torch.cuda.Event | None", summed: bool
-    ) -> tuple[str, bytes]:
-        """Read one piece → (name, its sum, empty if it is not wanted). One call a step: each takes the interpreter's
-        lock again, which the main thread holds."""
+    def _load(self, name: str, target: Tensor, start: int, free: "torch.cuda.Event | None", summed: bool) -> Piece:
+        """Read one piece. The whole of it in one call: each call waits for the interpreter's lock again."""
         part = target[start : start + PIECE]
         if free is None:
             data = part.numpy().data
             self.store.read_into(name, start, data)
-            return name, piece_sum(data) if summed else b""
+            return name, self._summers.submit(piece_sum, data) if summed else None
         if not hasattr(self._own, "pinned"):
             if self.device.index is not None:
                 torch.cuda.set_device(self.device)  # a new thread is on GPU 0
-            self._own.pinned = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+            self._own.pinned = deque((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), None) for _ in range(2))
             self._own.stream = torch.cuda.Stream(self.device)
-        pinned, stream = self._own.pinned[: len(part)], self._own.stream
-        data = pinned.numpy().data
-        self.store.read_into(name, start, data)
-        free.synchronize()
-        with torch.cuda.stream(stream):
-            part.copy_(pinned, non_blocking=True)
-        found = piece_sum(data) if summed else b""
-        stream.synchronize()
-        return name, found
+        (buffer, before), stream = self._own.pinned.popleft(), self._own.stream
+        if before is not None:
+            wait([before])
+        pinned, coming = buffer[: len(part)], None
+        try:
+            self.store.read_into(name, start, pinned.numpy().data)
+            free.synchronize()
+            with torch.cuda.stream(stream):
+                part.copy_(pinned, non_blocking=True)
+            coming = self._summers.submit(piece_sum, pinned.numpy().data) if summed else None
+            stream.synchronize()
+        finally:
+            self._own.pinned.append((buffer, coming))
+        return name, coming
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._summers.shutdown(wait=True, cancel_futures=True)
 
 
 class StageStream(Generic[Engine]):
