@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from scail2_rt.engines.folder.sums import KIND, Sums
 from scail2_rt.export.models.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from scail2_rt.export.models.precision import PRECISIONS, Precision
 from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
@@ -102,6 +103,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """What `manifest.json` says. sums: None in a folder of a version that made none, or made them in another way."""
+
     identity: Identity
     checkpoint: str
     overrides: dict[str, str]
@@ -109,6 +112,7 @@ class Manifest:
     executors: tuple[ExecutorRecord, ...]
     stages: tuple[StageRecord, ...]
     artefacts: tuple[Artefact, ...]
+    sums: Sums | None = None
     created_by: str = "scail2-rt"
     format_version: int = FORMAT_VERSION
 
@@ -204,13 +208,14 @@ class BuildCommand:
 
     @property
     def line(self) -> str:
-        """Quoted for a shell."""
+        """Quoted for a shell, and good in every folder."""
         words = ["scail2-rt", "build-engines", self.checkpoint]
         for component, path in self.overrides.items():
             words += [f"--{_OPTIONS.get(component, component)}", path]
-        words += ["-o", str(self.directory), "--precision", self.precision]
+        words += ["-o", str(self.directory.absolute()), "--precision", self.precision]
         for lora, strength in self.loras:
-            words += ["--lora", f"{lora}:{strength:g}"]
+            short = f"{strength:g}"
+            words += ["--lora", f"{lora}:{short if float(short) == strength else strength}"]
         words += ["--lora-partial"] if self.lora_partial else []
         for name in self.backends:
             words += ["--backend", name]
@@ -306,6 +311,7 @@ def write_json(path: Path, document: object) -> None:
 def encode(manifest: Manifest) -> dict[str, Any]:
     """The manifest as a JSON document."""
     identity = manifest.identity
+    sums = {} if manifest.sums is None else {"sums": {"kind": KIND, **dataclasses.asdict(manifest.sums)}}
     return {
         "format_version": manifest.format_version,
         "created_by": manifest.created_by,
@@ -319,6 +325,7 @@ def encode(manifest: Manifest) -> dict[str, Any]:
         "executors": [dataclasses.asdict(executor) for executor in manifest.executors],
         "stages": [_encode_stage(stage) for stage in manifest.stages],
         "artefacts": [dataclasses.asdict(artefact) for artefact in manifest.artefacts],
+        **sums,
     }
 
 
@@ -355,8 +362,15 @@ def _decode(document: dict[str, Any]) -> Manifest:
         executors=tuple(ExecutorRecord(**executor) for executor in document["executors"]),
         stages=tuple(_decode_stage(stage) for stage in document["stages"]),
         artefacts=tuple(Artefact(**artefact) for artefact in document["artefacts"]),
+        sums=_decode_sums(document.get("sums")),
         created_by=document["created_by"],
     )
+
+
+def _decode_sums(sums: dict[str, Any] | None) -> Sums | None:
+    if sums is None or sums["kind"] != KIND:
+        return None
+    return Sums(sums["header"], dict(sums["tensors"]), dict(sums["files"]))
 
 
 def _decode_config(model: dict[str, Any]) -> ModelConfig:

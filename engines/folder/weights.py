@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.folder.store import StoreLayout, StoreWriter, TensorShape
+from scail2_rt.engines.folder.store import StoreLayout, TensorShape, TensorWriter
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision, numerics_of
 from scail2_rt.export.stages.dit import table_sources
@@ -59,7 +59,7 @@ def _scale_of(parameter: str) -> str:
 
 
 def write_stage(
-    writer: StoreWriter,
+    writer: TensorWriter,
     stage: str,
     tensors: StageTensors,
     weights: Mapping[str, Sequence[str]],

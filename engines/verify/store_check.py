@@ -8,7 +8,7 @@ value may differ by one rounding step.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -17,7 +17,7 @@ from torch import Tensor
 from scail2_rt.engines.build.assemble import EMBEDDING_SOURCE
 from scail2_rt.engines.folder.manifest import TABLES, TOKENIZER, Manifest
 from scail2_rt.engines.folder.sources import LORA_PART, TOKENIZER_PART, file_groups, hash_file, hash_sources
-from scail2_rt.engines.folder.store import StoreWriter, WeightStore
+from scail2_rt.engines.folder.store import WeightStore
 from scail2_rt.engines.folder.weights import EMBEDDING, planned_tensors, runtime_tables, write_stage
 from scail2_rt.engines.observer import SilentObserver
 from scail2_rt.export.stages.spec import StageDefinition
@@ -81,7 +81,7 @@ def check_weights(
         comparer.inexact |= {name.removesuffix("weight") + "scale" for name in comparer.inexact}
         source = sources[stage.partition(".")[0]]
         try:
-            write_stage(cast(StoreWriter, comparer), stage, tensors, weights, source, manifest.precision)
+            write_stage(comparer, stage, tensors, weights, source, manifest.precision)
         except (InputError, Scail2Error) as error:  # a tensor that is missing, or cannot be held
             comparer.wrong[stage] = str(error)
     if comparer.wrong:

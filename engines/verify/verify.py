@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.manifest import Identity, Manifest, check_folder, differences, read_manifest
+from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.engines.verify import inspector
 from scail2_rt.engines.verify.stage_check import (
     TOLERANCES,
@@ -134,11 +136,13 @@ def verify(
     request: VerifyRequest,
     checkpoint: "Checkpoint",
     progress: Callable[[str], None] = lambda line: None,
+    observer: BuildObserver | None = None,
 ) -> VerifyReport:
     """Test the folder; what is wrong with its contents is in the report, not raised.
 
-    progress hears a line as soon as it is known. InputError: no engine folder, a checkpoint of another model, a LoRA of
-    the manifest that is not there, an executor that cannot run here."""
+    progress hears a line as soon as it is known, observer how far the check of the sums is. InputError: no engine
+    folder, a checkpoint of another model, a LoRA of the manifest that is not there, an executor that cannot run here.
+    """
     started = time.monotonic()
     manifest = read_manifest(request.directory)
     definitions = stage_definitions(manifest.config)
@@ -154,6 +158,8 @@ def verify(
         progress(str(checks[-1]))
 
     try:
+        health = check_health(request.directory, manifest, observer)
+        add("checksums", not health.damages if health.checked else None, health.text)
         add("files", *check_files(request.directory, manifest))
         add("sources", *check_sources(manifest, checkpoint))
         add("weights", *check_weights(manifest, definitions, sources, store))

@@ -85,9 +85,11 @@ def download(directory: Path, repo: str, revision: str, as_json: bool) -> None:
 def inspect(path: Path, as_json: bool) -> None:
     """Say what PATH is: a checkpoint (folder or file), one network of it, a LoRA or an engine folder.
 
-    Layout, types, sizes and what is missing, from the headers alone."""
+    Layout, types, sizes and what is missing, from the headers alone; an engine folder is read whole and compared with
+    its checksums."""
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.inspection import inspect as run
 
     with stdout_for(as_json):
-        found = run(path)
+        found = run(path, BuildLines())
     show(found, found.text, as_json)

@@ -1,7 +1,8 @@
 """`inspect`: what a file or folder is, from its contents alone: checkpoint, one network of it, LoRA or engine folder.
 
-Only headers are read. Each part of a checkpoint is opened by itself, so that one that is missing or damaged is told
-beside the others and not instead of them. What is none of these is refused.
+Of weights only headers are read, but an engine folder is read whole and compared with its checksums. Each part of a
+checkpoint is opened by itself, so that one that is missing or damaged is told beside the others and not instead of
+them. What is none of these is refused.
 """
 
 import dataclasses
@@ -11,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import MANIFEST, Manifest, check_folder, read_manifest
+from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.export.checkpoint.lora_facts import LoRAFacts, lora_facts
 from scail2_rt.export.checkpoint.open import (
     COMPONENTS,
@@ -72,13 +75,14 @@ class Inspection:
         return "\n".join(_lines(self))
 
 
-def inspect(path: Path) -> Inspection:
-    """InputError: nothing there, unreadable, or none of what this program knows."""
+def inspect(path: Path, observer: BuildObserver | None = None) -> Inspection:
+    """InputError: nothing there, unreadable, or none of what this program knows. `observer` hears how far the check of
+    an engine folder is."""
     path = path.expanduser()
     if not path.exists():
         raise InputError(f"There is nothing at {path}; check the path.")
     if path.is_dir() and (path / MANIFEST).is_file():
-        return _engines(path)
+        return _engines(path, observer)
     if path.is_dir() and (path / JOURNAL).is_file():
         return _unfinished(path)
     if path.is_dir():
@@ -185,11 +189,14 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _engines(path: Path) -> Inspection:
+def _engines(path: Path, observer: BuildObserver | None) -> Inspection:
     manifest = read_manifest(path)
-    problems = []
+    problems, health = [], None
     try:
         check_folder(path, manifest, stage_definitions(manifest.config))
+        health = check_health(path, manifest, observer)
+        if health.damages:
+            problems.append(health.text)
     except InputError as error:
         problems.append(str(error))
     facts = {
@@ -205,6 +212,8 @@ def _engines(path: Path) -> Inspection:
         "weight_bytes": sum(stage.weight_bytes for stage in manifest.stages),
         "config": {part: value for part, value in dataclasses.asdict(manifest.config).items() if value},
         "created_by": manifest.created_by,
+        "checksums": health.text if health else None,
+        "damages": [dataclasses.asdict(damage) for damage in health.damages] if health else [],
     }
     size = sum(artefact.size for artefact in manifest.artefacts)
     return Inspection("engines", str(path), _executors(manifest), size, problems=tuple(problems), engines=facts)
@@ -278,6 +287,8 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
         gpu = f", for {executor['gpu']}" if executor["gpu"] else ""
         yield f"  {executor['backend']}: {_pairs(executor['versions'])}{gpu}"
     yield f"  {engines['stages']} stages, {_size(engines['weight_bytes'])} of weights, made by {engines['created_by']}"
+    if engines["checksums"] and not engines["damages"]:
+        yield f"  checksums: {engines['checksums']}"
     for lora in engines["loras"]:
         yield f"  LoRA {lora['file']} at strength {lora['strength']:g}"
     yield f"  from {engines['checkpoint']}:"

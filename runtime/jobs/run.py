@@ -20,6 +20,7 @@ from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.session.check import check_output, check_request, check_room
+from scail2_rt.runtime.session.output_lock import refuse_second
 
 if TYPE_CHECKING:
     from scail2_rt.runtime.session.session import Session
@@ -63,6 +64,7 @@ def check_job(job: Job) -> Plan:
     """The plan of a job, without engines; InputError when it cannot work."""
     if job.request is None or job.output is None:
         raise job.error or InputError(f"{job.name} holds no request.")
+    refuse_second(job.output.path)
     check_output(job.output, job.request)
     plan = check_request(job.request)
     check_room(job.output, plan)

@@ -144,9 +144,7 @@ class TestBadWeights:
 
 
 class TestSecondCall:
-    def test_does_nothing_and_reads_nothing(
-        self, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_checks_and_writes_nothing(self, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = BuildRequest(tiny.path, tmp_path / "e", ("torch",), "bf16")
         first, steps = Steps(), Steps()
         report = build(asked, tiny, first)
@@ -164,7 +162,7 @@ class TestSecondCall:
         again = build(asked, tiny, steps)
         assert again.up_to_date
         assert again.added == ()
-        assert steps.steps == []
+        assert [step.phase for step in steps.steps] == ["check"]
         assert "nothing to do" in steps.notes[-1]
         assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (tmp_path / "e").rglob("*")} == before
 
