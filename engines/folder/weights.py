@@ -73,24 +73,41 @@ def write_stage(
         _check_shapes(stage, parameter, target, names, source)
         position = 0
         for name, values in pieces(source, names, target.shape[-1] if target.dtype == E4M3 else 1):
-            extremes = finite_extremes(name, values)
+            extremes = finite_extremes(name, values, source)
             if target.dtype == E4M3:
                 data, scale = quantise_columns(values.view(-1, target.shape[-1]))
                 writer.write(f"{stage}.{_scale_of(parameter)}", scale, position // target.shape[-1])
             else:
                 if not extremes.to(target.dtype).isfinite().all():
-                    raise Scail2Error(_overflow(stage, name, extremes, target.dtype, precision))
+                    raise Scail2Error(_overflow(stage, name, extremes, target.dtype, precision) + _fused(name, source))
                 data = values.to(target.dtype)
             writer.write(f"{stage}.{parameter}", data, position)
             position += values.numel()
 
 
-def finite_extremes(name: str, values: Tensor) -> Tensor:
-    """Smallest and largest value, [2]. InputError when a value is not finite."""
+def finite_extremes(name: str, values: Tensor, source: "TensorSource | None" = None) -> Tensor:
+    """Smallest and largest value, [2]. InputError when a value is not finite; `source`: where the tensor is from, which
+    may name the LoRAs that made it so."""
     extremes = torch.stack(values.aminmax())  # NaN if any is; much faster than isfinite on every value
-    if not extremes.isfinite().all():
-        raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values; get an intact file.")
-    return extremes
+    if extremes.isfinite().all():
+        return extremes
+    if loras := _loras(name, source):
+        raise InputError(
+            f"tensor {name} has NaN or infinite values once the LoRA is fused into it: {loras}; give a smaller "
+            "strength."
+        )
+    raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values; get an intact file.")
+
+
+def _loras(name: str, source: "TensorSource | None") -> str:
+    """The LoRAs that changed a tensor of numbers; empty when none did."""
+    fused_into = getattr(source, "fused_into", None)  # a source of LoRAs has it
+    return " and ".join(map(str, fused_into(name))) if fused_into is not None else ""
+
+
+def _fused(name: str, source: "TensorSource") -> str:
+    loras = _loras(name, source)
+    return f" It holds the LoRA {loras}." if loras else ""
 
 
 def pieces(source: "TensorSource", names: Sequence[str], multiple: int = 1) -> Iterator[tuple[str, Tensor]]:
@@ -136,7 +153,6 @@ def runtime_tables(config: ModelConfig, source: "TensorSource | None") -> dict[s
         if key not in known:
             raise InputError(f"the checkpoint has no tensor {key}, which the runtime needs.")
         values = source.get(key).to(torch.float32, copy=True).reshape(-1, config.dit.dim)
-        if not torch.isfinite(values).all():
-            raise InputError(f"tensor {key} of the checkpoint has NaN or infinite values; get an intact file.")
+        finite_extremes(key, values, source)
         tables[name] = values if name.endswith("modulation") else values[0].contiguous()
     return tables

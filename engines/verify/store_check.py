@@ -110,6 +110,9 @@ class _Comparer:
             return
         if torch.equal(stored.view(torch.uint8), data.contiguous().view(torch.uint8)):
             return
+        if fault := not_numbers(stored, start):
+            self.wrong[name] = fault
+            return
         step = torch.finfo(data.dtype).eps if name in self.inexact else 0.0
         have, want = stored.float(), data.float()
         allowed = step * (torch.maximum(have.abs(), want.abs()) + 1e-2 * want.abs().max())
@@ -121,6 +124,12 @@ class _Comparer:
         self.wrong.setdefault(name, text)
 
 
+def not_numbers(stored: Tensor, start: int = 0) -> str:
+    """What to say of stored values of which some are not finite; `start`: the first one's place. Empty if all are."""
+    lost = (~stored.float().isfinite()).nonzero()
+    return f"{len(lost)} values are NaN or infinite, the first at {start + int(lost[0])}" if len(lost) else ""
+
+
 def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | None") -> Verdict:
     """The runtime's tables against the checkpoint's tensors."""
     have = load_file(directory / TABLES)
@@ -130,6 +139,9 @@ def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | No
         return False, str(error)
     touched = bool(getattr(source, "touched", ()))
     names = sorted(have.keys() | want.keys())
+    lost = [f"{n} ({fault})" for n in names if n in have and (fault := not_numbers(have[n].reshape(-1)))]
+    if lost:
+        return False, f"{len(lost)} of {len(names)} tables are not of numbers: {_listed(lost)}"
     wrong = [n for n in names if n not in have or n not in want or not _same(have[n], want[n], 1e-5 * touched)]
     if wrong:
         return False, f"{len(wrong)} of {len(names)} tables are not the checkpoint's: {_listed(wrong)}"

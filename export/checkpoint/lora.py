@@ -64,6 +64,9 @@ class LoRASpec:
     path: Path
     strength: float = 1.0
 
+    def __str__(self) -> str:
+        return f"{self.path} at strength {self.strength:g}"
+
 
 @dataclass(frozen=True, slots=True)
 class LoRAReport:
@@ -86,15 +89,20 @@ class TensorRole:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One change of one Wan tensor: `up`·`down`·scale, or `diff`·scale; `rows` of a tensor for a fused SAT module."""
+    """One change of one Wan tensor: `up`·`down`·scale, or `diff`·scale; `rows` of a tensor for a fused SAT module.
+    spec: the file that it is of."""
 
     source: TensorSource
+    spec: LoRASpec
     scale: float
     names: tuple[str, ...]  # (up, down) or (diff,)
     rows: tuple[int, int] | None = None
 
     def add_to(self, weight: Tensor) -> None:
-        """Adds the change to an fp32 tensor in place."""
+        """Adds the change to an fp32 tensor in place. A scale that fp32 cannot hold leaves no number."""
+        if abs(self.scale) > torch.finfo(torch.float32).max:
+            weight.fill_(math.inf)
+            return
         first = self.source.get(self.names[0])
         if self.rows:
             first = first[self.rows[0] : self.rows[1]]
@@ -137,7 +145,7 @@ def apply_loras(source: TensorSource, specs: Sequence[LoRASpec], partial: bool =
     reports = []
     for spec in specs:
         lora = open_weights(spec.path)
-        fusion = _Fusion(lora, source, spec.strength, known)
+        fusion = _Fusion(lora, source, spec, known)
         fusion.read(index, _peft_scale(spec.path, lora))
         if fusion.problems and not partial:
             raise InputError(_refusal(spec.path, fusion.problems))
@@ -176,6 +184,11 @@ class FusedSource(Derived):
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32 if name in self._updates else self._source.dtype(name)
+
+    def fused_into(self, name: str) -> tuple[LoRASpec, ...]:
+        """The LoRAs that change a tensor, if the tensor itself is of numbers: those to blame if the result is not."""
+        specs = dict.fromkeys(update.spec for update in self._updates.get(name, ()))
+        return tuple(specs) if specs and bool(self._source.get(name).float().isfinite().all()) else ()
 
     def get(self, name: str) -> Tensor:
         stored = self._source.get(name)
@@ -232,7 +245,7 @@ class _Fusion:
 
     lora: TensorSource
     base: TensorSource
-    strength: float
+    spec: LoRASpec
     known: frozenset[str]  # tensors of the transformer
     updates: dict[str, list[Update]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # LoRA tensor → why it cannot be applied
@@ -297,7 +310,8 @@ class _Fusion:
             wanted = f"{list(shapes[0])}" + (f" x {len(shapes)}" if len(shapes) > 1 else "")
             self._refuse(names, f"up {list(up)} and down {list(down)} do not make {wanted}")
             return
-        scale = self.strength if alpha is None else self.strength * alpha / down[0]
+        strength = self.spec.strength
+        scale = strength if alpha is None else strength * alpha / down[0]
         self._add(targets, (group["up"], group["down"]), scale, len(names))
 
     def _difference(self, modules: tuple[str, ...], name: str, kind: Kind) -> None:
@@ -312,13 +326,13 @@ class _Fusion:
         if self.lora.shape(name) != wanted:
             self._refuse([name], f"shape {list(self.lora.shape(name))}, {list(wanted)} is needed")
             return
-        self._add(targets, (name,), self.strength, 1)
+        self._add(targets, (name,), self.spec.strength, 1)
 
     def _add(self, targets: Sequence[str], names: tuple[str, ...], scale: float, count: int) -> None:
         rows = self.base.shape(targets[0])[0]
         for i, target in enumerate(targets):
             cut = (i * rows, (i + 1) * rows) if len(targets) > 1 else None
-            self.updates.setdefault(target, []).append(Update(self.lora, scale, names, cut))
+            self.updates.setdefault(target, []).append(Update(self.lora, self.spec, scale, names, cut))
         self.applied += count
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:

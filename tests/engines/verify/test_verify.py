@@ -64,6 +64,14 @@ def change_value(folder: Path, tensor: str, index: int, xor: int) -> None:
         file.write(bytes([byte ^ xor]))
 
 
+def set_value(folder: Path, tensor: str, index: int, value: bytes) -> None:
+    """Write one value of a tensor of the store."""
+    place = StoreLayout.read(folder / STORE).location(tensor)
+    with (folder / STORE).open("r+b") as file:
+        file.seek(place.offset + index * len(value))
+        file.write(value)
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint: Path) -> Checkpoint:
     return open_checkpoint(tiny_checkpoint)
@@ -136,6 +144,27 @@ class TestDamage:
         report = run(tmp_path / "e", small_checkpoint())
         assert verdicts(report)["weights"] is False
         assert not failed(report)
+
+    @pytest.mark.parametrize(("precision", "tensor"), [("fp32", "weight"), ("bf16", "weight"), ("fp8", "scale")])
+    def test_a_value_that_is_not_a_number(self, tmp_path: Path, precision: str, tensor: str) -> None:
+        build_small(tmp_path / "e", precision)
+        name = f"dit.blocks.1.ffn.up.{tensor}"
+        width = StoreLayout.read(tmp_path / "e" / STORE).location(name).dtype.itemsize
+        set_value(tmp_path / "e", name, 7, b"\x00\x00\xc0\x7f"[-width:])
+        rewrite_hash(tmp_path / "e", STORE)
+        report = run(tmp_path / "e", small_checkpoint())
+        (check,) = [check for check in report.checks if check.passed is False]
+        assert check.name == "weights"
+        assert f"{name} (1 values are NaN or infinite, the first at 7)" in check.detail
+        assert failed(report) == {("dit.blocks.1.ffn", "torch")}
+
+    def test_a_table_that_is_not_of_numbers(self, small: Path) -> None:
+        tables = load_file(small / "tables.safetensors")
+        tables["blocks.1.norm_q"][3] = float("inf")
+        save_file(tables, small / "tables.safetensors")
+        rewrite_hash(small, "tables.safetensors")
+        (check,) = [check for check in run(small, small_checkpoint()).checks if check.passed is False]
+        assert "blocks.1.norm_q (1 values are NaN or infinite, the first at 3)" in check.detail
 
     def test_the_hash_alone(self, small: Path) -> None:
         change_value(small, "dit.head.linear.bias", 0, 1)
@@ -224,6 +253,18 @@ class TestLoRA:
         report = run(tmp_path / "e", small_checkpoint())
         assert failed(report) == {("dit.blocks.0.ffn", "torch")}
         assert verdicts(report)["tables"] is False
+
+    def test_a_strength_in_the_manifest_that_leaves_no_numbers(self, tmp_path: Path, lora: Path) -> None:
+        build_small(tmp_path / "e", loras=(LoRASpec(lora, 0.7),))
+        text = (tmp_path / "e" / MANIFEST).read_text().replace('"strength": 0.7', '"strength": 1e+60')
+        (tmp_path / "e" / MANIFEST).write_text(text)
+        report = run(tmp_path / "e", small_checkpoint())
+        (check,) = [check for check in report.checks if check.name == "weights"]
+        assert check.passed is False
+        assert f"tensor blocks.0.ffn.0.weight has NaN or infinite values once the LoRA is fused into it: {lora}" in (
+            check.detail
+        )
+        assert "at strength 1e+60; give a smaller strength" in check.detail
 
     def test_a_lora_that_changed_or_is_gone(self, tmp_path: Path, lora: Path) -> None:
         build_small(tmp_path / "e", loras=(LoRASpec(lora, 0.7),))
