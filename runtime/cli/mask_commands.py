@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from scail2_rt.runtime.cli.options import CASE, FILES, MODE, SIZE
+from scail2_rt.runtime.cli.options import CASE, FILES, FIT, MODE, SIZE
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 from scail2_rt.runtime.cli.types import CHARACTERS, ColourMap, RateType
@@ -28,7 +28,7 @@ UNUSABLE = 2  # exit code of a check that found an error
 
 
 CASE_OPTIONS = in_section(
-    "Inputs (mask files by themselves, a case folder, or the four files of a case)", CASE, *FILES, MODE, SIZE
+    "Inputs (mask files by themselves, a case folder, or the four files of a case)", CASE, *FILES, MODE, SIZE, FIT
 )
 OVERWRITE = option("--overwrite", is_flag=True, help="Replace an output that exists.")
 WRITE_OPTIONS = in_section(
@@ -255,6 +255,7 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckRes
             "--extra-ref": options["extra_refs"],
             "--mode": options["mode"] != "auto",
             "--size": options["size"],
+            "--fit": options["fit"] != "auto",
         }
         if given := [flag for flag, value in of_a_case.items() if value]:
             raise InputError(f"{', '.join(given)} belongs to a case: give --case DIR or the four files with it.")
@@ -262,7 +263,7 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckRes
     if files:
         raise InputError(f"{files[0]} was given beside a case: check mask files by themselves or the files of a case.")
     mode = case.mode if options["case"] is not None else options["mode"]
-    return check_case(case, options["extra_refs"], mode, options["size"]), case
+    return check_case(case, options["extra_refs"], mode, options["size"], options["fit"]), case
 
 
 def _write(file: Path, options: dict[str, Any], as_json: bool, frames: Any) -> None:
