@@ -126,22 +126,24 @@ def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Lay the masks over the pictures: a contact sheet (masks.png) and a video of all frames (masks.mp4).
 
-    Hidden parts are dark and hatched, characters tinted and outlined, pixels in no class orange. At most one of FILES
-    may be a video."""
+    Hidden parts are dark and hatched, characters tinted and outlined, pixels in no class orange; of a case, a border
+    shows what of each picture lies in the video's frame. At most one of FILES may be a video."""
     from scail2_rt.runtime.masks.files import check_new
     from scail2_rt.runtime.masks.preview import clip_of, reference_stills, write_preview
 
     folder: Path = options["output"]
     with stdout_for(as_json):
         result, case = _checked(files, options)
-        clip = clip_of(files, case, result.findings)
+        clip = clip_of(files, case, result)
         check_new(folder / "masks.png", ".png", options["overwrite"])
         if clip is not None:
             check_new(folder / "masks.mp4", ".mp4", options["overwrite"])
-        stills = reference_stills(files, case, options["extra_refs"], result.findings)
+        stills = reference_stills(files, case, options["extra_refs"], result)
         sheet, video = write_preview(folder, stills, clip, options["count"])
     written = [str(path) for path in (sheet, video) if path]
     text = f"wrote {' and '.join(written)}"
+    if result.framing is not None:
+        text = f"{result.framing.line}\n{text}"
     if result.findings:
         text += f"; findings: {len(result.findings)} (`scail2-rt masks check` explains them)"
     show({"sheet": sheet, "video": video, "check": result.as_json}, text, as_json)
