@@ -33,6 +33,16 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def reports() -> Path:
+    """Folder of the files that people's reports describe: `SCAIL2_REPORTS`, or `../shared/reports`."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "reports"
+    folder = Path(os.environ.get("SCAIL2_REPORTS", beside))
+    if not (folder / "README.md").is_file():
+        pytest.skip(f"files of reports not found at {folder}; set SCAIL2_REPORTS to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the `tiny` preset in the official folder layout. Read only: copy it before changing it."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint

@@ -132,6 +132,8 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if plan.framing is not None and plan.framing.line:
+        print(plan.framing.line, file=sys.stderr)
     if plan.fit is not None:
         print(plan.fit.text, file=sys.stderr)
     if plan.estimate is not None and plan.estimate.placement:
