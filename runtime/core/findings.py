@@ -73,15 +73,15 @@ class Framed:
         """`driving video: whole, with margins left and right (the middle crop keeps 35 % of red)`."""
         losses = ", ".join(f"{percent(share)} of {name}" for name, share in self.official.items() if share < 0.995)
         window = self.window
-        if window.way == "official":
+        (top, bottom, left, right), (height, width) = window.part, window.source
+        if (bottom - top) * (right - left) > 0.995:
+            done = "whole" + (f", with black margins {window.margins}" if window.margins else "")
+        elif window.way == "official":
             return f"{self.name}: middle crop{f', which keeps {losses}' if losses else ''}"
-        if window.way == "crop":
-            (top, bottom, left, right), (height, width) = window.part, window.source
+        else:
             rows, columns = (round(top * height), round(bottom * height)), (round(left * width), round(right * width))
             kind, (first, last), side = ("rows", rows, height) if right - left == 1 else ("columns", columns, width)
             done = f"cropped to {kind} {first} to {last} of {side}"
-        else:
-            done = "whole" + (f", with black margins {window.margins}" if window.margins else "")
         return f"{self.name}: {done}{f' (the middle crop keeps {losses})' if losses else ''}"
 
     @property

@@ -80,8 +80,8 @@ def framed_by_fit(framed: Framed, mask: np.ndarray, fit: ReferenceFit) -> Framed
     found = {}
     for name in framed.kept:
         own = labels == CHARACTERS.index(name) + 1
-        counts = (np.array([np.count_nonzero(pixels)], np.float64) for pixels in (own & inside, own))
-        found[name] = kept(np.zeros(1, int), *counts)
+        left, total = (np.array([np.count_nonzero(pixels)], np.float64) for pixels in (own & inside, own))
+        found[name] = kept(np.zeros(1, int), left, total, total)
     return replace(framed, kept=found)
 
 

@@ -116,6 +116,13 @@ class Profile:
         in_columns = self.columns @ _covered(self.column_edges, *part[2:])
         return in_rows * in_columns / np.maximum(self.total, 1)
 
+    def sizes(self, part: Part) -> np.ndarray:
+        """What a loss in each frame is held against, [N]: the pixels that are there, or usually are (median) where the
+        picture itself cuts the character, at a side at which the part cuts too."""
+        lines = self.rows if part[1] - part[0] < part[3] - part[2] else self.columns
+        at_border = (lines[:, 0] > 0) | (lines[:, -1] > 0)
+        return np.where(at_border, np.maximum(self.total, np.median(self.total)), self.total)
+
     def heights(self, part: Part) -> np.ndarray:
         """Height of the bounding box inside a part, over the part's height, [N]; 0: not there. A character that the
         part cuts at a side has the height of the whole."""

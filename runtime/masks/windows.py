@@ -7,8 +7,8 @@ a window of the same size in another place, the whole picture with margins. One 
 moving one would move the scene. A cover crop cuts one axis only, so the characters' pixels by row and by column tell
 all that is needed, and the mask is decoded once.
 
-Shares are of pixels, over the clip. A frame counts as cut where it loses a tenth of the character, as large as it is in
-that frame or usually: the first sliver of somebody who walks in at the border calls for nothing.
+Shares are of pixels, over the clip. A frame counts as cut where it loses a tenth of the character; where that is at the
+border of the picture, a tenth of its usual size: the first sliver of somebody who walks in calls for nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from scail2_rt.runtime.core.geometry import check_size, oriented
 from scail2_rt.runtime.core.request import DEFAULT_SIZE
 from scail2_rt.runtime.core.window import Fit, Part, Size, Window
 from scail2_rt.runtime.masks.palette import Mode
-from scail2_rt.runtime.masks.stats import MaskStats, Profile
+from scail2_rt.runtime.masks.stats import MaskStats
 
 ENOUGH = 0.98  # share of a character that a window must leave for `auto` to take it
 CUT = 0.9  # in a frame: leaving less of a character is worth a warning
@@ -76,13 +76,14 @@ def kept_inside(stats: MaskStats, part: Part) -> dict[str, Kept]:
     found = {}
     for name in stats.characters:
         profile = stats.profile(name)
-        found[name] = kept(profile.frames, profile.inside(part), profile.total)
+        found[name] = kept(profile.frames, profile.inside(part), profile.total, profile.sizes(part))
     return found
 
 
-def kept(frames: np.ndarray, inside: np.ndarray, total: np.ndarray) -> Kept:
-    """Of a character with `total` pixels, `inside` of them left, in each of these frames, [N] each."""
-    left = 1 - (total - inside) / np.maximum(total, np.median(total))
+def kept(frames: np.ndarray, inside: np.ndarray, total: np.ndarray, sizes: np.ndarray) -> Kept:
+    """Of a character with `total` pixels, `inside` of them left, in each of these frames, [N] each; `sizes` is what a
+    loss is held against (`Profile.sizes`)."""
+    left = 1 - (total - inside) / sizes
     worst = int(left.argmin())
     share, least = inside.sum() / total.sum(), inside[worst] / total[worst]
     return Kept(float(min(share, 1.0)), float(min(least, 1.0)), tuple(frames[left < CUT].tolist()))
@@ -105,13 +106,14 @@ def _cropped(stats: MaskStats, picture: Size, frame: Size) -> Window:
             (profile.rows, profile.row_edges) if rows else (profile.columns, profile.column_edges)
             for profile in profiles
         ]
-        place = _best_place(profiles, lines, length)
+        sizes = [profile.sizes((top, bottom, left, right)) for profile in profiles]
+        place = _best_place(lines, sizes, length)
     return Window.cropped(picture, frame, *((place, left) if rows else (top, place)))
 
 
-def _best_place(profiles: Sequence[Profile], lines: Sequence[tuple[np.ndarray, np.ndarray]], length: float) -> float:
-    """Where a window of this length begins, as a share of the side. lines: of each profile the pixels by row or column,
-    and the edges of these."""
+def _best_place(lines: Sequence[tuple[np.ndarray, np.ndarray]], sizes: Sequence[np.ndarray], length: float) -> float:
+    """Where a window of this length begins, as a share of the side. lines: of each character the pixels by row or
+    column, and the edges of these; sizes: what losses are held against."""
     touched = np.logical_or.reduce([(counts > 1).any(0) for counts, _ in lines])
     edges = lines[0][1]
     wanted = 0.5
@@ -121,11 +123,11 @@ def _best_place(profiles: Sequence[Profile], lines: Sequence[tuple[np.ndarray, n
     nearest = min(max(wanted - length / 2, 0), 1 - length)
     places = np.append(np.linspace(0, 1 - length, _PLACES + 1), nearest)
     share, left = np.ones(len(places)), np.ones(len(places))
-    for profile, (counts, _) in zip(profiles, lines, strict=True):
+    for (counts, _), size in zip(lines, sizes, strict=True):
         inside = _before(counts, edges, places + length) - _before(counts, edges, places)  # [N, places]
-        total = profile.total[:, None]
+        total = counts.sum(1)[:, None]
         share = np.minimum(share, inside.sum(0) / total.sum())
-        left = np.minimum(left, (1 - (total - inside) / np.maximum(total, np.median(total))).min(0))
+        left = np.minimum(left, (1 - (total - inside) / size[:, None]).min(0))
     holds = (share >= ENOUGH) & (left >= CUT)
     order = np.lexsort((-np.abs(places - nearest), np.round(left, 3), np.round(share, 3), holds))
     return float(places[order[-1]])

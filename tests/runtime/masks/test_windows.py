@@ -149,6 +149,17 @@ def test_somebody_who_walks_in_calls_for_nothing() -> None:
     assert way(stats_of(*[narrow] * 6), (512, 896)) == "crop"  # a fifth of it lies outside
 
 
+def test_a_small_figure_is_measured_like_a_large_one() -> None:
+    """It stands far away, outside the window, in two frames, and comes near: no border of the clip cuts it."""
+    far = drawn((128, 224), (0, 0, 0), red=(0.4, 0.5, 0.05, 0.1))
+    near = drawn((128, 224), (0, 0, 0), red=STANDING)
+    stats = stats_of(far, far, *[near] * 8)
+    cut = kept_inside(stats, choose_window(stats, (128, 224), (64, 64), "official").part)["red"]
+    assert (cut.cut, cut.least) == ((0, 1), 0)
+    assert cut.share > 0.98
+    assert way(stats, (64, 64)) == "pad"
+
+
 @pytest.mark.parametrize(
     ("mode", "fit", "expected"),
     [("animate", "auto", (896, 512)), ("animate", "official", (896, 512)), ("replace", "auto", (512, 896)),
