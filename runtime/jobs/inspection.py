@@ -13,6 +13,7 @@ from typing import Any
 
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import MANIFEST, Manifest, check_folder, read_manifest
+from scail2_rt.export.checkpoint.lora import is_adapter, lora_file
 from scail2_rt.export.checkpoint.lora_facts import LoRAFacts, lora_facts
 from scail2_rt.export.checkpoint.open import (
     COMPONENTS,
@@ -81,9 +82,9 @@ def inspect(path: Path) -> Inspection:
         return _engines(path)
     if path.is_dir() and (path / JOURNAL).is_file():
         return _unfinished(path)
-    if path.is_dir():
+    if path.is_dir() and not is_adapter(path):
         return _checkpoint(path)
-    return _file(path)
+    return _file(lora_file(path) if path.is_dir() else path)
 
 
 def _file(path: Path) -> Inspection:
@@ -96,9 +97,9 @@ def _file(path: Path) -> Inspection:
     if found is not None:
         part = _part(found.component, found.source, source)
         return Inspection("network", str(path), _layout(part), size, parts=(part,))
-    facts = lora_facts(source)
+    facts = lora_facts(source, path)
     if facts is not None:
-        return Inspection("lora", str(path), f"LoRA with {facts.names} names", size, lora=facts)
+        return Inspection("lora", str(path), f"{facts.kind}, {facts.names} names", size, lora=facts)
     names = list(source.keys())
     raise InputError(
         f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: its {len(names)} tensors begin with "
@@ -195,7 +196,9 @@ def _engines(path: Path) -> Inspection:
     facts = {
         "precision": manifest.precision,
         "executors": [dataclasses.asdict(executor) for executor in manifest.executors],
-        "loras": [{"file": lora.file.path, "strength": lora.strength} for lora in manifest.loras],
+        "loras": [
+            {"file": lora.file.path, "strength": lora.strength, "distilled": lora.distilled} for lora in manifest.loras
+        ],
         "checkpoint": manifest.checkpoint,
         "sources": [
             {**dataclasses.asdict(file), "state": _state(file.path, file.size, file.mtime_ns)}
@@ -266,11 +269,19 @@ def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
     yield f"  {lora.tensors} tensors, {_pairs(lora.dtypes)}; {_pairs(lora.kinds)}; {lora.blocks} blocks"
     if lora.ranks:
         yield f"  rank: {', '.join(f'{rank} ({pairs} pairs)' for rank, pairs in lora.ranks.items())}"
-        yield f"  alpha/rank: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+    if lora.scales:
+        alphas = ", ".join(f"{alpha:g} ({pairs} pairs), " for alpha, pairs in lora.alphas.items())
+        yield f"  alpha: {alphas}from {lora.alpha_from}"
+        scale = "alpha/√rank (rsLoRA)" if lora.rslora else "alpha/rank"
+        yield f"  {scale}: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+    told = f"yes, told by its {lora.distilled}: use --preset fast" if lora.distilled else "not as far as can be told"
+    yield f"  step-distilled: {told}"
     yield f"  targets: {_pairs(lora.targets) or 'none of SCAIL-2'}"
     if lora.unknown:
         more = len(lora.unknown) - _LISTED
         yield f"  not for SCAIL-2: {', '.join(lora.unknown[:_LISTED])}{f' and {more} more' if more > 0 else ''}"
+    if lora.refused:
+        yield f"  cannot be fused: {lora.refused}"
 
 
 def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
@@ -279,7 +290,8 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {executor['backend']}: {_pairs(executor['versions'])}{gpu}"
     yield f"  {engines['stages']} stages, {_size(engines['weight_bytes'])} of weights, made by {engines['created_by']}"
     for lora in engines["loras"]:
-        yield f"  LoRA {lora['file']} at strength {lora['strength']:g}"
+        distilled = f", step-distilled (told by its {lora['distilled']})" if lora["distilled"] else ""
+        yield f"  LoRA {lora['file']} at strength {lora['strength']:g}{distilled}"
     yield f"  from {engines['checkpoint']}:"
     for file in engines["sources"]:
         yield f"    {file['component']}: {file['path']} ({file['state']}), sha256 {file['sha256'][:12]}"
