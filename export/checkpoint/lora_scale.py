@@ -90,7 +90,8 @@ def read_training(path: Path, lora: TensorSource) -> Training:
             raise InputError(f"{file} has no readable alpha ({error}); correct or remove it") from error
         return _training(path, config, alpha, CONFIG, peft_type)
     found = dict(_header(lora.metadata))
-    alphas = {place: value for place, key, value in found.values() if key in _ALPHA and _number(value) is not None}
+    stated = sorted(found.values(), key=lambda entry: entry[0])  # the order of a header's entries is an accident
+    alphas = {place: value for place, key, value in stated if key in _ALPHA and _number(value) is not None}
     settings = {key: value for _, key, value in found.values()}
     place, value = next(iter(alphas.items()), ("", None))
     training = _training(path, settings, _number(value), f"header ({place})", None)
