@@ -43,8 +43,8 @@ class LoRASpec:
 @dataclass(frozen=True, slots=True)
 class LoRAReport:
     """What came of one file: tensors applied, Wan tensors changed, `name: reason` of those that `partial` skipped, a
-    sentence for each module left out. alpha: where it is from; distilled: by what the file is known to be
-    step-distilled, None when it is not."""
+    sentence for each module left out. alpha: where it is from, or why there is none; distilled: by what the file is
+    known to be step-distilled, None when it is not."""
 
     path: Path
     strength: float
@@ -60,7 +60,7 @@ class LoRAReport:
         """For people, on one line; what was left out on a line each."""
         facts = [f"{self.applied} tensors applied"]
         facts += [f"{len(self.skipped)} skipped"] if self.skipped else []
-        facts += [f"alpha from {self.alpha}"] if self.alpha else []
+        facts += [f"alpha: {self.alpha}"] if self.alpha else []
         facts += [f"step-distilled (told by its {self.distilled})"] if self.distilled else []
         return "\n".join((f"{self.path}: {', '.join(facts)}", *(f"{self.path}: {line}" for line in self.left_out)))
 
@@ -134,7 +134,7 @@ def apply_loras(source: TensorSource, specs: Sequence[LoRASpec], partial: bool =
             len(fusion.updates),
             tuple(f"{name}: {reason}" for name, reason in fusion.problems.items()),
             tuple(fusion.left_out),
-            ", ".join(fusion.origins),
+            "; ".join(fusion.origins),
             distilled_by(path, lora.metadata, groups),
         )
         reports.append(report)

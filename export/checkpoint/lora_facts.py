@@ -89,7 +89,7 @@ def lora_facts(source: TensorSource, path: Path) -> LoRAFacts | None:
         dtypes=dict(Counter(str(source.dtype(name)).removeprefix("torch.") for name in names)),
         ranks=dict(Counter(product.rank for _, product in products if product.rank is not None).most_common()),
         alphas=dict(Counter(scale.alpha for scale in scales if scale.alpha is not None).most_common()),
-        alpha_from=", ".join(dict.fromkeys(scale.origin for scale in scales)),
+        alpha_from="; ".join(dict.fromkeys(scale.origin for scale in scales)),
         rslora=training.rslora,
         scales=dict(Counter(scale.value for scale in scales).most_common()),
         distilled=distilled_by(path, source.metadata, groups),

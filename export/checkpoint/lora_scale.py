@@ -28,7 +28,7 @@ _INITIAL = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)  # thes
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Factor of a product. alpha None: none is given; origin: where it is from, for people."""
+    """Factor of a product. alpha None: there is none; origin: where it is from, or why there is none, for people."""
 
     value: float
     alpha: float | None
@@ -41,7 +41,7 @@ class Training:
     configuration, None without one; fault: why alpha cannot be told for pairs without a tensor of their own."""
 
     alpha: float | None = None
-    origin: str = "nowhere, so alpha is the rank"
+    origin: str = "none given, so it is the rank"
     rank: float | None = None
     rslora: bool = False
     dora: bool = False
@@ -55,14 +55,14 @@ class Training:
         stands for the rank, as in kohya's and LyCORIS' trainers. InputError: the file contradicts itself."""
         if rank is None:
             if self.peft_type != "LOKR" or self.alpha is None or self.rank is None:
-                return Scale(1.0, None, "full matrices have none")
+                return Scale(1.0, None, "none needed by full matrices")
             stated = _matching(self.ranks, module, self.rank)
             alpha = _matching(self.alphas, module, self.alpha)
             return Scale(alpha / stated, alpha, self.origin)
         if own_alpha is None and self.fault is not None:
             raise InputError(self.fault)
         if own_alpha is not None:
-            alpha, origin = own_alpha or float(rank), "tensors"
+            alpha, origin = own_alpha or float(rank), "from tensors"
         elif self.alpha is None:
             return Scale(1.0, None, self.origin)
         else:
@@ -88,13 +88,13 @@ def read_training(path: Path, lora: TensorSource) -> Training:
             alpha = float(config["alpha" if peft_type in ("LOHA", "LOKR") else "lora_alpha"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} has no readable alpha ({error}); correct or remove it") from error
-        return _training(path, config, alpha, CONFIG, peft_type)
+        return _training(path, config, alpha, f"from {CONFIG}", peft_type)
     found = dict(_header(lora.metadata))
     stated = sorted(found.values(), key=lambda entry: entry[0])  # the order of a header's entries is an accident
     alphas = {place: value for place, key, value in stated if key in _ALPHA and _number(value) is not None}
     settings = {key: value for _, key, value in found.values()}
     place, value = next(iter(alphas.items()), ("", None))
-    training = _training(path, settings, _number(value), f"header ({place})", None)
+    training = _training(path, settings, _number(value), f"from header ({place})", None)
     if len({_number(value) for value in alphas.values()}) > 1:
         listed = ", ".join(f"{place} {value}" for place, value in alphas.items())
         fault = f"{path} says different things of alpha in its header ({listed}); correct the header"

@@ -271,7 +271,7 @@ def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
         yield f"  rank: {', '.join(f'{rank} ({pairs} pairs)' for rank, pairs in lora.ranks.items())}"
     if lora.scales:
         alphas = "".join(f"{alpha:g} ({pairs} pairs), " for alpha, pairs in lora.alphas.items())
-        yield f"  alpha: {alphas}from {lora.alpha_from}"
+        yield f"  alpha: {alphas}{lora.alpha_from}"
         scale = "alpha/√rank (rsLoRA)" if lora.rslora else "alpha/rank"
         yield f"  {scale}: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
     told = f"yes, told by its {lora.distilled}: use --preset fast" if lora.distilled else "not as far as can be told"

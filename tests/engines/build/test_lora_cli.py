@@ -99,7 +99,7 @@ class TestReports:
             path = reports / f"{file}.safetensors"
             found, said = fused(path)
             assert_weights(found, base, pairs_added(base, load_file(path), scale))
-            assert "alpha from header (lora_adapter_metadata: lora_alpha)" in said
+            assert "alpha: from header (lora_adapter_metadata: lora_alpha)" in said
         text = scail2("inspect", reports / "metadata_alpha.safetensors").stdout
         assert "alpha: 16 (24 pairs), from header (lora_adapter_metadata: lora_alpha)" in text
         assert "alpha/rank: 4 (24 pairs)" in text
@@ -286,7 +286,7 @@ class TestDrawn:
         }
         found, said = fused(f"{folder}:0.5")
         assert_weights(found, base, expected)
-        assert "alpha from adapter_config.json" in said
+        assert "alpha: from adapter_config.json" in said
         text = scail2("inspect", folder).stdout
         assert "alpha: 3 (1 pairs), 8 (1 pairs), from adapter_config.json" in text
         assert "step-distilled: not as far as can be told" in text
