@@ -133,12 +133,12 @@ def _convert(target: Target, overwrite: bool, observer: BuildObserver) -> Conver
     if not begun and not overwrite:
         if journal.done and target.partial.exists():
             raise InputError(
-                f"{target.partial} was begun from other files or LoRAs or with another --dtype ({target.component}: "
+                f"{target.partial} was begun from other files or with another --dtype or --lora ({target.component}: "
                 f"{', '.join(file.path for file in sources)} changed?); give --overwrite to begin anew, or another -o"
             )
         if target.path.exists():
             raise InputError(
-                f"{target.path} was made from other files or LoRAs, or with another --dtype; give another -o, or "
+                f"{target.path} was made from other files or with another --dtype or --lora; give another -o, or "
                 "--overwrite"
             )
     journal.begin(fingerprint)

@@ -378,13 +378,13 @@ def test_conversion_keeps_types_and_knows_its_loras(scail2: Run, tiny_checkpoint
     with safe_open(output, "pt") as file:
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     words = (*plain, "--lora", f"{tmp_path / 'l.safetensors'}:0.5")
-    assert "was made from other files or LoRAs" in error_of(scail2(*words))
+    assert "was made from other files or with another --dtype or --lora" in error_of(scail2(*words))
     report = one_json(scail2(*words, "--overwrite", "--json"))
     assert (report["loras"][0]["applied"], report["files"][0]["up_to_date"]) == (2, False)
     with safe_open(output, "pt") as file:
         assert {name: file.get_slice(name).get_dtype() for name in file.keys()} == dtypes  # noqa: SIM118
     assert one_json(scail2(*words, "--json"))["files"][0]["up_to_date"]
     other = (*plain, "--lora", f"{tmp_path / 'l.safetensors'}:0.6")
-    assert "was made from other files or LoRAs" in error_of(scail2(*other))
+    assert "was made from other files or with another --dtype or --lora" in error_of(scail2(*other))
     itself = ("convert", tiny_checkpoint, "-o", tmp_path / "l.safetensors", "--lora", tmp_path / "l.safetensors")
     assert "is the LoRA itself" in error_of(scail2(*itself, "--overwrite"))
