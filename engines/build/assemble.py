@@ -150,7 +150,7 @@ def _fingerprint(identity: Identity, layout: StoreLayout) -> str:
         dataclasses.asdict(identity.config),
         identity.precision,
         identity.sources,
-        [(lora.file.sha256, lora.strength) for lora in identity.loras],
+        [lora.identity for lora in identity.loras],
     ]
     return hashlib.sha256(json.dumps(document).encode() + layout.header).hexdigest()
 

@@ -276,16 +276,20 @@ def _identity(
     journal = Journal.load(plan.directory)
     known = list(journal.hashed)
     if previous is not None:
-        known += [*previous.identity.files, *(lora.file for lora in previous.loras)]
+        known += [*previous.identity.files, *(file for lora in previous.loras for file in lora.files)]
     plain: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}  # without LoRA
-    groups = file_groups(plain, plan.tokenizer, [spec.path for spec in request.loras])
+    groups = file_groups(plain, plan.tokenizer, [spec.files for spec in request.loras])
     records = hash_sources(groups, plain, known, observer, journal.remember)
-    fused = [record for record in records if record.component == LORA_PART]
+    fused = iter([record for record in records if record.component == LORA_PART])
+    reports: tuple[LoRAReport, ...] = getattr(plan.sources.get("dit"), "report", ())
     return Identity(
         config=plan.config,
         precision=plan.precision,
         files=tuple(record for record in records if record.component != LORA_PART),
-        loras=tuple(LoRARecord(file, spec.strength) for file, spec in zip(fused, request.loras, strict=True)),
+        loras=tuple(
+            LoRARecord(next(fused), spec.strength, next(fused) if spec.files[1:] else None, report.distilled)
+            for spec, report in zip(request.loras, reports, strict=True)
+        ),
     )
 
 

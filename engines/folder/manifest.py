@@ -46,13 +46,26 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class LoRARecord:
-    """One fused LoRA file."""
+    """One fused LoRA file. config: PEFT's configuration of it, if any; distilled: by what it is known to be
+    step-distilled, None when it is not."""
 
     file: SourceFile
     strength: float
+    config: SourceFile | None = None
+    distilled: str | None = None
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        return (self.file, self.config) if self.config else (self.file,)
+
+    @property
+    def identity(self) -> tuple[tuple[str, ...], float]:
+        """What decides its share in the weights."""
+        return tuple(file.sha256 for file in self.files), self.strength
 
     def __str__(self) -> str:
-        return f"{Path(self.file.path).name} (sha256 {self.file.sha256[:12]}) at strength {self.strength:g}"
+        files = " with ".join(f"{Path(file.path).name} (sha256 {file.sha256[:12]})" for file in self.files)
+        return f"{files} at strength {self.strength:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +170,7 @@ def differences(manifest: Manifest, wanted: Identity) -> list[Difference]:
     for part in have.sources | wanted.sources:
         if have.sources.get(part) != wanted.sources.get(part):
             found.append(Difference(f"sources.{part}", _files(have, part), _files(wanted, part)))
-    if [(r.file.sha256, r.strength) for r in have.loras] != [(r.file.sha256, r.strength) for r in wanted.loras]:
+    if [lora.identity for lora in have.loras] != [lora.identity for lora in wanted.loras]:
         found.append(Difference("loras", _loras(have.loras), _loras(wanted.loras)))
     return found
 
@@ -352,7 +365,7 @@ def _decode(document: dict[str, Any]) -> Manifest:
         config=_decode_config(document["model"]),
         precision=document["precision"],
         files=tuple(SourceFile(**file) for file in document["sources"]),
-        loras=tuple(LoRARecord(SourceFile(**lora["file"]), lora["strength"]) for lora in document["loras"]),
+        loras=tuple(_decode_lora(lora) for lora in document["loras"]),
     )
     return Manifest(
         identity=identity,
@@ -371,6 +384,13 @@ def _decode_sums(sums: dict[str, Any] | None) -> Sums | None:
     if sums is None or sums["kind"] != KIND:
         return None
     return Sums(sums["header"], dict(sums["tensors"]), dict(sums["files"]))
+
+
+def _decode_lora(lora: dict[str, Any]) -> LoRARecord:
+    config = lora.get("config")  # folders of earlier versions have neither this nor `distilled`
+    return LoRARecord(
+        SourceFile(**lora["file"]), lora["strength"], SourceFile(**config) if config else None, lora.get("distilled")
+    )
 
 
 def _decode_config(model: dict[str, Any]) -> ModelConfig:

@@ -47,15 +47,15 @@ def check_sources(manifest: Manifest, checkpoint: "Checkpoint") -> Verdict:
     tokenizer = checkpoint.tokenizer
     if tokenizer is not None and tokenizer.is_dir():
         tokenizer = tokenizer / "tokenizer.json"
-    groups = file_groups(plain, tokenizer, [Path(lora.file.path) for lora in identity.loras])
-    known = [*identity.files, *(lora.file for lora in identity.loras)]
+    groups = file_groups(plain, tokenizer, [tuple(Path(f.path) for f in lora.files) for lora in identity.loras])
+    known = [*identity.files, *(file for lora in identity.loras for file in lora.files)]
     records = hash_sources(groups, plain, known, SilentObserver(), lambda record: None)
     have: dict[str, tuple[str, ...]] = {}
     for record in records:
         have[record.component] = (*have.get(record.component, ()), record.sha256)
     want = dict(identity.sources)
     if identity.loras:
-        want[LORA_PART] = tuple(lora.file.sha256 for lora in identity.loras)
+        want[LORA_PART] = tuple(file.sha256 for lora in identity.loras for file in lora.files)
     wrong = [part for part in want if have.get(part) != want[part]]
     copies = [artefact.sha256 for artefact in manifest.artefacts if artefact.path == TOKENIZER]
     if copies and tuple(copies) != want.get(TOKENIZER_PART):

@@ -253,11 +253,8 @@ def what_was_done(report: "BuildReport") -> str:
 
 
 def lora_lines(loras: Sequence[Any]) -> str:
-    """A line for each fused LoRA."""
-    return "".join(
-        f"\n{lora.path}: {lora.applied} tensors applied{f', {len(lora.skipped)} skipped' if lora.skipped else ''}"
-        for lora in loras
-    )
+    """A line for each fused LoRA, and one for what was left out of it."""
+    return "".join(f"\n{lora.text}" for lora in loras)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

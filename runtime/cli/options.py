@@ -218,8 +218,14 @@ ENGINE_OPTIONS = in_section(
     option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
 )
 LORA_OPTIONS = (
-    option("--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA to fuse; may be repeated."),
-    option("--lora-partial", is_flag=True, help="Apply what fits of a LoRA that does not fit wholly."),
+    option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="PATH[:STRENGTH]",
+        help="LoRA, LoKr, LoHa or DoRA to fuse: a file or a PEFT folder; may be repeated.",
+    ),
+    option("--lora-partial", is_flag=True, help="Apply the modules that fit of a LoRA that does not fit wholly."),
 )
 BUILD_OPTIONS = in_section(
     "Build",

@@ -16,6 +16,7 @@ from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import MANIFEST, Manifest, check_folder, read_manifest
 from scail2_rt.engines.observer import BuildObserver
+from scail2_rt.export.checkpoint.lora import is_adapter, lora_file
 from scail2_rt.export.checkpoint.lora_facts import LoRAFacts, lora_facts
 from scail2_rt.export.checkpoint.open import (
     COMPONENTS,
@@ -85,9 +86,9 @@ def inspect(path: Path, observer: BuildObserver | None = None) -> Inspection:
         return _engines(path, observer)
     if path.is_dir() and (path / JOURNAL).is_file():
         return _unfinished(path)
-    if path.is_dir():
+    if path.is_dir() and not is_adapter(path):
         return _checkpoint(path)
-    return _file(path)
+    return _file(lora_file(path) if path.is_dir() else path)
 
 
 def _file(path: Path) -> Inspection:
@@ -100,9 +101,9 @@ def _file(path: Path) -> Inspection:
     if found is not None:
         part = _part(found.component, found.source, source)
         return Inspection("network", str(path), _layout(part), size, parts=(part,))
-    facts = lora_facts(source)
+    facts = lora_facts(source, path)
     if facts is not None:
-        return Inspection("lora", str(path), f"LoRA with {facts.names} names", size, lora=facts)
+        return Inspection("lora", str(path), f"{facts.kind}, {facts.names} names", size, lora=facts)
     names = list(source.keys())
     raise InputError(
         f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: its {len(names)} tensors begin with "
@@ -202,7 +203,9 @@ def _engines(path: Path, observer: BuildObserver | None) -> Inspection:
     facts = {
         "precision": manifest.precision,
         "executors": [dataclasses.asdict(executor) for executor in manifest.executors],
-        "loras": [{"file": lora.file.path, "strength": lora.strength} for lora in manifest.loras],
+        "loras": [
+            {"file": lora.file.path, "strength": lora.strength, "distilled": lora.distilled} for lora in manifest.loras
+        ],
         "checkpoint": manifest.checkpoint,
         "sources": [
             {**dataclasses.asdict(file), "state": _state(file.path, file.size, file.mtime_ns)}
@@ -275,11 +278,19 @@ def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
     yield f"  {lora.tensors} tensors, {_pairs(lora.dtypes)}; {_pairs(lora.kinds)}; {lora.blocks} blocks"
     if lora.ranks:
         yield f"  rank: {', '.join(f'{rank} ({pairs} pairs)' for rank, pairs in lora.ranks.items())}"
-        yield f"  alpha/rank: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+    if lora.scales:
+        alphas = "".join(f"{alpha:g} ({pairs} pairs), " for alpha, pairs in lora.alphas.items())
+        yield f"  alpha: {alphas}{lora.alpha_from}"
+        scale = "alpha/√rank (rsLoRA)" if lora.rslora else "alpha/rank"
+        yield f"  {scale}: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+    told = f"yes, told by its {lora.distilled}: use --preset fast" if lora.distilled else "not as far as can be told"
+    yield f"  step-distilled: {told}"
     yield f"  targets: {_pairs(lora.targets) or 'none of SCAIL-2'}"
     if lora.unknown:
         more = len(lora.unknown) - _LISTED
         yield f"  not for SCAIL-2: {', '.join(lora.unknown[:_LISTED])}{f' and {more} more' if more > 0 else ''}"
+    if lora.refused:
+        yield f"  cannot be fused: {lora.refused}"
 
 
 def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
@@ -290,7 +301,8 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
     if engines["checksums"] and not engines["damages"]:
         yield f"  checksums: {engines['checksums']}"
     for lora in engines["loras"]:
-        yield f"  LoRA {lora['file']} at strength {lora['strength']:g}"
+        distilled = f", step-distilled (told by its {lora['distilled']})" if lora["distilled"] else ""
+        yield f"  LoRA {lora['file']} at strength {lora['strength']:g}{distilled}"
     yield f"  from {engines['checkpoint']}:"
     for file in engines["sources"]:
         yield f"    {file['component']}: {file['path']} ({file['state']}), sha256 {file['sha256'][:12]}"
