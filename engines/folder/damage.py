@@ -16,6 +16,8 @@ from scail2_rt.engines.folder.store import CHECKERS, STORE_NAME, StoreReader, re
 from scail2_rt.engines.folder.sums import HEADER, Sums, joined, sentence, sum_of, sum_of_file
 from scail2_rt.engines.folder.weights import EMBEDDING
 from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
+from scail2_rt.engines.registry import BACKENDS, installed
+from scail2_rt.engines.registry import backend as registered
 
 UNREADABLE = ""  # in place of a sum
 CHECK = "check"  # the phase that observers hear of
@@ -85,10 +87,12 @@ def no_sums(directory: Path, remedy: str) -> str:
 
 
 def repair_command(manifest: Manifest, directory: Path, backend: str | None = None) -> str:
-    """The command that repairs, or adds sums: one executor of the folder is enough for it, the one in use if known."""
-    names = manifest.backends
-    chosen = backend or ("torch" if "torch" in names else names[0] if names else None)
-    return describe_command(manifest, directory, chosen)
+    """The command that repairs, or adds sums: one executor of the folder is enough for it, the one in use if known,
+    else one that every machine with its library can build."""
+    if backend is None:
+        usable = [name for name in manifest.backends if name in BACKENDS and installed(name)]
+        backend = min([*usable, *manifest.backends], key=lambda name: name not in usable or registered(name).needs_gpu)
+    return describe_command(manifest, directory, backend)
 
 
 def check_health(directory: Path, manifest: Manifest, observer: BuildObserver | None = None) -> Health:

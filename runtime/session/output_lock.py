@@ -30,9 +30,10 @@ def sole_writer(output: Path, note: Callable[[str], None]) -> Iterator[None]:
     one sentence when the output cannot be locked."""
     reasons: list[str] = []
     with contextlib.ExitStack() as locks:
+        output.parent.mkdir(parents=True, exist_ok=True)
         for path in lock_files(output):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            locks.enter_context(held(path, _refusal(output), reasons.append))
+            if path.parent.is_dir():  # a link may point to nowhere
+                locks.enter_context(held(path, _refusal(output), reasons.append))
         if reasons:
             note(f"The output {output} cannot be locked ({reasons[0]}): let no other run write to it meanwhile.")
         yield

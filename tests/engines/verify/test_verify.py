@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from scail2_rt.engines.build.build import BuildRequest, build
 from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.engines.folder.damage import sums_now
 from scail2_rt.engines.folder.manifest import MANIFEST, read_manifest, write_manifest
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout
+from scail2_rt.engines.folder.sums import DamagedError
 from scail2_rt.engines.verify import inspector
 from scail2_rt.engines.verify.stage_check import TOLERANCES, level, stage_inputs, worst_error
 from scail2_rt.engines.verify.verify import VerifyReport, VerifyRequest, open_for, verify
@@ -24,6 +26,7 @@ from scail2_rt.export.models.precision import BF16, FP16, FP32, PRECISIONS, Nume
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.as_json import plain
+from tests.support.damage import flip
 from tests.support.small import DIT, build_small, small_checkpoint
 
 STORE = f"stages/{STORE_NAME}"
@@ -50,7 +53,9 @@ def rewrite_hash(folder: Path, name: str) -> None:
         dataclasses.replace(a, size=file.stat().st_size, sha256=hash_file(file)) if a.path == name else a
         for a in manifest.artefacts
     )
-    write_manifest(folder, dataclasses.replace(manifest, artefacts=artefacts))
+    assert manifest.sums is not None
+    sums = sums_now(folder, manifest.sums.files)
+    write_manifest(folder, dataclasses.replace(manifest, artefacts=artefacts, sums=sums))
 
 
 def change_value(folder: Path, tensor: str, index: int, xor: int) -> None:
@@ -99,6 +104,7 @@ def test_good_folders_of_the_tiny_checkpoint_pass(tiny: Checkpoint, tmp_path: Pa
     if precision != "fp32":
         assert worst[precision] > TOLERANCES["fp32"]  # a lower precision was really run
     assert verdicts(report) == {
+        "checksums": True,
         "files": True,
         "sources": True,
         "weights": True,
@@ -169,9 +175,26 @@ class TestDamage:
     def test_the_hash_alone(self, small: Path) -> None:
         change_value(small, "dit.head.linear.bias", 0, 1)
         report = run(small, small_checkpoint())
+        (check,) = [check for check in report.checks if check.name == "checksums"]
+        assert check.passed is False
+        assert "stage dit.head of" in check.detail
+        assert "tensor dit.head.linear.bias has another checksum" in check.detail
+        assert f"scail2-rt build-engines small -o {small} --precision fp32 --backend torch" in check.detail
         (check,) = [check for check in report.checks if check.name == "files"]
         assert check.passed is False
         assert STORE in check.detail
+
+    def test_a_damaged_header_is_refused(self, small: Path) -> None:
+        flip(small / STORE, 60)
+        with pytest.raises(DamagedError, match=r"the header of the weight store.*build-engines small"):
+            run(small, small_checkpoint())
+
+    def test_a_folder_without_sums(self, small: Path) -> None:
+        write_manifest(small, dataclasses.replace(read_manifest(small), sums=None))
+        report = run(small, small_checkpoint())
+        assert report.passed
+        assert verdicts(report)["checksums"] is None
+        assert "add them, without a new build, with: scail2-rt build-engines small" in report.text
 
     def test_a_graph_of_another_block(self, tmp_path: Path) -> None:
         """Weights and tables are right and every hash agrees: only running the stage finds it."""

@@ -65,6 +65,9 @@ class TestLock:
         with sole_writer(tmp_path / "link.mp4", print), pytest.raises(InputError, match="Another run"):
             refuse_second(tmp_path / "a" / "out.mp4")
         assert len(lock_files(tmp_path / "link.mp4")) == 2
+        (tmp_path / "nowhere.mp4").symlink_to(tmp_path / "gone" / "out.mp4")
+        with sole_writer(tmp_path / "nowhere.mp4", print):
+            assert not (tmp_path / "gone").exists()
 
     def test_many_threads_take_turns(self, tmp_path: Path) -> None:
         """Never two at once, also while lock files go and come."""
