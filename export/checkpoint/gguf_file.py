@@ -192,7 +192,8 @@ class _Header:
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _STRING:
-            self._at += self._number("Q")
+            size = self._number("Q")
+            self._at += size
             return None
         if kind != _ARRAY:
             raise IndexError(f"unknown kind of value {kind}")
