@@ -253,7 +253,9 @@ def _type(path: Path, name: str, number: int) -> tuple[str, int, int]:
 def _dequantised(rows: Tensor, kind: str) -> Tensor:
     """Rows of blocks, [R, bytes] uint8 → [R, elements] fp32."""
     import gguf
+    import numpy as np
 
     data = rows.numpy()
     data.flags.writeable = False
-    return torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]))
+    with np.errstate(all="ignore"):  # values that are not finite are told where they are used
+        return torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]))

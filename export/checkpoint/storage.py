@@ -60,7 +60,7 @@ class Scaled:
         return str(self.dtype).removeprefix("torch.")
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Tensor:
-        data = source.get(self.data)[start:stop]
+        data = source.rows(self.data, start, stop)
         data = data.view(self.dtype) if data.dtype in BYTES else data
         values = data.to(torch.float32, copy=True)
         scale = source.get(self.scale).float()
@@ -95,40 +95,41 @@ class Comfy:
         return (self.data, *self.scales.values())
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Tensor:
-        data = source.get(self.data)
         if self.kind == "int8_tensorwise":
-            values = self._int8(source, data[start:stop], start, stop)
+            values = self._int8(source, start, stop)
         else:
             first = start - start % SCALE_TILE
-            values = self._blocks(source, data, first, stop)[start - first :]
+            values = self._blocks(source, first, stop)[start - first :]
         values = values[:, : self.shape[1]]  # what was filled up to whole blocks
         if "pre_quant" in self.scales:
             values = values * source.get(self.scales["pre_quant"]).float()  # that of the input, one for each column
         return values
 
-    def _int8(self, source: TensorSource, data: Tensor, start: int, stop: int) -> Tensor:
+    def _int8(self, source: TensorSource, start: int, stop: int) -> Tensor:
         from comfy_kitchen.backends.eager import quantization as eager
 
+        data = source.rows(self.data, start, stop)
         scale = source.get(self.scales["weight"]).float()
         scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)[start:stop]
         if self.rotation:
             return eager.dequantize_int8_convrot_weight(data, scale, self.rotation)
         return eager.dequantize_int8_simple(data, scale)
 
-    def _blocks(self, source: TensorSource, data: Tensor, first: int, stop: int) -> Tensor:
+    def _blocks(self, source: TensorSource, first: int, stop: int) -> Tensor:
         """Rows from `first`, a multiple of the scales' tile."""
         from comfy_kitchen.backends.eager import quantization as eager
 
+        data = source.rows(self.data, first, stop)
         scale = source.get(self.scales["weight"])
         per_row = (data.shape[1] * 2 if self.kind == "nvfp4" else data.shape[1]) // self.block
         width = round_up(per_row, 4)
         tiles = scale.reshape(-1, width)[first : round_up(stop, SCALE_TILE)]
         if self.kind == "mxfp8":
             data = data.view(torch.float8_e4m3fn) if data.dtype in BYTES else data
-            return eager.dequantize_mxfp8(data[first:stop], tiles.view(torch.float8_e8m0fnu), torch.float32)
+            return eager.dequantize_mxfp8(data, tiles.view(torch.float8_e8m0fnu), torch.float32)
         tensor_scale = source.get(self.scales["tensor"]).float().reshape(())
         tiles = tiles.view(torch.float8_e4m3fn)
-        return eager.dequantize_nvfp4(data[first:stop].view(torch.uint8), tensor_scale, tiles, torch.float32)
+        return eager.dequantize_nvfp4(data.view(torch.uint8), tensor_scale, tiles, torch.float32)
 
     @property
     def block(self) -> int:

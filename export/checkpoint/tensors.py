@@ -10,7 +10,7 @@ files) can do so for a few rows at a time.
 import mmap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -88,7 +88,15 @@ class FileSource(Whole):
         return self._places[name].dtype
 
     def get(self, name: str) -> Tensor:
+        return self._at(self._places[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
         place = self._places[name]
+        start, stop, _ = slice(start, stop).indices(place.shape[0])
+        offset = place.offset + start * place.stride[0] * place.dtype.itemsize
+        return self._at(replace(place, offset=offset, shape=(max(stop - start, 0), *place.shape[1:])))
+
+    def _at(self, place: Place) -> Tensor:
         if place.nbytes == 0:
             return torch.empty(place.shape, dtype=place.dtype)
         raw = self._bytes[place.offset : place.offset + place.nbytes]

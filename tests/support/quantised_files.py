@@ -2,8 +2,10 @@
 stored, and what it stands for by the library's own dequantiser. Names, types and notes are those of published files."""
 
 import json
+import math
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,72 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return meant
+
+
+def hollow_file(path: Path, shapes: Mapping[str, tuple[int, ...]], form: str) -> None:
+    """A safetensors file of the form whose data is a hole, which reads as zero and takes neither disk nor memory."""
+    header: dict[str, Any] = {}
+    notes: dict[str, bytes] = {}
+    end = 0
+
+    def add(name: str, dtype: str, shape: tuple[int, ...], size: int) -> None:
+        nonlocal end
+        length = math.prod(shape) * size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + length]}
+        end += length
+
+    for name, shape in shapes.items():
+        if not re.fullmatch(LINEARS, name):
+            add(name, "F32", shape, 4)
+            continue
+        rows, columns = shape
+        scales = f"{name}_scale"
+        tiles = (-(-rows // 128) * 128, -(-columns // (16 if form == "nvfp4" else 32) // 4) * 4)
+        if form in ("int8_tensorwise", "convrot", "lightx2v"):
+            add(name, "I8", shape, 1)
+            add(scales, "F32", (rows, 1), 4)
+        elif form == "mxfp8":
+            add(name, "F8_E4M3", shape, 1)
+            add(scales, "F8_E8M0", tiles, 1)
+        elif form == "nvfp4":
+            add(name, "U8", (rows, columns // 2), 1)
+            add(scales, "F8_E4M3", tiles, 1)
+            add(f"{scales}_2", "F32", (), 4)
+        elif form == "quanto":
+            add(f"{name}._data", "I8", shape, 1)
+            add(f"{name}._scale", "F32", (rows, 1), 4)
+        else:
+            add(name, "F8_E4M3", shape, 1)
+            add(f"{scales}_inv", "F32", (-(-rows // 128), -(-columns // 128)), 4)
+        if form in ("int8_tensorwise", "convrot", "mxfp8", "nvfp4"):
+            rotated = {"convrot": True, "convrot_groupsize": 256} if form == "convrot" else {}
+            note = json.dumps({"format": "int8_tensorwise" if rotated else form, **rotated}).encode()
+            notes[f"{name.removesuffix('weight')}comfy_quant"] = note
+            add(f"{name.removesuffix('weight')}comfy_quant", "U8", (len(note),), 1)
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + end)
+        for name, note in notes.items():
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(note)
+
+
+def hollow_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, names: str = LINEARS) -> None:
+    """A GGUF file whose matching tensors are zero in the type."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (the extra `gguf`)")
+    writer = gguf.GGUFWriter(str(path), "wan")
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    for name, shape in shapes.items():
+        if re.fullmatch(names, name):
+            writer.add_tensor(name, np.zeros((*shape[:-1], shape[-1] // block * size), np.uint8), raw_dtype=number)
+        else:
+            if len(shape) > 4:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
+            writer.add_tensor(name, np.zeros((shape[0], math.prod(shape[1:])) if len(shape) > 4 else shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

