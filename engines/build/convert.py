@@ -29,7 +29,8 @@ from scail2_rt.engines.folder.sources import file_groups, hash_file, hash_source
 from scail2_rt.engines.folder.store import StoreLayout, StoreWriter
 from scail2_rt.engines.folder.weights import finite_extremes, pieces
 from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
-from scail2_rt.export.checkpoint.open import LABELS, Checkpoint
+from scail2_rt.export.checkpoint.find import LABELS
+from scail2_rt.export.checkpoint.open import Checkpoint
 from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError, Scail2Error

@@ -6,6 +6,7 @@ get one scale per output channel. Everything is done in pieces of at most 64 MiB
 not depend on the size of the model.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.engines.folder.store import StoreLayout, TensorShape, TensorWriter
+from scail2_rt.export.checkpoint.row_chunks import row_ranges
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision, numerics_of
 from scail2_rt.export.stages.dit import table_sources
@@ -114,8 +116,13 @@ def pieces(source: "TensorSource", names: Sequence[str], multiple: int = 1) -> I
     """(source name, at most PIECE values as flat fp32), whole rows of `multiple` elements at a time."""
     size = max(PIECE // multiple, 1) * multiple
     for name in names:
-        for piece in source.get(name).reshape(-1).split(size):
-            yield name, piece.float()
+        shape = source.shape(name)
+        if math.prod(shape) <= size:
+            yield name, source.get(name).reshape(-1).float()
+            continue
+        for start, stop in row_ranges(shape, PIECE):  # a quantised source computes no more than these
+            for piece in source.rows(name, start, stop).reshape(-1).split(size):
+                yield name, piece.float()
 
 
 def _check_shapes(

@@ -162,6 +162,7 @@ class FusedSource(Derived):
     ) -> None:
         super().__init__(source)
         self._updates, self._fused = updates, fused
+        self._last: tuple[str, Tensor] | None = None  # whose rows are asked for in turn
         self.report = report
         self.touched = frozenset(updates)
 
@@ -187,3 +188,11 @@ class FusedSource(Derived):
         for update in self._updates[name]:
             update.add_to(weight)
         return weight
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._updates:
+            return self._source.rows(name, start, stop)
+        if self._last is None or self._last[0] != name:
+            self._last = None  # two at once are more than one module
+            self._last = (name, self.get(name))
+        return self._last[1][start:stop]

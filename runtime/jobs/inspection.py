@@ -16,18 +16,11 @@ from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import MANIFEST, Manifest, check_folder, read_manifest
 from scail2_rt.engines.observer import BuildObserver
+from scail2_rt.export.checkpoint.find import LABELS, foreign_file, group_of, open_group
+from scail2_rt.export.checkpoint.gguf_file import GGUFSource
 from scail2_rt.export.checkpoint.lora import is_adapter, lora_file
 from scail2_rt.export.checkpoint.lora_facts import LoRAFacts, lora_facts
-from scail2_rt.export.checkpoint.open import (
-    COMPONENTS,
-    LABELS,
-    MissingPart,
-    check_sources,
-    find_tokenizer,
-    group_of,
-    open_group,
-    open_sources,
-)
+from scail2_rt.export.checkpoint.open import COMPONENTS, MissingPart, check_sources, find_tokenizer, open_sources
 from scail2_rt.export.checkpoint.quantised import Dequantised
 from scail2_rt.export.checkpoint.recognise import recognise
 from scail2_rt.export.checkpoint.tensors import TensorSource
@@ -41,8 +34,8 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network. names: whose tensor names with which prefix; dtypes: type → parameters; scaled: weights stored in 8
-    bit with a scale; problem: why it cannot be used."""
+    """One network. names: whose tensor names with which prefix; dtypes: stored type → parameters; formats: format of
+    quantised weights → how many; problem: why it cannot be used."""
 
     component: str
     files: tuple[str, ...]
@@ -51,7 +44,7 @@ class Part:
     tensors: int
     parameters: int
     dtypes: dict[str, int]
-    scaled: int
+    formats: dict[str, int]
     config: dict[str, Any]
     problem: str | None = None
 
@@ -96,6 +89,8 @@ def _file(path: Path) -> Inspection:
     source = open_group(group)
     found = recognise(source)
     size = sum(file.stat().st_size for file in group)
+    if found is not None and found.foreign:
+        raise InputError(foreign_file(path, found))
     if found is not None and found.component == "dit":
         return _checkpoint(path)
     if found is not None:
@@ -159,9 +154,10 @@ def _part(component: Component, source: TensorSource, stored: TensorSource) -> P
     found = recognise(stored)
     prefix = f" (prefix {found.prefix})" if found and found.prefix else ""
     dtypes: Counter[str] = Counter()
+    quantised = stored if isinstance(stored, Dequantised | GGUFSource) else None
     for name in stored.keys():  # noqa: SIM118
-        dtype = stored.stored_dtype(name) if isinstance(stored, Dequantised) else stored.dtype(name)
-        dtypes[str(dtype).removeprefix("torch.")] += _count(stored.shape(name))
+        dtype = quantised.stored_type(name) if quantised else str(stored.dtype(name)).removeprefix("torch.")
+        dtypes[dtype] += _count(stored.shape(name))
     config: dict[str, Any] = {}
     problem = None
     try:
@@ -177,7 +173,7 @@ def _part(component: Component, source: TensorSource, stored: TensorSource) -> P
         tensors=len(list(source.keys())),
         parameters=sum(_count(source.shape(name)) for name in source.keys()),  # noqa: SIM118
         dtypes=dict(dtypes.most_common()),
-        scaled=stored.scaled if isinstance(stored, Dequantised) else 0,
+        formats=dict(Counter(quantised.formats.values()).most_common()) if quantised else {},
         config=config,
         problem=problem,
     )
@@ -262,10 +258,10 @@ def _lines(found: Inspection) -> Iterator[str]:
 
 def _part_lines(part: Part) -> Iterator[str]:
     dtypes = ", ".join(f"{dtype} {count / sum(part.dtypes.values()):.0%}" for dtype, count in part.dtypes.items())
-    scaled = f", {part.scaled} weights with scales" if part.scaled else ""
+    formats = "".join(f", {count} weights in {name}" for name, count in part.formats.items())
     yield (
         f"  {part.component}: {part.parameters:,} parameters in {part.tensors} tensors, {part.names}, "
-        f"{dtypes}{scaled}, {_size(part.size)}"
+        f"{dtypes}{formats}, {_size(part.size)}"
     )
     yield f"    {', '.join(part.files)}"
     if part.config:
