@@ -1,6 +1,6 @@
 """Inputs that are hard for attention in few bits, what they become in the operation, and every way to compute it here.
 
-outlier_channels   8 of the channels of q and k are 4 times as large as the others
+outlier_channels   every 32nd channel of q and k is 4 times as large as the others
 outlier_tokens     every 29th token of q and k is 6 times as large in one head, and in V 10 times everywhere
 sinks              four keys that every query wants
 equal_keys         one key for all tokens: the mean of V
@@ -43,8 +43,8 @@ def make(family: str, tokens: int, heads: int, width: int, seed: int = 0) -> tup
     if family.endswith("_v"):
         return q, k, _values(family, v, normal)
     if family == "outlier_channels":
-        q[..., ::16] *= 4
-        k[..., ::16] *= 4
+        q[..., ::32] *= 4
+        k[..., ::32] *= 4
     elif family == "outlier_tokens":
         q[0, ::29] *= 6
         k[0, ::29] *= 6
