@@ -19,6 +19,7 @@ from torch import Tensor
 from scail2_rt.engines.folder.journal import Journal
 from scail2_rt.engines.folder.manifest import ExecutorRecord, Manifest
 from scail2_rt.engines.folder.store import StoreLayout, WeightStore
+from scail2_rt.engines.folder.sums import SumChecker
 from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.engines.row_chunks import MAX_ROWS, RowChunks
 from scail2_rt.engines.vae_stream import StagedVAEStream, VAEStream
@@ -72,12 +73,14 @@ DEFAULT_EXECUTION = Execution()
 
 @dataclass(frozen=True, slots=True)
 class EngineFolder:
-    """An engine folder that was found whole, or made up by a benchmark."""
+    """An engine folder that was found whole, or made up by a benchmark. checker: of what is read of it; None for a
+    folder without sums."""
 
     directory: Path
     manifest: Manifest
     definitions: Mapping[str, StageDefinition]
     store: WeightStore
+    checker: SumChecker | None = None
 
     def definition(self, stage: str) -> StageDefinition:
         """InputError for a stage that the folder does not have."""
@@ -88,6 +91,12 @@ class EngineFolder:
                 f"{self.directory} has no stage {stage}: the checkpoint that it was built from lacks the "
                 f"{stage.partition('.')[0]} part; rebuild it from a complete checkpoint."
             ) from None
+
+    def check_file(self, path: str, stage: str = "") -> Path:
+        """Where an artefact is. DamagedError when it is not what its sum says, which is asked once a process."""
+        if self.checker is not None:
+            self.checker.file(path, stage)
+        return self.directory / path
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +278,11 @@ class Backend(ABC):
     def files(self, stages: Iterable[str]) -> tuple[str, ...]:
         """The artefacts of these stages, relative to the engine folder."""
         return ()
+
+    def forget(self, directory: Path, stages: Iterable[str]) -> None:
+        """The artefacts of these stages are damaged: whatever makes a build keep them goes. The files stay until they
+        are replaced."""
+        return
 
     def leftovers(self, wanted: bool) -> tuple[str, ...]:
         """Patterns of its files in the folder `stages` that a build of other weights takes away. `wanted`: it is built

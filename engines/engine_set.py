@@ -3,6 +3,8 @@
 An `EngineSet` is opened once a process. Opening checks the folder against the definitions of this version, chooses the
 backend and says why. Running and holding stages is the executor's work; here is what is common: manifest, tables (the
 constants that the runtime itself needs: modulation, q/k norm weights), tokenizer, and the attention between stages.
+What belongs to no stage is compared with its checksum when the set is opened, a stage when it is loaded, and the token
+embedding (a tenth of the weights) when a prompt is encoded: a cached prompt needs none of it.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.engines.backend import DEFAULT_EXECUTION, Backend, EngineFolder, Execution
+from scail2_rt.engines.folder.damage import no_sums, repair_command
 from scail2_rt.engines.folder.manifest import (
     STAGES,
     TABLES,
@@ -24,6 +27,7 @@ from scail2_rt.engines.folder.manifest import (
     read_manifest,
 )
 from scail2_rt.engines.folder.store import STORE_NAME, StoreReader, WeightStore
+from scail2_rt.engines.folder.sums import SumChecker
 from scail2_rt.engines.folder.weights import EMBEDDING
 from scail2_rt.engines.registry import backend as backend_named
 from scail2_rt.engines.registry import choose_backend
@@ -47,7 +51,8 @@ class BackendChoice:
 
 
 class EngineSet:
-    """The stages of one engine folder on one device. `tables`: those of the folder, on the device."""
+    """The stages of one engine folder on one device. `tables`: those of the folder, on the device; `warnings`:
+    sentences for the user about the folder."""
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class EngineSet:
         execution: Execution = DEFAULT_EXECUTION,
     ) -> None:
         self.tables, self.execution = tables, execution
+        self.warnings: tuple[str, ...] = ()
         self.reason, self.device = choice.reason, choice.device
         if folder.manifest.precision == "fp32" and self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; fp32 means fp32 here
@@ -166,6 +172,7 @@ class EngineSet:
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Rows of the umT5 token embedding, read from the mapped store. ids [n] → fp32 [n, dim] on the device."""
+        self.store.check(EMBEDDING)
         return self.store.get(f"{EMBEDDING}.weight")[ids.cpu().long()].to(self.device, torch.float32)
 
     @property
@@ -203,9 +210,14 @@ class EngineSet:
 
 
 def open_engines(
-    directory: Path, backend: str = "auto", execution: Execution = DEFAULT_EXECUTION, device: str | None = None
+    directory: Path,
+    backend: str = "auto",
+    execution: Execution = DEFAULT_EXECUTION,
+    device: str | None = None,
+    compare: bool = True,
 ) -> EngineSet:
-    """Check an engine folder and open it. `device`: "cpu" or "cuda", by default where the executor is fastest.
+    """Check an engine folder and open it. `device`: "cpu" or "cuda", by default where the executor is fastest;
+    `compare`: what is loaded with its checksums. Without, a damaged stage runs: for who wants to see what it gives.
 
     InputError when the folder is damaged, of another version, or lacks the backend that was named."""
     from safetensors.torch import load_file
@@ -221,13 +233,21 @@ def open_engines(
         raise InputError(
             f"a limit of GPU memory needs the torch executor on a GPU, but {obstacle}; use --backend torch."
         )
-    tables = load_file(directory / TABLES, device=str(choice.device))
-    store = StoreReader(directory / STAGES / STORE_NAME)
+    remedy = repair_command(manifest, directory, choice.backend.name)
+    checker = SumChecker(directory, manifest.sums, remedy) if compare and manifest.sums is not None else None
+    store = StoreReader(directory / STAGES / STORE_NAME, checker)
     try:
-        return EngineSet(EngineFolder(directory, manifest, definitions, store), tables, choice, execution)
+        if checker is not None:
+            for path in {TABLES, TOKENIZER} & checker.sums.files.keys():
+                checker.file(path)
+        tables = load_file(directory / TABLES, device=str(choice.device))
+        engines = EngineSet(EngineFolder(directory, manifest, definitions, store, checker), tables, choice, execution)
     except BaseException:
         store.close()
         raise
+    if manifest.sums is None:
+        engines.warnings = (no_sums(directory, remedy),)
+    return engines
 
 
 def _choose(directory: Path, manifest: Manifest, requested: str, device: str | None) -> BackendChoice:

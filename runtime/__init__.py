@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scail2_rt.runtime.core.plan import Estimate, Plan
     from scail2_rt.runtime.core.progress import Cancelled, Progress
     from scail2_rt.runtime.core.request import Clip, Output, Request
+    from scail2_rt.runtime.pipeline.finite import NotFinite
     from scail2_rt.runtime.session.session import Session
     from scail2_rt.runtime.session.write import Result
 
@@ -26,6 +27,7 @@ _MODULES = {
     "Estimate": "runtime.core.plan",
     "Execution": "engines.backend",
     "InputError": "kernels.errors",
+    "NotFinite": "runtime.pipeline.finite",
     "Output": "runtime.core.request",
     "Plan": "runtime.core.plan",
     "Progress": "runtime.core.progress",
@@ -40,6 +42,7 @@ __all__ = [
     "Estimate",
     "Execution",
     "InputError",
+    "NotFinite",
     "Output",
     "Plan",
     "Progress",

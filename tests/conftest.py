@@ -33,6 +33,16 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def reports() -> Path:
+    """Folder of the files that people's reports describe: `SCAIL2_REPORTS`, or `../shared/reports`."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "reports"
+    folder = Path(os.environ.get("SCAIL2_REPORTS", beside))
+    if not (folder / "README.md").is_file():
+        pytest.skip(f"files of reports not found at {folder}; set SCAIL2_REPORTS to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the `tiny` preset in the official folder layout. Read only: copy it before changing it."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint
@@ -40,3 +50,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
     make_checkpoint(directory, preset="tiny", seed=0)
     return directory
+
+
+@pytest.fixture
+def exact_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter loses the carry into the exponent (−1.9575 → −1.0); PyTorch's cast to e4m3 is right."""
+    if torch.cuda.is_available():
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(data, source, target, rounding):  # type: ignore[no-untyped-def]
+        if source == tl.float32 and target == tl.float8e4nv:
+            rounded = torch.from_numpy(np.ascontiguousarray(data)).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return rounded.view(torch.uint8).numpy()
+        return original(data, source, target, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

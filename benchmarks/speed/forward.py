@@ -1,11 +1,13 @@
 """Section `forward`: one pass of the denoising network, against the two baselines, with its error beside its speed.
 
 Our pass is what a denoising step runs (`Transformer.velocities`, guidance 1, CUDA graph where the engine set uses one).
+At the first size it takes turns with one whose result is looked at for NaN as the denoising loop does (`watched`).
 Error is that of the velocity against our own stages in fp32 with the same underlying weights and PyTorch's attention;
 it is measured with fewer blocks and tokens, because fp32 attention over 48,832 tokens costs minutes. Baselines run at
 the first size.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,7 @@ from scail2_rt.benchmarks.report.goals import slow_baseline
 from scail2_rt.benchmarks.speed import baselines
 from scail2_rt.benchmarks.speed.bench import Bench
 from scail2_rt.benchmarks.speed.breakdown import gpu_breakdown
-from scail2_rt.benchmarks.speed.harness import synchronise, time_call
+from scail2_rt.benchmarks.speed.harness import synchronise, time_call, time_calls
 from scail2_rt.benchmarks.speed.models import SMALL, Work
 from scail2_rt.benchmarks.speed.random_weights import random_engines
 from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
@@ -25,7 +27,9 @@ from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.kernels.attention.variants import is_eight_bit
 from scail2_rt.runtime.core.geometry import Layout, forward_flops
+from scail2_rt.runtime.pipeline.async_copy import StepMarks
 from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
+from scail2_rt.runtime.pipeline.finite import value_range
 from scail2_rt.runtime.pipeline.transformer import References, Schedule, Transformer, context_kv
 
 ERROR_LAYERS = 4
@@ -107,19 +111,31 @@ def step(engines: EngineSet, layout: Layout) -> Callable[[], list[Tensor]]:
     return partial(transformer.velocities, inputs.noise, history, Schedule.of(engines, [900.0]), 0)
 
 
+def watched(call: Callable[[], list[Tensor]]) -> Callable[[], object]:
+    """The same step with what the denoising loop does to see NaN: a range a step, read one step late."""
+    marks, count = StepMarks(lambda step, seen: None), itertools.count()
+    return lambda: marks.passed(next(count), value_range(call()[0]))
+
+
 def _ours(bench: Bench, precision: Precision, work: Work) -> None:
     flops = float(forward_flops(bench.dit, work.layout))
     with torch.inference_mode(), opened(bench, precision) as engines:
         call = step(engines, work.layout)
         call()  # makes the weights and compiles; the next call is recorded in a graph, the one after it replayed
+        calls: dict[str, Callable[[], object]] = {"": call}
+        if work == bench.options.sizes[0]:
+            calls["watched"] = watched(call)
         with bench.peaks() as peaks:
-            timing = time_call(call, bench.device, bench.options.runs)
+            times = time_calls(calls, bench.device, bench.options.runs)
         groups: dict[str, float] = {}
         unknown = ""
         if bench.on_gpu:
             groups, unknown = gpu_breakdown(call)
         chosen = engines.attention
-        del call
+        del call, calls
+    timing = times[""]
+    if "watched" in times:
+        bench.add(f"forward/{precision}-watched/{work.tokens}", times["watched"])
     bench.add(
         f"forward/{precision}/{work.tokens}",
         timing,

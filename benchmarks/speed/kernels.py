@@ -6,16 +6,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from scail2_rt.benchmarks.speed.bench import Bench
 from scail2_rt.benchmarks.speed.harness import time_call
+from scail2_rt.benchmarks.speed.models import Work
 from scail2_rt.kernels.attention.ops import VARIANTS, choose_attention, cross_attention, prepare_qkv
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope, rope_table
 from scail2_rt.kernels.rows import ops
+from scail2_rt.runtime.pipeline.async_copy import copy_to_cpu
+from scail2_rt.runtime.pipeline.finite import colour_range, value_range
 
 CHECKED_ROWS = 256
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
@@ -38,6 +42,7 @@ def run(bench: Bench) -> None:
             for operation in _row_operations(bench, work.tokens):
                 _measure(bench, operation, work.tokens)
             _cross(bench, work.tokens)
+            _watch(bench, work)
         layout = work.layout
         table = rope_table(layout.frames, *layout.grid, bench.dit.head_dim).to(bench.device)
         for variant in ("8bit", "8bit-bf16pv", "bf16"):
@@ -119,6 +124,22 @@ def _cross(bench: Bench, tokens: int) -> None:
             flops=flops,
             bytes=4.0 * tokens * c,
         )
+
+
+def _watch(bench: Bench, work: Work) -> None:
+    """What looking for NaN costs: once a step for the latent, and once for each decoded group of four frames. A row's
+    `bytes` are those read; its time is that of the launches, and the copy of the result, behind the work."""
+    latent = torch.randn(16, work.layout.frames, work.layout.height, work.layout.width, device=bench.device)
+    pixels = torch.randn(3, 4, work.height, work.width, device=bench.device)
+    for name, seen, look in (("finite_flag", latent, value_range), ("finite_flag-pixels", pixels, colour_range)):
+        row = f"kernels/{name}/{work.tokens}"
+        with bench.attempt(row):
+            timing = time_call(partial(_look, look, seen), bench.device, bench.options.runs)
+            bench.add(row, timing, **bench.rate(timing, "copy", seen.nbytes), bytes=seen.nbytes)
+
+
+def _look(look: Callable[[Tensor], Tensor], seen: Tensor) -> object:
+    return copy_to_cpu(look(seen))
 
 
 def _prepare(bench: Bench, variant: str, tokens: int, rope: Rope) -> None:

@@ -3,41 +3,100 @@
 Counted is everything from the start of the process to the end of the first step, less the time of a step that has
 nothing left to load: imports, checks, opening, encoding of references and driving clip, context keys and values, and
 the weights of the transformer. The folder's files are in the page cache, the prompt's encoding in the prompt cache.
+Processes that compare no checksum take turns with the others. Since a process varies by more than checking costs, the
+transformer's weights are also loaded in this process, with sums and without: all that the loader can, nothing else.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scail2_rt.benchmarks.report.record import Timing
 from scail2_rt.benchmarks.speed.bench import Bench
+from scail2_rt.benchmarks.speed.harness import time_calls
 from scail2_rt.benchmarks.speed.workload import Workload, engine_folder, workload_of
+from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.engines.folder.store import StoreReader
+from scail2_rt.engines.torch_backend.engine import stage_tensors
+from scail2_rt.engines.torch_backend.loading import Loading, WeightLoader
 from scail2_rt.kernels.errors import Scail2Error
 
 LIMIT_S = 600
+AHEAD = 16  # stages on their way at a time, so that the readers never wait
 DETAILS = ("import_s", "checked_s", "opened_s", "first_step_done_s", "warm_step_s")
 
 
 def run(bench: Bench) -> None:
+    first_step(bench)
+    if bench.wants("load/weights"):
+        with bench.attempt("load/weights"):
+            weights(bench)
+
+
+def first_step(bench: Bench) -> None:
     with bench.attempt("load/first-step"):
         folder, workload = engine_folder(bench), workload_of(bench)
         workload.request()  # draws the case
         bench.free()
         fresh_process(folder, workload)  # page cache, prompt cache, compiled kernels
-        found = [fresh_process(folder, workload) for _ in range(max(3, bench.options.runs) if bench.on_gpu else 1)]
+        found, unchecked = [], []
+        for _ in range(max(3, bench.options.runs) if bench.on_gpu else 1):
+            unchecked.append(fresh_process(folder, workload, checked=False))
+            found.append(fresh_process(folder, workload))
         middle = sorted(found, key=to_first_step)[len(found) // 2]
         phases = {name.removeprefix("phase_"): value for name, value in middle.items() if name.startswith("phase_")}
+        timing, without = Timing.of(map(to_first_step, found)), Timing.of(map(to_first_step, unchecked))
+        bench.add("load/first-step-unchecked", without, "baseline", note="no checksum compared")
         bench.add(
             "load/first-step",
-            Timing.of(map(to_first_step, found)),
+            timing,
             note=f"fresh process, {folder_gib(folder):.1f} GiB, page cache warm",
             breakdown=phases,
+            check_percent=100 * (timing.median_s / without.median_s - 1),
             **details(middle),
         )
+
+
+def weights(bench: Bench) -> None:
+    """The transformer's weights from the page cache to the device, with checksums and without, in turns."""
+    with open_engines(engine_folder(bench), "torch", device=bench.device.type) as engines:
+        stages = [name for name in engines.definitions if name.startswith("dit.")]
+        names = {True: "load/weights", False: "load/weights-unchecked"}
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(load_all, engines, stages, checked) for checked, name in names.items()
+        }
+        timings = time_calls(calls, bench.device, bench.options.runs)
+        size = sum(engines.store.layout.stage_bytes(stage) for stage in stages)
+    whole, without = (timings[name] for name in names.values())
+    bench.add(names[False], without, "baseline", "no checksum compared", gb_s=size / without.median_s / 1e9)
+    share = 100 * (whole.median_s / without.median_s - 1)
+    note = f"{size / 2**30:.1f} GiB, page cache warm"
+    bench.add(names[True], whole, note=note, gb_s=size / whole.median_s / 1e9, check_percent=share)
+
+
+def load_all(engines: EngineSet, stages: Sequence[str], checked: bool) -> None:
+    """Load stages and let them go, a few on their way at a time."""
+    store = engines.store
+    assert isinstance(store, StoreReader)
+    checker, store.checker = store.checker, store.checker if checked else None
+    loader = WeightLoader(store, engines.device)
+    coming: deque[Loading] = deque()
+    try:
+        for stage in stages:
+            if len(coming) == AHEAD:
+                coming.popleft().wait()
+            coming.append(loader.start(stage, stage_tensors(engines.definitions[stage], engines.numerics(stage))))
+        while coming:
+            coming.popleft().wait()
+    finally:
+        loader.close()
+        store.checker = checker
 
 
 def to_first_step(times: Mapping[str, float]) -> float:
@@ -48,7 +107,7 @@ def details(times: Mapping[str, float]) -> dict[str, Any]:
     return {name: times[name] for name in DETAILS}
 
 
-def fresh_process(folder: Path, workload: Workload) -> dict[str, float]:
+def fresh_process(folder: Path, workload: Workload, checked: bool = True) -> dict[str, float]:
     words = [
         sys.executable,
         "-m",
@@ -57,7 +116,8 @@ def fresh_process(folder: Path, workload: Workload) -> dict[str, float]:
         str(workload.folder),
         str(workload.work),
     ]
-    result = subprocess.run([*words, str(time.time())], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    words += [str(time.time()), "checked" if checked else "unchecked"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or ["no message"]
         raise Scail2Error(f"the process that loads the engines failed: {last[0]}")

@@ -1,8 +1,8 @@
 """A complete engine folder of random weights on disk: what `load` and `generate` measure without a checkpoint.
 
 Weights are drawn on the GPU, if there is one, and written by several threads, so that the 32 GiB of the 14B model in
-fp8 take about as long as the disk needs. It opens like a built folder; `verify` is not for it, since there is no
-checkpoint and the weights are not hashed.
+fp8 take about as long as the disk needs. It opens like a built folder, with checksums; `verify` is not for it, since
+there is no checkpoint and the files are not hashed.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from scail2_rt.engines.folder.manifest import (
     read_manifest,
     write_manifest,
 )
-from scail2_rt.engines.folder.store import STORE_NAME, StoreWriter
+from scail2_rt.engines.folder.store import STORE_NAME, StoreWriter, SummingWriter
+from scail2_rt.engines.folder.sums import Sums, sum_of, sum_of_file
 from scail2_rt.export.checkpoint.random_checkpoint import write_tokenizer
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.definitions import stage_definitions
@@ -51,14 +52,16 @@ def write_random_folder(directory: Path, config_name: str, precision: Precision)
     (directory / TOKENIZER).parent.mkdir()
     weights = RandomWeights(config, "cuda" if torch.cuda.is_available() else "cpu")
     store = RandomStore(config, precision, weights)
-    _write_store(directory / STAGES / STORE_NAME, store)
+    tensors = _write_store(directory / STAGES / STORE_NAME, store)
     save_file({name: table.cpu().contiguous() for name, table in weights.tables(config).items()}, directory / TABLES)
     assert config.umt5 is not None
     write_tokenizer(directory / TOKENIZER, config.umt5.vocab)
     files = (f"{STAGES}/{STORE_NAME}", TABLES, TOKENIZER)
     artefacts = tuple(Artefact(file, (directory / file).stat().st_size, UNHASHED) for file in files)
     manifest = random_manifest(config, precision, store.layout, f"random weights of {config_name}")
-    write_manifest(directory, dataclasses.replace(manifest, artefacts=artefacts))
+    others = {file: sum_of_file(directory / file) for file in (TABLES, TOKENIZER)}
+    sums = Sums(sum_of(store.layout.header), tensors, others)
+    write_manifest(directory, dataclasses.replace(manifest, artefacts=artefacts, sums=sums))
     return directory
 
 
@@ -71,17 +74,20 @@ def fits(directory: Path, config_name: str, precision: Precision) -> bool:
         check_folder(directory, manifest, stage_definitions(manifest.config))
     except InputError:
         return False
-    return manifest.config == model(config_name) and manifest.precision == precision
+    asked_for = manifest.config == model(config_name) and manifest.precision == precision
+    return asked_for and manifest.sums is not None
 
 
-def _write_store(path: Path, store: RandomStore) -> None:
-    """Drawn in this thread, written in others. No fsync: the folder is for measuring from the page cache."""
+def _write_store(path: Path, store: RandomStore) -> dict[str, str]:
+    """Drawn in this thread, written in others → the sums of all tensors. No fsync: the folder is for measuring from the
+    page cache."""
     writer = StoreWriter(path, store.layout)
+    summing = SummingWriter(writer)
     room = threading.Semaphore(IN_FLIGHT)
 
     def write(name: str, tensor: Tensor) -> None:
         try:
-            writer.write(name, tensor)
+            summing.write(name, tensor)
         finally:
             room.release()
 
@@ -97,3 +103,4 @@ def _write_store(path: Path, store: RandomStore) -> None:
     finally:
         writer.close()
     os.replace(writer.partial, path)
+    return summing.sums

@@ -100,6 +100,9 @@ class RandomStore:
                 found[parameter] = values.to(target.dtype)
         return {parameter: found[parameter] for parameter in wanted}
 
+    def check(self, stage: str) -> None:
+        """What is drawn has no sums."""
+
     def close(self) -> None:
         """Nothing is held."""
 

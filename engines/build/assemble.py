@@ -1,8 +1,9 @@
 """Putting an engine folder together, step by step, each step on disk before the next one starts.
 
 Weights go stage by stage into the store, then come the runtime's tables and the tokenizer, then the files of each
-executor, then hashes of all that, then the manifest. Files appear whole, by renaming. The journal names the finished
-steps: a call after an interruption skips them, whatever interrupted it.
+executor, then hashes and sums of all that, then the manifest. Files appear whole, by renaming. The journal names the
+finished steps: a call after an interruption skips them, whatever interrupted it. Weights are summed as they are
+written; the journal keeps their sums.
 """
 
 import contextlib
@@ -33,7 +34,15 @@ from scail2_rt.engines.folder.manifest import (
     write_manifest,
 )
 from scail2_rt.engines.folder.sources import hash_file
-from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout, StoreWriter
+from scail2_rt.engines.folder.store import (
+    STORE_NAME,
+    StoreLayout,
+    StoreReader,
+    StoreWriter,
+    SummingWriter,
+    TensorWriter,
+)
+from scail2_rt.engines.folder.sums import Sums, joined, sum_of, sum_of_file
 from scail2_rt.engines.folder.weights import EMBEDDING, StageTensors, runtime_tables, write_stage
 from scail2_rt.engines.observer import BuildObserver, Phase
 from scail2_rt.engines.registry import BACKENDS, backend, gpu
@@ -88,8 +97,36 @@ class Plan:
             self.patterns,
         )
 
+    @property
+    def store(self) -> Path:
+        return self.directory / STAGES / STORE_NAME
+
     def stage_bytes(self, stage: str) -> int:
         return sum(tensor.nbytes for tensor in self.tensors[stage].values())
+
+    def write_stage(self, writer: TensorWriter, stage: str) -> None:
+        """Convert the weights of one stage, or the token embedding."""
+        weights = {"weight": (EMBEDDING_SOURCE,)} if stage == EMBEDDING else self.definitions[stage].weights
+        source = self.sources[stage.partition(".")[0]]
+        write_stage(writer, stage, self.tensors[stage], weights, source, self.precision)
+
+    def write_tables(self) -> None:
+        from safetensors.torch import save_file
+
+        path = self.directory / TABLES
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(runtime_tables(self.config, self.sources.get("dit")), partial)
+        os.replace(partial, path)
+
+    def copy_tokenizer(self) -> None:
+        """Where the checkpoint has one."""
+        if self.tokenizer is None:
+            return
+        path = self.directory / TOKENIZER
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        shutil.copyfile(self.tokenizer, partial)
+        os.replace(partial, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +150,7 @@ def _fingerprint(identity: Identity, layout: StoreLayout) -> str:
         dataclasses.asdict(identity.config),
         identity.precision,
         identity.sources,
-        [(lora.file.sha256, lora.strength) for lora in identity.loras],
+        [lora.identity for lora in identity.loras],
     ]
     return hashlib.sha256(json.dumps(document).encode() + layout.header).hexdigest()
 
@@ -135,8 +172,8 @@ class _Assembly:
             if not continued:
                 self._clear()
             self._weights()
-            self._tables()
-            self._tokenizer()
+            plan.write_tables()
+            plan.copy_tokenizer()
         added = tuple(name for name in plan.backends if previous is None or name not in previous.backends)
         wanted = [name for name in plan.backends if name in (*added, *plan.refreshed)]
         made = tuple(n for n in wanted if backend(n).build(plan.artefacts, self.observer, self.journal))
@@ -163,7 +200,7 @@ class _Assembly:
     def _weights(self) -> None:
         plan = self.plan
         phase = Phase(self.observer, "weights", {stage: plan.stage_bytes(stage) for stage in plan.tensors})
-        store = self.stages / STORE_NAME
+        store = plan.store
         if store.is_file() and all(self.journal.has("weights", stage) for stage in plan.tensors):
             return
         self.stages.mkdir(exist_ok=True)
@@ -176,36 +213,15 @@ class _Assembly:
                     phase.skip(stage)
                     continue
                 step = phase.start(stage)
-                self._write_stage(writer, stage)
+                summing = SummingWriter(writer)
+                plan.write_stage(summing, stage)
                 writer.flush()
+                self.journal.sums |= summing.sums
                 self.journal.add("weights", stage)
                 phase.finish(step)
             writer.finish()
         finally:
             writer.close()
-
-    def _write_stage(self, writer: StoreWriter, stage: str) -> None:
-        component = stage.partition(".")[0]
-        weights = {"weight": (EMBEDDING_SOURCE,)} if stage == EMBEDDING else self.plan.definitions[stage].weights
-        source = self.plan.sources[component]
-        write_stage(writer, stage, self.plan.tensors[stage], weights, source, self.plan.precision)
-
-    def _tables(self) -> None:
-        from safetensors.torch import save_file
-
-        path = self.plan.directory / TABLES
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(runtime_tables(self.plan.config, self.plan.sources.get("dit")), partial)
-        os.replace(partial, path)
-
-    def _tokenizer(self) -> None:
-        if self.plan.tokenizer is None:
-            return
-        path = self.plan.directory / TOKENIZER
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        shutil.copyfile(self.plan.tokenizer, partial)
-        os.replace(partial, path)
 
     def _seal(self, added: tuple[str, ...]) -> tuple[Artefact, ...]:
         """Size and hash of every file of the folder; those of an existing manifest are kept unless made again."""
@@ -223,6 +239,22 @@ class _Assembly:
             sealed.append(Artefact(path, size, digest))
             phase.finish(step)
         return (*kept, *sealed)
+
+    def _sums(self, artefacts: tuple[Artefact, ...], made: tuple[str, ...]) -> Sums:
+        """Sums of the weights as they were written, and of every other file; those of an existing manifest are kept
+        unless the file was made again."""
+        before = self.previous.sums if self.previous is not None else None
+        tensors = dict(self.journal.sums) if before is None else before.tensors
+        again = {file for name in made for file in backend(name).files(self.plan.definitions)}
+        files = {} if before is None else {path: value for path, value in before.files.items() if path not in again}
+        store = f"{STAGES}/{STORE_NAME}"
+        for path in (artefact.path for artefact in artefacts if artefact.path not in (store, *files)):
+            files[path] = sum_of_file(self.plan.directory / path)
+        if missing := [name for name in self.plan.layout.names if name not in tensors]:  # by a version without sums
+            reader = StoreReader(self.plan.store)
+            tensors = {**tensors, **{name: joined(reader.pieces(name)) for name in missing}}
+            reader.close()
+        return Sums(sum_of(self.plan.layout.header), tensors, files)
 
     def _manifest(self, added: tuple[str, ...], artefacts: tuple[Artefact, ...]) -> Manifest:
         plan = self.plan
@@ -243,5 +275,6 @@ class _Assembly:
             executors=(*(record for record in before if record.backend not in added), *new),
             stages=tuple(stages),
             artefacts=artefacts,
+            sums=self._sums(artefacts, added),
             created_by=f"scail2-rt {importlib.metadata.version('scail2-rt')}",
         )

@@ -2,9 +2,10 @@
 
 This module decides; `assemble` does. The order makes every interruption harmless: first what can be refused (backend,
 options, place, disk space, a folder of other weights), then the work, and the manifest last. With nothing to do a call
-answers from the manifest, without reading a weight. One folder holds one set of weights in one precision: anything
-else is refused by naming the fields that differ, and replaced only with `rebuild`; another executor adds its own files
-and leaves the rest alone.
+only checks the folder: it reads what was built, compares it with its sums, and repairs what is damaged, because this is
+the command that every message about damage names. One folder holds one set of weights in one precision: anything else
+is refused by naming the fields that differ, and replaced only with `rebuild`; another executor adds its own files and
+leaves the rest alone.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.engines.build.assemble import Plan, assemble
+from scail2_rt.engines.build.repair import Mended, mend
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.lock import LOCK, alone
 from scail2_rt.engines.folder.manifest import (
@@ -73,7 +75,8 @@ class BuildRequest:
 @dataclass(frozen=True, slots=True)
 class BuildReport:
     """What a build did. backends: all that the folder now holds; added: those of this call; up_to_date: there was
-    nothing to do; resumed_steps: done by an interrupted call before."""
+    nothing to do; resumed_steps: done by an interrupted call before; repaired: damaged stages and files that were made
+    again; sums_added: the folder had none."""
 
     directory: str
     backends: tuple[str, ...]
@@ -87,6 +90,8 @@ class BuildReport:
     resumed_steps: int = 0
     notes: tuple[str, ...] = ()
     loras: "tuple[LoRAReport, ...]" = ()
+    repaired: tuple[str, ...] = ()
+    sums_added: bool = False
 
 
 def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserver | None = None) -> BuildReport:
@@ -105,28 +110,30 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
         _check_room(plan)
     added: tuple[str, ...] = ()
     resumed = 0
+    mended: Mended | None = None
     try:
         with _held(directory, noted):
             identity = _identity(plan, request, checkpoint, previous, noted)
             if previous is not None:
                 _check_same(plan, request, previous, identity)
+                mended = mend(plan, previous, noted)
+                previous = _kept(plan, previous, dataclasses.replace(mended.manifest, identity=identity))
             if previous is not None and set(plan.backends) <= set(previous.backends) and not plan.refreshed:
-                manifest = dataclasses.replace(previous, identity=identity)
-                if manifest != previous:  # files were moved or touched: their new names and times save a hash next time
-                    write_manifest(directory, manifest)
-                    Journal.load(directory).remove_if_idle()
-                noted.note(f"{directory} is up to date; there is nothing to do")
+                manifest = previous
+                if mended is None or not (mended.repaired or mended.sums_added):
+                    noted.note(f"{directory} is up to date; there is nothing to do")
             else:
                 done = assemble(plan, identity, previous, noted)
                 manifest, added, resumed = done.manifest, done.added, done.resumed_steps
     except OSError as error:
         raise _disk_error(error, directory) from error
+    repaired, sums_added = (mended.repaired, mended.sums_added) if mended else ((), False)
     return BuildReport(
         directory=str(directory),
         backends=manifest.backends,
         added=added,
         precision=plan.precision,
-        up_to_date=not added and not plan.refreshed,
+        up_to_date=not (added or plan.refreshed or repaired or sums_added),
         stages=len(manifest.stages),
         weight_bytes=plan.layout.size,
         folder_bytes=sum(artefact.size for artefact in manifest.artefacts),
@@ -134,6 +141,8 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
         resumed_steps=resumed,
         notes=tuple(noted.notes),
         loras=getattr(plan.sources.get("dit"), "report", ()),
+        repaired=repaired,
+        sums_added=sums_added,
     )
 
 
@@ -189,12 +198,18 @@ def _make_plan(
         layout=plan_store(tensors),
         sources=sources,
         tokenizer=tokenizer / "tokenizer.json" if tokenizer is not None and tokenizer.is_dir() else tokenizer,
-        origin=str(request.checkpoint),
-        overrides={name: str(path) for name, path in request.components.items()},
+        origin=_anywhere(request.checkpoint),
+        overrides={name: _anywhere(path) for name, path in request.components.items()},
         lora_partial=request.lora_partial,
         plan_options=request.plan_options,
         patterns=request.stages,
     )
+
+
+def _anywhere(path: Path) -> str:
+    """A path that a command in another folder may name; one that is not there (a fixture in memory) stays."""
+    full = path.expanduser().absolute()
+    return str(full if full.exists() else path)
 
 
 def _backends(request: BuildRequest, observer: _Noted) -> tuple[str, ...]:
@@ -261,16 +276,20 @@ def _identity(
     journal = Journal.load(plan.directory)
     known = list(journal.hashed)
     if previous is not None:
-        known += [*previous.identity.files, *(lora.file for lora in previous.loras)]
+        known += [*previous.identity.files, *(file for lora in previous.loras for file in lora.files)]
     plain: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}  # without LoRA
-    groups = file_groups(plain, plan.tokenizer, [spec.path for spec in request.loras])
+    groups = file_groups(plain, plan.tokenizer, [spec.files for spec in request.loras])
     records = hash_sources(groups, plain, known, observer, journal.remember)
-    fused = [record for record in records if record.component == LORA_PART]
+    fused = iter([record for record in records if record.component == LORA_PART])
+    reports: tuple[LoRAReport, ...] = getattr(plan.sources.get("dit"), "report", ())
     return Identity(
         config=plan.config,
         precision=plan.precision,
         files=tuple(record for record in records if record.component != LORA_PART),
-        loras=tuple(LoRARecord(file, spec.strength) for file, spec in zip(fused, request.loras, strict=True)),
+        loras=tuple(
+            LoRARecord(next(fused), spec.strength, next(fused) if spec.files[1:] else None, report.distilled)
+            for spec, report in zip(request.loras, reports, strict=True)
+        ),
     )
 
 
@@ -291,6 +310,16 @@ def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity:
         listed = "; ".join(map(str, found))
         raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
     check_folder(plan.directory, previous, plan.definitions)
+
+
+def _kept(plan: Plan, before: Manifest, mended: Manifest) -> Manifest:
+    """The manifest of a finished folder, written again when something in it is new: sums, or the names and times of
+    files that were moved or touched, which save a hash next time and keep the command that it prints good."""
+    manifest = dataclasses.replace(mended, checkpoint=plan.origin, overrides=plan.overrides)
+    if manifest != before:
+        write_manifest(plan.directory, manifest)
+        Journal.load(plan.directory).remove_if_idle()
+    return manifest
 
 
 def _disk_error(error: OSError, directory: Path) -> Scail2Error:

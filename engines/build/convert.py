@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scail2_rt.engines.build.convert_target import PARTS, TOKENIZER, ConvertRequest, Target, check_places, make_target
 from scail2_rt.engines.folder.journal import Journal
@@ -29,10 +29,14 @@ from scail2_rt.engines.folder.sources import file_groups, hash_file, hash_source
 from scail2_rt.engines.folder.store import StoreLayout, StoreWriter
 from scail2_rt.engines.folder.weights import finite_extremes, pieces
 from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
-from scail2_rt.export.checkpoint.open import LABELS, Checkpoint
+from scail2_rt.export.checkpoint.find import LABELS
+from scail2_rt.export.checkpoint.open import Checkpoint
 from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError, Scail2Error
+
+if TYPE_CHECKING:
+    from scail2_rt.export.checkpoint.lora import LoRAReport
 
 FORMAT_VERSION = 1
 STEP_EFFORT = 1 << 22  # bytes that take as long as the fixed cost of a step, for the estimate
@@ -59,6 +63,7 @@ class ConvertReport:
     files: tuple[ConvertedFile, ...]
     tokenizer: str | None
     wall_s: float
+    loras: "tuple[LoRAReport, ...]" = ()
 
     @property
     def text(self) -> str:
@@ -74,7 +79,7 @@ class ConvertReport:
                 "VAE, umT5, CLIP and tokenizer are not in it: keep them in its folder, name them with --vae, --t5, "
                 "--clip and --tokenizer, or convert with --all"
             )
-        return "\n".join(lines)
+        return "\n".join((*lines, *(lora.text for lora in self.loras)))
 
 
 def convert(request: ConvertRequest, checkpoint: Checkpoint, observer: BuildObserver | None = None) -> ConvertReport:
@@ -105,17 +110,23 @@ def convert(request: ConvertRequest, checkpoint: Checkpoint, observer: BuildObse
     except KeyboardInterrupt:
         observer.note("what is written is kept; the same command continues")
         raise
-    return ConvertReport(files, None if tokenizer is None else str(tokenizer), time.monotonic() - started)
+    return ConvertReport(
+        files,
+        None if tokenizer is None else str(tokenizer),
+        time.monotonic() - started,
+        getattr(targets[0].source, "report", ()),
+    )
 
 
 def _convert(target: Target, overwrite: bool, observer: BuildObserver) -> ConvertedFile:
     journal = Journal.read(target.journal)
     record = _read_record(target.record)
     known = [*journal.hashed, *(SourceFile(**file) for file in record.get("sources", ()))]
-    groups = file_groups({target.component: target.source}, None, ())
+    groups = file_groups({target.component: target.source}, None, [spec.files for spec in target.loras])
     sources = tuple(hash_sources(groups, {target.component: target.source}, known, observer, journal.remember))
     hashes = [file.sha256 for file in sources]
-    fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, hashes]).encode() + target.layout.header).hexdigest()
+    document = [FORMAT_VERSION, hashes, *([[lora.strength for lora in target.loras]] if target.loras else [])]
+    fingerprint = hashlib.sha256(json.dumps(document).encode() + target.layout.header).hexdigest()
     begun = journal.fingerprint == fingerprint and bool(journal.done)
     if not begun and (done := _finished(target, record, fingerprint)):
         target.journal.unlink(missing_ok=True)
@@ -123,12 +134,13 @@ def _convert(target: Target, overwrite: bool, observer: BuildObserver) -> Conver
     if not begun and not overwrite:
         if journal.done and target.partial.exists():
             raise InputError(
-                f"{target.partial} was begun from other files or with another --dtype ({target.component}: "
+                f"{target.partial} was begun from other files or with another --dtype or --lora ({target.component}: "
                 f"{', '.join(file.path for file in sources)} changed?); give --overwrite to begin anew, or another -o"
             )
         if target.path.exists():
             raise InputError(
-                f"{target.path} was made from other files or with another --dtype; give another -o, or --overwrite"
+                f"{target.path} was made from other files or with another --dtype or --lora; give another -o, or "
+                "--overwrite"
             )
     journal.begin(fingerprint)
     resumed = len(journal.done)

@@ -10,7 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.export.stages.dit import table_sources
 from scail2_rt.kernels.errors import InputError
 
+if TYPE_CHECKING:
+    from scail2_rt.export.checkpoint.lora import LoRASpec
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PARTS: dict[Component, str] = {"vae": "vae.safetensors", "umt5": "umt5.safetensors", "clip": "clip.safetensors"}
 TOKENIZER = "tokenizer.json"
@@ -33,23 +36,27 @@ DISK_MARGIN = 1 << 24
 @dataclass(frozen=True, slots=True)
 class ConvertRequest:
     """Where to, and how. dtype None: 16-bit matrices keep their type, all others become bf16. everything: the other
-    networks too. overwrite: replace an output, or unfinished work, of something else."""
+    networks too. overwrite: replace an output, or unfinished work, of something else. loras: fused into the
+    transformer; lora_partial: of one that does not fit wholly, the modules that do."""
 
     output: Path
     dtype: str | None = None
     everything: bool = False
     overwrite: bool = False
+    loras: "tuple[LoRASpec, ...]" = ()
+    lora_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file to write: its layout, and the groups of tensors that are one step each."""
+    """A file to write: its layout, and the groups of tensors that are one step each. loras: fused into `source`."""
 
     component: Component
     path: Path
     source: TensorSource
     layout: StoreLayout
     groups: dict[str, tuple[str, ...]]
+    loras: "tuple[LoRASpec, ...]" = ()
 
     @property
     def partial(self) -> Path:
@@ -65,17 +72,22 @@ class Target:
 
 
 def make_target(checkpoint: Checkpoint, component: Component, path: Path, request: ConvertRequest) -> Target:
-    source = checkpoint.sources[component]
+    stored = checkpoint.sources[component]
+    source, loras = stored, request.loras if component == "dit" else ()
+    if loras:
+        from scail2_rt.export.checkpoint.lora import apply_loras
+
+        source = apply_loras(stored, loras, request.lora_partial)
     exact = _held_in_fp32(checkpoint.config, component)
     asked = DTYPES[request.dtype] if request.dtype and component == "dit" else None
     tensors, groups = {}, dict[str, tuple[str, ...]]()
     for name in sorted(source.keys(), key=_order):
-        dtype = _dtype(component, source.dtype(name), name in exact, asked)
+        dtype = _dtype(component, stored.dtype(name), name in exact, asked)
         tensors[name] = TensorShape(dtype, source.shape(name))
         group = ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
         groups[group] = (*groups.get(group, ()), name)
     layout = StoreLayout.plan(tensors, _metadata(checkpoint.config, component))
-    return Target(component, path, source, layout, groups)
+    return Target(component, path, source, layout, groups, loras)
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -124,10 +136,13 @@ def _metadata(config: ModelConfig, component: Component) -> dict[str, str]:
 def check_places(targets: list[Target], checkpoint: Checkpoint, tokenizer: Path | None, overwrite: bool) -> None:
     """What can be refused before anything is read: an output that is a source, is in the way or has no room."""
     sources = {file.resolve() for file in checkpoint.files}
+    fused = {file.resolve() for target in targets for spec in target.loras for file in spec.files}
     folder = targets[0].path.parent
     for target in targets:
         if target.path.resolve() in sources:
             raise InputError(f"{target.path} is a file of the checkpoint itself; give another -o")
+        if target.path.resolve() in fused:
+            raise InputError(f"{target.path} is the LoRA itself; give another -o")
         if target.path.is_dir():
             raise InputError(f"the output {target.path} is a folder; name a file")
         known = target.record.is_file() or target.journal.is_file()

@@ -1,8 +1,9 @@
 """What unfinished work has done so far, so that the next call goes on from there.
 
 `.build.json` in an engine folder (a conversion and a download have one of their own) holds the fingerprint of the
-request, the steps that are on disk, and the hashes of source files that were made on the way. It is replaced atomically
-after each step and removed when the work is done. A journal of another request is worth nothing but its hashes.
+request, the steps that are on disk, the sums of what they wrote, and the hashes of source files that were made on the
+way. It is replaced atomically after each step and removed when the work is done. A journal of another request is worth
+nothing but its hashes.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ class Journal:
         self.fingerprint = fingerprint
         self.done = list(done)
         self.hashed: list[SourceFile] = []
+        self.sums: dict[str, str] = {}  # tensor → sum
 
     @classmethod
     def load(cls, directory: Path) -> "Journal":
@@ -35,9 +37,10 @@ class Journal:
         try:
             document = json.loads(journal.path.read_text())
             journal.hashed = [SourceFile(**file) for file in document["hashed"]]
+            journal.sums = {str(name): str(value) for name, value in document.get("sums", {}).items()}
             journal.done = [str(step) for step in document["done"]]
             journal.fingerprint = str(document["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls(journal.path)
         return journal
 
@@ -45,7 +48,7 @@ class Journal:
         """Take up the request; False when the known steps are not of it (or not wanted) and are forgotten."""
         same = fingerprint == self.fingerprint and not afresh
         if not same:
-            self.fingerprint, self.done = fingerprint, []
+            self.fingerprint, self.done, self.sums = fingerprint, [], {}
         self.save()
         return same
 
@@ -71,6 +74,7 @@ class Journal:
             {
                 "fingerprint": self.fingerprint,
                 "done": self.done,
+                "sums": self.sums,
                 "hashed": [dataclasses.asdict(file) for file in self.hashed],
             },
         )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from scail2_rt.engines.folder.sums import KIND, Sums
 from scail2_rt.export.models.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from scail2_rt.export.models.precision import PRECISIONS, Precision
 from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
@@ -45,13 +46,26 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class LoRARecord:
-    """One fused LoRA file."""
+    """One fused LoRA file. config: PEFT's configuration of it, if any; distilled: by what it is known to be
+    step-distilled, None when it is not."""
 
     file: SourceFile
     strength: float
+    config: SourceFile | None = None
+    distilled: str | None = None
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        return (self.file, self.config) if self.config else (self.file,)
+
+    @property
+    def identity(self) -> tuple[tuple[str, ...], float]:
+        """What decides its share in the weights."""
+        return tuple(file.sha256 for file in self.files), self.strength
 
     def __str__(self) -> str:
-        return f"{Path(self.file.path).name} (sha256 {self.file.sha256[:12]}) at strength {self.strength:g}"
+        files = " with ".join(f"{Path(file.path).name} (sha256 {file.sha256[:12]})" for file in self.files)
+        return f"{files} at strength {self.strength:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +116,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """What `manifest.json` says. sums: None in a folder of a version that made none, or made them in another way."""
+
     identity: Identity
     checkpoint: str
     overrides: dict[str, str]
@@ -109,6 +125,7 @@ class Manifest:
     executors: tuple[ExecutorRecord, ...]
     stages: tuple[StageRecord, ...]
     artefacts: tuple[Artefact, ...]
+    sums: Sums | None = None
     created_by: str = "scail2-rt"
     format_version: int = FORMAT_VERSION
 
@@ -153,7 +170,7 @@ def differences(manifest: Manifest, wanted: Identity) -> list[Difference]:
     for part in have.sources | wanted.sources:
         if have.sources.get(part) != wanted.sources.get(part):
             found.append(Difference(f"sources.{part}", _files(have, part), _files(wanted, part)))
-    if [(r.file.sha256, r.strength) for r in have.loras] != [(r.file.sha256, r.strength) for r in wanted.loras]:
+    if [lora.identity for lora in have.loras] != [lora.identity for lora in wanted.loras]:
         found.append(Difference("loras", _loras(have.loras), _loras(wanted.loras)))
     return found
 
@@ -204,13 +221,14 @@ class BuildCommand:
 
     @property
     def line(self) -> str:
-        """Quoted for a shell."""
+        """Quoted for a shell, and good in every folder."""
         words = ["scail2-rt", "build-engines", self.checkpoint]
         for component, path in self.overrides.items():
             words += [f"--{_OPTIONS.get(component, component)}", path]
-        words += ["-o", str(self.directory), "--precision", self.precision]
+        words += ["-o", str(self.directory.absolute()), "--precision", self.precision]
         for lora, strength in self.loras:
-            words += ["--lora", f"{lora}:{strength:g}"]
+            short = f"{strength:g}"
+            words += ["--lora", f"{lora}:{short if float(short) == strength else strength}"]
         words += ["--lora-partial"] if self.lora_partial else []
         for name in self.backends:
             words += ["--backend", name]
@@ -306,6 +324,7 @@ def write_json(path: Path, document: object) -> None:
 def encode(manifest: Manifest) -> dict[str, Any]:
     """The manifest as a JSON document."""
     identity = manifest.identity
+    sums = {} if manifest.sums is None else {"sums": {"kind": KIND, **dataclasses.asdict(manifest.sums)}}
     return {
         "format_version": manifest.format_version,
         "created_by": manifest.created_by,
@@ -319,6 +338,7 @@ def encode(manifest: Manifest) -> dict[str, Any]:
         "executors": [dataclasses.asdict(executor) for executor in manifest.executors],
         "stages": [_encode_stage(stage) for stage in manifest.stages],
         "artefacts": [dataclasses.asdict(artefact) for artefact in manifest.artefacts],
+        **sums,
     }
 
 
@@ -345,7 +365,7 @@ def _decode(document: dict[str, Any]) -> Manifest:
         config=_decode_config(document["model"]),
         precision=document["precision"],
         files=tuple(SourceFile(**file) for file in document["sources"]),
-        loras=tuple(LoRARecord(SourceFile(**lora["file"]), lora["strength"]) for lora in document["loras"]),
+        loras=tuple(_decode_lora(lora) for lora in document["loras"]),
     )
     return Manifest(
         identity=identity,
@@ -355,7 +375,21 @@ def _decode(document: dict[str, Any]) -> Manifest:
         executors=tuple(ExecutorRecord(**executor) for executor in document["executors"]),
         stages=tuple(_decode_stage(stage) for stage in document["stages"]),
         artefacts=tuple(Artefact(**artefact) for artefact in document["artefacts"]),
+        sums=_decode_sums(document.get("sums")),
         created_by=document["created_by"],
+    )
+
+
+def _decode_sums(sums: dict[str, Any] | None) -> Sums | None:
+    if sums is None or sums["kind"] != KIND:
+        return None
+    return Sums(sums["header"], dict(sums["tensors"]), dict(sums["files"]))
+
+
+def _decode_lora(lora: dict[str, Any]) -> LoRARecord:
+    config = lora.get("config")  # folders of earlier versions have neither this nor `distilled`
+    return LoRARecord(
+        SourceFile(**lora["file"]), lora["strength"], SourceFile(**config) if config else None, lora.get("distilled")
     )
 
 

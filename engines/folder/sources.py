@@ -47,12 +47,15 @@ def hash_tensors(source: "TensorSource") -> str:
     return digest.hexdigest()
 
 
-def file_groups(sources: Mapping[str, "TensorSource"], tokenizer: Path | None, loras: Iterable[Path]) -> list[Group]:
-    """(component, its files) in a fixed order: the checkpoint's parts, the tokenizer, the LoRA files one by one."""
+def file_groups(
+    sources: Mapping[str, "TensorSource"], tokenizer: Path | None, loras: Iterable[tuple[Path, ...]]
+) -> list[Group]:
+    """(component, its files) in a fixed order: the checkpoint's parts, the tokenizer, the LoRAs one by one, each with
+    its configuration."""
     groups: list[Group] = [(name, tuple(sources[name].files)) for name in sorted(sources)]
     if tokenizer is not None:
         groups.append((TOKENIZER_PART, (tokenizer,)))
-    return [*groups, *((LORA_PART, (path,)) for path in loras)]
+    return [*groups, *((LORA_PART, paths) for paths in loras)]
 
 
 def hash_sources(

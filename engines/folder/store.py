@@ -13,16 +13,23 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64
 
+from scail2_rt.engines.folder.sums import PIECE, RunningSum, SumChecker
 from scail2_rt.kernels.errors import InputError
 
 STORE_NAME = "weights.safetensors"
 PAGE = 4096
+READ_BLOCK = 1 << 20  # bytes that are read at once when only their sum is wanted: they stay in the processor's cache
+HEADER_LIMIT = 100 << 20  # of the safetensors format
+CHECKERS = 4
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -95,9 +102,7 @@ class StoreLayout:
         """The layout of a file on disk; InputError when it is no safetensors file or is cut short."""
         try:
             actual = path.stat().st_size
-            with path.open("rb") as file:
-                prefix = file.read(8)
-                header = prefix + file.read(min(int.from_bytes(prefix, "little"), actual))
+            header = read_header(path)
             entries = json.loads(header[8:])
             locations = {
                 name: Location(
@@ -137,6 +142,20 @@ class StoreLayout:
         return sum(place.length for name, place in self._locations.items() if name.startswith(f"{stage}."))
 
 
+def read_header(path: Path) -> bytes:
+    """The header of a safetensors file with its length, as the file has them."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return prefix + file.read(min(int.from_bytes(prefix, "little"), HEADER_LIMIT))
+
+
+class TensorWriter(Protocol):
+    """What the conversion of a checkpoint writes to."""
+
+    def write(self, name: str, data: Tensor, start: int = 0) -> None:
+        """Write `data` (any shape, of the tensor's type) from element `start` of the tensor `name` on."""
+
+
 class StoreWriter:
     """Writes tensors at their places in `<path>.partial`; `finish()` gives the file its name.
 
@@ -160,12 +179,7 @@ class StoreWriter:
 
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
         """Write `data` (any shape, of the tensor's type) from element `start` of the tensor `name` on."""
-        place = self.layout.location(name)
-        first = start * place.dtype.itemsize
-        if data.dtype != place.dtype or first + data.nbytes > place.length:
-            raise ValueError(f"{name}: {data.dtype} {tuple(data.shape)} at element {start} does not fit {place}")
-        raw = data.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_at(self._file, raw.data, place.offset + first)
+        _write_tensor(self._file, self.layout.location(name), name, data, start)
 
     def flush(self) -> None:
         """What was written survives a crash of the machine from here on."""
@@ -180,6 +194,65 @@ class StoreWriter:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+class StoreMender:
+    """Writes tensors over their places in a finished store: what a build that is killed meanwhile leaves of them is
+    still not what their sums say."""
+
+    def __init__(self, path: Path, layout: StoreLayout) -> None:
+        self.layout = layout
+        self._file = os.open(path, os.O_RDWR)
+
+    def write(self, name: str, data: Tensor, start: int = 0) -> None:
+        """As `StoreWriter.write`."""
+        _write_tensor(self._file, self.layout.location(name), name, data, start)
+
+    def write_header(self) -> None:
+        _write_at(self._file, memoryview(self.layout.header), 0)
+
+    def finish(self) -> None:
+        """What was written survives a crash of the machine from here on."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class SummingWriter:
+    """Writes tensors through another writer, and sums them. The parts of a tensor must come front to back; different
+    tensors may come from different threads."""
+
+    def __init__(self, writer: TensorWriter) -> None:
+        self._writer = writer
+        self._running: dict[str, RunningSum] = {}
+
+    def write(self, name: str, data: Tensor, start: int = 0) -> None:
+        if start == 0:
+            self._running[name] = RunningSum()
+        running = self._running[name]
+        if running.length != start * data.dtype.itemsize:
+            raise ValueError(f"{name}: element {start} was written out of order, so its sum is not known")
+        running.add(raw_bytes(data))
+        self._writer.write(name, data, start)
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """Tensor → sum, of everything that was written so far."""
+        return {name: running.hex for name, running in self._running.items()}
+
+
+def raw_bytes(data: Tensor) -> memoryview:
+    """The values of a tensor on the CPU as bytes, without a copy where they lie together."""
+    raw: memoryview = data.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return raw
+
+
+def _write_tensor(file: int, place: Location, name: str, data: Tensor, start: int) -> None:
+    first = start * place.dtype.itemsize
+    if data.dtype != place.dtype or first + data.nbytes > place.length:
+        raise ValueError(f"{name}: {data.dtype} {tuple(data.shape)} at element {start} does not fit {place}")
+    _write_at(file, raw_bytes(data), place.offset + first)
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:
@@ -198,14 +271,20 @@ class WeightStore(Protocol):
 
     def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]: ...
 
+    def check(self, stage: str) -> None: ...
+
     def close(self) -> None: ...
 
 
 class StoreReader:
-    """A store mapped read-only. Tensors are views of the mapping: they must never be written to."""
+    """A store mapped read-only. Tensors are views of the mapping: they must never be written to.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    checker: of the folder that it lies in; None when nothing is to be checked. DamagedError for a damaged header."""
+
+    def __init__(self, path: Path, checker: SumChecker | None = None) -> None:
+        self.path, self.checker = path, checker
+        if checker is not None:
+            checker.header(read_header(path))
         self.layout = StoreLayout.read(path)
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -222,7 +301,8 @@ class StoreReader:
         return self._bytes[place.offset : place.offset + place.length].view(place.dtype).view(place.shape)
 
     def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]:
-        """Parameter name → tensor of one stage."""
+        """Parameter name → tensor of one stage, which is checked when it is first asked for."""
+        self.check(name)
         return {parameter: self.get(f"{name}.{parameter}") for parameter in parameters}
 
     def read_into(self, name: str, start: int, target: memoryview) -> None:
@@ -234,6 +314,39 @@ class StoreReader:
             if count == 0:
                 raise InputError(f"{self.path} ends before the tensor {name}; rebuild the engine folder.")
             target, offset = target[count:], offset + count
+
+    def check(self, stage: str) -> None:
+        """DamagedError when a tensor of the stage is not what its sum says. Once for each stage: the file is read,
+        which brings the pages that the mapping shows."""
+        if self.checker is None or stage in self.checker.whole:
+            return
+        for name in self.layout.names:
+            if name.startswith(f"{stage}."):
+                self.checker.tensor(stage, name, self.pieces(name))
+        self.checker.whole.add(stage)
+
+    def pieces(self, name: str) -> list[bytes]:
+        """The sums of the pieces of a tensor, in order; those of a long one by several threads."""
+        starts = self.starts(name)
+        if len(starts) < 2:
+            return [self.piece_sum(name, start) for start in starts]
+        with ThreadPoolExecutor(CHECKERS) as pool:
+            return list(pool.map(partial(self.piece_sum, name), starts))
+
+    def starts(self, name: str) -> range:
+        """Where the pieces of a tensor begin, in bytes."""
+        return range(0, self.layout.location(name).length, PIECE)
+
+    def piece_sum(self, name: str, start: int) -> bytes:
+        """The sum of the piece of a tensor that begins at this byte, by reading the file."""
+        running, block = xxh3_64(), memoryview(bytearray(READ_BLOCK))
+        end = min(start + PIECE, self.layout.location(name).length)
+        while start < end:
+            part = block[: end - start]
+            self.read_into(name, start, part)
+            running.update(part)
+            start += len(part)
+        return running.digest()
 
     def close(self) -> None:
         """Drop the mapping; it is unmapped when the last tensor taken from it is gone."""

@@ -6,13 +6,15 @@ get one scale per output channel. Everything is done in pieces of at most 64 MiB
 not depend on the size of the model.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.folder.store import StoreLayout, StoreWriter, TensorShape
+from scail2_rt.engines.folder.store import StoreLayout, TensorShape, TensorWriter
+from scail2_rt.export.checkpoint.row_chunks import row_ranges
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision, numerics_of
 from scail2_rt.export.stages.dit import table_sources
@@ -59,7 +61,7 @@ def _scale_of(parameter: str) -> str:
 
 
 def write_stage(
-    writer: StoreWriter,
+    writer: TensorWriter,
     stage: str,
     tensors: StageTensors,
     weights: Mapping[str, Sequence[str]],
@@ -73,32 +75,54 @@ def write_stage(
         _check_shapes(stage, parameter, target, names, source)
         position = 0
         for name, values in pieces(source, names, target.shape[-1] if target.dtype == E4M3 else 1):
-            extremes = finite_extremes(name, values)
+            extremes = finite_extremes(name, values, source)
             if target.dtype == E4M3:
                 data, scale = quantise_columns(values.view(-1, target.shape[-1]))
                 writer.write(f"{stage}.{_scale_of(parameter)}", scale, position // target.shape[-1])
             else:
                 if not extremes.to(target.dtype).isfinite().all():
-                    raise Scail2Error(_overflow(stage, name, extremes, target.dtype, precision))
+                    raise Scail2Error(_overflow(stage, name, extremes, target.dtype, precision) + _fused(name, source))
                 data = values.to(target.dtype)
             writer.write(f"{stage}.{parameter}", data, position)
             position += values.numel()
 
 
-def finite_extremes(name: str, values: Tensor) -> Tensor:
-    """Smallest and largest value, [2]. InputError when a value is not finite."""
+def finite_extremes(name: str, values: Tensor, source: "TensorSource | None" = None) -> Tensor:
+    """Smallest and largest value, [2]. InputError when a value is not finite; `source`: where the tensor is from, which
+    may name the LoRAs that made it so."""
     extremes = torch.stack(values.aminmax())  # NaN if any is; much faster than isfinite on every value
-    if not extremes.isfinite().all():
-        raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values; get an intact file.")
-    return extremes
+    if extremes.isfinite().all():
+        return extremes
+    if loras := _loras(name, source):
+        raise InputError(
+            f"tensor {name} has NaN or infinite values once the LoRA is fused into it: {loras}; give a smaller "
+            "strength."
+        )
+    raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values; get an intact file.")
+
+
+def _loras(name: str, source: "TensorSource | None") -> str:
+    """The LoRAs that changed a tensor of numbers; empty when none did."""
+    fused_into = getattr(source, "fused_into", None)  # a source of LoRAs has it
+    return " and ".join(map(str, fused_into(name))) if fused_into is not None else ""
+
+
+def _fused(name: str, source: "TensorSource") -> str:
+    loras = _loras(name, source)
+    return f" It holds the LoRA {loras}." if loras else ""
 
 
 def pieces(source: "TensorSource", names: Sequence[str], multiple: int = 1) -> Iterator[tuple[str, Tensor]]:
     """(source name, at most PIECE values as flat fp32), whole rows of `multiple` elements at a time."""
     size = max(PIECE // multiple, 1) * multiple
     for name in names:
-        for piece in source.get(name).reshape(-1).split(size):
-            yield name, piece.float()
+        shape = source.shape(name)
+        if math.prod(shape) <= size:
+            yield name, source.get(name).reshape(-1).float()
+            continue
+        for start, stop in row_ranges(shape, PIECE):  # a quantised source computes no more than these
+            for piece in source.rows(name, start, stop).reshape(-1).split(size):
+                yield name, piece.float()
 
 
 def _check_shapes(
@@ -136,7 +160,6 @@ def runtime_tables(config: ModelConfig, source: "TensorSource | None") -> dict[s
         if key not in known:
             raise InputError(f"the checkpoint has no tensor {key}, which the runtime needs.")
         values = source.get(key).to(torch.float32, copy=True).reshape(-1, config.dit.dim)
-        if not torch.isfinite(values).all():
-            raise InputError(f"tensor {key} of the checkpoint has NaN or infinite values; get an intact file.")
+        finite_extremes(key, values, source)
         tables[name] = values if name.endswith("modulation") else values[0].contiguous()
     return tables

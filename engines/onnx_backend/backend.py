@@ -25,8 +25,11 @@ class OnnxExecutor(Executor):
     follows_stream = False  # ONNX Runtime has a stream of its own
 
     def _load(self, name: str) -> OnnxEngine:
+        """The graph, and the weights that ONNX Runtime maps itself, are checked first."""
         definition = self.folder.definition(name)
-        return OnnxEngine(definition, self.numerics(name), self.folder.directory / graph_file(name), self.device)
+        graph = self.folder.check_file(graph_file(name), name)
+        self.folder.store.check(name)
+        return OnnxEngine(definition, self.numerics(name), graph, self.device)
 
 
 class OnnxBackend(Backend):

@@ -14,7 +14,7 @@ from scail2_rt.engines.folder.manifest import STAGES, ExecutorRecord, describe_c
 from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.engines.tensorrt_backend.engine import TensorRTEngine
 from scail2_rt.engines.tensorrt_backend.library import TENSORRT, Library, require_library
-from scail2_rt.engines.tensorrt_backend.plans import PLANS, graph_path, plan_path
+from scail2_rt.engines.tensorrt_backend.plans import PLANS, PlanLedger, graph_path, plan_path
 from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_place, check_resources
 from scail2_rt.engines.tensorrt_backend.session import TensorRTSession
 from scail2_rt.export.models.precision import Precision
@@ -45,7 +45,7 @@ class TensorRTExecutor(Executor):
         definition, numerics = folder.definition(name), self.numerics(name)
         if self._session is None:
             self._session = TensorRTSession(CudaDevice(self.device))
-        plan = plan_path(folder.directory / STAGES, name)
+        plan = folder.check_file(plan_path(Path(STAGES), name).as_posix(), name)
         return TensorRTEngine(
             definition, numerics, plan, self._session, describe_command(folder.manifest, folder.directory)
         )
@@ -101,6 +101,9 @@ class TensorRTBackend(Backend):
     def files(self, stages: Iterable[str]) -> tuple[str, ...]:
         folder = Path(STAGES)
         return tuple(path(folder, stage).as_posix() for stage in stages for path in (graph_path, plan_path))
+
+    def forget(self, directory: Path, stages: Iterable[str]) -> None:
+        PlanLedger(directory / STAGES).forget(stages)
 
     def leftovers(self, wanted: bool) -> tuple[str, ...]:
         """Plans are kept as far as they are still good; their digests tell."""

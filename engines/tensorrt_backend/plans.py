@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +75,15 @@ class PlanLedger:
 
     def add(self, stage: str, record: PlanRecord) -> None:
         self.records[stage] = record
+        self._save()
+
+    def forget(self, stages: Iterable[str]) -> None:
+        """These plans are not good any more, whatever they were built from."""
+        for stage in stages:
+            self.records.pop(stage, None)
+        self._save()
+
+    def _save(self) -> None:
         write_json(self.stages / PLANS, {name: dataclasses.asdict(known) for name, known in self.records.items()})
 
 

@@ -79,7 +79,7 @@ class TorchExecutor(Executor):
 
     def release(self, prefix: str) -> None:
         for name in [name for name in self._loading if name.startswith(prefix)]:
-            self._loading.pop(name).wait()
+            self._loading.pop(name).settle()
         super().release(prefix)
         for family in [family for family in self._streams if family.startswith(prefix)]:
             self._streams.pop(family).close()

@@ -1,27 +1,32 @@
 """Weights from the store to the device, in the background.
 
-A few reader threads each own a pinned buffer and a stream: they read a piece of the file into the buffer, copy it to
+A few reader threads each own two pinned buffers and a stream: they read a piece of the file into a buffer, copy it to
 the device and wait for their own copy, so while one copies the others read, and a finished future means that the data
-is there. Each stage lies in one device buffer. On a CPU a piece is read straight into place.
+is there. Each stage lies in one device buffer. On a CPU a piece is read straight into place. Other threads sum a piece
+while its reader reads the next one into its other buffer: reading is no slower for it where cores are free. Whoever
+waits for a stage compares the sums, so a damaged one never runs.
 
 `WeightLoader.start` begins with one stage. `StageStream` keeps a family of stages in two buffers that take turns: while
-one stage runs the next is on its way, so that a model larger than the device's memory still runs.
+one stage runs the next is on its way, so that a model larger than the device's memory still runs; it sums every stage
+the first time.
 """
 
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from scail2_rt.engines.folder.store import StoreReader, TensorShape
+from scail2_rt.engines.folder.sums import PIECE, SumChecker, piece_sum
 
-PIECE = 32 << 20
 READERS = 4
+SUMMERS = 4
 ALIGNMENT = 256  # bytes; what matrix products and vector loads want
 SLOTS = 2
 Engine = TypeVar("Engine")
@@ -41,18 +46,37 @@ def carve(buffer: Tensor, tensors: Mapping[str, TensorShape]) -> dict[str, Tenso
     return views
 
 
+Piece = tuple[str, "Future[bytes] | None"]
+
+
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """A stage on its way: its tensors on the device, valid after `wait()`."""
+    """A stage on its way: its tensors on the device, valid after `wait()`.
 
+    pieces: (tensor in the store, its sum to come), in order; checker: what the sums are compared with, None where
+    nothing is summed"""
+
+    stage: str
     tensors: dict[str, Tensor]
-    pieces: tuple[Future[None], ...]
+    pieces: tuple[Future[Piece], ...]
+    checker: SumChecker | None = None
 
     def wait(self) -> dict[str, Tensor]:
-        """Block until every piece has arrived; an error while reading is raised here."""
-        for piece in self.pieces:
-            piece.result()
+        """Block until every piece has arrived; an error while reading is raised here, and DamagedError when a tensor is
+        not what its sum says."""
+        sums: dict[str, list[bytes]] = {}
+        for name, coming in [piece.result() for piece in self.pieces]:
+            if coming is not None:
+                sums.setdefault(name, []).append(coming.result())
+        if self.checker is not None:
+            for name, pieces in sums.items():
+                self.checker.tensor(self.stage, name, pieces)
+            self.checker.whole.add(self.stage)
         return self.tensors
+
+    def settle(self) -> None:
+        """Block until nothing is read any more, for whom the stage is of no use."""
+        wait(self.pieces)
 
 
 class WeightLoader:
@@ -61,10 +85,14 @@ class WeightLoader:
     def __init__(self, store: StoreReader, device: torch.device) -> None:
         self.store, self.device = store, device
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
+        self._summers = ThreadPoolExecutor(SUMMERS, thread_name_prefix="sums")
         self._own = threading.local()
 
-    def start(self, stage: str, tensors: Mapping[str, TensorShape], buffer: Tensor | None = None) -> Loading:
-        """Begin to load a stage, into `buffer` (uint8, large enough) or a new one.
+    def start(
+        self, stage: str, tensors: Mapping[str, TensorShape], buffer: Tensor | None = None, again: bool = False
+    ) -> Loading:
+        """Begin to load a stage, into `buffer` (uint8, large enough) or a new one. `again`: one that was found whole
+        before is not summed once more.
 
         What the current stream was told before this call is finished before the buffer is written."""
         if buffer is None:
@@ -74,32 +102,47 @@ class WeightLoader:
         if self.device.type == "cuda":
             free = torch.cuda.Event()
             free.record()
+        checker = self.store.checker
+        if again and checker is not None and stage in checker.whole:
+            checker = None
+        load = partial(self._load, free=free, summed=checker is not None)
         pieces = [
-            self._pool.submit(self._load, f"{stage}.{name}", view.reshape(-1).view(torch.uint8), start, free)
+            self._pool.submit(load, f"{stage}.{name}", view.reshape(-1).view(torch.uint8), start)
             for name, view in views.items()
             for start in range(0, view.nbytes, PIECE)
         ]
-        return Loading(views, tuple(pieces))
+        return Loading(stage, views, tuple(pieces), checker)
 
-    def _load(self, name: str, target: Tensor, start: int, free: "torch.cuda.Event | None") -> None:
+    def _load(self, name: str, target: Tensor, start: int, free: "torch.cuda.Event | None", summed: bool) -> Piece:
+        """Read one piece. The whole of it in one call: each call waits for the interpreter's lock again."""
         part = target[start : start + PIECE]
         if free is None:
-            self.store.read_into(name, start, part.numpy().data)
-            return
+            data = part.numpy().data
+            self.store.read_into(name, start, data)
+            return name, self._summers.submit(piece_sum, data) if summed else None
         if not hasattr(self._own, "pinned"):
             if self.device.index is not None:
                 torch.cuda.set_device(self.device)  # a new thread is on GPU 0
-            self._own.pinned = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+            self._own.pinned = deque((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), None) for _ in range(2))
             self._own.stream = torch.cuda.Stream(self.device)
-        pinned, stream = self._own.pinned[: len(part)], self._own.stream
-        self.store.read_into(name, start, pinned.numpy().data)
-        free.synchronize()
-        with torch.cuda.stream(stream):
-            part.copy_(pinned, non_blocking=True)
-        stream.synchronize()
+        (buffer, before), stream = self._own.pinned.popleft(), self._own.stream
+        if before is not None:
+            wait([before])
+        pinned, coming = buffer[: len(part)], None
+        try:
+            self.store.read_into(name, start, pinned.numpy().data)
+            free.synchronize()
+            with torch.cuda.stream(stream):
+                part.copy_(pinned, non_blocking=True)
+            coming = self._summers.submit(piece_sum, pinned.numpy().data) if summed else None
+            stream.synchronize()
+        finally:
+            self._own.pinned.append((buffer, coming))
+        return name, coming
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._summers.shutdown(wait=True, cancel_futures=True)
 
 
 class StageStream(Generic[Engine]):
@@ -143,12 +186,12 @@ class StageStream(Generic[Engine]):
 
     def _begin(self, name: str) -> None:
         slot = self._free.popleft()
-        self._ahead.append((name, slot, self._loader.start(name, self._tensors, slot[0])))
+        self._ahead.append((name, slot, self._loader.start(name, self._tensors, slot[0], again=True)))
 
     def _drain(self) -> None:
         while self._ahead:
             _, slot, loading = self._ahead.popleft()
-            loading.wait()
+            loading.settle()
             self._free.append(slot)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ value may differ by one rounding step.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -17,7 +17,7 @@ from torch import Tensor
 from scail2_rt.engines.build.assemble import EMBEDDING_SOURCE
 from scail2_rt.engines.folder.manifest import TABLES, TOKENIZER, Manifest
 from scail2_rt.engines.folder.sources import LORA_PART, TOKENIZER_PART, file_groups, hash_file, hash_sources
-from scail2_rt.engines.folder.store import StoreWriter, WeightStore
+from scail2_rt.engines.folder.store import WeightStore
 from scail2_rt.engines.folder.weights import EMBEDDING, planned_tensors, runtime_tables, write_stage
 from scail2_rt.engines.observer import SilentObserver
 from scail2_rt.export.stages.spec import StageDefinition
@@ -47,15 +47,15 @@ def check_sources(manifest: Manifest, checkpoint: "Checkpoint") -> Verdict:
     tokenizer = checkpoint.tokenizer
     if tokenizer is not None and tokenizer.is_dir():
         tokenizer = tokenizer / "tokenizer.json"
-    groups = file_groups(plain, tokenizer, [Path(lora.file.path) for lora in identity.loras])
-    known = [*identity.files, *(lora.file for lora in identity.loras)]
+    groups = file_groups(plain, tokenizer, [tuple(Path(f.path) for f in lora.files) for lora in identity.loras])
+    known = [*identity.files, *(file for lora in identity.loras for file in lora.files)]
     records = hash_sources(groups, plain, known, SilentObserver(), lambda record: None)
     have: dict[str, tuple[str, ...]] = {}
     for record in records:
         have[record.component] = (*have.get(record.component, ()), record.sha256)
     want = dict(identity.sources)
     if identity.loras:
-        want[LORA_PART] = tuple(lora.file.sha256 for lora in identity.loras)
+        want[LORA_PART] = tuple(file.sha256 for lora in identity.loras for file in lora.files)
     wrong = [part for part in want if have.get(part) != want[part]]
     copies = [artefact.sha256 for artefact in manifest.artefacts if artefact.path == TOKENIZER]
     if copies and tuple(copies) != want.get(TOKENIZER_PART):
@@ -81,7 +81,7 @@ def check_weights(
         comparer.inexact |= {name.removesuffix("weight") + "scale" for name in comparer.inexact}
         source = sources[stage.partition(".")[0]]
         try:
-            write_stage(cast(StoreWriter, comparer), stage, tensors, weights, source, manifest.precision)
+            write_stage(comparer, stage, tensors, weights, source, manifest.precision)
         except (InputError, Scail2Error) as error:  # a tensor that is missing, or cannot be held
             comparer.wrong[stage] = str(error)
     if comparer.wrong:
@@ -110,6 +110,9 @@ class _Comparer:
             return
         if torch.equal(stored.view(torch.uint8), data.contiguous().view(torch.uint8)):
             return
+        if fault := not_numbers(stored, start):
+            self.wrong[name] = fault
+            return
         step = torch.finfo(data.dtype).eps if name in self.inexact else 0.0
         have, want = stored.float(), data.float()
         allowed = step * (torch.maximum(have.abs(), want.abs()) + 1e-2 * want.abs().max())
@@ -121,6 +124,12 @@ class _Comparer:
         self.wrong.setdefault(name, text)
 
 
+def not_numbers(stored: Tensor, start: int = 0) -> str:
+    """What to say of stored values of which some are not finite; `start`: the first one's place. Empty if all are."""
+    lost = (~stored.float().isfinite()).nonzero()
+    return f"{len(lost)} values are NaN or infinite, the first at {start + int(lost[0])}" if len(lost) else ""
+
+
 def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | None") -> Verdict:
     """The runtime's tables against the checkpoint's tensors."""
     have = load_file(directory / TABLES)
@@ -130,6 +139,9 @@ def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | No
         return False, str(error)
     touched = bool(getattr(source, "touched", ()))
     names = sorted(have.keys() | want.keys())
+    lost = [f"{n} ({fault})" for n in names if n in have and (fault := not_numbers(have[n].reshape(-1)))]
+    if lost:
+        return False, f"{len(lost)} of {len(names)} tables are not of numbers: {_listed(lost)}"
     wrong = [n for n in names if n not in have or n not in want or not _same(have[n], want[n], 1e-5 * touched)]
     if wrong:
         return False, f"{len(wrong)} of {len(names)} tables are not the checkpoint's: {_listed(wrong)}"

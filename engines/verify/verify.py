@@ -1,11 +1,11 @@
 """`verify`: the acceptance test of an engine folder against the checkpoint that it was built from.
 
 Four questions, each with its own answer, because each finds what the others miss. Are the files those of the manifest
-(hashes)? Is every value in the weight store the checkpoint's value in the folder's precision (bit by bit; this finds
-one changed weight, whatever the manifest says)? Does every stage of every executor compute what the plain fp32 stage
-does (random inputs)? And does it compute as it was meant to: the same numbers under a CUDA graph, fp8 operands in an
-fp8 plan, and how fast. Stage by stage, one in memory at a time, so that a 14B folder needs no more memory than its
-largest stage in fp32.
+(hashes, and checksums, which tell the damaged stage and how to repair it)? Is every value in the weight store the
+checkpoint's value in the folder's precision (bit by bit; this finds one changed weight, whatever the manifest says)?
+Does every stage of every executor, a damaged one too, compute what the plain fp32 stage does (random inputs)? And does
+it compute as it was meant to: the same numbers under a CUDA graph, fp8 operands in an fp8 plan, and how fast. Stage by
+stage, one in memory at a time, so that a 14B folder needs no more memory than its largest stage in fp32.
 """
 
 import dataclasses
@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.manifest import Identity, Manifest, check_folder, differences, read_manifest
+from scail2_rt.engines.folder.sums import DamagedError
+from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.engines.verify import inspector
 from scail2_rt.engines.verify.stage_check import (
     TOLERANCES,
@@ -134,17 +137,23 @@ def verify(
     request: VerifyRequest,
     checkpoint: "Checkpoint",
     progress: Callable[[str], None] = lambda line: None,
+    observer: BuildObserver | None = None,
 ) -> VerifyReport:
     """Test the folder; what is wrong with its contents is in the report, not raised.
 
-    progress hears a line as soon as it is known. InputError: no engine folder, a checkpoint of another model, a LoRA of
-    the manifest that is not there, an executor that cannot run here."""
+    progress hears a line as soon as it is known, observer how far the check of the sums is. InputError: no engine
+    folder, a damaged header of its store, a checkpoint of another model, a LoRA of the manifest that is not there, an
+    executor that cannot run here.
+    """
     started = time.monotonic()
     manifest = read_manifest(request.directory)
     definitions = stage_definitions(manifest.config)
     check_folder(request.directory, manifest, definitions)
     _check_model(manifest, checkpoint)
     sources = _fused(manifest, checkpoint)
+    health = check_health(request.directory, manifest, observer)
+    if any(damage.kind == "header" for damage in health.damages):
+        raise DamagedError(health.text)
     sets = _open(request, manifest)
     store = next(iter(sets.values())).store
     checks: list[Check] = []
@@ -154,6 +163,7 @@ def verify(
         progress(str(checks[-1]))
 
     try:
+        add("checksums", not health.damages if health.checked else None, health.text)
         add("files", *check_files(request.directory, manifest))
         add("sources", *check_sources(manifest, checkpoint))
         add("weights", *check_weights(manifest, definitions, sources, store))
@@ -212,7 +222,7 @@ def _open(request: VerifyRequest, manifest: Manifest) -> dict[str, EngineSet]:
     sets: dict[str, EngineSet] = {}
     try:
         for backend in request.backends or manifest.backends:
-            sets[backend] = open_engines(request.directory, backend)
+            sets[backend] = open_engines(request.directory, backend, compare=False)
     except InputError as error:
         for engines in sets.values():
             engines.close()

@@ -245,7 +245,7 @@ def check_shapes(shapes: Shapes, expected: Shapes, what: str) -> None:
         more = len(problems) - _LISTED_PROBLEMS
         listed = "; ".join(problems[:_LISTED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
         count = f"{len(problems)} tensor{'s do' if len(problems) > 1 else ' does'} not fit"
-        raise InputError(f"{what}: {count}: {listed}. A SCAIL-2 checkpoint is needed; check or download the file again")
+        raise InputError(f"{what}: {count}: {listed}. A SCAIL-2 checkpoint is needed; give a file of one")
 
 
 def _linear(name: str, out: int, *rest: int) -> dict[str, tuple[int, ...]]:

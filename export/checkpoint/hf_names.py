@@ -88,6 +88,12 @@ class Stacked(Derived):
         whole = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts])
         return whole.reshape(stack.shape)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        stack = self._stacks[name]
+        if len(stack.names) > 1 or stack.shape[:1] != self._source.shape(stack.names[0])[:1]:
+            return self.get(name)[start:stop]
+        return self._source.rows(stack.names[0], start, stop).reshape(-1, *stack.shape[1:])
+
 
 def umt5_view(source: TensorSource, inner: Mapping[str, str]) -> Stacked:
     """umT5 by its Wan names. `inner`: Hugging Face name → name in the source (a prefix may be before it)."""
@@ -123,11 +129,11 @@ def clip_view(source: TensorSource, inner: Mapping[str, str]) -> Stacked:
 
 def _qkv(source: TensorSource, wan: str, parts: Mapping[str, str]) -> Stack:
     if missing := [which for which in "qkv" if which not in parts]:
-        raise InputError(f"{source.files[0]} has no {'_proj, '.join(missing)}_proj for {wan}; get the file again")
+        raise InputError(f"{source.files[0]} has no {'_proj, '.join(missing)}_proj for {wan}; get the whole file")
     names = tuple(parts[which] for which in "qkv")
     shapes: Sequence[tuple[int, ...]] = [source.shape(name) for name in names]
     if len({shape[1:] for shape in shapes}) > 1:
-        raise InputError(f"{source.files[0]}: {', '.join(names)} do not fit together; get the file again")
+        raise InputError(f"{source.files[0]}: {', '.join(names)} do not fit together; give another file")
     return Stack(names, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
 
 

@@ -1,60 +1,28 @@
-"""Reads LoRA files of every format that users bring and fuses them into weights while these stream.
+"""Reads LoRA files of every kind that users bring and fuses them into weights while these stream.
 
-A file's tensor names are read as "Wan module, kind of tensor" (`TensorRole`): lightx2v, PEFT and kohya names, and SAT
-names through the table of the checkpoint reader. Everything is checked before anything is fused: a tensor that is
-unknown, unpaired, misshapen or not finite refuses the file with the list, unless `partial` asks for the rest.
-W += strength·(alpha/rank)·up·down in fp32, alpha/rank being 1 without an alpha; differences are added with the
-strength. The fused source computes one tensor at a time, so fusing needs no more memory than the largest one in fp32.
+`lora_names` says what each tensor is, `lora_scale` how strongly it acts, `lora_kinds` what it does to a weight, and
+`lora_fusion` whether it fits. All is checked before anything is fused: what is unknown, unpaired, misshapen or not
+finite refuses the file with the list, unless `partial` asks for the modules that fit. The fused source computes one
+tensor at a time, so fusing needs no more memory than one module in fp32.
 """
 
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from scail2_rt.export.checkpoint.sat_names import sat_to_wan
+from scail2_rt.export.checkpoint.lora_foreign import distilled_by, foreign_kind
+from scail2_rt.export.checkpoint.lora_fusion import Fusion, Update
+from scail2_rt.export.checkpoint.lora_names import ModuleIndex, by_module
+from scail2_rt.export.checkpoint.lora_scale import CONFIG, config_of, read_training
 from scail2_rt.export.checkpoint.tensors import Derived, TensorSource, open_weights
 from scail2_rt.kernels.errors import InputError
 
-Kind = Literal["down", "up", "alpha", "weight", "bias", "modulation"]
-
-_PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "pipe.dit.",
-    "unet.",
-    "model.",
-    "module.",
-)
-_KOHYA = re.compile(r"lora_(?:unet|transformer)_+")
-# Suffix → kind. `part` numbers the piece of a fused SAT module (query_key_value: 0 q, 1 k, 2 v).
-_SUFFIX_KINDS: tuple[tuple[str, Kind], ...] = (
-    (r"lora_layer(?:\.(?P<part>\d+))?\.down\.weight", "down"),
-    (r"lora_layer(?:\.(?P<part>\d+))?\.up\.weight", "up"),
-    (r"lora_layer(?:\.(?P<part>\d+))?\.alpha", "alpha"),
-    (r"lora_layer(?:\.(?P<part>\d+))?\.diff", "weight"),
-    (r"lora_layer(?:\.(?P<part>\d+))?\.diff_b", "bias"),
-    (r"matrix_A\.(?P<part>\d+)", "down"),
-    (r"matrix_B\.(?P<part>\d+)", "up"),
-    (r"(?:lora_down|lora\.down)\.weight", "down"),
-    (r"(?:lora_up|lora\.up)\.weight", "up"),
-    (r"lora_A(?:\.\w+)?\.weight", "down"),
-    (r"lora_B(?:\.\w+)?\.weight", "up"),
-    (r"alpha", "alpha"),
-    (r"diff", "weight"),
-    (r"diff_b", "bias"),
-    (r"diff_m", "modulation"),
-)
-SUFFIXES = tuple((re.compile(rf"(?P<module>.+?)\.{suffix}"), kind) for suffix, kind in _SUFFIX_KINDS)
 _LISTED = 8
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,90 +32,118 @@ class LoRASpec:
     path: Path
     strength: float = 1.0
 
+    def __str__(self) -> str:
+        return f"{self.path} at strength {self.strength:g}"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the fused weights depend on: the file, and PEFT's configuration of it."""
+        path = lora_file(self.path)
+        config = config_of(path)
+        return (path, config) if config else (path,)
+
 
 @dataclass(frozen=True, slots=True)
 class LoRAReport:
-    """What came of one file: tensors applied, Wan tensors changed, and (partial only) `name: reason` of the rest."""
+    """What came of one file: tensors applied, Wan tensors changed, `name: reason` of those that `partial` skipped, a
+    sentence for each module left out. alpha: where it is from, or why there is none; distilled: by what the file is
+    known to be step-distilled, None when it is not."""
 
     path: Path
     strength: float
     applied: int
     changed: int
     skipped: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    alpha: str = ""
+    distilled: str | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class TensorRole:
-    """What a LoRA tensor is: its kind, and the Wan modules it speaks of (several: stacked along dimension 0)."""
-
-    kind: Kind
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """One change of one Wan tensor: `up`·`down`·scale, or `diff`·scale; `rows` of a tensor for a fused SAT module."""
-
-    source: TensorSource
-    scale: float
-    names: tuple[str, ...]  # (up, down) or (diff,)
-    rows: tuple[int, int] | None = None
-
-    def add_to(self, weight: Tensor) -> None:
-        """Adds the change to an fp32 tensor in place."""
-        first = self.source.get(self.names[0])
-        if self.rows:
-            first = first[self.rows[0] : self.rows[1]]
-        first = first.float()
-        if len(self.names) == 1:
-            weight.add_(first.reshape(weight.shape), alpha=self.scale)
-        else:
-            down = self.source.get(self.names[1]).float()
-            weight.flatten(1).addmm_(first.flatten(1), down.flatten(1), alpha=self.scale)
+    @property
+    def text(self) -> str:
+        """For people, on one line; what was left out on a line each."""
+        facts = [f"{self.applied} tensors applied"]
+        facts += [f"{len(self.skipped)} skipped"] if self.skipped else []
+        facts += [f"alpha: {self.alpha}"] if self.alpha else []
+        facts += [f"step-distilled (told by its {self.distilled})"] if self.distilled else []
+        return "\n".join((f"{self.path}: {', '.join(facts)}", *(f"{self.path}: {line}" for line in self.left_out)))
 
 
 def parse_lora(spec: str) -> LoRASpec:
-    """`FILE` or `FILE:STRENGTH` (a file name may contain colons). InputError: no such file, or a bad strength."""
+    """`FILE`, `DIR` or either with `:STRENGTH` (a name may contain colons). InputError: no such file, or a bad
+    strength."""
     name, colon, number = spec.rpartition(":")
     path, strength = Path(spec), 1.0
-    if colon and name and not path.is_file():
+    if colon and name and not path.exists():
         try:
             path, strength = Path(name), float(number)
         except ValueError:
-            if Path(name).is_file():
+            if Path(name).exists():
                 raise InputError(f"The LoRA strength {number!r} in {spec!r} is no number; write FILE:0.8") from None
     if not math.isfinite(strength):
         raise InputError(f"The LoRA strength {number!r} in {spec!r} is not finite; write FILE:0.8")
+    if not spec:
+        raise InputError("--lora names no LoRA file; write --lora FILE, or --lora FILE:0.8")
+    return LoRASpec(lora_file(path), strength)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is what PEFT saves."""
+    return any((path / name).is_file() for name in (CONFIG, *_ADAPTER_FILES))
+
+
+def lora_file(path: Path) -> Path:
+    """The weights that `path`, a file or a PEFT folder, stands for. InputError: there are none."""
+    if path.is_dir():
+        for name in _ADAPTER_FILES:
+            if (path / name).is_file():
+                return path / name
+        files = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:_LISTED])
+        there = f"; it holds {files}: name one of them" if files else "; name a LoRA file"
+        raise InputError(f"The folder {path} is no PEFT adapter: it has no {' or '.join(_ADAPTER_FILES)}{there}")
     if not path.is_file():
         raise InputError(
-            f"There is no LoRA file {path}; give a *.safetensors or SAT *.pt file, with :STRENGTH if needed"
+            f"There is no LoRA file {path}; give a *.safetensors or SAT *.pt file or a PEFT folder, with :STRENGTH if "
+            "needed"
         )
-    return LoRASpec(path, strength)
+    return path
 
 
 def apply_loras(source: TensorSource, specs: Sequence[LoRASpec], partial: bool = False) -> "FusedSource":
     """The transformer's tensors with LoRA files fused in, one after the other; nothing is computed until `get`.
 
-    InputError: a file holds a tensor that cannot be applied (all are listed; with `partial` they are skipped and
-    reported instead), or nothing that can.
+    InputError: a file that is none, or of another model, holds a tensor that cannot be applied (all are listed; with
+    `partial` their modules are skipped and reported instead), or nothing that can.
     """
     known = frozenset(source.keys())
     index = ModuleIndex(known)
     updates: dict[str, list[Update]] = {}
+    fused: dict[str, list[LoRASpec]] = {}
     reports = []
     for spec in specs:
-        lora = open_weights(spec.path)
-        fusion = _Fusion(lora, source, spec.strength, known)
-        fusion.read(index, _peft_scale(spec.path, lora))
-        if fusion.problems and not partial:
-            raise InputError(_refusal(spec.path, fusion.problems))
-        if not fusion.applied:
-            raise InputError(f"{spec.path} has no tensor that fits this transformer: {_listed(fusion.problems)}")
+        path = lora_file(spec.path)
+        lora = open_weights(path)
+        if what := foreign_kind(lora):
+            raise InputError(f"{path} is {what}")
+        groups, unknown = by_module(lora, index)
+        fusion = Fusion(lora, source, spec.strength, known, read_training(path, lora))
+        fusion.read(groups, unknown)
+        if not fusion.applied or fusion.other_width or (fusion.problems and not partial):
+            raise InputError(fusion.refusal(path))
         for name, changes in fusion.updates.items():
             updates.setdefault(name, []).extend(changes)
-        skipped = tuple(f"{name}: {reason}" for name, reason in fusion.problems.items())
-        reports.append(LoRAReport(spec.path, spec.strength, fusion.applied, len(fusion.updates), skipped))
-    return FusedSource(source, updates, tuple(reports))
+            fused.setdefault(name, []).append(spec)
+        report = LoRAReport(
+            path,
+            spec.strength,
+            fusion.applied,
+            len(fusion.updates),
+            tuple(f"{name}: {reason}" for name, reason in fusion.problems.items()),
+            tuple(fusion.left_out),
+            "; ".join(fusion.origins),
+            distilled_by(path, lora.metadata, groups),
+        )
+        reports.append(report)
+    return FusedSource(source, updates, fused, tuple(reports))
 
 
 class FusedSource(Derived):
@@ -161,12 +157,19 @@ class FusedSource(Derived):
         self,
         source: TensorSource,
         updates: Mapping[str, Sequence[Update]],
+        fused: Mapping[str, Sequence[LoRASpec]],
         report: tuple[LoRAReport, ...],
     ) -> None:
         super().__init__(source)
-        self._updates = updates
+        self._updates, self._fused = updates, fused
+        self._last: tuple[str, Tensor] | None = None  # whose rows are asked for in turn
         self.report = report
         self.touched = frozenset(updates)
+
+    def fused_into(self, name: str) -> tuple[LoRASpec, ...]:
+        """The LoRAs that change a tensor, if the tensor itself is of numbers: those to blame if the result is not."""
+        specs = tuple(self._fused.get(name, ()))
+        return specs if specs and bool(self._source.get(name).float().isfinite().all()) else ()
 
     def keys(self) -> Iterable[str]:
         return self._source.keys()
@@ -181,189 +184,15 @@ class FusedSource(Derived):
         stored = self._source.get(name)
         if name not in self._updates:
             return stored
-        weight = torch.empty(stored.shape, dtype=torch.float32).copy_(
-            stored
-        )  # contiguous, never the mapped file itself
+        weight = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)  # contiguous, never the mapped file
         for update in self._updates[name]:
             update.add_to(weight)
         return weight
 
-
-class ModuleIndex:
-    """Finds the Wan modules that a LoRA's module name means, whichever convention it follows."""
-
-    def __init__(self, tensor_names: Iterable[str]) -> None:
-        names = list(tensor_names)
-        self._modules = {re.sub(r"\.(weight|bias)$", "", name) for name in names}
-        self._modules |= {name.removesuffix(".modulation") for name in names if name.endswith(".modulation")}
-        self._by_underscore = {module.replace(".", "_"): module for module in self._modules}
-
-    def find(self, name: str) -> tuple[str, ...] | None:
-        """Wan modules of `name` (more than one for a fused SAT module); None when this transformer has no such one."""
-        if kohya := _KOHYA.match(name):
-            module = self._by_underscore.get(name[kohya.end() :])
-            return (module,) if module else None
-        pending = [name]
-        while pending:
-            name = pending.pop()
-            if name in self._modules:
-                return (name,)
-            targets = sat_to_wan(name)
-            if targets and all(target in self._modules for target in targets):
-                return targets
-            pending += [name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)]
-        return None
-
-    def role(self, name: str) -> TensorRole | None:
-        """What the LoRA tensor called `name` is; None when its name means nothing for this transformer."""
-        for pattern, kind in SUFFIXES:
-            if match := pattern.fullmatch(name):
-                modules = self.find(match["module"])
-                part = match.groupdict().get("part")
-                if modules and part is not None:
-                    modules = modules[int(part) : int(part) + 1]
-                return TensorRole(kind, modules) if modules else None
-        return None
-
-
-@dataclass(slots=True)
-class _Fusion:
-    """Checks one LoRA file against the transformer and collects its updates, or the reasons against them."""
-
-    lora: TensorSource
-    base: TensorSource
-    strength: float
-    known: frozenset[str]  # tensors of the transformer
-    updates: dict[str, list[Update]] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)  # LoRA tensor → why it cannot be applied
-    applied: int = 0
-
-    def read(self, index: ModuleIndex, default_alpha: float | None) -> None:
-        groups: dict[tuple[str, ...], dict[Kind, str]] = {}
-        for name in self.lora.keys():  # noqa: SIM118
-            role = index.role(name)
-            if role is None:
-                self.problems[name] = "unknown tensor"
-            elif role.kind in (group := groups.setdefault(role.modules, {})):
-                self.problems[name] = f"the same as {group[role.kind]}"
-            else:
-                group[role.kind] = name
-                if reason := self._unusable(name):
-                    self.problems[name] = reason
-        self._refuse_overlaps(groups)
-        for modules, group in groups.items():
-            self._low_rank(modules, group, default_alpha)
-            for kind in ("weight", "bias", "modulation"):
-                if kind in group and group[kind] not in self.problems:
-                    self._difference(modules, group[kind], kind)
-
-    def _unusable(self, name: str) -> str | None:
-        if not self.lora.dtype(name).is_floating_point and not name.endswith("alpha"):
-            return f"type {self.lora.dtype(name)}"
-        tensor = self.lora.get(name)
-        return None if bool(torch.isfinite(tensor.float()).all()) else "not finite"
-
-    def _refuse_overlaps(self, groups: dict[tuple[str, ...], dict[Kind, str]]) -> None:
-        """A fused tensor beside one of its own pieces would be applied twice: both are problems."""
-        single = {modules[0]: modules for modules in groups if len(modules) == 1}
-        for modules in [modules for modules in groups if len(modules) > 1]:
-            doubled = [single[module] for module in modules if module in single]
-            for other in doubled:
-                for kind in set(groups[other]) & set(groups[modules]):
-                    self.problems[groups[other].pop(kind)] = f"also part of {groups[modules][kind]}"
-
-    def _low_rank(self, modules: tuple[str, ...], group: dict[Kind, str], default_alpha: float | None) -> None:
-        names = [group[kind] for kind in ("up", "down", "alpha") if kind in group]
-        unusable = [name for name in names if name in self.problems]
-        if unusable or not names:
-            self._refuse([name for name in names if name not in unusable], f"belongs to {', '.join(unusable)}")
-            return
-        if "up" not in group or "down" not in group:
-            self._refuse(names, "no matching down" if "up" in group else "no matching up")
-            return
-        up, down = self.lora.shape(group["up"]), self.lora.shape(group["down"])
-        alpha = default_alpha
-        if "alpha" in group:
-            if math.prod(self.lora.shape(group["alpha"])) != 1:
-                self._refuse(names, f"alpha of shape {list(self.lora.shape(group['alpha']))}, one number is needed")
-                return
-            alpha = float(self.lora.get(group["alpha"]).reshape(()))
-        targets = [f"{module}.weight" for module in modules]
-        if not self.known.issuperset(targets):
-            self._refuse(names, f"{targets[0]} is not in this transformer")
-            return
-        shapes = [self.base.shape(target) for target in targets]
-        if not _pair_fits(up, down, shapes):
-            wanted = f"{list(shapes[0])}" + (f" x {len(shapes)}" if len(shapes) > 1 else "")
-            self._refuse(names, f"up {list(up)} and down {list(down)} do not make {wanted}")
-            return
-        scale = self.strength if alpha is None else self.strength * alpha / down[0]
-        self._add(targets, (group["up"], group["down"]), scale, len(names))
-
-    def _difference(self, modules: tuple[str, ...], name: str, kind: Kind) -> None:
-        targets = [f"{module}.{kind}" for module in modules]
-        if kind == "weight":  # a parameter of its own (a modulation) has no `.weight`
-            targets = [target if target in self.known else target.removesuffix(".weight") for target in targets]
-        if not self.known.issuperset(targets):
-            self._refuse([name], f"{targets[0]} is not in this transformer")
-            return
-        first = self.base.shape(targets[0])
-        wanted = (len(targets) * first[0], *first[1:])
-        if self.lora.shape(name) != wanted:
-            self._refuse([name], f"shape {list(self.lora.shape(name))}, {list(wanted)} is needed")
-            return
-        self._add(targets, (name,), self.strength, 1)
-
-    def _add(self, targets: Sequence[str], names: tuple[str, ...], scale: float, count: int) -> None:
-        rows = self.base.shape(targets[0])[0]
-        for i, target in enumerate(targets):
-            cut = (i * rows, (i + 1) * rows) if len(targets) > 1 else None
-            self.updates.setdefault(target, []).append(Update(self.lora, scale, names, cut))
-        self.applied += count
-
-    def _refuse(self, names: Sequence[str], reason: str) -> None:
-        self.problems |= dict.fromkeys(names, reason)
-
-
-def _pair_fits(up: tuple[int, ...], down: tuple[int, ...], targets: Sequence[tuple[int, ...]]) -> bool:
-    """Whether up [rows, rank(, 1, ...)] and down [rank, columns...] make the targets, stacked along dimension 0."""
-    rows, columns = sum(target[0] for target in targets), targets[0][1:]
-    return (
-        len(up) >= 2
-        and len(down) >= 2
-        and bool(columns)
-        and up[0] == rows
-        and up[1] == down[0] > 0
-        and all(n == 1 for n in up[2:])
-        and down[1:] in (columns, (math.prod(columns),))
-    )
-
-
-def _peft_scale(path: Path, lora: TensorSource) -> float | None:
-    """`lora_alpha` of the `adapter_config.json` that PEFT keeps beside its file; None when there is none."""
-    file = path.parent / "adapter_config.json"
-    if not file.is_file() or not any(".lora_A." in name for name in lora.keys()):  # noqa: SIM118
-        return None
-    try:
-        config = json.loads(file.read_text())
-        alpha = float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} has no readable lora_alpha ({error}); correct or remove it") from error
-    unusual = [key for key in ("use_dora", "use_rslora", "alpha_pattern") if config.get(key)]
-    if unusual:
-        raise InputError(
-            f"{path} cannot be applied: its adapter_config.json uses {', '.join(unusual)}; merge it with PEFT"
-        )
-    return alpha
-
-
-def _refusal(path: Path, problems: Mapping[str, str]) -> str:
-    return (
-        f"The LoRA {path} is refused: {len(problems)} of its tensors cannot be applied: {_listed(problems)}. "
-        "To apply the rest of it, use --lora-partial"
-    )
-
-
-def _listed(problems: Mapping[str, str]) -> str:
-    listed = "; ".join(f"{name} ({reason})" for name, reason in list(problems.items())[:_LISTED])
-    return listed + (f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else "")
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._updates:
+            return self._source.rows(name, start, stop)
+        if self._last is None or self._last[0] != name:
+            self._last = None  # two at once are more than one module
+            self._last = (name, self.get(name))
+        return self._last[1][start:stop]

@@ -1,10 +1,10 @@
 """Opens a SCAIL-2 checkpoint in any layout that users have and gives every network's tensors under their Wan names.
 
-Two layouts: the official folder (SAT keys in `model/<latest>/*.pt`, the others under their own names), and Wan-key
-weights (one file or shards, with or without a prefix, fp8 with scales too) with the VAE, umT5 and CLIP beside them,
-these also under Hugging Face's names. What a file is, its tensor names decide, not its file name: every weights file of
-the folder is opened (mapped, not read) and recognised. Sizes are derived from shapes and every tensor is checked here,
-before anything is converted. Fused SAT tensors are cut by views, so nothing is read until a tensor is asked for.
+Three layouts: the official folder (SAT keys in `model/<latest>/*.pt`, the others under their own names), Wan-key
+weights (one file or shards, with or without a prefix, quantised or not) with the VAE, umT5 and CLIP in the same folder,
+one in it or the one around it, and ComfyUI's models folder. What a file holds, its tensor names decide (`find.py`,
+`recognise.py`). Sizes are derived from shapes and every tensor is checked here, before anything is converted; nothing
+is read until a tensor is asked for.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scail2_rt.export.checkpoint.comfy_folder import KINDS, ModelFolders, model_folders
 from scail2_rt.export.checkpoint.derive import (
     check_shapes,
     clip_config,
@@ -24,27 +25,25 @@ from scail2_rt.export.checkpoint.derive import (
     vae_config,
     vae_shapes,
 )
-from scail2_rt.export.checkpoint.quantised import plain_weights
-from scail2_rt.export.checkpoint.recognise import recognise
-from scail2_rt.export.checkpoint.tensors import Rows, TensorSource, View, open_safetensors, open_weights, shapes_of
+from scail2_rt.export.checkpoint.find import LABELS, Group, foreign_file, group_of, open_group, search
+from scail2_rt.export.checkpoint.recognise import Recognised, recognise
+from scail2_rt.export.checkpoint.tensors import Rows, TensorSource, View, shapes_of
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError
 
 COMPONENTS: tuple[Component, ...] = ("dit", "vae", "umt5", "clip")
-LABELS: dict[Component, str] = {"dit": "transformer", "vae": "VAE", "umt5": "umT5 encoder", "clip": "CLIP tower"}
+OPTIONS: dict[Component, str] = {"vae": "--vae", "umt5": "--t5", "clip": "--clip"}  # of the command line
 _OFFICIAL_PLACE: dict[Component, str] = {
     "dit": "model/1/fsdp2_rank_0000_checkpoint.pt (with model/latest holding 1)",
     "vae": "Wan2.1_VAE.pth",
     "umt5": "umt5-xxl/models_t5_umt5-xxl-enc-bf16.pth",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14-onlyvisual.pth",
 }
-_SUFFIXES = (".safetensors", ".pth", ".pt")
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 _CLIP_UNUSED = ("log_scale", "visual.head", "visual.post_norm.weight", "visual.post_norm.bias")
 _TOKENIZER_FOLDERS = ("umt5-xxl", "google/umt5-xxl", "tokenizer", ".")
 
-Group = tuple[Path, ...]  # one weights file, or the shards of one
+Sources = dict[Component, TensorSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,16 @@ class Checkpoint:
         """Every file that an engine made from this checkpoint depends on."""
         files = [file for source in self.sources.values() for file in source.files]
         return (*files, *((self.tokenizer,) if self.tokenizer else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a checkpoint's parts are. root: the folder that messages speak of; main: the files that the path itself
+    names (None: it is only a folder); searched: where the others may be, the nearest first."""
+
+    root: Path
+    main: Group | None
+    searched: tuple[Path | ModelFolders, ...]
 
 
 class MissingPart(InputError):
@@ -104,10 +113,10 @@ def open_sources(
     InputError: one of them is not there or cannot be read."""
     if not path.exists():
         raise InputError(f"There is no checkpoint at {path}; give a SCAIL-2 folder or a *.safetensors file")
-    root, main = _locate(path)
-    sources: dict[Component, TensorSource] = {}
-    if main and ("dit" in wanted or path.is_file()):
-        component, source = _open_main(path, main)
+    place = _locate(path)
+    sources: Sources = {}
+    if place.main and ("dit" in wanted or path.is_file()):
+        component, source = _open_main(path, place.main)
         if component in wanted:
             sources[component] = source
         if component != "dit" and "dit" in wanted:
@@ -116,20 +125,25 @@ def open_sources(
         if overrides and component in overrides:
             sources[component] = _open_override(component, overrides[component])
     if missing := [component for component in wanted if component not in sources]:
-        sources |= _search(path, root, main, missing)
-    return root, {component: _configured(component, sources[component], root) for component in wanted}
+        sources |= _search(path, place, missing, sources.get("dit"))
+    return place.root, {component: _configured(component, sources[component], place.root) for component in wanted}
 
 
-def _locate(path: Path) -> tuple[Path, Group | None]:
-    """The folder to search for the parts, and the files that `path` itself names (None: it is only a folder)."""
+def _locate(path: Path) -> Place:
+    """The official folder (given itself, its `model` folder or the file in it), ComfyUI's models folder, or any."""
     if path.is_file():
-        in_official_folder = path.parent.parent.name == "model" and (path.parent.parent / "latest").is_file()
-        return (path.parents[2] if in_official_folder else path.parent), group_of(path)
+        if path.parent.parent.name == "model" and (path.parent.parent / "latest").is_file():
+            return Place(path.parents[2], group_of(path), (path.parents[2],))
+        if folders := model_folders(path):
+            return Place(folders.root, group_of(path), (folders,))
+        folder = path.parent
+        return Place(folder, group_of(path), (folder, *_above(folder)))
     if (path / "latest").is_file() and path.name == "model":
         path = path.parent
     latest = path / "model" / "latest"
     if not latest.is_file():
-        return path, None
+        folders = model_folders(path)
+        return Place(folders.root, None, (folders,)) if folders else Place(path, None, (path,))
     name = latest.read_text(errors="replace").strip()
     folder = latest.parent / name
     if not re.fullmatch(r"[\w.-]+", name) or not folder.is_dir():
@@ -140,59 +154,13 @@ def _locate(path: Path) -> tuple[Path, Group | None]:
         raise InputError(
             f"{folder} must hold one *.pt file with the transformer (found: {names}); give that file itself"
         )
-    return path, (files[0],)
+    return Place(path, (files[0],), (path,))
 
 
-def group_of(path: Path) -> Group:
-    """The files of the weights that `path` (a file, an index or a folder with one set of weights) stands for."""
-    if path.is_dir():
-        groups = _groups_in(path)
-        if len(groups) != 1:
-            names = ", ".join(group[0].name for group in groups) or "nothing"
-            raise InputError(f"{path} must hold one set of weights to be given here (found: {names}); name the file")
-        return groups[0]
-    if path.name.endswith(".index.json"):
-        return _indexed(path)
-    if _SHARD.fullmatch(path.name):
-        return next(group for group in _groups_in(path.parent) if path in group)
-    if path.suffix not in _SUFFIXES:
-        raise InputError(f"{path} is no weights file; a {', '.join(_SUFFIXES)} or *.safetensors.index.json is needed")
-    return (path,)
-
-
-def _indexed(index: Path) -> Group:
-    """The shards that an index file lists. InputError when the index is damaged or a shard is missing."""
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"The shard index {index} cannot be read ({error}); download it again") from error
-    for shard in shards:
-        if not (index.parent / shard).is_file():
-            raise InputError(f"{index} lists the shard {shard}, which is not beside it; download that file too")
-    return tuple(index.parent / shard for shard in shards)
-
-
-def _groups_in(folder: Path) -> list[Group]:
-    """Sets of weights directly in a folder: shards (by index, else by their numbering) count as one."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
-    groups = [_indexed(index) for index in sorted(folder.glob("*.safetensors.index.json"))]
-    taken = {file for group in groups for file in group}
-    numbered: dict[tuple[str, int], list[Path]] = {}
-    for file in files:
-        match = _SHARD.fullmatch(file.name)
-        if match and file not in taken:
-            numbered.setdefault((match["stem"], int(match["count"])), []).append(file)
-            taken.add(file)
-    for (stem, count), shards in numbered.items():
-        if len(shards) != count:
-            raise InputError(f"{folder} has {len(shards)} of the {count} shards of {stem}; download the missing ones")
-        groups.append(tuple(shards))
-    return groups + [(file,) for file in files if file not in taken]
-
-
-def open_group(group: Group) -> TensorSource:
-    """The tensors of one file or of a set of shards, dequantised where the file has scales."""
-    return plain_weights(open_safetensors(group) if len(group) > 1 else open_weights(group[0]))
+def _above(folder: Path) -> tuple[Path, ...]:
+    """The folder around one that a named file lies in, which may hold the other parts; never a root or a home."""
+    above = folder.absolute().parent
+    return () if above in (above.parent, Path.home(), folder.absolute()) else (above,)
 
 
 def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
@@ -204,7 +172,13 @@ def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
             f"{group[0]} holds no SCAIL-2 network: its {len(names)} tensors begin with {', '.join(names[:3])}; "
             "SAT keys (model.diffusion_model.transformer.layers.0...) or Wan keys (blocks.0.self_attn...) are needed"
         )
+    _refuse_other_model(group[0], found)
     return found.component, found.source
+
+
+def _refuse_other_model(path: Path, found: Recognised) -> None:
+    if found.foreign:
+        raise InputError(foreign_file(path, found))
 
 
 def _open_override(component: Component, path: Path) -> TensorSource:
@@ -214,40 +188,57 @@ def _open_override(component: Component, path: Path) -> TensorSource:
     if found is None or found.component != component:
         held = f"a {LABELS[found.component]}" if found else "no network of SCAIL-2"
         raise InputError(f"{path} was given as the {LABELS[component]}, but it holds {held}; give another file")
+    _refuse_other_model(path, found)
     return found.source
 
 
-def _search(path: Path, root: Path, main: Group | None, missing: list[Component]) -> dict[Component, TensorSource]:
-    """Finds components among the weights in `root` and its subfolders. InputError names what is missing or doubled."""
-    found: dict[Component, list[TensorSource]] = {component: [] for component in missing}
-    unreadable = []
-    for folder in (root, *sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")):
+def _search(path: Path, place: Place, missing: list[Component], dit: TensorSource | None) -> Sources:
+    """Finds components beside the named file or in the folder. InputError names what is missing or doubled."""
+    found: dict[Component, TensorSource] = {}
+    refused: dict[str, None] = {}
+    for where in place.searched:
+        sought = [component for component in missing if component not in found]
+        if not sought:
+            break
+        result = search(where, place.main, sought)
+        if where == place.searched[0] or any(result.candidates.values()):  # what lies around a folder may be unrelated
+            refused |= dict.fromkeys(result.refused)
+        for component in sought:
+            sources = _fitting(component, result.candidates[component], found.get("dit", dit))
+            if len(sources) > 1:
+                raise InputError(_several(where if isinstance(where, Path) else where.root, component, sources))
+            if sources:
+                found[component] = sources[0]
+    if absent := [component for component in missing if component not in found]:
+        raise MissingPart(_absent(path, place.root, absent, list(refused)), tuple(refused))
+    return found
+
+
+def _fitting(component: Component, sources: list[TensorSource], dit: TensorSource | None) -> list[TensorSource]:
+    """Of several candidates those that can be used, with this transformer; all of them when none can."""
+    if len(sources) < 2:
+        return sources
+    fitting = []
+    for source in sources:
         try:
-            groups = _groups_in(folder)
-        except InputError as error:  # an incomplete set of shards, perhaps of no interest
-            unreadable.append(str(error))
+            check_sources({component: source})
+            if dit is not None and component != "dit":
+                check_sources({"dit": dit, component: source})
+        except InputError:
             continue
-        for group in groups:
-            if group == main:
-                continue
-            try:
-                recognised = recognise(open_group(group))
-            except InputError as error:
-                unreadable.append(str(error))
-                continue
-            if recognised and recognised.component in found:
-                found[recognised.component].append(recognised.source)
-    for component, sources in found.items():
-        if len(sources) > 1:
-            names = ", ".join(str(source.files[0].relative_to(root)) for source in sources)
-            raise InputError(f"{root} holds several files with a {LABELS[component]} ({names}); name the one to use")
-    if absent := [component for component in missing if not found[component]]:
-        raise MissingPart(_absent(path, root, absent, unreadable), tuple(unreadable))
-    return {component: sources[0] for component, sources in found.items()}
+        fitting.append(source)
+    return fitting or sources
+
+
+def _several(root: Path, component: Component, sources: list[TensorSource]) -> str:
+    files = [source.files[0] for source in sources]
+    names = ", ".join(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in files)
+    how = f"as CHECKPOINT: {files[0]}" if component == "dit" else f"with {OPTIONS[component]} {files[0]}"
+    return f"{root} holds several files with a {LABELS[component]} ({names}); name the one to use, for example {how}"
 
 
 def _absent(path: Path, root: Path, absent: list[Component], unreadable: list[str]) -> str:
-    problems = "".join(f" Not readable: {reason}." for reason in unreadable)
+    problems = "".join(f" Not usable: {reason}." for reason in unreadable)
     if "dit" in absent:
         entries = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
         listed = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
@@ -256,8 +247,11 @@ def _absent(path: Path, root: Path, absent: list[Component], unreadable: list[st
             "model/1/fsdp2_rank_0000_checkpoint.pt) or Wan-key weights (*.safetensors with blocks.0.self_attn.q.weight)"
             f".{problems}"
         )
-    places = "; ".join(f"the {LABELS[component]} at {root / _OFFICIAL_PLACE[component]}" for component in absent)
-    return f"The checkpoint {path} is not complete. Missing: {places} (or name the file of each).{problems}"
+    comfy = model_folders(path)
+    places = {c: comfy.root / KINDS[c][0] if comfy else root / _OFFICIAL_PLACE[c] for c in absent}
+    listed = "; ".join(f"the {LABELS[c]} {'in' if comfy else 'at'} {where}" for c, where in places.items())
+    options = ", ".join(f"{OPTIONS[component]} FILE" for component in absent)
+    return f"The checkpoint {path} is not complete. Missing: {listed} (or name each with {options}).{problems}"
 
 
 def _configured(component: Component, source: TensorSource, root: Path) -> TensorSource:
@@ -335,4 +329,6 @@ def find_tokenizer(root: Path, umt5_files: tuple[Path, ...], given: Path | None)
                 f"{folder} has only spiece.model; the tokenizer is read from tokenizer.json. Put the tokenizer.json of "
                 "google/umt5-xxl beside it, or write it with transformers' AutoTokenizer(...).save_pretrained(...)"
             )
-    raise InputError(f"There is no tokenizer.json in {folders[0]}; put the tokenizer files of google/umt5-xxl there")
+    raise InputError(
+        f"There is no tokenizer.json in {folders[0]}; put that of google/umt5-xxl there, or name it with --tokenizer"
+    )

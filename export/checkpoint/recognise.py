@@ -1,20 +1,24 @@
 """Which network a weights file holds, by its tensor names, and the tensors under the names of the Wan branch.
 
-Fused SAT tensors become views of rows; prefixes go; umT5 and CLIP under Hugging Face's names are renamed. A name that
-no table knows stays as it is, so that the check of shapes lists it.
+Fused SAT tensors become views of rows; prefixes go; what has Hugging Face's, diffusers' or llama.cpp's names is
+renamed. A name that no table knows stays as it is, so that the check of shapes lists it. Other models of the family,
+which share most names, are recognised as such.
 """
 
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from scail2_rt.export.checkpoint import diffusers_names
+from scail2_rt.export.checkpoint.foreign_networks import VAE22_SIGN, foreign
+from scail2_rt.export.checkpoint.gguf_file import LLAMA_UMT5_SIGN, llama_to_hugging_face
 from scail2_rt.export.checkpoint.hf_names import CLIP_SIGN, UMT5_SIGN, clip_view, umt5_view
 from scail2_rt.export.checkpoint.sat_names import sat_to_wan
-from scail2_rt.export.checkpoint.tensors import Rows, TensorSource, View
+from scail2_rt.export.checkpoint.tensors import Rows, TensorSource, View, shapes_of
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
 _SAT_SIGN = re.compile(r"transformer\.layers\.\d+\.(attention\.query_key_value|mlp\.dense_h_to_4h)\.weight")
 _SIGNS: dict[Component, re.Pattern[str]] = {
     "dit": re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]\.weight|modulation)|patch_embedding_(pose|mask)\.weight"),
@@ -25,13 +29,14 @@ _SIGNS: dict[Component, re.Pattern[str]] = {
 
 
 class Recognised(NamedTuple):
-    """A network: its tensors under Wan names without prefix, and whose names ("SAT", "Wan", "Hugging Face") with which
-    prefix the file has."""
+    """A network: its tensors under Wan names without prefix, and whose names ("SAT", "Wan", "diffusers" and so on) with
+    which prefix the file has. foreign: what it is instead, when it is another model's."""
 
     component: Component
     source: TensorSource
     names: str
     prefix: str
+    foreign: str | None = None
 
 
 def recognise(source: TensorSource) -> Recognised | None:
@@ -39,18 +44,36 @@ def recognise(source: TensorSource) -> Recognised | None:
     names = tuple(source.keys())
     for prefix in _PREFIXES:
         inner = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
-        rows = {name: Rows(stored) for name, stored in inner.items()}
-        if any(_SAT_SIGN.fullmatch(name) for name in inner):
-            return Recognised("dit", _sat_view(source, rows), "SAT", prefix)
-        for component, sign in _SIGNS.items():
-            if any(sign.fullmatch(name) for name in inner):
-                if component == "clip":
-                    rows = _clip_names(rows)
-                return Recognised(component, View(source, rows), "Wan", prefix)
-        if any(UMT5_SIGN.fullmatch(name) for name in inner):
-            return Recognised("umt5", umt5_view(source, inner), "Hugging Face", prefix)
-        if any(CLIP_SIGN.fullmatch(name) for name in inner):
-            return Recognised("clip", clip_view(source, inner), "Hugging Face", prefix)
+        if found := _by_names(source, inner):
+            component, view, whose = found
+            return Recognised(component, view, whose, prefix, foreign(component, shapes_of(view)))
+    return None
+
+
+def _by_names(source: TensorSource, inner: Mapping[str, str]) -> tuple[Component, TensorSource, str] | None:
+    """The network that names without a prefix (→ names in the source) are of."""
+
+    def has(sign: re.Pattern[str]) -> bool:
+        return any(sign.fullmatch(name) for name in inner)
+
+    rows = {name: Rows(stored) for name, stored in inner.items()}
+    if has(_SAT_SIGN):
+        return "dit", _sat_view(source, rows), "SAT"
+    if has(diffusers_names.DIT_SIGN):
+        return "dit", diffusers_names.dit_view(source, inner), "diffusers"
+    if has(VAE22_SIGN):
+        return "vae", View(source, rows), "Wan 2.2"
+    for component, sign in _SIGNS.items():
+        if has(sign):
+            return component, View(source, _clip_names(rows) if component == "clip" else rows), "Wan"
+    if has(diffusers_names.VAE_SIGN):
+        return "vae", diffusers_names.vae_view(source, inner), "diffusers"
+    if has(UMT5_SIGN):
+        return "umt5", umt5_view(source, inner), "Hugging Face"
+    if has(LLAMA_UMT5_SIGN):
+        return "umt5", umt5_view(source, {llama_to_hugging_face(n): stored for n, stored in inner.items()}), "llama.cpp"
+    if has(CLIP_SIGN):
+        return "clip", clip_view(source, inner), "Hugging Face"
     return None
 
 

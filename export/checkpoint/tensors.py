@@ -1,52 +1,30 @@
 """One lazy, memory-mapped view of weights, whatever file they come from.
 
-A safetensors file and a PyTorch zip pickle both come down to "this tensor lies at that byte". We find the places, map
-the file read-only and hand out tensors that point into the map: nothing is read before it is used, nothing is copied,
-and a tensor from a map must never be written to. We map files ourselves because `torch.load(mmap=True)` and safetensors
-ask for a private writable mapping, which Linux refuses when a file is larger than the machine's memory.
-Pickles go through PyTorch's restricted unpickler only. Views rename tensors and cut fused ones, still without reading.
+We map a file read-only and hand out tensors that point into the map: nothing is read before it is used, nothing is
+copied, and a tensor from a map must never be written to. We map files ourselves because `torch.load(mmap=True)` and
+safetensors ask for a private writable mapping, which Linux refuses when a file is larger than the machine's memory.
+Views rename tensors and cut fused ones, still without reading; a source that has to compute its values (quantised
+files) can do so for a few rows at a time.
 """
 
-import json
-import math
 import mmap
-import pickle
-import re
-import struct
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from scail2_rt.export.checkpoint.places import Place, safetensors_places, torch_places
 from scail2_rt.kernels.errors import InputError
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-_ZIP_LOCAL_HEADER = 30  # bytes before a member's name
-_STATE_KEYS = ("module", "state_dict", "model", "model_state_dict")  # where trainers put the tensors of a pickle
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read only when asked for. `get` gives the stored type; never write to what it gives."""
+    """Named tensors that are read only when asked for. `get` gives the stored type; never write to what it gives.
+
+    `rows` gives rows start to stop (dimension 0) of a tensor, without computing the others."""
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
@@ -62,42 +40,32 @@ class TensorSource(Protocol):
 
     def get(self, name: str) -> Tensor: ...
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
 
 def shapes_of(source: TensorSource) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor of a source; nothing is read."""
     return {name: source.shape(name) for name in source.keys()}  # noqa: SIM118  a source is not a mapping
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor lies in its file: `offset` in bytes from the start of the file, `stride` in elements."""
+class Whole:
+    """`rows` of a source whose tensors cost nothing to get."""
 
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    def get(self, name: str) -> Tensor:
+        raise NotImplementedError
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes from the first to the last element (more than the elements need when the tensor has gaps)."""
-        if 0 in self.shape:
-            return 0
-        last = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * self.dtype.itemsize
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.get(name)[start:stop]
 
 
-class FileSource:
+class FileSource(Whole):
     """Tensors of one mapped file."""
 
     def __init__(self, path: Path, places: Mapping[str, Place], metadata: Mapping[str, str]) -> None:
         self._places = places
         self._metadata = metadata
         self._path = path
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)  # keeps the map alive
+        self._bytes = map_bytes(path)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -120,7 +88,15 @@ class FileSource:
         return self._places[name].dtype
 
     def get(self, name: str) -> Tensor:
+        return self._at(self._places[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
         place = self._places[name]
+        start, stop, _ = slice(start, stop).indices(place.shape[0])
+        offset = place.offset + start * place.stride[0] * place.dtype.itemsize
+        return self._at(replace(place, offset=offset, shape=(max(stop - start, 0), *place.shape[1:])))
+
+    def _at(self, place: Place) -> Tensor:
         if place.nbytes == 0:
             return torch.empty(place.shape, dtype=place.dtype)
         raw = self._bytes[place.offset : place.offset + place.nbytes]
@@ -129,7 +105,7 @@ class FileSource:
         return raw.view(place.dtype).as_strided(place.shape, place.stride)
 
 
-class MappingSource:
+class MappingSource(Whole):
     """Tensors that are already in memory, for tests and for composing fixtures."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -189,6 +165,9 @@ class MergedSource:
     def get(self, name: str) -> Tensor:
         return self._owner[name].get(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._owner[name].rows(name, start, stop)
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -199,7 +178,7 @@ class Rows:
     stop: int | None = None
 
 
-class Derived:
+class Derived(Whole):
     """What a source that is made of another one has from it: its files, and its metadata unless others are given."""
 
     def __init__(self, source: TensorSource, metadata: Mapping[str, str] | None = None) -> None:
@@ -230,18 +209,33 @@ class View(Derived):
 
     def get(self, name: str) -> Tensor:
         part = self._parts[name]
-        tensor = self._source.get(part.name)
-        return tensor if part.stop is None else tensor[part.start : part.stop]
+        if part.stop is None:
+            return self._source.get(part.name)
+        return self._source.rows(part.name, part.start, part.stop)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        part = self._parts[name]
+        stop = min(stop, self.shape(name)[0])
+        return self._source.rows(part.name, part.start + start, part.start + stop)
+
+
+def map_bytes(path: Path) -> Tensor:
+    """A file's bytes, mapped read-only, [size] uint8."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=torch.uint8)  # keeps the map alive
 
 
 def open_weights(path: Path) -> TensorSource:
-    """Opens one weights file by its suffix: `.safetensors`, `.pt`, `.pth` or `.bin`."""
+    """Opens one weights file by its suffix: `.safetensors`, else what `torch.save` writes (`.pt`, `.pth`, `.bin`)."""
     return open_safetensors([path]) if path.suffix == ".safetensors" else open_torch(path)
 
 
 def open_safetensors(paths: Sequence[Path]) -> TensorSource:
     """Maps one safetensors file, or the shards of one. InputError: unreadable, truncated, or a name occurs twice."""
-    sources = [_open_one_safetensors(path) for path in paths]
+    sources = [FileSource(path, *safetensors_places(path)) for path in paths]
     if len(sources) == 1:
         return sources[0]
     try:
@@ -253,161 +247,6 @@ def open_safetensors(paths: Sequence[Path]) -> TensorSource:
         ) from None
 
 
-def _open_one_safetensors(path: Path) -> FileSource:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if header_size > min(size - 8, _HEADER_LIMIT):
-                raise InputError(
-                    f"{path} is not a complete safetensors file ({size} bytes): it is truncated or another format; "
-                    "copy or download it again"
-                )
-            header = json.loads(file.read(header_size))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"The header of {path} is damaged, so it is no safetensors file; get it again") from error
-    start = 8 + header_size
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    try:
-        places = {name: _safetensors_place(entry, start) for name, entry in header.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"The header of {path} is damaged ({error}); get the file again") from error
-    needed = max((place.offset + place.nbytes for place in places.values()), default=start)
-    if needed > size:
-        raise InputError(f"{path} is truncated: it has {size} bytes, its header promises {needed}; get it again")
-    return FileSource(path, places, metadata or {})
-
-
-def _safetensors_place(entry: dict[str, Any], start: int) -> Place:
-    """Place of one header entry. ValueError, KeyError or TypeError when the entry makes no sense."""
-    if entry["dtype"] not in _SAFETENSORS_DTYPES:
-        raise ValueError(f"unknown type {entry['dtype']}")
-    dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-    shape = tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
-    if begin < 0 or any(n < 0 for n in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{end - begin} bytes for a {entry['dtype']} tensor {list(shape)}")
-    return Place(start + begin, dtype, shape, _contiguous(shape))
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
 def open_torch(path: Path) -> FileSource:
-    """Maps the tensors of a `torch.save` file; a state dict may lie under `module`, `state_dict` or `model`.
-
-    InputError: unreadable, truncated, an old non-zip pickle, or a pickle that needs code execution (refused, and none
-    of its code has run). Other values than tensors (random states, step counts) are ignored.
-    """
-    path = Path(path)
-    try:
-        members = _stored_members(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    tensors = _state_dict(_restricted_load(path), path)
-    places = {}
-    for name, tensor in tensors.items():
-        place, record = _torch_place(tensor)
-        if place is None or _span(tensor, place) > members.get(record, -1):
-            raise InputError(
-                f"The tensor {name} of {path} cannot be memory-mapped (compressed, sparse or outside the file); "
-                "save the state dict again with torch.save"
-            )
-        places[name] = place
-    return FileSource(path, places, {})
-
-
-def _stored_members(path: Path) -> dict[int, int]:
-    """Data offset → size of every uncompressed member of a zip file, from the zip's own headers (bytes)."""
-    with path.open("rb") as file:
-        magic = file.read(4)
-        if magic != b"PK\x03\x04":
-            raise InputError(_not_a_zip(path, magic))
-        try:
-            with zipfile.ZipFile(file) as archive:
-                infos = [info for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
-            members = {}
-            for info in infos:
-                file.seek(info.header_offset)
-                name_size, extra_size = struct.unpack("<26xHH", file.read(_ZIP_LOCAL_HEADER))
-                members[info.header_offset + _ZIP_LOCAL_HEADER + name_size + extra_size] = info.file_size
-        except (zipfile.BadZipFile, struct.error) as error:
-            raise InputError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
-    return members
-
-
-def _not_a_zip(path: Path, magic: bytes) -> str:
-    if not magic:
-        return f"{path} is empty; copy or download it again"
-    if magic[:1] in (b"\x80", b"c", b"("):
-        return (
-            f"{path} was refused: it is an old PyTorch file or a plain pickle, which cannot be memory-mapped nor read "
-            "without trusting it. If it is a checkpoint of yours, write it again with "
-            f'torch.save(torch.load("{path.name}", weights_only=True), "new.pth") and give the new file'
-        )
-    return f"{path} is neither a PyTorch nor a safetensors file (it starts with {magic!r}); copy or download it again"
-
-
-def _restricted_load(path: Path) -> Any:
-    """The pickled object, its tensors on the meta device. Only data can be built, never code run."""
-    try:
-        with torch.serialization.safe_globals(_inert_numpy_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # a hostile or damaged pickle may raise anything; every case becomes one sentence
-        message = str(error)
-        culprit = re.search(r"GLOBAL ([\w.]+)", message)
-        if culprit or "TorchScript" in message:
-            needs = culprit.group(1) if culprit else "a TorchScript program"
-            raise InputError(
-                f"{path} was refused: reading it would need to run code ({needs}), and only tensors are accepted. "
-                "Get the weights as safetensors, or save the bare state dict again"
-            ) from error
-        if isinstance(error, pickle.UnpicklingError):
-            message = "it holds more than tensors, or it is damaged"
-        first_line = message.strip().split("\n")[0][:200]
-        raise InputError(f"{path} was refused by the restricted reader: {first_line}") from error
-
-
-def _inert_numpy_globals() -> list[Any]:
-    """What a pickled random state of NumPy needs (official LoRA files carry one): numeric arrays, nothing else."""
-    import numpy as np
-
-    core = getattr(np, "_core" if hasattr(np, "_core") else "core")  # NumPy 2, NumPy 1
-    reconstruct = core.multiarray._reconstruct
-    return [
-        np.ndarray,
-        np.dtype,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
-    ]
-
-
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a loaded pickle, found under the names trainers use. InputError when there are none."""
-    if isinstance(content, Mapping):
-        for candidate in (*(content.get(key) for key in _STATE_KEYS), content):
-            if isinstance(candidate, Mapping):
-                tensors = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
-                if tensors:
-                    return tensors
-    raise InputError(f"{path} holds no named tensors; a state dict is needed, as it is or under 'module'")
-
-
-def _torch_place(tensor: Tensor) -> tuple[Place | None, int]:
-    """Place of a tensor that was loaded to the meta device, and where its storage starts in the file (bytes)."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return None, 0
-    record = getattr(tensor.untyped_storage(), "_checkpoint_offset", -1)
-    offset = record + int(tensor.storage_offset()) * tensor.dtype.itemsize
-    return Place(offset, tensor.dtype, tuple(tensor.shape), tensor.stride()), record
-
-
-def _span(tensor: Tensor, place: Place) -> int:
-    """Bytes of its storage that the tensor needs, from the storage's start."""
-    return 0 if place.nbytes == 0 else int(tensor.storage_offset()) * tensor.dtype.itemsize + place.nbytes
+    """Maps the tensors of a `torch.save` file. InputError as `torch_places`."""
+    return FileSource(path, torch_places(path), {})

@@ -6,6 +6,8 @@ inside its exponent so that small weights survive e4m3. Instruction issue decide
 floats by adding the bits of 1.5·2²³ (an exact float for every score) instead of a conversion, the row maximum is an
 integer maximum, and scale and maximum enter exp2's argument as one multiply-add.
 Padded keys are zero and score exactly 0: exp2(−max) per padded key is taken off the row sum instead of masking.
+NaN in a scale of q or k drops out of the row maximum, but every p of that row and tile is exp2(NaN) and enters the row
+sum, by which the whole row is divided; that of V comes in with the last multiply-add. In 16 bit p and V carry it.
 """
 
 # mypy: ignore-errors
@@ -46,7 +48,7 @@ def _tile(source, row, column, row_stride, rows_end, R: tl.constexpr, C: tl.cons
         return tl.load(source + at, mask=(rows < rows_end)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _attention_8bit(
     q, k, v, q_scale, k_scale, v_scale, v_shift, out, length, padded, v_stride, channels,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, IMPRECISE: tl.constexpr,

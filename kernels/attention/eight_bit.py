@@ -8,6 +8,8 @@ back with the mean. Tokens are permuted inside each 16 so that the softmax's reg
 second product. The variant with 16-bit PV keeps V as it was projected.
 The mean key is that of an even subsample: any common vector will do, and it makes the largest score of every row ≥ 0
 up to rounding, which the kernels rely on (their running maximum starts at 0).
+Int8 has no NaN. What is not finite makes the scale of its row of q, of its tile of k, or scale and shift of its channel
+of V NaN, and by these every value is multiplied: so it comes out as it would of exact attention.
 """
 
 import math
@@ -98,13 +100,17 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _int8(x: Tensor, scale: Tensor) -> Tensor:
+    """Any number where the scale is NaN."""
     return (x * (1 / scale)).round().clamp(-127, 127).to(torch.int8)
 
 
 def _quantised_v(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """v fp32 [H, L, D] → e4m3 [H, D, Lp] in stored order, scale and shift fp32 [H, D]."""
+    """v fp32 [H, L, D] → e4m3 [H, D, Lp] in stored order, scale and shift fp32 [H, D].
+
+    A channel that is constant, as all are of one token, is zeros of any scale: 1."""
     mean = v.mean(1, keepdim=True)
-    scale = ((v - mean).abs().amax(1, keepdim=True) / E4M3_MAX).clamp_min(TINY)
+    reach = (v - mean).abs().amax(1, keepdim=True)
+    scale = torch.where(reach == 0, 1.0, (reach / E4M3_MAX).clamp_min(TINY))
     v8 = ((v - mean) * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     shift = mean + (v - mean - v8.float() * scale).mean(1, keepdim=True)
     order = stored_order(padded_length(v.shape[1])).to(v.device)

@@ -22,6 +22,12 @@
 // beyond L are zero: their score is 0, they never raise the maximum, their V is zero, and their exp leaves the row sum
 // at the end.
 //
+// Numbers that are not numbers arrive in the scales, since int8 has none (see prepare_triton.py). A NaN q_scale, or the
+// NaN k_scale of a tile, makes scale0 or scale1 NaN: comparison and fmaxf leave it out of the running maximum, but every
+// fma in front of exp2 gives NaN, so do the p of that row and tile, and with them the row sum, whose reciprocal
+// multiplies the whole row in store_row. A NaN of v_scale or v_shift enters in the fma of store_row, for its channel of
+// every row. So nothing is tested in the loop; e4m3 of a NaN p is NaN too, but nothing depends on it.
+//
 // The consumer warpgroups run freely: the softmax of one hides behind the products of the others, and handing turns
 // around costs more than it orders. The compiler gets `hopper_ptx.cu` in front of this file.
 #ifndef STAGES
@@ -214,11 +220,11 @@ __device__ __forceinline__ void produce(const Shared& at, const TensorMap* q, co
     }
 }
 
-// (acc / sum) * v_scale + v_shift of one row -> bf16.
+// (acc / sum) * v_scale + v_shift of one row -> bf16. The test lets a NaN sum through.
 template <int I>
 __device__ __forceinline__ void store_row(const float (&acc)[64], float sum, const float* v_scale, const float* v_shift,
                                           u32* out, int lane) {
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = sum <= 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
     for (int g = 0; g < 16; ++g) {
         const int pair = 4 * g + lane % 4;  // columns 2 pair, 2 pair + 1

@@ -6,6 +6,11 @@ once to write the 8-bit operands. Sums over tokens go through partial buffers, n
 The Hadamard rotation takes its first two stages as additions between neighbours that RoPE splits anyway; the rest is a
 small tensor-core product with ±1 in fp16: normed values stay below √C·|weight|, far inside fp16's range, and its
 rounding (2⁻¹¹) is a twentieth of int8's.
+Numbers that are not numbers travel in the scales: int8 has no NaN, and a plain maximum on a GPU drops it. So a range is
+taken by `_larger` and `_peak`, which keep NaN, and a token of q or k that holds one gives its row (q) or tile (k) a NaN
+scale, a channel of V a NaN scale and shift. Infinity becomes NaN on the way (its reciprocal RMS is 0, its distance from
+the mean undefined). The attention multiplies by each of these scales anyway.
+No kernel is compiled apart for a count of 1, which Triton does by itself: one token runs the code of all others.
 Only `kernels.attention.ops` calls the launchers.
 """
 
@@ -27,6 +32,20 @@ SUM_TOKENS = 512  # of a program that sums up V
 
 
 @triton.jit
+def _larger(a, b):
+    """The larger of two, NaN if one is: one instruction, as the maximum that drops NaN is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _peak(x, axis: tl.constexpr):
+    """The largest magnitude of fp32 x along an axis, NaN if one is: as integers, magnitudes have the order of floats,
+    and NaN comes after infinity."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["length"])
 def _row_rms(x, stride, out, length, channels, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out fp32 [2, L]: 1/rms of each token's q (program axis 1 = 0) and k (= 1)."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -42,7 +61,7 @@ def _row_rms(x, stride, out, length, channels, eps, ROWS: tl.constexpr, BLOCK: t
     tl.store(out + part.to(tl.int64) * length + rows, rms, mask=rows < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _norm_rope(
     x, stride, q_weight, k_weight, cos, sin, q_out, k_out, length, channels, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -73,7 +92,7 @@ def _norm_rope(
         tl.store(out + rows[:, None] * channels + columns[None], y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _v_statistics(v, stride, partial, length, channels, CHUNK: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
                   STAGES: tl.constexpr):  # fmt: skip
     """partial fp32 [3, chunks, C]: sum, minimum and maximum of V over CHUNK tokens; one head per program."""
@@ -95,7 +114,7 @@ def _v_statistics(v, stride, partial, length, channels, CHUNK: tl.constexpr, T: 
     tl.store(at + 2 * plane, tl.max(high, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "step"])
 def _key_sample(
     k, stride, weight, row_rms, cos, sin, partial, samples, step, channels, T: tl.constexpr, D: tl.constexpr
 ):
@@ -115,12 +134,14 @@ def _key_sample(
     tl.store(partial + tl.program_id(0).to(tl.int64) * channels + columns, tl.reshape(y, (D,)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "k_chunks", "length", "samples"])
 def _finish_statistics(
     v_partial, k_partial, v_mean, v_scale, k_mean, chunks, k_chunks, length, samples, channels,
     P: tl.constexpr, D: tl.constexpr, HAS_V: tl.constexpr,
 ):  # fmt: skip
-    """Reduce the partials of one head: mean of V and its e4m3 scale, mean key. All fp32 [C]."""
+    """Reduce the partials of one head: mean of V and its e4m3 scale, mean key. All fp32 [C].
+
+    The mean carries NaN into the scale. A channel that is constant, as all are of one token, is zeros of any scale."""
     columns = tl.program_id(0) * D + tl.arange(0, D)
     total = tl.zeros((P, D), tl.float32)
     for start in range(0, k_chunks, P):
@@ -139,9 +160,10 @@ def _finish_statistics(
             low = tl.minimum(low, tl.load(v_partial + chunks * channels + at, mask=inside, other=float("inf")))
             high = tl.maximum(high, tl.load(v_partial + 2 * chunks * channels + at, mask=inside, other=float("-inf")))
         mean = tl.sum(total, 0) / length
-        scale = tl.maximum(tl.max(high, 0) - mean, mean - tl.min(low, 0)) / 448.0
+        reach = _larger(tl.max(high, 0) - mean, mean - tl.min(low, 0))
+        scale = tl.where(reach == 0.0, 1.0, _larger(reach / 448.0, 1e-12))
         tl.store(v_mean + columns, mean)
-        tl.store(v_scale + columns, tl.maximum(scale, 1e-12))
+        tl.store(v_scale + columns, scale)
 
 
 @triton.jit
@@ -171,11 +193,12 @@ def _split4(y, T: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _int8(y, inverse):
-    """Round half to even: adding 1.5·2²³ leaves no fraction bits. |y·inverse| ≤ 127 by construction."""
+    """Round half to even: adding 1.5·2²³ leaves no fraction bits. |y·inverse| ≤ 127 by construction; of NaN comes some
+    number, which the scale makes NaN again."""
     return ((y * inverse + 12582912.0) - 12582912.0).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _quantise_qk(
     x, stride, weight, row_rms, cos, sin, mean, out, scale_out, length, padded, factor,
     D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, STAGES: tl.constexpr,
@@ -208,13 +231,13 @@ def _quantise_qk(
         d, e = z0 - z1, z2 - z3
         y0, y2 = tl.dot((a + b).to(tl.float16), signs), tl.dot((a - b).to(tl.float16), signs)
         y1, y3 = tl.dot((d + e).to(tl.float16), signs), tl.dot((d - e).to(tl.float16), signs)
-        peak = tl.maximum(tl.maximum(tl.abs(y0), tl.abs(y1)), tl.maximum(tl.abs(y2), tl.abs(y3)))
+        peak = _larger(_larger(tl.abs(y0), tl.abs(y1)), _larger(tl.abs(y2), tl.abs(y3)))
         if KEY:
-            amax = tl.maximum(tl.max(tl.max(peak, 1), 0), 1.27e-10)
+            amax = _larger(_peak(_peak(peak, 1), 0), 1.27e-10)
             tl.store(scale_out + head * (padded // T) + block, amax / 127.0 * factor)
             inverse = 127.0 / amax
         else:
-            amax = tl.maximum(tl.max(peak, 1), 1.27e-10)
+            amax = _larger(_peak(peak, 1), 1.27e-10)
             tl.store(scale_out + head * padded + rows, amax / 127.0 * factor)
             inverse = (127.0 / amax)[:, None]
         low = tl.join(_int8(y0, inverse), _int8(y2, inverse))
@@ -223,7 +246,7 @@ def _quantise_qk(
         tl.store(out + (head * padded + rows)[:, None] * D + lanes[None], q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _quantise_v(v, stride, mean, scale, out, residual, length, padded, channels, T: tl.constexpr, D: tl.constexpr):
     """e4m3 [H, D, Lp] in stored order, and residual fp32 [blocks, C]: sums of what rounding left out."""
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -244,7 +267,7 @@ def _quantise_v(v, stride, mean, scale, out, residual, length, padded, channels,
     tl.store(out + at, tl.trans(v8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "length"])
 def _v_shift(mean, residual, shift, blocks, length, channels, P: tl.constexpr, D: tl.constexpr):
     """shift = mean + Σ residual / L."""
     columns = tl.program_id(0) * D + tl.arange(0, D)

@@ -54,10 +54,15 @@ def _e4m3(x, NATIVE: tl.constexpr):
 def _store_rows(
     values, data, scales, row, columns, inside, C: tl.constexpr, QUANTISE: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """values fp32 [BLOCK], 0 outside → data [row], cast, or with scales [row] fp32 = amax/448 as e4m3."""
+    """values fp32 [BLOCK], 0 outside → data [row], cast, or with scales [row] fp32 = amax/448 as e4m3.
+
+    The scale of a row with NaN is NaN: a maximum of floats drops it, one of their bits does not (as integers,
+    magnitudes have the order of floats, and NaN comes after infinity). Infinity makes the scale infinite and its own
+    value NaN."""
     target = data + tl.cast(row, tl.int64) * C + columns
     if QUANTISE:
-        scale = tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-12)
+        amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
+        scale = tl.maximum(amax / 448.0, 1e-12, propagate_nan=tl.PropagateNan.ALL)
         tl.store(scales + row, scale)
         tl.store(target, _e4m3(values * (1.0 / scale), NATIVE), mask=inside)
     else:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from scail2_rt.runtime.cli.options import COMPONENT_OPTIONS
+from scail2_rt.runtime.cli.options import COMPONENT_OPTIONS, LORA_OPTIONS
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 
@@ -28,6 +28,7 @@ CONVERT_OPTIONS = in_section(
         is_flag=True,
         help="Write VAE, umT5, CLIP and tokenizer beside it too: the folder is then a whole checkpoint.",
     ),
+    *LORA_OPTIONS,
     option("--overwrite", is_flag=True, help="Replace an output, or unfinished work, of something else."),
 )
 DOWNLOAD_OPTIONS = in_section(
@@ -48,6 +49,7 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     Little memory, whatever the size; an interrupted conversion continues; a second call does nothing."""
     from scail2_rt.engines.build.convert import convert as run
     from scail2_rt.engines.build.convert_target import ConvertRequest
+    from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
 
@@ -55,7 +57,14 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     everything = options["everything"]
     if parts and not everything:
         raise click.UsageError("--vae, --t5, --clip and --tokenizer are for --all: else only the transformer is read")
-    request = ConvertRequest(options["output"], options["dtype"], everything, options["overwrite"])
+    request = ConvertRequest(
+        options["output"],
+        options["dtype"],
+        everything,
+        options["overwrite"],
+        tuple(parse_lora(lora) for lora in options["loras"]),
+        options["lora_partial"],
+    )
     with stdout_for(as_json):
         opened = open_checkpoint(checkpoint, **parts, components=COMPONENTS if everything else ("dit",))
         report = run(request, opened, BuildLines())
@@ -85,9 +94,11 @@ def download(directory: Path, repo: str, revision: str, as_json: bool) -> None:
 def inspect(path: Path, as_json: bool) -> None:
     """Say what PATH is: a checkpoint (folder or file), one network of it, a LoRA or an engine folder.
 
-    Layout, types, sizes and what is missing, from the headers alone."""
+    Layout, types, sizes and what is missing, from the headers alone; an engine folder is read whole and compared with
+    its checksums."""
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.inspection import inspect as run
 
     with stdout_for(as_json):
-        found = run(path)
+        found = run(path, BuildLines())
     show(found, found.text, as_json)

@@ -25,7 +25,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,6 +34,9 @@ from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.build.build import BuildReport
 
 INTERRUPTED = 130
 HIGHER = {  # commands of the floor above, imported when they are asked for
@@ -83,8 +86,9 @@ def cli(ctx: click.Context) -> None:
 def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Turn CHECKPOINT (a SCAIL-2 folder or a *.safetensors file) into an engine folder.
 
-    A second call with the same options does nothing; an interrupted build continues."""
-    from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
+    A second call with the same options checks the folder and repairs what is damaged; an interrupted build continues.
+    """
+    from scail2_rt.engines.build.build import BuildRequest, build
     from scail2_rt.engines.registry import backend
     from scail2_rt.engines.tensorrt_backend.profiles import plan_options
     from scail2_rt.export.checkpoint.lora import parse_lora
@@ -106,10 +110,9 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         tuple(options["stages"]),
     )
     with stdout_for(as_json):
-        report: BuildReport = build(request, open_checkpoint(checkpoint, **parts), BuildLines())
-    built = "nothing to do" if report.up_to_date else f"built for {', '.join(report.added)} in {report.wall_s:.1f} s"
+        report = build(request, open_checkpoint(checkpoint, **parts), BuildLines())
     text = (
-        f"{report.directory}: {built}; {report.stages} stages in {report.precision}, "
+        f"{report.directory}: {what_was_done(report)}; {report.stages} stages in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
     ours = any(backend(name).compiles_kernels for name in report.added)
@@ -205,15 +208,17 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
 def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Test the engine folder ENGINES against the checkpoint that it was built from. Exit code 1 when something fails.
 
-    File hashes, every stored value, every stage of every executor against the fp32 stage on random inputs, its time,
-    and on a GPU its CUDA graph."""
+    Checksums and hashes of files, every stored value, every stage of every executor against the fp32 stage on random
+    inputs, its time, and on a GPU its CUDA graph."""
     from scail2_rt.engines.verify.verify import VerifyRequest, open_for
     from scail2_rt.engines.verify.verify import verify as run_verify
+    from scail2_rt.runtime.cli.progress import BuildLines
 
     request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
     parts = parts_apart(options)
     with stdout_for(as_json):
-        report = run_verify(request, open_for(engines, checkpoint, parts), lambda line: click.echo(line, err=True))
+        opened = open_for(engines, checkpoint, parts)
+        report = run_verify(request, opened, lambda line: click.echo(line, err=True), BuildLines())
     show(report, report.text, as_json)
     if not report.passed:
         raise click.exceptions.Exit(1)
@@ -225,11 +230,12 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
 def doctor(engines: Path | None, as_json: bool) -> None:
     """Show what this machine has, which backend auto would take and why, and what would make it faster.
 
-    With ENGINES, also whether that engine folder opens here."""
+    With ENGINES, also whether that engine folder opens here and has the checksums that the build gave it."""
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.doctor import diagnose
 
     with stdout_for(as_json):
-        found = diagnose(engines)
+        found = diagnose(engines, BuildLines())
     show(found, found.text, as_json)
 
 
@@ -237,12 +243,18 @@ for command in (convert, download, inspect, masks):
     cli.add_command(command)
 
 
+def what_was_done(report: "BuildReport") -> str:
+    """One clause about a build."""
+    done = [f"repaired {', '.join(report.repaired)}"] if report.repaired else []
+    done += ["checksums added"] if report.sums_added else []
+    if report.added or not (done or report.up_to_date):
+        done.append(f"built for {', '.join(report.added)}")
+    return f"{', '.join(done)} in {report.wall_s:.1f} s" if done else "nothing to do"
+
+
 def lora_lines(loras: Sequence[Any]) -> str:
-    """A line for each fused LoRA."""
-    return "".join(
-        f"\n{lora.path}: {lora.applied} tensors applied{f', {len(lora.skipped)} skipped' if lora.skipped else ''}"
-        for lora in loras
-    )
+    """A line for each fused LoRA, and one for what was left out of it."""
+    return "".join(f"\n{lora.text}" for lora in loras)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from scail2_rt.runtime.cli.options import CASE, FILES, MODE, SIZE
+from scail2_rt.runtime.cli.options import CASE, FILES, FIT, MODE, SIZE
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 from scail2_rt.runtime.cli.types import CHARACTERS, ColourMap, RateType
@@ -28,7 +28,7 @@ UNUSABLE = 2  # exit code of a check that found an error
 
 
 CASE_OPTIONS = in_section(
-    "Inputs (mask files by themselves, a case folder, or the four files of a case)", CASE, *FILES, MODE, SIZE
+    "Inputs (mask files by themselves, a case folder, or the four files of a case)", CASE, *FILES, MODE, SIZE, FIT
 )
 OVERWRITE = option("--overwrite", is_flag=True, help="Replace an output that exists.")
 WRITE_OPTIONS = in_section(
@@ -126,22 +126,24 @@ def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Lay the masks over the pictures: a contact sheet (masks.png) and a video of all frames (masks.mp4).
 
-    Hidden parts are dark and hatched, characters tinted and outlined, pixels in no class orange. At most one of FILES
-    may be a video."""
+    Hidden parts are dark and hatched, characters tinted and outlined, pixels in no class orange; of a case, a border
+    shows what of each picture lies in the video's frame. At most one of FILES may be a video."""
     from scail2_rt.runtime.masks.files import check_new
     from scail2_rt.runtime.masks.preview import clip_of, reference_stills, write_preview
 
     folder: Path = options["output"]
     with stdout_for(as_json):
         result, case = _checked(files, options)
-        clip = clip_of(files, case, result.findings)
+        clip = clip_of(files, case, result)
         check_new(folder / "masks.png", ".png", options["overwrite"])
         if clip is not None:
             check_new(folder / "masks.mp4", ".mp4", options["overwrite"])
-        stills = reference_stills(files, case, options["extra_refs"], result.findings)
+        stills = reference_stills(files, case, options["extra_refs"], result)
         sheet, video = write_preview(folder, stills, clip, options["count"])
     written = [str(path) for path in (sheet, video) if path]
     text = f"wrote {' and '.join(written)}"
+    if result.framing is not None:
+        text = f"{result.framing.line}\n{text}"
     if result.findings:
         text += f"; findings: {len(result.findings)} (`scail2-rt masks check` explains them)"
     show({"sheet": sheet, "video": video, "check": result.as_json}, text, as_json)
@@ -255,6 +257,7 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckRes
             "--extra-ref": options["extra_refs"],
             "--mode": options["mode"] != "auto",
             "--size": options["size"],
+            "--fit": options["fit"] != "auto",
         }
         if given := [flag for flag, value in of_a_case.items() if value]:
             raise InputError(f"{', '.join(given)} belongs to a case: give --case DIR or the four files with it.")
@@ -262,7 +265,7 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any]) -> tuple[CheckRes
     if files:
         raise InputError(f"{files[0]} was given beside a case: check mask files by themselves or the files of a case.")
     mode = case.mode if options["case"] is not None else options["mode"]
-    return check_case(case, options["extra_refs"], mode, options["size"]), case
+    return check_case(case, options["extra_refs"], mode, options["size"], options["fit"]), case
 
 
 def _write(file: Path, options: dict[str, Any], as_json: bool, frames: Any) -> None:

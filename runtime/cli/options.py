@@ -16,6 +16,7 @@ BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
 ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
 SCHEDULERS = ("unipc", "dpm++", "euler")
 ANCHORS = ("off", "first", "previous")
+FITS = ("auto", "official", "crop", "pad")
 CODECS = ("h264", "hevc", "av1", "vp9")
 PRESETS = ("quality", "fast")  # runtime.jobs.options
 
@@ -53,8 +54,17 @@ SIZE = option(
     "--size",
     type=SizeType(),
     metavar="HxW",
-    help="Height and width of the output, multiples of 32, taken as given.  [default: 512x896, "
-    "turned to the reference image's orientation]",
+    help="Height and width of the output, multiples of 32, taken as given.  [default: 512x896, turned to the "
+    "orientation of the scene that is shown: the reference image's in animate, the driving video's in replace mode]",
+)
+FIT = option(
+    "--fit",
+    type=click.Choice(FITS),
+    default="auto",
+    show_default=True,
+    help="How pictures of another shape lie in the frame. official: scaled to cover it, the middle shown, as the "
+    "public code does. crop: one window a clip, on the characters. pad: the whole picture, with hidden margins. auto: "
+    "the first of these that keeps the characters. With official the default size follows the reference image.",
 )
 INPUT_OPTIONS = in_section(
     "Inputs (a case folder, a batch file, or the four files)",
@@ -67,10 +77,12 @@ INPUT_OPTIONS = in_section(
     ),
     *FILES,
     MODE,
+    FIT,
     option(
         "--fit-reference",
         is_flag=True,
-        help="Replace mode: scale and pad the reference so that its character is as tall as the driving one.",
+        help="Replace mode: inside that frame, scale and pad the reference so that its character is as tall as the "
+        "driving one.",
     ),
     option(
         "--allow-mask-problems",
@@ -206,8 +218,14 @@ ENGINE_OPTIONS = in_section(
     option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
 )
 LORA_OPTIONS = (
-    option("--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA to fuse; may be repeated."),
-    option("--lora-partial", is_flag=True, help="Apply what fits of a LoRA that does not fit wholly."),
+    option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="PATH[:STRENGTH]",
+        help="LoRA, LoKr, LoHa or DoRA to fuse: a file or a PEFT folder; may be repeated.",
+    ),
+    option("--lora-partial", is_flag=True, help="Apply the modules that fit of a LoRA that does not fit wholly."),
 )
 BUILD_OPTIONS = in_section(
     "Build",

@@ -97,8 +97,8 @@ class BuildLines:
         print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB{left}", file=sys.stderr, flush=True)
 
     def done(self, step: "BuildStep") -> None:
-        if step.phase == "seal":
-            return  # hashing what was written: quick, and nothing to learn from
+        if step.phase in ("seal", "check"):
+            return  # reading what was written: quick, and nothing to learn from
         left = "" if step.remaining_s is None or step.remaining_s < 1 else f", about {step.remaining_s:.0f} s left"
         size = f"{step.size_bytes / 2**20:.1f} MiB, {step.seconds:.1f} s"
         print(f"{step.phase} {step.index}/{step.total} {step.name}: {size}{left}", file=sys.stderr, flush=True)

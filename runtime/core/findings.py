@@ -1,9 +1,12 @@
-"""What the mask check found and measured, as records: findings, the characters' heights, how a reference is scaled."""
+"""What the mask check found and measured, as records: findings, how each picture lies in the frame and what of its
+characters is left there, their heights, how a reference is scaled."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
+
+from scail2_rt.runtime.core.window import Fit, Window
 
 RGB = tuple[int, int, int]
 Ranges = tuple[tuple[int, int], ...]
@@ -27,13 +30,90 @@ class Finding:
         return f"{self.says} {self.remedy}".strip()
 
 
+def ranges(frames: Iterable[int], start: int = 0) -> Ranges:
+    """Frame numbers as (first, last) pairs, `start` added."""
+    found: list[tuple[int, int]] = []
+    for frame in sorted({int(frame) + start for frame in frames}):
+        if found and found[-1][1] == frame - 1:
+            found[-1] = (found[-1][0], frame)
+        else:
+            found.append((frame, frame))
+    return tuple(found)
+
+
+def ranges_text(frames: Ranges, most: int = 6) -> str:
+    """`frames 3-5, 9`"""
+    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in frames[:most]]
+    single = len(frames) == 1 and frames[0][0] == frames[0][1]
+    return f"frame{'' if single else 's'} {', '.join(texts)}{', …' if frames[most:] else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of a character a window leaves: its share over the clip, its share in the frame that loses most, and the
+    frames (counted from the first one used) that lose a tenth of it or more."""
+
+    share: float
+    least: float
+    cut: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """One input in the frame: what messages call it, its window, what of each character that leaves, and what share of
+    it over the clip the official middle crop would leave."""
+
+    name: str
+    window: Window
+    kept: Mapping[str, Kept]
+    official: Mapping[str, float]
+
+    @property
+    def text(self) -> str:
+        """`driving video: whole, with margins left and right (the middle crop keeps 35 % of red)`."""
+        losses = ", ".join(f"{percent(share)} of {name}" for name, share in self.official.items() if share < 0.995)
+        window = self.window
+        (top, bottom, left, right), (height, width) = window.part, window.source
+        if (bottom - top) * (right - left) > 0.995:
+            done = "whole" + (f", with black margins {window.margins}" if window.margins else "")
+        elif window.way == "official":
+            return f"{self.name}: middle crop{f', which keeps {losses}' if losses else ''}"
+        else:
+            rows, columns = (round(top * height), round(bottom * height)), (round(left * width), round(right * width))
+            kind, (first, last), side = ("rows", rows, height) if right - left == 1 else ("columns", columns, width)
+            done = f"cropped to {kind} {first} to {last} of {side}"
+        return f"{self.name}: {done}{f' (the middle crop keeps {losses})' if losses else ''}"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            **self.window.described,
+            "kept": {name: round(kept.share, 4) for name, kept in self.kept.items()},
+            "kept_least": {name: round(kept.least, 4) for name, kept in self.kept.items()},
+            "official_keeps": {name: round(share, 4) for name, share in self.official.items()},
+        }
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """Height of each character relative to the frame's, in the reference and (median over frames) in the driving
-    video."""
+    """How the inputs lie in the frame.
+
+    reference, driving   height of each character over the frame's, in the reference and (median) in the driving video
+    fit                  as it was asked for
+    inputs               the driving video, the reference and the additional ones, each with its window
+    scene_padded         replace mode shows a driving scene with margins"""
 
     reference: Mapping[str, float]
     driving: Mapping[str, float]
+    fit: Fit = "auto"
+    inputs: tuple[Framed, ...] = ()
+    scene_padded: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -44,7 +124,23 @@ class Framing:
     @property
     def described(self) -> dict[str, Any]:
         """For JSON."""
-        return {"reference": dict(self.reference), "driving": dict(self.driving), "ratio": self.ratio}
+        return {
+            "reference": dict(self.reference),
+            "driving": dict(self.driving),
+            "ratio": self.ratio,
+            "fit": self.fit,
+            "line": self.line,
+            "inputs": [framed.described for framed in self.inputs],
+        }
+
+    @property
+    def line(self) -> str:
+        """What was done, for people; "" where nothing is known."""
+        if not self.inputs:
+            return ""
+        texts = "; ".join(framed.text for framed in self.inputs)
+        padded = "; the video shows the scene with these margins" if self.scene_padded else ""
+        return f"framing ({self.fit}): {texts}{padded}"
 
     @property
     def differs(self) -> bool:
@@ -55,7 +151,7 @@ class Framing:
 class ReferenceFit:
     """Where the scaled reference goes: its size, its place in the frame (negative: cut off there), the margin's colour.
 
-    scale: relative to the size that covers the frame, which is what a reference has without a fit."""
+    scale: relative to the size that its window gives it, which is what a reference has without a fit."""
 
     scale: float
     height: int

@@ -212,14 +212,6 @@ def covering_size(height: int, width: int, target_height: int, target_width: int
     return height * target_width // width, target_width
 
 
-def visible_window(height: int, width: int, target_height: int, target_width: int) -> tuple[float, float, float, float]:
-    """What a cropped frame shows of an H×W picture: (top, bottom, left, right) in the picture's pixels."""
-    scaled = covering_size(height, width, target_height, target_width)
-    top, left = (scaled[0] - target_height) // 2, (scaled[1] - target_width) // 2
-    rows, columns = height / scaled[0], width / scaled[1]
-    return top * rows, (top + target_height) * rows, left * columns, (left + target_width) * columns
-
-
 def forward_flops(config: DiTConfig, layout: Layout, clip_tokens: int = CLIP_TOKENS) -> int:
     """FLOP of the matrix products of one transformer forward pass, everything computed anew.
 

@@ -8,6 +8,7 @@ from typing import Literal
 from scail2_rt.runtime.core.findings import Finding, Framing, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, Segment
 from scail2_rt.runtime.core.request import Request
+from scail2_rt.runtime.core.window import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,13 @@ class Plan:
     request      as given, with cleaned prompts; a clip that could be read once only is a re-readable one here
     frames       T, the length of the output; segments count from its first frame
     mode, layout the resolved mode, and the token layout of the largest segment
+    driving_window, reference_windows
+                 how the driving video, the reference and the additional ones lie in the frame
     warnings     sentences for the user
     timestamps   presentation times of the output's frames in the driving video, in seconds, where its rate varies
     audio        whether the driving video has any
     masks        what the mask check found, errors among it if they are allowed
-    framing, fit the characters' heights, and how the reference is scaled to match if that was asked for
+    framing, fit what the frame shows of the characters, and how the reference is scaled if that was asked for
     estimate     what it will cost with the engines of the session that checked it; None before a session has"""
 
     request: Request
@@ -58,6 +61,8 @@ class Plan:
     segments: tuple[Segment, ...]
     mode: Literal["animate", "replace"]
     layout: Layout
+    driving_window: Window
+    reference_windows: tuple[Window, ...]
     warnings: tuple[str, ...]
     timestamps: tuple[Fraction, ...] | None = None
     audio: bool = False

@@ -99,6 +99,11 @@ class RunProgress:
         self._step = index + 1
         self._tell()
 
+    @property
+    def now(self) -> Progress:
+        """Where the run is."""
+        return self._event(finished=False)
+
     def end(self) -> None:
         """Everything is done."""
         self._tell(finished=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import check_size, plan_segments
+from scail2_rt.runtime.core.window import FITS, Fit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +68,12 @@ class Request:
     driving, mask_video   the motion and its colour mask: a path or a `Clip`
     extra_refs            (image, mask) pairs in the order in which the model sees them
     mode                  `auto` reads it from the driving mask's background
-    size                  (H, W) in pixels, taken as given; None: 512×896 turned to the reference's orientation
+    size                  (H, W) in pixels, taken as given; None: 512×896 turned to the orientation of the scene that is
+                          shown: the reference's in animate, the driving clip's in replace mode
+    fit                   how pictures of another shape lie in the frame: official is the public code's middle crop;
+                          crop moves one window per clip onto the characters; pad shows the whole picture with margins;
+                          auto takes the first of the three that keeps the characters. With official the default size
+                          follows the reference in both modes
     start, frames         first driving frame; how many, None to the end
     scheduler, steps, shift, guidance
                           how the noise is removed; guidance ≤ 1 runs one pass per step instead of two
@@ -90,6 +96,7 @@ class Request:
     prompt: str = ""
     negative_prompt: str = ""
     size: tuple[int, int] | None = None
+    fit: Fit = "auto"
     start: int = 0
     frames: int | None = None
     scheduler: str = "unipc"
@@ -150,6 +157,7 @@ class Request:
             f"--start must be 0 or more, not {self.start}": self.start >= 0,
             f"--frames must be 1 or more, not {self.frames}": self.frames is None or self.frames >= 1,
             _one_of("--mode", self.mode, ("auto", "animate", "replace")): self.mode in ("auto", "animate", "replace"),
+            _one_of("--fit", self.fit, FITS): self.fit in FITS,
             _one_of("--scheduler", self.scheduler, SCHEDULERS): self.scheduler in SCHEDULERS,
             _one_of("--anchor-color", self.anchor_color, ANCHORS): self.anchor_color in ANCHORS,
             _one_of("--noise-device", self.noise_device, NOISE_DEVICES): self.noise_device in NOISE_DEVICES,

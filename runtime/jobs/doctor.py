@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scail2_rt.engines.observer import BuildObserver
 
 MISSING = "not installed"
 DRIVER_TOOL = (
@@ -117,14 +120,15 @@ def _of(free: float | None, total: float | None, word: str) -> str:
     return f"{_gib(free)} {word} of {_gib(total)}"
 
 
-def diagnose(engines: Path | None = None) -> Diagnosis:
-    """Look at this machine, and at an engine folder if one is named. Raises nothing."""
+def diagnose(engines: Path | None = None, observer: "BuildObserver | None" = None) -> Diagnosis:
+    """Look at this machine, and at an engine folder if one is named, which is read whole: `observer` hears how far that
+    is. Raises nothing."""
     libraries = (_torch(), _triton(), _tensorrt(), _onnxruntime(), _pyav())
     by_name = {library.name: library for library in libraries}
     cuda, torch_sees_gpu = _cuda(by_name["PyTorch"])
     gpus = _gpus() or (_gpus_of_torch() if torch_sees_gpu else ())
     backend, reason = _choice(by_name["PyTorch"])
-    opened: tuple[str, bool] | None = None if engines is None else _opens(engines, by_name["PyTorch"])
+    opened: tuple[str, bool] | None = None if engines is None else _opens(engines, by_name["PyTorch"], observer)
     place = engines if engines is not None and engines.is_dir() else Path.cwd()
     free, total = _memory()
     return Diagnosis(
@@ -308,15 +312,19 @@ def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu
     return tuple(lines) or ("nothing is missing",)
 
 
-def _opens(directory: Path, torch_library: Library) -> tuple[str, bool]:
-    """(what opening the folder says, does it open)."""
+def _opens(directory: Path, torch_library: Library, observer: "BuildObserver | None") -> tuple[str, bool]:
+    """(what opening and checking the folder says, does it open and is it whole)."""
     if not torch_library.usable:
         return f"{directory} cannot be opened without PyTorch", False
     try:
         from scail2_rt.engines.engine_set import open_engines
+        from scail2_rt.engines.folder.damage import check_health
 
         with open_engines(directory) as engines:
-            return f"{directory} opens: {engines.choice}", True
+            health = check_health(directory, engines.manifest, observer)
+            if health.damages:
+                return health.text, False
+            return f"{directory} opens: {engines.choice}; {health.text}", True
     except Exception as error:
         return f"{directory} does not open: {' '.join(str(error).split())}", False
 

@@ -1,7 +1,8 @@
 """`inspect`: what a file or folder is, from its contents alone: checkpoint, one network of it, LoRA or engine folder.
 
-Only headers are read. Each part of a checkpoint is opened by itself, so that one that is missing or damaged is told
-beside the others and not instead of them. What is none of these is refused.
+Of weights only headers are read, but an engine folder is read whole and compared with its checksums. Each part of a
+checkpoint is opened by itself, so that one that is missing or damaged is told beside the others and not instead of
+them. What is none of these is refused.
 """
 
 import dataclasses
@@ -11,19 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import MANIFEST, Manifest, check_folder, read_manifest
+from scail2_rt.engines.observer import BuildObserver
+from scail2_rt.export.checkpoint.find import LABELS, foreign_file, group_of, open_group
+from scail2_rt.export.checkpoint.gguf_file import GGUFSource
+from scail2_rt.export.checkpoint.lora import is_adapter, lora_file
 from scail2_rt.export.checkpoint.lora_facts import LoRAFacts, lora_facts
-from scail2_rt.export.checkpoint.open import (
-    COMPONENTS,
-    LABELS,
-    MissingPart,
-    check_sources,
-    find_tokenizer,
-    group_of,
-    open_group,
-    open_sources,
-)
+from scail2_rt.export.checkpoint.open import COMPONENTS, MissingPart, check_sources, find_tokenizer, open_sources
 from scail2_rt.export.checkpoint.quantised import Dequantised
 from scail2_rt.export.checkpoint.recognise import recognise
 from scail2_rt.export.checkpoint.tensors import TensorSource
@@ -37,8 +34,8 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network. names: whose tensor names with which prefix; dtypes: type → parameters; scaled: weights stored in 8
-    bit with a scale; problem: why it cannot be used."""
+    """One network. names: whose tensor names with which prefix; dtypes: stored type → parameters; formats: format of
+    quantised weights → how many; problem: why it cannot be used."""
 
     component: str
     files: tuple[str, ...]
@@ -47,7 +44,7 @@ class Part:
     tensors: int
     parameters: int
     dtypes: dict[str, int]
-    scaled: int
+    formats: dict[str, int]
     config: dict[str, Any]
     problem: str | None = None
 
@@ -72,18 +69,19 @@ class Inspection:
         return "\n".join(_lines(self))
 
 
-def inspect(path: Path) -> Inspection:
-    """InputError: nothing there, unreadable, or none of what this program knows."""
+def inspect(path: Path, observer: BuildObserver | None = None) -> Inspection:
+    """InputError: nothing there, unreadable, or none of what this program knows. `observer` hears how far the check of
+    an engine folder is."""
     path = path.expanduser()
     if not path.exists():
         raise InputError(f"There is nothing at {path}; check the path.")
     if path.is_dir() and (path / MANIFEST).is_file():
-        return _engines(path)
+        return _engines(path, observer)
     if path.is_dir() and (path / JOURNAL).is_file():
         return _unfinished(path)
-    if path.is_dir():
+    if path.is_dir() and not is_adapter(path):
         return _checkpoint(path)
-    return _file(path)
+    return _file(lora_file(path) if path.is_dir() else path)
 
 
 def _file(path: Path) -> Inspection:
@@ -91,14 +89,16 @@ def _file(path: Path) -> Inspection:
     source = open_group(group)
     found = recognise(source)
     size = sum(file.stat().st_size for file in group)
+    if found is not None and found.foreign:
+        raise InputError(foreign_file(path, found))
     if found is not None and found.component == "dit":
         return _checkpoint(path)
     if found is not None:
         part = _part(found.component, found.source, source)
         return Inspection("network", str(path), _layout(part), size, parts=(part,))
-    facts = lora_facts(source)
+    facts = lora_facts(source, path)
     if facts is not None:
-        return Inspection("lora", str(path), f"LoRA with {facts.names} names", size, lora=facts)
+        return Inspection("lora", str(path), f"{facts.kind}, {facts.names} names", size, lora=facts)
     names = list(source.keys())
     raise InputError(
         f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: its {len(names)} tensors begin with "
@@ -154,9 +154,10 @@ def _part(component: Component, source: TensorSource, stored: TensorSource) -> P
     found = recognise(stored)
     prefix = f" (prefix {found.prefix})" if found and found.prefix else ""
     dtypes: Counter[str] = Counter()
+    quantised = stored if isinstance(stored, Dequantised | GGUFSource) else None
     for name in stored.keys():  # noqa: SIM118
-        dtype = stored.stored_dtype(name) if isinstance(stored, Dequantised) else stored.dtype(name)
-        dtypes[str(dtype).removeprefix("torch.")] += _count(stored.shape(name))
+        dtype = quantised.stored_type(name) if quantised else str(stored.dtype(name)).removeprefix("torch.")
+        dtypes[dtype] += _count(stored.shape(name))
     config: dict[str, Any] = {}
     problem = None
     try:
@@ -172,7 +173,7 @@ def _part(component: Component, source: TensorSource, stored: TensorSource) -> P
         tensors=len(list(source.keys())),
         parameters=sum(_count(source.shape(name)) for name in source.keys()),  # noqa: SIM118
         dtypes=dict(dtypes.most_common()),
-        scaled=stored.scaled if isinstance(stored, Dequantised) else 0,
+        formats=dict(Counter(quantised.formats.values()).most_common()) if quantised else {},
         config=config,
         problem=problem,
     )
@@ -185,17 +186,22 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _engines(path: Path) -> Inspection:
+def _engines(path: Path, observer: BuildObserver | None) -> Inspection:
     manifest = read_manifest(path)
-    problems = []
+    problems, health = [], None
     try:
         check_folder(path, manifest, stage_definitions(manifest.config))
+        health = check_health(path, manifest, observer)
+        if health.damages:
+            problems.append(health.text)
     except InputError as error:
         problems.append(str(error))
     facts = {
         "precision": manifest.precision,
         "executors": [dataclasses.asdict(executor) for executor in manifest.executors],
-        "loras": [{"file": lora.file.path, "strength": lora.strength} for lora in manifest.loras],
+        "loras": [
+            {"file": lora.file.path, "strength": lora.strength, "distilled": lora.distilled} for lora in manifest.loras
+        ],
         "checkpoint": manifest.checkpoint,
         "sources": [
             {**dataclasses.asdict(file), "state": _state(file.path, file.size, file.mtime_ns)}
@@ -205,6 +211,8 @@ def _engines(path: Path) -> Inspection:
         "weight_bytes": sum(stage.weight_bytes for stage in manifest.stages),
         "config": {part: value for part, value in dataclasses.asdict(manifest.config).items() if value},
         "created_by": manifest.created_by,
+        "checksums": health.text if health else None,
+        "damages": [dataclasses.asdict(damage) for damage in health.damages] if health else [],
     }
     size = sum(artefact.size for artefact in manifest.artefacts)
     return Inspection("engines", str(path), _executors(manifest), size, problems=tuple(problems), engines=facts)
@@ -250,10 +258,10 @@ def _lines(found: Inspection) -> Iterator[str]:
 
 def _part_lines(part: Part) -> Iterator[str]:
     dtypes = ", ".join(f"{dtype} {count / sum(part.dtypes.values()):.0%}" for dtype, count in part.dtypes.items())
-    scaled = f", {part.scaled} weights with scales" if part.scaled else ""
+    formats = "".join(f", {count} weights in {name}" for name, count in part.formats.items())
     yield (
         f"  {part.component}: {part.parameters:,} parameters in {part.tensors} tensors, {part.names}, "
-        f"{dtypes}{scaled}, {_size(part.size)}"
+        f"{dtypes}{formats}, {_size(part.size)}"
     )
     yield f"    {', '.join(part.files)}"
     if part.config:
@@ -266,11 +274,19 @@ def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
     yield f"  {lora.tensors} tensors, {_pairs(lora.dtypes)}; {_pairs(lora.kinds)}; {lora.blocks} blocks"
     if lora.ranks:
         yield f"  rank: {', '.join(f'{rank} ({pairs} pairs)' for rank, pairs in lora.ranks.items())}"
-        yield f"  alpha/rank: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+    if lora.scales:
+        alphas = "".join(f"{alpha:g} ({pairs} pairs), " for alpha, pairs in lora.alphas.items())
+        yield f"  alpha: {alphas}{lora.alpha_from}"
+        scale = "alpha/√rank (rsLoRA)" if lora.rslora else "alpha/rank"
+        yield f"  {scale}: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+    told = f"yes, told by its {lora.distilled}: use --preset fast" if lora.distilled else "not as far as can be told"
+    yield f"  step-distilled: {told}"
     yield f"  targets: {_pairs(lora.targets) or 'none of SCAIL-2'}"
     if lora.unknown:
         more = len(lora.unknown) - _LISTED
         yield f"  not for SCAIL-2: {', '.join(lora.unknown[:_LISTED])}{f' and {more} more' if more > 0 else ''}"
+    if lora.refused:
+        yield f"  cannot be fused: {lora.refused}"
 
 
 def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
@@ -278,8 +294,11 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
         gpu = f", for {executor['gpu']}" if executor["gpu"] else ""
         yield f"  {executor['backend']}: {_pairs(executor['versions'])}{gpu}"
     yield f"  {engines['stages']} stages, {_size(engines['weight_bytes'])} of weights, made by {engines['created_by']}"
+    if engines["checksums"] and not engines["damages"]:
+        yield f"  checksums: {engines['checksums']}"
     for lora in engines["loras"]:
-        yield f"  LoRA {lora['file']} at strength {lora['strength']:g}"
+        distilled = f", step-distilled (told by its {lora['distilled']})" if lora["distilled"] else ""
+        yield f"  LoRA {lora['file']} at strength {lora['strength']:g}{distilled}"
     yield f"  from {engines['checkpoint']}:"
     for file in engines["sources"]:
         yield f"    {file['component']}: {file['path']} ({file['state']}), sha256 {file['sha256'][:12]}"

@@ -11,6 +11,7 @@ from typing import Any
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.case_folder import CaseInputs, read_case
 from scail2_rt.runtime.core.request import Mode, Output, Request
+from scail2_rt.runtime.core.window import Fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class GenerateOptions:
     mask_video: Path | None = None
     extra_refs: tuple[tuple[Path, Path], ...] = ()
     mode: Mode = "auto"
+    fit: Fit = "auto"
     fit_reference: bool = False
     allow_mask_problems: bool = False
     start: int = 0
@@ -93,6 +95,7 @@ class GenerateOptions:
             "prompt": self.prompt or "",
             "negative_prompt": self.negative_prompt,
             "size": self.size,
+            "fit": self.fit,
             "start": self.start,
             "frames": self.frames,
             "scheduler": preset.scheduler if self.scheduler is None else self.scheduler,

@@ -7,10 +7,11 @@ the command. However a run ends, its report is written beside the video, and wha
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
@@ -20,8 +21,10 @@ from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.session.check import check_output, check_request, check_room
+from scail2_rt.runtime.session.output_lock import refuse_second
 
 if TYPE_CHECKING:
+    from scail2_rt.engines.folder.manifest import LoRARecord
     from scail2_rt.runtime.session.session import Session
     from scail2_rt.runtime.session.write import Result
 
@@ -63,6 +66,7 @@ def check_job(job: Job) -> Plan:
     """The plan of a job, without engines; InputError when it cannot work."""
     if job.request is None or job.output is None:
         raise job.error or InputError(f"{job.name} holds no request.")
+    refuse_second(job.output.path)
     check_output(job.output, job.request)
     plan = check_request(job.request)
     check_room(job.output, plan)
@@ -85,13 +89,28 @@ def open_session(options: GenerateOptions) -> "Iterator[Session]":
 def fit_plan(plan: Plan, session: "Session", options: GenerateOptions) -> Plan:
     """The plan with what depends on the engines and on the preset."""
     fitting = session.fit(plan)
-    if options.preset == "fast" and not session.engines.manifest.loras and plan.request.steps < MANY_STEPS:
-        sentence = (
-            "--preset fast needs engines with a step-distilled LoRA, and these have none: expect a blurred video; "
+    hint = preset_hint(plan.request, session.engines.manifest.loras, options.preset)
+    return replace(fitting, warnings=(*fitting.warnings, hint)) if hint else fitting
+
+
+def preset_hint(request: Request, loras: "Sequence[LoRARecord]", preset: str) -> str | None:
+    """What to say when steps and guidance are not those that the fused LoRAs were made for."""
+    distilled = [lora for lora in loras if lora.distilled]
+    many = request.steps >= MANY_STEPS
+    if distilled and many and request.guidance > 1:
+        name = Path(distilled[0].file.path).name
+        return (
+            f"these engines hold a step-distilled LoRA ({name}, told by its {distilled[0].distilled}), which was made "
+            f"for few steps without guidance: {request.steps} steps with guidance {request.guidance:g} take longer and "
+            "look burnt; use --preset fast."
+        )
+    if preset == "fast" and not many and not distilled:
+        have = "none" if not loras else "none that is known to be: " + ", ".join(Path(r.file.path).name for r in loras)
+        return (
+            f"--preset fast needs engines with a step-distilled LoRA, and these have {have}: expect a blurred video; "
             "build with --lora FILE, or use --preset quality."
         )
-        fitting = replace(fitting, warnings=(*fitting.warnings, sentence))
-    return fitting
+    return None
 
 
 def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
@@ -130,6 +149,8 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if plan.framing is not None and plan.framing.line:
+        print(plan.framing.line, file=sys.stderr)
     if plan.fit is not None:
         print(plan.fit.text, file=sys.stderr)
     if plan.estimate is not None and plan.estimate.placement:

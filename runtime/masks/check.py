@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scail2_rt.runtime.core.case_folder import CaseFiles, CaseInputs, read_case
-from scail2_rt.runtime.core.findings import Finding, Framing
-from scail2_rt.runtime.core.geometry import check_size, oriented
-from scail2_rt.runtime.core.request import DEFAULT_SIZE
+from scail2_rt.runtime.core.findings import Finding, Framing, ranges_text
+from scail2_rt.runtime.core.window import Fit, Size
 from scail2_rt.runtime.masks.lint import (
     MaskFacts,
     check_masks,
     image_findings,
     image_pair,
-    ranges_text,
     video_findings,
     video_pair,
 )
 from scail2_rt.runtime.masks.stats import image_stats, video_stats
+from scail2_rt.runtime.masks.windows import Pictures
 from scail2_rt.runtime.media.images import is_image, load_image, load_mask_image
 from scail2_rt.runtime.media.video_reader import probe_video
 
@@ -68,6 +67,8 @@ class CheckResult:
             lines.append(f"mode {self.mode}; the reference character is {times}")
         elif self.mode:
             lines.append(f"mode {self.mode}")
+        if self.framing is not None:
+            lines.append(self.framing.line)
         for finding in self.findings:
             lines.append(f"{finding.severity} ({finding.rule}): {finding.says}")
             if finding.remedy:
@@ -99,19 +100,23 @@ def case_files(inputs: CaseInputs, mode: Literal["auto", "animate", "replace"]) 
 
 
 def check_case(
-    case: CaseFiles, extra_refs: Pairs, mode: Literal["auto", "animate", "replace"], size: tuple[int, int] | None
+    case: CaseFiles,
+    extra_refs: Pairs = (),
+    mode: Literal["auto", "animate", "replace"] = "auto",
+    size: Size | None = None,
+    fit: Fit = "auto",
 ) -> CheckResult:
     """Everything about the masks of one case."""
     pairs = ((case.image, case.mask_image), *extra_refs)
     images = [load_image(image).shape[:2] for image, _ in pairs]
     masks = [load_mask_image(mask) for _, mask in pairs]
-    size = size or oriented(DEFAULT_SIZE, *images[0])
-    check_size(*size)
     findings: list[Finding] = []
     for (image, mask), image_size, pixels in zip(pairs, images, masks, strict=True):
         findings += image_pair(str(image), image_size, str(mask), pixels.shape[:2])
-    findings += video_pair(probe_video(case.driving), probe_video(case.mask_video))
-    report = check_masks(masks, case.mask_video, mode, names=[str(mask) for _, mask in pairs], size=size)
+    driving = probe_video(case.driving)
+    findings += video_pair(driving, probe_video(case.mask_video))
+    pictures = Pictures(images, (driving.height, driving.width), fit, size)
+    report = check_masks(masks, case.mask_video, mode, names=[str(mask) for _, mask in pairs], pictures=pictures)
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 
 

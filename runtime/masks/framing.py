@@ -14,15 +14,17 @@ the hidden border, so that a cut-out on white stays one and a photo gets no hard
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.findings import RGB, Framing, ReferenceFit
-from scail2_rt.runtime.core.geometry import covering_size
-from scail2_rt.runtime.masks.palette import BLACK, CLEAR_LABEL, codes
-from scail2_rt.runtime.masks.stats import image_stats
+from scail2_rt.runtime.core.findings import RGB, Framed, Framing, ReferenceFit
+from scail2_rt.runtime.core.window import Window
+from scail2_rt.runtime.masks.palette import BLACK, CHARACTERS, CLEAR_LABEL, codes
+from scail2_rt.runtime.masks.stats import MaskStats, image_stats
+from scail2_rt.runtime.masks.windows import kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,12 +33,18 @@ _NEUTRAL: RGB = (127, 127, 127)  # 0 in the networks' range
 _BORDER = 0.02  # of a side: the border whose colour the margin continues
 
 
-def fit_reference(
-    image: np.ndarray, mask: np.ndarray, driving: Mapping[str, float], height: int, width: int
-) -> ReferenceFit:
-    """The fit of a reference (uint8 [H, W, 3] each) to the driving characters' heights in a frame of height × width."""
-    covering = covering_size(mask.shape[0], mask.shape[1], height, width)
-    whole = {name: share * covering[0] / height for name, share in image_stats(mask).heights.items()}
+def heights(stats: MaskStats, window: Window) -> dict[str, float]:
+    """Character → its height over the frame's: in the one frame of an image, or the median over a clip's."""
+    part = window.part_of_mask(stats.shape)
+    filled = min(window.height, window.frame[0]) / window.frame[0]
+    return {name: height * filled for name, height in stats.heights(part).items()}
+
+
+def fit_reference(image: np.ndarray, mask: np.ndarray, driving: Mapping[str, float], window: Window) -> ReferenceFit:
+    """How a reference (uint8 [H, W, 3] each), shown through `window`, is fitted to the driving characters' heights.
+
+    driving: character → its height over the frame's."""
+    whole = {name: share * window.height / window.frame[0] for name, share in image_stats(mask).heights().items()}
     ratio = Framing(whole, driving).ratio
     if ratio is None:
         raise InputError(
@@ -44,20 +52,43 @@ def fit_reference(
             "`scail2-rt masks check` on the case."
         )
     scale = 1 / ratio
-    scaled = (max(1, round(covering[0] * scale)), max(1, round(covering[1] * scale)))
+    base = (window.height, window.width)
+    scaled = (max(1, round(base[0] * scale)), max(1, round(base[1] * scale)))
     corner = []
-    labels = CLEAR_LABEL[codes(mask)]
-    characters = (labels > 0) & (labels < BLACK)
-    for axis, side in enumerate((height, width)):
+    characters = _characters(mask)
+    for axis, (side, begins) in enumerate(zip(window.frame, (window.top, window.left), strict=True)):
         there = np.flatnonzero(characters.any(axis=1 - axis)) / characters.shape[axis]
         first, last = there[0], there[-1] + 1 / characters.shape[axis]  # of the picture's side
-        cut = (covering[axis] - side) // 2
-        centre = min(max((first + last) / 2 * covering[axis] - cut, 0), side)  # where the cropped frame shows it
+        centre = min(max((first + last) / 2 * base[axis] + begins, 0), side)  # where the frame shows it
         begin = centre - (first + last) / 2 * scaled[axis]
         if (last - first) * scaled[axis] <= side:  # then no part of the character may leave the frame
             begin = min(max(begin, -first * scaled[axis]), side - last * scaled[axis])
         corner.append(round(begin))
     return ReferenceFit(scale, *scaled, corner[0], corner[1], _margin(image, mask))
+
+
+def framed_by_fit(framed: Framed, mask: np.ndarray, fit: ReferenceFit) -> Framed:
+    """The reference in the frame once it is scaled: what is left of its characters."""
+    labels = CLEAR_LABEL[codes(mask)]
+    spans = []
+    for side, scaled, begins, shown in zip(
+        labels.shape, (fit.height, fit.width), (fit.top, fit.left), framed.window.frame, strict=True
+    ):
+        middles = begins + (np.arange(side) + 0.5) / side * scaled
+        spans.append((middles >= 0) & (middles < shown))
+    inside = spans[0][:, None] & spans[1]
+    found = {}
+    for name in framed.kept:
+        own = labels == CHARACTERS.index(name) + 1
+        left, total = (np.array([np.count_nonzero(pixels)], np.float64) for pixels in (own & inside, own))
+        found[name] = kept(np.zeros(1, int), left, total, total)
+    return replace(framed, kept=found)
+
+
+def _characters(mask: np.ndarray) -> np.ndarray:
+    """bool [H, W]: where the mask clearly shows a character."""
+    labels = CLEAR_LABEL[codes(mask)]
+    return (labels > 0) & (labels < BLACK)
 
 
 def _margin(image: np.ndarray, mask: np.ndarray) -> RGB:

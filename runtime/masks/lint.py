@@ -17,11 +17,14 @@ from typing import Literal
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.findings import TOLERANCE, Finding, Framing, Ranges
+from scail2_rt.runtime.core.findings import TOLERANCE, Finding, Framing, Ranges, ranges, ranges_text
 from scail2_rt.runtime.core.request import ClipSource
+from scail2_rt.runtime.core.window import Size
 from scail2_rt.runtime.masks.cleaning import snapped
+from scail2_rt.runtime.masks.framing import heights
 from scail2_rt.runtime.masks.palette import CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
 from scail2_rt.runtime.masks.stats import MaskStats, image_stats, video_stats
+from scail2_rt.runtime.masks.windows import Pictures, cropped_findings, cure_of, frame_picture
 from scail2_rt.runtime.media.images import is_image
 from scail2_rt.runtime.media.video_reader import VideoInfo
 
@@ -61,6 +64,7 @@ class MaskReport:
     """What `check_masks` saw. Frame numbers are counted in the mask video from 0."""
 
     mode: Mode
+    size: Size  # (H, W) of the frame
     findings: tuple[Finding, ...]
     framing: Framing
     facts: tuple[MaskFacts, ...]  # of the reference masks and, last, of the driving mask
@@ -74,28 +78,31 @@ def check_masks(
     names: Sequence[str] = (),
     start: int = 0,
     frames: int | None = None,
-    size: tuple[int, int] | None = None,
+    pictures: Pictures | None = None,
 ) -> MaskReport:
     """Reads the driving mask once and holds it against the reference masks (uint8 [H, W, 3], the primary one first).
 
-    `names` are the reference masks' names for messages, `size` the output's (H, W). The findings tell all that is
-    wrong; `refuse` raises for those that are errors."""
+    `names` are the reference masks' names for messages; `pictures` what the masks belong to, by default pictures of
+    their own sizes. The findings tell all that is wrong; `refuse` raises for those that are errors."""
     names = tuple(names) or tuple(f"reference mask {i + 1}" for i in range(len(reference_masks)))
-    references = [image_stats(mask, size) for mask in reference_masks]
-    driving, guessed = video_stats(driving_mask, start, frames, size)
+    references = [image_stats(mask) for mask in reference_masks]
+    driving, guessed = video_stats(driving_mask, start, frames)
     mode = guessed if mode == "auto" else mode
-    framing = Framing(references[0].heights, driving.heights)
+    pictures = pictures or Pictures([stats.shape for stats in references], driving.shape)
     known = dict(zip(names, references, strict=True))
+    framing, cropped = _laid_out(driving, references, pictures, mode, (str(driving_mask), *names), start)
     findings = [
         *itertools.chain(*(image_findings(stats, name) for name, stats in known.items())),
         *video_findings(driving, str(driving_mask), start),
         *_identities(driving, str(driving_mask), known, start),
         *_conventions(driving, str(driving_mask), known, mode),
+        *cropped,
         *_framing(framing, names[0], mode),
     ]
     order = ("error", "warning", "note")
     return MaskReport(
         mode=mode,
+        size=framing.inputs[0].window.frame,
         findings=tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
         framing=framing,
         facts=(
@@ -103,6 +110,29 @@ def check_masks(
             MaskFacts.of(driving, str(driving_mask), start),
         ),
     )
+
+
+def _laid_out(
+    driving: MaskStats,
+    references: Sequence[MaskStats],
+    pictures: Pictures,
+    mode: Mode,
+    files: Sequence[str],
+    start: int,
+) -> tuple[Framing, list[Finding]]:
+    """How the pictures lie in the frame, and which characters that cuts. files: the driving mask and the others."""
+    frame, fit = pictures.frame(mode), pictures.fit
+    names = ["driving video", "reference", *(f"extra reference {i}" for i in range(1, len(references)))]
+    stats = [driving, *references]
+    shapes = [pictures.driving, *pictures.references]
+    inputs = tuple(frame_picture(*about, frame, fit) for about in zip(names, stats, shapes, strict=True))
+    findings: list[Finding] = []
+    for number, (framed, mask) in enumerate(zip(inputs, stats, strict=True)):
+        cure = cure_of(framed, mask)
+        findings += cropped_findings(framed, files[number], cure, None if number else start)
+    tall = [heights(mask, framed.window) for mask, framed in zip(stats[:2], inputs[:2], strict=True)]
+    padded = mode == "replace" and bool(inputs[0].window.margins)
+    return Framing(tall[1], tall[0], fit, inputs, padded), findings
 
 
 def refuse(findings: Iterable[Finding], allow: bool = False) -> None:
@@ -116,24 +146,6 @@ def refuse(findings: Iterable[Finding], allow: bool = False) -> None:
 def warnings_of(findings: Iterable[Finding]) -> tuple[str, ...]:
     """Sentences of warnings, and of errors that are allowed."""
     return tuple(finding.sentence for finding in findings if finding.severity != "note")
-
-
-def ranges(frames: Iterable[int], start: int = 0) -> Ranges:
-    """Frame numbers as (first, last) pairs, `start` added."""
-    found: list[tuple[int, int]] = []
-    for frame in sorted({int(frame) + start for frame in frames}):
-        if found and found[-1][1] == frame - 1:
-            found[-1] = (found[-1][0], frame)
-        else:
-            found.append((frame, frame))
-    return tuple(found)
-
-
-def ranges_text(frames: Ranges, most: int = 6) -> str:
-    """`frames 3-5, 9`"""
-    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in frames[:most]]
-    single = len(frames) == 1 and frames[0][0] == frames[0][1]
-    return f"frame{'' if single else 's'} {', '.join(texts)}{', …' if frames[most:] else ''}"
 
 
 def clean_command(name: str, options: str = "") -> str:

@@ -3,7 +3,8 @@
 A character is tinted in its colour and outlined; background that shows (white) is left as it is; what is hidden (black)
 is dimmed and hatched; pixels that are in no class though they are not black get a loud orange, which is no mask colour.
 The sheet shows the reference first and then frames evenly spread over the clip, those that the lint complains of before
-others, each with its number; the video shows all of them. A mask without a picture is laid over grey.
+others, each with its number; the video shows all of them. A mask without a picture is laid over grey. Of a case, the
+window that the frame shows is drawn: what it leaves out is faded, margins that it adds are hidden like black.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.window import Window
 from scail2_rt.runtime.masks.palette import (
     BLACK,
     CHARACTERS,
@@ -41,11 +43,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from scail2_rt.runtime.core.case_folder import CaseFiles
-    from scail2_rt.runtime.core.findings import Finding
+    from scail2_rt.runtime.masks.check import CheckResult
 
 ORANGE: RGB = (255, 120, 0)
 _PAPER, _INK, _ALARM = (250, 250, 248), (30, 30, 30), (205, 0, 0)
-_TINT, _DIM, _STRIPE = 0.5, 0.35, 0.22
+_TINT, _DIM, _STRIPE, _FADE = 0.5, 0.35, 0.22, 0.35
 _BARE = 150  # level of the grey that a mask without a picture is laid over
 _CELL, _GAP, _LINE, _FONT, _ENTRY = 420, 14, 26, 16, 330  # pixels
 _FRAMES_AT_ONCE = 8
@@ -53,21 +55,30 @@ _FRAMES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class Still:
-    """A picture (None: only its mask is there) and its mask, uint8 [H, W, 3]; `marked` where the lint complains."""
+    """A picture (None: only its mask is there) and its mask, uint8 [H, W, 3]; `marked` where the lint complains;
+    `window`: how the picture lies in the frame."""
 
     caption: str
     picture: np.ndarray | None
     mask: np.ndarray
     marked: bool = False
+    window: Window | None = None
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """The mask laid over the picture, with the window, uint8 [H, W, 3]."""
+        laid = overlay(self.picture, self.mask)
+        return laid if self.window is None else draw_window(laid, self.window)
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A mask video and what it belongs to, and the frames that the lint complains of."""
+    """A mask video and what it belongs to, the frames that the lint complains of, and how it lies in the frame."""
 
     mask: Path
     driving: Path | None = None
     marked: frozenset[int] = frozenset()
+    window: Window | None = None
 
 
 def overlay(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
@@ -95,6 +106,31 @@ def overlay(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
     return shown.clip(0, 255).astype(np.uint8)
 
 
+def draw_window(laid: np.ndarray, window: Window) -> np.ndarray:
+    """A mask over its picture, with the frame's border; larger than it was where the frame has margins."""
+    height, width = laid.shape[:2]
+    own = Window.official((height, width), window.frame) if window.way == "official" else window
+    row_scale, column_scale = height / own.height, width / own.width
+    top, left = round(-own.top * row_scale), round(-own.left * column_scale)  # of the frame, in pixels of `laid`
+    bottom = round((own.frame[0] - own.top) * row_scale)
+    right = round((own.frame[1] - own.left) * column_scale)
+    above, beside = max(0, -top), max(0, -left)
+    size = (above + max(height, bottom), beside + max(width, right))
+    hidden = overlay(None, np.zeros((*size, 3), np.uint8))
+    hidden[above : above + height, beside : beside + width] = laid
+    rows, columns = slice(top + above, bottom + above), slice(left + beside, right + beside)
+    picture = (_FADE * hidden + (1 - _FADE) * np.array(_PAPER)).astype(np.uint8)
+    picture[rows, columns] = hidden[rows, columns]
+    thick = max(1, min(height, width) // 150)
+    for inset, colour in ((0, _INK), (thick, _PAPER)):
+        border = np.zeros(size, bool)
+        border[rows.start + inset : rows.stop - inset, columns.start + inset : columns.stop - inset] = True
+        deeper = inset + thick
+        border[rows.start + deeper : rows.stop - deeper, columns.start + deeper : columns.stop - deeper] = False
+        picture[border] = colour
+    return picture
+
+
 def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     from PIL import Image
 
@@ -104,21 +140,22 @@ def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def reference_stills(
-    files: Sequence[Path], case: CaseFiles | None, extra_refs: Sequence[tuple[Path, Path]], findings: Sequence[Finding]
+    files: Sequence[Path], case: CaseFiles | None, extra_refs: Sequence[tuple[Path, Path]], result: CheckResult
 ) -> list[Still]:
     """The reference masks of a case over their images, or those of `files` that are images."""
-    marked = {finding.file for finding in findings if finding.severity != "note" and finding.rule != "framing"}
+    marked = {finding.file for finding in result.findings if finding.severity != "note" and finding.rule != "framing"}
     if case is None:
         images = [path for path in files if is_image(path)]
         return [Still(path.name, None, load_mask_image(path), str(path) in marked) for path in images]
     pairs = ((case.image, case.mask_image), *extra_refs)
+    windows = [framed.window for framed in result.framing.inputs[1:]] if result.framing else [None] * len(pairs)
     return [
-        Still(f"reference {mask.name}", load_image(image), load_mask_image(mask), str(mask) in marked)
-        for image, mask in pairs
+        Still(f"reference {mask.name}", load_image(image), load_mask_image(mask), str(mask) in marked, window)
+        for (image, mask), window in zip(pairs, windows, strict=True)
     ]
 
 
-def clip_of(files: Sequence[Path], case: CaseFiles | None, findings: Sequence[Finding]) -> Clip | None:
+def clip_of(files: Sequence[Path], case: CaseFiles | None, result: CheckResult) -> Clip | None:
     """The driving mask of a case, or the video among `files`."""
     videos = [path for path in files if not is_image(path)] if case is None else [case.mask_video]
     if len(videos) > 1:
@@ -127,12 +164,13 @@ def clip_of(files: Sequence[Path], case: CaseFiles | None, findings: Sequence[Fi
         return None
     spans = [
         span
-        for finding in findings
+        for finding in result.findings
         if finding.severity != "note" and finding.file == str(videos[0])
         for span in finding.frames
     ]
     marked = frozenset(frame for first, last in spans for frame in range(first, last + 1))
-    return Clip(videos[0], case.driving if case else None, marked)
+    window = result.framing.inputs[0].window if result.framing else None
+    return Clip(videos[0], case.driving if case else None, marked, window)
 
 
 def write_preview(folder: Path, references: Sequence[Still], clip: Clip | None, count: int) -> tuple[Path, Path | None]:
@@ -166,14 +204,15 @@ def _write_overlay_video(output: Path, clip: Clip, count: int) -> list[Still]:
     info = probe_video(clip.mask)
     wanted = set(chosen_frames(info.frames, count, clip.marked))
     stills: list[Still] = []
-    height, width = (max(2, side // 2 * 2) for side in (info.height, info.width))  # 4:2:0 needs even sides
+    empty = Still("", None, np.zeros((info.height, info.width, 3), np.uint8), window=clip.window)
+    height, width = (max(2, side // 2 * 2) for side in empty.drawn.shape[:2])  # 4:2:0 needs even sides
     video = VideoFormat(width, height, info.frame_rate or Fraction(25))
     with VideoWriter(output, video, timestamps=info.timestamps) as writer:
         for number, (picture, mask) in enumerate(_pairs(clip)):
+            still = Still(f"frame {number}", picture, mask, number in clip.marked, clip.window)
             if number in wanted:
-                stills.append(Still(f"frame {number}", picture, mask, number in clip.marked))
-            laid = overlay(picture, mask)
-            writer.write(_resized(laid, (height, width))[None])
+                stills.append(still)
+            writer.write(_resized(still.drawn, (height, width))[None])
         writer.segment_done()
         writer.finish()
     return stills
@@ -198,7 +237,7 @@ def contact_sheet(stills: Sequence[Still]) -> np.ndarray:
     if not stills:
         raise InputError("There is no mask to show.")
     font = ImageFont.load_default(_FONT)
-    pictures = [_thumbnail(overlay(still.picture, still.mask)) for still in stills]
+    pictures = [_thumbnail(still.drawn) for still in stills]
     tallest = max(picture.height for picture in pictures)
     columns = min(len(stills), max(2, round(math.sqrt(len(stills) * tallest / _CELL * 16 / 10))))
     tops, foot = [], _GAP  # of each row, and where the legend begins
@@ -248,6 +287,10 @@ def _legend(stills: Sequence[Still]) -> list[tuple[np.ndarray, str]]:
         (swatch((0, 0, 0)), "dark, hatched: hidden (black)"),
         (swatch((128, 128, 128)), "orange: in no class, soft or grey"),
     ]
+    if any(still.window is not None for still in stills):
+        entries.append(
+            (np.pad(np.full((12, 16, 3), 110, np.uint8), ((3, 3), (3, 3), (0, 0))), "border: the video's frame")
+        )
     if any(still.marked for still in stills):
         entries.append((np.full((18, 22, 3), _ALARM, np.uint8), "red frame: see `masks check`"))
     return entries

@@ -1,4 +1,4 @@
-"""What a mask shows, frame by frame, in a few numbers: the facts that `masks.lint` judges.
+"""What a mask shows, frame by frame, in a few numbers: the facts that `masks.lint` and `masks.framing` judge.
 
 Masks are looked at as people have them, that is, after H.264 or JPEG: areas below `SPECK` of a frame are ignored, and a
 colour outside the palette counts only where it is a flat region (edges are never flat). Such a colour matters because
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.geometry import visible_window
 from scail2_rt.runtime.core.request import ClipSource
+from scail2_rt.runtime.core.window import Part
 from scail2_rt.runtime.masks.palette import (
     BLACK,
     CHARACTERS,
@@ -91,17 +91,63 @@ class ColourChange:
     after: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """Where a character is in the N frames that show it: how many of the pixels looked at are its own.
+
+    frames [N]: their numbers; rows [N, R] and columns [N, C]: in each row and column
+    row_edges [R + 1], column_edges [C + 1]: where rows and columns begin and end, as shares of the sides"""
+
+    frames: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    row_edges: np.ndarray
+    column_edges: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """Pixels in each frame, [N]."""
+        return self.rows.sum(1)
+
+    def inside(self, part: Part) -> np.ndarray:
+        """Pixels inside a part of the picture, [N]. Exact where the part has the picture's full height or width, as
+        windows have; else as if rows and columns had nothing to do with each other."""
+        in_rows = self.rows @ _covered(self.row_edges, *part[:2])
+        in_columns = self.columns @ _covered(self.column_edges, *part[2:])
+        return in_rows * in_columns / np.maximum(self.total, 1)
+
+    def sizes(self, part: Part) -> np.ndarray:
+        """What a loss in each frame is held against, [N]: the pixels that are there, or usually are (median) where the
+        picture itself cuts the character, at a side at which the part cuts too."""
+        lines = self.rows if part[1] - part[0] < part[3] - part[2] else self.columns
+        at_border = (lines[:, 0] > 0) | (lines[:, -1] > 0)
+        return np.where(at_border, np.maximum(self.total, np.median(self.total)), self.total)
+
+    def heights(self, part: Part) -> np.ndarray:
+        """Height of the bounding box inside a part, over the part's height, [N]; 0: not there. A character that the
+        part cuts at a side has the height of the whole."""
+        first, last = (int(np.abs(self.row_edges - edge).argmin()) for edge in part[:2])
+        last = max(last, first + 1)
+        least = max(2, round(self.columns.shape[1] * (part[3] - part[2]) * _ROW_SHARE))  # a speck is no head
+        there = (self.rows[:, first:last] >= least) & (self.inside(part) > 0)[:, None]
+        spans = there.shape[1] - there.argmax(1) - there[:, ::-1].argmax(1)
+        return np.where(there.any(1), spans / (last - first), 0.0)
+
+
+def _covered(edges: np.ndarray, begin: float, end: float) -> np.ndarray:
+    """What share of each interval between two edges lies between begin and end, [len(edges) - 1]."""
+    inside = np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin)
+    return np.clip(inside / np.diff(edges), 0, 1)
+
+
 class MaskStats:
-    """Collects, frame by frame, what a mask shows. Feed it with `add`; ask it at any time. Frames count from 0.
+    """Collects, frame by frame, what a mask shows. Feed it with `add`; ask it at any time. Frames count from 0."""
 
-    `size`: the output's (H, W). The characters' heights are then those in the part of the mask that the cropped frame
-    shows, relative to its height."""
-
-    def __init__(self, size: tuple[int, int] | None = None) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._histograms: list[np.ndarray] = []
-        self._heights: list[np.ndarray] = []
+        self._profiles: list[dict[int, tuple[np.ndarray, np.ndarray]]] = []  # label → pixels by row, by column
         self._last: np.ndarray | None = None
+        self._edges = (np.zeros(1), np.zeros(1))  # of the rows and of the columns looked at
         self.shape = (0, 0)  # of the frames, (H, W)
         self.strangers: list[Stranger] = []
         self.changes: list[ColourChange] = []
@@ -118,7 +164,10 @@ class MaskStats:
             if self._last is not None and self._last.shape == labels.shape:
                 self.changes += _changes(self._last, labels, self.frames)
             self._last = labels
-            self._heights.append(self._measure(labels, step))
+            sides = zip(labels.shape, self.shape, strict=True)
+            rows, columns = (np.minimum(np.arange(count + 1) * step / side, 1) for count, side in sides)
+            self._edges = rows, columns
+            self._profiles.append(_profiles(labels))
             self._histograms.append(np.bincount(seen.ravel(), minlength=CODES) / seen.size)
 
     def _meet(self, colour: RGB, share: float) -> None:
@@ -128,18 +177,6 @@ class MaskStats:
                 known.frames.append(self.frames)
                 return
         self.strangers.append(Stranger(colour, [self.frames], share))
-
-    def _measure(self, labels: np.ndarray, step: int) -> np.ndarray:
-        """Height of each character's bounding box relative to the visible part's height, [6]; 0: not there."""
-        top, bottom, left, right = visible_window(*self.shape, *(self._size or self.shape))
-        visible = labels[round(top / step) : round(bottom / step), round(left / step) : round(right / step)]
-        least = max(2, round(visible.shape[1] * _ROW_SHARE))  # a speck is no head
-        heights = np.zeros(len(CHARACTERS))
-        for i in range(len(CHARACTERS)):
-            rows = np.flatnonzero(np.count_nonzero(visible == i + 1, axis=1) >= least)
-            if len(rows):
-                heights[i] = (rows[-1] - rows[0] + 1) / len(visible)
-        return heights
 
     @property
     def frames(self) -> int:
@@ -165,16 +202,24 @@ class MaskStats:
         """Share of the pixels of each frame that are not exactly of a mask colour, float [T]."""
         return self._per_frame(EXACT, 2)[:, 0]
 
-    @property
-    def heights(self) -> dict[str, float]:
-        """Character → median over the frames that show it of its height relative to the visible frame's."""
-        heights = np.array(self._heights).reshape(-1, len(CHARACTERS))
-        present = self.shares[:, 1:] >= SPECK
+    def profile(self, character: str) -> Profile:
+        """Over the frames in which the character covers more than a speck."""
+        label = list(COLOURS).index(character)
+        shown = np.flatnonzero(self.shares[:, label] >= SPECK)
+        found = [self._profiles[frame][label] for frame in shown]
+        rows, columns = (
+            np.array([counts[axis] for counts in found], np.float32).reshape(len(found), len(self._edges[axis]) - 1)
+            for axis in (0, 1)
+        )
+        return Profile(shown, rows, columns, *self._edges)
+
+    def heights(self, part: Part = (0.0, 1.0, 0.0, 1.0)) -> dict[str, float]:
+        """Character → median over the frames that show it of its height inside a part of the mask, over the part's."""
         medians = {}
-        for i, name in enumerate(CHARACTERS):
-            seen = heights[present[:, i] & (heights[:, i] > 0), i]
-            if len(seen):
-                medians[name] = float(np.median(seen))
+        for name in self.characters:
+            found = self.profile(name).heights(part)
+            if (found > 0).any():
+                medians[name] = float(np.median(found[found > 0]))
         return medians
 
     @property
@@ -215,6 +260,16 @@ def _changes(before: np.ndarray, after: np.ndarray, frame: int) -> list[ColourCh
     return found
 
 
+def _profiles(labels: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Label of each character that is there → its pixels by row and by column."""
+    there = np.flatnonzero(np.bincount(labels.ravel(), minlength=BLACK)[1:BLACK]) + 1
+    found = {}
+    for label in there.tolist():
+        own = labels == label
+        found[label] = tuple(np.count_nonzero(own, axis=axis).astype(np.uint16) for axis in (1, 0))
+    return found
+
+
 def guess_mode(frames: np.ndarray) -> Mode:
     """Mode that a driving mask is made for: white background shows the scene (replace), black hides it (animate).
 
@@ -225,18 +280,16 @@ def guess_mode(frames: np.ndarray) -> Mode:
     return "replace" if white > max(black, SPECK) else "animate"
 
 
-def image_stats(mask: np.ndarray, size: tuple[int, int] | None = None) -> MaskStats:
+def image_stats(mask: np.ndarray) -> MaskStats:
     """Of one mask image, uint8 [H, W, 3]."""
-    stats = MaskStats(size)
+    stats = MaskStats()
     stats.add(mask[None])
     return stats
 
 
-def video_stats(
-    source: ClipSource, start: int = 0, frames: int | None = None, size: tuple[int, int] | None = None
-) -> tuple[MaskStats, Mode]:
+def video_stats(source: ClipSource, start: int = 0, frames: int | None = None) -> tuple[MaskStats, Mode]:
     """Of a mask video, or of a part of it, and the mode that its first frames were made for. Reads it once."""
-    stats, mode = MaskStats(size), None
+    stats, mode = MaskStats(), None
     with open_video(source, start) as reader:
         while frames is None or stats.frames < frames:
             chunk = reader.read(FRAMES_AT_ONCE if frames is None else min(FRAMES_AT_ONCE, frames - stats.frames))

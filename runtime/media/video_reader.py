@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,6 +34,8 @@ from scail2_rt.runtime.media.images import check_file
 _REPAIR = "re-encode it to H.264, or give another file"
 _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273
 _DEFAULT_RATE = Fraction(25)
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave out the alpha plane
+_BESIDE = "matroska_block_additional"
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +257,12 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
 def _decode(container: Any, stream: Any, path: Path) -> Generator[Any, None, None]:
     """All frames of the stream. Packets that cannot be decoded end it when nothing decodable follows (a file cut short,
     or its last part never written); otherwise they are an error that names the frame."""
-    count, failure = 0, None
+    count, failure, decode = 0, None, None
     try:
         for packet in container.demux(stream):
+            decode = decode or _decoder(stream, packet, path)
             try:
-                frames = packet.decode()
+                frames = decode(packet)
             except (av.FFmpegError, OSError, ValueError) as error:
                 failure = failure or (count, error)
                 continue
@@ -270,6 +273,23 @@ def _decode(container: Any, stream: Any, path: Path) -> Generator[Any, None, Non
                 count += 1
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _damaged(path, count, error) from error
+
+
+def _decoder(stream: Any, first: Any, path: Path) -> Callable[[Any], list[Any]]:
+    """What decodes the packets of a stream; `first` is one of them. In WebM, the alpha plane of VP8 and VP9 is a second
+    picture beside each packet."""
+    name = _ALPHA_DECODERS.get(stream.codec_context.name)
+    tagged = any(key.lower() == "alpha_mode" and value != "0" for key, value in stream.metadata.items())
+    if name is None or not (tagged or any(side.data_type == _BESIDE for side in first.iter_sidedata())):
+        return stream.decode
+    try:
+        context: Any = av.CodecContext.create(name, "r")
+    except (av.FFmpegError, ValueError) as error:
+        raise InputError(
+            f"{path} has transparency, which only FFmpeg's decoder {name} reads, and this build lacks it: {_REPAIR}."
+        ) from error
+    context.thread_type = "SLICE"
+    return context.decode
 
 
 def _damaged(path: Path, number: int, error: BaseException) -> InputError:

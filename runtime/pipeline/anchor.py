@@ -140,6 +140,7 @@ class ColourAnchor:
         region = background(self.clip.mask[group].to(self.device))
         driving = torch.empty(0, device=self.device)
         if self.kind is Scene:
+            region &= (self.clip.mask[group].to(self.device) > ON_ABOVE).all(1)  # margins of the frame show no scene
             frames = normalise_video(self.clip.frames[group].to(self.device))
             driving = rgb_to_lab(frames.transpose(0, 1).add(1).div(2))
         lab = rgb_to_lab(pixels.add(1).div(2))

@@ -35,21 +35,20 @@ def copy_to_cpu(tensor: Tensor) -> CopyToCpu:
 
 class StepMarks:
     """Reports each step when the device has done it, one step late, so that the device never waits: a step is queued
-    while the one before it runs. At most two steps are queued, so a run can be cancelled within one."""
+    while the one before it runs. At most two steps are queued, so a run can be cancelled within one.
 
-    def __init__(self, device: torch.device, report: Callable[[int], None]) -> None:
-        self._device, self._report = device, report
-        self._queued: deque[tuple[int, torch.cuda.Event]] = deque()
+    report(step, seen): what is called, with the small tensor that was queued behind the step, on the CPU."""
 
-    def passed(self, step: int) -> None:
-        """The work of a step has been queued."""
-        if self._device.type != "cuda":
-            self._report(step)
-            return
-        done = torch.cuda.Event()
-        done.record()
-        self._queued.append((step, done))
-        while len(self._queued) > (step > 0):  # the first step compiles and loads: there is nothing to keep busy
+    def __init__(self, report: Callable[[int, Tensor], None]) -> None:
+        self._report = report
+        self._queued: deque[tuple[int, CopyToCpu]] = deque()
+
+    def passed(self, step: int, seen: Tensor) -> None:
+        """The work of a step has been queued, and after it `seen`; on a CPU both are done."""
+        self._queued.append((step, copy_to_cpu(seen)))
+        # the first step compiles and loads: there is nothing to keep busy
+        late = 1 if seen.device.type == "cuda" and step > 0 else 0
+        while len(self._queued) > late:
             self._wait()
 
     def finish(self) -> None:
@@ -58,6 +57,5 @@ class StepMarks:
             self._wait()
 
     def _wait(self) -> None:
-        step, done = self._queued.popleft()
-        done.synchronize()
-        self._report(step)
+        step, seen = self._queued.popleft()
+        self._report(step, seen.arrived())

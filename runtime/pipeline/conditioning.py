@@ -16,10 +16,11 @@ from scail2_rt.runtime.core.findings import RGB, ReferenceFit
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.core.request import ImageSource
+from scail2_rt.runtime.core.window import Window
 from scail2_rt.runtime.masks.framing import place
 from scail2_rt.runtime.masks.palette import PALETTE, mask_latents
 from scail2_rt.runtime.media.images import load_image, load_mask_image
-from scail2_rt.runtime.pipeline.preprocess import clip_pixels, normalise_image, resize_cover
+from scail2_rt.runtime.pipeline.preprocess import clip_pixels, normalise_image, through_window
 from scail2_rt.runtime.pipeline.text import PromptCache, Tokenizer, clean_prompt
 from scail2_rt.runtime.pipeline.transformer import References
 from scail2_rt.runtime.pipeline.vae import encode_clip
@@ -49,8 +50,8 @@ def encode_conditions(
     with progress.phase("reference"):
         fits = (plan.fit, *(None for _ in request.extra_refs))  # other views and close-ups keep their framing
         pictures = [
-            load_reference(*pair, plan.height, plan.width, fit)
-            for pair, fit in zip(request.references, fits, strict=True)
+            load_reference(*pair, window, fit)
+            for pair, window, fit in zip(request.references, plan.reference_windows, fits, strict=True)
         ]
         references = encode_references(engines, pictures)
     with progress.phase("clip"):
@@ -101,14 +102,13 @@ def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
 
 
 def load_reference(
-    image: ImageSource, mask: ImageSource, height: int, width: int, fit: ReferenceFit | None = None
+    image: ImageSource, mask: ImageSource, window: Window, fit: ReferenceFit | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Image and mask → fp32 [3, H, W] each: scaled to -1..1, then resized to cover and cropped, or placed as
-    `fit` says."""
+    """Image and mask → fp32 [3, H, W] each: scaled to -1..1, then laid into the frame as the window, or `fit`, says."""
 
     def prepared(pixels: np.ndarray, margin: RGB) -> Tensor:
         picture = normalise_image(torch.from_numpy(pixels).permute(2, 0, 1))[None]
-        return (place(picture, fit, margin, height, width) if fit else resize_cover(picture, height, width))[0]
+        return (place(picture, fit, margin, *window.frame) if fit else through_window(picture, window))[0]
 
     return prepared(load_image(image), fit.margin if fit else BLACK), prepared(load_mask_image(mask), BLACK)
 

@@ -14,10 +14,11 @@ from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.core.geometry import Segment
 from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.window import Window
 from scail2_rt.runtime.masks.palette import mask_latents
 from scail2_rt.runtime.media.clips import FrameReader, open_video
 from scail2_rt.runtime.pipeline.observe import observe
-from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_video, resize_cover
+from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_video, through_window
 from scail2_rt.runtime.pipeline.vae import encode, frame_groups
 
 FRAMES_AT_ONCE = 8
@@ -44,7 +45,7 @@ def read_clips(plan: Plan, first: int = 0) -> Iterator[DrivingClip]:
         for segment in segments:
             parts = []
             for i, reader in enumerate((driving, masks)):
-                fresh = _read(reader, segment.valid_end - read_to, plan.height, plan.width)
+                fresh = _read(reader, segment.valid_end - read_to, plan.driving_window)
                 tail = tails[i]
                 valid = fresh if tail is None else torch.cat([tail[-segment.overlap :], fresh])
                 tails[i] = valid
@@ -54,8 +55,8 @@ def read_clips(plan: Plan, first: int = 0) -> Iterator[DrivingClip]:
             yield DrivingClip(segment, *parts)
 
 
-def _read(reader: FrameReader, count: int, height: int, width: int) -> Tensor:
-    """The next `count` frames at the output size; only a few at a time are held at the video's own size."""
+def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
+    """The next `count` frames as they lie in the frame; only a few at a time are held at the video's own size."""
     parts = []
     for wanted in range(count, 0, -FRAMES_AT_ONCE):
         frames = reader.read(min(wanted, FRAMES_AT_ONCE))
@@ -64,7 +65,7 @@ def _read(reader: FrameReader, count: int, height: int, width: int) -> Tensor:
                 f"{reader.name} ended at frame {reader.position}, {wanted - len(frames)} frames early: it changed or "
                 "cannot be decoded to its end. Re-encode it and try again."
             )
-        parts.append(resize_cover(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width))
+        parts.append(through_window(torch.from_numpy(frames).permute(0, 3, 1, 2), window))
     return torch.cat(parts)
 
 

@@ -21,6 +21,7 @@ from scail2_rt.runtime.pipeline.async_copy import CopyToCpu, StepMarks, copy_to_
 from scail2_rt.runtime.pipeline.conditioning import Conditions, encode_conditions
 from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.driving import DrivingClip, encode_driving, read_clips
+from scail2_rt.runtime.pipeline.finite import check_latent, check_pixels, colour_range, value_range, warn_if_flat
 from scail2_rt.runtime.pipeline.history import Carry, cross_fade, encode_history
 from scail2_rt.runtime.pipeline.observe import observe
 from scail2_rt.runtime.pipeline.placement import Placement
@@ -28,7 +29,7 @@ from scail2_rt.runtime.pipeline.preprocess import quantise_frames
 from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from scail2_rt.runtime.pipeline.text import PromptCache
 from scail2_rt.runtime.pipeline.transformer import Transformer
-from scail2_rt.runtime.pipeline.vae import decode
+from scail2_rt.runtime.pipeline.vae import decode_unclamped
 
 DrawNoise = Callable[[Layout], Tensor]
 
@@ -171,13 +172,18 @@ def layout_of(clip: DrivingClip, conditions: Conditions, sampling: Sampling) -> 
 
 def denoise(machine: Machine, transformer: Transformer, sampling: Sampling, x: Tensor, clean: Tensor | None) -> Tensor:
     """From noise x fp32 [16, F, h, w] to a clean latent. `clean` [16, Th, h, w] holds the history latents: they
-    overwrite the first Th frames before every model call and after every step, where the history mask is 1."""
+    overwrite the first Th frames before every model call and after every step, where the history mask is 1.
+    NotFinite at the step that makes something else than numbers, on a GPU when the next one has been queued."""
     scheduler = make_scheduler(sampling.scheduler, sampling.steps, sampling.shift)
     schedule = machine.constants.schedule(scheduler.timesteps)
     history_mask = x.new_zeros(4, *x.shape[1:])
     history_mask[:, : 0 if clean is None else clean.shape[1]] = 1
-    marks = StepMarks(x.device, machine.progress.step)
 
+    def done(step: int, seen: Tensor) -> None:
+        check_latent(seen, step, machine.engines, machine.progress.now)
+        machine.progress.step(step)
+
+    marks = StepMarks(done)
     x = overwrite_history(x, clean)
     for step in range(sampling.steps):
         velocity, *unguided = transformer.velocities(x, history_mask, schedule, step)
@@ -187,7 +193,7 @@ def denoise(machine: Machine, transformer: Transformer, sampling: Sampling, x: T
             velocity = unguided[0] + sampling.guidance * (velocity - unguided[0])
         x = overwrite_history(scheduler.step(velocity, x), clean)
         observe("latent", x)
-        marks.passed(step)
+        marks.passed(step, value_range(x))
     marks.finish()
     return x
 
@@ -211,12 +217,14 @@ def decode_segment(
     machine: Machine, clip: DrivingClip, latent: Tensor, sampling: Sampling, carry: Carry
 ) -> Generator[Frames, None, None]:
     """The frames that a segment adds, in order: colours anchored, the overlap faded in where the segment before has
-    left its own version of it, as many held back at the end for the next one's fade."""
+    left its own version of it, as many held back at the end for the next one's fade. NotFinite for a group that is
+    not of numbers; a segment of one colour is a warning."""
     segment, before = clip.segment, carry.history
     blend = sampling.blend if before is not None else 0
     first, last = segment.overlap - min(blend, segment.overlap), segment.valid_frames - sampling.blend
     anchor = open_anchor(sampling.anchor_color, sampling.mode, clip, carry.anchor, machine.engines.device)
     history: Tensor | None = None
+    ranges: list[Tensor] = []
 
     def finish(start: int, pixels: Tensor) -> Tensor:
         shaded = pixels if anchor is None else anchor.shade(start, pixels)
@@ -224,6 +232,8 @@ def decode_segment(
 
     with closing(decoded_groups(machine, latent, finish)) as groups:
         for group in groups:
+            ranges.append(group.colours.arrived())
+            check_pixels(ranges[-1], group.start, group.pixels.shape[1], machine.engines, machine.progress.now)
             observe("pixels", group.pixels)
             shown = group.shown[:, : max(segment.valid_frames - group.start, 0)]
             history = shown if history is None else torch.cat([history, shown], dim=1)
@@ -231,6 +241,7 @@ def decode_segment(
             new = group.levels.arrived()[max(first - group.start, 0) : max(last - group.start, 0)]
             left = None
             if group.start + group.pixels.shape[1] >= segment.valid_frames:
+                warn_if_flat(ranges, machine.progress.now)
                 left = Carry(carry.finished + 1, history, {} if anchor is None else anchor.state())
             if len(new) or left:
                 yield Frames(new, left)
@@ -239,13 +250,14 @@ def decode_segment(
 @dataclass(frozen=True, slots=True)
 class Group:
     """Frames of one latent frame: the number of the first, decoded pixels [3, 1 or 4, H, W], the same as they are
-    shown, and those as uint8 [1 or 4, H, W, 3] on their way
-    to the CPU."""
+    shown; on their way to the CPU those as uint8 [1 or 4, H, W, 3], and the range of each colour as the network gave
+    it, fp32 [2, 3]."""
 
     start: int
     pixels: Tensor
     shown: Tensor
     levels: CopyToCpu
+    colours: CopyToCpu
 
 
 def decoded_groups(
@@ -254,14 +266,16 @@ def decoded_groups(
     """The groups of a latent in order, each shown as `finish(start, pixels)` makes it. On a GPU a group leaves while
     the next is decoded: it is handed out when the next has been queued."""
     start, waiting = 0, None
-    with closing(decode(machine.engines, latent)) as chunks:
+    with closing(decode_unclamped(machine.engines, latent)) as chunks:
         while True:
             with machine.progress.phase("decode", wait=False):
-                pixels = next(chunks, None)
+                raw = next(chunks, None)
                 upcoming = None
-                if pixels is not None:
+                if raw is not None:
+                    colours, pixels = copy_to_cpu(colour_range(raw)), raw.clamp(-1, 1)
                     shown = finish(start, pixels)
-                    upcoming = Group(start, pixels, shown, copy_to_cpu(quantise_frames(shown)))
+                    upcoming = Group(start, pixels, shown, copy_to_cpu(quantise_frames(shown)), colours)
+                del raw
                 if waiting is not None:
                     waiting.levels.arrived()
             if waiting is not None:

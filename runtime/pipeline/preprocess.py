@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scail2_rt.runtime.core.geometry import covering_size
+from scail2_rt.runtime.core.window import Window
 
 _FRAMES_AT_ONCE = 8  # bounds the fp32 copy that a resize of 8-bit frames needs
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,12 +29,34 @@ def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
     """
     scaled = covering_size(frames.shape[-2], frames.shape[-1], height, width)
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return _resized(frames, scaled, slice(top, top + height), slice(left, left + width))
+
+
+def through_window(frames: Tensor, window: Window) -> Tensor:
+    """Frames as `resize_cover` takes them (float in -1..1), scaled and laid into the frame as the window says; margins
+    are black."""
+    height, width = window.frame
+    if window.way == "official":
+        return resize_cover(frames, height, width)
+    top, left = max(window.top, 0), max(window.left, 0)
+    bottom, right = min(window.top + window.height, height), min(window.left + window.width, width)
+    rows, columns = slice(top - window.top, bottom - window.top), slice(left - window.left, right - window.left)
+    shown = _resized(frames, (window.height, window.width), rows, columns)
+    if shown.shape[-2:] == window.frame:
+        return shown
+    framed = shown.new_full((*shown.shape[:2], height, width), 0 if shown.dtype == torch.uint8 else -1)
+    framed[..., top:bottom, left:right] = shown
+    return framed
+
+
+def _resized(frames: Tensor, scaled: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+    """These rows and columns of frames [T, 3, H, W] at the size `scaled`, of the same type."""
     if scaled == tuple(frames.shape[-2:]):
-        return frames[..., top : top + height, left : left + width]
+        return frames[..., rows, columns]
     parts = []
     for chunk in frames.split(_FRAMES_AT_ONCE):
         wide = F.interpolate(chunk.float(), scaled, mode="bicubic", antialias=True, align_corners=False)
-        wide = wide[..., top : top + height, left : left + width]
+        wide = wide[..., rows, columns]
         parts.append(wide.clamp_(0, 255).round_().to(torch.uint8) if frames.dtype == torch.uint8 else wide)
     return torch.cat(parts).to(frames.dtype)
 

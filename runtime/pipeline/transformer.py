@@ -144,7 +144,10 @@ class Transformer:
         mods = (self.block_modulation + modulation).unbind()
         x = torch.empty(layout.tokens, self.config.dim, device=self.engines.device)
         x[layout.references], x[layout.driving] = self._references, self._driving
-        x[layout.video] = self._embed_rows(self._rows(video), self._video_mask)
+        place = x[layout.video]
+        tokens = self._embed_rows(self._rows(video), self._video_mask, out=place)
+        if tokens is not place:  # an executor that does not write where it is told
+            place.copy_(tokens)
         head = self.engines.tables["head.modulation"] + time
         shared_x, shared_q = self._attend(0, x, mods[0])
         result = []
@@ -185,8 +188,8 @@ class Transformer:
         """latent [20, F, h, w] and mask [28, F, h, w] → tokens fp32 [L, C]."""
         return self._embed_rows(self._rows(latent), self._rows(mask), driving)
 
-    def _embed_rows(self, rows: Tensor, masks: Tensor, driving: bool = False) -> Tensor:
-        """The same of patches: rows [L, 80] and masks [L, 112]."""
+    def _embed_rows(self, rows: Tensor, masks: Tensor, driving: bool = False, out: Tensor | None = None) -> Tensor:
+        """The same of patches: rows [L, 80] and masks [L, 112]. `out`: where the tokens may be written."""
         flag = rows.new_full((rows.shape[0], 1), float(driving))
-        (tokens,) = self.engines.run("dit.embed", rows, masks, flag)
+        (tokens,) = self.engines.run("dit.embed", rows, masks, flag, out=out)
         return tokens

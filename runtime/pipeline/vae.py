@@ -4,6 +4,7 @@ The first latent frame holds one pixel frame, every later one four.
 """
 
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -34,9 +35,16 @@ def encode_clip(engines: EngineSet, video: Tensor) -> Tensor:
 
 def decode(engines: EngineSet, latent: Tensor) -> Generator[Tensor, None, None]:
     """Normalised latent [16, F, h, w] → pixel frames [3, 1, H, W], then [3, 4, H, W] each, clamped to -1..1."""
+    with closing(decode_unclamped(engines, latent)) as groups:
+        for pixels in groups:
+            yield pixels.clamp(-1, 1)
+
+
+def decode_unclamped(engines: EngineSet, latent: Tensor) -> Generator[Tensor, None, None]:
+    """The same as the network gives it, where infinity is not white yet."""
     stream = engines.vae_stream("vae.decode")
     try:
         for frame in latent.split(1, dim=1):
-            yield stream.step(frame).clamp(-1, 1)
+            yield stream.step(frame)
     finally:
         stream.close()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
-from scail2_rt.runtime.core.geometry import Layout, check_size, oriented, plan_segments
+from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
-from scail2_rt.runtime.core.request import DEFAULT_SIZE, Output, Request
+from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.media.unfinished import part_ends, partial_path, resumable, sidecar_path
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 def check_request(request: Request) -> Plan:
     """The plan of a request. Raises InputError with one sentence for the first thing that is wrong."""
     from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
+    from scail2_rt.runtime.masks.windows import Pictures
     from scail2_rt.runtime.media.clips import probe
 
     _check_files(request)
@@ -36,8 +37,6 @@ def check_request(request: Request) -> Plan:
     findings += video_pair(driving, mask_video)
     refuse(findings, request.allow_mask_problems)
     frames = _trimmed(request, min(driving.frames, mask_video.frames))
-    height, width = request.size or oriented(DEFAULT_SIZE, *images[0].shape[:2])
-    check_size(height, width)
     segments = plan_segments(frames, request.segment_length, request.segment_overlap)
     report = check_masks(
         masks,
@@ -46,13 +45,16 @@ def check_request(request: Request) -> Plan:
         names=[mask for _, mask in _names(request)],
         start=request.start,
         frames=frames,
-        size=(height, width),
+        pictures=Pictures(
+            [image.shape[:2] for image in images], (driving.height, driving.width), request.fit, request.size
+        ),
     )
+    fit = None
+    if request.fit_reference:
+        report, fit = _fitted(images[0], masks[0], report, request)
     findings += report.findings
     refuse(report.findings, request.allow_mask_problems)
-    fit = _fit(images[0], masks[0], report, height, width) if request.fit_reference else None
-    if fit:  # the difference that the mask check warns of is mended
-        findings = [finding for finding in findings if finding.rule != "framing"]
+    height, width = report.size
     largest = max(segment.padded_frames for segment in segments)
     times = driving.timestamps and driving.timestamps[request.start : request.start + frames]
     return Plan(
@@ -64,6 +66,8 @@ def check_request(request: Request) -> Plan:
         segments=segments,
         mode=report.mode,
         layout=Layout.of(largest, height, width, len(request.extra_refs), report.mode == "replace"),
+        driving_window=report.framing.inputs[0].window,
+        reference_windows=tuple(framed.window for framed in report.framing.inputs[1:]),
         warnings=(*driving.warnings, *mask_video.warnings, *warnings_of(findings)),
         timestamps=times,
         audio=driving.audio,
@@ -122,15 +126,28 @@ def _prepared(request: Request) -> Request:
     )
 
 
-def _fit(image: "np.ndarray", mask: "np.ndarray", report: "MaskReport", height: int, width: int) -> ReferenceFit:
-    """How `--fit-reference` scales the reference."""
-    from scail2_rt.runtime.masks.framing import fit_reference
+def _fitted(
+    image: "np.ndarray", mask: "np.ndarray", report: "MaskReport", request: Request
+) -> tuple["MaskReport", ReferenceFit]:
+    """How `--fit-reference` scales the reference, and the report without what that mends: the difference of heights,
+    and what the reference's window would cut away."""
+    from scail2_rt.runtime.masks.framing import fit_reference, framed_by_fit
+    from scail2_rt.runtime.masks.lint import refuse
+    from scail2_rt.runtime.masks.windows import CROPPED, cropped_findings
 
     if report.mode != "replace":
         raise InputError(
             "--fit-reference is for replace mode: in animate mode the character keeps its place in the reference image."
         )
-    return fit_reference(image, mask, report.framing.driving, height, width)
+    name = _names(request)[0][1]
+    kept = [f for f in report.findings if f.rule != "framing" and (f.rule, f.file) != (CROPPED, name)]
+    refuse(kept, request.allow_mask_problems)
+    driving, reference, *extra = report.framing.inputs
+    fit = fit_reference(image, mask, report.framing.driving, reference.window)
+    reference = framed_by_fit(reference, mask, fit)
+    kept += cropped_findings(reference, name, "At this scale it is wider than the frame: leave out --fit-reference.")
+    framing = replace(report.framing, inputs=(driving, reference, *extra))
+    return replace(report, findings=tuple(kept), framing=framing), fit
 
 
 def _trimmed(request: Request, total: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.engines.folder.manifest import write_json
 from scail2_rt.engines.registry import gpu
+from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.core.geometry import forward_flops, vae_decode_flops, vae_encode_flops
 from scail2_rt.runtime.core.plan import Estimate, Plan
 from scail2_rt.runtime.pipeline.placement import Placement
@@ -158,6 +159,8 @@ def described(plan: Plan, expected: Estimate) -> dict[str, Any]:
         "seconds": dict(expected.seconds),
         "total_s": expected.total_s,
         "basis": expected.basis,
+        "framing": plan.framing and plan.framing.described,
+        "reference_fit": plain(plan.fit),
         "warnings": list(plan.warnings),
     }
 
@@ -171,8 +174,8 @@ def as_text(plan: Plan, expected: Estimate) -> str:
         f"mode {plan.mode}",
         f"{counted(count, 'segment')} of at most {max(s.padded_frames for s in plan.segments)} frames:",
     ]
-    if plan.fit is not None:
-        lines.insert(1, plan.fit.text)
+    said = [plan.framing.line if plan.framing else "", plan.fit.text if plan.fit else ""]
+    lines[1:1] = [line for line in said if line]
     for number, segment in enumerate(plan.segments, 1):
         overlap = f", {segment.overlap} of them from the segment before" if segment.overlap else ""
         padding = f", padded by {segment.padding}" if segment.padding else ""

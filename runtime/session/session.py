@@ -10,7 +10,7 @@ generation at a time. Cancelling or failing leaves it ready for the next request
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,7 @@ class Session:
         self.prompts = PromptCache(prompt_cache, engines.encoder_hash)
         self.rates = Rates(engines)
         self.warnings: list[str] = []
+        self._untold = engines.warnings  # about the folder, for the first plan
         self._busy = threading.Lock()
         self._closed = False
 
@@ -87,13 +88,14 @@ class Session:
         return self.fit(check_request(request))
 
     def fit(self, plan: Plan) -> Plan:
-        """A plan of `check_request` with what depends on these engines: warnings about the prompt, and the estimate.
-        InputError when it does not fit this machine."""
+        """A plan of `check_request` with what depends on these engines: the estimate, warnings about the prompt and, in
+        the first plan of a session, about the engine folder. InputError when it does not fit this machine."""
         if plan.request.noise_device == "cuda" and not torch.cuda.is_available():
             raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU here: use cpu.")
         with self._on_device():
             expected = estimate(plan, self.engines, place(plan, self.engines), self.rates)
-        warnings = dict.fromkeys([*plan.warnings, *self._prompt_warnings(plan)])
+        warnings = dict.fromkeys([*plan.warnings, *self._untold, *self._prompt_warnings(plan)])
+        self._untold = ()
         return replace(plan, warnings=tuple(warnings), estimate=expected)
 
     def animate(
@@ -126,8 +128,8 @@ class Session:
         on_progress, cancel   as in `animate`
 
         However a run ends, finished segments are kept as `NAME.partial.mp4`, and the report is written. InputError for
-        an output that cannot be written or must not be replaced; Scail2Error when the session runs another generation,
-        or when something fails."""
+        an output that cannot be written, must not be replaced or is being written by another run; Scail2Error when the
+        session runs another generation, or when something fails."""
         from scail2_rt.runtime.session.write import write_video
 
         return write_video(self, plan, Output.of(output), RunProgress(on_progress, cancel))
@@ -144,9 +146,10 @@ class Session:
         noise: torch.Generator,
         carry: Carry | None = None,
         placement: Placement | None = None,
+        notes: Sequence[str] = (),
     ) -> Generator[Frames, None, None]:
         """What `animate` and `generate` consume: frames with what each segment leaves, from the segment after `carry`
-        on. One run at a time; a run that fails leaves nothing behind."""
+        on. One run at a time; a run that fails leaves nothing behind. notes: the first of the run's warnings."""
         if self._closed:
             raise Scail2Error("The session is closed: open another one.")
         if not self._busy.acquire(blocking=False):
@@ -155,7 +158,7 @@ class Session:
                 "session."
             )
         try:
-            self.warnings.clear()
+            self.warnings[:] = notes
             with self._on_device():
                 placement = placement or place(plan, self.engines)
                 if placement is not None:

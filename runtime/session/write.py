@@ -6,7 +6,7 @@ an interrupted one is continued, and what was not begun begins.
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.session import report
 from scail2_rt.runtime.session.check import check_output, check_room
+from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
 from scail2_rt.runtime.session.resume import Saved, Sidecar, first_difference, identity, noise_generator
 
 if TYPE_CHECKING:
@@ -50,8 +51,17 @@ class Result:
 
 def write_video(session: "Session", plan: Plan, output: Output, progress: RunProgress) -> Result:
     """`Session.generate`."""
+    refuse_second(output.path)
     check_output(output, plan.request)
     check_room(output, plan)
+    notes: list[str] = []
+    with sole_writer(output.path, notes.append):
+        check_output(output, plan.request)  # what was there may have changed until the lock was held
+        return _write_alone(session, plan, output, progress, notes)
+
+
+def _write_alone(session: "Session", plan: Plan, output: Output, progress: RunProgress, notes: Sequence[str]) -> Result:
+    """The video of a plan whose output nobody else writes. notes: warnings that came up before."""
     about = {
         **report.describe_plan(plan, output),
         "prompt_cache": _cache_hits(session, plan),
@@ -70,7 +80,7 @@ def write_video(session: "Session", plan: Plan, output: Output, progress: RunPro
     run.begin(fresh=saved is None)
     try:
         with collecting(session.warnings):
-            _write(session, run, sidecar, saved, placement)
+            _write(session, run, sidecar, saved, placement, notes)
     except BaseException as error:
         run.failed(error)
         raise
@@ -82,11 +92,18 @@ def write_video(session: "Session", plan: Plan, output: Output, progress: RunPro
     return result
 
 
-def _write(session: "Session", run: "_Run", sidecar: Sidecar, saved: Saved | None, placement: Placement | None) -> None:
+def _write(
+    session: "Session",
+    run: "_Run",
+    sidecar: Sidecar,
+    saved: Saved | None,
+    placement: Placement | None,
+    notes: Sequence[str],
+) -> None:
     plan = run.plan
     noise = noise_generator(plan.request.noise_device, plan.request.seed, saved)
     carry, written = (saved.carry, saved.frames) if saved else (Carry(), 0)
-    frames_of_run = session.frames(plan, run.progress, noise, carry, placement)
+    frames_of_run = session.frames(plan, run.progress, noise, carry, placement, notes)
     with contextlib.closing(frames_of_run) as made, run.writer(after=written) as writer:
         for frames in made:
             writer.write(frames.pixels.numpy())

@@ -29,6 +29,7 @@ LOSSLESS = {"codec": "ffv1", "options": {}}
 INDEX_IN_FRONT = {"movflags": "faststart"}
 NO_B_FRAMES = {"crf": "10", "bf": "0"}
 B_FRAMES = {"crf": "10", "bf": "3", "b-adapt": "0", "g": "30"}
+WEB_ALPHA = {"auto-alt-ref": "0"}  # FFmpeg's encoders take transparency in this way alone
 Make = Callable[[Path], object]
 
 
@@ -84,11 +85,12 @@ def heard(name: str, make: Make, *tracks: tuple[str, int, int], **more: Any) -> 
     return Row(name, make, numbers=range(13), tracks=tracks, **more)
 
 
-def transparent(folder: Path) -> None:
+def transparent(ending: str = "mov", **coding: Any) -> Make:
     """A colour hides under the transparent quarter."""
     frames = np.concatenate([scene(9), np.full((9, 64, 96, 1), 255, np.uint8)], axis=-1)
     frames[:, 32:, :48, 3] = 0
-    write_clip(folder / "driving.mov", frames, RATE, codec="png", pixel_format="rgba", options={})
+    coding = coding or {"codec": "png", "pixel_format": "rgba", "options": {}}
+    return lambda folder: write_clip(folder / f"driving.{ending}", frames, RATE, **coding)
 
 
 def animated_webp(folder: Path) -> None:
@@ -193,7 +195,15 @@ ROWS = [
     ),
     # pixels
     Row("grey", clip("mkv", pixel_format="gray", **LOSSLESS), shown=GREY_SCENE),
-    Row("alpha", transparent, shown={**SCENE, "bottom left": BLACK}, within=1),
+    *(
+        Row(
+            f"alpha of {codec}",
+            transparent("webm", codec=codec, pixel_format="yuva420p", options={**WEB_ALPHA, "crf": "4", "b": "2M"}),
+            shown={**SCENE, "bottom left": BLACK},
+        )
+        for codec in ("libvpx", "libvpx-vp9")
+    ),
+    Row("alpha", transparent(), shown={**SCENE, "bottom left": BLACK}, within=1),
     Row("10 bits", clip("mp4", pixel_format="yuv420p10le")),
     Row(
         "HLG",

@@ -94,3 +94,44 @@ def fp8_scaled(
         bare = {layer.removeprefix(PREFIX): note for layer, note in layers.items()}
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": bare})
     return file, metadata, meant
+
+
+def diffusers_vae(wan: Tensors) -> Tensors:
+    """Under the names of diffusers' `AutoencoderKLWan`."""
+    words = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
+    words |= {"shortcut": "conv_shortcut", "middle.0": "mid_block.resnets.0", "middle.2": "mid_block.resnets.1"}
+    words |= {"middle.1": "mid_block.attentions.0", "head.0": "norm_out", "head.2": "conv_out"}
+    tensors = {}
+    for name, tensor in wan.items():
+        for ours, theirs in words.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        name = name.replace("encoder.downsamples.", "encoder.down_blocks.")
+        name = re.sub(r"^(encoder|decoder)\.conv1\.", r"\1.conv_in.", name)
+        name = re.sub(r"^conv1\.", "quant_conv.", re.sub(r"^conv2\.", "post_quant_conv.", name))
+        if match := re.match(r"decoder\.upsamples\.(\d+)\.", name):
+            level, place = divmod(int(match[1]), 4)
+            inside = "upsamplers.0" if place == 3 else f"resnets.{place}"
+            name = f"decoder.up_blocks.{level}.{inside}.{name[match.end() :]}"
+        tensors[name] = tensor
+    return tensors
+
+
+def diffusers_dit(wan: Tensors) -> Tensors:
+    """Under the names of diffusers' `WanTransformer3DModel`; what that has not keeps its own."""
+    words = {"time_embedding.0": "condition_embedder.time_embedder.linear_1", "head.head": "proj_out"}
+    words |= {"time_embedding.2": "condition_embedder.time_embedder.linear_2", "norm3": "norm2"}
+    words |= {"text_embedding.0": "condition_embedder.text_embedder.linear_1"}
+    words |= {"text_embedding.2": "condition_embedder.text_embedder.linear_2"}
+    words |= {"time_projection.1": "condition_embedder.time_proj", "head.modulation": "scale_shift_table"}
+    words |= {"img_emb.proj.0": "condition_embedder.image_embedder.norm1", "modulation": "scale_shift_table"}
+    words |= {"img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj", "cross_attn": "attn2"}
+    words |= {"img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2", "self_attn": "attn1"}
+    words |= {"img_emb.proj.4": "condition_embedder.image_embedder.norm2", ".o.": ".to_out.0.", ".q.": ".to_q."}
+    words |= {".k.": ".to_k.", ".v.": ".to_v.", ".k_img.": ".add_k_proj.", ".v_img.": ".add_v_proj."}
+    words |= {".norm_k_img.": ".norm_added_k.", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+    tensors = {}
+    for name, tensor in wan.items():
+        for ours, theirs in words.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = tensor
+    return tensors

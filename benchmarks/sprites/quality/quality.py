@@ -26,21 +26,25 @@ from scail2_rt.benchmarks.sprites.quality.sheets import Block, case_block, write
 from scail2_rt.benchmarks.sprites.quality.trials import (
     BASELINES,
     CEILING,
+    EQUAL,
     FITTED,
+    OFFICIAL,
     ONE_REFERENCE,
     OURS,
     SAMPLING,
     TASKS,
     Answer,
     Variant,
+    frame_of,
     held_out_case,
     long_variants,
     make_request,
     variants,
 )
 from scail2_rt.benchmarks.sprites.shipped import make_engines
-from scail2_rt.benchmarks.sprites.world import cases, figures, motions, raster
+from scail2_rt.benchmarks.sprites.world import cases, figures, motions, raster, shapes
 from scail2_rt.benchmarks.sprites.world.case_files import write_case
+from scail2_rt.benchmarks.sprites.world.shapes import SHAPES
 from scail2_rt.engines.engine_set import EngineSet, Execution
 from scail2_rt.engines.folder.manifest import read_manifest
 from scail2_rt.kernels.errors import InputError
@@ -117,7 +121,7 @@ def make_video(session: Session, request: Request) -> _Made:
 
 def drawing_hash() -> str:
     """Of the code that draws the cases: changed code draws others under the same numbers."""
-    sources = "".join(inspect.getsource(module) for module in (cases, figures, motions, raster))
+    sources = "".join(inspect.getsource(module) for module in (cases, figures, motions, raster, shapes))
     return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
@@ -254,7 +258,13 @@ class _Runner:
 
         def ours(**options: Any) -> _Made:
             trial.draw()
+            options = {"size": frame_of(trial.task), **options}
             return make_video(session, make_request(trial.folder, trial.seed, variant, **options))
+
+        def equal() -> _Made:
+            folder = trial.folder.with_name(f"{trial.folder.name}-equal")
+            write_case(held_out_case(trial.task, trial.seed, equal=True), folder)
+            return make_video(session, make_request(folder, trial.seed, variant, size=frame_of(trial.task)))
 
         def alone(make: Callable[[Answer], np.ndarray]) -> _Make:
             return lambda: (make(trial.answer), ())
@@ -264,8 +274,12 @@ class _Runner:
             makers[ONE_REFERENCE] = ("ours", partial(ours, extra_refs=()))
         if trial.task == "closeup":
             makers[FITTED] = ("ours", partial(ours, fit_reference=True))
-        if variant.name == USUAL:
+        if trial.task in SHAPES:
+            makers[OFFICIAL] = ("ours", partial(ours, fit="official", allow_mask_problems=True))
+            makers[EQUAL] = ("ours", equal)
+        elif variant.name == USUAL:
             makers |= {who: ("baseline", alone(make)) for who, make in BASELINES.items()}
+        if variant.name == USUAL:
             makers[CEILING] = ("ceiling", alone(lambda answer: round_trip(session.engines, answer.case.truth)))
         return makers
 

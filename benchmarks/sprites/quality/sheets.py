@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from scail2_rt.benchmarks.sprites.world.cases import SpriteCase
 
@@ -29,10 +29,23 @@ class Block:
 
 
 def case_block(title: str, case: SpriteCase, made: Mapping[str, np.ndarray]) -> Block:
-    """Driving video, `made`, truth. Additional references stand below the first."""
+    """Driving video, `made`, truth. Additional references stand below the first. Pictures of another shape than the
+    truth's are shown whole, in its size."""
+    size = case.truth.shape[1:3]
     extras = [(f"extra reference {number}", image) for number, (image, _) in enumerate(case.extras, 1)]
-    rows = {"driving": case.driving, **made, "truth": case.truth}
-    return Block(title, [("reference", case.reference), *extras], rows)
+    pictures = [(name, _whole(image, size)) for name, image in (("reference", case.reference), *extras)]
+    driving = case.driving
+    if driving.shape[1:3] != size:
+        driving = np.stack([_whole(frame, size) for frame in driving])
+    return Block(title, pictures, {"driving": driving, **made, "truth": case.truth})
+
+
+def _whole(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The picture [H, W, 3] scaled into this size (H, W), paper around it."""
+    if pixels.shape[:2] == size:
+        return pixels
+    picture = ImageOps.contain(Image.fromarray(pixels), size[::-1])
+    return np.asarray(ImageOps.pad(picture, size[::-1], color=PAPER))
 
 
 def write_sheet(path: Path, blocks: Iterable[Block]) -> None:

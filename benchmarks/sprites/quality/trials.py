@@ -2,9 +2,9 @@
 
 A trial is a case of the test split (characters, places and motions that training never saw) under a variant. Beside the
 tasks of `cases`, `swapped` binds each of two characters to the other's driving figure, `closeup` is replacement from a
-reference that the character fills, `long` runs over three segments and `longer` over five. What no model is needed for
-stands beside ours: repeating the reference, copying the driving video; and what no model can beat, the truth through
-the VAE.
+reference that the character fills, `long` runs over three segments and `longer` over five; `portrait`, `landscape` and
+`edge` have pictures of other shapes than the frame (`world.shapes`). What no model is needed for stands beside ours:
+repeating the reference, copying the driving video; and what no model can beat, the truth through the VAE.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,16 +19,21 @@ from scail2_rt.benchmarks.sprites.world import cases
 from scail2_rt.benchmarks.sprites.world.case_files import case_request
 from scail2_rt.benchmarks.sprites.world.cases import SIZE, SpriteCase, closeup, make_scene, render_case
 from scail2_rt.benchmarks.sprites.world.raster import Picture, draw_picture
+from scail2_rt.benchmarks.sprites.world.shapes import SHAPES, render_shapes
 from scail2_rt.runtime.core.geometry import Segment
 from scail2_rt.runtime.core.request import Request
 
-TASKS = (*cases.TASKS, "swapped", "closeup", "long")
+TASKS = (*cases.TASKS, "swapped", "closeup", "long", *SHAPES)
 SEGMENT, OVERLAP = cases.FRAMES, 5
 STEP = SEGMENT - OVERLAP
 LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
-DRAWN_AS = {"swapped": "two", "closeup": "replace", "long": "animate", "longer": "animate"}
+DRAWN_AS = {
+    "swapped": "two", "closeup": "replace", "long": "animate", "longer": "animate", "portrait": "animate",
+    "landscape": "animate", "edge": "replace",
+}  # fmt: skip
 SAMPLING: Mapping[str, Any] = {"scheduler": "unipc", "steps": 2, "shift": 3.0, "guidance": 1.0}
 OURS, ONE_REFERENCE, FITTED, CEILING = "ours", "one-reference", "fit-reference", "vae"
+OFFICIAL, EQUAL = "fit-official", "equal-shapes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +87,18 @@ def long_variants(usual: Variant) -> tuple[Variant, ...]:
     )
 
 
-def held_out_case(task: str, seed: int) -> SpriteCase:
-    """Held-out case number `seed` of a task of this module."""
-    frames = LENGTHS.get(task, cases.FRAMES)
+def held_out_case(task: str, seed: int, equal: bool = False, frames: int | None = None) -> SpriteCase:
+    """Held-out case number `seed` of a task of this module; `equal`: all pictures in the frame's shape."""
+    frames = frames or LENGTHS.get(task, cases.FRAMES)
     scene = make_scene(DRAWN_AS.get(task, task), seed, "test", frames, swapped=task == "swapped")
+    if task in SHAPES:
+        return render_shapes(task, scene, SHAPES[task].equal if equal else SHAPES[task])
     return render_case(closeup(scene) if task == "closeup" else scene)
+
+
+def frame_of(task: str) -> tuple[int, int]:
+    """(H, W) of the output of a task."""
+    return SHAPES[task].frame if task in SHAPES else SIZE
 
 
 def make_request(folder: Path, seed: int, variant: Variant, **options: Any) -> Request:

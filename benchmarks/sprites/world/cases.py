@@ -122,9 +122,9 @@ def closeup(scene: Scene) -> Scene:
 
 
 def render_case(scene: Scene, size: tuple[int, int] = SIZE) -> SpriteCase:
-    reference, reference_labels, reference_mask = _view(scene.reference, size)
-    extras = tuple((image[0], mask[0]) for image, _, mask in (_view(view, size) for view in scene.extras))
-    driving, _, driving_mask = _view(scene.driving, size)
+    reference, reference_labels, reference_mask = draw_view(scene.reference, size)
+    extras = tuple((image[0], mask[0]) for image, _, mask in (draw_view(view, size) for view in scene.extras))
+    driving, _, driving_mask = draw_view(scene.driving, size)
     truth, labels = draw_picture(scene.truth, *size)
     hidden = np.zeros(labels.shape, bool)
     if scene.hides == "background":
@@ -134,7 +134,7 @@ def render_case(scene: Scene, size: tuple[int, int] = SIZE) -> SpriteCase:
     return SpriteCase(scene, reference[0], reference_mask[0], extras, driving, driving_mask, truth, labels, hidden)
 
 
-def _view(view: View, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_view(view: View, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """→ image, labels, mask."""
     image, labels = draw_picture(view.picture, *size)
     return image, labels, np.array(view.colours, np.uint8)[labels]

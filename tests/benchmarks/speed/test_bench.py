@@ -48,6 +48,9 @@ def test_all_sections_measure_and_merge(everything: tuple[dict[str, Any], str], 
         assert rows[name]["timing"]["median_s"] > 0
     assert rows["forward/official/144"]["kind"] == "baseline"
     assert "needs a GPU" in rows["generate/limit-12GiB/13f-2steps"]["note"]
+    for name in ("load/first-step", "load/weights"):
+        assert "check_percent" in rows[name]["values"]
+        assert rows[f"{name}-unchecked"]["timing"]["median_s"] > 0
     assert len(document["runs"]) == 7
     assert {"command", "date", "versions", "device"} <= document["runs"][0].keys()
     last = json.loads(stdout.splitlines()[-1])

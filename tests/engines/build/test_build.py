@@ -128,6 +128,42 @@ class TestBadWeights:
         with pytest.raises(InputError, match=rf"tensor {key} of the checkpoint has NaN or infinite"):
             build(request(tmp_path / "e"), small_checkpoint(**{name: bad}))
 
+    @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+    @pytest.mark.parametrize("strength", [1e38, -1e38, 1e60])
+    def test_a_lora_that_leaves_no_numbers_is_named(self, tmp_path: Path, strength: float, precision: str) -> None:
+        """Its own tensors are of numbers, and so are the checkpoint's."""
+        small, large = lora_file(tmp_path / "s.safetensors"), lora_file(tmp_path / "l.safetensors", value=10.0)
+        specs = LoRASpec(small, 0.5), LoRASpec(large, strength)
+        with pytest.raises(InputError) as caught:
+            build(request(tmp_path / "e", precision, loras=specs), small_checkpoint())
+        assert str(caught.value) == (
+            f"tensor {TOUCHED} has NaN or infinite values once the LoRA is fused into it: {small} at strength 0.5 and "
+            f"{large} at strength {strength:g}; give a smaller strength."
+        )
+        assert not (tmp_path / "e" / MANIFEST).exists()
+
+    def test_a_lora_on_a_table_is_named(self, tmp_path: Path) -> None:
+        save_file({"blocks.1.self_attn.norm_q.diff": torch.full((DIT.dim,), 10.0)}, tmp_path / "n.safetensors")
+        asked = request(tmp_path / "e", loras=(LoRASpec(tmp_path / "n.safetensors", 1e38),))
+        with pytest.raises(
+            InputError, match=r"norm_q\.weight has NaN.*n\.safetensors at strength 1e\+38; give a smaller"
+        ):
+            build(asked, small_checkpoint())
+
+    def test_a_tensor_that_was_damaged_before_is_not_the_loras_fault(self, tmp_path: Path) -> None:
+        bad = small_checkpoint().sources["dit"].get(TOUCHED).clone()
+        bad[3, 4] = float("nan")
+        asked = request(tmp_path / "e", loras=(LoRASpec(lora_file(tmp_path / "l.safetensors")),))
+        with pytest.raises(InputError, match=rf"tensor {TOUCHED} of the checkpoint has NaN.*get an intact file"):
+            build(asked, small_checkpoint(blocks__0__self_attn__q__weight=bad))
+
+    def test_a_lora_that_the_precision_cannot_hold_is_named(self, tmp_path: Path) -> None:
+        asked = request(tmp_path / "e", "fp16", loras=(LoRASpec(lora_file(tmp_path / "l.safetensors"), 1e5),))
+        with pytest.raises(
+            Scail2Error, match=r"1e\+05.*float16.*It holds the LoRA .*l\.safetensors at strength 100000\."
+        ):
+            build(asked, small_checkpoint())
+
     @pytest.mark.parametrize("precision", ["fp32", "fp8"])
     def test_a_wrong_shape_is_named(self, tmp_path: Path, precision: str) -> None:
         bad = torch.zeros(DIT.dim * 2, DIT.dim // 2)
@@ -144,9 +180,7 @@ class TestBadWeights:
 
 
 class TestSecondCall:
-    def test_does_nothing_and_reads_nothing(
-        self, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_checks_and_writes_nothing(self, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = BuildRequest(tiny.path, tmp_path / "e", ("torch",), "bf16")
         first, steps = Steps(), Steps()
         report = build(asked, tiny, first)
@@ -164,7 +198,7 @@ class TestSecondCall:
         again = build(asked, tiny, steps)
         assert again.up_to_date
         assert again.added == ()
-        assert steps.steps == []
+        assert [step.phase for step in steps.steps] == ["check"]
         assert "nothing to do" in steps.notes[-1]
         assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (tmp_path / "e").rglob("*")} == before
 

@@ -3,7 +3,8 @@
 The converting process gets a hard limit on private writable memory (RLIMIT_DATA, which Linux also applies to private
 file mappings) beside the measurement, so that an allocation between two samples cannot escape. The files have holes
 where zeros are: one of 0.9 GB (and in `make soak` the `wide` preset), converted in full with a LoRA and by `scail2-rt
-convert`, and one of the official 65.6 GB with all 987 SAT tensors, of which one block is converted.
+convert`, and one of the official 65.6 GB with all 987 SAT tensors, of which one block is converted. A block is
+converted from every quantised format, and an embedding as large as umT5's half is read from a GGUF file.
 """
 
 import json
@@ -19,11 +20,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from scail2_rt.export.checkpoint.derive import dit_shapes
 from scail2_rt.export.checkpoint.random_checkpoint import PRESETS, SAT_FILE, Preset, make_checkpoint, random_tensor
 from scail2_rt.export.models.config import DiTConfig
+from tests.support.quantised_files import hollow_file, hollow_gguf
 
 GIB = 2**30
 MIB = 2**20
+WIDE = DiTConfig(dim=4096, heads=32, layers=1, ffn_dim=11264, text_dim=64, clip_dim=160)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,18 @@ print(json.dumps({{"start": start, "peak": peak[0], "read": read, "written": wri
                   "samples": samples}}))
 """
 
+# Every value of the tensor `token_embd.weight` of a GGUF file, in the pieces that a build converts.
+EMBEDDING = f"""
+from scail2_rt.engines.folder.weights import pieces
+from scail2_rt.export.checkpoint.gguf_file import open_gguf
+import gguf
+{WATCH}
+source = open_gguf(Path(sys.argv[1]))
+count = sum(values.numel() for _, values in pieces(source, ("token_embd.weight",)))
+done.set()
+print(json.dumps({{"count": count, "grown": peak[0] - start}}))
+"""
+
 # `scail2-rt convert` in this process, under the limit; prints the most anonymous memory it held on top.
 COMMAND = f"""
 from scail2_rt.engines.build import convert
@@ -206,3 +222,33 @@ def test_official_size_opens_and_converts_a_block(folder: Path) -> None:
     grown = result["peak"] - result["start"]
     print(f"65.6 GB opened, {result['read'] / 1e9:.1f} GB converted with {grown / 1e6:.0f} MB of anonymous memory")
     assert grown < GIB
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form", ["int8_tensorwise", "convrot", "mxfp8", "nvfp4", "quanto", "fp8_blocks", "lightx2v", "Q4_K", "Q8_0"]
+)
+def test_the_convert_command_needs_no_more_for_quantised_files(folder, form):
+    folder.mkdir()
+    gguf = form.startswith("Q")
+    file = folder / f"wide.{'gguf' if gguf else 'safetensors'}"
+    (hollow_gguf if gguf else hollow_file)(file, dit_shapes(WIDE), form)
+    output = folder / "out/wide.safetensors"
+    report, result = map(json.loads, run(COMMAND, file, output, GIB).splitlines())
+    assert result["code"] == 0
+    with safe_open(output, "pt") as opened:
+        assert not opened.get_slice("blocks.0.ffn.0.weight")[:64].any()
+    print(f"{form}: {report['files'][0]['size'] / 1e6:.0f} MB written with {result['grown'] / 1e6:.0f} MB on top")
+    assert result["grown"] < GIB
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_large_embedding_is_dequantised_by_rows(folder):
+    folder.mkdir()
+    hollow_gguf(folder / "umt5.gguf", {"token_embd.weight": (131072, 4096)}, "Q8_0", r"token_embd\.weight")
+    result = json.loads(run(EMBEDDING, folder / "umt5.gguf", GIB))
+    assert result["count"] == 131072 * 4096
+    print(f"2.1 GB of fp32 dequantised with {result['grown'] / 1e6:.0f} MB on top")
+    assert result["grown"] < GIB / 2

@@ -9,9 +9,11 @@ import torch
 from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
 from scail2_rt.engines.engine_set import Execution, open_engines
 from scail2_rt.engines.folder.manifest import read_manifest
+from scail2_rt.engines.folder.sums import DamagedError
 from scail2_rt.engines.tensorrt_backend import session
 from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
 from scail2_rt.kernels.errors import InputError
+from tests.support.damage import flip
 from tests.support.small import small_checkpoint
 from tests.support.tensorrt_api.bindings import VERSIONS
 from tests.support.tensorrt_api.installed import installed
@@ -87,6 +89,22 @@ def test_other_weights_and_options_keep_what_is_good(recorder: Recorder, tmp_pat
     assert not any("context" in path.name or "umt5" in path.name for path in recorder.built)
     with open_engines(tmp_path / "e", "tensorrt", device="cpu") as plans, pytest.raises(InputError, match="rows = 99"):
         plans.run("dit.head", torch.randn(100, 32), torch.randn(2, 32))
+
+
+def test_a_damaged_plan_is_refused_and_built_alone(recorder: Recorder, tmp_path: Path) -> None:
+    make(tmp_path / "e")
+    flip(tmp_path / "e/stages/dit.head.plan", 30)
+    inputs = torch.randn(5, 32), torch.randn(2, 32)
+    with open_engines(tmp_path / "e", "tensorrt", device="cpu") as plans:
+        message = r"stage dit\.head of .*file stages/dit\.head\.plan has another.*small -o .* --backend tensorrt$"
+        with pytest.raises(DamagedError, match=message):
+            plans.run("dit.head", *inputs)
+    recorder.built.clear()
+    assert make(tmp_path / "e").repaired == ("dit.head",)
+    assert [path.name for path in recorder.built] == ["dit.head.trt.onnx"]
+    assert make(tmp_path / "e").up_to_date
+    with open_engines(tmp_path / "e", "tensorrt", device="cpu") as plans:
+        plans.run("dit.head", *inputs)
 
 
 def test_nothing_is_left_behind_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

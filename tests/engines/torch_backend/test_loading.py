@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.folder.store import StoreLayout, StoreReader, StoreWriter, TensorShape
-from scail2_rt.engines.torch_backend.loading import PIECE, StageStream, WeightLoader, buffer_bytes, carve
+from scail2_rt.engines.folder.store import StoreLayout, StoreReader, StoreWriter, SummingWriter, TensorShape
+from scail2_rt.engines.folder.sums import PIECE, DamagedError, SumChecker, Sums, joined
+from scail2_rt.engines.torch_backend.loading import StageStream, WeightLoader, buffer_bytes, carve
 from scail2_rt.kernels.errors import InputError
+from tests.support.damage import flip
 
 STAGES = [f"s{i}" for i in range(5)]
 TENSORS = {"weight": TensorShape(torch.bfloat16, (33, 7)), "bias": TensorShape(torch.float32, (5,))}
@@ -86,3 +88,66 @@ def test_a_store_that_shrank_is_told(tmp_path: Path, store: StoreReader, loader:
     loading = loader.start(last, TENSORS)
     with pytest.raises(InputError, match="ends before the tensor"):
         loading.wait()
+
+
+class TestSums:
+    @pytest.fixture
+    def summed(self, store: StoreReader) -> StoreReader:
+        sums = Sums("", {name: joined(store.pieces(name)) for name in store.layout.names}, {})
+        store.checker = SumChecker(store.path, sums, "the command")
+        return store
+
+    def damage(self, store: StoreReader, name: str = "s2.weight") -> None:
+        flip(store.path, store.layout.location(name).offset + 4)
+
+    def test_a_damaged_stage_does_not_arrive(self, summed: StoreReader, loader: WeightLoader) -> None:
+        self.damage(summed)
+        loadings = [loader.start(stage, TENSORS) for stage in STAGES]
+        for stage, loading in zip(STAGES, loadings, strict=True):
+            if stage == "s2":
+                with pytest.raises(DamagedError, match=r"stage s2 of .*tensor s2\.weight.*with: the command"):
+                    loading.wait()
+            else:
+                assert same(loading.wait(), summed, stage)
+        loader.start("s2", TENSORS).settle()  # of no use to anybody, so nobody is told
+
+    def test_every_load_is_checked(self, summed: StoreReader, loader: WeightLoader) -> None:
+        loader.start("s2", TENSORS).wait()
+        self.damage(summed)
+        with pytest.raises(DamagedError):
+            loader.start("s2", TENSORS).wait()
+
+    def test_a_stream_checks_in_its_first_pass(self, summed: StoreReader, loader: WeightLoader) -> None:
+        stream: StageStream[dict[str, Tensor]] = StageStream(loader, STAGES, TENSORS, dict)
+        for stage in STAGES:
+            stream.take(stage)
+        stream.take("s0")
+        self.damage(summed)
+        for stage in STAGES:
+            stream.take(stage)
+        stream.close()
+
+    def test_a_stream_finds_a_damaged_stage(self, summed: StoreReader, loader: WeightLoader) -> None:
+        self.damage(summed)
+        stream: StageStream[dict[str, Tensor]] = StageStream(loader, STAGES, TENSORS, dict)
+        stream.take("s0")
+        stream.take("s1")
+        with pytest.raises(DamagedError, match="stage s2"):
+            stream.take("s2")
+        stream.close()
+
+    def test_pieces_of_a_long_tensor(self, tmp_path: Path) -> None:
+        shape = TensorShape(torch.uint8, (PIECE + 12345,))
+        writer = StoreWriter(tmp_path / "w.safetensors", StoreLayout.plan({"a.x": shape}))
+        summing = SummingWriter(writer)
+        summing.write("a.x", torch.randint(0, 256, shape.shape, dtype=torch.uint8))
+        writer.finish()
+        reader = StoreReader(tmp_path / "w.safetensors")
+        reader.checker = SumChecker(tmp_path, Sums("", summing.sums, {}), "the command")
+        loader = WeightLoader(reader, torch.device("cpu"))
+        loader.start("a", {"x": shape}).wait()
+        flip(reader.path, -1)
+        with pytest.raises(DamagedError):
+            loader.start("a", {"x": shape}).wait()
+        loader.close()
+        reader.close()

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from scail2_rt.engines.build.build import BuildRequest, build
 from scail2_rt.engines.engine_set import EngineSet
+from scail2_rt.engines.folder.damage import sums_now
 from scail2_rt.engines.folder.manifest import MANIFEST, read_manifest, write_manifest
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout
+from scail2_rt.engines.folder.sums import DamagedError
 from scail2_rt.engines.verify import inspector
 from scail2_rt.engines.verify.stage_check import TOLERANCES, level, stage_inputs, worst_error
 from scail2_rt.engines.verify.verify import VerifyReport, VerifyRequest, open_for, verify
@@ -24,6 +26,7 @@ from scail2_rt.export.models.precision import BF16, FP16, FP32, PRECISIONS, Nume
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.as_json import plain
+from tests.support.damage import flip
 from tests.support.small import DIT, build_small, small_checkpoint
 
 STORE = f"stages/{STORE_NAME}"
@@ -50,7 +53,9 @@ def rewrite_hash(folder: Path, name: str) -> None:
         dataclasses.replace(a, size=file.stat().st_size, sha256=hash_file(file)) if a.path == name else a
         for a in manifest.artefacts
     )
-    write_manifest(folder, dataclasses.replace(manifest, artefacts=artefacts))
+    assert manifest.sums is not None
+    sums = sums_now(folder, manifest.sums.files)
+    write_manifest(folder, dataclasses.replace(manifest, artefacts=artefacts, sums=sums))
 
 
 def change_value(folder: Path, tensor: str, index: int, xor: int) -> None:
@@ -62,6 +67,14 @@ def change_value(folder: Path, tensor: str, index: int, xor: int) -> None:
         byte = file.read(1)[0]
         file.seek(place.offset + index)
         file.write(bytes([byte ^ xor]))
+
+
+def set_value(folder: Path, tensor: str, index: int, value: bytes) -> None:
+    """Write one value of a tensor of the store."""
+    place = StoreLayout.read(folder / STORE).location(tensor)
+    with (folder / STORE).open("r+b") as file:
+        file.seek(place.offset + index * len(value))
+        file.write(value)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +104,7 @@ def test_good_folders_of_the_tiny_checkpoint_pass(tiny: Checkpoint, tmp_path: Pa
     if precision != "fp32":
         assert worst[precision] > TOLERANCES["fp32"]  # a lower precision was really run
     assert verdicts(report) == {
+        "checksums": True,
         "files": True,
         "sources": True,
         "weights": True,
@@ -137,12 +151,50 @@ class TestDamage:
         assert verdicts(report)["weights"] is False
         assert not failed(report)
 
+    @pytest.mark.parametrize(("precision", "tensor"), [("fp32", "weight"), ("bf16", "weight"), ("fp8", "scale")])
+    def test_a_value_that_is_not_a_number(self, tmp_path: Path, precision: str, tensor: str) -> None:
+        build_small(tmp_path / "e", precision)
+        name = f"dit.blocks.1.ffn.up.{tensor}"
+        width = StoreLayout.read(tmp_path / "e" / STORE).location(name).dtype.itemsize
+        set_value(tmp_path / "e", name, 7, b"\x00\x00\xc0\x7f"[-width:])
+        rewrite_hash(tmp_path / "e", STORE)
+        report = run(tmp_path / "e", small_checkpoint())
+        (check,) = [check for check in report.checks if check.passed is False]
+        assert check.name == "weights"
+        assert f"{name} (1 values are NaN or infinite, the first at 7)" in check.detail
+        assert failed(report) == {("dit.blocks.1.ffn", "torch")}
+
+    def test_a_table_that_is_not_of_numbers(self, small: Path) -> None:
+        tables = load_file(small / "tables.safetensors")
+        tables["blocks.1.norm_q"][3] = float("inf")
+        save_file(tables, small / "tables.safetensors")
+        rewrite_hash(small, "tables.safetensors")
+        (check,) = [check for check in run(small, small_checkpoint()).checks if check.passed is False]
+        assert "blocks.1.norm_q (1 values are NaN or infinite, the first at 3)" in check.detail
+
     def test_the_hash_alone(self, small: Path) -> None:
         change_value(small, "dit.head.linear.bias", 0, 1)
         report = run(small, small_checkpoint())
+        (check,) = [check for check in report.checks if check.name == "checksums"]
+        assert check.passed is False
+        assert "stage dit.head of" in check.detail
+        assert "tensor dit.head.linear.bias has another checksum" in check.detail
+        assert f"scail2-rt build-engines small -o {small} --precision fp32 --backend torch" in check.detail
         (check,) = [check for check in report.checks if check.name == "files"]
         assert check.passed is False
         assert STORE in check.detail
+
+    def test_a_damaged_header_is_refused(self, small: Path) -> None:
+        flip(small / STORE, 60)
+        with pytest.raises(DamagedError, match=r"the header of the weight store.*build-engines small"):
+            run(small, small_checkpoint())
+
+    def test_a_folder_without_sums(self, small: Path) -> None:
+        write_manifest(small, dataclasses.replace(read_manifest(small), sums=None))
+        report = run(small, small_checkpoint())
+        assert report.passed
+        assert verdicts(report)["checksums"] is None
+        assert "add them, without a new build, with: scail2-rt build-engines small" in report.text
 
     def test_a_graph_of_another_block(self, tmp_path: Path) -> None:
         """Weights and tables are right and every hash agrees: only running the stage finds it."""
@@ -224,6 +276,18 @@ class TestLoRA:
         report = run(tmp_path / "e", small_checkpoint())
         assert failed(report) == {("dit.blocks.0.ffn", "torch")}
         assert verdicts(report)["tables"] is False
+
+    def test_a_strength_in_the_manifest_that_leaves_no_numbers(self, tmp_path: Path, lora: Path) -> None:
+        build_small(tmp_path / "e", loras=(LoRASpec(lora, 0.7),))
+        text = (tmp_path / "e" / MANIFEST).read_text().replace('"strength": 0.7', '"strength": 1e+60')
+        (tmp_path / "e" / MANIFEST).write_text(text)
+        report = run(tmp_path / "e", small_checkpoint())
+        (check,) = [check for check in report.checks if check.name == "weights"]
+        assert check.passed is False
+        assert f"tensor blocks.0.ffn.0.weight has NaN or infinite values once the LoRA is fused into it: {lora}" in (
+            check.detail
+        )
+        assert "at strength 1e+60; give a smaller strength" in check.detail
 
     def test_a_lora_that_changed_or_is_gone(self, tmp_path: Path, lora: Path) -> None:
         build_small(tmp_path / "e", loras=(LoRASpec(lora, 0.7),))

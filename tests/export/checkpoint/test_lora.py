@@ -225,7 +225,58 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
         {"text_model.layers.0.q.lora_up.weight": noise(4, 4), "blocks.7.ffn.0.diff_b": noise(512)},
         {"text_model.layers.0.q.lora_up.weight": "unknown tensor", "blocks.7.ffn.0.diff_b": "unknown tensor"},
     ),
-    "dora": ({"blocks.0.ffn.0.dora_scale": noise(512, 1)}, {"blocks.0.ffn.0.dora_scale": "unknown tensor"}),
+    "magnitude alone": (
+        {"blocks.0.ffn.2.dora_scale": noise(256, 1)},
+        {"blocks.0.ffn.2.dora_scale": "no matching up"},
+    ),
+    "magnitude of another shape": (
+        {
+            "blocks.1.ffn.0.dora_scale": noise(500, 1),
+            "blocks.1.ffn.0.lora_down.weight": noise(4, 256),
+            "blocks.1.ffn.0.lora_up.weight": noise(512, 4),
+            "blocks.1.ffn.0.diff_b": noise(512),
+        },
+        {"blocks.1.ffn.0.dora_scale": "shape [500, 1] is no magnitude for [512, 256]"}
+        | dict.fromkeys(
+            (
+                "blocks.1.ffn.0.lora_down.weight",
+                "blocks.1.ffn.0.lora_up.weight",
+                "blocks.1.ffn.0.diff_b",
+            ),
+            "belongs to blocks.1.ffn.0.dora_scale",
+        ),
+    ),
+    "bias of another shape": (
+        {
+            "blocks.1.ffn.0.lora_down.weight": noise(4, 256),
+            "blocks.1.ffn.0.lora_up.weight": noise(512, 4),
+            "blocks.1.ffn.0.diff_b": noise(500),
+        },
+        {"blocks.1.ffn.0.diff_b": "shape [500], [512] is needed"}
+        | dict.fromkeys(
+            ("blocks.1.ffn.0.lora_down.weight", "blocks.1.ffn.0.lora_up.weight"), "belongs to blocks.1.ffn.0.diff_b"
+        ),
+    ),
+    "a tensor of an unknown kind beside a pair": (
+        {
+            "blocks.1.ffn.0.lora_down.weight": noise(4, 256),
+            "blocks.1.ffn.0.lora_up.weight": noise(512, 4),
+            "blocks.1.ffn.0.lora_gate.weight": noise(4),
+        },
+        {"blocks.1.ffn.0.lora_gate.weight": "unknown tensor"}
+        | dict.fromkeys(
+            ("blocks.1.ffn.0.lora_down.weight", "blocks.1.ffn.0.lora_up.weight"),
+            "belongs to blocks.1.ffn.0.lora_gate.weight",
+        ),
+    ),
+    "half of a LoKr": (
+        {"blocks.1.ffn.0.lokr_w1": noise(16, 16), "blocks.1.ffn.0.lokr_w2_a": noise(32, 2)},
+        dict.fromkeys(("blocks.1.ffn.0.lokr_w1", "blocks.1.ffn.0.lokr_w2_a"), "no matching lokr_w2"),
+    ),
+    "half of a LoHa": (
+        {"blocks.1.ffn.0.hada_w1_a": noise(512, 2), "blocks.1.ffn.0.hada_w1_b": noise(2, 256)},
+        dict.fromkeys(("blocks.1.ffn.0.hada_w1_a", "blocks.1.ffn.0.hada_w1_b"), "no matching hada_w2_a"),
+    ),
     "no up": (
         {"blocks.0.ffn.2.lora_down.weight": noise(4, 512)},
         {"blocks.0.ffn.2.lora_down.weight": "no matching up"},
@@ -246,7 +297,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
         {"blocks.0.ffn.2.lora_up.weight": noise(256, 5), "blocks.0.ffn.2.lora_down.weight": noise(4, 512)},
         dict.fromkeys(
             ("blocks.0.ffn.2.lora_up.weight", "blocks.0.ffn.2.lora_down.weight"),
-            "up [256, 5] and down [4, 512] do not make [256, 512]",
+            "up [256, 5] and down [4, 512] do not go together",
         ),
     ),
     "misshapen difference": (
@@ -299,8 +350,16 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
         ),
     ),
     "twice": (
-        {"diffusion_model.blocks.0.ffn.0.lora_up.weight": noise(512, 4)},
-        {"diffusion_model.blocks.0.ffn.0.lora_up.weight": "the same as blocks.0.ffn.0.lora_up.weight"},
+        {
+            "blocks.1.ffn.0.lora_down.weight": noise(4, 256),
+            "blocks.1.ffn.0.lora_up.weight": noise(512, 4),
+            "diffusion_model.blocks.1.ffn.0.lora_up.weight": noise(512, 4),
+        },
+        {"diffusion_model.blocks.1.ffn.0.lora_up.weight": "the same as blocks.1.ffn.0.lora_up.weight"}
+        | dict.fromkeys(
+            ("blocks.1.ffn.0.lora_down.weight", "blocks.1.ffn.0.lora_up.weight"),
+            "belongs to diffusion_model.blocks.1.ffn.0.lora_up.weight",
+        ),
     ),
 }
 
@@ -323,10 +382,12 @@ def test_files_that_do_not_fit_are_refused_or_applied_in_part(base, tmp_path, ca
 
 def test_long_lists_are_cut_and_a_file_without_anything_is_refused(base, tmp_path):
     tensors = {f"te.{i}.lora_up.weight": noise(2, 2) for i in range(20)}
-    with pytest.raises(InputError, match=r"20 of its tensors.*and 12 more"):
-        fuse(base, tmp_path / "te.safetensors", tensors)
-    with pytest.raises(InputError, match="has no tensor that fits this transformer"):
-        fuse(base, tmp_path / "te.safetensors", tensors, partial=True)
+    with pytest.raises(InputError, match=r"20 of its tensors.*and 12 more.*--lora-partial"):
+        fuse(base, tmp_path / "te.safetensors", {**GOOD, **tensors})
+    for partial in (False, True):  # no option helps, so none is named
+        with pytest.raises(InputError, match="has no tensor that fits this transformer") as caught:
+            fuse(base, tmp_path / "te.safetensors", tensors, partial)
+        assert "--lora-partial" not in str(caught.value)
 
 
 class TestPeftFolder:
@@ -340,19 +401,41 @@ class TestPeftFolder:
         up, down = tensors.values()
         assert_fused(fuse(base, path, tensors), base, {f"{LINEAR}.weight": 8 / RANK * (up @ down)})
 
-    def test_what_plain_fusion_cannot_do_is_refused(self, base, tmp_path):
-        path, tensors = self.write(tmp_path, {"lora_alpha": 8, "use_dora": True, "use_rslora": True})
-        with pytest.raises(InputError, match="uses use_dora, use_rslora"):
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            ({"r": 8}, "no readable alpha"),
+            ({"lora_alpha": 8, "use_dora": True}, "of DoRA, but without its magnitude"),
+            ({"lora_alpha": 8, "peft_type": "VERA"}, "an adapter of PEFT's kind VERA"),
+            ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, "changes the checkpoint's own weights"),
+            ({"lora_alpha": 8, "alpha_pattern": {"(": 4}}, "an alpha or rank pattern that cannot be read"),
+        ],
+    )
+    def test_what_cannot_be_fused_is_refused(self, base, tmp_path, config, said):
+        path, tensors = self.write(tmp_path, config)
+        with pytest.raises(InputError) as caught:
             fuse(base, path, tensors)
-        path, tensors = self.write(tmp_path, {"r": 8})
-        with pytest.raises(InputError, match="no readable lora_alpha"):
-            fuse(base, path, tensors)
+        assert said in str(caught.value)
+        assert "--lora-partial" not in str(caught.value)
 
-    def test_other_formats_ignore_it(self, base, tmp_path):
-        self.write(tmp_path, {"use_dora": True})
-        fused = fuse(base, tmp_path / "kohya.safetensors", GOOD)
-        up, down = GOOD.values()
-        assert_fused(fused, base, {"blocks.0.ffn.0.weight": up @ down})
+    def test_a_file_of_another_name_is_not_spoken_of(self, base, tmp_path):
+        _, tensors = self.write(tmp_path, {"lora_alpha": 64, "use_dora": True})
+        up, down = tensors.values()
+        assert_fused(fuse(base, tmp_path / "other.safetensors", tensors), base, {f"{LINEAR}.weight": up @ down})
+
+    def test_a_folder_stands_for_its_adapter(self, base, tmp_path):
+        path, tensors = self.write(tmp_path, {"lora_alpha": 8})
+        save_file(tensors, path)
+        spec = parse_lora(f"{tmp_path}:0.5")
+        assert spec == LoRASpec(path, 0.5)
+        assert spec.files == (path, tmp_path / "adapter_config.json")
+        up, down = tensors.values()
+        assert_fused(apply_loras(base, [spec]), base, {f"{LINEAR}.weight": 0.5 * 8 / RANK * (up @ down)})
+
+    def test_a_folder_without_an_adapter(self, tmp_path):
+        (tmp_path / "style.safetensors").touch()
+        with pytest.raises(InputError, match=r"is no PEFT adapter.*it holds style\.safetensors: name one of them"):
+            parse_lora(str(tmp_path))
 
 
 class TestParse:

@@ -1,8 +1,7 @@
 """The Triton kernels of attention and its preparation against their PyTorch twins: on the GPU if there is one, else
-through Triton's interpreter (its e4m3 cast and bf16 dot are wrong: the cast is replaced here, bf16 dots need a GPU)."""
+through Triton's interpreter (its e4m3 cast and bf16 dot are wrong: the cast is replaced, bf16 dots need a GPU)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,6 +22,7 @@ from scail2_rt.kernels.rope import Rope, rotate
 from scail2_rt.kernels.rows.ops import rms_norm
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("exact_e4m3")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -32,28 +32,6 @@ SHAPES = [(201, 2, 64), (130, 3, 64), (256, 1, 128)]  # tokens, heads, width: od
 EPS = 1e-6
 fp8 = pytest.mark.skipif(CAPABILITY < (8, 9), reason="e4m3 needs a GPU of capability 8.9")
 tma_paths = pytest.mark.parametrize("tma", [True, False] if CAPABILITY[0] >= 9 else [False])
-
-
-@pytest.fixture(autouse=True)
-def _exact_e4m3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter's cast loses the carry into the exponent (−1.9575 → −1.0); PyTorch's is right."""
-    if CUDA:
-        yield
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    original = interpreter._convert_float
-
-    def convert(data, source, target, rounding):  # type: ignore[no-untyped-def]
-        if source == tl.float32 and target == tl.float8e4nv:
-            rounded = torch.from_numpy(np.ascontiguousarray(data)).clamp(-448, 448).to(torch.float8_e4m3fn)
-            return rounded.view(torch.uint8).numpy()
-        return original(data, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-    yield
 
 
 def case(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Rope]:

@@ -151,7 +151,44 @@ def test_zero_rows_and_not_a_number() -> None:
     rows_triton.activation_rows(x, data, scales, gelu=False)
     restored = data.float() * scales
     assert torch.equal(restored[0], x[0])
-    assert restored[1].isnan().any()
+    assert restored[1].isnan().all()  # by the scale, whatever became of the data
+    assert scales[1].isnan()
+
+
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("operation", ["quantise", "gelu", "norm", "residual"])
+def test_what_is_not_a_number_stays_in_its_row(operation: str, value: float, twin: bool) -> None:
+    """Of the product by e4m3 weights nothing in this row is a number, and everything in the others."""
+    x, y = random(4, 320), random(4, 320, seed=1, dtype=torch.bfloat16)
+    weight, bias = random(320, seed=2), random(320, seed=3)
+    (y if operation == "residual" else x)[2, 300] = value
+    if twin:
+        x, y, weight, bias = (t.cpu() for t in (x, y, weight, bias))
+        form = ops.RowForm(torch.float32, quantised=True)
+        affine = ops.Affine(weight, bias)
+        data, scales = {
+            "quantise": lambda: ops.quantise_rows(x),
+            "gelu": lambda: ops.gelu_rows(x, form),
+            "norm": lambda: ops.norm_rows(x, affine, EPS, form),
+            "residual": lambda: ops.residual_norm(x, y, None, affine, EPS, form)[1],
+        }[operation]()
+    else:
+        data, scales = operand(4, 320, None)
+        if operation in ("quantise", "gelu"):
+            rows_triton.activation_rows(x, data, scales, gelu=operation == "gelu")
+        else:
+            added = (y, None, torch.empty_like(x)) if operation == "residual" else ()
+            rows_triton.norm_rows(x, weight, bias, 0.0, EPS, data, scales, *added)
+    assert scales is not None
+    lost = torch.tensor([False, False, True, False])
+    restored = (data.float() * scales).cpu()
+    if operation == "gelu" and value == -math.inf:
+        value = math.nan  # −∞·0
+    assert torch.equal((~restored.isfinite()).any(1), lost)
+    if math.isnan(value) or operation in ("norm", "residual"):
+        assert torch.equal(scales[:, 0].isnan().cpu(), lost)
+        assert restored[2].isnan().all()
 
 
 def test_fused_quantisation_is_as_accurate_as_the_twin() -> None:

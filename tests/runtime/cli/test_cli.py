@@ -22,6 +22,7 @@ from scail2_rt.kernels.attention.variants import VARIANTS
 from scail2_rt.runtime.cli import options
 from scail2_rt.runtime.cli.main import cli, explain
 from scail2_rt.runtime.core.request import ANCHORS, SCHEDULERS
+from scail2_rt.runtime.core.window import FITS
 from scail2_rt.runtime.jobs.options import PRESETS
 from scail2_rt.runtime.media.video_writer import CODECS
 from tests.support.command import SCAIL2_RT, SMALL, Run, error_of, one_json, unmeasured
@@ -123,7 +124,7 @@ def test_option_values_are_those_of_the_modules() -> None:
     assert set(options.BACKENDS) == {"auto", *BACKENDS}
     assert ("auto", *VARIANTS) == options.ATTENTION
     assert options.SCHEDULERS == SCHEDULERS
-    assert (tuple(PRESETS), ANCHORS) == (options.PRESETS, options.ANCHORS)
+    assert (tuple(PRESETS), ANCHORS, FITS) == (options.PRESETS, options.ANCHORS, options.FITS)
     assert tuple(CODECS) == options.CODECS
 
 

@@ -88,9 +88,9 @@ class TestCheckpoint:
         found = inspect(tmp_path / "m-00002-of-00002.safetensors")
         (part,) = found.parts
         assert found.layout == "Wan names (prefix diffusion_model.), 2 shards"
-        assert (part.scaled, part.problem) == (4, None)
+        assert (part.formats, part.problem) == ({"float8_e4m3fn scaled": 4}, None)
         assert part.dtypes == {"float16": part.parameters - 4 * 512 * 256, "float8_e4m3fn": 4 * 512 * 256}
-        assert "4 weights with scales" in found.text
+        assert "4 weights in float8_e4m3fn scaled" in found.text
         save_file(tensors | {"blocks.0.norm3.bias": torch.zeros(9)}, tmp_path / "dit.safetensors")
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
         (part,) = inspect(tmp_path / "dit.safetensors").parts

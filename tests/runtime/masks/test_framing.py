@@ -12,7 +12,8 @@ from PIL import Image
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.request import Request
-from scail2_rt.runtime.masks.framing import Framing, fit_reference
+from scail2_rt.runtime.core.window import Window
+from scail2_rt.runtime.masks.framing import Framing, fit_reference, heights
 from scail2_rt.runtime.masks.stats import image_stats
 from scail2_rt.runtime.media.lossless import write_video
 from scail2_rt.runtime.pipeline.conditioning import load_reference
@@ -70,15 +71,19 @@ def giant(tmp_path: Path) -> Path:
     return write_case(tmp_path / "giant", (0.05, 0.95), rows, (160, 80))
 
 
+def official_heights(mask: np.ndarray) -> dict[str, float]:
+    """In a frame of 64x96, cropped in the official way."""
+    return heights(image_stats(mask), Window.official(mask.shape[:2], (64, 96)))
+
+
 def test_heights_are_medians_of_what_the_cropped_frame_shows() -> None:
     tall = box(320, 160, 0.1, 0.9, 0.2, 0.8)
-    assert image_stats(tall).heights == {"red": pytest.approx(0.8, abs=0.01)}
-    assert image_stats(tall, (64, 96)).heights == {"red": 1}  # cropping leaves the middle 107 of 320 rows
-    wide = image_stats(box(64, 400, 0.25, 0.5, 0, 0.05), (64, 96))
-    assert wide.heights == {}  # beside what the frame shows
+    assert image_stats(tall).heights() == {"red": pytest.approx(0.8, abs=0.01)}
+    assert official_heights(tall) == {"red": 1}  # cropping leaves the middle 107 of 320 rows
+    assert official_heights(box(64, 400, 0.25, 0.5, 0, 0.05)) == {}  # beside what the frame shows
     speck = box(64, 96, 0.25, 0.75, 0.4, 0.6)
     speck[2, 2] = RED
-    assert image_stats(speck, (64, 96)).heights == {"red": pytest.approx(0.5, abs=0.02)}
+    assert official_heights(speck) == {"red": pytest.approx(0.5, abs=0.02)}
 
 
 def test_the_ratio_is_that_of_shared_characters() -> None:
@@ -106,7 +111,7 @@ def test_a_fitted_reference_is_as_tall_and_wholly_there(
     case = write_case(tmp_path / "case", rows, [(0.2, 0.8)] * 5, shape)
     plan = check_request(request_of(case, fit_reference=True))
     assert plan.fit is not None
-    image, mask = load_reference(case / "ref.png", case / "ref_mask.png", 64, 96, plan.fit)
+    image, mask = load_reference(case / "ref.png", case / "ref_mask.png", plan.reference_windows[0], plan.fit)
     assert image.shape == mask.shape == (3, 64, 96)
     on = (mask[0] > 0) & (mask[1] < 0)
     there = torch.nonzero(on.any(1))[:, 0]
@@ -120,12 +125,12 @@ def test_the_margin_is_hidden_and_continues_the_border(giant: Path) -> None:
     plan = check_request(request_of(giant, fit_reference=True))
     assert plan.fit is not None
     assert plan.fit.margin == SKY
-    image, mask = load_reference(giant / "ref.png", giant / "ref_mask.png", 64, 96, plan.fit)
+    image, mask = load_reference(giant / "ref.png", giant / "ref_mask.png", plan.reference_windows[0], plan.fit)
     assert (mask[:, :, :10] == -1).all()
     expected = torch.tensor(SKY).view(3, 1, 1) / 255 * 2 - 1
     assert (image[:, :, :10] - expected).abs().max() < 1e-6
     full = np.full((64, 96, 3), RED, np.uint8)  # no border pixel is hidden: a neutral grey
-    assert fit_reference(full, full, {"red": 0.5}, 64, 96).margin == (127, 127, 127)
+    assert fit_reference(full, full, {"red": 0.5}, Window.official((64, 96), (64, 96))).margin == (127, 127, 127)
 
 
 def test_what_cannot_be_fitted_is_refused(giant: Path) -> None:
@@ -141,13 +146,13 @@ def test_what_cannot_be_fitted_is_refused(giant: Path) -> None:
 def test_generate_warns_and_fits(scail2: Run, engines: Path, giant: Path, tmp_path: Path) -> None:
     words = ("generate", engines, "--case", giant, *SMALL, "--json")
     reply = one_json(scail2(*words, "-o", tmp_path / "a.mp4"))
-    assert any("2.00 times as tall" in warning for warning in reply["warnings"])
+    assert any("1.80 times as tall" in warning for warning in reply["warnings"])
     assert [finding["rule"] for finding in reply["mask_findings"]] == ["framing"]
-    assert reply["framing"]["ratio"] == pytest.approx(2, abs=0.05)
+    assert reply["framing"]["ratio"] == pytest.approx(1.8, abs=0.05)
     assert reply["reference_fit"] is None
     result = scail2(*words, "-o", tmp_path / "b.mp4", "--fit-reference")
     fitted = one_json(result)
-    says = "the reference is scaled to 19 %"
+    says = "the reference is scaled to 56 %"
     assert says in result.stderr
     assert says in scail2(*words[:-1], "-o", tmp_path / "c.mp4", "--fit-reference", "--dry-run").stdout
     assert fitted["warnings"] == []
@@ -155,7 +160,7 @@ def test_generate_warns_and_fits(scail2: Run, engines: Path, giant: Path, tmp_pa
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["reference_fit"] == fitted["reference_fit"]
     assert report["reference_fit"]["margin"] == list(SKY)
-    assert report["reference_fit"]["scale"] == pytest.approx(0.5 * 64 / (0.9 * 192), abs=0.01)
+    assert report["reference_fit"]["scale"] == pytest.approx(0.5 / 0.9, abs=0.01)
     assert fitted["output_sha256"] != reply["output_sha256"]
 
 

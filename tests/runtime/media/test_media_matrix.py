@@ -112,6 +112,7 @@ def test_pixels_that_the_model_reads(row: Row, folders: Path) -> None:
             files.driving,
             files.mask_video,
             size=(height, width),
+            fit="official",  # where the quarters are; another window is a matter of the masks
             segment_length=13,
         )
     )

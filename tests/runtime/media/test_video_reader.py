@@ -122,6 +122,32 @@ class TestReader:
         path = write_clip(tmp_path / "a.mkv", grey, codec="ffv1", pixel_format=pixel_format, options={})
         assert np.abs(read_all(path).astype(int) - grey).max() <= 1
 
+    @pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+    @pytest.mark.parametrize("start", [0, 3])
+    def test_transparency_of_webm(self, tmp_path: Path, codec: str, start: int) -> None:
+        """Bright green hides under the transparent half, which is black; the rest comes out as in an opaque file."""
+        frames = np.concatenate([ramp(6), np.full((6, 48, 64, 1), 255, np.uint8)], axis=-1)
+        frames[:, :, 32:] = (0, 255, 0, 0)
+        options = {"auto-alt-ref": "0", "crf": "4", "b": "2M"}
+        path = write_clip(tmp_path / "a.webm", frames, codec=codec, pixel_format="yuva420p", options=options)
+        assert (probe_video(path).frames, probe_video(path).frame_rate) == (6, 25)
+        with VideoReader(path, start) as reader:
+            shown = reader.read(10)
+            assert reader.timestamps == [Fraction(i, 25) for i in range(start, 6)]
+        assert [number_of(frame[:, :28]) for frame in shown] == list(range(start, 6))
+        assert shown[:, :, 36:].max() <= 2
+
+    def test_transparency_of_webm_that_is_cut_short(self, tmp_path: Path) -> None:
+        noise = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 4), dtype=np.uint8)
+        options = {"auto-alt-ref": "0", "crf": "4", "b": "2M"}
+        path = write_clip(tmp_path / "a.webm", noise, codec="libvpx-vp9", pixel_format="yuva420p", options=options)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        info = probe_video(path)
+        assert 2 < info.frames < 18
+        assert "cut short" in info.warnings[0]
+        assert len(read_all(path)) == info.frames
+
     def test_odd_size(self, tmp_path: Path) -> None:
         path = write_clip(tmp_path / "a.mp4", ramp(3, 47, 65), pixel_format="yuv444p")
         assert read_all(path).shape == (3, 47, 65, 3)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.kernels.errors import InputError, Scail2Error
-from scail2_rt.runtime import Cancelled, Clip, Output, Plan, Progress, Request, Result, Session
+from scail2_rt.runtime import Cancelled, Clip, NotFinite, Output, Plan, Progress, Request, Result, Session
 from scail2_rt.runtime.media.images import load_image, load_mask_image
 from scail2_rt.runtime.media.unfinished import partial_path
 from scail2_rt.runtime.media.video_reader import VideoReader
@@ -272,12 +272,15 @@ def test_out_of_memory_is_told_and_the_next_request_is_a_fresh_ones(
     assert np.array_equal(frames_of(session, quick()), expected)
 
 
-def test_nan_leaves_nothing_behind(
+def test_nan_ends_the_run_and_leaves_nothing_behind(
     session: Session, quick: Callable[..., Request], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = schedulers.Scheduler.step
     monkeypatch.setattr(schedulers.Scheduler, "step", lambda self, v, x: step(self, v, x) * float("nan"))
-    assert not np.array_equal(frames_of(session, quick()), expected)
+    with pytest.raises(NotFinite, match="after step 1 of 2 of segment 1 of 2") as caught:
+        frames_of(session, quick())
+    assert session.engines.loaded == ()
+    del caught
     monkeypatch.undo()
     assert np.array_equal(frames_of(session, quick()), expected)
 

@@ -19,6 +19,7 @@ from scail2_rt.benchmarks.sprites.quality.trials import Answer, Variant, make_re
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT, make_engines
 from scail2_rt.benchmarks.sprites.world.case_files import write_case
 from scail2_rt.benchmarks.sprites.world.cases import Scene, make_scene, render_case
+from scail2_rt.benchmarks.sprites.world.shapes import SHAPES
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope
 from scail2_rt.runtime.media.images import load_image
@@ -311,6 +312,29 @@ def test_a_second_segment_goes_on_where_the_first_ended(trained: Session, tmp_pa
     found = two_segments(trained, tmp_path)
     assert found["segment_2"] > SECOND_SEGMENT_DB
     assert found["seam"] < SEAM_LEVELS
+
+
+@pytest.mark.parametrize("task", SHAPES)
+def test_pictures_of_another_shape_cost_little(trained: Session, tmp_path: Path, task: str) -> None:
+    """`--fit auto` is within 1.5 dB of equal shapes on the character, and more than 5 dB above the official crop."""
+    found = {}
+    for who, equal, fit in (("equal", True, "auto"), ("auto", False, "auto"), ("official", False, "official")):
+        case = trials.held_out_case(task, 0, equal, frames=9)
+        write_case(case, tmp_path / who)
+        options = {"size": trials.frame_of(task), "fit": fit, "allow_mask_problems": True}
+        video, _ = quality.make_video(trained, make_request(tmp_path / who, 0, Variant("test"), **options))
+        found[who] = Answer.of(case).score(video)["character_psnr"]
+    assert found["auto"] > found["equal"] - 1.5
+    assert found["auto"] > found["official"] + 5
+
+
+def test_a_shaped_task_is_measured_three_ways(engines: Path, tmp_path: Path) -> None:
+    """With `auto`, with the official crop and with equal shapes; the trivial videos have other shapes."""
+    options = quality.QualityOptions(None, engines, tmp_path, 1, ("edge",), sampling={"steps": 1}, sheets=tmp_path)
+    rows = quality.run_quality(options).rows
+    assert set(rows) == {f"default/edge/{who}/0" for who in ("ours", "fit-official", "equal-shapes", "vae")}
+    assert all(row.measured for row in rows.values())
+    assert load_image(tmp_path / "edge.png").std() > 5
 
 
 def test_swapped_colours_swap_who_does_what(trained: Session, tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def runtime_tensors(engines: EngineSet, scene: Scene, folder: Path) -> tuple[dic
     job = check_request(case_request(folder, size=cases.SIZE, **segments))
     request = job.request
     pairs = [(request.image, request.mask_image), *request.extra_refs]
-    references = [load_reference(*pair, *cases.SIZE) for pair in pairs]
+    references = [load_reference(*pair, window) for pair, window in zip(pairs, job.reference_windows, strict=True)]
     (clip,) = read_clips(job)
     truth = normalise_video(torch.from_numpy(case.truth)).permute(3, 0, 1, 2)
     (text,) = encode_prompts(engines, [request.prompt], None)

@@ -1,0 +1,83 @@
+"""Cases whose pictures have other shapes than the frame: what the official middle crop loses.
+
+A scene of `cases` is drawn into a frame of another shape, each input as a picture of its own shape. A picture is as
+high as the frame (in units, 128), so a figure has the size in it that it has in the right answer, and its place in the
+frame is that which `--fit auto` is to give it. The equal case is the same scene with both inputs in the frame's shape.
+
+    portrait   animate: a portrait clip drives, the reference and the frame are landscape
+    landscape  animate: a landscape clip drives, its figure at the left edge; the reference and the frame are portrait
+    edge       replace: a landscape clip with its figure at the left edge, which the frame shows; a portrait reference
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scail2_rt.benchmarks.sprites.world.cases import Scene, SpriteCase, View, draw_view
+from scail2_rt.benchmarks.sprites.world.figures import AX, BX
+from scail2_rt.benchmarks.sprites.world.raster import PAN, UNITS, Picture, draw_picture
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """(H, W) of the frame and of the pictures. The model was trained on frames 128 high and knows no others.
+
+    left: where the driving figures are to stand, in units from the frame's left edge; None: where they do"""
+
+    frame: Size
+    reference: Size
+    driving: Size
+    left: float | None = None
+
+    @property
+    def equal(self) -> "Shapes":
+        """All pictures in the frame's shape."""
+        return replace(self, reference=self.frame, driving=self.frame)
+
+
+SHAPES: Mapping[str, Shapes] = {
+    "portrait": Shapes((128, 192), (128, 192), (160, 128)),
+    "landscape": Shapes((128, 96), (128, 96), (128, 192), left=38),
+    "edge": Shapes((128, 192), (160, 128), (128, 192), left=34),
+}
+
+
+def units_wide(size: Size) -> float:
+    return UNITS * size[1] / size[0]
+
+
+def moved(picture: Picture, figures: float, scenery: float) -> Picture:
+    """The picture with its figures and its background moved to the right by so many units."""
+    parts, background = picture.parts.copy(), picture.background.copy()
+    parts[..., [AX, BX]] += figures
+    background[:, PAN] += scenery
+    return Picture(parts, background)
+
+
+def render_shapes(task: str, scene: Scene, shapes: Shapes) -> SpriteCase:
+    """The scene, made for a square picture, as a case of these shapes."""
+    middle = units_wide(shapes.frame) / 2 - UNITS / 2
+    place = middle if shapes.left is None else shapes.left - float(scene.joints[..., 0].mean())
+    wide = units_wide(shapes.driving)
+    # a picture narrower than the frame lies in its middle; of a wider one the frame shows the left end
+    driving = (wide - units_wide(shapes.frame)) / 2 if wide < units_wide(shapes.frame) else 0.0
+    reference = units_wide(shapes.reference) / 2 - UNITS / 2
+    scene = replace(
+        scene,
+        task=task,
+        reference=_moved_view(scene.reference, reference, reference),
+        driving=_moved_view(scene.driving, place + driving, middle + driving),
+        truth=moved(scene.truth, place, middle),
+        joints=scene.joints + np.array([place, 0.0]),
+    )
+    image, _, mask = draw_view(scene.reference, shapes.reference)
+    clip, _, clip_mask = draw_view(scene.driving, shapes.driving)
+    truth, labels = draw_picture(scene.truth, *shapes.frame)
+    return SpriteCase(scene, image[0], mask[0], (), clip, clip_mask, truth, labels, np.zeros(labels.shape, bool))
+
+
+def _moved_view(view: View, figures: float, scenery: float) -> View:
+    return replace(view, picture=moved(view.picture, figures, scenery))

@@ -1,0 +1,90 @@
+"""What a LoRA file is called that cannot be fused, and whether one that can is step-distilled.
+
+Files are told by their tensor names: an adapter of another kind (Stand-In, ControlNet LoRA), another network's LoRA, a
+checkpoint. A step-distilled LoRA is told by its name, by its header, or by its differences of norms and biases, which
+come of comparing two whole models; it wants few steps and no guidance.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from scail2_rt.export.checkpoint.lora_names import ModuleTensors, has_lora_tensors
+from scail2_rt.export.checkpoint.tensors import TensorSource
+
+_ADAPTERS: tuple[tuple[str, re.Pattern[str]], ...] = (  # one such name tells the file
+    (
+        "a Stand-In adapter: its pairs act on the tokens of an identity picture alone, which SCAIL-2 does not have",
+        re.compile(r"\.[qkv]_loras?\.(down|up)\.|(?<![a-z])stand[-_]?in(?![a-z])", re.IGNORECASE),
+    ),
+    (
+        "a ControlNet LoRA: it needs a control picture in the model's input, which SCAIL-2 does not have",
+        re.compile(r"lora_controlnet|controlnet|control_(lora|blocks|adapter|layers|model)|\.reshape_weight$"),
+    ),
+    ("a LoRA for VACE, which has blocks that SCAIL-2 does not have", re.compile(r"(^|[._])vace_(blocks|patch)")),
+    ("an IP-Adapter, not a LoRA", re.compile(r"ip_adapter|image_proj\.|to_[kv]_ip\b")),
+    (
+        "an OFT or BOFT adapter, which is not read: merge it with LyCORIS",
+        re.compile(r"\.(oft_(blocks|diag|[rR])|boft_)"),
+    ),
+    ("an (IA)^3 adapter, which is not read: merge it with LyCORIS", re.compile(r"\.(ia3_l|on_input$)")),
+    ("a GLoRA, which is not read: merge it with LyCORIS", re.compile(r"\.[ab][12]\.weight$")),
+    ("a VeRA adapter, which is not read: merge it with PEFT", re.compile(r"vera_(lambda|A|B)")),
+)
+_NETWORKS: tuple[tuple[str, re.Pattern[str]], ...] = (  # told when no name is of this transformer
+    ("Stable Diffusion", re.compile(r"(down|up|input|output)_blocks|mid(dle)?_block")),
+    ("Flux or HunyuanVideo", re.compile(r"(double|single)_blocks|single_transformer_blocks")),
+    ("Qwen-Image, LTX-Video, CogVideoX or Stable Diffusion 3", re.compile(r"transformer_blocks|joint_blocks")),
+    ("a text encoder", re.compile(r"(^|[._])lora_te\d?_|text_(model|encoder)")),
+    ("a language model", re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj")),
+)
+_WIDTHS = {1536: "Wan 1.3B", 2048: "a Wan of 2B", 3072: "Wan 2.2 5B", 5120: "the 14B models"}
+
+_DISTILLED = re.compile(
+    r"light(x2v|ning)|distill|causvid|accvid|fusionx|self[-_ ]?forc|fast[-_ ]?wan|(?<![a-z])(lcm|dmd2?|rcm|turbo|hyper)"
+    r"(?![a-z])|(?<![a-z0-9])[1-9]\d?[-_ ]?steps?(?![a-z0-9])",
+    re.IGNORECASE,
+)
+_NO_DESCRIPTION = re.compile(r"^ss_|tag|prompt|caption|dataset|hash|date|step$|epoch", re.IGNORECASE)
+_SHORT = 200  # characters; longer values are not names
+
+
+def foreign_kind(source: TensorSource) -> str | None:
+    """What a file is that cannot be fused as a LoRA, whatever the transformer; None when it may be one."""
+    names = list(source.keys())
+    for what, sign in _ADAPTERS:
+        if any(sign.search(name) for name in (*names, *source.metadata)):
+            return what
+    if not has_lora_tensors(names):
+        networks = sum(name.endswith((".weight", ".bias", ".modulation")) for name in names)
+        what = "a checkpoint" if names and 2 * networks >= len(names) else "a file without LoRA tensors"
+        return f"{what}, not a LoRA: its {len(names)} tensors begin with {', '.join(names[:3])}"
+    return None
+
+
+def network_of(names: Iterable[str]) -> str | None:
+    """Whose LoRA a file is of which no tensor fits, as far as its names tell."""
+    names = list(names)
+    return next((network for network, sign in _NETWORKS if any(sign.search(name) for name in names)), None)
+
+
+def width_name(width: int) -> str:
+    return f"{width} channels" + (f" ({_WIDTHS[width]})" if width in _WIDTHS else "")
+
+
+def distilled_by(path: Path, metadata: Mapping[str, str], groups: Iterable[ModuleTensors]) -> str | None:
+    """By what a LoRA is known to be step-distilled: "name", "header" or "difference tensors"; None when it is not."""
+    name = path.parent.name if path.stem == "adapter_model" else path.stem
+    if _DISTILLED.search(name):
+        return "name"
+    for key, value in metadata.items():
+        if not _NO_DESCRIPTION.search(key) and len(value) < _SHORT and _DISTILLED.search(f"{key} {value}"):
+            return "header"
+        if key in ("ss_output_name", "ss_training_comment") and _DISTILLED.search(value):
+            return "header"
+    norms = biases = False
+    for group in groups:
+        in_block = group.modules[0].startswith("blocks.")
+        norms |= in_block and "norm" in group.modules[0] and "weight" in group.tensors
+        biases |= in_block and "norm" not in group.modules[0] and "bias" in group.tensors
+    return "difference tensors" if norms and biases else None
