@@ -24,7 +24,24 @@ LABELS: dict[Component, str] = {"dit": "transformer", "vae": "VAE", "umt5": "umT
 _SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
+_PART_FOLDERS = ("vae", "umt5-xxl", "text_encoder", "text_encoders", "clip", "clip_vision", "image_encoder")
+
 Group = tuple[Path, ...]  # one weights file, or the shards of one
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The folder around the one that a named file lies in: its files, and its sub-folders that are named for parts.
+    Other folders beside the file's own may be other models'."""
+
+    root: Path
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (self.root, *(self.root / name for name in _PART_FOLDERS if (self.root / name).is_dir()))
+
+
+Where = Path | ModelFolders | Around
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +122,8 @@ def is_gguf(path: Path) -> bool:
     return begins
 
 
-def search(place: Path | ModelFolders, main: Group | None, wanted: Sequence[Component]) -> Found:
-    """Candidates for the wanted components in a folder and the folders in it, or in a models folder."""
+def search(place: Where, main: Group | None, wanted: Sequence[Component]) -> Found:
+    """Candidates for the wanted components in a folder and the folders in it, around it, or in a models folder."""
     candidates: dict[Component, list[TensorSource]] = {component: [] for component in wanted}
     refused: dict[str, None] = {}
     taken = {file.resolve() for file in main or ()}
@@ -138,12 +155,15 @@ def foreign_file(path: Path, found: Recognised) -> str:
     return f"{path} holds {found.foreign}"
 
 
-def _folders(place: Path | ModelFolders, wanted: Sequence[Component]) -> Iterator[tuple[Component | None, Path]]:
+def _folders(place: Where, wanted: Sequence[Component]) -> Iterator[tuple[Component | None, Path]]:
     """(the only component to look for there, or None for any; folder)."""
     if isinstance(place, ModelFolders):
         for component in wanted:
             for folder in place.places[component]:
                 yield from ((component, below) for below in folders_below(folder))
+        return
+    if isinstance(place, Around):
+        yield from ((None, folder) for folder in place.folders)
         return
     yield None, place
     for entry in sorted(entry for entry in place.iterdir() if entry.is_dir() and entry.name[0] != "."):

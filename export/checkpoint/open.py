@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scail2_rt.export.checkpoint.comfy_folder import KINDS, ModelFolders, model_folders
+from scail2_rt.export.checkpoint.comfy_folder import KINDS, model_folders
 from scail2_rt.export.checkpoint.derive import (
     check_shapes,
     clip_config,
@@ -25,7 +25,7 @@ from scail2_rt.export.checkpoint.derive import (
     vae_config,
     vae_shapes,
 )
-from scail2_rt.export.checkpoint.find import LABELS, Group, foreign_file, group_of, open_group, search
+from scail2_rt.export.checkpoint.find import LABELS, Around, Group, Where, foreign_file, group_of, open_group, search
 from scail2_rt.export.checkpoint.recognise import Recognised, recognise
 from scail2_rt.export.checkpoint.tensors import Rows, TensorSource, View, shapes_of
 from scail2_rt.export.models.config import ModelConfig
@@ -69,7 +69,7 @@ class Place:
 
     root: Path
     main: Group | None
-    searched: tuple[Path | ModelFolders, ...]
+    searched: tuple[Where, ...]
 
 
 class MissingPart(InputError):
@@ -157,10 +157,10 @@ def _locate(path: Path) -> Place:
     return Place(path, (files[0],), (path,))
 
 
-def _above(folder: Path) -> tuple[Path, ...]:
+def _above(folder: Path) -> tuple[Around, ...]:
     """The folder around one that a named file lies in, which may hold the other parts; never a root or a home."""
     above = folder.absolute().parent
-    return () if above in (above.parent, Path.home(), folder.absolute()) else (above,)
+    return () if above in (above.parent, Path.home(), folder.absolute()) else (Around(above),)
 
 
 def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
