@@ -32,7 +32,7 @@ Group = tuple[Path, ...]  # one weights file, or the shards of one
 @dataclass(frozen=True, slots=True)
 class Around:
     """The folder around the one that a named file lies in: its files, and its sub-folders that are named for parts.
-    Other folders beside the file's own are not looked into."""
+    Other folders beside the file's own may be other models'."""
 
     root: Path
 

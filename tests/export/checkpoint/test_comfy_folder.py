@@ -103,6 +103,14 @@ def test_two_transformers_in_a_folder_beside_the_other_parts(tiny_checkpoint: Pa
     assert open_checkpoint(named).sources["dit"].files == (folder / "transformers/a.safetensors",)
 
 
+def test_a_neighbouring_checkpoint_is_not_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "other_model")
+    (tmp_path / "mine").mkdir()
+    save_file(tensors_of(open_checkpoint(tiny_checkpoint).sources["dit"]), tmp_path / "mine/dit.safetensors")
+    with pytest.raises(InputError, match="not complete"):
+        open_checkpoint(tmp_path / "mine/dit.safetensors")
+
+
 class TestExtraPaths:
     def elsewhere(self, models: Path) -> Path:
         """The VAE, umT5 and its tokenizer moved to another disk."""
