@@ -158,8 +158,10 @@ def cropped_findings(framed: Framed, file: str, cure: str, start: int | None = N
 
 
 def cure_of(framed: Framed, stats: MaskStats) -> str:
-    """Which option keeps the characters that a window cuts."""
+    """Which option keeps the characters that the window cuts; "" where it keeps them."""
     window = framed.window
+    if _holds(framed.kept):
+        return ""
     better = choose_window(stats, window.source, window.frame, "auto")
     if better.way == "official":
         return "--fit auto keeps them."

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scail2_rt.benchmarks.sprites.quality.trials import TASKS, held_out_case
+from scail2_rt.benchmarks.sprites.quality.trials import TASKS, frame_of, held_out_case
 from scail2_rt.benchmarks.sprites.world.case_files import case_request, motion_sound, write_case
 from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
 from scail2_rt.runtime.media.images import load_image
@@ -44,10 +44,10 @@ def test_files_hold_what_was_drawn(task: str, tmp_path: Path) -> None:
 def test_every_task_passes_the_checks(task: str, tmp_path: Path) -> None:
     """Without a warning, but for the one that a close-up is there for."""
     write_case(held_out_case(task, 1), tmp_path)
-    plan = check_request(case_request(tmp_path, size=(128, 128), segment_length=33))
+    plan = check_request(case_request(tmp_path, size=frame_of(task), segment_length=33))
     assert len(plan.warnings) == (task == "closeup")
     assert all("--fit-reference" in warning for warning in plan.warnings)
-    assert plan.mode == ("replace" if task in ("replace", "closeup") else "animate")
+    assert plan.mode == ("replace" if task in ("replace", "closeup", "edge") else "animate")
 
 
 def test_the_command_takes_a_folder(scail2: Run, engines: Path, tmp_path: Path) -> None:
