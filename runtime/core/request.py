@@ -6,6 +6,8 @@ image, a clip as `Clip`.
 """
 
 import math
+import operator
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,6 +32,7 @@ NOISE_DEVICES = ("cpu", "cuda")
 
 ImageSource: TypeAlias = "Path | str | np.ndarray | Image"
 ClipSource: TypeAlias = "Path | str | Clip"
+_WHOLE = ("start", "frames", "steps", "seed", "segment_length", "segment_overlap", "overlap_blend")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +50,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         try:
-            rate = Fraction(self.rate).limit_denominator(100_000)
+            rate = Fraction(_plain(self.rate)).limit_denominator(100_000)
         except (TypeError, ValueError, OverflowError, ZeroDivisionError):
             rate = Fraction(0)
         if not 0 < rate <= 1000:
@@ -85,7 +88,7 @@ class Request:
     fit_reference         replace mode: make the reference character as tall as the driving one
     allow_mask_problems   go on with masks that the check calls unusable
 
-    InputError for numbers out of range."""
+    InputError for inputs of another kind and for numbers out of range."""
 
     image: ImageSource
     mask_image: ImageSource
@@ -115,8 +118,11 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("image", "mask_image", "driving", "mask_video"):
             object.__setattr__(self, name, _as_path(getattr(self, name)))
-        pairs = tuple((_as_path(image), _as_path(mask)) for image, mask in self.extra_refs)
-        object.__setattr__(self, "extra_refs", pairs)
+        pairs = [tuple(map(_as_path, pair)) if isinstance(pair, tuple | list) else () for pair in self.extra_refs]
+        if any(len(pair) != 2 for pair in pairs):
+            raise InputError("Extra references must be pairs: extra_refs=((image, mask), …).")
+        object.__setattr__(self, "extra_refs", tuple(pairs))
+        self._check_kinds()
         self._check_numbers()
 
     @property
@@ -146,6 +152,32 @@ class Request:
     def names(self) -> dict[str, str]:
         """Label → what messages call the input: its path, or the label of what is in memory."""
         return {label: str(source) if isinstance(source, Path) else label for label, source in self.inputs.items()}
+
+    def _check_kinds(self) -> None:
+        """Inputs are paths, pictures or clips; numbers of other libraries become Python's."""
+        for label, source in self.inputs.items():
+            if label.startswith("driving"):
+                fits, offered = isinstance(source, Path | Clip), "a path or a Clip(frames, rate)"
+            else:
+                fits = isinstance(source, Path) or hasattr(source, "convert") or hasattr(source, "__array_interface__")
+                offered = "a path, a PIL image or an array"
+            if not fits:
+                raise InputError(f"The {label} must be {offered}, not a {type(source).__name__}.")
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(
+                    f"The {name.replace('_', ' ')} must be text, not a {type(getattr(self, name)).__name__}."
+                )
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None or name != "frames":
+                object.__setattr__(self, name, _whole(name, value))
+        for name in ("shift", "guidance"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        if self.size is not None:
+            if not isinstance(self.size, tuple | list) or len(self.size) != 2:
+                raise InputError(f"The size must be (height, width), not {self.size!r}.")
+            object.__setattr__(self, "size", tuple(_whole("size", value) for value in self.size))
 
     def _check_numbers(self) -> None:
         """All at once, so that a long command is mended in one go."""
@@ -179,7 +211,29 @@ def _one_of(option: str, value: str, offered: tuple[str, ...]) -> str:
 
 def _as_path(source: Any) -> Any:
     """Text becomes a path; everything else stays."""
-    return Path(source) if isinstance(source, str) else source
+    return Path(source) if isinstance(source, str | os.PathLike) else source
+
+
+def _plain(number: Any) -> Any:
+    """A number of NumPy as one of Python."""
+    return number.item() if hasattr(number, "item") else number
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{_option(name)} must be a whole number, not {value!r}.") from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise InputError(f"{_option(name)} must be a number, not {value!r}.")
+    return float(value)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +250,9 @@ class Output:
     crf: int = 18
     overwrite: bool = False
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
 
     @classmethod
     def of(cls, output: "Output | Path | str") -> "Output":

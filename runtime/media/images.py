@@ -25,17 +25,12 @@ def load_image(source: ImageSource, background: tuple[int, int, int] = (255, 255
     orientation applied, grey and palette images expanded, 16 bit scaled to 8, transparent pixels laid over `background`
     (white, as image viewers do). Colour profiles are ignored, as in the public pipeline. Raises `InputError` for
     anything that is not a readable image."""
-    from PIL import Image
-
     if isinstance(source, np.ndarray):
         return as_pixels(source, "An image in memory")
     with _opened(source) as image:
         if image.mode.startswith("I") or image.mode == "F":
             return _grey_to_rgb(np.asarray(image))
-        if image.has_transparency_data:
-            layers = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layers.size, (*background, 255)), layers)
-        return np.array(image.convert("RGB"))
+        return np.array(_flat(image, background))
 
 
 def load_mask_image(source: ImageSource) -> np.ndarray:
@@ -86,13 +81,24 @@ def _opened(source: Path | str | PIL.Image.Image) -> Iterator[Any]:
 
 
 def as_pixels(picture: Any, name: str) -> np.ndarray:
-    """An array or PIL image in memory as RGB uint8 [H, W, 3]. InputError, with `name`, for anything else."""
-    pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+    """An array or PIL image in memory as RGB uint8 [H, W, 3], in one piece that may be written to; transparent pixels
+    are black, as in videos. InputError, with `name`, for anything else."""
+    pixels = np.asarray(_flat(picture, (0, 0, 0)) if hasattr(picture, "convert") else picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
         raise InputError(
             f"{name} is {pixels.dtype} of shape {list(pixels.shape)}: give RGB pixels, uint8 [height, width, 3]."
         )
-    return pixels
+    return np.require(pixels, requirements=("C", "W"))  # PyTorch takes no negative strides
+
+
+def _flat(image: Any, background: tuple[int, int, int]) -> Any:
+    """A PIL image in RGB, transparent pixels laid over the background."""
+    from PIL import Image
+
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layers.size, (*background, 255)), layers)
+    return image.convert("RGB")
 
 
 def _grey_to_rgb(levels: np.ndarray) -> np.ndarray:

@@ -109,7 +109,7 @@ class Session:
         Scail2Error when the session runs another generation, or when something fails."""
         run = RunProgress(on_progress, cancel)
         noise = noise_generator(plan.request.noise_device, plan.request.seed)
-        with contextlib.closing(self.frames(plan, run, noise)) as made:
+        with self.claimed(), contextlib.closing(self.frames(plan, run, noise)) as made:
             for frames in made:
                 if len(frames.pixels):
                     yield frames.pixels.numpy()
@@ -149,14 +149,8 @@ class Session:
         notes: Sequence[str] = (),
     ) -> Generator[Frames, None, None]:
         """What `animate` and `generate` consume: frames with what each segment leaves, from the segment after `carry`
-        on. One run at a time; a run that fails leaves nothing behind. notes: the first of the run's warnings."""
-        if self._closed:
-            raise Scail2Error("The session is closed: open another one.")
-        if not self._busy.acquire(blocking=False):
-            raise Scail2Error(
-                "The session is generating already, and it runs one generation at a time: wait for it, or open another "
-                "session."
-            )
+        on, in a session that is `claimed`. A run that fails leaves nothing behind. notes: the first of the run's
+        warnings."""
         try:
             self.warnings[:] = notes
             with self._on_device():
@@ -174,6 +168,19 @@ class Session:
         except BaseException:
             self._forget()
             raise
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """One generation at a time. Scail2Error, before anything is touched, for a second one or a closed session."""
+        if self._closed:
+            raise Scail2Error("The session is closed: open another one.")
+        if not self._busy.acquire(blocking=False):
+            raise Scail2Error(
+                "The session is generating already, and it runs one generation at a time: wait for it, or open another "
+                "session."
+            )
+        try:
+            yield
         finally:
             self._busy.release()
 
@@ -191,7 +198,8 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        with contextlib.suppress(*(() if error is None else (Scail2Error,))):  # what went wrong first is what is told
+            self.close()
 
     def _next(self, made: Iterator[Frames]) -> Frames | None:
         """The next frames, in this session's modes, which must not last while the caller works with them."""

@@ -55,7 +55,7 @@ def write_video(session: "Session", plan: Plan, output: Output, progress: RunPro
     check_output(output, plan.request)
     check_room(output, plan)
     notes: list[str] = []
-    with sole_writer(output.path, notes.append):
+    with session.claimed(), sole_writer(output.path, notes.append):
         check_output(output, plan.request)  # what was there may have changed until the lock was held
         return _write_alone(session, plan, output, progress, notes)
 

@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
@@ -345,3 +346,72 @@ def test_a_run_that_failed_holds_nothing_while_its_error_is_handled(
         session.generate(session.check(quick()), tmp_path / "a.mp4", stop)
     assert caught.tb is not None
     assert np.array_equal(frames_of(session, quick()), expected)
+
+
+def test_a_refused_run_touches_no_file(session: Session, quick: Callable[..., Request], tmp_path: Path) -> None:
+    """What an interrupted run has left and the report of a finished one stay."""
+    plan = session.check(quick())
+    session.generate(plan, tmp_path / "whole.mp4")
+    with pytest.raises(KeyError):
+        session.generate(plan, tmp_path / "part.mp4", on_progress=_raise_in_second_segment)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert partial_path(tmp_path / "part.mp4") in before
+    running = session.animate(plan)
+    next(running)
+    for name in ("whole.mp4", "part.mp4", "new.mp4"):
+        with pytest.raises(Scail2Error, match="generating already"):
+            session.generate(plan, Output(str(tmp_path / name), overwrite=True))  # type: ignore[arg-type]
+    running.close()  # type: ignore[attr-defined]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def _raise_in_second_segment(progress: Progress) -> None:
+    if progress.segment == 2 and progress.phase == "denoise":
+        raise KeyError("stop")
+
+
+def test_an_error_is_told_although_the_session_is_busy(engines: Path, quick: Callable[..., Request]) -> None:
+    running = []
+
+    def fail_while_generating() -> None:
+        with Session.open(engines, backend="torch") as opened:
+            running.append(opened.animate(opened.check(quick())))
+            next(running[0])
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail_while_generating()
+    running[0].close()  # type: ignore[attr-defined]
+
+
+def test_numbers_and_pictures_of_numpy_are_taken(
+    session: Session, quick: Callable[..., Request], pixels: dict[str, np.ndarray], expected: np.ndarray
+) -> None:
+    """Arrays that PyTorch cannot take as they are: other strides, read-only; integers that JSON cannot hold."""
+    mirrored = np.ascontiguousarray(pixels["image"][:, :, ::-1])[:, :, ::-1]
+    mask = pixels["mask_image"].copy()
+    mask.flags.writeable = False
+    request = quick(image=mirrored, mask_image=mask, seed=np.int64(quick().seed), frames=np.int64(17))
+    assert type(request.seed) is int
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(frames_of(session, request), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 1.5}, "--seed must be a whole number, not 1.5"),
+        ({"steps": "4"}, "--steps must be a whole number, not '4'"),
+        ({"guidance": None}, "--guidance must be a number, not None"),
+        ({"size": 64}, r"The size must be \(height, width\), not 64"),
+        ({"size": (64.0, 64)}, "--size must be a whole number, not 64.0"),
+        ({"prompt": None}, "The prompt must be text, not a NoneType"),
+        ({"image": [1]}, "The reference image must be a path, a PIL image or an array, not a list"),
+        ({"driving": np.zeros((1, 2, 2, 3), np.uint8)}, r"The driving video must be a path or a Clip\(frames, rate\)"),
+        ({"extra_refs": ("a.png", "b.png")}, "Extra references must be pairs"),
+    ],
+)
+def test_inputs_of_a_wrong_kind_are_named(quick: Callable[..., Request], changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        quick(**changes)
