@@ -112,7 +112,7 @@ def step(engines: EngineSet, layout: Layout) -> Callable[[], list[Tensor]]:
 
 
 def watched(call: Callable[[], list[Tensor]]) -> Callable[[], object]:
-    """The same step with what the denoising loop does to see NaN: a range a step, read one step late."""
+    """The same step with what the denoising loop does to see NaN: one range per step, read one step late."""
     marks, count = StepMarks(lambda step, seen: None), itertools.count()
     return lambda: marks.passed(next(count), value_range(call()[0]))
 
