@@ -44,8 +44,8 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
     from scail2_rt.runtime.session.check import check_request
 
     limit_sizes(folder, limits)
-    options, seconds = dict(options), options.pop("seconds", None)
-    extra = options.pop("extra_refs", 0)
+    options = dict(options)
+    seconds, extra = options.pop("seconds", None), options.pop("extra_refs", 0)
     if seconds is not None and options.get("frames") is None:
         options["frames"] = _frames_of(folder / "video_reference", Fraction(seconds), options.get("start", 0))
     plan = check_request(request_of(options, folder, extra))
