@@ -22,6 +22,7 @@ from scail2_rt.runtime.serve.store import JobRow, Store
 
 LINE_BYTES = 4 << 20
 LONGEST_PAUSE_S = 30.0
+STOP_S = 5.0
 OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 Hear = Callable[[JobRow, Mapping[str, Any]], Awaitable[None]]
@@ -69,9 +70,7 @@ class Pool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for worker in self.workers:
             if worker.process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    worker.process.kill()
-                await worker.process.wait()
+                await _end(worker.process)
 
     @property
     def ready(self) -> bool:
@@ -194,6 +193,18 @@ class Pool:
                 await self._hear(row, {"returned": True})
                 return
         await self._hear(row, {"failed": {"message": _death(code, worker.phase, out_of_memory), "kind": "crash"}})
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """A worker ends by itself when nobody can tell it anything more; one that does not is killed."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_S)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 def oom_kills() -> int:

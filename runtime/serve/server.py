@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,6 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
     async def lifespan(app: Any) -> AsyncIterator[None]:
         try:
             await service.start()
-            _greet(settings, service, listener)
             yield
         except InputError as error:
             failure.append(error)
@@ -88,9 +88,33 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
         server_header=False,
         proxy_headers=False,
     )
-    uvicorn.Server(config).run([listener])
+    with contextlib.suppress(SystemExit):  # its way to say that the start has failed
+        Server(config, lambda: _greet(settings, service, listener)).run([listener])
     if failure:
         raise failure[0]
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says when it listens, and after Ctrl-C or SIGTERM returns instead of raising it again."""
+
+    def __init__(self, config: uvicorn.Config, greet: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._greet = greet
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._greet()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.handle_exit) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
 
 def _greet(settings: Settings, service: Service, listener: socket.socket) -> None:

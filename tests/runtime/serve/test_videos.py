@@ -8,7 +8,6 @@ from typing import Any
 
 import openai
 import pytest
-from PIL import Image
 
 from tests.support.clips import write_clip
 from tests.support.command import SMALL as SMALL_WORDS
@@ -100,7 +99,7 @@ def test_what_is_wrong_with_inputs_is_said_at_once_in_the_command_lines_words(
     shorter = write_clip(tmp_path / "shorter.mp4", read_video(case / "rendered_mask_v2.mp4").pixels[:-3], 16)
     broken, grey = tmp_path / "broken.mp4", tmp_path / "grey.png"
     broken.write_bytes((case / "rendered_v2.mp4").read_bytes()[:3000])
-    Image.new("RGB", (96, 64), (169, 202, 107)).save(grey)
+    grey.write_bytes((case / "ref_mask.png").read_bytes()[:200])
     for name, file in (("video_mask_reference", shorter), ("video_reference", broken), ("mask_reference", grey)):
         files = {field: case / INPUTS[field] for field in INPUTS} | {name: file}
         words = [word for field, path in files.items() for word in (PATHS[field], path)]
@@ -108,7 +107,8 @@ def test_what_is_wrong_with_inputs_is_said_at_once_in_the_command_lines_words(
         for field, path in files.items():
             expected = expected.replace(str(path), field)
         answer = served.ask("POST", "/v1/videos", {**body, name: {"file_id": served.upload(file)}})
-        assert (answer.status, answer.error) == (400, expected)
+        assert answer.status == 400
+        assert answer.error == expected
     assert not list((served.data / "incoming").iterdir())
 
 
