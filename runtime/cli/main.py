@@ -124,26 +124,36 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command(cls=SectionCommand)
-@click.argument("engines", type=PATH)
+@click.argument("engines", type=PATH, required=False)
 @o.INPUT_OPTIONS
 @o.PROMPT_OPTIONS
 @o.OUTPUT_OPTIONS
 @o.SAMPLING_OPTIONS
 @o.LONG_CLIP_OPTIONS
 @o.ENGINE_OPTIONS
+@o.SERVER_OPTIONS
 @reporting
-def generate(engines: Path, as_json: bool, **options: Any) -> None:
+def generate(engines: Path | None, server: str | None, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
-    A report (<output>.json) is written beside the video."""
+    A report (<output>.json) is written beside the video. With --server a warm service does the work."""
+    if (engines is None) == (server is None):
+        raise click.UsageError(
+            "give the engine folder ENGINES, or --server URL of a service" + ("" if engines is None else ", not both")
+        )
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.jobs.batch import run_batch
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.run import run_single
 
-    given = GenerateOptions(engines=engines, **options)
+    given = GenerateOptions(engines=engines or Path(), **options)
     with stdout_for(as_json), open_progress() as listener:
-        outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
+        if server is not None:
+            from scail2_rt.runtime.serve.client import run_remote
+
+            outcome = run_remote(given, server, listener)
+        else:
+            outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
     show(outcome.document, outcome.text, as_json)
     if outcome.failed:
         raise click.exceptions.Exit(1)

@@ -61,6 +61,7 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
         "segments": len(plan.segments),
         "mode": plan.mode,
         "warnings": list(plan.warnings),
+        "framing": plan.framing.line if plan.framing is not None else "",
         "asked_frames": options.get("frames"),
     }
 
@@ -74,7 +75,7 @@ def limit_sizes(folder: Path, limits: dict[str, Any]) -> None:
     import av
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = limits["pixels"]
+    Image.MAX_IMAGE_PIXELS = None  # sizes are judged here
     for path in sorted(folder.iterdir()):
         width = height = 0
         with contextlib.suppress(Exception):  # what cannot be opened is told by the check, in its words

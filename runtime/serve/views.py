@@ -33,6 +33,7 @@ def video_object(service: Service, row: JobRow, place: int | None = None) -> dic
         "frames": facts["frames"],
         "frame_rate": facts["frame_rate"],
         "mode": facts["mode"],
+        "framing": facts["framing"],
         "segments": facts["segments"],
         "options": options,
         "warnings": list(result.get("warnings", facts["warnings"])),

@@ -18,7 +18,7 @@ def test_create_list_retrieve_content_delete(served: Served, case: Path) -> None
     assert (file.bytes, file.filename, file.status) == (len(data), "passwd", "processed")
     assert client.files.retrieve(file.id).id == file.id
     assert client.files.content(file.id).read() == data
-    assert [entry.id for entry in client.files.list(limit=1)][0] == file.id
+    assert next(iter(client.files.list(limit=1))).id == file.id
     digest = hashlib.sha256(data).hexdigest()
     assert served.ask("GET", f"/v1/files?sha256={digest}").json["data"][0]["id"] == file.id
     assert served.ask("GET", f"/v1/files?sha256={'0' * 64}").json["data"] == []
