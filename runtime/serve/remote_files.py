@@ -16,6 +16,7 @@ from scail2_rt.runtime.serve.multipart import Receiver, Upload, too_large
 
 REDIRECTS, SILENCE_S, WHOLE_S = 3, 10.0, 120.0
 PIECE = 1 << 16
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def fetch(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name: str) -> Upload:
@@ -75,11 +76,20 @@ def public_address(host: str, port: int, name: str) -> str:
     """The first address of a host. Refusal (400) when any of its addresses is not public."""
     found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for text in found:
-        address = ipaddress.ip_address(str(text).partition("%")[0])
-        mapped = getattr(address, "ipv4_mapped", None) or address
-        if not mapped.is_global or mapped.is_multicast:
+        if not is_public(ipaddress.ip_address(str(text).partition("%")[0])):
             raise wrong(f"{name}: the host of the URL has an address that is not public.", name, "url_not_allowed")
     return str(found[0])
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Also of an IPv4 address that an IPv6 one carries: mapped, 6to4, NAT64."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(inner)
+    return address.is_global and not address.is_multicast
 
 
 def _connect(host: str, port: int | None, secure: bool, name: str) -> http.client.HTTPConnection:
