@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.runtime.serve.description import video_body
 from scail2_rt.runtime.serve.errors import Refusal, not_found, wrong
 from scail2_rt.runtime.serve.multipart import Form, receive
 from scail2_rt.runtime.serve.service import HEARD_AT_ONCE, Live, Service
@@ -79,13 +80,13 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         finally:
             form.discard()
 
-    @app.post("/v1/videos")
+    @app.post("/v1/videos", openapi_extra=video_body())
     async def create_video(request: Request) -> JSONResponse:
         """Take a job: a multipart or JSON body."""
         row = await submit(request)
         return JSONResponse(video_object(service, row), headers={"openai-poll-after-ms": str(POLL_MS)})
 
-    @app.post("/v1/videos/sync")
+    @app.post("/v1/videos/sync", openapi_extra=video_body())
     async def create_video_and_wait(request: Request) -> Response:
         """The video itself, when it is done. Who leaves earlier finds the job in the list."""
         row = await submit(request)

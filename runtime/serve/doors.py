@@ -24,7 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOCAL = "local"  # the owner of everything where there are no keys
-OPEN = ("/health", "/ready", "/")
+OPEN = ("/health", "/ready", "/", "/docs")
 HEADER_WAIT_S = 15.0
 SAFE_HEADERS = {
     "x-content-type-options": "nosniff",

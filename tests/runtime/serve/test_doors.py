@@ -54,9 +54,9 @@ def test_keys_and_what_they_see(engines: Path, case: Path, cache: Path, tmp_path
     keys.write_text("# people\n" + "\n".join(KEYS) + "\n")
     with serving(engines, tmp_path / "data", cache, "--api-key-file", str(keys), measured=True) as own:
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": KEYS[0]}, {"Authorization": "Bearer "}):
-            for path in ("/v1/videos", "/v1/files", "/metrics", "/v1/models", "/docs", "/openapi.json"):
+            for path in ("/v1/videos", "/v1/files", "/metrics", "/v1/models", "/openapi.json"):
                 assert own.ask("GET", path, **headers).status == 401
-        for path in ("/health", "/ready", "/", "/page/app.js"):
+        for path in ("/health", "/ready", "/", "/docs", "/page/app.js"):
             assert own.ask("GET", path).status == 200
         own.key = KEYS[0]
         body = own.case(case)

@@ -128,7 +128,11 @@ def test_brackets_and_types() -> None:
         ]
     )
     assert asked.options == {
-        "steps": 12, "guidance": 2.5, "fit_reference": True, "size": (64, 96), "seed": 7,
+        "steps": 12,
+        "guidance": 2.5,
+        "fit_reference": True,
+        "size": (64, 96),
+        "seed": 7,
     }
     assert asked.references == {
         "driving": {"file_id": "file-1"},
