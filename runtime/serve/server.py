@@ -21,6 +21,7 @@ from scail2_rt.runtime.serve.store import Store
 
 CONNECTIONS = 1000
 STOP_S = 5
+KEEP_ALIVE_S = 75
 
 
 def default_data() -> Path:
@@ -84,6 +85,7 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
         log_level="critical",
         access_log=False,
         limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,  # clients that poll every few seconds keep their connection
         timeout_graceful_shutdown=STOP_S,
         server_header=False,
         proxy_headers=False,
