@@ -156,7 +156,7 @@ def videos(bench: Bench, wire: Wire, body: Mapping[str, Any], own: float | None,
 def command(bench: Bench, wire: Wire, workload: Workload) -> None:
     """`generate --server` in fresh processes: from their start to the first step of their job."""
     request, seconds = workload.request(), []
-    words = ["generate", "--server", wire.url, "--image", request.image, "--mask-image", request.mask_image]
+    words: list[Any] = ["generate", "--server", wire.url, "--image", request.image, "--mask-image", request.mask_image]
     words += ["--driving", request.driving, "--mask-video", request.mask_video, "--prompt", request.prompt]
     words += ["--size", f"{request.size[0]}x{request.size[1]}" if request.size else "", "--steps", request.steps]
     words += ["--scheduler", request.scheduler, "--shift", request.shift, "--guidance", request.guidance]

@@ -52,6 +52,7 @@ class Service:
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._taking = 0  # jobs that are being taken in
         self._sweeper: asyncio.Task[None] | None = None
+        self._full = False  # the data folder is beyond its limit, and nothing of it can go
 
     async def start(self) -> None:
         """InputError when the engines cannot be opened."""
@@ -137,6 +138,10 @@ class Service:
 
     def _check_queue(self, owner: str) -> None:
         limits = self.settings.limits
+        if self._full:
+            raise Refusal(
+                507, "The service's folder is full of files and waiting jobs: delete some.", "disk_full", retry_s=60
+            )
         for count, most, whose in (
             (self.store.unfinished() + self._taking, limits.queued, "of all"),
             (self.store.unfinished(owner), limits.queued_per_key, "of yours"),
@@ -236,13 +241,15 @@ class Service:
         for job_id in self.store.finished_before(time.time() - self.settings.keep_s):
             self._expire(job_id)
         most = self.settings.disk_bytes
-        if most is None or (used := self.used_bytes()) <= most:
+        if most is None:
             return
-        for job_id in self.store.finished_before(time.time()):
+        used = self.used_bytes()
+        for job_id in self.store.finished_before(time.time()) if used > most else ():
             used -= _folder_bytes(self.store.folder(job_id))
             self._expire(job_id)
             if used <= most:
-                return
+                break
+        self._full = used > most
 
     def _expire(self, job_id: str) -> None:
         self.store.delete_job(job_id)

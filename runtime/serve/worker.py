@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -79,8 +80,8 @@ def warm(session: "Session") -> None:
     figure[16:80, 60:100] = (0, 0, 255)
     black = np.where(figure == 255, 0, figure).astype(np.uint8)
     black[16:80, 60:100] = (0, 0, 255)
-    clips = [Clip(np.stack([picture] * 5), 16) for picture in (figure, black)]  # type: ignore[arg-type]
-    request = Request(figure, figure, *clips, size=(96, 160), steps=1, guidance=1, fit="official")
+    clip, mask = (Clip(np.stack([picture] * 5), Fraction(16)) for picture in (figure, black))
+    request = Request(figure, figure, clip, mask, size=(96, 160), steps=1, guidance=1, fit="official")
     for _ in session.animate(session.check(request)):
         pass
 

@@ -100,6 +100,13 @@ def test_the_oldest_results_make_room(tmp_path: Path) -> None:
     left = [row.id for row in store.list_jobs("a", None, 10, "asc")]
     assert left == [made[-1], waiting]
     assert service.used_bytes() <= 3 << 20
+    service._check_queue("a")
+    (store.files / "large").write_bytes(bytes(3 << 20))
+    service.sweep()
+    assert [row.id for row in store.list_jobs("a", None, 10, "asc")] == [waiting]
+    with pytest.raises(Refusal, match="folder is full"):
+        service._check_queue("a")
+    (store.files / "large").unlink()
     store._write("UPDATE jobs SET completed_at=?", time.time() - 1001)
     service.sweep()
     assert [row.id for row in store.list_jobs("a", None, 10, "asc")] == [waiting]
