@@ -8,6 +8,7 @@ what the command line runs before it loads anything (`session.check.check_reques
 sentences.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
-ANSWER_BYTES = 1 << 20
+ANSWER_BYTES = 2 << 20
 SLACK_S = 2.0
 
 
@@ -41,6 +42,7 @@ class Child:
 def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     """What a job's inputs are and would give. InputError as on the command line."""
     from scail2_rt.runtime.serve.fields import request_of
+    from scail2_rt.runtime.serve.plans import pack
     from scail2_rt.runtime.session.check import check_request
 
     limit_sizes(folder, limits)
@@ -63,6 +65,7 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
         "warnings": list(plan.warnings),
         "framing": plan.framing.line if plan.framing is not None else "",
         "asked_frames": options.get("frames"),
+        "plan": base64.b64encode(pack(plan)).decode(),
     }
 
 
@@ -212,6 +215,7 @@ def _preload() -> None:
     import scail2_rt.runtime.media.clips
     import scail2_rt.runtime.pipeline.text
     import scail2_rt.runtime.serve.fields
+    import scail2_rt.runtime.serve.plans
     import scail2_rt.runtime.session.check  # noqa: F401
 
     PIL.Image.init()

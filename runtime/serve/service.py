@@ -1,6 +1,7 @@
 """What the interface does: take a job, tell about it, end it, and keep the data folder within its limits."""
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scail2_rt.runtime.serve import plans
 from scail2_rt.runtime.serve.checking import Checker
 from scail2_rt.runtime.serve.errors import Refusal, not_found, wrong
 from scail2_rt.runtime.serve.fields import Asked, check_numbers, read_fields
@@ -156,8 +158,9 @@ class Service:
         if asked.seconds is not None:
             told["seconds"] = str(asked.seconds)
         facts = await self.checker.check(folder, told)
-        if facts.get("asked_frames") is not None:
-            options["frames"] = facts["asked_frames"]
+        await asyncio.to_thread((folder / plans.NAME).write_bytes, base64.b64decode(facts.pop("plan")))
+        if (frames := facts.pop("asked_frames")) is not None:
+            options["frames"] = frames
         return {"options": options, "extra_refs": len(asked.extra_refs), "facts": facts}
 
     # telling

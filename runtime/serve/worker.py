@@ -3,7 +3,7 @@
     stdin    one JSON object per line: {"run": job}, {"cancel": job id}; its end ends the process at once
     stdout   {"ready": …}, then of the job that runs {"event": …}, {"preview": …} and one of done, failed, cancelled
 
-What goes on here is `Session.check` and `Session.generate`, as the command line uses them, into the job's folder with
+What goes on here is `Session.fit` and `Session.generate`, as the command line uses them, into the job's folder with
 `resume`: a job that another process began goes on after its last finished segment, and one that is complete is only
 told so. A worker belongs to its server: when the server is gone, so is the worker.
 """
@@ -112,10 +112,10 @@ def make_plan(session: "Session", job: Mapping[str, Any], folder: Path) -> "Plan
     """As the command line makes it, with its hints."""
     from scail2_rt.runtime.jobs.run import fit_plan
     from scail2_rt.runtime.serve.fields import options_of, request_of
-    from scail2_rt.runtime.session.check import check_request
+    from scail2_rt.runtime.serve.plans import planned
 
     options = job["options"]
-    plan = check_request(request_of(options, folder, job["extra_refs"]))
+    plan = planned(folder, request_of(options, folder, job["extra_refs"]))
     return fit_plan(plan, session, options_of(options, folder))
 
 
