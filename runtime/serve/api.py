@@ -16,10 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.description import video_body
 from scail2_rt.runtime.serve.errors import Refusal, not_found, wrong
 from scail2_rt.runtime.serve.multipart import Form, receive
-from scail2_rt.runtime.serve.service import HEARD_AT_ONCE, Live, Service
+from scail2_rt.runtime.serve.service import HEARD_AT_ONCE, Kind, Live, Service
 from scail2_rt.runtime.serve.store import JobRow, Order, new_id
 from scail2_rt.runtime.serve.views import POLL_MS, file_object, page_of, peak_mb, video_object
 
@@ -36,6 +37,7 @@ VARIANTS = {
     "mask_reference": ("mask_reference", "application/octet-stream"),
     "video_reference": ("video_reference", "application/octet-stream"),
     "video_mask_reference": ("video_mask_reference", "application/octet-stream"),
+    "mask_sheet": (f"{made_masks.FOLDER}/masks.png", "image/png"),
 }
 
 
@@ -73,10 +75,10 @@ def _owner(request: Request) -> str:
 
 
 def _add_videos(app: FastAPI, service: Service) -> None:
-    async def submit(request: Request) -> JobRow:
+    async def submit(request: Request, kind: Kind = "video") -> JobRow:
         form = await receive(request, service.store.incoming, service.settings.limits)
         try:
-            return await service.submit(form, _owner(request), request.headers.get("idempotency-key"))
+            return await service.submit(form, _owner(request), request.headers.get("idempotency-key"), kind)
         finally:
             form.discard()
 
@@ -85,6 +87,13 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         """Take a job: a multipart or JSON body."""
         row = await submit(request)
         return JSONResponse(video_object(service, row), headers={"openai-poll-after-ms": str(POLL_MS)})
+
+    @app.post("/v1/masks", openapi_extra=video_body())
+    async def create_masks(request: Request) -> JSONResponse:
+        """Make the masks of a request alone, to look at before the video: a job like one, whose id a video takes as
+        `masks_id`."""
+        row = await submit(request, "masks")
+        return JSONResponse(video_object(service, row))
 
     @app.post("/v1/videos/sync", openapi_extra=video_body())
     async def create_video_and_wait(request: Request) -> Response:
@@ -115,11 +124,13 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         return page_of([video_object(service, row, places.get(row.id)) for row in rows], limit)
 
     @app.get("/v1/videos/{video_id}")
+    @app.get("/v1/masks/{video_id}", include_in_schema=False)
     async def retrieve_video(request: Request, video_id: str) -> JSONResponse:
         row = service.job(video_id, _owner(request))
         return JSONResponse(video_object(service, row), headers={"openai-poll-after-ms": str(POLL_MS)})
 
     @app.delete("/v1/videos/{video_id}")
+    @app.delete("/v1/masks/{video_id}", include_in_schema=False)
     async def delete_video(request: Request, video_id: str) -> dict[str, Any]:
         """Remove a job; one that runs ends within a step."""
         await service.delete(video_id, _owner(request))
@@ -128,6 +139,7 @@ def _add_videos(app: FastAPI, service: Service) -> None:
 
 def _add_results(app: FastAPI, service: Service) -> None:
     @app.get("/v1/videos/{video_id}/content")
+    @app.get("/v1/masks/{video_id}/content", include_in_schema=False)
     async def video_content(request: Request, video_id: str, variant: str = "video") -> Response:
         """The video, its report, a picture of it, or an input."""
         row = service.job(video_id, _owner(request))
@@ -135,17 +147,20 @@ def _add_results(app: FastAPI, service: Service) -> None:
             raise wrong(f"variant must be one of {', '.join(VARIANTS)}, not {variant[:80]}.", "variant")
         name, media_type = VARIANTS[variant]
         path = service.store.folder(row.id) / name
-        if not variant.endswith("_reference"):
+        if not (variant.endswith("_reference") or variant == "mask_sheet"):
             if row.state == "failed":
                 raise Refusal(422, str((row.result or {})["message"]), "video_failed")
             if row.state != "completed":
                 raise Refusal(404, f"The video {row.id} is not done yet.", "not_done", retry_s=1)
             if path.suffix == ".webp":
                 await asyncio.to_thread(_draw, variant, path)
+        if not path.is_file():
+            raise not_found(variant, row.id)
         headers = {"cache-control": "private, no-store"}
         return FileResponse(path, media_type=media_type, filename=f"{row.id}{path.suffix}", headers=headers)
 
     @app.get("/v1/videos/{video_id}/events")
+    @app.get("/v1/masks/{video_id}/events", include_in_schema=False)
     async def video_events(request: Request, video_id: str) -> StreamingResponse:
         """Server-sent events: `progress` (phase, step, seconds left), `preview` (a JPEG per finished segment), and one
         of completed, failed, deleted at the end, with the video object."""

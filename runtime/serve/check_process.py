@@ -19,9 +19,13 @@ import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.serve import made_masks
+
+if TYPE_CHECKING:
+    from scail2_rt.runtime.core.plan import Plan
 
 ANSWER_BYTES = 2 << 20
 SLACK_S = 2.0
@@ -48,13 +52,18 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
     limit_sizes(folder, limits)
     options = dict(options)
     seconds, extra = options.pop("seconds", None), options.pop("extra_refs", 0)
+    masking = options.pop("masking", None)
     if seconds is not None and options.get("frames") is None:
         options["frames"] = _frames_of(folder / "video_reference", Fraction(seconds), options.get("start", 0))
+    if masking is not None:
+        return _limited(made_masks.look(folder, options, masking), limits) | {"asked_frames": options.get("frames")}
     plan = check_request(request_of(options, folder, extra))
-    if plan.frames > limits["frames"]:
-        raise TooMuch(f"The video would have {plan.frames} frames, and this service makes up to {limits['frames']}.")
-    if plan.height * plan.width > limits["pixels"]:
-        raise TooMuch(f"{plan.width}x{plan.height} has more pixels than the {limits['pixels']} that are made here.")
+    packed = base64.b64encode(pack(plan)).decode()
+    return _limited(facts_of(plan), limits) | {"asked_frames": options.get("frames"), "plan": packed}
+
+
+def facts_of(plan: "Plan") -> dict[str, Any]:
+    """What the interface tells of a plan."""
     return {
         "frames": plan.frames,
         "height": plan.height,
@@ -64,9 +73,19 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
         "mode": plan.mode,
         "warnings": list(plan.warnings),
         "framing": plan.framing.line if plan.framing is not None else "",
-        "asked_frames": options.get("frames"),
-        "plan": base64.b64encode(pack(plan)).decode(),
     }
+
+
+def _limited(facts: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+    """The facts, if the video is one that this service makes."""
+    if facts["frames"] > limits["frames"]:
+        raise TooMuch(
+            f"The video would have {facts['frames']} frames, and this service makes up to {limits['frames']}."
+        )
+    if facts["height"] * facts["width"] > limits["pixels"]:
+        size = f"{facts['width']}x{facts['height']}"
+        raise TooMuch(f"{size} has more pixels than the {limits['pixels']} that are made here.")
+    return facts
 
 
 class TooMuch(InputError):

@@ -30,11 +30,13 @@ NUMBERS = ("shift", "guidance")
 FLAGS = ("fit_reference", "allow_mask_problems")
 TEXTS = (*("prompt", "negative_prompt", "mode", "fit", "preset", "scheduler", "anchor_color", "noise_device", "codec"),)
 OPTIONS = (*WHOLE, *NUMBERS, *FLAGS, *TEXTS)
+MASKING = ("mask_prompt", "max_characters", "sort", "points", "boxes", "pairs", "one_to_many")
 OPERATORS = (
     *("output", "overwrite", "resume", "case", "batch", "prompt_file", "engines", "backend", "attention", "max_rows"),
     *("vram_limit", "no_graphs", "gpus", "device", "execution", "image", "mask_image", "driving", "mask_video"),
+    *("segmenter", "segmenter_weights", "segmenter_device", "image_from", "driving_from"),
 )
-OTHER = ("model", "size", "seconds", "extra_refs", "user", "extra_body")
+OTHER = ("model", "size", "seconds", "extra_refs", "masks_id", "user", "extra_body")
 PROMPT_CHARACTERS = 20_000
 
 
@@ -45,6 +47,7 @@ class Asked:
     options      of `GenerateOptions`, typed; size (height, width)
     references   input of `Request` → what the client gave: {"file_id": …}, {"url": …} or text
     extra_refs   pairs of the same
+    masking      of masks that are made here; masks_id: of those that were
     seconds      length of the result, where the client said it so
     model        the name that the client used"""
 
@@ -53,6 +56,8 @@ class Asked:
     extra_refs: tuple[tuple[Any, Any], ...]
     seconds: Fraction | None
     model: str | None
+    masking: dict[str, Any] = dataclasses.field(default_factory=dict)
+    masks_id: str | None = None
 
 
 def nested(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,8 +89,8 @@ def read_fields(pairs: Iterable[tuple[str, Any]]) -> Asked:
     for name in tree:
         if name in OPERATORS:
             raise wrong(f"The field {name} is for the operator of the service to decide: leave it out.", name)
-        if name not in (*OPTIONS, *REFERENCES, *OTHER):
-            known = ", ".join((*REFERENCES, *OPTIONS, *OTHER[:4]))
+        if name not in (*OPTIONS, *REFERENCES, *MASKING, *OTHER):
+            known = ", ".join((*REFERENCES, *OPTIONS, *MASKING, *OTHER[:5]))
             raise wrong(f"The field {name[:80]!r} is not known. These are: {known}.", name[:80], "unknown_field")
     options = {name: _typed(name, tree[name]) for name in OPTIONS if name in tree}
     if options.get("preset", "quality") not in PRESETS:
@@ -99,6 +104,8 @@ def read_fields(pairs: Iterable[tuple[str, Any]]) -> Asked:
         extra_refs=_pairs(tree.get("extra_refs", ())),
         seconds=_seconds(tree["seconds"]) if "seconds" in tree else None,
         model=None if model is None else str(model),
+        masking={name: _masking(name, tree[name]) for name in MASKING if name in tree},
+        masks_id=None if "masks_id" not in tree else str(tree["masks_id"]),
     )
 
 
@@ -129,6 +136,21 @@ def _typed(name: str, value: Any) -> Any:
     if len(value) > PROMPT_CHARACTERS:
         raise wrong(f"The field {name} is longer than {PROMPT_CHARACTERS} characters.", name)
     return value
+
+
+def _masking(name: str, value: Any) -> Any:
+    if name == "max_characters":
+        return _whole(name, value)
+    if name == "one_to_many":
+        return _flag(name, value)
+    if name not in ("points", "boxes"):
+        return _typed(name, value)
+    if isinstance(value, str):
+        value = _json(value, name, list) if value.lstrip().startswith("[") else value.split(";")
+    items = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) and len(item) < 100 for item in items):
+        raise wrong(f"The field {name} must be a list of texts.", name)
+    return items[:200]
 
 
 def _whole(name: str, value: Any) -> int:

@@ -126,9 +126,10 @@ def _decode_data(url: str, receiver: Receiver, name: str) -> Upload:
         raise
 
 
-def check_complete(asked: Asked, hashes: Mapping[str, str]) -> None:
-    """Refusal (400) when an input is missing."""
-    if missing := [name for name in REFERENCES if name not in hashes]:
+def check_complete(hashes: Mapping[str, str], masks_made: bool) -> None:
+    """Refusal (400) when an input is missing; both masks may be where they are made."""
+    wanted = [name for name in REFERENCES if not (masks_made and "mask" in name)]
+    if missing := [name for name in wanted if name not in hashes]:
         raise Refusal(
             400,
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: send each as a file, "

@@ -43,6 +43,8 @@ class Metrics(Collector):
         if state == "failed":
             self._failures.labels(result["kind"]).inc()
             return
+        if not result["frames"]:  # masks alone
+            return
         for phase, seconds in result["timings_s"].items():
             self._phases.labels(phase).inc(seconds)
         self._frames.inc(result["frames"])

@@ -95,12 +95,12 @@ class Pool:
                     continue
                 worker.job = row
                 worker.segments, worker.phase, worker.oom_before = 0, "start", oom_kills()
-                extra = row.request.get("extra_refs", 0)
-                await self._send(worker, run=self._order(row) | {"extra_refs": extra})
+                await self._send(worker, run=self._order(row))
 
     def _order(self, row: JobRow) -> dict[str, Any]:
-        folder = str(self._store.folder(row.id))
-        return {"id": row.id, "attempt": row.attempt, "folder": folder, "options": row.request["options"]}
+        folder, asked = str(self._store.folder(row.id)), row.request
+        given = {name: asked[name] for name in ("options", "extra_refs", "masking")}
+        return {"id": row.id, "attempt": row.attempt, "folder": folder, **given}
 
     async def cancel(self, job_id: str) -> bool:
         """End a running job within its step. False when no worker has it."""

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from scail2_rt.runtime.serve import plans
+from scail2_rt.runtime.serve import made_masks, plans
 from scail2_rt.runtime.serve.checking import Checker
 from scail2_rt.runtime.serve.errors import Refusal, not_found, wrong
 from scail2_rt.runtime.serve.fields import Asked, check_numbers, read_fields
@@ -24,6 +24,7 @@ from scail2_rt.runtime.serve.settings import Settings
 from scail2_rt.runtime.serve.store import FileRow, JobRow, Store, new_id
 
 SWEEP_S = 30.0
+Kind = Literal["video", "masks"]
 HEARD_AT_ONCE = 256  # events that a slow listener may lag behind
 
 
@@ -85,24 +86,24 @@ class Service:
 
     # taking jobs
 
-    async def submit(self, form: Form, owner: str, idempotency: str | None) -> JobRow:
+    async def submit(self, form: Form, owner: str, idempotency: str | None, kind: Kind = "video") -> JobRow:
         """A queued job, its inputs checked. The same Idempotency-Key gives the same job."""
         if idempotency is None:
-            return await self._submit(form, owner, None)
+            return await self._submit(form, owner, None, kind)
         if not 1 <= len(idempotency) <= 200:
             raise wrong("An Idempotency-Key has 1 to 200 characters.", "Idempotency-Key")
         lock = self._locks.setdefault((owner, idempotency), asyncio.Lock())
         try:
             async with lock:
-                return await self._submit(form, owner, idempotency)
+                return await self._submit(form, owner, idempotency, kind)
         finally:
             if not lock.locked():
                 self._locks.pop((owner, idempotency), None)
 
-    async def _submit(self, form: Form, owner: str, idempotency: str | None) -> JobRow:
+    async def _submit(self, form: Form, owner: str, idempotency: str | None, kind: Kind) -> JobRow:
         asked = read_fields(form.fields)
         self._check_model(asked.model)
-        job_id = new_id("video_")
+        job_id = new_id(f"{kind}_")
         folder = self.store.folder(job_id)
         check_numbers(asked, folder)
         before = None if idempotency is None else self.store.job_of_key(owner, idempotency)
@@ -113,14 +114,18 @@ class Service:
             folder.mkdir(mode=0o700)
             inputs = Inputs(self.store, owner, self.settings.limits, self.settings.fetch_hosts)
             await inputs.place(form, asked, folder)
-            check_complete(asked, inputs.hashes)
+            if asked.masks_id is not None:
+                made_masks.take_over(self.store.folder(self.job(asked.masks_id, owner).id), folder)
+                inputs.hashes |= dict.fromkeys(made_masks.INPUTS, asked.masks_id)
+            made = kind == "masks" or inputs.hashes.keys().isdisjoint(made_masks.INPUTS)
+            check_complete(inputs.hashes, made and made_masks.available())
             digest = _digest(asked, inputs.hashes)
             if before is not None:
                 if before.digest != digest:
                     raise Refusal(409, "This Idempotency-Key was used for another request.", "idempotency_key_reused")
                 await asyncio.to_thread(shutil.rmtree, folder)
                 return before
-            request = await self._checked(asked, folder)
+            request = await self._checked(asked, folder, asked.masking if made else None)
             await asyncio.to_thread(_sync, folder)
             row = await asyncio.to_thread(self.store.add_job, job_id, owner, request, idempotency, digest)
         except BaseException:
@@ -151,17 +156,18 @@ class Service:
             if count >= most:
                 raise Refusal(429, f"{most} jobs {whose} are waiting already: try later.", "queue_full", retry_s=30)
 
-    async def _checked(self, asked: Asked, folder: Path) -> dict[str, Any]:
-        """What is stored of a request. Refusal when it cannot work."""
+    async def _checked(self, asked: Asked, folder: Path, masking: dict[str, Any] | None) -> dict[str, Any]:
+        """What is stored of a request; masking: of masks that are made. Refusal when it cannot work."""
         options = dict(asked.options)
-        told = options | {"extra_refs": len(asked.extra_refs)}
+        told = options | {"extra_refs": len(asked.extra_refs), "masking": masking}
         if asked.seconds is not None:
             told["seconds"] = str(asked.seconds)
         facts = await self.checker.check(folder, told)
-        await asyncio.to_thread((folder / plans.NAME).write_bytes, base64.b64decode(facts.pop("plan")))
+        if "plan" in facts:
+            await asyncio.to_thread((folder / plans.NAME).write_bytes, base64.b64decode(facts.pop("plan")))
         if (frames := facts.pop("asked_frames")) is not None:
             options["frames"] = frames
-        return {"options": options, "extra_refs": len(asked.extra_refs), "facts": facts}
+        return {"options": options, "extra_refs": len(asked.extra_refs), "masking": masking, "facts": facts}
 
     # telling
 
@@ -199,6 +205,8 @@ class Service:
         live = self.live.setdefault(row.id, Live())
         if "event" in message:
             await self._progress(row, live, dict(message["event"]))
+        elif "planned" in message:
+            await asyncio.to_thread(self.store.planned, row, message["planned"])
         elif "preview" in message:
             live.preview = dict(message["preview"])
             live.tell("preview", live.preview)
@@ -264,7 +272,7 @@ class Service:
 
 
 def _digest(asked: Asked, hashes: Mapping[str, str]) -> str:
-    said = json.dumps([asked.options, dict(hashes), str(asked.seconds)], sort_keys=True, default=str)
+    said = json.dumps([asked.options, asked.masking, dict(hashes), str(asked.seconds)], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()
 
 

@@ -36,6 +36,7 @@ CREATE INDEX IF NOT EXISTS file_owner ON files (owner, seq);
 CREATE INDEX IF NOT EXISTS file_hash ON files (owner, sha256);
 """
 VISIBLE = "state != 'deleted'"
+VIDEOS = f"{VISIBLE} AND id LIKE 'video~_%' ESCAPE '~'"
 Order = Literal["asc", "desc"]
 
 
@@ -145,6 +146,13 @@ class Store:
         )
         return JobRow.of(rows[0]) if rows else None
 
+    def planned(self, row: JobRow, facts: Mapping[str, Any]) -> None:
+        """What the worker's plan says of a job."""
+        request = json.dumps({**row.request, "facts": facts})
+        self._write(
+            "UPDATE jobs SET request=? WHERE id=? AND attempt=? AND state='running'", request, row.id, row.attempt
+        )
+
     def started(self, job_id: str, attempt: int) -> None:
         """Its first denoising step has begun."""
         self._write(
@@ -198,8 +206,8 @@ class Store:
         return {row["id"]: place for place, row in enumerate(rows)}
 
     def list_jobs(self, owner: str, after: str | None, limit: int, order: Order) -> list[JobRow]:
-        """A page of a client's jobs by age, from the one after `after` on."""
-        return [JobRow.of(row) for row in self._page("jobs", owner, after, limit, order, f"AND {VISIBLE}")]
+        """A page of a client's videos by age, from the one after `after` on."""
+        return [JobRow.of(row) for row in self._page("jobs", owner, after, limit, order, f"AND {VIDEOS}")]
 
     def _page(
         self, table: str, owner: str, after: str | None, limit: int, order: Order, also: str = ""

@@ -17,7 +17,7 @@ def video_object(service: Service, row: JobRow, place: int | None = None) -> dic
     seconds = float(facts["frames"] / Fraction(facts["frame_rate"]))
     document = {
         "id": row.id,
-        "object": "video",
+        "object": "masks" if row.id.startswith("masks_") else "video",
         "model": service.settings.model,
         "status": status,
         "progress": 100 if row.state == "completed" else _percent(live),
@@ -53,6 +53,7 @@ def video_object(service: Service, row: JobRow, place: int | None = None) -> dic
             "stage_durations": result["timings_s"],
             "peak_memory_mb": peak_mb(result),
         }
+        document |= {name: result[name] for name in ("characters", "notes") if name in result}
     return document
 
 

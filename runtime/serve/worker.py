@@ -24,9 +24,12 @@ from typing import IO, TYPE_CHECKING, Any
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.progress import Cancelled, Progress
 from scail2_rt.runtime.core.request import Output
+from scail2_rt.runtime.serve import made_masks
+from scail2_rt.runtime.serve.check_process import facts_of, plain_names
 
 if TYPE_CHECKING:
     from scail2_rt.runtime.core.plan import Plan
+    from scail2_rt.runtime.masks.make.make import Masks
     from scail2_rt.runtime.session.session import Session
     from scail2_rt.runtime.session.write import Result
 
@@ -88,15 +91,22 @@ def warm(session: "Session") -> None:
 
 def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
     """One job; whatever becomes of it is said, and the session is ready for the next."""
-    from scail2_rt.runtime.serve.check_process import plain_names
-
     folder = Path(job["folder"])
     began = time.perf_counter()
     about = {"job": job["id"], "attempt": job["attempt"]}
     try:
-        plan = make_plan(session, job, folder)
-        messages.say(planned={"frames": plan.frames, "warnings": list(plan.warnings)}, **about)
-        result = generate(session, plan, job, Teller(messages, about, folder))
+        heard = Teller(messages, about, folder)
+        masks = None
+        if job["masking"] is not None:
+            masks = made_masks.make(session, job, folder, heard, messages.cancel)
+        if job["id"].startswith("masks_"):
+            assert masks is not None
+            told = {"characters": list(masks.characters), "notes": list(masks.notes), "mode": masks.mode}
+            messages.say(done=told | {"inference_s": round(masks.seconds, 3), "frames": 0, "timings_s": {}}, **about)
+            return
+        plan = make_plan(session, job, folder, masks)
+        messages.say(planned=facts_of(plan), **about)
+        result = generate(session, plan, job, heard)
     except Cancelled:
         messages.say(cancelled=True, **about)
     except Exception as error:
@@ -108,13 +118,15 @@ def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
         messages.say(done=described(result, time.perf_counter() - began, session), **about)
 
 
-def make_plan(session: "Session", job: Mapping[str, Any], folder: Path) -> "Plan":
-    """As the command line makes it, with its hints."""
+def make_plan(session: "Session", job: Mapping[str, Any], folder: Path, masks: "Masks | None") -> "Plan":
+    """As the command line makes it, with its hints; with masks that were made, in their mode."""
     from scail2_rt.runtime.jobs.run import fit_plan
     from scail2_rt.runtime.serve.fields import options_of, request_of
     from scail2_rt.runtime.serve.plans import planned
 
-    options = job["options"]
+    options = dict(job["options"])
+    if masks is not None:
+        options["mode"] = masks.mode
     plan = planned(folder, request_of(options, folder, job["extra_refs"]))
     return fit_plan(plan, session, options_of(options, folder))
 
