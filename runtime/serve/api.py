@@ -38,6 +38,7 @@ VARIANTS = {
     "video_reference": ("video_reference", "application/octet-stream"),
     "video_mask_reference": ("video_mask_reference", "application/octet-stream"),
     "mask_sheet": (f"{made_masks.FOLDER}/masks.png", "image/png"),
+    "mask_record": (f"{made_masks.FOLDER}/masks.json", "application/json"),
 }
 
 
@@ -147,7 +148,7 @@ def _add_results(app: FastAPI, service: Service) -> None:
             raise wrong(f"variant must be one of {', '.join(VARIANTS)}, not {variant[:80]}.", "variant")
         name, media_type = VARIANTS[variant]
         path = service.store.folder(row.id) / name
-        if not (variant.endswith("_reference") or variant == "mask_sheet"):
+        if not (variant.endswith("_reference") or variant.startswith("mask_")):
             if row.state == "failed":
                 raise Refusal(422, str((row.result or {})["message"]), "video_failed")
             if row.state != "completed":
@@ -277,7 +278,8 @@ def _add_files(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    model = {"id": service.settings.model, "object": "model", "created": 0, "owned_by": "scail2-rt"}
+    model: dict[str, Any] = {"id": service.settings.model, "object": "model", "created": 0, "owned_by": "scail2-rt"}
+    model["makes_masks"] = made_masks.available()
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.progress import Listener, Progress
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.run import Job, Outcome, single_job, summary
+from scail2_rt.runtime.serve.fields import MASKING
 from scail2_rt.runtime.serve.wire import Wire
 from scail2_rt.runtime.session.check import check_output
 from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
@@ -37,6 +38,8 @@ SAME = (
 )
 BACK_S = 120.0  # how long a service that went away may take to come back
 KEY = "SCAIL2_RT_API_KEY"
+MASK_FIELDS = ("mask_reference", "video_mask_reference")
+MASK_VIDEOS = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}  # runtime.masks.make.work.VIDEO_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +61,22 @@ def run_remote(options: GenerateOptions, server: str, listener: Listener) -> Out
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.batch is None:
-        fetched = _generate(wire, single_job(options), options, listener)
+        fetched = _generate(wire, _single(options), options, listener)
         return Outcome(_document(fetched), summary(cast(Any, fetched)))
     return _run_batch(wire, options, listener)
+
+
+def _single(options: GenerateOptions) -> Job:
+    """The job of the options; without masks, the service makes them, and they come to where a local run keeps them."""
+    if not getattr(options, "makes_masks", False):
+        return single_job(options)
+    assert options.image is not None
+    assert options.driving is not None
+    folder = options.output.with_name(f"{options.output.stem}.masks")
+    files = (options.image, folder / "ref_mask.png", options.driving, folder / MASK_VIDEOS["animate"])
+    return Job(
+        str(options.driving), options.request(*files, prompt=options.read_prompt()), options.output_to(options.output)
+    )
 
 
 def _run_batch(wire: Wire, options: GenerateOptions, listener: Listener) -> Outcome:
@@ -102,7 +118,7 @@ def _generate(wire: Wire, job: Job, options: GenerateOptions, listener: Listener
         raise job.error or InputError(f"{job.name} holds no request.")
     refuse_second(job.output.path)
     check_output(job.output, job.request)
-    files = _files_of(job)
+    files = _files_of(job, getattr(options, "makes_masks", False))
     try:
         with sole_writer(job.output.path, lambda note: print(f"warning: {note}", file=sys.stderr)):
             return _through(wire, job, options, files, listener)
@@ -114,8 +130,8 @@ def _generate(wire: Wire, job: Job, options: GenerateOptions, listener: Listener
         raise Scail2Error(f"The service at {wire.url} cannot be reached ({error}): is it running?") from error
 
 
-def _files_of(job: Job) -> dict[str, Path]:
-    """Field of the interface → the file that was given."""
+def _files_of(job: Job, made: bool) -> dict[str, Path]:
+    """Field of the interface → the file that was given; masks that are made are none."""
     request = job.request
     assert request is not None
     named: dict[str, Any] = {
@@ -126,7 +142,11 @@ def _files_of(job: Job) -> dict[str, Path]:
     }
     for number, (image, mask) in enumerate(request.extra_refs, 1):
         named |= {f"extra_ref_{number}": image, f"extra_ref_{number}_mask": mask}
+    if made:
+        named = {name: path for name, path in named.items() if name not in MASK_FIELDS}
     for label, path in request.inputs.items():
+        if made and label in ("reference mask", "driving mask video"):
+            continue
         if not Path(str(path)).is_file():
             raise InputError(f"The {label} {path} {'is not a file' if Path(str(path)).exists() else 'does not exist'}.")
     return {name: Path(path) for name, path in named.items()}
@@ -163,6 +183,8 @@ def _post(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str, Pa
     assert request is not None
     known: dict[str, str] = {}
     body: dict[str, Any] = {name: value for name in SAME if (value := getattr(options, name)) is not None}
+    if getattr(options, "makes_masks", False):
+        body |= {name: value for name in MASKING if (value := getattr(options, name))}
     body |= {"prompt": request.prompt, "mode": request.mode}
     if request.size is not None:
         body["size"] = f"{request.size[1]}x{request.size[0]}"
@@ -256,12 +278,30 @@ def _fetch(wire: Wire, video_id: str, job: Job, files: Mapping[str, Path]) -> Fe
             raise
     with wire.open("GET", f"{content}report") as response:
         report = json.loads(response.read())
+    if MASK_FIELDS[0] not in files:
+        files = {**files, **_fetch_masks(wire, content, output, report["mode"])}
     _localise(report, output, files)
     report |= {"server": wire.url, "video_id": video_id}
     write_report(report_path(output), report)
     return Fetched(
         output, report["frames"], report["timings_s"], report, report_path(output), report["resumed_after_segments"]
     )
+
+
+def _fetch_masks(wire: Wire, content: str, output: Path, mode: str) -> dict[str, Path]:
+    """The masks that the service made, with their sheet, in `NAME.masks` beside the output."""
+    folder = output.with_name(f"{output.stem}.masks")
+    folder.mkdir(exist_ok=True)
+    names = {"mask_reference": "ref_mask.png", "video_mask_reference": MASK_VIDEOS[mode]}
+    for variant, name in {**names, "mask_sheet": "masks.png", "mask_record": "masks.json"}.items():
+        temporary = folder / f".{name}.{uuid.uuid4().hex}"
+        try:
+            with temporary.open("wb") as file:
+                wire.download(f"{content}{variant}", file)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return {variant: folder / name for variant, name in names.items()}
 
 
 def _localise(report: dict[str, Any], output: Path, files: Mapping[str, Path]) -> None:

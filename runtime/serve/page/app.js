@@ -6,7 +6,7 @@ const FIELDS = ["input_reference", "video_reference", "mask_reference", "video_m
 const COLOURS = ["blue", "red", "green", "magenta", "cyan", "yellow"];
 const chosen = {};          // field → File
 const entries = new Map();  // video id → {video, element, stop}
-let shown = null, lastId = null, masks = null, points = [];
+let shown = null, lastId = null, masks = null;
 
 // ---- the service
 
@@ -69,8 +69,8 @@ function send(file) {  // XMLHttpRequest alone tells how much is sent
   });
 }
 
-async function* events(id, signal) {
-  const answer = await call(`/v1/videos/${id}/events`, {signal});
+async function* events(id, signal, kind = "videos") {
+  const answer = await call(`/v1/${kind}/${id}/events`, {signal});
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   while (true) {
@@ -281,16 +281,85 @@ $("play").addEventListener("click", () => {
 
 // ---- masks made inside
 
+for (const colour of COLOURS) $("colour").add(new Option(colour));
+
 function forgetMasks() {
   masks = null;
-  points = [];
-  tellPoints();
+  $("points").value = "";
+  $("mask-state").textContent = "";
   for (const name of ["photo-mask", "clip-mask"]) $(name).hidden = true;
 }
 
-function tellPoints() {
-  $("points").textContent = points.length ? `${points.length} clicks: make the masks again` : "";
+// Where a click lies, in pixels of the picture, which is fitted into its element; null beside it.
+function pixel(event, width, height) {
+  const box = event.currentTarget.getBoundingClientRect();
+  const scale = Math.min(box.width / width, box.height / height);
+  const x = (event.clientX - box.left - (box.width - width * scale) / 2) / scale;
+  const y = (event.clientY - box.top - (box.height - height * scale) / 2) / scale;
+  return x >= 0 && y >= 0 && x <= width && y <= height ? `${x.toFixed(1)},${y.toFixed(1)}` : null;
 }
+
+function point(place) {
+  if (!place || !$("masks").open || $("mask-tools").hidden) return false;
+  $("points").value += ($("points").value.trim() ? "; " : "") + `${place}:${$("colour").value}`;
+  $("mask-state").textContent = "Make the masks again to see what the clicks change.";
+  return true;
+}
+
+$("photo").addEventListener("click", event => {
+  const at = pixel(event, $("photo").naturalWidth, $("photo").naturalHeight);
+  point(at && `image:${at}`);
+});
+
+$("clip").addEventListener("click", event => {
+  const at = pixel(event, $("clip").videoWidth, $("clip").videoHeight);
+  const frame = masks ? Math.round($("clip").currentTime * rate(masks.frame_rate)) : 0;
+  if (at && point(`${Math.min(frame, (masks?.frames ?? 1) - 1)}:${at}`)) event.preventDefault();
+});
+
+const rate = text => { const [over, under] = text.split("/"); return Number(over) / Number(under ?? 1); };
+
+for (const event of ["play", "pause", "seeked", "timeupdate"]) {
+  $("clip").addEventListener(event, () => {
+    const mask = $("clip-mask"), clip = $("clip");
+    if (mask.hidden) return;
+    if (Math.abs(mask.currentTime - clip.currentTime) > 0.08) mask.currentTime = clip.currentTime;
+    clip.paused ? mask.pause() : mask.play().catch(() => {});
+  });
+}
+
+async function makeMasks() {
+  const fields = ["input_reference", "video_reference"];
+  if (fields.some(field => !chosen[field])) throw new Error("Choose a photo and a driving clip first.");
+  $("mask-state").textContent = "sending …";
+  const body = {mode: $("mode").value, max_characters: Number($("max_characters").value) || 2};
+  for (const field of fields) body[field] = {file_id: await keep(chosen[field])};
+  const points = $("points").value.split(";").map(text => text.trim()).filter(Boolean);
+  if (points.length) body.points = points;
+  const made = await post("/v1/masks", body);
+  for await (const [kind, document_] of events(made.id, undefined, "masks")) {
+    if (kind === "failed") throw new Error(document_.error.message);
+    if (kind === "completed") return document_;
+    if (kind === "progress") $("mask-state").textContent = `making masks: ${document_.status === "queued" && !document_.phase ? "waiting" : `${document_.progress} %`}`;
+  }
+  throw new Error("The service went away: make them again.");
+}
+
+$("make-masks").addEventListener("click", async () => {
+  $("make-masks").disabled = true;
+  try {
+    masks = await makeMasks();
+    const content = variant => objectUrl(`/v1/masks/${masks.id}/content?variant=${variant}`);
+    $("photo-mask").src = await content("mask_reference");
+    $("clip-mask").src = await content("video_mask_reference");
+    for (const name of ["photo-mask", "clip-mask"]) $(name).hidden = false;
+    $("mask-state").textContent = [`Masks of ${masks.characters.join(", ")}.`, ...masks.notes].join(" ");
+  } catch (error) {
+    $("mask-state").textContent = error.message;
+  } finally {
+    $("make-masks").disabled = false;
+  }
+});
 
 // ---- the start
 
@@ -307,6 +376,8 @@ async function start() {
   try {
     const models = await ask("/v1/models");
     $("state").textContent = `ready: ${models.data[0].id}`;
+    $("mask-tools").hidden = !models.data[0].makes_masks;
+    document.body.classList.toggle("pointing", models.data[0].makes_masks);
     $("mask-hint").textContent = "Colour masks of the photo and of the clip, as scail2-rt masks makes them: white and black "
       + "are background, one colour a character.";
     await older();
