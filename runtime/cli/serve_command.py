@@ -148,6 +148,14 @@ SERVE_OPTIONS = (
         ),
         option("--vram-limit", type=MemorySize(), metavar="SIZE", help="GPU memory that each worker may use."),
         option("--no-graphs", is_flag=True, help="Disable CUDA graphs."),
+        option(
+            "--segmenter",
+            type=click.Choice(["auto", "sam2", "sam3"]),
+            default="auto",
+            show_default=True,
+            help="What makes the masks of requests without masks.",
+        ),
+        option("--segmenter-weights", type=PATH, metavar="DIR", help="A folder that holds a segmenter."),
         option("--no-warm", is_flag=True, help="Load weights with the first job instead of at the start."),
     ),
 )

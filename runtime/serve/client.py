@@ -29,7 +29,10 @@ from scail2_rt.runtime.session.check import check_output
 from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
 from scail2_rt.runtime.session.report import file_hash, report_path, write_report
 
-OPERATORS = ("backend", "max_rows", "attention", "vram_limit", "no_graphs")
+OPERATORS = (
+    *("backend", "max_rows", "attention", "vram_limit", "no_graphs", "gpus"),
+    *("segmenter", "segmenter_weights", "segmenter_device", "image_from", "driving_from"),
+)
 LOCAL = ("dry_run", "resume")
 SAME = (
     *("mode", "fit", "fit_reference", "allow_mask_problems", "start", "frames", "negative_prompt", "codec", "crf"),
@@ -103,7 +106,8 @@ def _document(fetched: Fetched) -> dict[str, Any]:
 
 def _refuse_local(options: GenerateOptions) -> None:
     """InputError for options that a client cannot decide."""
-    plain = {name: GenerateOptions.__dataclass_fields__[name].default for name in (*OPERATORS, *LOCAL)}
+    known = GenerateOptions.__dataclass_fields__
+    plain = {name: known[name].default for name in (*OPERATORS, *LOCAL) if name in known}
     given = [name for name, default in plain.items() if getattr(options, name) != default]
     for name in given:
         flag = f"--{name.replace('_', '-')}"

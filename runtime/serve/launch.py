@@ -11,7 +11,7 @@ from scail2_rt.runtime.serve.settings import Limits, Settings
 
 SAME = (
     *("host", "port", "gpus_per_video", "key_file", "allow_hosts", "fetch_hosts", "keep_s", "disk_bytes", "model"),
-    *("backend", "max_rows", "attention", "vram_limit", "no_graphs"),
+    *("backend", "max_rows", "attention", "vram_limit", "no_graphs", "segmenter", "segmenter_weights"),
 )
 
 

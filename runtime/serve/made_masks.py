@@ -35,9 +35,9 @@ def mask_options(masking: Mapping[str, Any], options: Mapping[str, Any]) -> "Mas
 
     given = {"prompt" if name == "mask_prompt" else name: value for name, value in masking.items()}
     shared = {name: options[name] for name in ("mode", "start", "frames") if options.get(name) is not None}
-    for name in ("points", "boxes"):
-        if name in given:
-            given[name] = tuple(given[name])
+    given |= {name: tuple(given[name]) for name in ("points", "boxes") if name in given}
+    if given.get("weights") is not None:
+        given["weights"] = Path(given["weights"])
     return MaskOptions(**given, **shared)
 
 

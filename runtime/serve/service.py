@@ -159,6 +159,9 @@ class Service:
     async def _checked(self, asked: Asked, folder: Path, masking: dict[str, Any] | None) -> dict[str, Any]:
         """What is stored of a request; masking: of masks that are made. Refusal when it cannot work."""
         options = dict(asked.options)
+        if masking is not None:
+            weights = self.settings.segmenter_weights
+            masking = {**masking, "segmenter": self.settings.segmenter, "weights": weights and str(weights)}
         told = options | {"extra_refs": len(asked.extra_refs), "masking": masking}
         if asked.seconds is not None:
             told["seconds"] = str(asked.seconds)

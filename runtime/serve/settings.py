@@ -46,6 +46,7 @@ class Settings:
     keep_s             how long results are kept
     disk_bytes         what the data folder may take; the oldest results go first; None: no limit
     model              the name that clients see
+    segmenter, segmenter_weights   what makes masks, and its folder
     warm               run a very small video at the start, so that the first request finds loaded weights
     """
 
@@ -68,6 +69,8 @@ class Settings:
     vram_limit: int | None = None
     no_graphs: bool = False
     warm: bool = True
+    segmenter: str = "auto"
+    segmenter_weights: Path | None = None
     kills: int = 20
     limits: Limits = field(default_factory=Limits)
 

@@ -197,3 +197,36 @@ def test_a_page_of_another_origin_reaches_nothing(served: Served, page: Any, tmp
     assert ours
     assert set(ours.values()) == {403}
     assert served.ask("GET", "/v1/files").json == before
+
+
+def test_masks_on_the_page(engines: Path, case: Path, cache: Path, tmp_path: Path, page: Any) -> None:
+    """Made, seen over photo and clip, corrected by clicks, and used."""
+    pytest.importorskip("scail2_rt.runtime.masks.make", reason="this installation makes no masks")
+    from tests.support.tiny_segmenters import write_sam2
+
+    sam2 = write_sam2(tmp_path / "sam2", image=64)
+    with serving(engines, tmp_path / "data", cache, "--segmenter-weights", str(sam2), measured=True) as own:
+        page.goto(own.url)
+        page.wait_for_selector("body[data-ready]")
+        page.set_input_files("#input_reference", case / "ref.png")
+        page.set_input_files("#video_reference", case / "rendered_v2.mp4")
+        page.click("#masks summary")
+        page.click("#make-masks")
+        until(page, "document.querySelector('#mask-state').textContent.includes('Grounding DINO')")
+        page.click("#photo", position={"x": 200, "y": 150})
+        until(page, "document.querySelector('#clip').videoWidth == 96")
+        page.click("#clip", position={"x": 200, "y": 150})
+        clicks = page.input_value("#points")
+        assert clicks.startswith("image:")
+        assert "; 0:" in clicks
+        assert page.evaluate("document.querySelector('#clip').paused")
+        page.click("#make-masks")
+        until(page, "document.querySelector('#mask-state').textContent.startsWith('Masks of')")
+        until(page, "document.querySelector('#photo-mask').naturalWidth == 96")
+        until(page, "document.querySelector('#clip-mask').videoWidth == 96")
+        shot(page, "masks")
+        page.select_option("#size", "own")
+        page.fill("#own-size", "96x64")
+        page.fill("#steps", "2")
+        page.click("#go")
+        page.locator("#videos .status", has_text="done in").wait_for(timeout=60_000)
