@@ -23,7 +23,7 @@ class CopyToCpu:
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """Pinned memory for a copy of the tensor. Getting it from the driver may wait for all that the device has queued."""
+    """Pinned memory for a copy of the tensor. Getting it may wait for all that the device has queued."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
