@@ -266,6 +266,10 @@ class Backend(ABC):
         """Why a limit of GPU memory cannot be kept on "cuda" or "cpu", in words; None when it can."""
         return f"{self.name} runs on the {device} here"
 
+    def targets(self, plan: ArtefactPlan) -> tuple[str, ...]:
+        """The GPU architectures that its artefacts were built for; none when they were built for this machine's."""
+        return ()
+
     def room(self, plan: ArtefactPlan) -> int:
         """Bytes of disk that its artefacts need beside the weight store. InputError when there is no room for what it
         estimates itself."""

@@ -15,9 +15,10 @@ from scail2_rt.export.models.precision import PRECISIONS, Precision
 from scail2_rt.kernels.errors import InputError
 
 # In the order in which `auto` takes them on a GPU; without one it takes the last that needs none first: ONNX Runtime
-# is the fastest on a CPU. Each module has its backend as BACKEND.
+# is the fastest on a CPU. Each module has its backend as BACKEND, or several by name as BACKENDS.
 _MODULES = {
     "tensorrt": "tensorrt_backend.backend",
+    "tensorrt-rtx": "tensorrt_backend.backend",
     "torch": "torch_backend.backend",
     "onnxruntime": "onnx_backend.backend",
 }
@@ -30,7 +31,8 @@ def backend(name: str) -> Backend:
     """The backend of this name. InputError when there is none."""
     if name not in _MODULES:
         raise InputError(f"backend {name!r} is unknown; use auto, {', '.join(BACKENDS)}.")
-    found: Backend = importlib.import_module(f"scail2_rt.engines.{_MODULES[name]}").BACKEND
+    module = importlib.import_module(f"scail2_rt.engines.{_MODULES[name]}")
+    found: Backend = module.BACKENDS[name] if hasattr(module, "BACKENDS") else module.BACKEND
     return found
 
 
@@ -99,6 +101,8 @@ def default_precision(names: Sequence[str]) -> tuple[Precision, str]:
     """(precision, reason): fp32 on a CPU; on a GPU fp8 where it has e4m3 GEMMs, else bf16."""
     if all(device_of(name) == "cpu" for name in names):
         return "fp32", "computation is on the CPU"
+    if not torch.cuda.is_available():
+        return "fp8", "plans are made for cards that have it"
     if torch.cuda.get_device_capability() >= FP8_CAPABILITY:
         return "fp8", f"the GPU is {gpu()}"
     return "bf16", f"the GPU is {gpu()}, which has no fp8"

@@ -22,7 +22,9 @@ from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.manifest import Identity, Manifest, check_folder, differences, read_manifest
 from scail2_rt.engines.folder.sums import DamagedError
 from scail2_rt.engines.observer import BuildObserver
-from scail2_rt.engines.verify import inspector
+from scail2_rt.engines.tensorrt_backend.builder import fp8_linears
+from scail2_rt.engines.tensorrt_backend.layers import fault as operand_fault
+from scail2_rt.engines.tensorrt_backend.layers import layers_of_json
 from scail2_rt.engines.verify.stage_check import (
     TOLERANCES,
     Reference,
@@ -278,7 +280,8 @@ def _measured(
         fault = None if difference == 0 else f"the CUDA graph's result differs from the eager one by {difference:.2g}"
     report = engines.plan_report(name)
     if fault is None and report is not None:
-        fault = inspector.fault(report, engines.numerics(name))
+        expected = fp8_linears(engines.definitions[name], engines.numerics(name))
+        fault = operand_fault(layers_of_json(report), expected)
     passed = fault is None and error <= result.tolerance
     return dataclasses.replace(result, error=error, median_s=seconds, fault=fault, passed=passed)
 

@@ -106,7 +106,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         options["lora_partial"],
         options["rebuild"],
         parts,
-        plan_options(options["max_picture"], options["workspace_gib"]),
+        plan_options(options["max_picture"], options["workspace_gib"], options["targets"]),
         tuple(options["stages"]),
     )
     with stdout_for(as_json):

@@ -11,7 +11,7 @@ from scail2_rt.runtime.cli.types import MemorySize, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
-BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
+BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 # "auto" and kernels.attention.variants.VARIANTS
 ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
 SCHEDULERS = ("unipc", "dpm++", "euler")
@@ -263,6 +263,13 @@ BUILD_OPTIONS = in_section(
         type=click.FloatRange(min=0.01),
         metavar="GIB",
         help="TensorRT: limit for the scratch memory of one layer.  [default: 8]",
+    ),
+    option(
+        "--target",
+        "targets",
+        metavar="SM,...",
+        help="TensorRT for RTX: cards to build for, e.g. sm89,sm120 (RTX 40 and 50).  [default: this machine's card, "
+        "else all that the precision allows]",
     ),
     option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
 )
