@@ -145,7 +145,9 @@ class _Build:
                     str(plan_path(self.stages, name, self.library)),
                     str(log_path(plan.directory, name, self.library)),
                     {spec.name: TYPE_NAMES[spec.dtype] for spec in definition.io(numerics)[0]},
-                    tuple({key: tuple(ranges) for key, ranges in profile.items()} for profile in profiles),
+                    tuple(
+                        {key: (r.smallest, r.usual, r.largest) for key, r in profile.items()} for profile in profiles
+                    ),
                     self.workspace,
                     self.options.optimization_level,
                     self.options.targets,

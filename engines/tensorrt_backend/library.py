@@ -2,14 +2,15 @@
 
 All that differs between them is in a `Library`; the rest of this folder is one code path. Nothing here imports one of
 them before it is used, and nothing here imports PyTorch: the process that compiles a plan needs none. A library knows
-one logger a process (a second one is ignored with a warning), so there is one, made once and never dropped: it outlives
-every builder, runtime and engine. It passes messages to a `MessageLog`, which keeps the last ones for our exceptions and
-copies all to the file of the stage being built. Logger and error recorder are called from threads of the library's own.
+one logger per process (a second one is ignored with a warning), so there is one, made once and never dropped: it
+outlives every builder, runtime and engine. It passes messages to a `MessageLog`, which keeps the last ones for our
+exceptions and copies all to the file of the stage being built. Both are called from the library's threads.
 """
 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ class Library:
     def compiles_here(self) -> bool:
         """Does a build need the GPU that will run the plan?"""
         return not self.targets
+
+    @property
+    def installed(self) -> bool:
+        """Can it be imported here?"""
+        return importlib.util.find_spec(self.module) is not None
 
     def api(self) -> Any:
         """The library's module, imported."""

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scail2_rt.engines.folder.manifest import write_json
 from scail2_rt.engines.tensorrt_backend.library import Library
@@ -77,9 +77,11 @@ class PlanLedger:
         self.options: PlanOptions | None = None
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
             document = json.loads(ledger_path(stages, library).read_text())
-            options = {name: tuple(v) if isinstance(v, list) else v for name, v in document["options"].items()}
+            options: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in document["options"].items()
+            }
             records = {str(stage): PlanRecord(**record) for stage, record in document["plans"].items()}
-            self.options, self.records = PlanOptions(**options), records
+            self.options, self.records = PlanOptions(**options), records  # both or neither
 
     def good(self, stage: str, digest: str) -> bool:
         """Is the plan of this stage there, whole, and of this digest?"""

@@ -2,10 +2,10 @@
 
 Typed against its own bindings alone; what both libraries have is typed against those of both. A plan of this library
 holds no kernels: they are compiled on the card when a context is made, and kept in a runtime cache, which one session
-shares between all its engines (40 blocks need the same kernels) and saves in the engine folder; the library itself drops
-what another card or version left there. Kernels for a shape of its own are made at once or not at all: the library's default makes them in the
-background and changes over while the plan runs, so that a recorded step could differ from the eager one. (Written from
-its documentation and tested on recorders; not run by us on a card.)
+shares between all its engines (40 blocks need the same kernels) and saves in the engine folder; the library itself
+drops what another card or version left there. Kernels for a shape of its own are made at once: the
+library's default makes them in the background and changes over while the plan runs, so that a recorded step could
+differ from the eager one. (Written from its documentation and tested on recorders; not run by us on a card.)
 """
 
 import contextlib

@@ -280,8 +280,8 @@ def _measured(
         fault = None if difference == 0 else f"the CUDA graph's result differs from the eager one by {difference:.2g}"
     report = engines.plan_report(name)
     if fault is None and report is not None:
-        expected = fp8_linears(engines.definitions[name], engines.numerics(name))
-        fault = operand_fault(layers_of_json(report), expected)
+        linears = fp8_linears(engines.definitions[name], engines.numerics(name))
+        fault = operand_fault(layers_of_json(report), linears)
     passed = fault is None and error <= result.tolerance
     return dataclasses.replace(result, error=error, median_s=seconds, fault=fault, passed=passed)
 
