@@ -15,7 +15,7 @@ import torch
 
 from scail2_rt.engines.backend import ArtefactPlan
 from scail2_rt.engines.folder.manifest import STAGES
-from scail2_rt.engines.observer import BuildObserver, BuildStep
+from scail2_rt.engines.observer import BuildObserver, BuildStep, Phase
 from scail2_rt.engines.tensorrt_backend.children import compile_all
 from scail2_rt.engines.tensorrt_backend.compiling import Outcome, PlanJob
 from scail2_rt.engines.tensorrt_backend.library import Library
@@ -42,8 +42,9 @@ from scail2_rt.engines.tensorrt_backend.preflight import (
 from scail2_rt.engines.tensorrt_backend.profiles import TYPE_NAMES, PlanOptions, stage_profiles
 from scail2_rt.engines.tensorrt_backend.targets import choose_targets
 from scail2_rt.engines.tensorrt_backend.times import PlanTimes
-from scail2_rt.export.models.precision import Numerics
-from scail2_rt.export.onnx.stages import export_stage
+from scail2_rt.export.models.config import ModelConfig
+from scail2_rt.export.models.precision import Numerics, Precision
+from scail2_rt.export.onnx.stages import export_stage, stage_graph
 from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
@@ -109,13 +110,13 @@ class _Build:
         definitions = plan.definitions
         self.sizes = {name: plan.stage_bytes.get(name, 0) for name in definitions}
         self.times = PlanTimes({name: d.family or name for name, d in definitions.items()}, self.sizes)
-        self.workspace = self._workspace()
 
     def run(self) -> PlansReport:
         fresh = [name for name in self.wanted if not plan_path(self.stages, name, self.library).is_file()]
         check_resources(self.library, {name: self.sizes[name] for name in fresh}, self.plan.directory)
         for sentence in build_notes(self.library, self.sizes, self.options):
             self.observer.note(sentence)
+        self._trace()
         self.ledger.begin(self.options)
         at_once = 1 if self.library.compiles_here else os.cpu_count() or 1
         compile_all(self._jobs(), int(host_memory() * MEMORY_SHARE), at_once, self._environment(), self._finished)
@@ -124,38 +125,32 @@ class _Build:
         kept = tuple(name for name in self.wanted if name not in self.built)
         return PlansReport(self.environment, tuple(self.built), kept)
 
+    def _trace(self) -> None:
+        """The graphs, which take long where the cache has none; apart, so that the time left is that of the plans."""
+        families: dict[str, StageDefinition] = {}
+        for name in self.wanted:
+            definition = self.plan.definitions[name]
+            families.setdefault(definition.family or name, definition)
+        phase = Phase(self.observer, "graph", {definition.name: 0 for definition in families.values()})
+        for definition in families.values():
+            step = phase.start(definition.name)
+            stage_graph(definition, definition.numerics(self.plan.precision))
+            phase.finish(step)
+        self.times.start()
+
     def _jobs(self) -> Iterator[tuple[PlanJob, int]]:
         """What is to be done, found out stage by stage while others are at work: graphs, and digests of weights."""
         plan = self.plan
         for name in self.wanted:
             definition = plan.definitions[name]
-            numerics = definition.numerics(plan.precision)
             graph = graph_path(self.stages, name)
-            export_stage(definition, numerics, graph, plan.store)
-            profiles = stage_profiles(definition, numerics, plan.config, self.options)
-            self.digests[name] = plan_digest(graph, profiles, self.options, self.environment)
+            export_stage(definition, definition.numerics(plan.precision), graph, plan.store)
+            job = plan_job(self.library, definition, plan.precision, plan.config, self.options, plan.directory)
+            self.digests[name] = plan_digest(graph, job.profiles, self.options, self.environment)
             if self.ledger.good(name, self.digests[name]):
                 del self.left[name]
                 continue
-            yield (
-                PlanJob(
-                    self.library.name,
-                    name,
-                    str(graph),
-                    str(plan_path(self.stages, name, self.library)),
-                    str(log_path(plan.directory, name, self.library)),
-                    {spec.name: TYPE_NAMES[spec.dtype] for spec in definition.io(numerics)[0]},
-                    tuple(
-                        {key: (r.smallest, r.usual, r.largest) for key, r in profile.items()} for profile in profiles
-                    ),
-                    self.workspace,
-                    self.options.optimization_level,
-                    self.options.targets,
-                    str(timings_path(self.stages, self.library)) if self.library.timing_cache else None,
-                    fp8_linears(definition, numerics),
-                ),
-                build_memory(self.sizes[name]),
-            )
+            yield job, build_memory(self.sizes[name])
 
     def _finished(self, job: PlanJob, outcome: Outcome) -> None:
         name = job.stage
@@ -174,11 +169,6 @@ class _Build:
         self.observer.started(step)
         self.observer.done(replace(step, seconds=outcome.seconds, remaining_s=self.times.remaining_s(self.left)))
 
-    def _workspace(self) -> int:
-        gpu = find_gpu() if self.library.compiles_here else None
-        limit = self.options.workspace_bytes
-        return limit if gpu is None else min(limit, int(gpu.free_bytes * FREE_SHARE))
-
     def _environment(self) -> Mapping[str, str]:
         """The GPU that a compiling process sees: the one that is used here, or none."""
         if not self.library.compiles_here:
@@ -192,6 +182,36 @@ class _Build:
         also = f" Nor could {', '.join(name for name, _ in others)}." if others else ""
         count = len(self.wanted) - len(self.failures)
         return f"{text}{also} The {count} other plans are kept; the same command makes what is missing."
+
+
+def plan_job(
+    library: Library,
+    definition: StageDefinition,
+    precision: Precision,
+    config: ModelConfig,
+    options: PlanOptions,
+    directory: Path,
+) -> PlanJob:
+    """What compiles the plan of a stage in the engine folder `directory`, where its graph is."""
+    name, stages = definition.name, directory / STAGES
+    numerics = definition.numerics(precision)
+    gpu = find_gpu() if library.compiles_here else None
+    limit = options.workspace_bytes if gpu is None else int(gpu.free_bytes * FREE_SHARE)
+    profiles = stage_profiles(definition, numerics, config, options)
+    return PlanJob(
+        library.name,
+        name,
+        str(graph_path(stages, name)),
+        str(plan_path(stages, name, library)),
+        str(log_path(directory, name, library)),
+        {spec.name: TYPE_NAMES[spec.dtype] for spec in definition.io(numerics)[0]},
+        tuple({key: (r.smallest, r.usual, r.largest) for key, r in profile.items()} for profile in profiles),
+        min(options.workspace_bytes, limit),
+        options.optimization_level,
+        options.targets,
+        str(timings_path(stages, library)) if library.timing_cache else None,
+        fp8_linears(definition, numerics),
+    )
 
 
 def fp8_linears(definition: StageDefinition, numerics: Numerics) -> int:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from scail2_rt.engines.tensorrt_backend.compiling import Outcome, PlanJob, refusal
@@ -54,10 +54,11 @@ class Child:
         assert self._process.stdout is not None
         answer = self._process.stdout.read()
         self._close()
+        seconds = time.monotonic() - self._started
         try:
-            return Outcome(**json.loads(answer))
+            return replace(Outcome(**json.loads(answer)), seconds=seconds)
         except (ValueError, TypeError):
-            return Outcome(time.monotonic() - self._started, 0, self._crash(code))
+            return Outcome(seconds, 0, self._crash(code))
 
     def kill(self) -> None:
         """End the process and wait until it is gone; half a plan goes too."""

@@ -28,6 +28,8 @@ from scail2_rt.kernels.errors import Scail2Error
 if TYPE_CHECKING:
     import tensorrt as trt
 
+PARSER_FRAME = "ModelImporter.cpp"  # lines around the parser's own errors, which say it again
+NO_DRIVER = "cudaError 35"
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest
 
 
@@ -160,22 +162,22 @@ def _check_inputs(job: PlanJob, network: "trt.INetworkDefinition") -> None:
 
 
 def _parser_error(error: "trt.ParserError") -> str:
-    return f"{error.desc()} at node {error.node()} ({error.node_operator()} {error.node_name()!r})"
+    at = f" at node {error.node()} ({error.node_operator()} {error.node_name()!r})" if error.node() >= 0 else ""
+    return f"{error.code().name}: {error.desc()}{at}"
 
 
 def _failure(job: PlanJob, what: str, messages: Sequence[str] = ()) -> Scail2Error:
     """The stage, its ONNX file, what went wrong and what the library said about it."""
-    library = LIBRARIES[job.library]
-    said = process_log(library).recent()
+    said = process_log(LIBRARIES[job.library]).recent()
+    noise = (PARSER_FRAME, NO_DRIVER) if job.targets else (PARSER_FRAME,)  # without a GPU a driver is not missed
+    said = [text for text in said if not any(part in text for part in noise)]
     return refusal(job, what, [*messages, *(text for text in said if not any(text in known for known in messages))])
 
 
 def refusal(job: PlanJob, what: str, said: Iterable[str]) -> Scail2Error:
-    quoted = "; ".join(said) or "nothing"
-    return Scail2Error(
-        f"stage {job.stage} cannot be built from {job.graph}: {what}. {LIBRARIES[job.library].title} said: {quoted}. "
-        f"All of it is in {job.log}."
-    )
+    texts = [text.rstrip(" .") for text in said]
+    quoted = f" {LIBRARIES[job.library].title} said: {'; '.join(texts)}." if texts else ""
+    return Scail2Error(f"stage {job.stage} cannot be built from {job.graph}: {what}.{quoted} Its log is {job.log}.")
 
 
 def attach_timings(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache":

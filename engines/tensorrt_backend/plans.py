@@ -10,14 +10,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scail2_rt.engines.folder.manifest import write_json
+from scail2_rt.engines.tensorrt_backend.compiling import Shapes
 from scail2_rt.engines.tensorrt_backend.library import Library
-from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions, Profile
+from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
 from scail2_rt.kernels.errors import Scail2Error
 
 if TYPE_CHECKING:
@@ -109,7 +110,9 @@ class PlanLedger:
         write_json(ledger_path(self.stages, self.library), {"options": options, "plans": plans})
 
 
-def plan_digest(graph: Path, profiles: Sequence[Profile], options: PlanOptions, environment: Environment) -> str:
+def plan_digest(
+    graph: Path, profiles: Sequence[Mapping[str, Shapes]], options: PlanOptions, environment: Environment
+) -> str:
     """SHA-256 of everything that a plan follows from. Weights count by value, not by their place in the store.
 
     Scail2Error when the store is shorter than the graph says."""

@@ -50,11 +50,7 @@ FAULTS = [
     Fault("compiling", "config.set_memory_pool_limit(", "str("),
     Fault("compiling", "set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, ", "set_memory_pool_limit("),
     Fault("compiling", "level = job.optimization_level", "level = 0"),
-    Fault(
-        "builder",
-        "optimization_level,\n                    self.options.targets",
-        "optimization_level,\n                    ()",
-    ),
+    Fault("builder", "_level,\n        options.targets,", "_level,\n        (),"),
     Fault("rtx_targets", "num_compute_capabilities = len(targets)", "num_compute_capabilities = 3"),
     Fault("rtx_targets", ", index):", ", 0):"),
     # its profiles

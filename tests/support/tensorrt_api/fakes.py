@@ -145,6 +145,9 @@ class ParserError(Fake):
     def __init__(self, text: str = "") -> None:
         self._text = text
 
+    def code(self) -> Any:
+        return self._r.enum("ErrorCode", "UNSUPPORTED_NODE")
+
     def desc(self) -> str:
         return self._text
 
