@@ -192,10 +192,12 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
             tuple(parse_lora(lora) for lora in options["loras"]),
             options["lora_partial"],
             BuildLines(),
+            options["check"],
         )
     text = (
         f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
+        f"{f'; {report.taken_by} takes every node' if report.taken_by else ''}"
     )
     show(report, text + lora_lines(report.loras), as_json)
 

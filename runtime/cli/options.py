@@ -302,6 +302,9 @@ EXPORT_OPTIONS = in_section(
         show_default=True,
         help="Types of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16; bf16, fp8 are for TensorRT.",
     ),
+    option(
+        "--check", is_flag=True, help="Ask the parser of TensorRT for RTX, or of TensorRT, whether it takes every node."
+    ),
     *LORA_OPTIONS,
 )
 VERIFY_OPTIONS = in_section(

@@ -65,7 +65,7 @@ FAULTS = [
     Fault("compiling", "cache = attach_timings(", "_ = attach_timings("),
     Fault("compiling", "set_timing_cache(cache, False)", "set_timing_cache(cache, True)"),
     Fault("compiling", 'for data in (known, b"") if known else (b"",):', 'for data in (b"",):'),
-    Fault("builder", "if self.library.timing_cache else None", ""),
+    Fault("builder", "if library.timing_cache else None", ""),
     # the result
     Fault("compiling", "        write_file(Path(job.plan), plan)\n", ""),
     Fault("compiling", "build_serialized_network(network, config)", "build_serialized_network(config, network)"),

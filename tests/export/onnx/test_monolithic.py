@@ -140,14 +140,19 @@ def test_stored_values_of_other_precisions(tmp_path: Path, precision: str, toler
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp8", 0.15)])
 def test_the_exported_form_in_the_reference_evaluator(tmp_path: Path, precision: str, tolerance: float) -> None:
-    """The file as it is written, in real bf16 and e4m3 arithmetic, node by node."""
+    """The file as it is written, in real bf16 and e4m3 arithmetic, node by node; softmax alone is asked to sum in fp32,
+    as fused kernels do."""
     checkpoint = small_dit()
     export_onnx(checkpoint, tmp_path / "m", "monolithic", precision)
     inputs = inputs_of(DIT, *CASES[0])
     with torch.inference_mode():
         expected = reference_of(checkpoint)(inputs, 500.0)
     feed = {name: tensor.numpy() for name, tensor in graph_inputs(DIT, inputs, 500.0).items()}
-    (actual,) = ReferenceEvaluator(str(tmp_path / "m" / TRANSFORMER)).run(None, feed)
+    model = onnx.load(tmp_path / "m" / TRANSFORMER)
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(onnx.helper.make_attribute("softmax_precision", onnx.TensorProto.FLOAT))
+    (actual,) = ReferenceEvaluator(model).run(None, feed)
     error = (torch.from_numpy(np.asarray(actual)) - expected).norm() / expected.norm()
     assert error <= tolerance
 
@@ -158,7 +163,8 @@ def test_structure(tmp_path: Path, precision: str) -> None:
     model = onnx.load(tmp_path / "m" / TRANSFORMER, load_external_data=False)
     kinds = Counter(node.op_type for node in model.graph.node)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
-    assert kinds["Attention"] == 3 * DIT.layers  # self, text, image
+    fused = 0 if precision == "fp32" else 2 * DIT.layers  # self, text; the image's is spelt out
+    assert (kinds["Attention"], kinds["Softmax"]) == (fused, 3 * DIT.layers - fused)
     assert kinds["RotaryEmbedding"] == 2 * DIT.layers
     assert all(a.i == 1 for n in model.graph.node if n.op_type == "RotaryEmbedding" for a in n.attribute)
     assert not {node.domain for node in model.graph.node} - {""}
@@ -227,7 +233,7 @@ def test_forty_real_blocks_need_no_memory_and_few_traces(monkeypatch: pytest.Mon
     assert len(traced) == len(set(traced)) < 12
     assert not [name for name in traced if ".1." in name]
     assert model.ByteSize() < 4_000_000
-    assert sum(node.op_type == "Attention" for node in model.graph.node) == 120
+    assert sum(node.op_type == "Attention" for node in model.graph.node) == 80
     elements = sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.external_data)
     assert elements == 16_395_544_384
 
