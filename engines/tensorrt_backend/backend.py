@@ -3,21 +3,30 @@
 The class serves every library of TensorRT's family: what differs between them is in a `Library`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from scail2_rt.engines.backend import ArtefactPlan, Backend, EngineFolder, Execution, Executor
 from scail2_rt.engines.folder.journal import Journal
-from scail2_rt.engines.folder.manifest import STAGES, ExecutorRecord, describe_command
+from scail2_rt.engines.folder.manifest import STAGES, ExecutorRecord, Manifest, describe_command
 from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.engines.tensorrt_backend.engine import TensorRTEngine
 from scail2_rt.engines.tensorrt_backend.library import LIBRARIES, Library, require_library
 from scail2_rt.engines.tensorrt_backend.plans import PlanLedger, graph_path, ledger_path, plan_path
-from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_place, check_resources
+from scail2_rt.engines.tensorrt_backend.preflight import (
+    GIB,
+    check_machine,
+    check_place,
+    check_resources,
+    find_gpu,
+    resident_bytes,
+)
 from scail2_rt.engines.tensorrt_backend.session import TensorRTSession
+from scail2_rt.engines.tensorrt_backend.trust import obstacle, remember
 from scail2_rt.export.models.precision import Precision
+from scail2_rt.kernels.errors import InputError
 
 
 class TensorRTExecutor(Executor):
@@ -77,6 +86,34 @@ class TensorRTBackend(Backend):
     def check_place(self, record: ExecutorRecord, remedy: str) -> None:
         check_place(self.library, record, remedy)
 
+    def auto_obstacle(self, directory: Path, manifest: Manifest) -> str | None:
+        library = self.library
+        if library.compiles_here or find_gpu() is None or not self.installed():
+            return None  # where it compiles, it has run; where it cannot run, it is not asked
+        record = next(record for record in manifest.executors if record.backend == self.name)
+        try:
+            check_place(library, record, describe_command(manifest, directory))
+        except InputError as error:
+            return f"{self.name} cannot run here ({error})"
+        return obstacle(library, directory, manifest, self._plans(manifest))
+
+    def remember(self, directory: Path, manifest: Manifest, passed: bool) -> None:
+        if not self.library.compiles_here:
+            remember(self.library, directory, manifest, self._plans(manifest), passed)
+
+    def _plans(self, manifest: Manifest) -> tuple[str, ...]:
+        return self.files(stage.name for stage in manifest.stages)
+
+    def memory_note(self, stage_bytes: Mapping[str, int]) -> str:
+        phases = resident_bytes(stage_bytes)
+        phase = max(phases, key=lambda name: phases[name])
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phases.items())
+        return (
+            f"plans of {self.library.title} carry their weights: a card must hold {phases[phase] / GIB:.1f} GiB of "
+            f"them at once ({phase}; GiB by phase: {parts}) beside the activations; for a smaller card build for the "
+            "torch executor, which streams weights (generate --vram-limit)"
+        )
+
     def limit_obstacle(self, device: str) -> str:
         return "plans carry their weights"
 
@@ -96,6 +133,7 @@ class TensorRTBackend(Backend):
     def build(self, plan: ArtefactPlan, observer: BuildObserver, journal: Journal) -> bool:
         from scail2_rt.engines.tensorrt_backend.builder import build_plans
 
+        observer.note(self.memory_note(plan.stage_bytes))
         build_plans(plan, observer, self.library)
         files = [plan.directory / file for file in self.files(plan.definitions)]
         missing = [file for file in files if not file.is_file()]

@@ -30,14 +30,12 @@ from scail2_rt.engines.tensorrt_backend.plans import (
     timings_path,
 )
 from scail2_rt.engines.tensorrt_backend.preflight import (
-    GIB,
     build_memory,
     check_machine,
     check_resources,
     environment,
     find_gpu,
     host_memory,
-    resident_bytes,
 )
 from scail2_rt.engines.tensorrt_backend.profiles import TYPE_NAMES, PlanOptions, stage_profiles
 from scail2_rt.engines.tensorrt_backend.targets import choose_targets
@@ -114,8 +112,8 @@ class _Build:
     def run(self) -> PlansReport:
         fresh = [name for name in self.wanted if not plan_path(self.stages, name, self.library).is_file()]
         check_resources(self.library, {name: self.sizes[name] for name in fresh}, self.plan.directory)
-        for sentence in build_notes(self.library, self.sizes, self.options):
-            self.observer.note(sentence)
+        if self.options.targets:
+            self.observer.note(f"plans for {', '.join(self.options.targets)}")
         self._trace()
         self.ledger.begin(self.options)
         at_once = 1 if self.library.compiles_here else os.cpu_count() or 1
@@ -219,17 +217,3 @@ def fp8_linears(definition: StageDefinition, numerics: Numerics) -> int:
     with torch.device("meta"):
         module = definition.build(numerics)
     return sum(weight.dtype == torch.float8_e4m3fn for weight in module.parameters())
-
-
-def build_notes(library: Library, sizes: Mapping[str, int], options: PlanOptions) -> list[str]:
-    """What a user should know before the wait: for what the plans are made, and which cards hold them."""
-    phases = resident_bytes(sizes)
-    phase = max(phases, key=lambda name: phases[name])
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phases.items())
-    notes = [f"plans for {', '.join(options.targets)}"] if options.targets else []
-    return [
-        *notes,
-        f"plans of {library.title} carry their weights: a card must hold {phases[phase] / GIB:.1f} GiB of them at once "
-        f"({phase}; GiB by phase: {parts}) beside the activations; for a smaller card build for the torch executor, "
-        "which streams weights (generate --vram-limit)",
-    ]

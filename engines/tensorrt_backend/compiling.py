@@ -202,11 +202,15 @@ def save_timings(config: "trt.IBuilderConfig", path: Path) -> None:
 def write_file(path: Path, data: "bytes | trt.IHostMemory") -> None:
     """Replace a file atomically; it survives a crash of the machine."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def outcome_of(job: PlanJob) -> Outcome:
@@ -223,12 +227,13 @@ def outcome_of(job: PlanJob) -> Outcome:
 
 
 def _peak_bytes() -> int:
-    """Peak memory of this process; 0 where the system does not tell (Windows)."""
+    """Peak memory of this process; 0 where the system does not tell. (`getrusage` counts what the parent held when it
+    started the process.)"""
     try:
-        import resource
-    except ImportError:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def decode_job(line: str) -> PlanJob:

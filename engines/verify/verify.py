@@ -181,6 +181,9 @@ def verify(
         for engines in sets.values():
             engines.close()
     passed = all(check.passed is not False for check in checks) and all(result.passed for result in stages)
+    for engines in sets.values():
+        if engines.device.type == "cuda":
+            engines.executor.backend.remember(request.directory, manifest, passed)
     wall_s = time.monotonic() - started
     return VerifyReport(str(request.directory), manifest.precision, passed, tuple(checks), tuple(stages), wall_s)
 

@@ -215,13 +215,17 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     from scail2_rt.engines.verify.verify import VerifyRequest, open_for
     from scail2_rt.engines.verify.verify import verify as run_verify
     from scail2_rt.runtime.cli.progress import BuildLines
+    from scail2_rt.runtime.jobs.card_report import block_for_report
 
     request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
     parts = parts_apart(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)
         report = run_verify(request, opened, lambda line: click.echo(line, err=True), BuildLines())
-    show(report, report.text, as_json)
+        text = report.text
+        if block := block_for_report(report):
+            text += f"\n\nTo report this, paste:\n{block}"
+    show(report, text, as_json)
     if not report.passed:
         raise click.exceptions.Exit(1)
 

@@ -19,16 +19,16 @@ from scail2_rt.engines.tensorrt_backend.children import Child
 from scail2_rt.engines.tensorrt_backend.compiling import Outcome, PlanJob
 from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
 from scail2_rt.engines.tensorrt_backend.plans import plan_path
-from tests.support.command import SCAIL2_RT, unmeasured
+from tests.support.command import SCAIL2_RT, error_of, sabotage, unmeasured
 
 pytestmark = pytest.mark.skipif(not TENSORRT_RTX.installed, reason="TensorRT for RTX has wheels for Linux x86-64 only")
 
 BUILD = ("--backend", "tensorrt-rtx", "--target", "sm89,sm120")
 
 
-def scail2(*arguments: object, **changes: str) -> "subprocess.CompletedProcess[str]":
+def scail2(*arguments: object, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     command = [str(SCAIL2_RT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **changes})
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,89 @@ def test_every_stage_of_the_sprite_checkpoint_in_bf16(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     whole(tmp_path / "e")
     shutil.rmtree(tmp_path / "e")  # pytest would keep it
+
+
+# A build that goes wrong, through the installed command
+
+
+def test_what_a_target_cannot_do_is_refused_before_anything_is_built(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "tensorrt-rtx")
+    message = error_of(scail2(*where, "--precision", "fp8", "--target", "sm86,sm89"))
+    assert "precision fp8 needs an architecture among sm89, sm120, sm121, and sm86 is none" in message
+    assert message.endswith("use --precision fp32 or bf16 or fp16.")
+    assert "it builds for sm75, sm80" in error_of(scail2(*where, "--target", "sm90"))
+    assert not (tmp_path / "e").exists()
+
+
+def test_one_stage_fails_the_others_go_on_and_a_second_call_continues(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The compiler of one stage is killed, by itself, so that it is the same one on every machine."""
+    changes = unmeasured()
+    code = """
+import os, sys
+if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
+    from scail2_rt.engines.tensorrt_backend import library
+    cls, begin = library.MessageLog, library.MessageLog.writing_to
+    def killed(self, path):
+        if path.name == "dit.time.log":
+            os.kill(os.getpid(), 11)
+        return begin(self, path)
+    cls.writing_to = killed
+"""
+    changes |= sabotage(tmp_path, code)
+    where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--precision", "fp8", *BUILD)
+    dit = ("--stages", "dit.time", "--stages", "dit.[eh]*", "--stages", "dit.context")
+    failed = scail2(*where, *dit, env=changes)
+    message = error_of(failed, 1)
+    assert message.startswith("stage dit.time cannot be built from ")
+    assert "was ended by the signal SIGSEGV" in message
+    assert message.endswith("The 3 other plans are kept; the same command makes what is missing.")
+    assert not (tmp_path / "e/manifest.json").exists()
+    again = scail2(*where, *dit)
+    assert again.returncode == 0, again.stderr
+    assert [line.split()[2] for line in again.stderr.splitlines() if line.startswith("tensorrt-rtx")] == ["dit.time:"]
+
+
+def test_a_disk_that_fills_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond a limit in the compilers, which is what a full disk looks like."""
+    code = """
+import resource, signal, sys
+if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+"""
+    where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--precision", "fp8", *BUILD, "--stages", "dit.*")
+    message = error_of(scail2(*where, env=unmeasured() | sabotage(tmp_path, code)), 1)
+    assert message.startswith(f"the disk of {tmp_path / 'e'} is full; finished steps are kept, and the same command")
+    assert not list((tmp_path / "e").rglob("*.partial"))
+
+
+def test_ctrl_c_ends_the_compilers_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In the middle of a plan; what was built is kept."""
+    where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--precision", "fp8", *BUILD, "--stages", "[cv]*")
+    command = [str(SCAIL2_RT), *map(str, where)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=unmeasured())
+    assert running.stderr is not None
+    for line in running.stderr:
+        if line.startswith("tensorrt-rtx 1/"):
+            break
+    children = compilers_of(running.pid)
+    assert children, "nothing was at work"
+    pressed = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    said = running.stderr.read()
+    assert running.wait() == 130
+    print(f"{time.monotonic() - pressed:.2f} s from Ctrl-C to the end")
+    assert said.splitlines()[-1] == "error: interrupted"
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert not list((tmp_path / "e").rglob("*.partial"))
+    again = scail2(*where)
+    assert again.returncode == 0, again.stderr
+    assert "clip" not in "".join(line for line in again.stderr.splitlines() if line.startswith("tensorrt-rtx"))
+
+
+def compilers_of(pid: int) -> list[int]:
+    """The children of a process."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 # One plan at a time: what can go wrong

@@ -30,7 +30,7 @@ GPU_BYTES = 100 << 30
 def installed(version: str) -> Iterator[Recorder]:
     """The library's name gives the recorder's module, on a machine with one card that it runs on; plans are compiled in
     this process. Skips when bindings cannot be had."""
-    from scail2_rt.engines.tensorrt_backend import builder, children, compiling, library, preflight
+    from scail2_rt.engines.tensorrt_backend import backend, builder, children, compiling, library, preflight, trust
 
     try:
         recorder = Recorder(version)
@@ -41,7 +41,7 @@ def installed(version: str) -> Iterator[Recorder]:
         before = sys.modules.get(name)
         sys.modules[name] = recorder.module  # this entry alone: what is imported meanwhile must stay
         stack.callback(lambda: sys.modules.pop(name) if before is None else sys.modules.update({name: before}))
-        for module in (builder, preflight):
+        for module in (backend, builder, preflight, trust):
             stack.enter_context(mock.patch.object(module, "find_gpu", return_value=gpu))
         stack.enter_context(mock.patch.object(children, "Child", in_process(compiling)))
         forget_logger(library)
