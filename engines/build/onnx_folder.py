@@ -129,7 +129,7 @@ def export_onnx(
 
 def _distinct(export: _Export, folder: Path, graphs: tuple[str, ...]) -> list[Path]:
     """Of each family one graph: the others have the same nodes."""
-    families = {}
+    families: dict[str, Path] = {}
     for graph in graphs:
         definition = export.definitions.get(graph.removesuffix(".onnx"))
         families.setdefault(graph if definition is None else definition.family or graph, folder / graph)
