@@ -217,7 +217,9 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.card_report import block_for_report
 
-    request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
+    request = VerifyRequest(
+        engines, options["backends"], options["repeats"], options["rows"], options["seed"], options["against"]
+    )
     parts = parts_apart(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)

@@ -320,6 +320,11 @@ VERIFY_OPTIONS = in_section(
         help="Executor to test; may be repeated.  [default: all that the folder holds]",
     ),
     option("--repeats", type=int, default=3, show_default=True, metavar="N", help="Timed runs of a stage, at least 3."),
+    option(
+        "--against",
+        type=click.Choice(("onnxruntime",)),
+        help="Compare every stage with this executor of the folder too, by Polygraphy.",
+    ),
     option("--rows", type=int, default=64, show_default=True, metavar="N", help="Tokens of a token-wise stage."),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random inputs."),
 )

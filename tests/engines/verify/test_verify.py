@@ -411,3 +411,34 @@ def test_the_checkpoint_is_opened_as_the_build_did(tiny: Checkpoint, tmp_path: P
     checkpoint = open_for(tmp_path / "e", copy)
     assert checkpoint.sources["clip"].files == (apart,)
     assert run(tmp_path / "e", checkpoint).passed
+
+
+class TestAgainstOnnxRuntime:
+    @pytest.mark.parametrize("precision", ["fp32", "fp8"])
+    def test_executors_agree(self, tmp_path: Path, precision: str) -> None:
+        build(BuildRequest(Path("small"), tmp_path / "e", ("torch", "onnxruntime"), precision), small_checkpoint())
+        report = verify(VerifyRequest(tmp_path / "e", ("torch",), against="onnxruntime"), small_checkpoint())
+        assert report.passed, report.text
+        assert {result.backend for result in report.stages} == {"torch"}
+        assert all(result.against is not None and result.against <= result.tolerance for result in report.stages)
+        assert "from the other executor" in report.text
+
+    def test_one_that_differs_is_named_with_its_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        build(BuildRequest(Path("small"), tmp_path / "e", ("torch", "onnxruntime"), "fp32"), small_checkpoint())
+        run = EngineSet.run
+
+        def off(self: EngineSet, name: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            outputs = run(self, name, *inputs)
+            wrong = name == "dit.blocks.0.mid" and self.backend == "onnxruntime"
+            return (outputs[0], outputs[1] + 0.1) if wrong else outputs
+
+        monkeypatch.setattr(EngineSet, "run", off)
+        report = verify(VerifyRequest(tmp_path / "e", ("torch",), against="onnxruntime"), small_checkpoint())
+        (result,) = [result for result in report.stages if not result.passed]
+        assert result.stage == "dit.blocks.0.mid"
+        assert str(result.fault).startswith("differs from onnxruntime in q by ")
+
+    def test_without_the_tool(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("scail2_rt.engines.verify.against.importlib.util.find_spec", lambda name: None)
+        with pytest.raises(InputError, match=r"Polygraphy, which is not installed; install it with pip install"):
+            verify(VerifyRequest(small, against="onnxruntime"), small_checkpoint())
