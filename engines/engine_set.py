@@ -253,7 +253,8 @@ def open_engines(
 def _choose(directory: Path, manifest: Manifest, requested: str, device: str | None) -> BackendChoice:
     """The backend for a folder, checked against the folder and this machine."""
     records = {record.backend: record for record in manifest.executors}
-    name, reason = choose_backend(requested, tuple(records))
+    obstacles = {name: backend_named(name).auto_obstacle(directory, manifest) for name in records}
+    name, reason = choose_backend(requested, tuple(records), {n: text for n, text in obstacles.items() if text})
     if name not in records:
         raise InputError(
             f"{directory} holds no {name} engines (it holds {', '.join(records)}); add them with: "

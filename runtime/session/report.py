@@ -28,7 +28,18 @@ if TYPE_CHECKING:
 
 REPORT_VERSION = 2
 OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume")
-PACKAGES = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av", "numpy", "tokenizers")
+PACKAGES = (
+    "scail2-rt",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "triton",
+    "av",
+    "numpy",
+    "tokenizers",
+)
 
 
 def report_path(output: Path) -> Path:
