@@ -108,7 +108,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         options["lora_partial"],
         options["rebuild"],
         parts,
-        plan_options(options["max_picture"], options["workspace_gib"]),
+        plan_options(options["max_picture"], options["workspace_gib"], options["targets"]),
         tuple(options["stages"]),
     )
     with stdout_for(as_json):
@@ -204,10 +204,12 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
             tuple(parse_lora(lora) for lora in options["loras"]),
             options["lora_partial"],
             BuildLines(),
+            options["check"],
         )
     text = (
         f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
+        f"{f'; {report.taken_by} takes every node' if report.taken_by else ''}"
     )
     show(report, text + lora_lines(report.loras), as_json)
 
@@ -225,13 +227,19 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     from scail2_rt.engines.verify.verify import VerifyRequest, open_for
     from scail2_rt.engines.verify.verify import verify as run_verify
     from scail2_rt.runtime.cli.progress import BuildLines
+    from scail2_rt.runtime.jobs.card_report import block_for_report
 
-    request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
+    request = VerifyRequest(
+        engines, options["backends"], options["repeats"], options["rows"], options["seed"], options["against"]
+    )
     parts = parts_apart(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)
         report = run_verify(request, opened, lambda line: click.echo(line, err=True), BuildLines())
-    show(report, report.text, as_json)
+        text = report.text
+        if block := block_for_report(report):
+            text += f"\n\nTo report this, paste:\n{block}"
+    show(report, text, as_json)
     if not report.passed:
         raise click.exceptions.Exit(1)
 

@@ -11,7 +11,7 @@ from scail2_rt.runtime.cli.types import MemorySize, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
-BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
+BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 # "auto" and kernels.attention.variants.VARIANTS
 ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
 SCHEDULERS = ("unipc", "dpm++", "euler")
@@ -273,6 +273,13 @@ BUILD_OPTIONS = in_section(
         metavar="GIB",
         help="TensorRT: limit for the scratch memory of one layer.  [default: 8]",
     ),
+    option(
+        "--target",
+        "targets",
+        metavar="SM,...",
+        help="TensorRT for RTX: cards to build for, e.g. sm89,sm120 (RTX 40 and 50).  [default: this machine's card, "
+        "else all that the precision allows]",
+    ),
     option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
 )
 COMPONENT_OPTIONS = in_section(
@@ -304,6 +311,9 @@ EXPORT_OPTIONS = in_section(
         show_default=True,
         help="Types of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16; bf16, fp8 are for TensorRT.",
     ),
+    option(
+        "--check", is_flag=True, help="Ask the parser of TensorRT for RTX, or of TensorRT, whether it takes every node."
+    ),
     *LORA_OPTIONS,
 )
 VERIFY_OPTIONS = in_section(
@@ -319,6 +329,11 @@ VERIFY_OPTIONS = in_section(
         help="Executor to test; may be repeated.  [default: all that the folder holds]",
     ),
     option("--repeats", type=int, default=3, show_default=True, metavar="N", help="Timed runs of a stage, at least 3."),
+    option(
+        "--against",
+        type=click.Choice(("onnxruntime",)),
+        help="Compare every stage with this executor of the folder too, by Polygraphy.",
+    ),
     option("--rows", type=int, default=64, show_default=True, metavar="N", help="Tokens of a token-wise stage."),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random inputs."),
 )
