@@ -222,11 +222,12 @@ def fit(
     turn: Callable[[int], int],
     optimisers: Sequence[torch.optim.Optimizer],
     training: Training,
+    watch: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
 
     losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
-    of the optimisers are their peaks. InputError where the state file has another identity. Progress is appended to
+    of the optimisers are their peaks. `watch` is called with the number of steps when the log gets a line. InputError where the state file has another identity. Progress is appended to
     the log file, one JSON object per line, with the loss of all batches and of each kind."""
     budget, workers = training.budget, training.workers
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -259,6 +260,8 @@ def fit(
         if workers.rank == 0 and steps % LOG_EVERY == 0:
             line = {"step": steps, "seconds": round(time.monotonic() - began, 1), "rate": round(height, 4)}
             _append(training.log_file, line | running.take())
+            if watch is not None:
+                watch(steps)
         if workers.rank == 0 and time.monotonic() - saved > SAVE_EVERY_S:
             _save(training, model, optimisers, average, steps, time.monotonic() - began)
             saved = time.monotonic()
