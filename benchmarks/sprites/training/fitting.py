@@ -98,13 +98,14 @@ class Workers:
 class Training:
     """One training: how long it goes on, who takes part, and its files in `work`, `name`.state and `name`.jsonl.
 
-    identity: names what is learnt from."""
+    identity: names what is learnt from; recorded: on a GPU, steps are CUDA graphs."""
 
     budget: Budget
     workers: Workers
     work: Path
     name: str
     identity: str = ""
+    recorded: bool = True
 
     @property
     def state_file(self) -> Path:
@@ -158,13 +159,15 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Gradients:
     """The gradients of all parameters in one tensor, `flat`, and what fills it: a loss of each kind of batch."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], losses: Sequence[Loss], generator: torch.Generator) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], losses: Sequence[Loss], generator: torch.Generator, record: bool = True
+    ) -> None:
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=generator.device)
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
         self._losses, self._generator = losses, generator
         self._recorded: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
-        if generator.device.type == "cuda":
+        if record and generator.device.type == "cuda":
             for kind in range(len(losses)):
                 self._recorded.append(self._record(kind))
 
@@ -236,7 +239,7 @@ def fit(
     steps, seconds = _resume(training, model, optimisers, average)
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]  # resuming replaced them
     generator = torch.Generator(workers.device).manual_seed(workers.rank + workers.count * steps)
-    gradients = Gradients(parameters, losses, generator)
+    gradients = Gradients(parameters, losses, generator, training.recorded)
     began, saved = time.monotonic() - seconds, time.monotonic()
     running = _Losses(len(losses), workers.device)
     share = workers.agree(budget.spent(time.monotonic() - began, steps))

@@ -187,7 +187,10 @@ def drawn(pictures: Sequence[Picture], device: torch.device) -> SegmenterClips:
 @click.option("--frames", default=33, show_default=True, help="Frames of a clip.")
 @click.option("--held-out", default=24, show_default=True, help="Clips of each held-out group.")
 @click.option("--batch", default=32, show_default=True, help="Clips of a step.")
-def main(output: Path, work: Path, minutes: float, steps: int, clips: int, frames: int, held_out: int, batch: int) -> None:
+@click.option("--recorded/--eager", default=True, help="On a GPU: steps as CUDA graphs, or launched one kernel at a time.")
+def main(
+    output: Path, work: Path, minutes: float, steps: int, clips: int, frames: int, held_out: int, batch: int, recorded: bool
+) -> None:
     """Train a small SAM 2 on drawn figures and write it to OUTPUT."""
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
@@ -199,7 +202,7 @@ def main(output: Path, work: Path, minutes: float, steps: int, clips: int, frame
     }
     print(f"{len(learnt.image)} clips drawn in {time.monotonic() - began:.0f} s", flush=True)
     identity = f"{clips} clips of {frames} frames, {batch} a step"
-    training = Training(Budget(minutes, steps), workers, work, "segmenter", identity)
+    training = Training(Budget(minutes, steps), workers, work, "segmenter", identity, recorded)
     found = train_segmenter(learnt, groups, training, output, batch)
     (output / "held_out.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({"output": str(output), "held out": found}), flush=True)
