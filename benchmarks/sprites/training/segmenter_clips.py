@@ -40,6 +40,15 @@ class SegmenterClips:
             draw_pictures(pictures[start : start + AT_ONCE], device) for start in range(0, len(pictures), AT_ONCE)
         ]
         self.image, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        # made here, since a CUDA graph that is recorded must not copy from the host
+        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+        self.box_labels, self.point_labels = (
+            torch.tensor(labels, device=device) for labels in (BOX, (POINT, NO_POINT))
+        )
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """uint8 [..., 3, H, W] → as SAM 2 takes it."""
+        return (image.float() / 255 - self.mean) / self.std
 
     def batch(self, size: int, frames: int, boxes: bool, generator: torch.Generator) -> Batch:
         """`boxes`: a figure is given by its box, else by a point, which may lie on the background."""
@@ -57,25 +66,18 @@ class SegmenterClips:
         numbers = torch.arange(1, MOST + 1, device=device)
         seen = (labels[:, 0, None] == numbers[:, None, None]).sum((2, 3)) >= LEAST
         figure = numbers[(uniform(MOST) * seen).argmax(1)]
-        picture, planes = _zoomed(image, labels, figure, uniform(2, 2), uniform(2))
+        picture, planes = _zoomed(self.normalised(image), labels, figure, uniform(2, 2), uniform(2))
         target, others = planes[:, :, 0] > 0.5, planes[:, :, 1] > 0.5
         if boxes:
-            points, kinds = _box_of(target[:, 0], uniform(4)), torch.tensor(BOX, device=device)
-            return Batch(picture, points, kinds.expand(size, 1, 2), target)
+            points = _box_of(target[:, 0], uniform(4))
+            return Batch(picture, points, self.box_labels.expand(size, 1, 2), target)
         inside = uniform() < INSIDE
         allowed = torch.where(inside[:, None, None], target[:, 0], ~(target[:, 0] | others[:, 0]))
         place = (uniform(*allowed.shape[1:]) * allowed).flatten(1).argmax(1)
         side = allowed.shape[-1]
         at = (torch.stack([place % side, place // side], 1) + 0.5) * (IMAGE / side)
-        kinds = torch.tensor([POINT, NO_POINT], device=device).expand(size, 1, 2)
         points = torch.stack([at, torch.zeros_like(at)], 1)[:, None]
-        return Batch(picture, points, kinds, target & inside[:, None, None, None])
-
-
-def normalised(image: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] → as SAM 2 takes it."""
-    mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in (MEAN, STD))
-    return (image.float() / 255 - mean) / std
+        return Batch(picture, points, self.point_labels.expand(size, 1, 2), target & inside[:, None, None, None])
 
 
 def _zoomed(image: Tensor, labels: Tensor, figure: Tensor, part: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +99,7 @@ def _zoomed(image: Tensor, labels: Tensor, figure: Tensor, part: Tensor, mirror:
 
     own = labels == figure[:, None, None, None]
     planes = torch.stack([own, (labels > 0) & ~own], 2).float()
-    return warp(normalised(image), IMAGE), warp(planes, labels.shape[-1])
+    return warp(image, IMAGE), warp(planes, labels.shape[-1])
 
 
 def box_prompt(mask: Tensor) -> Tensor:

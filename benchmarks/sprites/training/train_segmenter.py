@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scail2_rt.benchmarks.sprites.training.fitting import Budget, Muon, Training, Workers, adam, fit
-from scail2_rt.benchmarks.sprites.training.segmenter_clips import SegmenterClips, box_prompt, normalised
+from scail2_rt.benchmarks.sprites.training.segmenter_clips import SegmenterClips, box_prompt
 from scail2_rt.benchmarks.sprites.training.segmenter_model import (
-    BOX,
     IMAGE,
     Unrolled,
     kept_codes,
@@ -107,10 +106,10 @@ def held_out_iou(model: Any, clips: SegmenterClips, at_once: int) -> dict[str, f
         some = jobs[start : start + at_once]
         chosen, figure = (torch.tensor(x, device=clips.image.device) for x in zip(*some, strict=True))
         image, labels = clips.image[chosen], clips.labels[chosen]
-        frames = F.interpolate(normalised(image).flatten(0, 1), (IMAGE, IMAGE), mode="bilinear", antialias=True)
+        frames = F.interpolate(clips.normalised(image).flatten(0, 1), (IMAGE, IMAGE), mode="bilinear", antialias=True)
         target = labels == figure[:, None, None, None]
         points = box_prompt(target[:, 0])
-        kinds = torch.tensor(BOX, device=points.device).expand(len(some), 1, 2)
+        kinds = clips.box_labels.expand(len(some), 1, 2)
         out = unroll(model, frames.unflatten(0, image.shape[:2]), points, kinds)
         made = F.interpolate(out.masks.float(), image.shape[-2:], mode="bilinear").transpose(0, 1) > 0
         there = target.sum((2, 3)) >= SEEN_PIXELS
