@@ -21,6 +21,7 @@ from scail2_rt.benchmarks.sprites.world.crossings import make_crossing
 from scail2_rt.benchmarks.sprites.world.raster import draw_picture
 from scail2_rt.runtime.masks.make import segmenters
 from scail2_rt.runtime.masks.make.folders import open_folder
+from scail2_rt.runtime.masks.make.options import AUTHORS_PROMPT
 from scail2_rt.runtime.masks.make.pixels import HALF, Taken, network_mask, network_picture, network_points, picture_masks
 from scail2_rt.runtime.masks.make.tracker import Given
 from tests.support.tiny_segmenters import write_grounding_dino, write_sam2, write_sam3
@@ -126,13 +127,13 @@ def _sam3_detection(folder: Path, clip: np.ndarray) -> dict[str, Any]:
     session = processor.init_video_session(
         video=torch.from_numpy(clip).permute(0, 3, 1, 2), inference_device=DEVICE, dtype=torch.float32
     )
-    processor.add_text_prompt(session, segmenters.phrases(segmenters.AUTHORS_PROMPT))
+    processor.add_text_prompt(session, segmenters.phrases(AUTHORS_PROMPT))
     model.score_threshold_detection = model.new_det_thresh = segmenters.CONFIDENCE
     out = model(inference_session=session, frame_idx=0)
     ours = segmenters.Sam3(open_folder(folder), DEVICE, torch.float32)
-    ours_words = ours._prompted(segmenters.AUTHORS_PROMPT)
+    ours_words = ours._prompted(AUTHORS_PROMPT)
     same = all(torch.equal(ours_words.prompt_input_ids[i], session.prompt_input_ids[i]) for i in session.prompts)
-    found = ours.find(clip[0], segmenters.AUTHORS_PROMPT)
+    found = ours.find(clip[0], AUTHORS_PROMPT)
     theirs = [
         picture_masks(mask.float(), clip.shape[1:3])[0].cpu().numpy() > 0 for mask in out.obj_id_to_mask.values()
     ]

@@ -120,5 +120,8 @@ def _saved(kind: Any, config: Any, folder: Path, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("pred_obj_score_head.proj_out.bias"):
+                torch.nn.init.constant_(parameter, 1.0)  # whatever is shown is there
     model.save_pretrained(folder)
     return folder

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.masks.make.pixels import HALF, MEAN, STD, Taken, network_picture, picture_masks
 from scail2_rt.runtime.masks.make.tracker import Given, Tracker
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.25  # the authors', of SAM 3; Grounding DINO's usual one too
 SHORT_SIDE, LONG_SIDE = 800, 1333  # of pictures for Grounding DINO
 SAM3_TOKENS = 32
-AUTHORS_PROMPT = "human. character."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,6 +199,24 @@ def _box_iou(a: np.ndarray, b: np.ndarray) -> float:
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     either = int((a | b).sum())
     return int((a & b).sum()) / either if either else 0.0
+
+
+def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
+    """In fp32. InputError where `transformers` is missing, or cannot open what is there."""
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "Making masks needs the package transformers: install it with `pip install 'scail2-rt[masks]'`, or give the masks."
+        ) from error
+    try:
+        return (Sam2 if folder.name == "sam2" else Sam3)(folder, device, torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"The segmenter in {folder.model} cannot be opened ({type(error).__name__}: {error}): download it again with "
+            f"`scail2-rt download --segmenter {folder.name}`."
+        ) from error
 
 
 def _opened(kind: Any, folder: Any, device: Any, dtype: Any) -> Any:

@@ -89,7 +89,7 @@ class Tracker:
                 if given.mask is not None:
                     session.add_mask_inputs(index, self._frame, network_mask(given.mask, self.square))
                 elif given.points is not None:
-                    points = network_points(given.points, self.size, self.square).to(session.dtype)
+                    points = network_points(given.points, self.size, self.square)
                     labels = torch.tensor(given.labels, dtype=torch.int32)[None, None]
                     session.add_point_inputs(index, self._frame, {"point_coords": points, "point_labels": labels})
                 session.frames_tracked_per_obj[index].pop(self._frame, None)
