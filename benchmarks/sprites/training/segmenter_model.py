@@ -22,6 +22,7 @@ from torch import Tensor, nn
 IMAGE = 256
 WIDTH = 128  # of decoder and memory
 MEMORY = 64  # what the memory attention of `transformers` is written for
+ATTENTION_HEADS = 32_768  # in one call
 BOX, POINT, NO_POINT = (2, 3), 1, -1  # labels of a prompt's points
 
 
@@ -151,6 +152,31 @@ def batched_memory(model: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def attention_in_pieces(most: int = ATTENTION_HEADS) -> Iterator[None]:
+    """Inside, the models' scaled-dot-product attention is computed for at most `most` heads, those of all items of a batch
+    counted, at a time. The encoder's windows are such items, 256 of a picture, and kernels of CUDA take 65,535 at most."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def pieces(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **how: Any) -> Any:
+        items = max(most // query.shape[1], 1)
+        if len(query) <= items:
+            return whole(module, query, key, value, attention_mask, **how)
+        parts = zip(query.split(items), key.split(items), value.split(items), strict=True)
+        return torch.cat([whole(module, *part, attention_mask, **how)[0] for part in parts]), None
+
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # fails for as many windows
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = pieces
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = whole
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """Train the small SAM 2 that cuts drawn figures out, for tests and for the demo.
 
     python -m scail2_rt.benchmarks.sprites.training.train_segmenter OUTPUT --work DIR
+    torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.training.train_segmenter …
 
-One GPU; minutes or steps as in `train`. OUTPUT becomes a folder that `--segmenter-weights` takes, written anew at each
+One GPU or two; minutes or steps as in `train`. OUTPUT becomes a folder that `--segmenter-weights` takes, written anew at each
 look at the held-out clips, whose mean IoU is printed. An interrupted run goes on.
 """
 
 import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from scail2_rt.benchmarks.sprites.training.segmenter_clips import SegmenterClips
 from scail2_rt.benchmarks.sprites.training.segmenter_model import (
     IMAGE,
     Unrolled,
+    attention_in_pieces,
     kept_codes,
     make_segmenter,
     save_segmenter,
@@ -59,12 +60,12 @@ def held_out_picture(group: str, number: int, frames: int) -> Picture:
     return make_scene(group, number, "test", frames).driving.picture
 
 
-def make_pictures(count: int, frames: int) -> list[Picture]:
-    """Plans, made by all cores."""
+def make_pictures(numbers: range, frames: int, processes: int) -> list[Picture]:
+    """Plans of the training set's clips with these numbers, made by so many processes."""
     context = get_context("forkserver")
     context.set_forkserver_preload([make_scene.__module__, make_crossing.__module__])
-    with ProcessPoolExecutor(cpu_count() or 1, mp_context=context) as pool:
-        return list(pool.map(partial(training_picture, frames=frames), range(count), chunksize=32))
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        return list(pool.map(partial(training_picture, frames=frames), numbers, chunksize=32))
 
 
 def segmenter_loss(out: Unrolled, target: Tensor) -> Tensor:
@@ -110,7 +111,8 @@ def held_out_iou(model: Any, clips: SegmenterClips, at_once: int) -> dict[str, f
         target = labels == figure[:, None, None, None]
         points = box_prompt(target[:, 0])
         kinds = clips.box_labels.expand(len(some), 1, 2)
-        out = unroll(model, frames.unflatten(0, image.shape[:2]), points, kinds)
+        with torch.autocast(points.device.type, torch.bfloat16, enabled=points.is_cuda):
+            out = unroll(model, frames.unflatten(0, image.shape[:2]), points, kinds)
         made = F.interpolate(out.masks.float(), image.shape[-2:], mode="bilinear").transpose(0, 1) > 0
         there = target.sum((2, 3)) >= SEEN_PIXELS
         both = (made & target).sum((2, 3))
@@ -161,11 +163,11 @@ def train_segmenter(
         partial(clip_loss, model, clips, batch, CLIP_FRAMES, True),
         partial(clip_loss, model, clips, STILLS * batch, STILL_FRAMES, False),
     ]
-    watch = Watch(model, groups, output, max(batch // 4, 1), time.monotonic())
-    with kept_codes():
+    watch = Watch(model, groups, output, batch, time.monotonic())
+    with kept_codes(), attention_in_pieces():
         weights = fit(model, losses, lambda step: int(step % 3 == 2), optimisers, training, watch)
         model.load_state_dict(model.state_dict() | {name: tensor.to(device) for name, tensor in weights.items()})
-        return watch.look(-1)
+        return watch.look(-1) if training.workers.rank == 0 else {}
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
@@ -173,19 +175,15 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and any(part in name for part in inside)
 
 
-def drawn(pictures: Sequence[Picture], device: torch.device) -> SegmenterClips:
-    return SegmenterClips(pictures, device)
-
-
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for the state and the log.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=5.5, show_default=True)
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=2.8, show_default=True)
 @click.option("--steps", default=0, help="Steps instead of minutes.")
-@click.option("--clips", default=6000, show_default=True, help="Clips to learn from.")
+@click.option("--clips", default=4000, show_default=True, help="Clips to learn from.")
 @click.option("--frames", default=33, show_default=True, help="Frames of a clip.")
-@click.option("--held-out", default=24, show_default=True, help="Clips of each held-out group.")
-@click.option("--batch", default=32, show_default=True, help="Clips of a step.")
+@click.option("--held-out", default=8, show_default=True, help="Clips of each held-out group.")
+@click.option("--batch", default=16, show_default=True, help="Clips of a step and process.")
 @click.option("--recorded/--eager", default=True, help="On a GPU: steps as CUDA graphs, or launched one kernel at a time.")
 def main(
     output: Path, work: Path, minutes: float, steps: int, clips: int, frames: int, held_out: int, batch: int, recorded: bool
@@ -194,17 +192,22 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers, began = Workers.here(), time.monotonic()
-    learnt = drawn(make_pictures(clips, frames), workers.device)
+    processes = max((cpu_count() or 1) // workers.count, 1)
+    own = make_pictures(workers.part(range(clips)), frames, processes)
+    learnt = SegmenterClips(own, workers.device)
     groups = {
-        name: drawn([held_out_picture(name, number, frames) for number in range(held_out)], workers.device)
+        name: SegmenterClips([held_out_picture(name, number, frames) for number in range(held_out)], workers.device)
         for name in HELD_OUT
+        if workers.rank == 0
     }
     print(f"{len(learnt.image)} clips drawn in {time.monotonic() - began:.0f} s", flush=True)
-    identity = f"{clips} clips of {frames} frames, {batch} a step"
+    identity = f"{clips} clips of {frames} frames, {batch} a step and process"
     training = Training(Budget(minutes, steps), workers, work, "segmenter", identity, recorded)
     found = train_segmenter(learnt, groups, training, output, batch)
-    (output / "held_out.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({"output": str(output), "held out": found}), flush=True)
+    if workers.rank == 0:
+        (output / "held_out.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps({"output": str(output), "held out": found}), flush=True)
+    workers.wait()
 
 
 if __name__ == "__main__":
