@@ -8,6 +8,7 @@ taken as they are when the same is asked for again.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.progress import Cancelled, Listener, Progress
 from scail2_rt.runtime.core.request import ClipSource, ImageSource
 from scail2_rt.runtime.masks.make.figures import Cast, stretched
@@ -88,31 +89,77 @@ def make_masks(
     InputError for what cannot be done, `Cancelled` once `cancel` is set; both leave nothing behind."""
     began, options, folder = time.perf_counter(), options or MaskOptions(), Path(directory)
     image, driving = _as_path(image), rereadable(_as_path(driving), "driving video")
-    segmenter = segmenter_for(options)
-    picture, video = load_image(image), probe(driving)
-    check_places(options, picture.shape[:2], video)
-    identity = fingerprint(image, driving, options, segmenter)
-    if (there := recorded(folder, identity)) is not None:
-        return replace(Masks(**there), reused=True)
-    work = _Work(picture, driving, video, options, on_progress, cancel)
+    asked = plan_masks(image, driving, folder, options)
+    if asked.there is not None:
+        return asked.there
+    work = _Work(load_image(image), driving, asked.video, options, on_progress, cancel)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".masks") as unfinished:
-        made = work.run(segmenter, device, vram_limit, Path(unfinished))
-        names = (IMAGE_NAME, VIDEO_NAMES[options.resolved_mode], SHEET_NAME)
-        masks = Masks(
-            *(folder / name for name in names),
-            options.resolved_mode,
-            made.characters,
-            tuple(made.notes),
-            segmenter.name if segmenter else "the files given",
-            seconds=time.perf_counter() - began,
-        )
-        (folder / RECORD).unlink(missing_ok=True)
-        for name in names:
-            os.replace(Path(unfinished) / name, folder / name)
-    record = {"identity": identity, "masks": {name: _plain(getattr(masks, name)) for name in Masks.__slots__}}
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".masks") as unfinished:
+            made = work.run(asked.segmenter, device, vram_limit, Path(unfinished))
+            names = (IMAGE_NAME, VIDEO_NAMES[options.resolved_mode], SHEET_NAME)
+            (folder / RECORD).unlink(missing_ok=True)
+            for name in names:
+                os.replace(Path(unfinished) / name, folder / name)
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # not empty: somebody else writes there
+                folder.rmdir()
+        raise
+    masks = Masks(
+        *(folder / name for name in names),
+        options.resolved_mode,
+        made.characters,
+        tuple(made.notes),
+        asked.segmenter.name if asked.segmenter else "the files given",
+        seconds=time.perf_counter() - began,
+    )
+    record = {"identity": asked.identity, "masks": {name: _plain(getattr(masks, name)) for name in Masks.__slots__}}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return masks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskPlan:
+    """What making masks would do. segmenter: None where both are cut out already; there: masks of an earlier time, made
+    of the same; frames: how many are followed."""
+
+    directory: Path
+    segmenter: SegmenterFolder | None
+    video: VideoInfo
+    frames: int
+    identity: dict[str, Any]
+    there: Masks | None
+
+    @property
+    def text(self) -> str:
+        if self.there is not None:
+            return f"masks: those in {self.directory} are of these files and options, and are taken"
+        if self.segmenter is None:
+            return f"masks: made of the figures that were given, {self.frames} frames, into {self.directory}"
+        memory = f"about {self.segmenter.memory_bytes / 2**30:.1f} GiB (an estimate)"
+        return (
+            f"masks: made first, {self.frames} frames with {self.segmenter.name} in {self.segmenter.model}, which takes "
+            f"{memory} and leaves before the engines need it, into {self.directory}"
+        )
+
+
+def plan_masks(image: ImageSource, driving: ClipSource, directory: Path, options: MaskOptions) -> MaskPlan:
+    """Everything that can be said without a network. InputError for what cannot be done."""
+    segmenter = segmenter_for(options)
+    picture, video = load_image(image), probe(driving)
+    left = max(video.frames - options.start, 0)
+    used = left if options.frames is None else min(options.frames, left)
+    if not used:
+        raise InputError(
+            f"--start {options.start} is beyond the end of the driving video, whose frames are 0 to {video.frames - 1}."
+        )
+    check_places(options, picture.shape[:2], video)
+    identity = fingerprint(image, driving, options, segmenter)
+    there = recorded(directory, identity)
+    masks = None if there is None else replace(Masks(**there), reused=True)
+    return MaskPlan(directory, segmenter, video, used, identity, masks)
 
 
 def segmenter_for(options: MaskOptions) -> SegmenterFolder | None:
@@ -166,8 +213,6 @@ class _Work:
         self.mode: Mode = options.resolved_mode
         left = max(video.frames - options.start, 0)
         self.used = left if options.frames is None else min(options.frames, left)
-        if not self.used:
-            raise InputError(f"--start {options.start} is beyond the end of the driving video ({video.frames} frames).")
         self._listener, self._cancel, self._began = listener, cancel, time.perf_counter()
         self.cast = Cast()
 
