@@ -1,6 +1,5 @@
 """`scail2-rt masks make`. Only click is imported here, so that `--help` answers at once."""
 
-from pathlib import Path
 from typing import Any
 
 import click

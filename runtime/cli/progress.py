@@ -36,7 +36,6 @@ class ProgressLines:
         left = "" if event.seconds_left is None else f", about {event.seconds_left:.0f} s left"
         print(f"{event.position}{left}", file=sys.stderr, flush=True)
 
-
     def _share(self, event: Progress) -> None:
         now = time.perf_counter()
         if now - self._printed >= LINE_INTERVAL_S or event.fraction == 1:

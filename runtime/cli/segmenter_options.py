@@ -78,6 +78,9 @@ MAKING = (
         "white matte, or an image with alpha.",
     ),
     option(
-        "--driving-from", type=PATH, metavar="FILE", help="The driving video's figures, as with --image-from, or a folder."
+        "--driving-from",
+        type=PATH,
+        metavar="FILE",
+        help="The driving video's figures, as with --image-from, or a folder.",
     ),
 )

@@ -16,8 +16,9 @@ from scail2_rt.runtime.core.case_folder import ANIMATE_MASKS, IMAGES, REPLACE_MA
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.masks.check import check_case
-from scail2_rt.runtime.masks.make.make import VIDEO_NAMES, MaskPlan, Masks, make_masks, plan_masks
+from scail2_rt.runtime.masks.make.make import MaskPlan, Masks, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
+from scail2_rt.runtime.masks.make.work import VIDEO_NAMES
 from scail2_rt.runtime.session.check import check_output
 from scail2_rt.runtime.session.output_lock import refuse_second
 

@@ -160,7 +160,11 @@ class Gradients:
     """The gradients of all parameters in one tensor, `flat`, and what fills it: a loss of each kind of batch."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], losses: Sequence[Loss], generator: torch.Generator, record: bool = True
+        self,
+        parameters: Sequence[nn.Parameter],
+        losses: Sequence[Loss],
+        generator: torch.Generator,
+        record: bool = True,
     ) -> None:
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=generator.device)
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):

@@ -36,9 +36,7 @@ class SegmenterClips:
     """Drawn clips: image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W]."""
 
     def __init__(self, pictures: Sequence[Picture], device: torch.device) -> None:
-        parts = [
-            draw_pictures(pictures[start : start + AT_ONCE], device) for start in range(0, len(pictures), AT_ONCE)
-        ]
+        parts = [draw_pictures(pictures[start : start + AT_ONCE], device) for start in range(0, len(pictures), AT_ONCE)]
         self.image, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         # made here, since a CUDA graph that is recorded must not copy from the host
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))

@@ -184,9 +184,19 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
 @click.option("--frames", default=33, show_default=True, help="Frames of a clip.")
 @click.option("--held-out", default=8, show_default=True, help="Clips of each held-out group.")
 @click.option("--batch", default=16, show_default=True, help="Clips of a step and process.")
-@click.option("--recorded/--eager", default=True, help="On a GPU: steps as CUDA graphs, or launched one kernel at a time.")
+@click.option(
+    "--recorded/--eager", default=True, help="On a GPU: steps as CUDA graphs, or launched one kernel at a time."
+)
 def main(
-    output: Path, work: Path, minutes: float, steps: int, clips: int, frames: int, held_out: int, batch: int, recorded: bool
+    output: Path,
+    work: Path,
+    minutes: float,
+    steps: int,
+    clips: int,
+    frames: int,
+    held_out: int,
+    batch: int,
+    recorded: bool,
 ) -> None:
     """Train a small SAM 2 on drawn figures and write it to OUTPUT."""
     work.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,9 @@ class Cast:
     def absent(self, present: Mapping[int, np.ndarray]) -> list[Character]:
         return [each for number, each in self.characters.items() if number not in present]
 
-    def returning(self, frame: np.ndarray, mask: np.ndarray, among: Sequence[Character], room: bool) -> Character | None:
+    def returning(
+        self, frame: np.ndarray, mask: np.ndarray, among: Sequence[Character], room: bool
+    ) -> Character | None:
         """Who of those that are not there a found figure is: who looks most like it, or of several that look about as
         much like it the nearest. None for somebody new, where there is `room` for one."""
         if not among:

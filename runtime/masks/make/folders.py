@@ -1,7 +1,7 @@
 """Folders of segmenters: what a folder holds, said by the `config.json` files in it.
 
-    SAM 2    config.json of a `sam2_video` model, and in a folder inside (`detector/`) one of Grounding DINO
-    SAM 3    config.json of a `sam3_video` model, with its tokenizer
+SAM 2    config.json of a `sam2_video` model, and in a folder inside (`detector/`) one of Grounding DINO
+SAM 3    config.json of a `sam3_video` model, with its tokenizer
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def open_folder(folder: Path) -> SegmenterFolder:
                 raise InputError(f"{each} holds no *.safetensors: download the segmenter's weights again.")
             return made
     if DETECTOR_KIND in found.values():
-        raise InputError(f"{folder} holds Grounding DINO alone: it finds figures, and SAM 2 must be there to follow them.")
+        raise InputError(
+            f"{folder} holds Grounding DINO alone: it finds figures, and SAM 2 must be there to follow them."
+        )
     kind = ", ".join(sorted(set(found.values()) - {""})) or "no config.json"
     raise InputError(
         f"{folder} holds {kind}, and a segmenter is a sam2_video or sam3_video model: get one with "
@@ -80,7 +82,9 @@ def find_segmenter(name: str, weights: Path | None) -> SegmenterFolder:
     if weights is not None:
         folder = open_folder(weights)
         if name not in ("auto", folder.name):
-            raise InputError(f"{weights} holds {folder.name}, not {name}: leave out --segmenter, or give another folder.")
+            raise InputError(
+                f"{weights} holds {folder.name}, not {name}: leave out --segmenter, or give another folder."
+            )
         return folder
     wanted = ("sam3", "sam2") if name == "auto" else (name,)
     for each in wanted:

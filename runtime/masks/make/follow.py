@@ -99,9 +99,7 @@ def shown(places: Sequence[Place]) -> list[tuple[Given, str]]:
 
 def masks_of(followed: Mapping[int, Followed], size: tuple[int, int]) -> dict[int, np.ndarray]:
     """Masks of the picture, bool [H, W] each; they may overlap."""
-    return {
-        number: (picture_masks(each.logits[None], size)[0] > 0).cpu().numpy() for number, each in followed.items()
-    }
+    return {number: (picture_masks(each.logits[None], size)[0] > 0).cpu().numpy() for number, each in followed.items()}
 
 
 def labels_of(followed: Mapping[int, Followed], size: tuple[int, int]) -> np.ndarray:
@@ -213,9 +211,7 @@ class ClipFollower:
                 given[known.number] = figure.given
         return self._tracker.add(given) if given else {}
 
-    def _who(
-        self, number: int, frame: np.ndarray, given: Given, colour: str, followed: Mapping[int, Followed]
-    ) -> int:
+    def _who(self, number: int, frame: np.ndarray, given: Given, colour: str, followed: Mapping[int, Followed]) -> int:
         """Whom a place of a later frame shows: the character of its colour, else the one whose mask it lies in, else
         somebody new."""
         for character in self.cast.characters.values():

@@ -54,7 +54,7 @@ class Place:
     def check_inside(self, size: tuple[int, int], picture: str) -> None:
         """InputError for a place that lies outside a picture of (H, W)."""
         xs, ys = self.numbers[::2], self.numbers[1::2]
-        if not (0 <= min(xs) and max(xs) <= size[1] and 0 <= min(ys) and max(ys) <= size[0]):
+        if not (min(xs) >= 0 and max(xs) <= size[1] and min(ys) >= 0 and max(ys) <= size[0]):
             kind, what = ("--box", "box") if len(self.numbers) == 4 else ("--point", "point")
             at = ",".join(f"{number:g}" for number in self.numbers)
             raise InputError(

@@ -72,7 +72,9 @@ class Pairing:
         """Mask and colour of every reference figure that somebody drives; a note for each of the others."""
         driven = set(self.reference_of.values())
         if idle := [r + 1 for r in range(len(self._references)) if r not in driven]:
-            self.notes.append(f"Nobody in the clip drives {_figures(idle)} of the reference image: left without a colour.")
+            self.notes.append(
+                f"Nobody in the clip drives {_figures(idle)} of the reference image: left without a colour."
+            )
         return [(self._references[r], self._colours[r]) for r in sorted(driven)]
 
     def _by_rule(self, drivers: Sequence[np.ndarray], left_drivers: list[int], left: list[int]) -> dict[int, int]:

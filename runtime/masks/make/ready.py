@@ -114,7 +114,9 @@ def _mattes(path: Path) -> Iterator[np.ndarray]:
     for frame in frames_of(source, _levels):
         mask = (frame if frame.ndim == 2 else np.median(frame, axis=-1)) >= ON
         if frame.ndim == 3 and (np.ptp(frame.astype(np.int16), axis=-1) > 24).mean() > 0.01:
-            raise InputError(f"{path} is in colour, and a matte is grey: make a mask of it with `scail2-rt masks clean`.")
+            raise InputError(
+                f"{path} is in colour, and a matte is grey: make a mask of it with `scail2-rt masks clean`."
+            )
         found = found or bool(mask.any())
         yield mask
     if not found:

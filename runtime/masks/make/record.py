@@ -25,7 +25,9 @@ def fingerprint(
     image: ImageSource, driving: ClipSource, options: MaskOptions, segmenter: SegmenterFolder | None
 ) -> dict[str, Any]:
     """Of inputs, options and the segmenter: files by place, size and time, what is in memory by its content."""
-    given = {each.name: getattr(options, each.name) for each in fields(options) if each.name not in ("places", "weights")}
+    given = {
+        each.name: getattr(options, each.name) for each in fields(options) if each.name not in ("places", "weights")
+    }
     ready = {name: _file(given.pop(name)) for name in ("image_from", "driving_from")}
     return _as_json(
         {

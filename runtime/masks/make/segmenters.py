@@ -220,4 +220,7 @@ def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
 
 
 def _opened(kind: Any, folder: Any, device: Any, dtype: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the command shows its own
     return kind.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()

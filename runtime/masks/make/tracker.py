@@ -55,7 +55,11 @@ class Tracker:
     the frames; vision: features of a prepared picture, for a model that has no encoder of its own."""
 
     def __init__(
-        self, model: Any, size: tuple[int, int], taken: Taken, vision: Callable[[Tensor], Mapping[str, Any]] | None = None
+        self,
+        model: Any,
+        size: tuple[int, int],
+        taken: Taken,
+        vision: Callable[[Tensor], Mapping[str, Any]] | None = None,
     ) -> None:
         self.size, self.square = size, taken.size[0]
         self._model, self._taken, self._vision = model, taken, vision

@@ -62,9 +62,7 @@ def test_the_batch_computes_what_the_public_forward_does(model: Any, frames: tor
     torch.testing.assert_close(undecorated, public(model, type(model).__call__, frames[0], BOXES[:1]))
 
 
-def test_attention_in_pieces_is_attention(
-    model: Any, frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_in_pieces_is_attention(model: Any, frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = torch.nn.functional.scaled_dot_product_attention
 
