@@ -43,8 +43,8 @@ class SegmenterReport:
     def text(self) -> str:
         from_where = ", ".join(f"{name} at {commit[:12]}" for name, commit in self.repositories.items())
         lines = [
-            f"{self.directory}: {self.segmenter}, {len(self.files)} files of {from_where}, {self.size / 2**30:.2f} GiB, all "
-            f"verified; {self.fetched / 2**30:.2f} GiB fetched in {self.wall_s:.0f} s"
+            f"{self.directory}: {self.segmenter}, {len(self.files)} files of {from_where}, "
+            f"{self.size / 2**30:.2f} GiB, all verified; {self.fetched / 2**30:.2f} GiB fetched in {self.wall_s:.0f} s"
         ]
         return "\n".join([*lines, *(f"  {digest}  {path}" for path, digest in self.files.items())])
 

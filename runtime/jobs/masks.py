@@ -27,8 +27,8 @@ _MADE = {  # fields of `GenerateOptions` → of `MaskOptions`, where they differ
     "mask_prompt": "prompt",
 }
 MAKING = (
-    "segmenter", "segmenter_weights", "mask_prompt", "max_characters", "sort", "points", "boxes", "pairs", "one_to_many",
-    "image_from", "driving_from",
+    "segmenter", "segmenter_weights", "mask_prompt", "max_characters", "sort", "points", "boxes", "pairs",
+    "one_to_many", "image_from", "driving_from",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Our resize, normalise and post-processing beside the processors of `transformers`, on tiny models of the true classes.
+"""Our resize, normalise and post-processing beside the processors of `transformers`, on tiny true models.
 
     python -m tests.parity.segmenters OUT.json
 

@@ -73,7 +73,8 @@ def write_sam3(folder: Path, image: int = 112, seed: int = 0) -> Path:
     detector = {
         "model_type": "sam3", "vision_config": vision,
         "text_config": {
-            "model_type": "clip_text_model", "bos_token_id": 2, "eos_token_id": 3, "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 32,
+            "model_type": "clip_text_model", "bos_token_id": 2, "eos_token_id": 3,
+            "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 32,
             "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 32, "max_position_embeddings": 32,
         },
         "geometry_encoder_config": small | {"num_layers": 1}, "detr_encoder_config": small | {"num_layers": 1},

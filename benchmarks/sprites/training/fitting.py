@@ -234,7 +234,8 @@ def fit(
     """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
 
     losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
-    of the optimisers are their peaks. `watch` is called with the number of steps when the log gets a line. InputError where the state file has another identity. Progress is appended to
+    of the optimisers are their peaks. `watch` is called with the number of steps when
+    the log gets a line. InputError where the state file has another identity. Progress is appended to
     the log file, one JSON object per line, with the loss of all batches and of each kind."""
     budget, workers = training.budget, training.workers
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""The small SAM 2: the classes of `transformers` with a configuration of 3.3 million parameters, and its batched unroll.
+"""The small SAM 2: the classes of `transformers` with a configuration of 3.3 million parameters, unrolled in batches.
 
 `Sam2VideoModel.forward` takes one clip and each of its figures by itself. Here many clips, of one figure each, go
 through the model's own methods side by side: vision features of all frames at once, then frame by frame the memory
@@ -158,8 +158,8 @@ def batched_memory(model: Any) -> Iterator[None]:
 
 @contextmanager
 def attention_in_pieces(most: int = ATTENTION_HEADS) -> Iterator[None]:
-    """Inside, the models' scaled-dot-product attention is computed for at most `most` heads, those of all items of a batch
-    counted, at a time. The encoder's windows are such items, 256 of a picture, and kernels of CUDA take 65,535 at most."""
+    """Inside, the models' scaled-dot-product attention is computed for at most `most` heads at a time, those of all
+    items of a batch counted. The encoder's windows are items, 256 of a picture, and kernels of CUDA take 65,535 at most."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     whole = ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -3,8 +3,8 @@
     python -m scail2_rt.benchmarks.sprites.training.train_segmenter OUTPUT --work DIR
     torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.training.train_segmenter …
 
-One GPU or two; minutes or steps as in `train`. OUTPUT becomes a folder that `--segmenter-weights` takes, written anew at each
-look at the held-out clips, whose mean IoU is printed. An interrupted run goes on.
+One GPU or two; minutes or steps as in `train`. OUTPUT becomes a folder that `--segmenter-weights` takes, written anew
+at each look at the held-out clips, whose mean IoU is printed. An interrupted run goes on.
 """
 
 import json

@@ -126,17 +126,15 @@ class Cast:
     def absent(self, present: Mapping[int, np.ndarray]) -> list[Character]:
         return [each for number, each in self.characters.items() if number not in present]
 
-    def returning(
-        self, frame: np.ndarray, mask: np.ndarray, among: Sequence[Character], room: bool
-    ) -> Character | None:
+    def returning(self, frame: np.ndarray, mask: np.ndarray, among: Sequence[Character]) -> Character | None:
         """Who of those that are not there a found figure is: who looks most like it, or of several that look about as
-        much like it the nearest. None for somebody new, where there is `room` for one."""
+        much like it the nearest. None where it looks like none of them."""
         if not among:
             return None
         seen = look(frame, mask)
         shared = {each.number: alike(each.look, seen) for each in among}
         best = max(shared.values())
-        if room and best < ALIKE:
+        if best < ALIKE:
             return None
         close = [each for each in among if shared[each.number] >= best - 0.1]
         return min(close, key=lambda each: distance(each.centre, centre(mask)))
@@ -162,7 +160,7 @@ class Cast:
                 if (a, b) not in self.told:
                     self.told.add((a, b))
                     self.notes.append(
-                        f"From frame {frame_number} on, figures {a} and {b} of the clip look as if they had changed places: "
-                        f"look at the preview, and set them right with --point {frame_number}:x,y:colour."
+                        f"From frame {frame_number} on, figures {a} and {b} of the clip look as if they had changed "
+                        f"places: look at the preview, and set them right with --point {frame_number}:x,y:colour."
                     )
         return found

@@ -93,7 +93,7 @@ def find_segmenter(name: str, weights: Path | None) -> SegmenterFolder:
             return open_folder(place)
     fetch = "sam2" if name == "auto" else name
     raise InputError(
-        f"There is no segmenter to make masks with{'' if name == 'auto' else f' called {name}'} in {segmenter_cache()}: "
+        f"There is no {'segmenter' if name == 'auto' else name} to make masks with in {segmenter_cache()}: "
         f"get one with `scail2-rt download --segmenter {fetch}`, or give the masks."
     )
 

@@ -71,8 +71,8 @@ def figures_in(frame: np.ndarray, segmenter: Segmenter, looking: Looking, places
         mask = masks[number]
         if score == GIVEN_SCORE and not mask.any():
             raise InputError(
-                f"The segmenter sees no figure at a --point or --box of {looking.picture}: put it on the figure's middle, "
-                "or give a box around it."
+                f"The segmenter sees no figure at a --point or --box of {looking.picture}: put it on the figure's "
+                "middle, or give a box around it."
             )
         small = area(mask) < LEAST_AREA and score != GIVEN_SCORE
         if not small and not any(iou(mask, k.mask) > SAME or inside(mask, k.mask) > COVERED for k in kept):
@@ -190,8 +190,8 @@ class ClipFollower:
     def _new_scene(self, number: int, frame: np.ndarray) -> None:
         if self.looking.text is None:
             self.cast.notes.append(
-                f"The scene changes at frame {number}, and no text says whom to look for: the tracker went on by memory; "
-                f"show figures with --point {number}:x,y:colour."
+                f"The scene changes at frame {number}, and no text says whom to look for: the tracker went on by "
+                f"memory; show figures with --point {number}:x,y:colour."
             )
             return
         self._tracker = self.segmenter.tracker((frame.shape[0], frame.shape[1]))
@@ -204,7 +204,7 @@ class ClipFollower:
         given: dict[int, Given] = {}
         for figure in figures_in(frame, self.segmenter, self.looking, ()):
             left = [each for each in self.cast.characters.values() if each.number not in given]
-            known = self.cast.returning(frame, figure.mask, left, self._has_room)
+            known = self.cast.returning(frame, figure.mask, left)
             if known is None and self._has_room:
                 known = self._enters(number, frame, figure)
             if known is not None:
@@ -238,18 +238,18 @@ class ClipFollower:
             if any(iou(figure.mask, m) > 0.3 or inside(figure.mask, m) > SAME for m in present.values()):
                 continue
             absent = self.cast.absent(present)
-            known = self.cast.returning(frame, figure.mask, absent, self._has_room)
+            known = self.cast.returning(frame, figure.mask, absent)
             if known is not None:
                 self.cast.notes.append(
-                    f"The figure that comes in at frame {number} was taken for figure {known.number}, which was last seen "
-                    f"in frame {known.last_seen}: the most like it, and the nearest."
+                    f"The figure that comes in at frame {number} was taken for figure {known.number}, last seen in "
+                    f"frame {known.last_seen}: the most like it, or the nearest of those alike."
                 )
             elif self._has_room:
                 known = self._enters(number, frame, figure)
             elif not self._strangers:
                 self._strangers = True
                 self.cast.notes.append(
-                    f"Somebody comes in at frame {number} for whom the reference image has no figure: no colour was given."
+                    f"Somebody comes in at frame {number} for whom the reference has no figure: no colour was given."
                 )
             if known is not None:
                 followed = self._tracker.add({known.number: figure.given})
@@ -283,8 +283,11 @@ def present_in(labels: np.ndarray) -> dict[int, np.ndarray]:
 def nobody(looking: Looking) -> str:
     option = "image:" if "image" in looking.picture else ""
     if looking.text is None:
-        return f"Nobody is shown in {looking.picture}: give --point {option}x,y or --box {option}x0,y0,x1,y1, or a --mask-prompt."
+        return (
+            f"Nobody is shown in {looking.picture}: give --point {option}x,y or --box {option}x0,y0,x1,y1, or a "
+            "--mask-prompt."
+        )
     return (
-        f'Nobody was found in {looking.picture} with "{looking.text}": say what to look for with --mask-prompt, or show it '
-        f"with --point {option}x,y or --box {option}x0,y0,x1,y1."
+        f'Nobody was found in {looking.picture} with "{looking.text}": say what to look for with --mask-prompt, or '
+        f"show it with --point {option}x,y or --box {option}x0,y0,x1,y1."
     )

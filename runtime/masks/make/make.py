@@ -1,4 +1,4 @@
-"""`make_masks`: from a reference image and a driving clip to the two colour masks of SCAIL-2, and a sheet that shows them.
+"""`make_masks`: from a reference image and a driving clip to the two colour masks, and a sheet that shows them.
 
 The order: everything that can be said without a network is checked; the segmenter is opened; the reference image goes
 through the video tracker as a clip of one frame; the clip is followed frame by frame, its mask written as it comes; the
@@ -122,8 +122,8 @@ class MaskPlan:
             return f"masks: made of the figures that were given, {self.frames} frames, into {self.directory}"
         memory = f"about {self.segmenter.memory_bytes / 2**30:.1f} GiB (an estimate)"
         return (
-            f"masks: made first, {self.frames} frames with {self.segmenter.name} in {self.segmenter.model}, which takes "
-            f"{memory} and leaves before the engines need it, into {self.directory}"
+            f"masks: made first, {self.frames} frames with {self.segmenter.name} in {self.segmenter.model}, which "
+            f"takes {memory} and leaves before the engines need it, into {self.directory}"
         )
 
 
@@ -154,8 +154,9 @@ def segmenter_for(options: MaskOptions) -> SegmenterFolder | None:
         asks = options.text_for(image) is not None
         if ready is None and asks and folder.name == "sam2" and folder.detector is None:
             raise InputError(
-                f"{folder.model} holds SAM 2 without Grounding DINO, so figures must be shown: give --point or --box for "
-                f"the {'reference image (image:x,y)' if image else 'clip'}, or put Grounding DINO into its folder `detector`."
+                f"{folder.model} holds SAM 2 without Grounding DINO, so figures must be shown: give --point or --box "
+                f"for the {'reference image (image:x,y)' if image else 'clip'}, or put Grounding DINO into its folder "
+                "`detector`."
             )
     return folder
 

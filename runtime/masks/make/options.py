@@ -18,8 +18,8 @@ IMAGE = -1  # the frame of a point or box that belongs to the reference image
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip, or of the reference image
-    (`IMAGE`), and the colour that its figure is to have, "" for any."""
+    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip, or of the reference
+    image (`IMAGE`), and the colour that its figure is to have, "" for any."""
 
     numbers: tuple[float, ...]
     frame: int = 0
@@ -58,8 +58,8 @@ class Place:
             kind, what = ("--box", "box") if len(self.numbers) == 4 else ("--point", "point")
             at = ",".join(f"{number:g}" for number in self.numbers)
             raise InputError(
-                f"The {what} {at} ({kind}) lies outside {picture}, which is {size[1]} wide and {size[0]} high: give it in "
-                "that picture's pixels."
+                f"The {what} {at} ({kind}) lies outside {picture}, which is {size[1]} wide and {size[0]} high: give it "
+                "in that picture's pixels."
             )
 
 
@@ -73,8 +73,8 @@ class MaskOptions:
 
     mode            animate or replace; auto is animate
     segmenter, weights   which one, and a folder that holds one; auto takes SAM 3 where it is in the cache, else SAM 2
-    prompt          what to look for, parts ended by full stops; None: the authors' "human. character.", and nothing in a
-                    picture whose figures are given by points or boxes
+    prompt          what to look for, parts ended by full stops; None: the authors' "human. character.", and nothing in
+                    a picture whose figures are given by points or boxes
     max_characters  how many figures are kept, the surest
     sort            who is first: the leftmost figure, or the largest
     points, boxes   `[frame:]x,y[:colour]` and `[frame:]x0,y0,x1,y1[:colour]`; `image:` is the reference image

@@ -51,7 +51,7 @@ class Pairing:
         if dropped := [d + 1 for d in range(len(drivers)) if d not in pairs]:
             self.notes.append(
                 f"The clip's first frame shows {len(drivers)} figures and the reference image {len(self._references)}: "
-                f"{_figures(dropped)} of the clip, counted from the left, drive{'s' if len(dropped) == 1 else ''} nobody."
+                f"{_figures(dropped)} of the clip, in their order, drive{'s' if len(dropped) == 1 else ''} nobody."
             )
 
     def colour_of(self, character: Character) -> str | None:

@@ -1,7 +1,7 @@
 """Pictures as the segmenters take them, and masks as they give them: resize, normalise and post-processing.
 
-A few lines instead of the processors of `transformers`, which need torchvision. `python -m tests.parity.segmenters` holds
-both together where torchvision is installed.
+A few lines instead of the processors of `transformers`, which need torchvision. `python -m tests.parity.segmenters`
+holds both together where torchvision is installed.
 """
 
 from __future__ import annotations

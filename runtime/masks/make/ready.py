@@ -108,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _mattes(path: Path) -> Iterator[np.ndarray]:
-    """Where an image has an alpha channel that is not full, it is opaque where the figure is; else it is bright there."""
+    """Where the figure is: opaque, if an image has an alpha channel that is not full, else bright."""
     source = open_source(path)
     found = False
     for frame in frames_of(source, _levels):

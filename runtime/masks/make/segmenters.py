@@ -208,14 +208,14 @@ def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
         import transformers  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "Making masks needs the package transformers: install it with `pip install 'scail2-rt[masks]'`, or give the masks."
+            'Making masks needs the package transformers: pip install "scail2-rt[masks]", or give the masks.'
         ) from error
     try:
         return (Sam2 if folder.name == "sam2" else Sam3)(folder, device, torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"The segmenter in {folder.model} cannot be opened ({type(error).__name__}: {error}): download it again with "
-            f"`scail2-rt download --segmenter {folder.name}`."
+            f"The segmenter in {folder.model} cannot be opened ({type(error).__name__}: {error}): download it again "
+            f"with `scail2-rt download --segmenter {folder.name}`."
         ) from error
 
 

@@ -61,7 +61,7 @@ class Work:
         self._listener, self._cancel, self._began = listener, cancel, time.perf_counter()
         self.cast = Cast()
 
-    def run(self, folder: SegmenterFolder | None, device: str, vram_limit: int | None, into: Path) -> _Made:
+    def run(self, folder: SegmenterFolder | None, device: str, vram_limit: int | None, into: Path) -> Made:
         notes: list[str] = []
         segmenter = None
         self.tell(0)
@@ -161,18 +161,21 @@ class Work:
             labels, count = stretched(labels, size), count + 1
             present = present_in(labels)
             if present and not self.cast.characters:
-                for each in range(1, max(present) + 1):
-                    self.cast.enter(number, self.picture[:1, :1], np.ones((1, 1), bool))
+                self._enter(number, max(present))
                 pairing.begin([labels == each for each in range(1, max(present) + 1)], [""] * max(present))
-            for each in range(len(self.cast.characters) + 1, max(present, default=0) + 1):
-                self.cast.enter(number, self.picture[:1, :1], np.ones((1, 1), bool))
+            self._enter(number, max(present, default=0))
             yield labels
         if count != self.video.frames:
             raise InputError(
-                f"{path} has {count} frames and the driving video {self.video.frames}: cut the figures out of this very clip."
+                f"{path} has {count} frames and the driving video {self.video.frames}: cut them out of this clip."
             )
         if not self.cast.characters:
             raise InputError(f"{path} shows no figure.")
+
+    def _enter(self, frame: int, last: int) -> None:
+        """Characters up to number `last`, of whom nothing but the number matters."""
+        for _ in range(len(self.cast.characters), last):
+            self.cast.enter(frame, self.picture[:1, :1], np.ones((1, 1), bool))
 
     def _frames(self) -> Iterator[np.ndarray]:
         left = self.used
