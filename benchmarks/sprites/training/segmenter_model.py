@@ -159,7 +159,7 @@ def batched_memory(model: Any) -> Iterator[None]:
 @contextmanager
 def attention_in_pieces(most: int = ATTENTION_HEADS) -> Iterator[None]:
     """Inside, the models' scaled-dot-product attention is computed for at most `most` heads at a time, those of all
-    items of a batch counted. The encoder's windows are items, 256 of a picture, and kernels of CUDA take 65,535 at most."""
+    items of a batch counted: the encoder's windows are items, 256 of a picture, and CUDA's kernels take 65,535."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     whole = ALL_ATTENTION_FUNCTIONS["sdpa"]

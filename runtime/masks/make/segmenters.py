@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.25  # the authors', of SAM 3; Grounding DINO's usual one too
 SHORT_SIDE, LONG_SIDE = 800, 1333  # of pictures for Grounding DINO
 SAM3_TOKENS = 32
+MISSING = 0.1  # share of a model's weights that its folder may lack: transformers fills them with random ones
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,13 +207,14 @@ def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
     try:
         import torch
         import transformers  # noqa: F401
+        from safetensors import SafetensorError
     except ImportError as error:
         raise InputError(
             'Making masks needs the package transformers: pip install "scail2-rt[masks]", or give the masks.'
         ) from error
     try:
         return (Sam2 if folder.name == "sam2" else Sam3)(folder, device, torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"The segmenter in {folder.model} cannot be opened ({type(error).__name__}: {error}): download it again "
             f"with `scail2-rt download --segmenter {folder.name}`."
@@ -223,4 +225,7 @@ def _opened(kind: Any, folder: Any, device: Any, dtype: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the command shows its own
-    return kind.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    model, loaded = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    if len(loaded["missing_keys"]) > MISSING * len(model.state_dict()):
+        raise ValueError(f"it lacks {len(loaded['missing_keys'])} of {len(model.state_dict())} weights")
+    return model.to(device).eval()
