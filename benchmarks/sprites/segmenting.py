@@ -99,16 +99,17 @@ def case_masks(case: SpriteCase, image: Path, driving: Path, directory: Path) ->
     return make_masks(image, driving, directory, options, device="cpu")
 
 
-def replace_masks(case: SpriteCase, folder: Path) -> dict[str, float]:
-    """Make the masks of a case that `write_case` wrote, in place of the true ones → `mask_scores`."""
+def replace_masks(case: SpriteCase, folder: Path) -> tuple[Masks, dict[str, float]]:
+    """Make the masks of a case whose picture and clip `write_case` wrote, in place of the true ones → them, and
+    `mask_scores`."""
     masks = case_masks(case, folder / "ref.png", folder / "rendered_v2.mp4", folder)
     with open_video(masks.mask_video) as reader:
-        return mask_scores(reader.read(len(case.driving)), case.driving_mask)
+        return masks, mask_scores(reader.read(len(case.driving)), case.driving_mask)
 
 
 def mask_scores(made: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Made mask frames beside the true ones, uint8 [T, H, W, 3]: mean IoU over characters and frames that show them, and
-    the share of these in which the made colour covers more of another character."""
+    """Made mask frames beside the true ones, uint8 [T, H, W, 3]: mean IoU over characters and frames that show them,
+    and the share of these in which the made colour covers more of another character."""
     figures = {name: (true == PALETTE[name]).all(-1) for name in CHARACTERS}
     overlaps: list[float] = []
     exchanged: list[bool] = []

@@ -276,7 +276,7 @@ class _Runner:
         def made_masks() -> _Made:
             folder = trial.folder.with_name(f"{trial.folder.name}-made")
             write_case(trial.answer.case, folder)
-            self.mask_scores[trial.task, trial.seed] = replace_masks(trial.answer.case, folder)
+            _, self.mask_scores[trial.task, trial.seed] = replace_masks(trial.answer.case, folder)
             request = make_request(folder, trial.seed, variant, size=frame_of(trial.task))
             return make_video(session, request)
 

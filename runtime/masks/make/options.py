@@ -11,6 +11,7 @@ from scail2_rt.runtime.masks.palette import CHARACTERS
 
 AUTHORS_PROMPT = "human. character."
 AUTHORS_ORDER = ("blue", "red", "green", "magenta", "cyan", "yellow")  # the palette in the order of the authors' code
+MODES = ("auto", "animate", "replace")
 SORTS = ("left-to-right", "area")
 SEGMENTERS = ("auto", "sam2", "sam3")
 IMAGE = -1  # the frame of a point or box that belongs to the reference image
@@ -100,6 +101,13 @@ class MaskOptions:
     places: tuple[Place, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
+        for name in ("weights", "image_from", "driving_from"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path))
+        for name in ("points", "boxes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.mode not in MODES:
+            raise InputError(f"--mode must be one of {', '.join(MODES)}, not {self.mode}.")
         if self.segmenter not in SEGMENTERS:
             raise InputError(f"--segmenter must be one of {', '.join(SEGMENTERS)}, not {self.segmenter}.")
         if self.sort not in SORTS:
