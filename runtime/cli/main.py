@@ -124,6 +124,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @cli.command(cls=SectionCommand)
 @click.argument("engines", type=PATH)
 @o.INPUT_OPTIONS
+@o.MAKING_OPTIONS
 @o.PROMPT_OPTIONS
 @o.OUTPUT_OPTIONS
 @o.SAMPLING_OPTIONS
@@ -133,7 +134,8 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 def generate(engines: Path, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
-    A report (<output>.json) is written beside the video."""
+    An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
+    made first and kept beside the output. A report (<output>.json) is written beside the video."""
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.jobs.batch import run_batch
     from scail2_rt.runtime.jobs.options import GenerateOptions

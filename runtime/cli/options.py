@@ -7,6 +7,7 @@ behind them define (a test compares them), because importing those would load Py
 import click
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
+from scail2_rt.runtime.cli.segmenter_options import MAKING
 from scail2_rt.runtime.cli.types import MemorySize, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
@@ -67,7 +68,7 @@ FIT = option(
     "the first of these that keeps the characters. With official the default size follows the reference image.",
 )
 INPUT_OPTIONS = in_section(
-    "Inputs (a case folder, a batch file, or the four files)",
+    "Inputs (a case folder, a batch file, the four files, or image and driving video)",
     CASE,
     option(
         "--batch",
@@ -92,6 +93,7 @@ INPUT_OPTIONS = in_section(
     option("--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use."),
     option("--frames", type=int, metavar="N", help="Number of driving frames to use.  [default: to the end]"),
 )
+MAKING_OPTIONS = in_section("Masks made inside (an image and a driving video without masks)", *MAKING)
 PROMPT_OPTIONS = in_section(
     "Prompt",
     option("--prompt", metavar="TEXT", help="What the generated video shows (a description, not an instruction)."),
