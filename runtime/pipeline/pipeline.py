@@ -126,8 +126,7 @@ def animate(
         contexts = machine.constants.contexts(conditions.contexts[:passes], conditions.clip)
     for index, clip in enumerate(timed(clips, progress), carry.finished):
         progress.segment(index)
-        if machine.placement is not None:
-            engines.prefetch(machine.placement.resident)  # on their way while the driving clip is encoded
+        machine.constants.begin_segment(machine.placement)
         with progress.phase("driving"):
             driving = encode_driving(engines, clip)
             clean = None
@@ -143,7 +142,7 @@ def animate(
             latent = denoise(machine, transformer, sampling, draw_noise(layout), clean)
             del transformer
         observe("final_latent", latent)
-        make_room_for_decoding(machine)
+        machine.constants.make_room(machine.placement)
         with closing(decode_segment(machine, clip, latent, sampling, carry)) as parts:
             for part in parts:
                 yield part
@@ -201,16 +200,6 @@ def denoise(machine: Machine, transformer: Transformer, sampling: Sampling, x: T
 def overwrite_history(x: Tensor, clean: Tensor | None) -> Tensor:
     """x [16, F, h, w] with its first frames replaced by the history latents [16, Th, h, w], if there are any."""
     return x if clean is None else torch.cat([clean, x[:, clean.shape[1] :]], dim=1)
-
-
-def make_room_for_decoding(machine: Machine) -> None:
-    """Give the VAE what denoising held, as far as the placement says so."""
-    placement = machine.placement
-    if placement is not None and placement.drops_blocks:
-        machine.engines.release("dit.blocks.")
-    if placement is not None and not placement.keeps_graphs:
-        machine.constants.drop_transformers()
-        torch.cuda.empty_cache()
 
 
 def decode_segment(
