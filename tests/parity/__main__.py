@@ -1,5 +1,5 @@
-"""`python -m tests.parity FOLDER [--backend torch|onnxruntime] [--device cpu|cuda]`: one line a comparison, exit code 1
-if any fails or a fixture file cannot be run."""
+"""`python -m tests.parity FOLDER [--backend torch|onnxruntime] [--device cpu|cuda] [--gpus N]`: one line a comparison, exit
+code 1 if any fails or a fixture file cannot be run. With --gpus the pipeline fixtures are shared by N processes."""
 
 import argparse
 import hashlib
@@ -97,12 +97,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--backend", choices=("torch", "onnxruntime"), default="torch")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpus", type=int, default=1)
     arguments = parser.parse_args()
     if not arguments.folder.is_dir():
         parser.error(f"{arguments.folder} is not a folder of fixtures")
     torch.set_grad_enabled(False)
     failed = total = 0
-    with Golden(arguments.folder, arguments.backend, arguments.device) as golden:
+    with Golden(arguments.folder, arguments.backend, arguments.device, arguments.gpus) as golden:
         for row in run(golden):
             print(row, flush=True)
             total, failed = total + 1, failed + (not row.passed)
