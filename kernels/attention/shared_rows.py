@@ -132,8 +132,8 @@ class HeadExchange:
         shape = [*parts.shape[1 : axis + 1], length, *parts.shape[axis + 2 :]]
         whole = self._zeros(name, tuple(shape), operand.dtype, operand.device)
         for i, part in enumerate(arrived):
-            count = min(max(length - i * rows, 0), rows)
-            _bytes(whole).narrow(axis, i * rows, count).copy_(_bytes(part).narrow(axis, 0, count))
+            if (count := min(length - i * rows, rows)) > 0:
+                _bytes(whole).narrow(axis, i * rows, count).copy_(_bytes(part).narrow(axis, 0, count))
         return whole
 
     def _v16(self, v: Tensor) -> Tensor:

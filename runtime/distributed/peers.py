@@ -6,7 +6,11 @@ current stream, as any kernel: it can be recorded in a CUDA graph, and the calle
 """
 
 import os
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +32,42 @@ NCCL_DEFAULTS = {
 }
 
 
+Seconds = Callable[[], float]
+Seen = dict[str, list[tuple[int, Seconds]]]  # kind of collective → bytes given and, when it is over, seconds of each
+
+
+@dataclass(slots=True)
+class Watch:
+    """Who looks at the collectives of a process's groups, for benchmarks; nobody: None."""
+
+    seen: Seen | None = None
+
+    def run(self, kind: str, given: Tensor, start: Callable[[], Any]) -> None:
+        """Start a collective; on a GPU the stream waits for it, not this thread."""
+        if self.seen is None:
+            if (work := start()) is not None:
+                work.wait()
+            return
+        seen, self.seen = self.seen, None
+        seconds = _timed(given.device, lambda: self.run(kind, given, start))
+        self.seen = seen
+        seen.setdefault(kind, []).append((given.nbytes, seconds))
+
+
+def _timed(device: torch.device, call: Callable[[], None]) -> Seconds:
+    """Call, and say how long it took: on a GPU when that has come past it, waiting for others included."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        return lambda: begin.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    call()
+    wall_s = time.perf_counter() - started
+    return lambda: wall_s
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPeers:
     """`kernels.peers.Peers` over a process group."""
@@ -35,31 +75,28 @@ class GroupPeers:
     group: Any
     rank: int
     size: int
+    watch: Watch = field(default_factory=Watch)
 
     def gather(self, x: Tensor) -> Tensor:
         out = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
         options = AllgatherOptions()
         options.asyncOp = False
-        self._wait(self.group._allgather_base(_flat(out), _flat(x.contiguous()), options))
+        given = x.contiguous()
+        self.watch.run("gather", given, lambda: self.group._allgather_base(_flat(out), _flat(given), options))
         return out
 
     def exchange(self, parts: Tensor, out: Tensor) -> Tensor:
         options = AllToAllOptions()
         options.asyncOp = False
-        self._wait(self.group.alltoall_base(_flat(out), _flat(parts.contiguous()), [], [], options))
+        given = parts.contiguous()
+        self.watch.run("exchange", given, lambda: self.group.alltoall_base(_flat(out), _flat(given), [], [], options))
         return out
 
     def broadcast(self, x: Tensor) -> Tensor:
         options = BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = 0, 0, False
-        self._wait(self.group.broadcast([_flat(x)], options))
+        self.watch.run("broadcast", x, lambda: self.group.broadcast([_flat(x)], options))
         return x
-
-    @staticmethod
-    def _wait(work: Any) -> None:
-        """On a GPU the stream waits, not this thread."""
-        if work is not None:
-            work.wait()
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -67,13 +104,17 @@ def _flat(x: Tensor) -> Tensor:
 
 
 class Groups:
-    """All groups of one process of a session: everyone, and the half that it belongs to where there are halves."""
+    """All groups of one process of a session: everyone, and the half that it belongs to where there are halves. Waits
+    for the other processes to make theirs."""
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, local: bool) -> None:
         for name, value in NCCL_DEFAULTS.items():
             os.environ.setdefault(name, value)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of the thread that makes them
         self.rank, self.size, self.device = rank, size, device
         self._made: list[Any] = []
+        self._watch = Watch()
         self.everyone = self._group(store, "everyone", rank, size, local)
         self.half: GroupPeers | None = None
         if size % 2 == 0 and size > 2:
@@ -86,16 +127,31 @@ class Groups:
             return Sharing(self.everyone, self.half, halves=2)
         return Sharing(self.everyone, self.everyone)
 
+    @contextmanager
+    def watched(self) -> Iterator[Seen]:
+        """Bytes and seconds of every collective of this process while this lasts."""
+        self._watch.seen = seen = {}
+        try:
+            yield seen
+        finally:
+            self._watch.seen = None
+
     def abort(self) -> None:
-        """End what runs in these groups, here: a kernel that waits for a process that is gone would wait for ever."""
-        for backend in self._made:
-            if self.device.type == "cuda":
-                backend.abort()
+        """End what runs in these groups, here: a kernel that waits for a process that is gone would wait for ever.
+
+        In a thread: NCCL ends the kernels at once, but then waits until no recorded graph refers to a group."""
+        if self.device.type == "cuda":
+            for backend in self._made:
+                threading.Thread(target=backend.abort, name="scail2-rt abort", daemon=True).start()
 
     def _group(self, store: Any, name: str, rank: int, size: int, local: bool) -> GroupPeers:
         backend = self._backend(dist.PrefixStore(name, store), rank, size, local)
         self._made.append(backend)
-        return GroupPeers(backend, rank, size)
+        peers = GroupPeers(backend, rank, size, self._watch)
+        peers.gather(torch.zeros(1, device=self.device))  # connects: later there is nothing to wait for but the work
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return peers
 
     def _backend(self, store: Any, rank: int, size: int, local: bool) -> Any:
         if self.device.type == "cuda":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import torch
@@ -52,9 +52,14 @@ class Team:
         """Process ids of the others."""
         return () if self._crew is None else tuple(process.pid for process in self._crew.processes)
 
+    @property
+    def groups(self) -> Groups:
+        """This process's groups, when all processes are ready."""
+        return self._ready().groups
+
     def sharing(self, passes: int) -> Sharing:
         """`pipeline.sharing.Ranks`."""
-        return self._ready().groups.sharing(passes)
+        return self.groups.sharing(passes)
 
     @contextlib.contextmanager
     def together(self, name: str, *arguments: Any) -> Iterator[Groups]:
@@ -117,12 +122,16 @@ class _Crew:
         self._channels: dict[int, Channel] = {}
         self._key = secrets.token_bytes(KEY_BYTES)
         self._listener = listener(LOCAL, self._key, size)
-        self._store = dist.TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
-        self._logs = [tempfile.TemporaryFile() for _ in range(1, size)]
+        self._store: Any = dist.TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
+        self._logs = [tempfile.TemporaryFile() for _ in range(1, size)]  # noqa: SIM115 (closed by _let_go)
         self.processes = [self._launch(rank, log) for rank, log in enumerate(self._logs, 1)]
-        threading.Thread(target=self._accept, name="scail2-rt accept", daemon=True).start()
-        for rank, process in enumerate(self.processes, 1):
-            threading.Thread(target=self._watch, args=(rank, process), name="scail2-rt watch", daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, name="scail2-rt accept", daemon=True)]
+        self._threads += [
+            threading.Thread(target=self._watch, args=(rank, process), name="scail2-rt watch", daemon=True)
+            for rank, process in enumerate(self.processes, 1)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def groups(self) -> Groups:
@@ -130,12 +139,29 @@ class _Crew:
         return self._groups
 
     def wait_ready(self) -> None:
-        """Until all processes have opened their engines. Scail2Error when one does not."""
+        """Until all processes have opened their engines and are joined in groups. Scail2Error when one does not."""
         if self._groups is None:
-            self._groups = Groups(self._store, 0, self.size, self.device, local=True)
+            self._wait(lambda: len(self._ready) == self.size - 1)
+            self.call("join")
+            threading.Thread(target=self._join, name="scail2-rt join", daemon=True).start()
+            self._wait(lambda: self._groups is not None)
+        self.check()
+
+    def _join(self) -> None:
+        """Make the groups, in a thread: it waits for the others, of which one may be gone."""
+        try:
+            groups = Groups(self._store, 0, self.size, self.device, local=True)
+        except Exception as error:
+            self._fail(f"process 0 cannot reach the others ({' '.join(str(error).split())[:200]})")
+            return
+        with self._news:
+            self._groups = groups
+            self._news.notify_all()
+
+    def _wait(self, done: Callable[[], bool]) -> None:
         limit = time.monotonic() + START_S
         with self._news:
-            while self.failure is None and len(self._ready) < self.size - 1:
+            while self.failure is None and not done():
                 self._news.wait(0.2)
                 if time.monotonic() > limit:
                     raise Scail2Error(f"The {self.size} processes of this session did not start in {START_S:.0f} s.")
@@ -160,8 +186,6 @@ class _Crew:
         self._closing = True
         for process in self.processes:
             process.kill()
-        if self._groups is not None:
-            self._groups.abort()
         self._let_go()
 
     def close(self) -> None:
@@ -177,13 +201,20 @@ class _Crew:
         self._let_go()
 
     def _let_go(self) -> None:
+        """All that is held goes in this thread, not in one that happens to be the last: some of it waits for threads of
+        its own."""
         for process in self.processes:
             process.wait()
+        if self._groups is not None:
+            self._groups.abort()
+        self._groups = self._store = None
         with contextlib.suppress(OSError):
             self._listener.close()
         for channel in self._channels.values():
             with contextlib.suppress(OSError):
                 channel.close()
+        for thread in self._threads:
+            thread.join(1.0)
         for log in self._logs:
             log.close()
 

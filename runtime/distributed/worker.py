@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +50,15 @@ class Worker:
         self.device = torch.device(start.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.groups = Groups(store, start.rank, start.size, self.device, start.local)
+        self._join = partial(Groups, store, start.rank, start.size, self.device, start.local)
         self.engines = start.opener(self.device)
-        self.constants = Constants(self.engines, self.groups)
         self._contexts: list[BlockKV] = []
         self._transformer: Transformer | None = None
         self._schedule: Schedule | None = None
+
+    def join(self) -> None:
+        self.groups = self._join()
+        self.constants = Constants(self.engines, self.groups)
 
     def place(self, placement: Placement | None) -> None:
         if placement is not None:

@@ -213,9 +213,9 @@ class Session:
         if not self._busy.acquire(blocking=False):
             raise Scail2Error("The session is generating: end the generation before the session is closed.")
         self._closed = True
+        self.constants.drop()
         if self.team is not None:
             self.team.close()
-        self.constants.drop()
         self.engines.close()
 
     def __enter__(self) -> "Session":
@@ -238,9 +238,9 @@ class Session:
 
     def _forget(self) -> None:
         """After a failure: whatever it left half done goes, so that the next request finds a fresh session."""
+        self.constants.drop()
         if self.team is not None:
             self.team.end()
-        self.constants.drop()
         self.engines.release("")
         if self.engines.device.type == "cuda":
             with self._on_device():

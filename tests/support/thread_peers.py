@@ -1,4 +1,5 @@
-"""Several ranks as threads of one process: collectives by copying, for tests of what ranks compute."""
+"""Several ranks as threads of one process, for tests of what ranks compute: collectives by copying. One thread runs at
+a time, until its next collective: Triton's interpreter has one global state."""
 
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ class ThreadPeers:
     size: int
     board: list[Tensor | None]
     barrier: threading.Barrier
+    turn: threading.Lock
 
     def gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._posted(x))
@@ -26,7 +28,7 @@ class ThreadPeers:
     def exchange(self, parts: Tensor, out: Tensor) -> Tensor:
         for i, sent in enumerate(self._posted(parts)):
             _raw(out[i]).copy_(_raw(sent[self.rank]))
-        self.barrier.wait()
+        self._meet()
         return out
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -34,10 +36,17 @@ class ThreadPeers:
 
     def _posted(self, x: Tensor) -> list[Tensor]:
         self.board[self.rank] = x.contiguous()
-        self.barrier.wait()
+        self._meet()
         seen = [tensor.clone() for tensor in self.board if tensor is not None]
-        self.barrier.wait()
+        self._meet()
         return seen
+
+    def _meet(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 def _raw(x: Tensor) -> Tensor:
@@ -47,14 +56,14 @@ def _raw(x: Tensor) -> Tensor:
 def on_ranks(size: int, call: Callable[[ThreadPeers], T]) -> list[T]:
     """`call` in `size` threads that are each other's peers → their results by rank; the first error is raised."""
     board: list[Tensor | None] = [None] * size
-    barrier = threading.Barrier(size)
+    barrier, turn = threading.Barrier(size), threading.Lock()
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            with torch.no_grad():
-                results[rank] = call(ThreadPeers(rank, size, board, barrier))
+            with turn, torch.no_grad():
+                results[rank] = call(ThreadPeers(rank, size, board, barrier, turn))
         except threading.BrokenBarrierError:
             return
         except BaseException as error:

@@ -51,9 +51,9 @@ def test_shared_attention_equals_attention_in_one_process(variant: str, tokens: 
 
     together = torch.cat(on_ranks(size, rank))
     assert together.shape == alone.shape
-    bound = 1e-5 if variant == "sdpa" else 8e-3  # a sum in another order may round one value to the next of 8 bits
+    bound = 1e-5 if variant == "sdpa" else 2e-2  # a sum in another order may round a value to its neighbour in bf16
     assert (together - alone).abs().max() <= bound
-    assert (together - alone).square().mean().sqrt() <= bound / 8
+    assert (together - alone).square().mean().sqrt() <= bound / 20
 
 
 def test_rows_of_a_part_lie_where_the_sequence_has_them() -> None:
@@ -67,7 +67,7 @@ def test_rows_of_a_part_lie_where_the_sequence_has_them() -> None:
             found += sequence[part][source].tolist()
         return found
 
-    assert sum(on_ranks(4, rank), []) == list(range(10))
+    assert [row for rows in on_ranks(4, rank) for row in rows] == list(range(10))
 
 
 def test_eight_bit_rows_keep_the_tiles_of_one_process() -> None:
