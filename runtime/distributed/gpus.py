@@ -1,13 +1,11 @@
 """How many GPUs a session takes: what was asked for, checked against the machine and the model."""
 
-from typing import Literal
-
 import torch
 
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.kernels.errors import InputError
 
-Gpus = int | Literal["all"]
+Gpus = int | str  # a number, or "all"
 
 
 def count_gpus(asked: Gpus, device: str) -> int:
@@ -17,7 +15,7 @@ def count_gpus(asked: Gpus, device: str) -> int:
     visible = torch.cuda.device_count() if device == "cuda" else None
     if asked == "all":
         return visible or 1
-    if asked < 1:
+    if isinstance(asked, str) or asked < 1:
         raise InputError(f"--gpus must be 1 or more, or all, not {asked}.")
     if visible is not None and asked > visible:
         raise InputError(

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Any
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.distributed.channel import KEY_BYTES, Channel, listener
 from scail2_rt.runtime.distributed.peers import Groups
+from scail2_rt.runtime.distributed.torchrun import Place, announce
 from scail2_rt.runtime.distributed.worker import Opener, Start
 from scail2_rt.runtime.pipeline.sharing import Sharing
 
@@ -35,17 +37,20 @@ DOUBT_S = 5.0  # for the news that a process died to arrive behind the error tha
 class Team:
     """`size` processes, this one among them as number 0, on device `device` of each ("cpu" or "cuda").
 
-    opener: makes the engines of the others. Processes start with `start` and are awaited when they are first called."""
+    opener: makes the engines of the others; place: of this process, where torchrun has started all of them. Processes
+    start with `start` and are awaited when they are first called."""
 
-    def __init__(self, size: int, device: torch.device, opener: Opener) -> None:
-        self.size, self.device, self._opener = size, device, opener
-        self._changing = threading.Lock()
+    def __init__(self, size: int, device: torch.device, opener: Opener, place: Place | None = None) -> None:
+        self.size, self.device, self.place, self._opener = size, device, place, opener
         self._crew: _Crew | None = None
+        self._gone = False
 
     def start(self) -> None:
-        """Start the processes if there are none; does not wait for them."""
+        """Start the processes if there are none; does not wait for them. Those of torchrun cannot be started again."""
         if self._crew is None:
-            self._crew = _Crew(self.size, self.device, self._opener)
+            if self.place is not None and self._gone:
+                raise Scail2Error("The processes that torchrun started have ended: start the command again.")
+            self._crew, self._gone = _Crew(self.size, self.device, self._opener, self.place), True
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -109,10 +114,11 @@ class Team:
 class _Crew:
     """One set of processes, from their start to their end."""
 
-    def __init__(self, size: int, device: torch.device, opener: Opener) -> None:
+    def __init__(self, size: int, device: torch.device, opener: Opener, place: Place | None) -> None:
         import torch.distributed as dist
 
         self.size, self.device, self._opener = size, device, opener
+        self._host = LOCAL if place is None else place.host
         self.failure: Scail2Error | None = None
         self.in_call = False
         self._groups: Groups | None = None
@@ -121,10 +127,13 @@ class _Crew:
         self._closing = False
         self._channels: dict[int, Channel] = {}
         self._key = secrets.token_bytes(KEY_BYTES)
-        self._listener = listener(LOCAL, self._key, size)
-        self._store: Any = dist.TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
-        self._logs = [tempfile.TemporaryFile() for _ in range(1, size)]  # noqa: SIM115 (closed by _let_go)
+        self._listener = listener(LOCAL if place is None else "0.0.0.0", self._key, size)
+        self._store: Any = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        started = range(1, size) if place is None else ()
+        self._logs = [tempfile.TemporaryFile() for _ in started]  # noqa: SIM115 (closed by _let_go)
         self.processes = [self._launch(rank, log) for rank, log in enumerate(self._logs, 1)]
+        if place is not None:
+            announce(self._host, self._listener.address[1], self._key)
         self._threads = [threading.Thread(target=self._accept, name="scail2-rt accept", daemon=True)]
         self._threads += [
             threading.Thread(target=self._watch, args=(rank, process), name="scail2-rt watch", daemon=True)
@@ -150,7 +159,7 @@ class _Crew:
     def _join(self) -> None:
         """Make the groups, in a thread: it waits for the others, of which one may be gone."""
         try:
-            groups = Groups(self._store, 0, self.size, self.device, local=True)
+            groups = Groups(self._store, 0, self.size, self.device, local=self._host == LOCAL)
         except Exception as error:
             self._fail(f"process 0 cannot reach the others ({' '.join(str(error).split())[:200]})")
             return
@@ -240,22 +249,28 @@ class _Crew:
         for _ in range(1, self.size):
             try:
                 channel = Channel(self._listener.accept())
-                _, rank = channel.receive()
+                _, (rank, local_rank) = channel.receive()
             except (EOFError, OSError):
                 return
-            device = f"cuda:{rank}" if self.device.type == "cuda" else "cpu"
-            start = Start(rank, self.size, (LOCAL, self._store.port), True, device, self._opener)
+            device = f"cuda:{local_rank}" if self.device.type == "cuda" else "cpu"
+            store = (self._host, self._store.port)
+            channel.send(Start(rank, self.size, store, self._host == LOCAL, device, self._opener))
             self._channels[rank] = channel
-            channel.send(start)
-            channel.listen(lambda message, rank=rank: self._heard(rank, *message), lambda: None)
+            channel.listen(partial(self._heard, rank), partial(self._lost, rank))
 
-    def _heard(self, rank: int, what: str, detail: Any) -> None:
+    def _heard(self, rank: int, message: tuple[str, Any]) -> None:
+        what, detail = message
         if what == "ready":
             with self._news:
                 self._ready.add(rank)
                 self._news.notify_all()
         elif what == "failed":
             self._fail(f"process {rank} of {self.size} failed: {detail}")
+
+    def _lost(self, rank: int) -> None:
+        """A connection has ended. How the process ended is told by `_watch`, where this one has started it."""
+        if not self.processes:
+            self._fail(f"process {rank} of {self.size} is gone")
 
     def _watch(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         code = process.wait()

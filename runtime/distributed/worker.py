@@ -148,9 +148,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader decides what Ctrl-C means
     where = json.loads(sys.stdin.readline())
     channel = Channel.to((where["host"], where["port"]), bytes.fromhex(where["key"]))
-    channel.send(("hello", where["rank"]))
-    start = channel.receive()
-    serve(channel, start)
+    channel.send(("hello", (where["rank"], where["rank"])))
+    serve(channel, channel.receive())
     os._exit(0)  # libraries' threads may outlive their groups
 
 
