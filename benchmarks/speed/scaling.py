@@ -116,6 +116,8 @@ def summary(document: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     for name, figures in parts.get("generate", {}).items():
         if isinstance(figures, dict) and "wall_s" in figures:
             found[f"generate_{name}_s"] = figures["wall_s"]
+    if "difference" in (decoding := parts.get("generate", {}).get("decode", {})):
+        found |= {f"decode_{key}": value for key, value in decoding.items()}
     for key in ("passed", "failed"):
         if key in parts.get("golden", {}):
             found[f"golden_{key}"] = parts["golden"][key]

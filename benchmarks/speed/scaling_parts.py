@@ -37,6 +37,7 @@ from scail2_rt.runtime.core.progress import Cancelled, Progress
 from scail2_rt.runtime.distributed.leading import LeadingConstants
 from scail2_rt.runtime.distributed.team import Team
 from scail2_rt.runtime.pipeline.constants import Constants
+from scail2_rt.runtime.pipeline.vae import decode_unclamped
 from scail2_rt.runtime.session.session import Session
 
 COMPUTED = (4, 8)
@@ -189,6 +190,26 @@ def generate(setting: Setting) -> None:
                 assert result is not None
                 name = f"{work.frames}f_{steps}steps" + ("" if gpus > 1 else "_1gpu")
                 setting.figures.add(name, {"wall_s": min(walls), "all_s": walls, "phases": dict(result.timings)})
+            if gpus > 1:
+                _decoding(setting, session)
+
+
+def _decoding(setting: Setting, session: Session) -> None:
+    """A clip decoded alone and in parts: seconds, and the largest difference of a pixel in -1..1."""
+    layout = setting.sizes[0].layout
+    latent = torch.randn(16, layout.frames, layout.height, layout.width, device=setting.device)
+    decoders = {"alone": partial(decode_unclamped, session.engines), "shared": session.constants.decode}
+    pixels, figures = {}, dict[str, float]()
+    with torch.no_grad():
+        for key, decoder in decoders.items():
+            for _ in range(2):
+                synchronise(setting.device)
+                started = time.perf_counter()
+                pixels[key] = [group.clamp(-1, 1).cpu() for group in decoder(latent)]
+                figures[f"{key}_s"] = time.perf_counter() - started
+    pairs = zip(pixels["alone"], pixels["shared"], strict=True)
+    figures["difference"] = max((a - b).abs().max().item() for a, b in pairs)
+    setting.figures.add("decode", figures)
 
 
 def failures(setting: Setting) -> None:

@@ -1,12 +1,14 @@
 """The leading process's constants and transformers: each call is done in every process of the team."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.runtime.core.geometry import Layout
+from scail2_rt.runtime.distributed.decoding import SharedDecoding
 from scail2_rt.runtime.distributed.team import Team
 from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
@@ -42,6 +44,20 @@ class LeadingConstants(Constants):
     def begin_segment(self, placement: Placement | None) -> None:
         with self.team.together("begin_segment", placement):
             super().begin_segment(placement)
+
+    def decode(self, latent: Tensor) -> Generator[Tensor, None, None]:
+        """Each process decodes a part of every picture, frame by frame, so that a run can end between them."""
+        if not self.engines.splits_pictures:
+            yield from super().decode(latent)
+            return
+        latent = latent.contiguous()
+        with self.team.together("decode", tuple(latent.shape)) as groups:
+            shared = SharedDecoding(self.engines, groups.everyone, latent)
+        with contextlib.closing(shared):
+            for _ in range(latent.shape[1]):
+                with self.team.together("decode_frame"):
+                    pixels = shared.frame()
+                yield pixels
 
     def make_room(self, placement: Placement | None) -> None:
         with self.team.together("make_room", placement):

@@ -1,8 +1,8 @@
 """Processes that `torchrun` started, on one host or several, instead of those that a session starts itself.
 
-Every process runs the same command. Process 0 leads and does everything that one process does alone; it tells the others
-through torchrun's store where it listens. They follow: `follow` does the leader's calls and ends the process with it, so
-whatever the command would do besides is done once.
+Every process runs the same command. Process 0 leads and does everything that one process does alone; it tells the
+others through torchrun's store where it listens. They follow: `follow` does the leader's calls and ends the process
+with it, so whatever the command would do besides is done once.
 """
 
 import atexit

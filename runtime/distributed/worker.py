@@ -21,6 +21,7 @@ from torch import Tensor
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.distributed.channel import Channel
+from scail2_rt.runtime.distributed.decoding import SharedDecoding
 from scail2_rt.runtime.distributed.peers import Groups
 from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.placement import Placement, apply
@@ -55,6 +56,7 @@ class Worker:
         self._contexts: list[BlockKV] = []
         self._transformer: Transformer | None = None
         self._schedule: Schedule | None = None
+        self._decoding: SharedDecoding | None = None
 
     def join(self) -> None:
         self.groups = self._join()
@@ -89,6 +91,13 @@ class Worker:
         video = self.groups.everyone.broadcast(torch.empty(shape, device=self.device))
         history = self._transformer.config.history_channels
         self._transformer.velocities(video[:-history], video[-history:], self._schedule, step)
+
+    def decode(self, shape: tuple[int, ...]) -> None:
+        self._decoding = SharedDecoding(self.engines, self.groups.everyone, torch.empty(shape, device=self.device))
+
+    def decode_frame(self) -> None:
+        assert self._decoding is not None
+        self._decoding.frame()
 
     def begin_segment(self, placement: Placement | None) -> None:
         self.constants.begin_segment(placement)

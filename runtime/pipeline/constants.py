@@ -7,7 +7,7 @@ records none.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
 from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.pipeline.sharing import Ranks, Sharing
 from scail2_rt.runtime.pipeline.transformer import BlockKV, Schedule, Transformer, context_kv
+from scail2_rt.runtime.pipeline.vae import decode_unclamped
 
 LAYOUTS = 3  # token buffers of 48,832 tokens of the 14B take 0.2 GiB; recorded steps share their memory
 SCHEDULES = 8
@@ -83,6 +84,10 @@ class Constants:
         """Weights that stay loaded while denoising are on their way while the driving clip is encoded."""
         if placement is not None:
             self.engines.prefetch(placement.resident)
+
+    def decode(self, latent: Tensor) -> Generator[Tensor, None, None]:
+        """Normalised latent [16, F, h, w] → unclamped pixels [3, 1, H, W], then [3, 4, H, W] each."""
+        return decode_unclamped(self.engines, latent)
 
     def make_room(self, placement: Placement | None) -> None:
         """Give the VAE what denoising held, as far as the placement says so."""

@@ -29,7 +29,6 @@ from scail2_rt.runtime.pipeline.preprocess import quantise_frames
 from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from scail2_rt.runtime.pipeline.text import PromptCache
 from scail2_rt.runtime.pipeline.transformer import Transformer
-from scail2_rt.runtime.pipeline.vae import decode_unclamped
 
 DrawNoise = Callable[[Layout], Tensor]
 
@@ -255,7 +254,7 @@ def decoded_groups(
     """The groups of a latent in order, each shown as `finish(start, pixels)` makes it. On a GPU a group leaves while
     the next is decoded: it is handed out when the next has been queued."""
     start, waiting = 0, None
-    with closing(decode_unclamped(machine.engines, latent)) as chunks:
+    with closing(machine.constants.decode(latent)) as chunks:
         while True:
             with machine.progress.phase("decode", wait=False):
                 raw = next(chunks, None)
