@@ -38,12 +38,11 @@ def use_kernel_cache(directory: Path) -> None:
 class TorchExecutor(Executor):
     """InputError when the folder's VAE needs kernels that cannot run here."""
 
-    splits_pictures = True
-
     def __init__(self, backend: Backend, folder: EngineFolder, device: torch.device, execution: Execution) -> None:
         super().__init__(backend, folder, device, execution)
         self._on_gpu = device.type == "cuda"
-        self.cuda_graphs = self.places_weights = self._on_gpu
+        # on a CPU whole pictures by stages are faster than parts in rings
+        self.cuda_graphs = self.places_weights = self.splits_pictures = self._on_gpu
         if self._on_gpu:
             use_kernel_cache(folder.directory / KERNELS)
             if folder.manifest.config.vae is not None:

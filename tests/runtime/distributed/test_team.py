@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scail2_rt.benchmarks.speed.forward import random_inputs
 from scail2_rt.engines.build.build import BuildRequest, build
-from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
+from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, EngineSet, Execution, open_engines
 from scail2_rt.export.checkpoint.derive import dit_shapes
 from scail2_rt.export.checkpoint.open import Checkpoint
 from scail2_rt.export.checkpoint.tensors import MappingSource
@@ -29,6 +29,7 @@ from scail2_rt.runtime.distributed.leading import LeadingConstants
 from scail2_rt.runtime.distributed.opening import open_on
 from scail2_rt.runtime.distributed.team import Team
 from scail2_rt.runtime.pipeline.constants import Constants
+from scail2_rt.runtime.pipeline.vae import decode_unclamped
 from scail2_rt.runtime.session.session import Session
 from tests.support.small import random_tensors
 
@@ -192,6 +193,31 @@ def test_killed_and_cancelled_a_hundred_times_at_random_moments(session: Session
         assert slowest <= ENDS_WITHIN_S, f"number {number}, {how}"
     assert np.array_equal(frames(session, request), expected)
     print(f"a hundred ends: the slowest took {slowest:.1f} s")
+
+
+def splitting(folder: Path, device: torch.device) -> EngineSet:
+    """Engines that decode parts of pictures, as they do on a GPU."""
+    engines = open_on(folder, "torch", DEFAULT_EXECUTION, device)
+    engines.executor.splits_pictures = True
+    return engines
+
+
+def test_processes_decode_parts_of_every_picture(engines: Path) -> None:
+    """13 rows of cells in parts of 7 and 6; a clip that is given up half-way leaves them ready for the next."""
+    latent = torch.randn(16, 3, 13, 4, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), splitting(engines, torch.device("cpu")) as opened:
+        team = Team(2, opened.device, partial(splitting, engines))
+        try:
+            shared = LeadingConstants(opened, team)
+            given_up = shared.decode(latent + 1)
+            next(given_up)
+            given_up.close()
+            ours = torch.cat(list(shared.decode(latent)), dim=1)
+            theirs = torch.cat(list(decode_unclamped(opened, latent)), dim=1)
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).abs().max() <= 1e-3
+        finally:
+            team.close()
 
 
 def refuse(folder: Path, device: torch.device) -> EngineSet:
