@@ -137,11 +137,13 @@ def generate(engines: Path, as_json: bool, **options: Any) -> None:
     An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
     made first and kept beside the output. A report (<output>.json) is written beside the video."""
     from scail2_rt.runtime.cli.progress import open_progress
+    from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.run import run_single
 
     given = GenerateOptions(engines=engines, **options)
+    lead_or_follow()
     with stdout_for(as_json), open_progress() as listener:
         outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
     show(outcome.document, outcome.text, as_json)

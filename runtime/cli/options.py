@@ -8,7 +8,7 @@ import click
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import MAKING
-from scail2_rt.runtime.cli.types import MemorySize, SizeType
+from scail2_rt.runtime.cli.types import GpuCount, MemorySize, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -186,6 +186,14 @@ LONG_CLIP_OPTIONS = in_section(
         "complete stays; what was not begun begins.",
     ),
 )
+GPUS = option(
+    "--gpus",
+    type=GpuCount(),
+    default=1,
+    show_default=True,
+    metavar="N|all",
+    help="GPUs of this machine that share a generation (on a CPU, processes); CUDA_VISIBLE_DEVICES says which.",
+)
 ENGINE_OPTIONS = in_section(
     "Engines",
     option(
@@ -218,6 +226,7 @@ ENGINE_OPTIONS = in_section(
         help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
     ),
     option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
+    GPUS,
 )
 LORA_OPTIONS = (
     option(
