@@ -228,6 +228,15 @@ ENGINE_OPTIONS = in_section(
     option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
     GPUS,
 )
+SERVER_OPTIONS = in_section(
+    "Through a service",
+    option(
+        "--server",
+        metavar="URL",
+        help="Let the service at this address (`scail2-rt serve`) do the work: same options, same files, no start. Its "
+        "key, if it wants one, is read from $SCAIL2_RT_API_KEY.",
+    ),
+)
 LORA_OPTIONS = (
     option(
         "--lora",
