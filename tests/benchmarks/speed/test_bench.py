@@ -27,7 +27,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def everything(work: Path, scail2: Run) -> tuple[dict[str, Any], str]:
     """`bench all` with the tiny model: (results, stdout)."""
-    words = ("--config", "tiny", "--runs", 2, "--work", work, "--json", work / "all.json", "--clients", 5, "--queued", 5)
+    words = (
+        "--config",
+        "tiny",
+        "--runs",
+        2,
+        "--work",
+        work,
+        "--json",
+        work / "all.json",
+        "--clients",
+        5,
+        "--queued",
+        5,
+    )
     result = scail2("bench", "all", *words, "--report", work / "all.html", "--summary", work / "summary.json")
     assert result.returncode == 0, result.stderr
     return json.loads((work / "all.json").read_text()), result.stdout
