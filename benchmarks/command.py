@@ -14,6 +14,7 @@ from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
 
 SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate", "serve")
+SCALING = ("forward-fp8", "generate", "golden", "forward-bf16", "failures")  # benchmarks.speed.scaling.PARTS
 ABOUT = {
     "attention": "Self-attention: every variant, its speed at full length and its error on six input families.",
     "kernels": "Preparation, cross-attention and row operations, against the copy ceiling and their PyTorch twins.",
@@ -134,6 +135,34 @@ def _write_outputs(results: Any, html_page: Path | None, summary_file: Path | No
 
         summary_file.parent.mkdir(parents=True, exist_ok=True)
         summary_file.write_text(json.dumps(summary_document(results), indent=1, ensure_ascii=False) + "\n")
+
+
+@bench.command(cls=SectionCommand)
+@in_section(
+    "What to measure",
+    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
+    option("--gpus", type=click.IntRange(min=2), default=2, show_default=True, metavar="N", help="Compared with one."),
+    option(
+        "--part", "parts", type=click.Choice(SCALING), multiple=True, help="May be repeated.  [default: all, in order]"
+    ),
+    option("--limit", "limit_s", type=float, default=540.0, show_default=True, metavar="S", help="Seconds for all."),
+)
+@in_section(
+    "Results",
+    option("--json", "output", type=PATH, metavar="FILE", required=True, help="Save there, after every part."),
+    option("--summary", type=PATH, metavar="FILE", help="Write the flat summary."),
+    option("--work", type=PATH, default=WORK, metavar="DIR", help=f"Folder for random engines.  [default: {WORK}]"),
+)
+@debug_option
+def scaling(parts: tuple[str, ...], **options: Any) -> None:
+    """One generation on several GPUs of this host against one GPU: forward passes, guidance, whole generations, the
+    golden fixtures (SCAIL2_GOLDEN names their folder), and failures. On a CPU, processes; figures say nothing there."""
+    from scail2_rt.benchmarks.speed.scaling import ScalingOptions, run
+
+    document = run(ScalingOptions(parts=parts or SCALING, **options))
+    click.echo(json.dumps(document["summary"], indent=1))
+    if any("failure" in part for part in document["parts"].values()):
+        raise click.exceptions.Exit(1)
 
 
 @bench.command(cls=SectionCommand)

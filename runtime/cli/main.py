@@ -126,6 +126,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @cli.command(cls=SectionCommand)
 @click.argument("engines", type=PATH, required=False)
 @o.INPUT_OPTIONS
+@o.MAKING_OPTIONS
 @o.PROMPT_OPTIONS
 @o.OUTPUT_OPTIONS
 @o.SAMPLING_OPTIONS
@@ -136,17 +137,22 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 def generate(engines: Path | None, server: str | None, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
-    A report (<output>.json) is written beside the video. With --server a warm service does the work."""
+    An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
+    made first and kept beside the output. A report (<output>.json) is written beside the video. With --server a warm
+    service does the work."""
     if (engines is None) == (server is None):
         raise click.UsageError(
             "give the engine folder ENGINES, or --server URL of a service" + ("" if engines is None else ", not both")
         )
     from scail2_rt.runtime.cli.progress import open_progress
+    from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.run import run_single
 
     given = GenerateOptions(engines=engines or Path(), **options)
+    if server is None:
+        lead_or_follow()
     with stdout_for(as_json), open_progress() as listener:
         if server is not None:
             from scail2_rt.runtime.serve.client import run_remote
