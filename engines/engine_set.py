@@ -31,7 +31,7 @@ from scail2_rt.engines.folder.sums import SumChecker
 from scail2_rt.engines.folder.weights import EMBEDDING
 from scail2_rt.engines.registry import backend as backend_named
 from scail2_rt.engines.registry import choose_backend
-from scail2_rt.engines.vae_stream import VAEStream
+from scail2_rt.engines.vae_stream import Part, VAEStream
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Numerics
 from scail2_rt.export.stages.spec import StageDefinition
@@ -165,6 +165,15 @@ class EngineSet:
 
         One at a time for a stage: a second may be the first one, reset."""
         return self.executor.vae_stream(stage)
+
+    @property
+    def splits_pictures(self) -> bool:
+        """Can the executor decode a part of the picture?"""
+        return self.executor.splits_pictures and self.config.vae is not None
+
+    def part_stream(self, part: Part) -> VAEStream:
+        """A stream over `vae.decode`, at its start, that gives a part of the picture [3, 1 or 4, rows, W]."""
+        return self.executor.part_stream(part)
 
     def plan_report(self, name: str) -> str | None:
         """How a stage was compiled, as JSON of the library's inspector; None where nothing is compiled."""

@@ -12,6 +12,7 @@
     convert          checkpoint → one safetensors file          engines.convert
     download         the official checkpoint from the hub       download
     inspect          what a file or folder is                   inspection
+    serve            engines → videos over HTTP                 serve
 
 Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
 code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
@@ -34,6 +35,7 @@ from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
+from scail2_rt.runtime.cli.serve_command import serve
 
 if TYPE_CHECKING:
     from scail2_rt.engines.build.build import BuildReport
@@ -122,26 +124,42 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command(cls=SectionCommand)
-@click.argument("engines", type=PATH)
+@click.argument("engines", type=PATH, required=False)
 @o.INPUT_OPTIONS
+@o.MAKING_OPTIONS
 @o.PROMPT_OPTIONS
 @o.OUTPUT_OPTIONS
 @o.SAMPLING_OPTIONS
 @o.LONG_CLIP_OPTIONS
 @o.ENGINE_OPTIONS
+@o.SERVER_OPTIONS
 @reporting
-def generate(engines: Path, as_json: bool, **options: Any) -> None:
+def generate(engines: Path | None, server: str | None, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
-    A report (<output>.json) is written beside the video."""
+    An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
+    made first and kept beside the output. A report (<output>.json) is written beside the video. With --server a warm
+    service does the work."""
+    if (engines is None) == (server is None):
+        raise click.UsageError(
+            "give the engine folder ENGINES, or --server URL of a service" + ("" if engines is None else ", not both")
+        )
     from scail2_rt.runtime.cli.progress import open_progress
+    from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.run import run_single
 
-    given = GenerateOptions(engines=engines, **options)
+    given = GenerateOptions(engines=engines or Path(), **options)
+    if server is None:
+        lead_or_follow()
     with stdout_for(as_json), open_progress() as listener:
-        outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
+        if server is not None:
+            from scail2_rt.runtime.serve.client import run_remote
+
+            outcome = run_remote(given, server, listener)
+        else:
+            outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
     show(outcome.document, outcome.text, as_json)
     if outcome.failed:
         raise click.exceptions.Exit(1)
@@ -247,7 +265,7 @@ def doctor(engines: Path | None, as_json: bool) -> None:
     show(found, found.text, as_json)
 
 
-for command in (convert, download, inspect, masks):
+for command in (convert, download, inspect, masks, serve):
     cli.add_command(command)
 
 

@@ -7,7 +7,8 @@ behind them define (a test compares them), because importing those would load Py
 import click
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
-from scail2_rt.runtime.cli.types import MemorySize, SizeType
+from scail2_rt.runtime.cli.segmenter_options import MAKING
+from scail2_rt.runtime.cli.types import GpuCount, MemorySize, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -67,7 +68,7 @@ FIT = option(
     "the first of these that keeps the characters. With official the default size follows the reference image.",
 )
 INPUT_OPTIONS = in_section(
-    "Inputs (a case folder, a batch file, or the four files)",
+    "Inputs (a case folder, a batch file, the four files, or image and driving video)",
     CASE,
     option(
         "--batch",
@@ -92,6 +93,7 @@ INPUT_OPTIONS = in_section(
     option("--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use."),
     option("--frames", type=int, metavar="N", help="Number of driving frames to use.  [default: to the end]"),
 )
+MAKING_OPTIONS = in_section("Masks made inside (an image and a driving video without masks)", *MAKING)
 PROMPT_OPTIONS = in_section(
     "Prompt",
     option("--prompt", metavar="TEXT", help="What the generated video shows (a description, not an instruction)."),
@@ -184,6 +186,14 @@ LONG_CLIP_OPTIONS = in_section(
         "complete stays; what was not begun begins.",
     ),
 )
+GPUS = option(
+    "--gpus",
+    type=GpuCount(),
+    default=1,
+    show_default=True,
+    metavar="N|all",
+    help="GPUs of this machine that share a generation (on a CPU, processes); CUDA_VISIBLE_DEVICES says which.",
+)
 ENGINE_OPTIONS = in_section(
     "Engines",
     option(
@@ -216,6 +226,16 @@ ENGINE_OPTIONS = in_section(
         help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
     ),
     option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
+    GPUS,
+)
+SERVER_OPTIONS = in_section(
+    "Through a service",
+    option(
+        "--server",
+        metavar="URL",
+        help="Let the service at this address (`scail2-rt serve`) do the work: same options, same files, no start. Its "
+        "key, if it wants one, is read from $SCAIL2_RT_API_KEY.",
+    ),
 )
 LORA_OPTIONS = (
     option(

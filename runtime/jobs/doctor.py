@@ -81,6 +81,7 @@ class Diagnosis:
     backend: str | None
     reason: str
     advice: tuple[str, ...]
+    segmenters: tuple[str, ...]
     engines: str | None
     engines_open: bool | None
 
@@ -107,6 +108,7 @@ class Diagnosis:
         rows.append(("encoders", ", ".join(codecs) or "none"))
         rows.append(("backend", f"auto takes {self.backend}, because {self.reason}" if self.backend else self.reason))
         rows += [("to be faster" if not i else "", line) for i, line in enumerate(self.advice)]
+        rows += [("masks by" if not i else "", line) for i, line in enumerate(self.segmenters)]
         if self.engines is not None:
             rows.append(("engines", self.engines))
         width = max(len(name) for name, _ in rows)
@@ -147,6 +149,7 @@ def diagnose(engines: Path | None = None, observer: "BuildObserver | None" = Non
         backend=backend,
         reason=reason,
         advice=_advice(gpus, by_name, torch_sees_gpu),
+        segmenters=_segmenters(),
         engines=None if opened is None else opened[0],
         engines_open=None if opened is None else opened[1],
     )
@@ -327,6 +330,31 @@ def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu
     if gpus and max(gpu.capability for gpu in gpus) < FP8_CAPABILITY:
         lines.append("the GPU has no fp8 (sm89 or newer has): build with --precision bf16")
     return tuple(lines) or ("nothing is missing",)
+
+
+def _segmenters() -> tuple[str, ...]:
+    """What can make masks: the segmenters in the cache, and what each takes."""
+    from scail2_rt.runtime.masks.make.folders import NAMES, open_folder, segmenter_cache
+
+    lines = []
+    version = _attempt(partial(importlib.metadata.version, "transformers"))
+    for name in NAMES:
+        if (segmenter_cache() / name).is_dir():
+            try:
+                found = open_folder(segmenter_cache() / name)
+            except Exception as error:
+                lines.append(_one_line(error))
+                continue
+            alone = " without Grounding DINO" if name == "sam2" and found.detector is None else ""
+            lines.append(
+                f"{name}{alone} in {found.model}: {found.weight_bytes / GIB:.1f} GiB of weights, about "
+                f"{found.memory_bytes / GIB:.1f} GiB in memory (an estimate)"
+            )
+    if not lines:
+        lines.append("no segmenter: `scail2-rt download --segmenter sam2` gets one")
+    if version is None:
+        lines.append('transformers is not installed: pip install "scail2-rt[masks]"')
+    return tuple(lines)
 
 
 def _opens(directory: Path, torch_library: Library, observer: "BuildObserver | None") -> tuple[str, bool]:

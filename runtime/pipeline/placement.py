@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from scail2_rt.engines.engine_set import EngineSet
+
 BLOCK_STAGES = ("qkv", "mid", "ffn")
 Kind = Literal["resident", "phased", "streamed"]
 
@@ -52,3 +54,13 @@ class Placement:
 
 def _stages(blocks: range) -> list[str]:
     return [f"dit.blocks.{i}.{name}" for i in blocks for name in BLOCK_STAGES]
+
+
+def apply(placement: Placement, engines: EngineSet) -> None:
+    """Tell the engines and the allocator."""
+    import torch
+
+    total = torch.cuda.mem_get_info()[1]
+    limited = engines.execution.vram_limit is not None
+    torch.cuda.set_per_process_memory_fraction(min(placement.budget / total, 1.0) if limited else 1.0)
+    engines.stream(placement.streamed)
