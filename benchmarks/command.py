@@ -14,7 +14,7 @@ from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
 from scail2_rt.runtime.cli.types import GpuCount
 
-SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate")
+SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate", "serve")
 SCALING = ("forward-fp8", "generate", "golden", "forward-bf16", "failures")  # benchmarks.speed.scaling.PARTS
 ABOUT = {
     "attention": "Self-attention: every variant, its speed at full length and its error on six input families.",
@@ -24,6 +24,7 @@ ABOUT = {
     "vae": "Decoding a segment and encoding its driving clip, against the plain layers.",
     "load": "Engine folder to first denoising step, in a fresh process.",
     "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
+    "serve": "The service: request to first step, its videos, polling clients, a long queue.",
     "all": "Every section, each in a process of its own, merged.",
 }
 MODELS = ("14b", "1.3b", "tiny")  # benchmarks.speed.models.MODELS
@@ -69,6 +70,13 @@ RUN_OPTIONS = in_section(
         help="Sections forward, generate: GPUs that share the work. Against one GPU: bench scaling.",
     ),
 )
+SERVE_OPTIONS = in_section(
+    "Section serve",
+    option(
+        "--clients", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Polling clients."
+    ),
+    option("--queued", type=click.IntRange(min=1), default=2000, show_default=True, metavar="N", help="Waiting jobs."),
+)
 RESULT_OPTIONS = in_section(
     "Results",
     option("--json", "output", type=PATH, metavar="FILE", help="Save there, after every measurement."),
@@ -99,7 +107,7 @@ def _add_section(name: str) -> None:
     def command(**options: Any) -> None:
         _run(name, **options)
 
-    decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(RESULT_OPTIONS(command)))
+    decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(SERVE_OPTIONS(RESULT_OPTIONS(command))))
     bench.command(name, cls=SectionCommand, help=ABOUT[name])(decorated)
 
 

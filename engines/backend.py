@@ -268,9 +268,26 @@ class Backend(ABC):
         """InputError when artefacts of this record cannot run here. `remedy`: the command that builds them again."""
         return
 
+    def auto_obstacle(self, directory: Path, manifest: Manifest) -> str | None:
+        """Why `auto` must not take its artefacts in this folder, in words; None when it may."""
+        return None
+
+    def remember(self, directory: Path, manifest: Manifest, passed: bool) -> None:
+        """`verify` has tested its artefacts on this machine's GPU."""
+        return
+
+    def memory_note(self, stage_bytes: Mapping[str, int]) -> str | None:
+        """What a GPU must hold of the weights of these stages (name → bytes) at once, in words; None where weights can
+        be streamed."""
+        return None
+
     def limit_obstacle(self, device: str) -> str | None:
         """Why a limit of GPU memory cannot be kept on "cuda" or "cpu", in words; None when it can."""
         return f"{self.name} runs on the {device} here"
+
+    def targets(self, plan: ArtefactPlan) -> tuple[str, ...]:
+        """The GPU architectures that its artefacts were built for; none when they were built for this machine's."""
+        return ()
 
     def room(self, plan: ArtefactPlan) -> int:
         """Bytes of disk that its artefacts need beside the weight store. InputError when there is no room for what it

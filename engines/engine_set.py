@@ -262,7 +262,8 @@ def open_engines(
 def _choose(directory: Path, manifest: Manifest, requested: str, device: str | None) -> BackendChoice:
     """The backend for a folder, checked against the folder and this machine."""
     records = {record.backend: record for record in manifest.executors}
-    name, reason = choose_backend(requested, tuple(records))
+    obstacles = {name: backend_named(name).auto_obstacle(directory, manifest) for name in records}
+    name, reason = choose_backend(requested, tuple(records), {n: text for n, text in obstacles.items() if text})
     if name not in records:
         raise InputError(
             f"{directory} holds no {name} engines (it holds {', '.join(records)}); add them with: "
@@ -271,6 +272,8 @@ def _choose(directory: Path, manifest: Manifest, requested: str, device: str | N
     chosen = backend_named(name)
     chosen.check_place(records[name], describe_command(manifest, directory))
     place = device or chosen.device()
+    if place not in ("cpu", "cuda"):
+        raise InputError(f"the device {place!r} is unknown: use cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU).")
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was named, but PyTorch finds no CUDA GPU on this machine; use the device cpu.")
     where = torch.device("cuda", torch.cuda.current_device()) if place == "cuda" else torch.device(place)

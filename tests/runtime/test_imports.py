@@ -77,9 +77,7 @@ def test_a_video_is_made(cache: Path, engines: Path, case: Path, tmp_path: Path)
     result = run(COMMAND, cache, *words)
     assert result.returncode == 0, result.stderr
     assert read_video(tmp_path / "a.mp4").frames == 21
-    report = json.loads((tmp_path / "a.json").read_text())
-    assert report["status"] == "complete"
-    assert "host_peak_gib" not in report["memory"]
+    assert json.loads((tmp_path / "a.json").read_text())["status"] == "complete"
 
 
 def test_engines_are_built(cache: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
