@@ -54,7 +54,7 @@ class Session:
         self.engines, self.team = engines, team
         self.constants = Constants(engines) if team is None else LeadingConstants(engines, team)
         self.prompts = PromptCache(prompt_cache, engines.encoder_hash)
-        self.rates = Rates(engines)
+        self.rates = Rates(engines, self.gpus)
         self.warnings: list[str] = []
         self._untold = engines.warnings  # about the folder, for the first plan
         self._busy = threading.Lock()
@@ -108,7 +108,7 @@ class Session:
         if plan.request.noise_device == "cuda" and not torch.cuda.is_available():
             raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU here: use cpu.")
         with self._on_device():
-            expected = estimate(plan, self.engines, place(plan, self.engines), self.rates)
+            expected = estimate(plan, self.engines, place(plan, self.engines, self.gpus), self.rates)
         warnings = dict.fromkeys([*plan.warnings, *self._untold, *self._prompt_warnings(plan)])
         self._untold = ()
         return replace(plan, warnings=tuple(warnings), estimate=expected)
@@ -152,7 +152,7 @@ class Session:
     def place(self, plan: Plan) -> Placement | None:
         """How the weights of this plan lie in GPU memory, with what is free now."""
         with self._on_device():
-            return place(plan, self.engines)
+            return place(plan, self.engines, self.gpus)
 
     def frames(
         self,
@@ -169,7 +169,7 @@ class Session:
         try:
             self.warnings[:] = notes
             with self._on_device():
-                placement = placement or place(plan, self.engines)
+                placement = placement or place(plan, self.engines, self.gpus)
                 if placement is not None:
                     if set(placement.streamed) != set(self.engines.streamed):
                         self.constants.drop_transformers()  # recorded steps read weights that move now
