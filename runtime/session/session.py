@@ -10,7 +10,7 @@ generation at a time. Cancelling or failing leaves it ready for the next request
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +44,8 @@ class Session:
 
     engines     the stages, for benchmarks and tests
     constants   what is kept from request to request
-    warnings    sentences for the user that came up in the last generation, beside the plan's"""
+    warnings    sentences for the user that came up in the last generation, beside the plan's
+    timings     seconds by phase of the last generation"""
 
     def __init__(self, engines: EngineSet, prompt_cache: "Path | str | None" = None) -> None:
         self.engines = engines
@@ -52,6 +53,7 @@ class Session:
         self.prompts = PromptCache(prompt_cache, engines.encoder_hash)
         self.rates = Rates(engines)
         self.warnings: list[str] = []
+        self.timings: Mapping[str, float] = {}
         self._untold = engines.warnings  # about the folder, for the first plan
         self._busy = threading.Lock()
         self._closed = False
@@ -113,6 +115,7 @@ class Session:
             for frames in made:
                 if len(frames.pixels):
                     yield frames.pixels.numpy()
+        self.rates.remember(plan, run.timings)
         run.end()
 
     def generate(
@@ -153,6 +156,7 @@ class Session:
         warnings."""
         try:
             self.warnings[:] = notes
+            self.timings = progress.timings
             with self._on_device():
                 placement = placement or place(plan, self.engines)
                 if placement is not None:
