@@ -121,6 +121,7 @@ def animate(inputs: Mapping[str, Any]) -> tuple[Any, Any, str]:
     given = Given(inputs["image"], driving.source, *masks, MaskStyle.pair(inputs["mode"]))
     plan = session.check(request_of(given, options_of(inputs)))
     host.show_text("\n".join(host.in_nodes_words(line) for line in said_of(plan)))
+    WARM.make_room(plan)
     batch = ImageBatch(plan.frames, plan.height, plan.width, host.image_dtype())
     show = Shown()
     for frames in session.animate(plan, show, host.Interruption()):

@@ -39,7 +39,7 @@ class ChooseEngines(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.5,
-                    tooltip="GPU memory that the engines may use; weights that do not fit are streamed. 0: what is free.",
+                    tooltip="GPU memory for the engines; weights that do not fit are streamed. 0: what is free.",
                 ),
             ],
             outputs=[EnginesType.Output("engines", display_name="engines")],

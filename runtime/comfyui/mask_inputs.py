@@ -1,6 +1,6 @@
 """What a graph calls a mask, as frames of a colour mask: made when they are read, a few at a time.
 
-    IMAGE            colour-coded already: taken as it is, but for the background where that is asked for
+    IMAGE, VIDEO     colour-coded already: taken as it is, but for the background where that is asked for
     MASK             a matte of one character, bright where it is
     SAM3_TRACK_DATA  SAM 3's figures, one bit a pixel: in the palette's order, the leftmost first
     SCAIL2_MASK      what the Masks node made of one of these
@@ -10,13 +10,16 @@ found), `orig_size` (H, W) and `n_frames`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.comfyui.clip_inputs import file_of
 from scail2_rt.runtime.comfyui.frames import TensorFrames, one_by_one, to_levels
 from scail2_rt.runtime.masks.palette import MODEL_LABEL, OFF_BELOW, PALETTE, RGB, Mode, background_of, codes
+from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
 
 # Colours by figure, as the model was trained (zai-org/SCAIL-Pose).
 ORDER = ("blue", "red", "green", "magenta", "cyan", "yellow")
@@ -71,19 +74,36 @@ def mask_frames(source: Any, style: MaskStyle, name: str) -> MaskFrames:
         return source
     if isinstance(source, dict):
         return _of_track(source, style, name)
+    if hasattr(source, "get_components"):
+        path = file_of(source)
+        return _of_picture(source.get_components().images, style, name) if path is None else _of_file(path, style)
     if not hasattr(source, "ndim"):
-        raise InputError(f"The {name} is a {type(source).__name__}: connect an IMAGE, a MASK or SAM3_TRACK_DATA.")
+        raise InputError(f"The {name} is a {type(source).__name__}: connect IMAGE, VIDEO, MASK or SAM3_TRACK_DATA.")
     return _of_matte(source, style) if source.ndim in (2, 3) else _of_picture(source, style, name)
 
 
 def _of_picture(images: Any, style: MaskStyle, name: str) -> MaskFrames:
     frames = TensorFrames(images, name)
+    return MaskFrames(frames.shape, lambda first, last: _styled(frames[first:last], style), "coloured pictures")
+
+
+def _of_file(path: Path, style: MaskStyle) -> MaskFrames:
+    """A video file, read from where the last frames ended, or anew."""
+    info = probe_video(path)
+    reader = VideoReader(path)
 
     def make(first: int, last: int) -> np.ndarray:
-        made = frames[first:last]
-        return _repainted(made, style.background) if style.repaint else made
+        nonlocal reader
+        if reader.position != first:
+            reader.close()
+            reader = VideoReader(path, first)
+        return _styled(reader.read(last - first), style)
 
-    return MaskFrames(frames.shape, make, "coloured pictures")
+    return MaskFrames((info.frames, info.height, info.width, 3), make, f"coloured frames of {path.name}")
+
+
+def _styled(masks: np.ndarray, style: MaskStyle) -> np.ndarray:
+    return _repainted(masks, style.background) if style.repaint else masks
 
 
 def _repainted(masks: np.ndarray, background: RGB) -> np.ndarray:

@@ -37,12 +37,12 @@ class MakeMasks(io.ComfyNode):
                 io.Boolean.Input(
                     "set_background",
                     default=True,
-                    tooltip="Give coloured images the background that the mode asks for, too (ComfyUI's own node paints "
-                    "the reference's black in both modes).",
+                    tooltip="Give coloured images the background that the mode asks for, too: ComfyUI's own "
+                    "node paints the reference's black in both modes.",
                 ),
                 io.Combo.Input("colour", options=list(ORDER), tooltip="Of the character that a MASK shows."),
                 io.Combo.Input(
-                    "sort", options=list(SORTS), tooltip="In what order a track's figures get their colours."
+                    "sort", options=list(SORTS), tooltip="In what order the figures of a track get colours."
                 ),
                 io.String.Input("figures", default="", tooltip="Which figures of a track, as in 0,2; empty: all."),
             ],

@@ -4,13 +4,16 @@ To ComfyUI it is one of its models (`engine_model`): it is asked to make room be
 takes the memory back when another model needs it or when the user says "unload models". The session is closed then;
 the next run opens it again."""
 
+import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scail2_rt.engines.backend import Execution
 from scail2_rt.engines.folder.manifest import MANIFEST
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.session.session import Session
 
 
@@ -19,9 +22,9 @@ class Engines:
     """What the Engines node hands on: which folder, how it is to run, and which state of the folder that is."""
 
     folder: Path
-    backend: str = "auto"
-    execution: Execution = Execution()
-    state: str = ""
+    backend: str
+    execution: Execution
+    state: str
 
     @classmethod
     def of(cls, folder: Path, backend: str = "auto", execution: Execution | None = None) -> "Engines":
@@ -44,33 +47,47 @@ class WarmSession:
     """The one session that is kept."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._engines: Engines | None = None
         self._session: Session | None = None
+        self._model: Any = None
 
     def get(self, engines: Engines) -> Session:
         """The session of these engines; that of others is closed. InputError when they do not open."""
+        from scail2_rt.runtime.comfyui.engine_model import EngineModel
+
         with self._lock:
-            if self._session is not None and self._engines == engines:
-                return self._session
-            self._close()
-            self._session = Session.open(engines.folder, backend=engines.backend, execution=engines.execution)
-            self._engines = engines
+            if self._session is None or self._engines != engines:
+                self.drop()
+                self._session = Session.open(engines.folder, backend=engines.backend, execution=engines.execution)
+                self._engines, self._model = engines, EngineModel(self.drop)
+                logging.info("SCAIL-2: engines of %s opened: %s", engines.folder, self._session.choice)
+            self._session.others = _nobody
             return self._session
+
+    def make_room(self, plan: Plan) -> None:
+        """Ask ComfyUI to unload models until the plan's run fits. The plan was checked as if they were gone already;
+        from here on those that stay count."""
+        if self._session is not None and plan.estimate is not None:
+            on_gpu = self._session.engines.device.type == "cuda"
+            self._model.make_room(plan.estimate.peak if on_gpu else 0)
+            self._session.others = self._model.others
 
     def drop(self) -> None:
         """Close the session and give its memory back."""
         with self._lock:
-            self._close()
+            session, self._session, self._engines = self._session, None, None
+            if session is not None:
+                session.close()
+                logging.info("SCAIL-2: engines closed")
 
     @property
     def is_open(self) -> bool:
         return self._session is not None
 
-    def _close(self) -> None:
-        session, self._session, self._engines = self._session, None, None
-        if session is not None:
-            session.close()
+
+def _nobody() -> int:
+    return 0
 
 
 WARM = WarmSession()

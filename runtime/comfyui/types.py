@@ -11,7 +11,7 @@ Engines = io.Custom("SCAIL2_ENGINES")  # scail2_rt.runtime.comfyui.sessions.Engi
 ColourMask = io.Custom("SCAIL2_MASK")  # scail2_rt.runtime.comfyui.mask_inputs.MaskFrames
 Tracks = io.Custom("SAM3_TRACK_DATA")
 MODES = ["animate", "replace"]
-MASKS = [ColourMask, io.Image, io.Mask, Tracks]
+MASKS = [ColourMask, io.Image, io.Mask, Tracks, io.Video]
 CLIPS = [io.Image, io.Video]
 
 
@@ -31,7 +31,7 @@ def mask_input(name: str, whose: str, **options: Any) -> Any:
     return io.MultiType.Input(
         name,
         MASKS,
-        tooltip=f"{whose}: from the Masks node, a colour-coded IMAGE, a MASK of one character, or SAM 3 tracks.",
+        tooltip=f"{whose}: from the Masks node; a colour-coded IMAGE or VIDEO; a MASK of one character; SAM 3 tracks.",
         **options,
     )
 

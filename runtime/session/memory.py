@@ -129,13 +129,13 @@ def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
     return passes * config.layers * (config.text_len + CLIP_TOKENS) * 2 * config.dim * element
 
 
-def memory_budget(limit: int | None) -> int:
-    """Bytes that PyTorch's allocator may hold on the current GPU: what is free and what it holds already, or the limit
-    less what the libraries take."""
+def memory_budget(limit: int | None, others: int = 0) -> int:
+    """Bytes that a run may hold on the current GPU: what is free and what PyTorch's allocator holds already, less the
+    `others` bytes in it that are not the session's; or the limit less what the libraries take."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    budget = free + torch.cuda.memory_reserved() - LIBRARY_BYTES
+    budget = free + torch.cuda.memory_reserved() - others - LIBRARY_BYTES
     return budget if limit is None else min(budget, limit - LIBRARY_BYTES)
 
 
@@ -164,12 +164,15 @@ def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Pl
     return next(way for count in counts if (way := placed("streamed", count)).needed <= budget)
 
 
-def place(plan: Plan, engines: EngineSet) -> Placement | None:
+def place(plan: Plan, engines: EngineSet, others: int = 0) -> Placement | None:
     """How the weights of a run are placed; None where the runtime does not place them (on a CPU, and where plans carry
-    them). InputError when the run does not fit this machine."""
+    them). others: bytes of GPU memory that others in this process hold. InputError when the run does not fit this
+    machine."""
     model = memory_model(plan, engines)
     if engines.places_weights:
-        return choose_placement(model, memory_budget(engines.execution.vram_limit), engines.execution.cuda_graphs)
+        return choose_placement(
+            model, memory_budget(engines.execution.vram_limit, others), engines.execution.cuda_graphs
+        )
     if engines.device.type == "cpu":
         check_host(model)
     return None
@@ -186,11 +189,19 @@ def check_host(model: MemoryModel) -> None:
         )
 
 
-def apply(placement: Placement, engines: EngineSet) -> None:
-    """Tell the engines and the allocator."""
+def apply(placement: Placement, engines: EngineSet, others: int = 0) -> None:
+    """Tell the engines and the allocator, which counts what others hold, too."""
     import torch
 
     total = torch.cuda.mem_get_info()[1]
     limited = engines.execution.vram_limit is not None
-    torch.cuda.set_per_process_memory_fraction(min(placement.budget / total, 1.0) if limited else 1.0)
+    torch.cuda.set_per_process_memory_fraction(min((placement.budget + others) / total, 1.0) if limited else 1.0)
     engines.stream(placement.streamed)
+
+
+def lift_limit(engines: EngineSet) -> None:
+    """The limit is the run's: what else the process does on the GPU may use all of it."""
+    import torch
+
+    if engines.execution.vram_limit is not None:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -10,7 +10,7 @@ generation at a time. Cancelling or failing leaves it ready for the next request
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.pipeline.text import MAX_TOKENS, PromptCache, Tokenizer
 from scail2_rt.runtime.session.check import check_request
 from scail2_rt.runtime.session.estimate import Rates, estimate
-from scail2_rt.runtime.session.memory import apply, place
+from scail2_rt.runtime.session.memory import apply, lift_limit, place
 from scail2_rt.runtime.session.resume import noise_generator
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Session:
     engines     the stages, for benchmarks and tests
     constants   what is kept from request to request
     warnings    sentences for the user that came up in the last generation, beside the plan's
-    timings     seconds by phase of the last generation"""
+    timings     seconds by phase of the last generation
+    others      asked, before weights are placed, for the bytes of GPU memory that others in this process hold"""
 
     def __init__(self, engines: EngineSet, prompt_cache: "Path | str | None" = None) -> None:
         self.engines = engines
@@ -54,6 +55,7 @@ class Session:
         self.rates = Rates(engines)
         self.warnings: list[str] = []
         self.timings: Mapping[str, float] = {}
+        self.others: Callable[[], int] = lambda: 0
         self._untold = engines.warnings  # about the folder, for the first plan
         self._busy = threading.Lock()
         self._closed = False
@@ -94,8 +96,9 @@ class Session:
         the first plan of a session, about the engine folder. InputError when it does not fit this machine."""
         if plan.request.noise_device == "cuda" and not torch.cuda.is_available():
             raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU here: use cpu.")
+        placement = self.place(plan)
         with self._on_device():
-            expected = estimate(plan, self.engines, place(plan, self.engines), self.rates)
+            expected = estimate(plan, self.engines, placement, self.rates)
         warnings = dict.fromkeys([*plan.warnings, *self._untold, *self._prompt_warnings(plan)])
         self._untold = ()
         return replace(plan, warnings=tuple(warnings), estimate=expected)
@@ -140,7 +143,7 @@ class Session:
     def place(self, plan: Plan) -> Placement | None:
         """How the weights of this plan lie in GPU memory, with what is free now."""
         with self._on_device():
-            return place(plan, self.engines)
+            return place(plan, self.engines, self.others())
 
     def frames(
         self,
@@ -157,12 +160,12 @@ class Session:
         try:
             self.warnings[:] = notes
             self.timings = progress.timings
+            placement = placement or self.place(plan)
             with self._on_device():
-                placement = placement or place(plan, self.engines)
                 if placement is not None:
                     if set(placement.streamed) != set(self.engines.streamed):
                         self.constants.drop_transformers()  # recorded steps read weights that move now
-                    apply(placement, self.engines)
+                    apply(placement, self.engines, self.others())
             machine = Machine(self.engines, self.constants, progress, placement)
             with contextlib.closing(animate_plan(plan, machine, noise, carry, self.prompts)) as made:
                 while (frames := self._next(made)) is not None:
@@ -172,6 +175,10 @@ class Session:
         except BaseException:
             self._forget()
             raise
+        finally:
+            if placement is not None:
+                with self._on_device():
+                    lift_limit(self.engines)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
