@@ -72,9 +72,7 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
             [PROMPTS[mode], "auto", 128, 128, "auto", *sampling, *more],
             [("images", image), ("video", video), ("report", "STRING")],
         ),
-        "save": _node(
-            "SaveVideo", (960, -260), (330, 420), {"video": ("animate", 1)}, ["video/scail2", "auto", "auto"], []
-        ),
+        "save": _node("SaveVideo", (960, -260), (330, 420), {"video": ("animate", 1)}, saved, []),
         "report": _node("PreviewAny", (960, 210), (330, 420), {"source": ("animate", 2)}, [], [("STRING", "STRING")]),
     }
 

@@ -159,7 +159,8 @@ def told() -> Any:
         host.stop_if_interrupted()
         raise
     except Scail2Error as error:
-        raise type(error)(host.in_nodes_words(str(error))) from error
+        error.args = (host.in_nodes_words(str(error)),)
+        raise
 
 
 @dataclass(slots=True)

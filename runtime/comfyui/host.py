@@ -11,7 +11,19 @@ from typing import Any
 import torch
 
 FOLDER = "scail2_rt"  # of engine folders, in ComfyUI's `models`, and its name in `extra_model_paths.yaml`
+PROGRESS_TOTAL = 1000  # of the bar, which counts whole numbers
+PREVIEW_SIDE = 512  # pixels, of the longer side
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
+_SAME = (  # options of `generate` that are inputs of the nodes
+    *("allow-mask-problems", "anchor-color", "attention", "backend", "fit", "fit-reference", "frames", "guidance"),
+    *("mode", "overlap-blend", "scheduler", "seed", "segment-length", "segment-overlap", "shift", "start", "steps"),
+)
+_INPUTS = {
+    **{name: name.replace("-", "_") for name in _SAME},
+    "size": "width and height",
+    "vram-limit": "vram_limit_gib",
+    "extra-ref": "a further picture and mask in the reference's batches",
+}
 
 
 def engine_root() -> Path:
@@ -68,10 +80,12 @@ def node_id() -> str | None:
 
 
 def show_progress(share: float, picture: Any = None) -> None:
-    """The bar of the node that is being executed, 0 to 1, and a PIL image under it."""
-    from comfy_api.latest import ComfyAPISync
+    """The bar of the node that is being executed, 0 to 1, and a PIL image in it. (`ComfyAPISync().execution`, which is
+    meant for this, is missing in 0.3.64.)"""
+    from comfy.utils import ProgressBar
 
-    ComfyAPISync().execution.set_progress(share, 1.0, node_id(), picture)
+    preview = None if picture is None else ("JPEG", picture, PREVIEW_SIDE)
+    ProgressBar(PROGRESS_TOTAL, node_id()).update_absolute(round(share * PROGRESS_TOTAL), preview=preview)
 
 
 def show_text(text: str) -> None:
@@ -91,6 +105,5 @@ def image_dtype() -> torch.dtype:
 
 
 def in_nodes_words(sentence: str) -> str:
-    """A sentence of the command line for a node, whose inputs have the options' names: --fit-reference →
-    fit_reference."""
-    return _OPTION.sub(lambda option: option[1].replace("-", "_"), sentence)
+    """A sentence of the command line for a node: --fit-reference → fit_reference. Other commands' options stay."""
+    return _OPTION.sub(lambda option: _INPUTS.get(option[1], option[0]), sentence)

@@ -18,7 +18,8 @@ CONNECTIONS = ("Image", "Mask", "Audio", "Video")
 NAMES = (
     "comfy_api.latest:ComfyExtension",
     "comfy_api.latest:ComfyExtension.get_node_list",
-    "comfy_api.latest:ComfyAPI_latest.Execution.set_progress",
+    "comfy.utils:ProgressBar",
+    "comfy.utils:ProgressBar.update_absolute",
     "comfy_api.latest:InputImpl.VideoFromFile",
     "comfy_api.latest:InputImpl.VideoFromFile.get_stream_source",
     "comfy_api.latest:InputImpl.VideoFromFile.get_components",

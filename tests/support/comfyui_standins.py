@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 RECORD = json.loads(Path(__file__).with_name("comfyui_interface.json").read_text())
-MODULES = ("comfy_api", "comfy_api.latest", "comfy", "comfy.model_management", "comfy.model_patcher", "server")
-MODULES = (*MODULES, "comfy_execution", "comfy_execution.utils", "folder_paths")
+MODULES = ("comfy_api", "comfy_api.latest", "comfy", "comfy.model_management", "comfy.model_patcher", "comfy.utils")
+MODULES = (*MODULES, "server", "comfy_execution", "comfy_execution.utils", "folder_paths")
 
 
 def signature_of(name: str) -> inspect.Signature:
@@ -99,9 +100,8 @@ class Host:
         self.required: list[float] = []
         self.interrupted = threading.Event()
 
-    def set_progress(self, value: float, max_value: float, node_id: Any, preview_image: Any = None) -> None:
-        assert node_id == self.node.node_id
-        self.progress.append((value / max_value, preview_image))
+    def set_progress(self, value: int, total: int, preview: Any) -> None:
+        self.progress.append((value / total, preview))
 
     def load_models_gpu(self, models: list[Any], memory_required: float = 0) -> None:
         self.required.append(memory_required)
@@ -131,6 +131,16 @@ class InterruptProcessingException(Exception):
     pass
 
 
+class ProgressBar:
+    def __init__(self, host: Host, total: int, node_id: str) -> None:
+        assert node_id == host.node.node_id
+        self._host, self._total = host, total
+        self.update_absolute = partial(bound("comfy.utils:ProgressBar.update_absolute", ProgressBar._update), self)
+
+    def _update(self, value: int, preview: Any = None) -> None:
+        self._host.set_progress(value, self._total, preview)
+
+
 def _io() -> SimpleNamespace:
     kinds: dict[str, dict[str, Any]] = {}
     for name in RECORD["signatures"]:
@@ -150,13 +160,6 @@ def _io() -> SimpleNamespace:
 
 def _modules(host: Host) -> dict[str, dict[str, Any]]:
     api = "comfy_api.latest"
-    progress = bound(
-        f"{api}:ComfyAPI_latest.Execution.set_progress",
-        lambda self, value, max_value, node_id, preview_image=None: host.set_progress(
-            value, max_value, node_id, preview_image
-        ),
-    )
-    execution = SimpleNamespace(set_progress=lambda *words, **options: progress(None, *words, **options))
     text = bound(
         "server:PromptServer.send_progress_text", lambda self, text, node_id: host.texts.append((node_id, text))
     )
@@ -166,7 +169,6 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
             "io": _io(),
             "ui": SimpleNamespace(PreviewImage=recorder(f"{api}:ui.PreviewImage")),
             "ComfyExtension": type("ComfyExtension", (), {}),
-            "ComfyAPISync": lambda: SimpleNamespace(execution=execution),
             "InputImpl": SimpleNamespace(VideoFromFile=VideoFromFile, VideoFromComponents=VideoFromComponents),
             "Types": SimpleNamespace(VideoComponents=recorder(f"{api}:Types.VideoComponents")),
         },
@@ -178,6 +180,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
             "load_models_gpu": bound(f"{management}:load_models_gpu", host.load_models_gpu),
             "current_loaded_models": [],
         },
+        "comfy.utils": {"ProgressBar": bound("comfy.utils:ProgressBar", partial(ProgressBar, host))},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy_execution.utils": {"get_executing_context": lambda: host.node},
         "server": {

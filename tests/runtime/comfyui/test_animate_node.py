@@ -76,7 +76,7 @@ def test_a_cancelled_run_ends_within_a_step(nodes: ModuleType, host: Host, graph
     nodes_before = len(host.progress)
     original = host.set_progress
 
-    def set_progress(value: float, *words: Any) -> None:
+    def set_progress(value: int, *words: Any) -> None:
         original(value, *words)
         if value > 0:
             host.interrupted.set()
