@@ -1,5 +1,6 @@
 """The node that chooses an engine folder and how it is run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from scail2_rt.engines.backend import Execution
 from scail2_rt.engines.folder.manifest import MANIFEST
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.comfyui import host
+from scail2_rt.runtime.comfyui.animate_node import told
 from scail2_rt.runtime.comfyui.sessions import Engines, folder_state
 from scail2_rt.runtime.comfyui.types import CATEGORY
 from scail2_rt.runtime.comfyui.types import Engines as EnginesType
@@ -31,30 +33,41 @@ class ChooseEngines(io.ComfyNode):
             inputs=[
                 io.Combo.Input("folder", options=[*found_folders(), BY_PATH]),
                 io.String.Input("path", default="", tooltip="An engine folder anywhere, with folder: the path below."),
-                io.Combo.Input("backend", options=BACKENDS, default="auto", tooltip="Used or refused, never replaced."),
-                io.Combo.Input("attention", options=ATTENTION, default="auto"),
-                io.Float.Input(
-                    "vram_limit_gib",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.5,
-                    tooltip="GPU memory for the engines; weights that do not fit are streamed. 0: what is free.",
-                ),
+                *execution_inputs(),
             ],
             outputs=[EnginesType.Output("engines", display_name="engines")],
         )
 
     @classmethod
-    def execute(cls, folder: str, path: str, backend: str, attention: str, vram_limit_gib: float) -> Any:
-        limit = round(vram_limit_gib * 2**30) or None
-        engines = Engines.of(folder_of(folder, path), backend, Execution(attention=attention, vram_limit=limit))
-        return io.NodeOutput(engines)
+    def execute(cls, folder: str, path: str, **inputs: Any) -> Any:
+        with told():
+            return io.NodeOutput(Engines.of(folder_of(folder, path), inputs["backend"], execution_of(inputs)))
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, path: str, **_: Any) -> str:
         """A folder that was built again is another one."""
         return folder_state(folder_of(folder, path))
+
+
+def execution_inputs() -> list[Any]:
+    """How engines are run."""
+    return [
+        io.Combo.Input("backend", options=BACKENDS, default="auto", tooltip="Used or refused, never replaced."),
+        io.Combo.Input("attention", options=ATTENTION, default="auto"),
+        io.Float.Input(
+            "vram_limit_gib",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.5,
+            tooltip="GPU memory for the engines; weights that do not fit are streamed. 0: what is free.",
+        ),
+    ]
+
+
+def execution_of(inputs: Mapping[str, Any]) -> Execution:
+    limit = round(inputs["vram_limit_gib"] * 2**30) or None
+    return Execution(attention=inputs["attention"], vram_limit=limit)
 
 
 def found_folders() -> list[str]:
