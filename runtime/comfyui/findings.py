@@ -1,6 +1,8 @@
 """What the mask check says of what is connected to a node, and the sheet that shows it."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from scail2_rt.runtime.comfyui import host
 from scail2_rt.runtime.comfyui.requests import Given
@@ -43,8 +45,9 @@ def told_text(result: CheckResult) -> str:
     return host.in_nodes_words(result.text)
 
 
-def sheet(given: Given, result: CheckResult, windows: bool) -> np.ndarray:
-    """References and some driving frames under their masks, uint8 [H, W, 3]; `windows`: with what the frame shows."""
+def sheet(given: Given, result: CheckResult, windows: bool) -> Tensor:
+    """References and some driving frames under their masks, an IMAGE [1, H, W, 3]; `windows`: with what the frame
+    shows."""
     images, masks = given.references()
     marked = {finding.file for finding in result.findings if finding.severity != "note" and finding.rule != "framing"}
     shown = [framed.window if windows else None for framed in result.framing.inputs] if result.framing else []
@@ -60,4 +63,4 @@ def sheet(given: Given, result: CheckResult, windows: bool) -> np.ndarray:
         with open_video(given.driving, number) as driving:
             picture = driving.read(1)[0]
         stills.append(Still(f"frame {number}", picture, clip.frames[number], number in complained, shown[0]))  # type: ignore[index]
-    return contact_sheet(stills)
+    return torch.from_numpy(np.array(contact_sheet(stills)))[None] / 255

@@ -133,9 +133,7 @@ def look(folder: Path, python: Path | None = None) -> Found:
         too_old=too_old,
         nodes=installed_version(folder / "custom_nodes" / NAME),
         engines=tuple(sorted(file.parent.name for file in (folder / "models" / NAME).glob("*/manifest.json"))),
-        models=tuple(
-            sorted(f.name for f in (folder / "models" / "diffusion_models").glob("*") if "scail" in f.name.lower())
-        ),
+        models=tuple(sorted(file.name for file in checkpoints.glob("*") if "scail" in file.name.lower())),
     )
 
 

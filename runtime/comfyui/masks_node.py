@@ -63,5 +63,5 @@ class MakeMasks(io.ComfyNode):
             result = examined(given, mode)
             text = told_text(result)
             host.show_text(text)
-            picture = ui.PreviewImage(torch.from_numpy(sheet(given, result, windows=False))[None] / 255)
+            picture = ui.PreviewImage(sheet(given, result, windows=False))
             return io.NodeOutput(given.references()[1], given.mask_clip().frames, text, ui=picture)

@@ -48,5 +48,5 @@ class PreviewWindow(io.ComfyNode):
             result = examined(given, mode, frame_size(width, height), fit)
             text = told_text(result)
             host.show_text(text)
-            picture = torch.from_numpy(sheet(given, result, windows=True))[None] / 255
+            picture = sheet(given, result, windows=True)
             return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture))

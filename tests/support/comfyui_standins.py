@@ -110,6 +110,9 @@ class Host:
                 self.loaded.append(model)
             model.partially_load(model.load_device, 1e32, force_patch_weights=False)
 
+    def said(self, text: tuple[str, str]) -> None:
+        self.texts.append(text)
+
     def unload(self) -> None:
         """The button "unload models"."""
         for model in self.loaded:
@@ -160,9 +163,7 @@ def _io() -> SimpleNamespace:
 
 def _modules(host: Host) -> dict[str, dict[str, Any]]:
     api = "comfy_api.latest"
-    text = bound(
-        "server:PromptServer.send_progress_text", lambda self, text, node_id: host.texts.append((node_id, text))
-    )
+    text = bound("server:PromptServer.send_progress_text", lambda self, text, node_id: host.said((node_id, text)))
     management = "comfy.model_management"
     return {
         api: {

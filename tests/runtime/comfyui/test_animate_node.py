@@ -22,7 +22,8 @@ def inputs_of(graph: Graph, nodes: ModuleType, engines: Path, **changes: Any) ->
     """What ComfyUI gives `execute`: every input of the schema, with its default or as connected."""
     schema = nodes.Animate.define_schema()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
-    (chosen,) = nodes.ChooseEngines.execute("the path below", str(engines), "torch", "auto", 0.0).args
+    how = {"backend": "torch", "attention": "auto", "vram_limit_gib": 0.0}
+    (chosen,) = nodes.ChooseEngines.execute(folder="the path below", path=str(engines), **how).args
     pictures = {name: graph[name] for name in ("image", "driving", "reference_mask", "driving_mask")}
     return {**defaults, "engines": chosen, **pictures, **SMALL, **changes}
 
