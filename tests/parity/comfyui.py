@@ -11,25 +11,31 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import av
+from safetensors.torch import save_file
 
 from scail2_rt.benchmarks.sprites.quality.metrics import psnr
+from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT as SPRITES
 from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
+from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.runtime.media.video_reader import VideoReader
 from tests.support.comfyui_prompt import prompt_of
+from tests.support.repackaged import hugging_face_clip, hugging_face_umt5, tensors_of
 
 PORT = 8199
+CONFIG = "diffusion_models/config.json"
 ADDRESS = f"127.0.0.1:{PORT}"
 WORKFLOWS = ("animate", "replace")
 START_S = 180
@@ -144,7 +150,7 @@ class Checks:
 async def check_nodes(server: Server, check: Checks) -> dict[str, Any]:
     info = await server.get("/object_info")
     ours = sorted(name for name in info if name.startswith("Scail2"))
-    check("nodes under /object_info", len(ours) >= 4, ", ".join(ours))
+    check("nodes under /object_info", len(ours) == 5, ", ".join(ours))
     templates = await server.get("/api/workflow_templates")
     listed = templates.get("scail2_rt", [])
     check("templates of the pack", sorted(listed) == ["scail2_animate", "scail2_replace"], listed)
@@ -166,12 +172,13 @@ async def check_workflow(server: Server, check: Checks, mode: str, prompt: dict[
     status = run.history.get("status", {}).get("status_str")
     check(f"{mode}: runs to its end", status == "success", f"{run.seconds:.1f} s")
     if status != "success":
-        print([error["exception_message"] for error in run.data("execution_error")], run.data("refused"))
+        print(said_of(run))
         return
     check(f"{mode}: progress rises to 1", run.shares == sorted(run.shares) and run.shares[-1] == 1, len(run.shares))
     check(f"{mode}: preview frames", run.previews > 0, run.previews)
     check(f"{mode}: findings are told in the nodes", any("masks can be used" in text for text in run.texts))
-    saved = next(o["images"][0] for o in run.history["outputs"].values() if "scail2_0" in str(o) or "video" in str(o))
+    (number,) = (key for key, node in prompt.items() if node["class_type"] == "SaveVideo")
+    saved = run.history["outputs"][number]["images"][0]
     path = server.folder / "output" / saved["subfolder"] / saved["filename"]
     truth = render_case(make_scene(mode, 0)).truth
     with VideoReader(path) as reader:
@@ -229,14 +236,19 @@ async def check_cancel(server: Server, check: Checks, prompt: dict[str, Any]) ->
     check("cancel: the next run works", bool(again.data("execution_success")))
 
 
+def said_of(run: Run) -> str:
+    """What went wrong, as the page shows it; "" where nothing did."""
+    errors = [error["exception_message"].strip() for error in run.data("execution_error")]
+    return " ".join([*errors, *map(json.dumps, run.data("refused"))])
+
+
 async def check_broken(server: Server, check: Checks, prompt: dict[str, Any]) -> None:
     async def error_of(**changes: Any) -> str:
         broken = json.loads(json.dumps(prompt))
         for kind, inputs in changes.items():
             of_type(broken, kind).update(inputs)
         run = await server.run(broken)
-        errors = run.data("execution_error")
-        return errors[0]["exception_message"].strip() if errors else f"no error: {run.data('refused')}"
+        return said_of(run)
 
     said = await error_of(Scail2Engines={"folder": "the path below", "path": "/nowhere"})
     check("broken: no engines", "/nowhere holds no engines" in said, said)
@@ -249,9 +261,61 @@ async def check_broken(server: Server, check: Checks, prompt: dict[str, Any]) ->
         if node["inputs"].get("file", "").endswith("driving_mask.mp4"):
             node["inputs"]["file"] = node["inputs"]["file"].replace("_mask", "")
     run = await server.run(other)
-    said = "".join(error["exception_message"] for error in run.data("execution_error"))
+    said = said_of(run)
     named = "is not one of the mask colours" in said or "more than six characters" in said
     check("broken: a driving clip in place of its mask", named, said[:300])
+
+
+async def check_tensors(server: Server, check: Checks, prompt: dict[str, Any]) -> None:
+    """The same graph with batches of images in place of VIDEO: tensors in, tensors out."""
+    for number, node in list(prompt.items()):
+        if node["class_type"] == "LoadVideo":
+            prompt[f"{number}0"] = {"class_type": "GetVideoComponents", "inputs": {"video": [number, 0]}}
+            for other in prompt.values():
+                inputs = other["inputs"]
+                if other["class_type"] != "GetVideoComponents":
+                    inputs.update({key: [f"{number}0", 0] for key, link in inputs.items() if link == [number, 0]})
+    run = await server.run(prompt)
+    check("batches of images in place of videos", bool(run.data("execution_success")), f"{run.seconds:.1f} s")
+
+
+async def check_build(server: Server, check: Checks, prompt: dict[str, Any]) -> None:
+    """Engines of files in ComfyUI's model folders, which are taken away again."""
+    models = server.folder / "models"
+    number = next(key for key, node in prompt.items() if node["class_type"] == "Scail2Engines")
+    tokenizer = SPRITES / "umt5-xxl" / "tokenizer.json"
+    inputs = {"checkpoint": "scail2_rt_trial.safetensors", "tokenizer": str(tokenizer), "precision": "fp32"}
+    inputs |= {"vae": "auto", "umt5": "auto", "clip": "auto", "backend": "torch", "attention": "auto"}
+    prompt[number] = {"class_type": "Scail2BuildEngines", "inputs": {**inputs, "vram_limit_gib": 0.0}}
+    with comfyui_files(models):
+        run = await server.run(prompt)
+        detail = said_of(run) or f"{run.seconds:.1f} s"
+        check("build: engines of ComfyUI's files animate", bool(run.data("execution_success")), detail)
+        folders = list((models / "scail2_rt").glob("scail2_rt_trial-*"))
+        check("build: one folder, kept by content", len(folders) == 1, [folder.name for folder in folders])
+    for folder in folders:
+        shutil.rmtree(folder)
+    (models / "scail2_rt" / "hashes.json").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def comfyui_files(models: Path) -> Iterator[None]:
+    """The sprite checkpoint as files of ComfyUI's model folders."""
+    sources = open_checkpoint(SPRITES).sources
+    made = {
+        "diffusion_models/scail2_rt_trial.safetensors": tensors_of(sources["dit"]),
+        "vae/scail2_rt_trial_vae.safetensors": tensors_of(sources["vae"]),
+        "text_encoders/scail2_rt_trial_umt5.safetensors": hugging_face_umt5(tensors_of(sources["umt5"])),
+        "clip_vision/scail2_rt_trial_clip.safetensors": hugging_face_clip(tensors_of(sources["clip"])),
+    }
+    try:
+        for name, tensors in made.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, models / name)
+        shutil.copy(SPRITES / "config.json", models / CONFIG)  # the heads of the small model are of another width
+        yield
+    finally:
+        for name in (*made, CONFIG):
+            (models / name).unlink(missing_ok=True)
 
 
 async def check_page(server: Server, check: Checks, shots: Path) -> None:
@@ -300,15 +364,20 @@ def chromium() -> str | None:
     return next((str(path) for path in (Path("/usr/bin/chromium"),) if path.exists()), None)
 
 
-async def main(folder: Path, page: bool) -> int:
+async def main(folder: Path, page: bool, only: str | None) -> int:
     check = Checks()
     async with serving(folder) as server:
         info = await check_nodes(server, check)
+        if only:
+            await globals()[f"check_{only}"](server, check, load_prompt(server, "animate", info))
+            return check.failed
         for mode in WORKFLOWS:
             await check_workflow(server, check, mode, load_prompt(server, mode, info))
         await check_warm(server, check, load_prompt(server, "animate", info))
         await check_cancel(server, check, load_prompt(server, "animate", info))
         await check_broken(server, check, load_prompt(server, "animate", info))
+        await check_tensors(server, check, load_prompt(server, "animate", info))
+        await check_build(server, check, load_prompt(server, "animate", info))
         if page:
             shots = Path(tempfile.mkdtemp(prefix="scail2-page-"))
             await check_page(server, check, shots)
@@ -321,5 +390,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--only", choices=("warm", "cancel", "broken", "tensors", "build"))
     given = parser.parse_args()
-    sys.exit(1 if asyncio.run(main(given.folder.absolute(), given.page)) else 0)
+    sys.exit(1 if asyncio.run(main(given.folder.absolute(), given.page, given.only)) else 0)
