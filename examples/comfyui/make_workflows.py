@@ -43,7 +43,7 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
         "masks": _node(
             "Scail2Masks",
             (150, 60),
-            (330, 620),
+            (330, 780),
             {**pictures, "reference_mask": ("mask", 0), "driving_mask": ("driving mask", 0)},
             [mode, True, "blue", "left-to-right", ""],
             [("reference_mask", mask), ("driving_mask", mask), ("findings", "STRING")],
@@ -58,8 +58,8 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
         ),
         "window": _node(
             "Scail2PreviewWindow",
-            (520, 520),
-            (400, 500),
+            (960, 700),
+            (400, 460),
             {**pictures, **masks},
             ["auto", 128, 128, "auto"],
             [("sheet", image), ("findings", "STRING")],
@@ -67,13 +67,13 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
         "animate": _node(
             "Scail2Animate",
             (520, -260),
-            (400, 740),
+            (400, 1100),
             {"engines": ("engines", 0), **pictures, **masks, "audio": None},
             [PROMPTS[mode], "auto", 128, 128, "auto", *sampling, *more],
             [("images", image), ("video", video), ("report", "STRING")],
         ),
-        "save": _node("SaveVideo", (960, -260), (330, 420), {"video": ("animate", 1)}, saved, []),
-        "report": _node("PreviewAny", (960, 210), (330, 420), {"source": ("animate", 2)}, [], [("STRING", "STRING")]),
+        "save": _node("SaveVideo", (960, -260), (400, 420), {"video": ("animate", 1)}, saved, []),
+        "report": _node("PreviewAny", (960, 210), (400, 440), {"source": ("animate", 2)}, [], [("STRING", "STRING")]),
     }
 
 

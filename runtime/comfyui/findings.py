@@ -41,8 +41,9 @@ def reference_names(count: int) -> list[str]:
 
 
 def told_text(result: CheckResult) -> str:
-    """The check's text, in a node's words."""
-    return host.in_nodes_words(result.text)
+    """The check's text in a node's words, the verdict first."""
+    *lines, verdict = host.in_nodes_words(result.text).split("\n")
+    return "\n".join([verdict, *lines])
 
 
 def sheet(given: Given, result: CheckResult, windows: bool) -> Tensor:

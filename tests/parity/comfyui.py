@@ -326,7 +326,10 @@ async def check_page(server: Server, check: Checks, shots: Path) -> None:
         page = await browser.new_page(viewport={"width": 1900, "height": 1200})
         await page.goto(f"http://{ADDRESS}")
         await page.wait_for_function("window.app?.graph !== undefined && window.app.extensionManager")
-        await page.get_by_text("scail2_rt").first.click()  # in the templates that a new user is shown
+        await page.wait_for_timeout(2000)
+        if not await page.get_by_text("scail2_rt").count():  # a new user is shown the templates at once
+            await page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        await page.get_by_text("scail2_rt").first.click()
         await page.wait_for_timeout(1500)
         await page.screenshot(path=shots / "templates.png")
         await page.keyboard.press("Escape")
@@ -368,6 +371,9 @@ async def main(folder: Path, page: bool, only: str | None) -> int:
     check = Checks()
     async with serving(folder) as server:
         info = await check_nodes(server, check)
+        if only == "page":
+            await check_page(server, check, Path(tempfile.mkdtemp(prefix="scail2-page-")))
+            return check.failed
         if only:
             await globals()[f"check_{only}"](server, check, load_prompt(server, "animate", info))
             return check.failed
@@ -390,6 +396,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--page", action="store_true")
-    parser.add_argument("--only", choices=("warm", "cancel", "broken", "tensors", "build"))
+    parser.add_argument("--only", choices=("warm", "cancel", "broken", "tensors", "build", "page"))
     given = parser.parse_args()
     sys.exit(1 if asyncio.run(main(given.folder.absolute(), given.page, given.only)) else 0)
