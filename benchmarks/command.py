@@ -13,7 +13,8 @@ from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
 
-SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate")
+SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate", "serve")
+SCALING = ("forward-fp8", "generate", "golden", "forward-bf16", "failures")  # benchmarks.speed.scaling.PARTS
 ABOUT = {
     "attention": "Self-attention: every variant, its speed at full length and its error on six input families.",
     "kernels": "Preparation, cross-attention and row operations, against the copy ceiling and their PyTorch twins.",
@@ -22,6 +23,7 @@ ABOUT = {
     "vae": "Decoding a segment and encoding its driving clip, against the plain layers.",
     "load": "Engine folder to first denoising step, in a fresh process.",
     "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
+    "serve": "The service: request to first step, its videos, polling clients, a long queue.",
     "all": "Every section, each in a process of its own, merged.",
 }
 MODELS = ("14b", "1.3b", "tiny")  # benchmarks.speed.models.MODELS
@@ -59,6 +61,13 @@ RUN_OPTIONS = in_section(
         help="Section generate: segments of the clip, to see what each costs beyond its steps.",
     ),
 )
+SERVE_OPTIONS = in_section(
+    "Section serve",
+    option(
+        "--clients", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Polling clients."
+    ),
+    option("--queued", type=click.IntRange(min=1), default=2000, show_default=True, metavar="N", help="Waiting jobs."),
+)
 RESULT_OPTIONS = in_section(
     "Results",
     option("--json", "output", type=PATH, metavar="FILE", help="Save there, after every measurement."),
@@ -89,7 +98,7 @@ def _add_section(name: str) -> None:
     def command(**options: Any) -> None:
         _run(name, **options)
 
-    decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(RESULT_OPTIONS(command)))
+    decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(SERVE_OPTIONS(RESULT_OPTIONS(command))))
     bench.command(name, cls=SectionCommand, help=ABOUT[name])(decorated)
 
 
@@ -126,6 +135,34 @@ def _write_outputs(results: Any, html_page: Path | None, summary_file: Path | No
 
         summary_file.parent.mkdir(parents=True, exist_ok=True)
         summary_file.write_text(json.dumps(summary_document(results), indent=1, ensure_ascii=False) + "\n")
+
+
+@bench.command(cls=SectionCommand)
+@in_section(
+    "What to measure",
+    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
+    option("--gpus", type=click.IntRange(min=2), default=2, show_default=True, metavar="N", help="Compared with one."),
+    option(
+        "--part", "parts", type=click.Choice(SCALING), multiple=True, help="May be repeated.  [default: all, in order]"
+    ),
+    option("--limit", "limit_s", type=float, default=540.0, show_default=True, metavar="S", help="Seconds for all."),
+)
+@in_section(
+    "Results",
+    option("--json", "output", type=PATH, metavar="FILE", required=True, help="Save there, after every part."),
+    option("--summary", type=PATH, metavar="FILE", help="Write the flat summary."),
+    option("--work", type=PATH, default=WORK, metavar="DIR", help=f"Folder for random engines.  [default: {WORK}]"),
+)
+@debug_option
+def scaling(parts: tuple[str, ...], **options: Any) -> None:
+    """One generation on several GPUs of this host against one GPU: forward passes, guidance, whole generations, the
+    golden fixtures (SCAIL2_GOLDEN names their folder), and failures. On a CPU, processes; figures say nothing there."""
+    from scail2_rt.benchmarks.speed.scaling import ScalingOptions, run
+
+    document = run(ScalingOptions(parts=parts or SCALING, **options))
+    click.echo(json.dumps(document["summary"], indent=1))
+    if any("failure" in part for part in document["parts"].values()):
+        raise click.exceptions.Exit(1)
 
 
 @bench.command(cls=SectionCommand)

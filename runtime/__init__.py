@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from scail2_rt.runtime.core.plan import Estimate, Plan
     from scail2_rt.runtime.core.progress import Cancelled, Progress
     from scail2_rt.runtime.core.request import Clip, Output, Request
+    from scail2_rt.runtime.masks.make.make import Masks, make_masks
+    from scail2_rt.runtime.masks.make.options import MaskOptions
     from scail2_rt.runtime.pipeline.finite import NotFinite
     from scail2_rt.runtime.session.session import Session
     from scail2_rt.runtime.session.write import Result
@@ -27,6 +29,8 @@ _MODULES = {
     "Estimate": "runtime.core.plan",
     "Execution": "engines.backend",
     "InputError": "kernels.errors",
+    "MaskOptions": "runtime.masks.make.options",
+    "Masks": "runtime.masks.make.make",
     "NotFinite": "runtime.pipeline.finite",
     "Output": "runtime.core.request",
     "Plan": "runtime.core.plan",
@@ -35,6 +39,7 @@ _MODULES = {
     "Result": "runtime.session.write",
     "Scail2Error": "kernels.errors",
     "Session": "runtime.session.session",
+    "make_masks": "runtime.masks.make.make",
 }
 __all__ = [
     "Cancelled",
@@ -42,6 +47,8 @@ __all__ = [
     "Estimate",
     "Execution",
     "InputError",
+    "MaskOptions",
+    "Masks",
     "NotFinite",
     "Output",
     "Plan",
@@ -50,6 +57,7 @@ __all__ = [
     "Result",
     "Scail2Error",
     "Session",
+    "make_masks",
 ]
 
 

@@ -34,6 +34,12 @@ CONVERT_OPTIONS = in_section(
 DOWNLOAD_OPTIONS = in_section(
     "Download",
     option("--repo", default=REPOSITORY, show_default=True, metavar="NAME", help="Repository on the hub."),
+    option(
+        "--segmenter",
+        type=click.Choice(["sam2", "sam3"]),
+        help="What makes masks instead of the checkpoint: SAM 2.1 with Grounding DINO, or SAM 3 for those with access. "
+        "Into DIRECTORY, or into the cache folder, where `generate` and `masks make` look.",
+    ),
     option("--revision", default="main", show_default=True, metavar="NAME", help="Branch, tag or commit."),
 )
 
@@ -72,17 +78,26 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @click.command(cls=SectionCommand)
-@click.argument("directory", type=PATH)
+@click.argument("directory", type=PATH, required=False)
 @DOWNLOAD_OPTIONS
 @reporting
-def download(directory: Path, repo: str, revision: str, as_json: bool) -> None:
+def download(directory: Path | None, repo: str, segmenter: str | None, revision: str, as_json: bool) -> None:
     """Download the official checkpoint to DIRECTORY: the files that build-engines needs, each checked by its hash.
+    Or a segmenter, which makes masks.
 
     An interrupted download continues; files that are there already are only checked."""
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.download import HuggingFace
     from scail2_rt.runtime.jobs.download import download as run
+    from scail2_rt.runtime.jobs.download_segmenter import download_segmenter
 
+    if segmenter is not None:
+        with stdout_for(as_json):
+            found = download_segmenter(segmenter, HuggingFace(), directory, revision, BuildLines())
+        show(found, found.text, as_json)
+        return
+    if directory is None:
+        raise click.UsageError("name the folder for the checkpoint, or what to fetch with --segmenter")
     with stdout_for(as_json):
         report = run(directory, HuggingFace(), repo, revision, BuildLines())
     show(report, report.text, as_json)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from scail2_rt.runtime.cli.make_command import make
 from scail2_rt.runtime.cli.options import CASE, FILES, FIT, MODE, SIZE
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
@@ -83,12 +84,15 @@ _MATTE = (
 @click.group(invoke_without_command=True)
 @click.pass_context
 def masks(ctx: click.Context) -> None:
-    """Check, show, mend and make the colour masks of a case. No weights are needed.
+    """Check, show, mend and make the colour masks of a case. No weights are needed, but by `make`.
 
     White: background that shows. Black: what is hidden. Red, green, blue, yellow, magenta, cyan: one colour a
     character, the same in the reference mask and the driving mask."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+masks.add_command(make)
 
 
 @masks.command(cls=SectionCommand)

@@ -15,13 +15,17 @@ LINE_INTERVAL_S = 10.0
 
 
 class ProgressLines:
-    """Plain lines on stderr for logs: each segment's start, and a step every `LINE_INTERVAL_S` seconds."""
+    """Plain lines on stderr for logs: each segment's start, and a step, or the share of the masks that is made, every
+    `LINE_INTERVAL_S` seconds."""
 
     def __init__(self) -> None:
         self._printed = 0.0
         self._last: tuple[int, int] = (0, 0)
 
     def __call__(self, event: Progress) -> None:
+        if event.fraction and not event.segments:  # before the run: masks are made
+            self._share(event)
+            return
         now, here = time.perf_counter(), (event.segment, event.step)
         new_segment = event.segment > self._last[0]
         last_step = event.step == event.steps and event.segment == event.segments
@@ -31,6 +35,12 @@ class ProgressLines:
         self._printed, self._last = now, here
         left = "" if event.seconds_left is None else f", about {event.seconds_left:.0f} s left"
         print(f"{event.position}{left}", file=sys.stderr, flush=True)
+
+    def _share(self, event: Progress) -> None:
+        now = time.perf_counter()
+        if now - self._printed >= LINE_INTERVAL_S or event.fraction == 1:
+            self._printed = now
+            print(event, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -48,7 +58,7 @@ def progress_bar() -> Iterator[Listener]:
         def show(event: Progress) -> None:
             text = ", ".join(part for part in (event.position, event.phase) if part)
             left = "-:--:--" if event.seconds_left is None else _clock(event.seconds_left)
-            total = 1.0 if event.segments else None
+            total = 1.0 if event.segments or event.fraction else None
             bar.update(task, description=text, completed=event.fraction, total=total, left=left)
 
         yield show

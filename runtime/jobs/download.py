@@ -147,7 +147,7 @@ def download(
     latest, wanted = _needed(repository, listed)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        run = _Download(directory, hub, repository, commit, Journal.read(directory / RECORD), observer)
+        run = Fetching(directory, hub, repository, commit, Journal.read(directory / RECORD), observer)
         run.fetch([latest])
         folder = (directory / LATEST).read_text(errors="replace").strip()
         wanted = [file for file in wanted if not file.path.startswith("model/") or file.path.split("/")[1] == folder]
@@ -194,7 +194,7 @@ def _needed(repository: str, listed: Sequence[RemoteFile]) -> tuple[RemoteFile, 
 
 
 @dataclass(slots=True)
-class _Download:
+class Fetching:
     """Fetches files of one commit into a folder."""
 
     directory: Path

@@ -50,6 +50,19 @@ class GenerateOptions:
     prompt: str | None = None
     prompt_file: Path | None = None
     negative_prompt: str = ""
+    # masks that are made
+    segmenter: str = "auto"
+    segmenter_weights: Path | None = None
+    segmenter_device: str = "auto"
+    mask_prompt: str | None = None
+    max_characters: int = 2
+    sort: str = "left-to-right"
+    points: tuple[str, ...] = ()
+    boxes: tuple[str, ...] = ()
+    pairs: str = ""
+    one_to_many: bool = False
+    image_from: Path | None = None
+    driving_from: Path | None = None
     # output
     overwrite: bool = False
     resume: bool = False
@@ -75,6 +88,7 @@ class GenerateOptions:
     attention: str = "auto"
     vram_limit: int | None = None
     no_graphs: bool = False
+    gpus: int | str = 1
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
@@ -84,6 +98,12 @@ class GenerateOptions:
     def inputs(self) -> CaseInputs:
         """The case folder, or the files that were named one by one."""
         return CaseInputs(self.case, self.image, self.mask_image, self.driving, self.mask_video)
+
+    @property
+    def makes_masks(self) -> bool:
+        """An image and a clip are given, and no masks."""
+        others = (self.case, self.batch, self.mask_image, self.mask_video)
+        return self.image is not None and self.driving is not None and not any(others)
 
     def request(self, image: Path, mask_image: Path, driving: Path, mask_video: Path, **changes: Any) -> Request:
         """The request for these files; `changes` are fields of `Request` that the batch file or the folder knows

@@ -19,6 +19,7 @@ from scail2_rt.runtime.core.case_folder import FILES, flags
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Output, Request
+from scail2_rt.runtime.jobs.masks import masks_of, with_masks
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.session.check import check_output, check_request, check_room
 from scail2_rt.runtime.session.output_lock import refuse_second
@@ -82,7 +83,7 @@ def open_session(options: GenerateOptions) -> "Iterator[Session]":
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     execution = Execution(options.max_rows, options.attention, not options.no_graphs, options.vram_limit)
-    with Session.open(options.engines, backend=options.backend, execution=execution) as session:
+    with Session.open(options.engines, backend=options.backend, execution=execution, gpus=options.gpus) as session:
         yield session
 
 
@@ -115,6 +116,12 @@ def preset_hint(request: Request, loras: "Sequence[LoRARecord]", preset: str) ->
 
 def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
     """One case, or its estimate."""
+    asked = masks_of(options)
+    if asked is not None and options.dry_run and asked.there is None:
+        later = "the rest of the estimate needs them: run without --dry-run, or make them with `scail2-rt masks make`"
+        return Outcome({"masks": {"text": asked.text, "frames": asked.frames}}, f"{asked.text}\n{later}")
+    if asked is not None:
+        options = with_masks(options, listener)
     job = single_job(options)
     plan = check_job(job)
     with open_session(options) as session:

@@ -187,21 +187,3 @@ def check_host(model: MemoryModel) -> None:
             f"This run needs {activations / 2**30:.1f} GiB of memory beside its weights, and this computer has "
             f"{available / 2**30:.1f} GiB free: use a smaller --size or fewer frames per segment (--segment-length)."
         )
-
-
-def apply(placement: Placement, engines: EngineSet, others: int = 0) -> None:
-    """Tell the engines and the allocator, which counts what others hold, too."""
-    import torch
-
-    total = torch.cuda.mem_get_info()[1]
-    limited = engines.execution.vram_limit is not None
-    torch.cuda.set_per_process_memory_fraction(min((placement.budget + others) / total, 1.0) if limited else 1.0)
-    engines.stream(placement.streamed)
-
-
-def lift_limit(engines: EngineSet) -> None:
-    """The limit is the run's: what else the process does on the GPU may use all of it."""
-    import torch
-
-    if engines.execution.vram_limit is not None:
-        torch.cuda.set_per_process_memory_fraction(1.0)

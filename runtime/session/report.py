@@ -28,7 +28,18 @@ if TYPE_CHECKING:
 
 REPORT_VERSION = 2
 OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume")
-PACKAGES = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av", "numpy", "tokenizers")
+PACKAGES = (
+    "scail2-rt",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "triton",
+    "av",
+    "numpy",
+    "tokenizers",
+)
 
 
 def report_path(output: Path) -> Path:
@@ -133,14 +144,20 @@ def processor_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def describe_device(engines: "EngineSet") -> dict[str, Any]:
-    """The executor, the device it runs on, and the machine."""
+def describe_device(engines: "EngineSet", gpus: int = 1) -> dict[str, Any]:
+    """The executor, the device it runs on and how many of them share the work, and the machine."""
     name = processor_name()
     if engines.device.type == "cuda":
         import torch
 
         name = torch.cuda.get_device_name(engines.device)
-    device = {"backend": engines.backend, "reason": engines.reason, "device": str(engines.device), "name": name}
+    device: dict[str, Any] = {
+        "backend": engines.backend,
+        "reason": engines.reason,
+        "device": str(engines.device),
+        "name": name,
+    }
+    device |= {"gpus": gpus}
     return device | {"system": platform.platform(), "cpu_count": os.cpu_count()}
 
 

@@ -31,18 +31,23 @@ class FakeHub:
     stalls: tuple[str, int] | None = None
     go: threading.Event = field(default_factory=threading.Event)
     listed: dict[str, bytes] | None = None
+    prefixes: dict[str, str] = field(default_factory=lambda: {REPOSITORY: ""})  # repository → where its files begin
     address: str = ""
 
-    def listing(self) -> dict[str, object]:
+    def listing(self, repository: str = REPOSITORY) -> dict[str, object]:
         siblings = []
-        for path, data in (self.listed or self.files).items():
+        prefix = self.prefixes[repository]
+        for place, data in (self.listed or self.files).items():
+            if not place.startswith(prefix):
+                continue
+            path = place.removeprefix(prefix)
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             entry: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": blob}
             if len(data) >= LARGE:
                 sha256 = hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
             siblings.append(entry)
-        return {"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "siblings": siblings}
+        return {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
 
     def part(self, path: str, first: int, last: int) -> bytes:
         self.asked.append((path, first))
@@ -77,12 +82,14 @@ def serve(files: dict[str, bytes]) -> Iterator[FakeHub]:
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path).lstrip("/")
-            if path == f"api/models/{REPOSITORY}/revision/main":
-                self.answer(200, json.dumps(hub.listing()).encode(), "application/json")
+            asked = path.removeprefix("api/models/").removesuffix("/revision/main")
+            if path == f"api/models/{asked}/revision/main" and asked in hub.prefixes:
+                self.answer(200, json.dumps(hub.listing(asked)).encode(), "application/json")
             elif path.startswith("api/models/"):
                 self.answer(404, b"{}", "application/json", {"X-Error-Code": "RepoNotFound"})
             else:
-                self.file(path.removeprefix(f"{REPOSITORY}/resolve/{COMMIT}/"))
+                owner = next((name for name in hub.prefixes if path.startswith(f"{name}/resolve/")), "")
+                self.file(hub.prefixes.get(owner, "") + path.removeprefix(f"{owner}/resolve/{COMMIT}/"))
 
         def file(self, path: str) -> None:
             """A range of a file, by a redirection to the store of large files, as the hub does it."""

@@ -28,6 +28,13 @@ MEASURE_OPTIONS = in_section(
         flag_value="variants",
         help="Also precisions, attention variants, guidance, schedulers and step counts, on a few tasks.",
     ),
+    option(
+        "--masks",
+        type=click.Choice(["true", "made"]),
+        default="true",
+        show_default=True,
+        help="made: also with masks that the small SAM 2 of the package makes, from boxes that it finds.",
+    ),
     option("--long", "table", flag_value="long", help="Ways to hold a clip of five segments together, instead."),
 )
 RUN_OPTIONS = in_section(

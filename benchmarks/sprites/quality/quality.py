@@ -28,6 +28,7 @@ from scail2_rt.benchmarks.sprites.quality.trials import (
     CEILING,
     EQUAL,
     FITTED,
+    MADE_MASKS,
     OFFICIAL,
     ONE_REFERENCE,
     OURS,
@@ -41,6 +42,7 @@ from scail2_rt.benchmarks.sprites.quality.trials import (
     make_request,
     variants,
 )
+from scail2_rt.benchmarks.sprites.segmenting import replace_masks
 from scail2_rt.benchmarks.sprites.shipped import make_engines
 from scail2_rt.benchmarks.sprites.world import cases, figures, motions, raster, shapes
 from scail2_rt.benchmarks.sprites.world.case_files import write_case
@@ -65,7 +67,8 @@ _Make = Callable[[], _Made]
 class QualityOptions:
     """checkpoint: what engines are built from where `engines` is None; cases: how many of each task; sampling: fields
     of `Request` that replace the usual ones; table: "tasks", "variants" or "long"; tasks: () for those that the table
-    usually has; work: folder for engines and cases; output: where rows are saved; sheets: folder for contact sheets."""
+    usually has; work: folder for engines and cases; output: where rows are saved; sheets: folder for contact sheets;
+    masks: "true", or "made" for videos with masks that are made beside those with the true ones."""
 
     checkpoint: Path | None
     engines: Path | None
@@ -79,6 +82,7 @@ class QualityOptions:
     sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
     output: Path | None = None
     sheets: Path | None = None
+    masks: str = "true"
 
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
@@ -157,6 +161,7 @@ class _Runner:
         self.options, self.debug = options, debug
         self.results = Results(CONFIG, (), {})
         self.trials: dict[tuple[str, int], _Trial] = {}
+        self.mask_scores: dict[tuple[str, int], dict[str, float]] = {}  # of masks that were made in this call
         self.described = False
 
     def run_variant(self, variant: Variant, tasks: Sequence[str], required: bool = False) -> None:
@@ -242,6 +247,8 @@ class _Runner:
                 values = trial.answer.score(video)
                 if len(segments) > 1:
                     values |= trial.answer.follow(video, segments)
+                if who == MADE_MASKS:
+                    values |= self.mask_scores[task, seed]
             except Exception as error:
                 if self.debug:
                     traceback.print_exc()
@@ -266,10 +273,19 @@ class _Runner:
             write_case(held_out_case(trial.task, trial.seed, equal=True), folder)
             return make_video(session, make_request(folder, trial.seed, variant, size=frame_of(trial.task)))
 
+        def made_masks() -> _Made:
+            folder = trial.folder.with_name(f"{trial.folder.name}-made")
+            write_case(trial.answer.case, folder)
+            _, self.mask_scores[trial.task, trial.seed] = replace_masks(trial.answer.case, folder)
+            request = make_request(folder, trial.seed, variant, size=frame_of(trial.task))
+            return make_video(session, request)
+
         def alone(make: Callable[[Answer], np.ndarray]) -> _Make:
             return lambda: (make(trial.answer), ())
 
         makers: dict[str, tuple[Kind, _Make]] = {OURS: ("ours", ours)}
+        if self.options.masks == "made":
+            makers[MADE_MASKS] = ("ours", made_masks)
         if trial.task == "extra":
             makers[ONE_REFERENCE] = ("ours", partial(ours, extra_refs=()))
         if trial.task == "closeup":

@@ -21,6 +21,8 @@ COLUMNS = {  # figure: heading, format
     "colour_error": ("colour ΔE", "{:.2f}"),
     "shape_error": ("shape 1-IoU", "{:.3f}"),
     "motion_px": ("motion px", "{:.2f}"),
+    "mask_iou": ("mask IoU", "{:.3f}"),
+    "exchanged": ("exchanged", "{:.3f}"),
     "drift_db": ("drift dB", "{:+.2f}"),
     "colour_drift": ("drift ΔE", "{:+.2f}"),
     "seam": ("seam", "{:.2f}"),

@@ -33,7 +33,7 @@ DRAWN_AS = {
 }  # fmt: skip
 SAMPLING: Mapping[str, Any] = {"scheduler": "unipc", "steps": 2, "shift": 3.0, "guidance": 1.0}
 OURS, ONE_REFERENCE, FITTED, CEILING = "ours", "one-reference", "fit-reference", "vae"
-OFFICIAL, EQUAL = "fit-official", "equal-shapes"
+OFFICIAL, EQUAL, MADE_MASKS = "fit-official", "equal-shapes", "made-masks"
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,13 +98,14 @@ class Workers:
 class Training:
     """One training: how long it goes on, who takes part, and its files in `work`, `name`.state and `name`.jsonl.
 
-    identity: names what is learnt from."""
+    identity: names what is learnt from; recorded: on a GPU, steps are CUDA graphs."""
 
     budget: Budget
     workers: Workers
     work: Path
     name: str
     identity: str = ""
+    recorded: bool = True
 
     @property
     def state_file(self) -> Path:
@@ -158,13 +159,19 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Gradients:
     """The gradients of all parameters in one tensor, `flat`, and what fills it: a loss of each kind of batch."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], losses: Sequence[Loss], generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        losses: Sequence[Loss],
+        generator: torch.Generator,
+        record: bool = True,
+    ) -> None:
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=generator.device)
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
         self._losses, self._generator = losses, generator
         self._recorded: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
-        if generator.device.type == "cuda":
+        if record and generator.device.type == "cuda":
             for kind in range(len(losses)):
                 self._recorded.append(self._record(kind))
 
@@ -222,11 +229,13 @@ def fit(
     turn: Callable[[int], int],
     optimisers: Sequence[torch.optim.Optimizer],
     training: Training,
+    watch: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
 
     losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
-    of the optimisers are their peaks. InputError where the state file has another identity. Progress is appended to
+    of the optimisers are their peaks. `watch` is called with the number of steps when
+    the log gets a line. InputError where the state file has another identity. Progress is appended to
     the log file, one JSON object per line, with the loss of all batches and of each kind."""
     budget, workers = training.budget, training.workers
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -235,7 +244,7 @@ def fit(
     steps, seconds = _resume(training, model, optimisers, average)
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]  # resuming replaced them
     generator = torch.Generator(workers.device).manual_seed(workers.rank + workers.count * steps)
-    gradients = Gradients(parameters, losses, generator)
+    gradients = Gradients(parameters, losses, generator, training.recorded)
     began, saved = time.monotonic() - seconds, time.monotonic()
     running = _Losses(len(losses), workers.device)
     share = workers.agree(budget.spent(time.monotonic() - began, steps))
@@ -259,6 +268,8 @@ def fit(
         if workers.rank == 0 and steps % LOG_EVERY == 0:
             line = {"step": steps, "seconds": round(time.monotonic() - began, 1), "rate": round(height, 4)}
             _append(training.log_file, line | running.take())
+            if watch is not None:
+                watch(steps)
         if workers.rank == 0 and time.monotonic() - saved > SAVE_EVERY_S:
             _save(training, model, optimisers, average, steps, time.monotonic() - began)
             saved = time.monotonic()

@@ -24,17 +24,18 @@ LOWEST_HZ, OCTAVES, LOUDNESS = 220.0, 3.0, 0.2
 MASKS = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}
 
 
-def write_case(case: SpriteCase, directory: Path, sound: bool = True) -> None:
-    """The case as a folder; files of an earlier one are replaced."""
+def write_case(case: SpriteCase, directory: Path, sound: bool = True, masks: bool = True) -> None:
+    """The case as a folder; files of an earlier one are replaced. Without `masks`: a picture, a clip and the prompt."""
     directory.mkdir(parents=True, exist_ok=True)
-    images = {"ref": case.reference, "ref_mask": case.reference_mask}
+    images = {"ref": case.reference, "ref_mask": case.reference_mask} if masks else {"ref": case.reference}
     for number, (image, mask) in enumerate(case.extras, 1):
         images |= {f"extra_{number}": image, f"extra_{number}_mask": mask}
     for name, pixels in images.items():
         write_image(directory / f"{name}.png", pixels)
     samples = motion_sound(case.scene.joints) if sound else None
     write_video(directory / "rendered_v2.mp4", case.driving, FRAME_RATE, samples)
-    write_video(directory / MASKS[case.scene.mode], case.driving_mask, FRAME_RATE)
+    if masks:
+        write_video(directory / MASKS[case.scene.mode], case.driving_mask, FRAME_RATE)
     (directory / "prompt.txt").write_text(case.scene.prompt, encoding="utf-8")
 
 

@@ -1,0 +1,130 @@
+"""The small trained SAM 2 that comes with the package, the detector of drawn figures, and masks made of sprite cases.
+
+The detector asks the segmenter itself: points on a grid are shown to it, one by one, as figures. Trained on points that
+lie beside every figure too, it says of those that nothing is there; what remains are masks that many points agree on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scail2_rt.benchmarks.sprites.world.cases import SpriteCase
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.make.figures import LEAST_AREA, area, iou
+from scail2_rt.runtime.masks.make.folders import open_folder
+from scail2_rt.runtime.masks.make.follow import masks_of
+from scail2_rt.runtime.masks.make.make import Masks, make_masks
+from scail2_rt.runtime.masks.make.options import MaskOptions
+from scail2_rt.runtime.masks.make.segmenters import Segmenter, open_segmenter
+from scail2_rt.runtime.masks.make.tracker import Given
+from scail2_rt.runtime.masks.palette import CHARACTERS, PALETTE
+from scail2_rt.runtime.media.clips import open_video
+
+SEGMENTER = Path(__file__).parent / "segmenter"
+GRID = 12  # points a side
+ALIKE = 0.6  # IoU from which on two masks are of one figure
+AGREED = 2  # points at least that agree on a figure
+Box = tuple[int, int, int, int]
+
+
+def shipped_segmenter() -> Path:
+    """InputError where the folder is missing."""
+    if not (SEGMENTER / "model.safetensors").is_file():
+        raise InputError(
+            f"The sprite segmenter is missing: there is no {SEGMENTER}. Get it with the repository, or train it with "
+            "`python -m scail2_rt.benchmarks.sprites.training.train_segmenter`."
+        )
+    return SEGMENTER
+
+
+def figure_masks(picture: np.ndarray, segmenter: Segmenter) -> list[np.ndarray]:
+    """Masks bool [H, W] of the drawn figures in a picture, uint8 [H, W, 3], those that most points agree on first."""
+    height, width = picture.shape[:2]
+    points = [
+        Given.point((x + 0.5) * width / GRID, (y + 0.5) * height / GRID) for y in range(GRID) for x in range(GRID)
+    ]
+    tracker = segmenter.tracker((height, width))
+    tracker.follow(picture)
+    followed = {n: each for n, each in tracker.add(dict(enumerate(points))).items() if each.seen > 0}
+    masks = masks_of(followed, (height, width))
+    surest = sorted((n for n in masks if area(masks[n]) >= LEAST_AREA), key=lambda n: -followed[n].seen)
+    groups: list[list[np.ndarray]] = []
+    for number in surest:
+        same = next((group for group in groups if iou(group[0], masks[number]) >= ALIKE), None)
+        groups.append([masks[number]]) if same is None else same.append(masks[number])
+    groups.sort(key=lambda group: -len(group))
+    return [group[0] for group in groups if len(group) >= AGREED]
+
+
+def box_of(mask: np.ndarray) -> Box:
+    """x0, y0, x1, y1 of what a mask shows."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def found_boxes(picture: np.ndarray, segmenter: Segmenter, count: int = 1) -> list[Box]:
+    """Boxes of the `count` figures that the detector is surest of. InputError where it finds fewer."""
+    masks = figure_masks(picture, segmenter)
+    if len(masks) < count:
+        raise InputError(f"The detector of drawn figures found {len(masks)} of {count} figures.")
+    return [box_of(mask) for mask in masks[:count]]
+
+
+def case_boxes(case: SpriteCase, segmenter: Segmenter) -> tuple[str, ...]:
+    """`--box` values for a case: what the detector finds in reference and first driving frame, each figure with the
+    colour that the true masks give it, since the drawn order says who drives whom."""
+    found: list[str] = []
+    for where, picture, mask in (
+        ("image:", case.reference, case.reference_mask),
+        ("", case.driving[0], case.driving_mask[0]),
+    ):
+        figures = {name: (mask == PALETTE[name]).all(-1) for name in CHARACTERS}
+        figures = {name: there for name, there in figures.items() if there.any()}
+        boxes = found_boxes(picture, segmenter, len(figures))
+        for name, there in figures.items():
+            nearest = max(boxes, key=lambda box: _box_iou(box, box_of(there)))
+            found.append(f"{where}{','.join(map(str, nearest))}:{name}")
+    return tuple(found)
+
+
+def case_masks(case: SpriteCase, image: Path, driving: Path, directory: Path) -> Masks:
+    """Masks for a drawn case, made by the small SAM 2 from boxes that the detector finds."""
+    folder = shipped_segmenter()
+    segmenter = open_segmenter(open_folder(folder), "cpu")
+    boxes = case_boxes(case, segmenter)
+    segmenter.close()
+    mode = "replace" if case.scene.mode == "replace" else "animate"
+    options = MaskOptions(mode=mode, weights=folder, boxes=boxes, max_characters=3)
+    return make_masks(image, driving, directory, options, device="cpu")
+
+
+def replace_masks(case: SpriteCase, folder: Path) -> tuple[Masks, dict[str, float]]:
+    """Make the masks of a case whose picture and clip `write_case` wrote, in place of the true ones → them, and
+    `mask_scores`."""
+    masks = case_masks(case, folder / "ref.png", folder / "rendered_v2.mp4", folder)
+    with open_video(masks.mask_video) as reader:
+        return masks, mask_scores(reader.read(len(case.driving)), case.driving_mask)
+
+
+def mask_scores(made: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Made mask frames beside the true ones, uint8 [T, H, W, 3]: mean IoU over characters and frames that show them,
+    and the share of these in which the made colour covers more of another character."""
+    figures = {name: (true == PALETTE[name]).all(-1) for name in CHARACTERS}
+    overlaps: list[float] = []
+    exchanged: list[bool] = []
+    for name, there in figures.items():
+        ours = (made == PALETTE[name]).all(-1)
+        others = [other for rival, other in figures.items() if rival != name]
+        for frame in np.flatnonzero(there.any((1, 2))):
+            overlaps.append(iou(ours[frame], there[frame]))
+            own = int((ours[frame] & there[frame]).sum())
+            exchanged.append(any(int((ours[frame] & other[frame]).sum()) > own for other in others))
+    return {"mask_iou": float(np.mean(overlaps)), "exchanged": float(np.mean(exchanged))}
+
+
+def _box_iou(a: Sequence[int], b: Sequence[int]) -> float:
+    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
+    both = float(np.clip(high - low, 0, None).prod())
+    either = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    return both / either

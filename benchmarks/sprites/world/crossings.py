@@ -1,0 +1,79 @@
+"""Clips of figures that cross the picture: they pass before one another, enter late, leave and come back.
+
+What a segmenter learns from and is tried on: `cases` keeps its figures in the picture and mostly apart. Deterministic
+from (split, seed), with the motions of `motions` and, in the test split, those that are never trained on in every other
+clip.
+"""
+
+import numpy as np
+
+from scail2_rt.benchmarks.sprites.world.cases import SPLITS
+from scail2_rt.benchmarks.sprites.world.figures import Body, make_character, pose_body
+from scail2_rt.benchmarks.sprites.world.motions import HELD_OUT, PRACTISED, TRAINED, Random, make_motion
+from scail2_rt.benchmarks.sprites.world.raster import (
+    BACKGROUND,
+    BLOBS,
+    FIRST_BLOB,
+    HORIZON,
+    PAN,
+    Picture,
+    black,
+    clay,
+    make_picture,
+    skeleton,
+)
+
+MOST = 3  # figures
+PATHS = ("across", "stays", "late", "returns")
+OUTSIDE = 40.0  # a figure this far beyond an edge is not seen
+DRESSED = 0.75  # share of the clips of dressed figures; the others are of stick figures or body renderings
+
+
+def make_crossing(seed: int, split: str = "test", frames: int = 33, count: int | None = None) -> Picture:
+    """A clip of `count` figures (None: one to three), the first of them a dog in every fourth clip. All of them are
+    seen in the first frame, but those whose path is "late"; the first one always is."""
+    random = np.random.default_rng([SPLITS.index(split), 1000, seed])
+    count = int(random.integers(1, MOST + 1)) if count is None else count
+    style = None if random.uniform() < DRESSED else (skeleton, clay)[random.integers(2)]
+    bodies = [_figure(random, split, seed, frames, label) for label in range(1, count + 1)]
+    scenery = _scenery(random, frames) if style is None or random.uniform() < 0.5 else black(frames)
+    return make_picture([style(body) if style else body for body in bodies], scenery)
+
+
+def _figure(random: Random, split: str, seed: int, frames: int, label: int) -> Body:
+    species = "animal" if label == 1 and seed % 4 == 0 else "human"
+    usual = PRACTISED if split == "train" else (HELD_OUT, TRAINED)[seed % 2]
+    motion = make_motion(species, str(random.choice(usual[species])), frames, random)
+    character = make_character(species, random, random.uniform(45, 100))
+    path = str(random.choice(PATHS[:2] if label == 1 else PATHS))
+    x = _path(path, random, np.linspace(0, 1, frames))
+    return pose_body(character, motion, x, np.full(frames, random.uniform(100, 124)), label)
+
+
+def _path(path: str, random: Random, time: np.ndarray) -> np.ndarray:
+    """x over time, 0…1."""
+    start, end, left = random.uniform(15, 113), random.uniform(15, 113), random.uniform() < 0.5
+    outside = -OUTSIDE if left else 128 + OUTSIDE
+    if path == "across":
+        return start + (128 - 2 * start + random.uniform(-20, 20)) * time
+    if path == "stays":
+        return np.full_like(time, start)
+    if path == "late":
+        entry = random.uniform(0.05, 0.4)
+        return outside + (end - outside) * np.clip((time - entry) / (0.8 - entry), 0, 1)
+    away = random.uniform(0.35, 0.6)  # half-way out
+    return outside + (start - outside) * np.clip(np.abs(time - away) / 0.3 - 0.2, 0, 1)
+
+
+def _scenery(random: Random, frames: int) -> np.ndarray:
+    one = np.zeros(BACKGROUND)
+    one[:9] = random.uniform(0.15, 0.9, 9)
+    one[HORIZON] = random.uniform(70, 100) * (random.uniform() < 0.9)
+    for i in range(BLOBS):
+        start = FIRST_BLOB + 6 * i
+        one[start : start + 2] = random.uniform((-10, 8), (138, 115))
+        one[start + 2] = random.uniform(7, 24)
+        one[start + 3 : start + 6] = random.uniform(0.1, 0.95, 3)
+    every = np.tile(one, (frames, 1))
+    every[:, PAN] = random.uniform(-20, 20) * np.linspace(-0.5, 0.5, frames)
+    return every

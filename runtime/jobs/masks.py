@@ -1,0 +1,153 @@
+"""Masks made inside, behind `generate` and `masks make`: before any engine is opened, and gone from memory by then."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.as_json import plain
+from scail2_rt.runtime.core.case_folder import ANIMATE_MASKS, IMAGES, REPLACE_MASKS, CaseFiles
+from scail2_rt.runtime.core.progress import Listener
+from scail2_rt.runtime.jobs.options import GenerateOptions
+from scail2_rt.runtime.masks.check import check_case
+from scail2_rt.runtime.masks.make.make import MaskPlan, Masks, make_masks, plan_masks
+from scail2_rt.runtime.masks.make.options import MaskOptions
+from scail2_rt.runtime.masks.make.work import VIDEO_NAMES
+from scail2_rt.runtime.session.check import check_output
+from scail2_rt.runtime.session.output_lock import refuse_second
+
+_MADE = {  # fields of `GenerateOptions` → of `MaskOptions`, where they differ
+    "segmenter_weights": "weights",
+    "mask_prompt": "prompt",
+}
+MAKING = (
+    "segmenter", "segmenter_weights", "mask_prompt", "max_characters", "sort", "points", "boxes", "pairs",
+    "one_to_many", "image_from", "driving_from",
+)  # fmt: skip
+
+
+def masks_folder(output: Path) -> Path:
+    """Where the masks that were made for an output are kept: `out/demo.masks`."""
+    return output.with_name(f"{output.stem}.masks")
+
+
+def mask_options(given: Mapping[str, Any]) -> MaskOptions:
+    """Of a command's parameters."""
+    fields = {_MADE.get(name, name): given[name] for name in (*MAKING, "mode", "start", "frames")}
+    return MaskOptions(**fields)
+
+
+def masks_of(options: GenerateOptions) -> MaskPlan | None:
+    """What making the masks of `generate --image --driving` would do; None where they are given. InputError for options
+    of masks that are made beside masks that are given."""
+    given = {name: getattr(options, name) for name in (*MAKING, "mode", "start", "frames")}
+    if not options.makes_masks:
+        defaults = MaskOptions()
+        used = [name for name in MAKING if given[name] != getattr(defaults, _MADE.get(name, name))]
+        if used:
+            flags = ", ".join("--" + {"boxes": "box", "points": "point"}.get(n, n.replace("_", "-")) for n in used)
+            raise InputError(
+                f"{flags} is for masks that are made: give --image and --driving without masks, or leave it out."
+            )
+        return None
+    assert options.image is not None
+    assert options.driving is not None
+    folder = masks_folder(options.output)
+    for label, path in (("reference image", options.image), ("driving video", options.driving)):
+        if not path.is_file():
+            raise InputError(f"The {label} {path} does not exist.")
+    refuse_second(options.output)
+    request = options.request(options.image, folder / "ref_mask.png", options.driving, folder / "mask.mp4")
+    check_output(options.output_to(options.output), request)
+    return plan_masks(options.image, options.driving, folder, mask_options(given))
+
+
+def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
+    """The options with masks that are made, or were made before, beside the output."""
+    given = {name: getattr(options, name) for name in (*MAKING, "mode", "start", "frames")}
+    assert options.image is not None
+    assert options.driving is not None
+    masks = make_masks(
+        options.image,
+        options.driving,
+        masks_folder(options.output),
+        mask_options(given),
+        device=options.segmenter_device,
+        vram_limit=options.vram_limit,
+        on_progress=listener,
+    )
+    print(masks.text, file=sys.stderr)
+    for note in masks.notes:
+        print(f"masks: {note}", file=sys.stderr)
+    return masked(options, masks)
+
+
+def masked(options: GenerateOptions, masks: Masks) -> GenerateOptions:
+    return replace(options, mask_image=masks.mask_image, mask_video=masks.mask_video, mode=masks.mode)
+
+
+@dataclass(frozen=True, slots=True)
+class MadeCase:
+    """What `masks make` did: the JSON object, and the text for people."""
+
+    document: Mapping[str, Any]
+    text: str
+
+
+def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
+    """A case folder. InputError where there is one already, unless it may be replaced."""
+    folder, image, driving = Path(options["output"]), options["image"], options["driving"]
+    asked = mask_options(options)
+    for label, path in (("reference image", image), ("driving video", driving)):
+        if not path.is_file():
+            raise InputError(f"The {label} {path} does not exist.")
+    names = _case_names(image, driving)
+    there = [name for name in (*names, *ANIMATE_MASKS, *REPLACE_MASKS) if (folder / name).exists()]
+    if there and not options["overwrite"]:
+        raise InputError(f"{folder} holds a case already ({there[0]}): choose another -o, or give --overwrite.")
+    masks = make_masks(
+        image,
+        driving,
+        folder,
+        asked,
+        device=options["segmenter_device"],
+        vram_limit=options["vram_limit"],
+        on_progress=listener,
+    )
+    for name in (*ANIMATE_MASKS, *REPLACE_MASKS):  # of another mode: a folder has one
+        if name != VIDEO_NAMES[masks.mode]:
+            (folder / name).unlink(missing_ok=True)
+    for source, name in zip((image, driving), names, strict=True):
+        _copied(source, folder / name)
+    case = CaseFiles(folder / names[0], masks.mask_image, folder / names[1], masks.mask_video, masks.mode)
+    check = check_case(case)
+    lines = [masks.text, *(f"note: {note}" for note in masks.notes)]
+    lines += [f"{finding.severity} ({finding.rule}): {finding.says}" for finding in check.findings]
+    lines.append(f"case: {folder}; run it with `scail2-rt generate ENGINES --case {folder} -o out.mp4`")
+    return MadeCase({"case": str(folder), "masks": plain(masks), "check": check.as_json}, "\n".join(lines))
+
+
+def _case_names(image: Path, driving: Path) -> tuple[str, str]:
+    """The official names, with the files' own endings."""
+    ending = image.suffix.lower()
+    if f"ref{ending}" not in IMAGES:
+        raise InputError(f"{image} ends in {ending or 'nothing'}, and a case's image in .png, .jpg, .jpeg or .webp.")
+    return f"ref{ending}", f"rendered_v2{driving.suffix.lower()}"
+
+
+def _copied(source: Path, target: Path) -> None:
+    """Whole or not at all; a file that is there already stays."""
+    if target.exists() and target.samefile(source):
+        return
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        shutil.copyfile(source, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)

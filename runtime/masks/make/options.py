@@ -1,0 +1,148 @@
+"""What a user says about masks that are made: which segmenter, which figures, who drives whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.palette import CHARACTERS
+
+AUTHORS_PROMPT = "human. character."
+AUTHORS_ORDER = ("blue", "red", "green", "magenta", "cyan", "yellow")  # the palette in the order of the authors' code
+MODES = ("auto", "animate", "replace")
+SORTS = ("left-to-right", "area")
+SEGMENTERS = ("auto", "sam2", "sam3")
+IMAGE = -1  # the frame of a point or box that belongs to the reference image
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip, or of the reference
+    image (`IMAGE`), and the colour that its figure is to have, "" for any."""
+
+    numbers: tuple[float, ...]
+    frame: int = 0
+    colour: str = ""
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Place:
+        """`[frame:]x,y[:colour]` or `[frame:]x0,y0,x1,y1[:colour]`; `image:` instead of a frame's number."""
+        wanted = {"--point": 2, "--box": 4}[option]
+        parts = [part.strip() for part in text.split(":")]
+        middle = [number for number, part in enumerate(parts) if "," in part]
+        if len(middle) != 1 or len(parts) > 3 or middle[0] > 1 or len(parts) - middle[0] > 2:
+            raise InputError(f"{option} {text!r} is not [frame:]{_form(wanted)}[:colour].")
+        frame = IMAGE if parts[0] == "image" else 0
+        if middle[0] and frame == 0:
+            if not parts[0].isdecimal():
+                raise InputError(f"{option} {text!r}: {parts[0]!r} is neither a frame's number nor `image`.")
+            frame = int(parts[0])
+        try:
+            numbers = tuple(float(number) for number in parts[middle[0]].split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != wanted:
+            raise InputError(f"{option} {text!r} is not [frame:]{_form(wanted)}[:colour].")
+        colour = parts[middle[0] + 1] if len(parts) > middle[0] + 1 else ""
+        if colour and colour not in CHARACTERS:
+            raise InputError(f"{option} {text!r}: {colour!r} is none of {', '.join(CHARACTERS)}.")
+        if wanted == 4 and not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
+            raise InputError(f"{option} {text!r} is no box: x0 must be less than x1, and y0 less than y1.")
+        return cls(numbers, frame, colour)
+
+    def check_inside(self, size: tuple[int, int], picture: str) -> None:
+        """InputError for a place that lies outside a picture of (H, W)."""
+        xs, ys = self.numbers[::2], self.numbers[1::2]
+        if not (min(xs) >= 0 and max(xs) <= size[1] and min(ys) >= 0 and max(ys) <= size[0]):
+            kind, what = ("--box", "box") if len(self.numbers) == 4 else ("--point", "point")
+            at = ",".join(f"{number:g}" for number in self.numbers)
+            raise InputError(
+                f"The {what} {at} ({kind}) lies outside {picture}, which is {size[1]} wide and {size[0]} high: give it "
+                "in that picture's pixels."
+            )
+
+
+def _form(numbers: int) -> str:
+    return "x,y" if numbers == 2 else "x0,y0,x1,y1"
+
+
+@dataclass(frozen=True, slots=True)
+class MaskOptions:
+    """How masks are made.
+
+    mode            animate or replace; auto is animate
+    segmenter, weights   which one, and a folder that holds one; auto takes SAM 3 where it is in the cache, else SAM 2
+    prompt          what to look for, parts ended by full stops; None: the authors' "human. character.", and nothing in
+                    a picture whose figures are given by points or boxes
+    max_characters  how many figures are kept, the surest
+    sort            who is first: the leftmost figure, or the largest
+    points, boxes   `[frame:]x,y[:colour]` and `[frame:]x0,y0,x1,y1[:colour]`; `image:` is the reference image
+    pairs           "1=2,2=1": driving figure 1 moves reference figure 2, and 2 moves 1
+    one_to_many     of several driving figures a reference takes the one that its mask overlaps most
+    image_from, driving_from   a matte, alpha image or SAM3_TRACK_DATA instead of a segmenter
+    start, frames   the part of the clip that is used"""
+
+    mode: Literal["auto", "animate", "replace"] = "auto"
+    segmenter: str = "auto"
+    weights: Path | None = None
+    prompt: str | None = None
+    max_characters: int = 2
+    sort: str = "left-to-right"
+    points: tuple[str, ...] = ()
+    boxes: tuple[str, ...] = ()
+    pairs: str = ""
+    one_to_many: bool = False
+    image_from: Path | None = None
+    driving_from: Path | None = None
+    start: int = 0
+    frames: int | None = None
+    places: tuple[Place, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "image_from", "driving_from"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path))
+        for name in ("points", "boxes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.mode not in MODES:
+            raise InputError(f"--mode must be one of {', '.join(MODES)}, not {self.mode}.")
+        if self.segmenter not in SEGMENTERS:
+            raise InputError(f"--segmenter must be one of {', '.join(SEGMENTERS)}, not {self.segmenter}.")
+        if self.sort not in SORTS:
+            raise InputError(f"--sort must be one of {', '.join(SORTS)}, not {self.sort}.")
+        if not 1 <= self.max_characters <= len(CHARACTERS):
+            raise InputError(
+                f"--max-characters must be 1 to {len(CHARACTERS)}, one for each mask colour, not {self.max_characters}."
+            )
+        if self.prompt is not None and not self.prompt.strip(" ."):
+            raise InputError('--mask-prompt is empty: say what to look for, as in "person. dog.".')
+        places = [Place.parse(text, "--point") for text in self.points]
+        places += [Place.parse(text, "--box") for text in self.boxes]
+        object.__setattr__(self, "places", tuple(places))
+        parse_pairs(self.pairs)
+
+    @property
+    def resolved_mode(self) -> Literal["animate", "replace"]:
+        return "replace" if self.mode == "replace" else "animate"
+
+    def text_for(self, image: bool) -> str | None:
+        """What to look for in the reference image or the clip; None where its figures are given."""
+        if self.prompt is not None:
+            return self.prompt
+        given = any((place.frame == IMAGE) == image for place in self.places)
+        return None if given else AUTHORS_PROMPT
+
+
+def parse_pairs(text: str) -> dict[int, int]:
+    """`1=2,2=1` → driving figure → reference figure, both from 0."""
+    pairs: dict[int, int] = {}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        left, equals, right = (each.strip() for each in part.partition("="))
+        if not (equals and left.isdecimal() and right.isdecimal() and int(left) and int(right)):
+            raise InputError(f"--pairs {text!r}: {part!r} is not DRIVING=REFERENCE, as in 1=2,2=1.")
+        if int(left) - 1 in pairs or int(right) - 1 in pairs.values():
+            raise InputError(f"--pairs {text!r} names a figure twice: each drives one, and is driven by one.")
+        pairs[int(left) - 1] = int(right) - 1
+    return pairs

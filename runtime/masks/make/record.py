@@ -1,0 +1,72 @@
+"""What masks were made from, beside them: so that the same request finds them again, and another one does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scail2_rt.runtime.core.request import Clip, ClipSource, ImageSource
+from scail2_rt.runtime.masks.make.folders import SegmenterFolder
+from scail2_rt.runtime.masks.make.options import MaskOptions
+from scail2_rt.runtime.media.clips import clip_hash
+from scail2_rt.runtime.media.images import load_image
+
+RECORD = "masks.json"
+VERSION = 1  # of what the same inputs and options give
+_FILES = ("mask_image", "mask_video", "sheet")
+
+
+def fingerprint(
+    image: ImageSource, driving: ClipSource, options: MaskOptions, segmenter: SegmenterFolder | None
+) -> dict[str, Any]:
+    """Of inputs, options and the segmenter: files by place, size and time, what is in memory by its content."""
+    given = {
+        each.name: getattr(options, each.name) for each in fields(options) if each.name not in ("places", "weights")
+    }
+    ready = {name: _file(given.pop(name)) for name in ("image_from", "driving_from")}
+    return _as_json(
+        {
+            "version": VERSION,
+            "image": _file(image) if isinstance(image, Path) else _digest(load_image(image)),
+            "driving": clip_hash(driving) if isinstance(driving, Clip) else _file(Path(driving)),
+            "options": {**given, **ready, "mode": options.resolved_mode},
+            "segmenter": None if segmenter is None else [segmenter.name, *map(_file, segmenter.files)],
+        }
+    )
+
+
+def recorded(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of the `Masks` in a folder that were made from this; None where there are none."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("identity") != identity:
+        return None
+    masks = {name: tuple(value) if isinstance(value, list) else value for name, value in found["masks"].items()}
+    masks |= {name: folder / masks[name] for name in _FILES}
+    return masks if all(masks[name].is_file() for name in _FILES) else None
+
+
+def _file(path: Path | None) -> Any:
+    if path is None:
+        return None
+    if path.is_dir():
+        return [_file(each) for each in sorted(path.iterdir()) if each.is_file()]
+    known = path.stat()
+    return [str(path.resolve()), known.st_size, known.st_mtime_ns]
+
+
+def _digest(pixels: np.ndarray) -> str:
+    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(value))
+    return found

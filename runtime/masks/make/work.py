@@ -1,0 +1,231 @@
+"""The making of masks itself: the reference image, then the clip frame by frame, then the pictures that are written."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.progress import Cancelled, Listener, Progress
+from scail2_rt.runtime.core.request import ClipSource
+from scail2_rt.runtime.masks.make.figures import Cast, stretched
+from scail2_rt.runtime.masks.make.folders import SegmenterFolder
+from scail2_rt.runtime.masks.make.follow import ClipFollower, Figure, Looking, figures_in, nobody, present_in
+from scail2_rt.runtime.masks.make.options import IMAGE, MaskOptions
+from scail2_rt.runtime.masks.make.pairs import Pairing
+from scail2_rt.runtime.masks.make.ready import ready_labels, ready_masks
+from scail2_rt.runtime.masks.make.segmenters import Segmenter, open_segmenter
+from scail2_rt.runtime.masks.palette import PALETTE, Mode, background_of
+from scail2_rt.runtime.masks.preview import Still, chosen_frames, contact_sheet
+from scail2_rt.runtime.media.clips import open_video
+from scail2_rt.runtime.media.lossless import write_image, write_video
+from scail2_rt.runtime.media.video_reader import VideoInfo
+
+IMAGE_NAME, SHEET_NAME = "ref_mask.png", "masks.png"
+VIDEO_NAMES: dict[Mode, str] = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}
+SHEET_FRAMES = 11
+READ_AT_ONCE = 4
+PHASE = "masks"
+
+
+@dataclass(slots=True)
+class Made:
+    characters: tuple[str, ...]
+    notes: list[str]
+
+
+class Work:
+    """One making of masks."""
+
+    def __init__(
+        self,
+        picture: np.ndarray,
+        driving: ClipSource,
+        video: VideoInfo,
+        options: MaskOptions,
+        listener: Listener | None,
+        cancel: threading.Event | None,
+    ) -> None:
+        self.picture, self.driving, self.video, self.options = picture, driving, video, options
+        self.mode: Mode = options.resolved_mode
+        left = max(video.frames - options.start, 0)
+        self.used = left if options.frames is None else min(options.frames, left)
+        self._listener, self._cancel, self._began = listener, cancel, time.perf_counter()
+        self.cast = Cast()
+
+    def run(self, folder: SegmenterFolder | None, device: str, vram_limit: int | None, into: Path) -> Made:
+        notes: list[str] = []
+        segmenter = None
+        self.tell(0)
+        try:
+            if folder is not None:
+                segmenter = open_segmenter(folder, chosen_device(folder, device, vram_limit, notes))
+            masks, colours = self._references(segmenter)
+            pairing = Pairing(self.options, masks, colours)
+            stills = self._clip(segmenter, pairing, into / VIDEO_NAMES[self.mode])
+        finally:
+            if segmenter is not None:
+                segmenter.close()
+            del segmenter
+            free_memory()
+        drawn = np.empty_like(self.picture)
+        drawn[:] = background_of(self.mode, "reference")
+        painted = pairing.references()
+        for mask, colour in painted:
+            drawn[mask] = PALETTE[colour]
+        write_image(into / IMAGE_NAME, drawn)
+        write_image(into / SHEET_NAME, contact_sheet([Still("reference", self.picture, drawn), *stills]))
+        self.tell(self.used + 1)
+        return Made(tuple(colour for _, colour in painted), [*notes, *pairing.notes, *self.cast.notes])
+
+    def _references(self, segmenter: Segmenter | None) -> tuple[list[np.ndarray], list[str]]:
+        options, size = self.options, self.picture.shape[:2]
+        if options.image_from is not None:
+            ready = ready_masks(options.image_from, options.max_characters, options.sort)
+            masks = [stretched(mask, size) for mask in ready]
+            if not masks:
+                raise InputError(f"{options.image_from} shows no figure of 1 % of the picture or more.")
+            return masks, [""] * len(masks)
+        assert segmenter is not None
+        looking = self.looking(image=True)
+        found = figures_in(self.picture, segmenter, looking, looking.places)
+        if not found:
+            raise InputError(nobody(looking))
+        return _apart([figure.mask for figure in found]), [figure.colour for figure in found]
+
+    def looking(self, image: bool) -> Looking:
+        options = self.options
+        places = tuple(place for place in options.places if (place.frame == IMAGE) == image)
+        if not image:
+            places = tuple(replace(place, frame=options.start) if not place.frame else place for place in places)
+        where = "the reference image" if image else "the driving video"
+        return Looking(options.text_for(image), places, options.max_characters, options.sort, where)
+
+    def _clip(self, segmenter: Segmenter | None, pairing: Pairing, output: Path) -> list[Still]:
+        """Write the mask video; the frames for the sheet."""
+        video, wanted = self.video, set(chosen_frames(self.used, SHEET_FRAMES, frozenset()))
+        background = background_of(self.mode, "driving")
+        empty = np.full((video.height, video.width, 3), background, np.uint8)
+        stills: list[Still] = []
+
+        def coloured() -> Iterator[np.ndarray]:
+            yield from repeat(empty, self.options.start)
+            for number, (picture, labels) in enumerate(self._labelled(segmenter, pairing)):
+                table = np.tile(np.array(background, np.uint8), (256, 1))
+                for character in self.cast.characters.values():
+                    if (colour := pairing.colour_of(character)) is not None:
+                        table[character.number] = PALETTE[colour]
+                mask = table[labels]
+                if number in wanted:
+                    stills.append(Still(f"frame {self.options.start + number}", picture, mask))
+                self.tell(number + 1)
+                yield mask
+            yield from repeat(empty, video.frames - self.options.start - self.used)
+
+        write_video(output, coloured(), video.frame_rate, timestamps=video.timestamps or None)
+        return stills
+
+    def _labelled(self, segmenter: Segmenter | None, pairing: Pairing) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The frames that are used with their labels, at the clip's size."""
+        options, size = self.options, (self.video.height, self.video.width)
+        if options.driving_from is not None:
+            yield from zip(self._frames(), self._ready(options.driving_from, pairing, size), strict=False)
+            return
+        assert segmenter is not None
+
+        def begun(figures: list[Figure]) -> None:
+            pairing.begin(_apart([figure.mask for figure in figures]), [figure.colour for figure in figures])
+            for character in self.cast.characters.values():
+                character.colour = pairing.colour_of(character) or ""
+
+        follower = ClipFollower(segmenter, self.looking(image=False), pairing.count, self.cast, begun, options.start)
+        yield from follower.labelled(self._frames())
+
+    def _ready(self, path: Path, pairing: Pairing, size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Labels that another tool made; as many as the clip has frames, or as it has used ones."""
+        count = 0
+        options = self.options
+        made = ready_labels(path, options.max_characters, options.sort)
+        for number, labels in enumerate(made):
+            if not options.start <= number < options.start + self.used:
+                count += 1
+                continue
+            labels, count = stretched(labels, size), count + 1
+            present = present_in(labels)
+            if present and not self.cast.characters:
+                self._enter(number, max(present))
+                pairing.begin([labels == each for each in range(1, max(present) + 1)], [""] * max(present))
+            self._enter(number, max(present, default=0))
+            yield labels
+        if count != self.video.frames:
+            raise InputError(
+                f"{path} has {count} frames and the driving video {self.video.frames}: cut them out of this clip."
+            )
+        if not self.cast.characters:
+            raise InputError(f"{path} shows no figure.")
+
+    def _enter(self, frame: int, last: int) -> None:
+        """Characters up to number `last`, of whom nothing but the number matters."""
+        for _ in range(len(self.cast.characters), last):
+            self.cast.enter(frame, self.picture[:1, :1], np.ones((1, 1), bool))
+
+    def _frames(self) -> Iterator[np.ndarray]:
+        left = self.used
+        with open_video(self.driving, self.options.start) as reader:
+            while left and len(frames := reader.read(min(READ_AT_ONCE, left))):
+                left -= len(frames)
+                yield from frames
+
+    def tell(self, done: int) -> None:
+        """Frames that are finished; Cancelled where that was asked for."""
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled("The making of masks was cancelled.")
+        if self._listener is not None:
+            share = min(done / (self.used + 1), 1.0)
+            seconds = time.perf_counter() - self._began
+            self._listener(
+                Progress(PHASE, fraction=share, seconds_left=seconds / share * (1 - share) if done else None)
+            )
+
+
+def chosen_device(folder: SegmenterFolder, device: str, vram_limit: int | None, notes: list[str]) -> str:
+    """InputError where the GPU is named and cannot be used."""
+    import torch
+
+    fits = vram_limit is None or folder.memory_bytes <= vram_limit
+    needs = f"{folder.name} takes about {folder.memory_bytes / 2**30:.1f} GiB"
+    if device == "auto":
+        if torch.cuda.is_available() and not fits:
+            notes.append(f"{needs}, more than --vram-limit: masks were made on the CPU.")
+        return "cuda" if torch.cuda.is_available() and fits else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("There is no GPU here for --segmenter-device cuda: leave it out to make masks on the CPU.")
+    if device == "cuda" and not fits:
+        raise InputError(f"{needs}, more than --vram-limit: raise it, or give --segmenter-device cpu.")
+    return device
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _apart(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """No pixel in two masks: it stays with the smaller figure, which is seen before the larger one."""
+    order = sorted(range(len(masks)), key=lambda i: int(masks[i].sum()))
+    taken = np.zeros_like(masks[0])
+    found = list(masks)
+    for i in order:
+        found[i] = masks[i] & ~taken
+        taken |= masks[i]
+    return found

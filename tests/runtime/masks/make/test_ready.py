@@ -1,0 +1,124 @@
+"""Figures that other tools cut out: track data of ComfyUI in each kind of file, mattes, alpha; what is refused."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime import Clip, MaskOptions, Masks, make_masks
+from scail2_rt.runtime.masks.palette import PALETTE
+from scail2_rt.runtime.media.clips import open_video
+from scail2_rt.runtime.media.images import load_image
+from scail2_rt.runtime.media.lossless import write_image, write_video
+
+SIZE, FRAMES = (60, 100), 5
+PICTURE = np.full((*SIZE, 3), 90, np.uint8)
+
+
+def track_data(
+    boxes: list[list[tuple[int, int, int, int] | None]], scores: list[float], size: tuple[int, int] = (30, 56)
+) -> Any:
+    """As `SAM3_VideoTrack` gives it: `boxes` by frame and figure."""
+    masks = torch.zeros(len(boxes), len(scores), *size, dtype=torch.bool)
+    for frame, figures in enumerate(boxes):
+        for figure, box in enumerate(figures):
+            if box is not None:
+                masks[frame, figure, box[1] : box[3], box[0] : box[2]] = True
+    bits = masks.view(*masks.shape[:-1], -1, 8) * (1 << torch.arange(8))
+    return {"packed_masks": bits.sum(-1).byte(), "orig_size": SIZE, "n_frames": len(boxes), "scores": scores}
+
+
+def made(tmp_path: Path, **options: Any) -> tuple[Masks, np.ndarray, np.ndarray]:
+    clip = Clip(np.stack([PICTURE] * FRAMES), Fraction(16))
+    masks = make_masks(PICTURE, clip, tmp_path / "out", MaskOptions(**options))
+    with open_video(masks.mask_video) as reader:
+        return masks, load_image(masks.mask_image), reader.read(FRAMES + 1)
+
+
+def saved(data: dict[str, Any], file: Path) -> Path:
+    if file.suffix == ".pt":
+        torch.save(data, file)
+    elif file.suffix == ".npz":
+        np.savez(file, packed_masks=data["packed_masks"].numpy(), scores=np.array(data["scores"]))
+    else:
+        save_file({"packed_masks": data["packed_masks"].numpy()}, file)
+    return file
+
+
+@pytest.mark.parametrize("ending", [".pt", ".npz", ".safetensors"])
+def test_track_data_of_both(tmp_path: Path, ending: str) -> None:
+    """Two figures; in the file the right one is the first. Sizes are those of the pictures."""
+    left, right, late = (2, 2, 20, 28), (36, 2, 54, 28), (36, 4, 54, 26)
+    clip = saved(track_data([[None, left]] * 2 + [[late, left]] * 3, [0.9, 0.8]), tmp_path / f"clip{ending}")
+    image = saved(track_data([[right, left]], [0.9, 0.8]), tmp_path / f"image{ending}")
+    masks, reference, driving = made(tmp_path, image_from=image, driving_from=clip)
+    assert masks.characters == ("blue", "red")
+    assert reference.shape[:2] == driving.shape[1:3] == SIZE
+    assert tuple(reference[30, 20]) == PALETTE["blue"]
+    assert tuple(reference[30, 80]) == PALETTE["red"]
+    assert tuple(driving[4, 30, 20]) == PALETTE["blue"]
+    assert [tuple(frame[30, 80]) for frame in driving] == [PALETTE["black"]] * 2 + [PALETTE["red"]] * 3
+
+
+def test_of_many_the_surest(tmp_path: Path) -> None:
+    figures = [(2, 2, 12, 28), (20, 2, 30, 28), (40, 2, 50, 28)]
+    clip = saved(track_data([figures] * FRAMES, [0.3, 0.9, 0.8]), tmp_path / "clip.pt")
+    image = saved(track_data([figures], [0.3, 0.9, 0.8]), tmp_path / "image.pt")
+    masks, reference, _ = made(tmp_path, image_from=image, driving_from=clip)
+    assert masks.characters == ("blue", "red")
+    assert tuple(reference[30, 10]) == PALETTE["white"]
+    assert tuple(reference[30, 44]) == PALETTE["blue"]
+
+
+def test_a_matte_video_and_an_image_with_alpha(tmp_path: Path) -> None:
+    matte = np.zeros((FRAMES, *SIZE, 3), np.uint8)
+    matte[:, 10:50, 20:60] = 255
+    write_video(tmp_path / "matte.mp4", matte, Fraction(16))
+    rgba = np.dstack([PICTURE, np.zeros(SIZE, np.uint8)])
+    rgba[5:55, 30:70, 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "cut.png")
+    masks, reference, driving = made(
+        tmp_path, image_from=tmp_path / "cut.png", driving_from=tmp_path / "matte.mp4", mode="replace"
+    )
+    assert masks.characters == ("blue",)
+    assert masks.segmenter == "the files given"
+    assert ((reference == PALETTE["blue"]).all(-1) == (rgba[..., 3] == 255)).all()
+    assert ((driving == PALETTE["blue"]).all(-1) == (matte[..., 0] == 255)).all()
+    assert tuple(driving[0, 0, 0]) == PALETTE["white"]
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (lambda file: file.with_suffix(".pt").write_bytes(b"no"), "cannot be read as track data"),
+        (lambda file: torch.save({"masks": torch.zeros(1)}, file.with_suffix(".pt")), "holds no packed_masks"),
+        (
+            lambda file: torch.save({"packed_masks": torch.zeros(2, 2)}, file.with_suffix(".pt")),
+            "not uint8 [T, N, H, W/8]",
+        ),
+        (
+            lambda file: saved(track_data([[(2, 2, 20, 28)]] * 3, [1.0]), file.with_suffix(".pt")),
+            "has 3 frames and the driving",
+        ),
+        (lambda file: write_image(file.with_suffix(".png"), np.zeros((*SIZE, 3), np.uint8)), "shows no figure"),
+        (
+            lambda file: write_image(file.with_suffix(".png"), np.full((*SIZE, 3), (250, 20, 20), np.uint8)),
+            "a matte is grey",
+        ),
+    ],
+)
+def test_files_of_another_kind(tmp_path: Path, write: Any, told: str) -> None:
+    write(tmp_path / "clip")
+    (file,) = tmp_path.glob("clip.*")
+    image = saved(track_data([[(2, 2, 20, 28)]], [1.0]), tmp_path / "image.pt")
+    with pytest.raises(InputError) as error:
+        made(tmp_path, image_from=image, driving_from=file)
+    assert told in str(error.value)
+    assert str(file) in str(error.value)
+    assert not (tmp_path / "out").exists()
