@@ -13,6 +13,7 @@
     download         the official checkpoint from the hub       download
     inspect          what a file or folder is                   inspection
     serve            engines → videos over HTTP                 serve
+    comfyui          nodes in a ComfyUI folder                  runtime.comfyui.installing
 
 Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
 code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from scail2_rt.runtime.cli import options as o
+from scail2_rt.runtime.cli.comfyui_commands import comfyui
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
@@ -261,7 +263,7 @@ def doctor(engines: Path | None, as_json: bool) -> None:
     show(found, found.text, as_json)
 
 
-for command in (convert, download, inspect, masks, serve):
+for command in (comfyui, convert, download, inspect, masks, serve):
     cli.add_command(command)
 
 

@@ -115,6 +115,7 @@ class Groups:
         self.rank, self.size, self.device = rank, size, device
         self._made: list[Any] = []
         self._watch = Watch()
+        self._aborting: list[threading.Thread] = []
         self.everyone = self._group(store, "everyone", rank, size, local)
         self.half: GroupPeers | None = None
         if size % 2 == 0 and size > 2:
@@ -136,13 +137,19 @@ class Groups:
         finally:
             self._watch.seen = None
 
-    def abort(self) -> None:
+    def abort(self) -> list[threading.Thread]:
         """End what runs in these groups, here: a kernel that waits for a process that is gone would wait for ever.
 
-        In a thread: NCCL ends the kernels at once, but then waits until no recorded graph refers to a group."""
-        if self.device.type == "cuda":
-            for backend in self._made:
-                threading.Thread(target=backend.abort, name="scail2-rt abort", daemon=True).start()
+        NCCL ends the kernels at once, but then waits until no recorded graph refers to a group, so each group has a
+        thread → those threads. They are to be joined when the graphs are gone: a thread that is inside a library when
+        the interpreter ends would end the process with it."""
+        if self.device.type == "cuda" and not self._aborting:
+            self._aborting = [
+                threading.Thread(target=group.abort, name="scail2-rt abort", daemon=True) for group in self._made
+            ]
+            for thread in self._aborting:
+                thread.start()
+        return self._aborting
 
     def _group(self, store: Any, name: str, rank: int, size: int, local: bool) -> GroupPeers:
         backend = self._backend(dist.PrefixStore(name, store), rank, size, local)
