@@ -2,7 +2,11 @@
 
 import contextlib
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from scail2_rt.kernels.errors import InputError
@@ -45,3 +49,11 @@ def share_of_node(gpus_each: int) -> tuple[dict[str, Any], int]:
         raise InputError("The cluster has no GPU: leave the number of GPUs out to run on its CPUs.")
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     return {"num_cpus": 1}, max(1, len(nodes))
+
+
+def scratch_folder(kind: str) -> Path:
+    """A folder of this process; those of processes that were killed go now."""
+    for left in Path(tempfile.gettempdir()).glob(f"scail2-rt-{kind}-*-*"):
+        if not Path(f"/proc/{left.name.split('-')[3]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"scail2-rt-{kind}-{os.getpid()}-"))
