@@ -15,12 +15,12 @@ from typing import Any
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.cluster.engines_folder import digest_at
 from scail2_rt.runtime.cluster.joining import joined, share_of_node
-from scail2_rt.runtime.cluster.ledger import open_ledger
+from scail2_rt.runtime.cluster.ledger import APPS, open_ledger
 from scail2_rt.runtime.cluster.objects import Objects
 from scail2_rt.runtime.serve.launch import SAME, limits_of
 from scail2_rt.runtime.serve.settings import Settings, is_loopback
 
-FRONT = "scail2-rt"
+FRONT = "scail2-rt"  # of the front end's application
 DRAIN_S = 600.0  # how long a replica that must go may finish its job in
 OPEN_S = 1800.0
 
@@ -105,9 +105,9 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
         if there != data:
             raise InputError(f"This cluster runs a service with --data {there}: `serve shutdown` ends it.")
         serve.start(http_options={"host": settings.host, "port": settings.port, "location": "HeadOnly"})
-        name = f"{FRONT}-{digest[:12]}"
+        name = f"{APPS}{digest[:12]}"
         application = engines_app(settings, data, engines, digest, share, wanted)
-        old = [app for app in serve.status().applications if app.startswith(f"{FRONT}-") and app != name]
+        old = [app for app in serve.status().applications if app.startswith(APPS) and app != name]
         _run({name: (application, None)}, wait=not old)
         Objects(data).put("current", digest.encode())
         _run({FRONT: (front_app(settings, data, digest), "/")}, wait=True)

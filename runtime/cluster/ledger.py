@@ -23,6 +23,7 @@ from scail2_rt.runtime.cluster.objects import Objects
 from scail2_rt.runtime.serve.store import FileRow, JobRow, Store
 
 NAME = "ledger"
+APPS = "scail2-rt-"  # what names of applications begin with that `serve --ray` made
 TICK_S = 1.0
 SILENT_TICKS = 15
 KILLS = 20
@@ -59,8 +60,13 @@ class Index(Store):
             JobRow.of(row) for row in self._read("SELECT * FROM jobs WHERE state='queued' ORDER BY seq LIMIT ?", most)
         ]
 
-    def running(self) -> list[JobRow]:
-        return [JobRow.of(row) for row in self._read("SELECT * FROM jobs WHERE state='running'")]
+    def running(self) -> list[str]:
+        return [row["id"] for row in self._read("SELECT id FROM jobs WHERE state='running'")]
+
+    def wanted(self) -> set[str]:
+        """Digests of the engines that unfinished jobs are for."""
+        sql = "SELECT DISTINCT json_extract(request, '$.engines') AS digest FROM jobs"
+        return {row["digest"] for row in self._read(f"{sql} WHERE state IN ('queued', 'running')")}
 
 
 class Ledger:
@@ -75,7 +81,7 @@ class Ledger:
         self.index.load("files", self.objects.documents("uploads"))
         self._locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
         self._pushed: dict[str, asyncio.Task[None]] = {}
-        self._silent: dict[str, int] = {row.id: 0 for row in self.index.running()}
+        self._silent: dict[str, int] = dict.fromkeys(self.index.running(), 0)
         self._apps: dict[str, str] = {}
         self._news: collections.deque[tuple[int, str, dict[str, Any]]] = collections.deque(maxlen=NEWS)
         self._count, self._told, self.deaths = 0, asyncio.Condition(), 0
@@ -98,7 +104,7 @@ class Ledger:
             return getattr(self.index, name)(*arguments)
         if name in WRITES:
             job_id = arguments[0].id if isinstance(arguments[0], JobRow) else arguments[0]
-            if name == "add_job" and (there := self.index.job(job_id)) is not None:  # asked again after a restart
+            if name == "add_job" and (there := self._there(*arguments)) is not None:
                 return there
             answer = getattr(self.index, name)(*arguments)
             if name == "finish" and not answer:  # asked again
@@ -116,6 +122,11 @@ class Ledger:
         answer = getattr(self.index, name)(*arguments)
         await self._publish("files", arguments[0])
         return answer
+
+    def _there(self, job_id: str, owner: str, request: Any, idempotency: str | None, digest: str) -> JobRow | None:
+        """A job that is asked for again: after a restart of this actor, or by its key, through another front end."""
+        by_key = None if idempotency is None else self.index.job_of_key(owner, idempotency)
+        return self.index.job(job_id) or by_key
 
     async def offer(self, digest: str, app: str) -> None:
         """These engines are served by this application of Ray Serve."""
@@ -200,11 +211,11 @@ class Ledger:
     # giving jobs out
 
     def _push_more(self) -> None:
-        for row in self.index.queued(AHEAD + len(self._pushed)):
-            if len(self._pushed) >= AHEAD:
-                return
+        room = AHEAD + len(self.index.running()) - len(self._pushed)
+        for row in self.index.queued(AHEAD) if room > 0 else ():
             app = self._apps.get(row.request["engines"])
-            if app is not None and row.id not in self._pushed:
+            if app is not None and row.id not in self._pushed and room > 0:
+                room -= 1
                 self._pushed[row.id] = asyncio.create_task(self._push(row, app))
 
     async def _push(self, row: JobRow, app: str) -> None:
@@ -246,26 +257,27 @@ class Ledger:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     async def _tick(self) -> None:
-        for row in self.index.running():
-            self._silent[row.id] = self._silent.get(row.id, 0) + 1
-            if self._silent[row.id] > SILENT_TICKS:
-                await self._lost(row.id)
+        running = self.index.running()
+        self._silent = {job_id: self._silent.get(job_id, 0) + 1 for job_id in running}
+        for job_id in running:
+            if self._silent[job_id] > SILENT_TICKS:
+                await self._lost(job_id)
         for job_id in self.index.deleted():
             if job_id not in self._pushed:
                 await asyncio.to_thread(self.objects.remove, f"jobs/{job_id}")
                 self.index.forget_job(job_id)
                 await self._publish("jobs", job_id)
-                self._silent.pop(job_id, None)
         self._push_more()
         await self._retire()
 
     async def _retire(self) -> None:
-        """Engines that were replaced go when no job is for them any more."""
+        """Engines that were replaced go when no job is for them any more; those of a config file are its owner's."""
         current = await asyncio.to_thread(self.objects.get, "current")
         if current is None or len(self._apps) < 2:
             return
-        wanted = {row.request["engines"] for row in (*self.index.running(), *self.index.queued(1_000_000))}
-        for digest in [digest for digest in self._apps if digest != current.decode() and digest not in wanted]:
+        kept = {current.decode(), *self.index.wanted()}
+        ours = {digest for digest, app in self._apps.items() if app.startswith(APPS)}
+        for digest in ours - kept:
             from ray import serve
 
             await asyncio.to_thread(serve.delete, self._apps.pop(digest), _blocking=False)

@@ -41,6 +41,10 @@ class RemoteStore(Store):
         for file in self.folder(job_id).iterdir():
             self.objects.put_file(file, f"jobs/{job_id}/inputs/{file.name}")
         row: JobRow = self.ask("add_job", job_id, owner, dict(request), idempotency, digest)
+        if row.id != job_id:
+            self.objects.remove(f"jobs/{job_id}")
+            if row.digest != digest:
+                raise Refusal(409, "This Idempotency-Key was used for another request.", "idempotency_key_reused")
         return row
 
     def result(self, row: JobRow, name: str) -> Path:
