@@ -15,6 +15,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
@@ -25,6 +26,7 @@ from scail2_rt.runtime.serve.store import FileRow, JobRow, Store
 NAME = "ledger"
 APPS = "scail2-rt-"  # what names of applications begin with that `serve --ray` made
 TICK_S = 1.0
+WRITERS = 64  # records that are written at once
 SILENT_TICKS = 15
 KILLS = 20
 AHEAD = 64  # jobs that wait at Ray Serve
@@ -92,6 +94,7 @@ class Ledger:
     async def begin(self) -> str:
         """Where its records are; work begins with the first call."""
         if self._ticking is None:
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WRITERS))
             self._ticking = asyncio.create_task(self._tick_for_ever())
         return self.objects.url
 

@@ -24,8 +24,8 @@ from scail2_rt.runtime.serve.pool import Pool
 from scail2_rt.runtime.serve.settings import Settings
 from scail2_rt.runtime.serve.store import JobRow, Store
 
-BEAT_S = 2.0
-EVENT_S = 0.5  # between events of one phase that are passed on
+BEAT_S = 4.0  # at most, between two words about a job
+EVENT_S = 1.0  # at least, between events of one phase
 ENCODINGS = 64  # prompts that a replica says it has
 
 
@@ -67,7 +67,7 @@ class Replica:
         self._pool = Pool(replace(settings, engines=folder, data=here, workers=1), self._desk, self._heard)
         await self._pool.start()
         self._ended: asyncio.Future[None] | None = None
-        self._passed, self._saved = 0.0, 0
+        self._passed, self._said, self._saved = 0.0, 0.0, 0
         self._phase = ""
         await self._ledger.offer.remote(self.digest, serve.get_replica_context().app_name)
 
@@ -90,8 +90,8 @@ class Replica:
             await self._pool.dispatch()
             while not self._ended.done():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(self._ended), BEAT_S)
-                if not self._ended.done():
+                    await asyncio.wait_for(asyncio.shield(self._ended), BEAT_S / 2)
+                if not self._ended.done() and time.monotonic() - self._said > BEAT_S / 2:
                     await self._say(row, {})
             self._ended.result()
         finally:
@@ -117,6 +117,7 @@ class Replica:
         return finished
 
     async def _say(self, row: JobRow, message: Mapping[str, Any]) -> bool:
+        self._said = time.monotonic()
         counts: bool = await self._ledger.heard.remote(row.id, row.attempt, dict(message))
         if not counts:
             await self._pool.cancel(row.id)
