@@ -5,16 +5,35 @@
     jobs/ID/inputs/…           of a job; written once, before its record
     jobs/ID/N/…                what attempt N made: states to go on from, and the result; no other attempt writes there
 
-An object is there whole or not at all: stores do so by themselves, a folder by renaming.
+An object is there whole or not at all: stores do so by themselves, a folder by syncing and renaming.
 """
 
+import contextlib
 import json
+import os
 import secrets
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from scail2_rt.kernels.errors import InputError
+
+
+@contextlib.contextmanager
+def _whole(place: Path) -> Iterator[BinaryIO]:
+    """A file that is there, and on the disk, when this ends."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(place)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Objects:
@@ -38,22 +57,16 @@ class Objects:
         if not self._folder:
             self._fs.pipe_file(path, data)
             return
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{secrets.token_hex(8)}")
-        temporary.write_bytes(data)
-        temporary.replace(place)
+        with _whole(Path(path)) as file:
+            file.write(data)
 
     def put_file(self, file: Path, name: str) -> None:
         path = f"{self._root}/{name}"
         if not self._folder:
             self._fs.put_file(str(file), path)
             return
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{secrets.token_hex(8)}")
-        self._fs.put_file(str(file), str(temporary))
-        temporary.replace(place)
+        with file.open("rb") as source, _whole(Path(path)) as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
 
     def put_json(self, name: str, document: Mapping[str, Any]) -> None:
         self.put(name, json.dumps(document).encode())
