@@ -12,8 +12,10 @@ from scail2_rt.benchmarks.sprites.quality.command import quality
 from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
+from scail2_rt.runtime.cli.types import GpuCount
 
-SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate")
+SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate", "serve")
+SCALING = ("forward-fp8", "generate", "golden", "forward-bf16", "failures")  # benchmarks.speed.scaling.PARTS
 ABOUT = {
     "attention": "Self-attention: every variant, its speed at full length and its error on six input families.",
     "kernels": "Preparation, cross-attention and row operations, against the copy ceiling and their PyTorch twins.",
@@ -22,6 +24,7 @@ ABOUT = {
     "vae": "Decoding a segment and encoding its driving clip, against the plain layers.",
     "load": "Engine folder to first denoising step, in a fresh process.",
     "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
+    "serve": "The service: request to first step, its videos, polling clients, a long queue.",
     "all": "Every section, each in a process of its own, merged.",
 }
 MODELS = ("14b", "1.3b", "tiny")  # benchmarks.speed.models.MODELS
@@ -58,6 +61,21 @@ RUN_OPTIONS = in_section(
         metavar="N",
         help="Section generate: segments of the clip, to see what each costs beyond its steps.",
     ),
+    option(
+        "--gpus",
+        type=GpuCount(),
+        default=1,
+        show_default=True,
+        metavar="N|all",
+        help="Sections forward, generate: GPUs that share the work. Against one GPU: bench scaling.",
+    ),
+)
+SERVE_OPTIONS = in_section(
+    "Section serve",
+    option(
+        "--clients", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Polling clients."
+    ),
+    option("--queued", type=click.IntRange(min=1), default=2000, show_default=True, metavar="N", help="Waiting jobs."),
 )
 RESULT_OPTIONS = in_section(
     "Results",
@@ -89,7 +107,7 @@ def _add_section(name: str) -> None:
     def command(**options: Any) -> None:
         _run(name, **options)
 
-    decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(RESULT_OPTIONS(command)))
+    decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(SERVE_OPTIONS(RESULT_OPTIONS(command))))
     bench.command(name, cls=SectionCommand, help=ABOUT[name])(decorated)
 
 
@@ -103,6 +121,10 @@ def _run(section: str, sizes: str | None, html_page: Path | None, summary_file: 
     from scail2_rt.benchmarks.speed.models import default_sizes, parse_sizes
     from scail2_rt.benchmarks.speed.sections import last_line, run_all, run_section, text_of
 
+    if given["gpus"] == "all":
+        from scail2_rt.runtime.distributed.gpus import count_gpus
+
+        given["gpus"] = count_gpus("all", "cuda")
     options = Options(sizes=parse_sizes(sizes) if sizes else default_sizes(given["config"]), **given)
     if section == "all":
         results, failed = run_all(options)
@@ -126,6 +148,34 @@ def _write_outputs(results: Any, html_page: Path | None, summary_file: Path | No
 
         summary_file.parent.mkdir(parents=True, exist_ok=True)
         summary_file.write_text(json.dumps(summary_document(results), indent=1, ensure_ascii=False) + "\n")
+
+
+@bench.command(cls=SectionCommand)
+@in_section(
+    "What to measure",
+    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
+    option("--gpus", type=click.IntRange(min=2), default=2, show_default=True, metavar="N", help="Compared with one."),
+    option(
+        "--part", "parts", type=click.Choice(SCALING), multiple=True, help="May be repeated.  [default: all, in order]"
+    ),
+    option("--limit", "limit_s", type=float, default=540.0, show_default=True, metavar="S", help="Seconds for all."),
+)
+@in_section(
+    "Results",
+    option("--json", "output", type=PATH, metavar="FILE", required=True, help="Save there, after every part."),
+    option("--summary", type=PATH, metavar="FILE", help="Write the flat summary."),
+    option("--work", type=PATH, default=WORK, metavar="DIR", help=f"Folder for random engines.  [default: {WORK}]"),
+)
+@debug_option
+def scaling(parts: tuple[str, ...], **options: Any) -> None:
+    """One generation on several GPUs of this host against one GPU: forward passes, guidance, whole generations, the
+    golden fixtures (SCAIL2_GOLDEN names their folder), and failures. On a CPU, processes; figures say nothing there."""
+    from scail2_rt.benchmarks.speed.scaling import ScalingOptions, run
+
+    document = run(ScalingOptions(parts=parts or SCALING, **options))
+    click.echo(json.dumps(document["summary"], indent=1))
+    if any("failure" in part for part in document["parts"].values()):
+        raise click.exceptions.Exit(1)
 
 
 @bench.command(cls=SectionCommand)

@@ -22,7 +22,7 @@ from scail2_rt.engines.folder.store import StoreLayout, WeightStore
 from scail2_rt.engines.folder.sums import SumChecker
 from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.engines.row_chunks import MAX_ROWS, RowChunks
-from scail2_rt.engines.vae_stream import StagedVAEStream, VAEStream
+from scail2_rt.engines.vae_stream import Part, StagedVAEStream, VAEStream
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Numerics, Precision
 from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
@@ -121,11 +121,13 @@ class Executor(ABC):
     cuda_graphs     may denoising steps be recorded in CUDA graphs?
     follows_stream  does it compute on PyTorch's current stream, so that a CUDA graph can record it?
     places_weights  does it place weights itself, so that a memory plan applies?
+    splits_pictures can it decode a part of the picture?
     reports_plans   can it say how a stage was compiled?"""
 
     cuda_graphs = False
     follows_stream = True
     places_weights = False
+    splits_pictures = False
     reports_plans = False
 
     def __init__(self, backend: "Backend", folder: EngineFolder, device: torch.device, execution: Execution) -> None:
@@ -185,6 +187,10 @@ class Executor(ABC):
     def vae_stream(self, stage: str) -> VAEStream:
         """A stream over `vae.encode` or `vae.decode` that is at its start."""
         return StagedVAEStream(self, stage)
+
+    def part_stream(self, part: Part) -> VAEStream:
+        """A stream over `vae.decode` at its start that gives a part of the picture, [3, 1 or 4, rows, W]."""
+        raise Scail2Error(f"backend {self.backend.name} decodes whole pictures only.")
 
     def plan_report(self, name: str) -> str | None:
         """How a stage was compiled, as JSON of the library's inspector; None where nothing is compiled."""
@@ -262,9 +268,26 @@ class Backend(ABC):
         """InputError when artefacts of this record cannot run here. `remedy`: the command that builds them again."""
         return
 
+    def auto_obstacle(self, directory: Path, manifest: Manifest) -> str | None:
+        """Why `auto` must not take its artefacts in this folder, in words; None when it may."""
+        return None
+
+    def remember(self, directory: Path, manifest: Manifest, passed: bool) -> None:
+        """`verify` has tested its artefacts on this machine's GPU."""
+        return
+
+    def memory_note(self, stage_bytes: Mapping[str, int]) -> str | None:
+        """What a GPU must hold of the weights of these stages (name → bytes) at once, in words; None where weights can
+        be streamed."""
+        return None
+
     def limit_obstacle(self, device: str) -> str | None:
         """Why a limit of GPU memory cannot be kept on "cuda" or "cpu", in words; None when it can."""
         return f"{self.name} runs on the {device} here"
+
+    def targets(self, plan: ArtefactPlan) -> tuple[str, ...]:
+        """The GPU architectures that its artefacts were built for; none when they were built for this machine's."""
+        return ()
 
     def room(self, plan: ArtefactPlan) -> int:
         """Bytes of disk that its artefacts need beside the weight store. InputError when there is no room for what it

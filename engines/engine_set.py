@@ -31,7 +31,7 @@ from scail2_rt.engines.folder.sums import SumChecker
 from scail2_rt.engines.folder.weights import EMBEDDING
 from scail2_rt.engines.registry import backend as backend_named
 from scail2_rt.engines.registry import choose_backend
-from scail2_rt.engines.vae_stream import VAEStream
+from scail2_rt.engines.vae_stream import Part, VAEStream
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Numerics
 from scail2_rt.export.stages.spec import StageDefinition
@@ -166,6 +166,15 @@ class EngineSet:
         One at a time for a stage: a second may be the first one, reset."""
         return self.executor.vae_stream(stage)
 
+    @property
+    def splits_pictures(self) -> bool:
+        """Can the executor decode a part of the picture?"""
+        return self.executor.splits_pictures and self.config.vae is not None
+
+    def part_stream(self, part: Part) -> VAEStream:
+        """A stream over `vae.decode`, at its start, that gives a part of the picture [3, 1 or 4, rows, W]."""
+        return self.executor.part_stream(part)
+
     def plan_report(self, name: str) -> str | None:
         """How a stage was compiled, as JSON of the library's inspector; None where nothing is compiled."""
         return self.executor.plan_report(name)
@@ -253,7 +262,8 @@ def open_engines(
 def _choose(directory: Path, manifest: Manifest, requested: str, device: str | None) -> BackendChoice:
     """The backend for a folder, checked against the folder and this machine."""
     records = {record.backend: record for record in manifest.executors}
-    name, reason = choose_backend(requested, tuple(records))
+    obstacles = {name: backend_named(name).auto_obstacle(directory, manifest) for name in records}
+    name, reason = choose_backend(requested, tuple(records), {n: text for n, text in obstacles.items() if text})
     if name not in records:
         raise InputError(
             f"{directory} holds no {name} engines (it holds {', '.join(records)}); add them with: "
@@ -262,6 +272,8 @@ def _choose(directory: Path, manifest: Manifest, requested: str, device: str | N
     chosen = backend_named(name)
     chosen.check_place(records[name], describe_command(manifest, directory))
     place = device or chosen.device()
+    if place not in ("cpu", "cuda"):
+        raise InputError(f"the device {place!r} is unknown: use cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU).")
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was named, but PyTorch finds no CUDA GPU on this machine; use the device cpu.")
     where = torch.device("cuda", torch.cuda.current_device()) if place == "cuda" else torch.device(place)

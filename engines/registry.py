@@ -6,7 +6,7 @@ or refused; only `auto` chooses. A new backend is one line of `_MODULES` and one
 
 import functools
 import importlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -15,9 +15,10 @@ from scail2_rt.export.models.precision import PRECISIONS, Precision
 from scail2_rt.kernels.errors import InputError
 
 # In the order in which `auto` takes them on a GPU; without one it takes the last that needs none first: ONNX Runtime
-# is the fastest on a CPU. Each module has its backend as BACKEND.
+# is the fastest on a CPU. Each module has its backend as BACKEND, or several by name as BACKENDS.
 _MODULES = {
     "tensorrt": "tensorrt_backend.backend",
+    "tensorrt-rtx": "tensorrt_backend.backend",
     "torch": "torch_backend.backend",
     "onnxruntime": "onnx_backend.backend",
 }
@@ -30,7 +31,8 @@ def backend(name: str) -> Backend:
     """The backend of this name. InputError when there is none."""
     if name not in _MODULES:
         raise InputError(f"backend {name!r} is unknown; use auto, {', '.join(BACKENDS)}.")
-    found: Backend = importlib.import_module(f"scail2_rt.engines.{_MODULES[name]}").BACKEND
+    module = importlib.import_module(f"scail2_rt.engines.{_MODULES[name]}")
+    found: Backend = module.BACKENDS[name] if hasattr(module, "BACKENDS") else module.BACKEND
     return found
 
 
@@ -52,8 +54,11 @@ def device_of(name: str) -> str:
     return backend(name).device()
 
 
-def choose_backend(requested: str = "auto", built: Collection[str] | None = None) -> tuple[str, str]:
-    """(backend, reason). `built`: the backends that an engine folder holds; None when a build is still to come.
+def choose_backend(
+    requested: str = "auto", built: Collection[str] | None = None, obstacles: Mapping[str, str] | None = None
+) -> tuple[str, str]:
+    """(backend, reason). `built`: the backends that an engine folder holds; None when a build is still to come;
+    `obstacles`: backend → why `auto` must not take it, in words.
 
     `auto` takes, of those that are installed and built, TensorRT on a GPU, then torch, then ONNX Runtime; on a CPU
     ONNX Runtime before torch. A named backend that cannot be used is an InputError."""
@@ -68,13 +73,14 @@ def choose_backend(requested: str = "auto", built: Collection[str] | None = None
     order = BACKENDS if graphics else tuple(name for name in reversed(BACKENDS) if not backend(name).needs_gpu)
     place = f"the GPU is {graphics}" if graphics else "this machine has no CUDA GPU"
     for position, name in enumerate(order):
-        if _usable(name, built):
+        if _usable(name, built) and name not in (obstacles or {}):
             if backend(name).needs_gpu:
                 return name, f"its library and plans are there, and {place}"
-            return name, place + "".join(_why_not(better, built) for better in order[:position])
+            return name, place + "".join(_why_not(better, built, obstacles) for better in order[:position])
+    told = "".join(f" {text}." for text in (obstacles or {}).values())
     raise InputError(
         f"none of the executors in the engine folder ({', '.join(sorted(built or ())) or 'none'}) can run on this "
-        "machine; add one with scail2-rt build-engines CHECKPOINT -o DIR --backend torch."
+        f"machine.{told} Add one with scail2-rt build-engines CHECKPOINT -o DIR --backend torch."
     )
 
 
@@ -82,7 +88,9 @@ def _usable(name: str, built: Collection[str] | None) -> bool:
     return installed(name) and (backend(name).built_by_auto if built is None else name in built)
 
 
-def _why_not(name: str, built: Collection[str] | None) -> str:
+def _why_not(name: str, built: Collection[str] | None, obstacles: Mapping[str, str] | None) -> str:
+    if obstacles and name in obstacles:
+        return f" and {obstacles[name]}"
     if not installed(name):
         return f" and {name} is not installed"
     return f" and {name} is not built into the folder" if built is not None and name not in built else ""
@@ -99,6 +107,8 @@ def default_precision(names: Sequence[str]) -> tuple[Precision, str]:
     """(precision, reason): fp32 on a CPU; on a GPU fp8 where it has e4m3 GEMMs, else bf16."""
     if all(device_of(name) == "cpu" for name in names):
         return "fp32", "computation is on the CPU"
+    if not torch.cuda.is_available():
+        return "fp8", "plans are made for cards that have it"
     if torch.cuda.get_device_capability() >= FP8_CAPABILITY:
         return "fp8", f"the GPU is {gpu()}"
     return "bf16", f"the GPU is {gpu()}, which has no fp8"

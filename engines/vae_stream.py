@@ -4,6 +4,7 @@ The first call of a clip takes (gives) one pixel frame, every later one four. `S
 stages, whose caches travel from call to call; an executor may have a form of its own.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,6 +12,23 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from scail2_rt.engines.backend import Executor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part `index` of `count` of a picture, from top to bottom, in rows of latent cells."""
+
+    index: int
+    count: int
+
+    def rows(self, height: int) -> tuple[int, int]:
+        """First and last row + 1 of a latent of this height; the last parts may be smaller, or empty."""
+        each = self.largest(height)
+        return min(self.index * each, height), min((self.index + 1) * each, height)
+
+    def largest(self, height: int) -> int:
+        """Rows of the first part."""
+        return -(-height // self.count)
 
 
 class VAEStream(Protocol):

@@ -62,6 +62,11 @@ GOALS = (
     Goal("81 frames, 6 steps, inputs to mp4, s", "generate_81f_6steps_s", 26, 21),
     Goal("  its peak VRAM by the driver, GiB", "generate_peak_vram_gib", 24, 20),
     Goal("engine folder to first denoising step, s", "load_to_first_step_s", 20, 8),
+    Goal("service: request to first denoising step, s", "serve_first_step_s", 1.7),
+    Goal("  its video, % over a session's", "serve_percent_over_session", 3),
+    Goal("  `generate --server` to first step, s", "serve_command_first_step_s", 2.5),
+    Goal("  status requests of 200 clients, p99, ms", "serve_status_p99_ms", 50),
+    Goal("  memory of 2,000 waiting jobs, MB", "serve_queue_growth_mb", 50),
     Goal("--vram-limit 12GiB, times the resident time", "vram_limit_12gib_ratio", 1.6, 1.2),
 )
 
@@ -85,6 +90,11 @@ def summary(results: Results) -> dict[str, float]:
     found["generate_peak_vram_gib"] = results.value("generate/resident/81f-6steps", "driver_peak_gib")
     found["generate_peak_vram_allocator_gib"] = results.value("generate/resident/81f-6steps", "allocator_peak_gib")
     found["load_to_first_step_s"] = results.value("load/first-step")
+    found["serve_first_step_s"] = results.value("serve/first-step")
+    found["serve_percent_over_session"] = results.value("serve/video", "percent_over_session")
+    found["serve_command_first_step_s"] = results.value("serve/command-first-step")
+    found["serve_status_p99_ms"] = results.value("serve/status", "p99_ms")
+    found["serve_queue_growth_mb"] = results.value("serve/queue", "growth_mb")
     found["vram_limit_12gib_ratio"] = results.value("generate/limit-12GiB/81f-6steps", "ratio")
     found["vram_limit_12gib_peak_gib"] = results.value("generate/limit-12GiB/81f-6steps", "driver_peak_gib")
     for name, key in (("gemm_bf16", "tflops"), ("gemm_fp8", "tflops"), ("copy", "tbytes_s")):

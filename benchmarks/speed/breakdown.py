@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-GROUPS = (  # order matters: our own kernels first, whose names say what they do
+GROUPS = (  # order matters: collectives, then our own kernels, whose names say what they do
+    ("collectives", r"nccl"),
     ("cross attention", r"_cross_attention"),
     ("prepare q, k, v", r"_row_rms|_norm_rope|_v_statistics|_key_sample|_finish_statistics|_quantise_|_v_shift"),
     ("row operations", r"^_(norm|activation|rms|residual)_kernel"),

@@ -38,12 +38,12 @@ def time_calls(calls: Mapping[str, Call], device: torch.device, runs: int, warm_
     repeats = {}
     for name, call in calls.items():
         for _ in range(warm_up):
-            once = _sample(call, device, 1)
+            once = time_sample(call, device)
         repeats[name] = max(1, min(int(SAMPLE_S / max(once, 1e-6)), 1000)) if device.type == "cuda" else 1
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
-            samples[name].append(_sample(call, device, repeats[name]))
+            samples[name].append(time_sample(call, device, repeats[name]))
     return {name: Timing.of(seconds) for name, seconds in samples.items()}
 
 
@@ -51,7 +51,7 @@ def time_call(call: Call, device: torch.device, runs: int, warm_up: int = 2) -> 
     return time_calls({"": call}, device, runs, warm_up)[""]
 
 
-def _sample(call: Call, device: torch.device, repeats: int) -> float:
+def time_sample(call: Call, device: torch.device, repeats: int = 1) -> float:
     """Seconds per call."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -258,10 +258,12 @@ class _Assembly:
 
     def _manifest(self, added: tuple[str, ...], artefacts: tuple[Artefact, ...]) -> Manifest:
         plan = self.plan
-        new = [
-            ExecutorRecord(name, backend(name).versions(), gpu() if backend(name).device() == "cuda" else None)
-            for name in added
-        ]
+        new = []
+        for name in added:
+            maker = backend(name)
+            targets = maker.targets(plan.artefacts)
+            here = gpu() if maker.device() == "cuda" and not targets else None
+            new.append(ExecutorRecord(name, maker.versions(), here, targets))
         before = self.previous.executors if self.previous is not None else ()
         stages = []
         for name, definition in plan.definitions.items():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor
 
 from scail2_rt.engines.build.assemble import EMBEDDING_SOURCE
+from scail2_rt.engines.build.onnx_check import check_capability, parser_library
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout, StoreWriter, TensorShape
 from scail2_rt.engines.folder.weights import (
     EMBEDDING,
@@ -49,7 +50,7 @@ DISK_MARGIN = 1 << 26  # graphs, and what the file system needs
 
 @dataclass(frozen=True, slots=True)
 class OnnxReport:
-    """What was written. graphs: file names, in run order."""
+    """What was written. graphs: file names, in run order; taken_by: the library whose parser takes them, if asked."""
 
     directory: str
     layout: Layout
@@ -59,6 +60,7 @@ class OnnxReport:
     folder_bytes: int
     wall_s: float
     loras: "tuple[LoRAReport, ...]" = ()
+    taken_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +84,22 @@ def export_onnx(
     loras: "tuple[LoRASpec, ...]" = (),
     lora_partial: bool = False,
     observer: BuildObserver | None = None,
+    check: bool = False,
 ) -> OnnxReport:
     """Write the graphs and the weights of a checkpoint to the new folder `output`.
 
     The monolithic layout needs only the transformer of the checkpoint. InputError: an output that is there already, a
     disk without room, a LoRA that does not fit, a tensor that is missing. Scail2Error: a value that the precision
-    cannot hold, a disk that fills up. After an error nothing is left behind."""
+    cannot hold, a disk that fills up; with `check`, nodes that a TensorRT library refuses. After an error nothing is
+    left behind."""
     started = time.monotonic()
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}.")
     output = output.expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"the output {output} exists and is not an empty folder; name a new folder with -o.")
+    if check:
+        parser_library()
     chosen: Layout = "stages" if layout == "stages" else "monolithic"
     export = _plan(checkpoint, chosen, check_precision(precision), loras, lora_partial)
     partial = output.with_name(f".{output.name}.partial")
@@ -101,6 +107,7 @@ def export_onnx(
         _make_room(partial, export.layout.size)
         _write_weights(export, partial / STORE_NAME, observer or SilentObserver())
         graphs = _write_graphs(export, chosen, partial, observer or SilentObserver())
+        taken_by = check_capability(_distinct(export, partial, graphs)) if check else None
         size = sum(file.stat().st_size for file in partial.iterdir())
         os.replace(partial, output)
     except OSError as error:
@@ -116,7 +123,17 @@ def export_onnx(
         folder_bytes=size,
         wall_s=time.monotonic() - started,
         loras=getattr(export.sources.get("dit"), "report", ()),
+        taken_by=taken_by,
     )
+
+
+def _distinct(export: _Export, folder: Path, graphs: tuple[str, ...]) -> list[Path]:
+    """Of each family one graph: the others have the same nodes."""
+    families: dict[str, Path] = {}
+    for graph in graphs:
+        definition = export.definitions.get(graph.removesuffix(".onnx"))
+        families.setdefault(graph if definition is None else definition.family or graph, folder / graph)
+    return list(families.values())
 
 
 def _plan(

@@ -80,11 +80,13 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorRecord:
-    """An executor built into the folder: library versions, and the GPU that it was built for, if any."""
+    """An executor built into the folder: library versions, and what it was built for, if any: a GPU, or architectures
+    ("sm89")."""
 
     backend: str
     versions: dict[str, str]
     gpu: str | None
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +374,10 @@ def _decode(document: dict[str, Any]) -> Manifest:
         checkpoint=document["checkpoint"],
         overrides=dict(document["overrides"]),
         lora_partial=document["lora_partial"],
-        executors=tuple(ExecutorRecord(**executor) for executor in document["executors"]),
+        executors=tuple(
+            ExecutorRecord(**{**executor, "targets": tuple(executor.get("targets", ()))})
+            for executor in document["executors"]
+        ),
         stages=tuple(_decode_stage(stage) for stage in document["stages"]),
         artefacts=tuple(Artefact(**artefact) for artefact in document["artefacts"]),
         sums=_decode_sums(document.get("sums")),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.export.models.precision import Numerics
-from scail2_rt.export.onnx.stages import element_type, split_dim
+from scail2_rt.export.onnx.stages import split_dim
 from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# ONNX's numbers of the types that stages take and give, so that running needs ONNX Runtime alone
+ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.int64: 7}
 
 
 def onnxruntime_numerics(numerics: Numerics, device: torch.device | str = "cpu") -> Numerics:
@@ -67,14 +69,14 @@ class OnnxEngine:
         for spec, tensor in zip(self.inputs, inputs, strict=True):
             tensor = tensor.to(self.device, spec.dtype).contiguous()
             bound.append(tensor)
-            address = (self.device.type, index, element_type(spec.dtype), list(tensor.shape), tensor.data_ptr())
+            address = (self.device.type, index, ELEMENT_TYPES[spec.dtype], list(tensor.shape), tensor.data_ptr())
             binding.bind_input(spec.name, *address)
         outputs = tuple(
             torch.empty([concrete_size(dim, sizes) for dim in spec.dims], dtype=spec.dtype, device=self.device)
             for spec in self.outputs
         )
         for spec, tensor in zip(self.outputs, outputs, strict=True):
-            address = (self.device.type, index, element_type(spec.dtype), list(tensor.shape), tensor.data_ptr())
+            address = (self.device.type, index, ELEMENT_TYPES[spec.dtype], list(tensor.shape), tensor.data_ptr())
             binding.bind_output(spec.name, *address)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
@@ -100,6 +102,8 @@ def _session(path: Path, device: torch.device, providers: Sequence[str] | None) 
         ) from error
     if providers is None:
         providers = [CPU] if device.type == "cpu" else [CUDA, CPU]
+    # Without these it takes tf32 for fp32, and tries every convolution at every size.
+    exact = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "device_id": str(device.index or 0)}
     missing = sorted(set(providers) - set(onnxruntime.get_available_providers()))
     if missing:
         raise InputError(
@@ -114,13 +118,22 @@ def _session(path: Path, device: torch.device, providers: Sequence[str] | None) 
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch's threads work between stages
     try:
-        return onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=list(providers), disabled_optimizers=["ConstantFolding"]
+        session = onnxruntime.InferenceSession(
+            os.fspath(path),
+            options,
+            providers=[(name, exact) if name == CUDA else name for name in providers],
+            disabled_optimizers=["ConstantFolding"],
         )
     except Exception as error:
         raise Scail2Error(
             f"ONNX Runtime cannot load the stage {path}: {_sentence(error)} Build the engine folder again."
         ) from error
+    if providers[0] not in session.get_providers():  # it warns and goes on with the next
+        raise InputError(
+            f"ONNX Runtime {onnxruntime.__version__} could not start its {providers[0]} (CUDA or cuDNN libraries of "
+            "another version?): install the onnxruntime-gpu that fits PyTorch's CUDA, or choose --backend torch."
+        )
+    return session
 
 
 def _sentence(error: Exception) -> str:

@@ -1,30 +1,43 @@
-"""The TensorRT backend: every stage as a plan that was compiled on the GPU that runs it.
+"""The backends of TensorRT's family: every stage as a plan.
 
 The class serves every library of TensorRT's family: what differs between them is in a `Library`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from scail2_rt.engines.backend import ArtefactPlan, Backend, EngineFolder, Execution, Executor
 from scail2_rt.engines.folder.journal import Journal
-from scail2_rt.engines.folder.manifest import STAGES, ExecutorRecord, describe_command
+from scail2_rt.engines.folder.manifest import STAGES, ExecutorRecord, Manifest, describe_command
 from scail2_rt.engines.observer import BuildObserver
 from scail2_rt.engines.tensorrt_backend.engine import TensorRTEngine
-from scail2_rt.engines.tensorrt_backend.library import TENSORRT, Library, require_library
-from scail2_rt.engines.tensorrt_backend.plans import PLANS, PlanLedger, graph_path, plan_path
-from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_place, check_resources
+from scail2_rt.engines.tensorrt_backend.library import LIBRARIES, Library, require_library
+from scail2_rt.engines.tensorrt_backend.plans import PlanLedger, graph_path, ledger_path, plan_path
+from scail2_rt.engines.tensorrt_backend.preflight import (
+    GIB,
+    check_machine,
+    check_place,
+    check_resources,
+    find_gpu,
+    resident_bytes,
+)
 from scail2_rt.engines.tensorrt_backend.session import TensorRTSession
+from scail2_rt.engines.tensorrt_backend.trust import obstacle, remember
 from scail2_rt.export.models.precision import Precision
+from scail2_rt.kernels.errors import InputError
 
 
 class TensorRTExecutor(Executor):
     reports_plans = True
 
-    def __init__(self, backend: Backend, folder: EngineFolder, device: torch.device, execution: Execution) -> None:
+    def __init__(
+        self, backend: Backend, folder: EngineFolder, device: torch.device, execution: Execution, library: Library
+    ) -> None:
         super().__init__(backend, folder, device, execution)
+        self.library = library
+        self.cuda_graphs = device.type == "cuda"
         self._session: TensorRTSession | None = None
 
     def plan_report(self, name: str) -> str:
@@ -43,9 +56,10 @@ class TensorRTExecutor(Executor):
 
         folder = self.folder
         definition, numerics = folder.definition(name), self.numerics(name)
+        library = self.library
         if self._session is None:
-            self._session = TensorRTSession(CudaDevice(self.device))
-        plan = folder.check_file(plan_path(Path(STAGES), name).as_posix(), name)
+            self._session = TensorRTSession(library, CudaDevice(self.device), folder.directory)
+        plan = folder.check_file(plan_path(Path(STAGES), name, library).as_posix(), name)
         return TensorRTEngine(
             definition, numerics, plan, self._session, describe_command(folder.manifest, folder.directory)
         )
@@ -68,22 +82,54 @@ class TensorRTBackend(Backend):
         return {self.name: require_library(self.library)}
 
     def check_machine(self, precision: Precision | None = None) -> None:
-        check_machine(precision, self.library)
+        check_machine(self.library, precision)
 
     def check_place(self, record: ExecutorRecord, remedy: str) -> None:
-        check_place(record, remedy, self.library)
+        check_place(self.library, record, remedy)
+
+    def auto_obstacle(self, directory: Path, manifest: Manifest) -> str | None:
+        library = self.library
+        if library.compiles_here or find_gpu() is None or not self.installed():
+            return None  # where it compiles, it has run; where it cannot run, it is not asked
+        record = next(record for record in manifest.executors if record.backend == self.name)
+        try:
+            check_place(library, record, describe_command(manifest, directory))
+        except InputError as error:
+            return f"{self.name} cannot run here ({error})"
+        return obstacle(library, directory, manifest, self._plans(manifest))
+
+    def remember(self, directory: Path, manifest: Manifest, passed: bool) -> None:
+        if not self.library.compiles_here:
+            remember(self.library, directory, manifest, self._plans(manifest), passed)
+
+    def _plans(self, manifest: Manifest) -> tuple[str, ...]:
+        return self.files(stage.name for stage in manifest.stages)
+
+    def memory_note(self, stage_bytes: Mapping[str, int]) -> str:
+        phases = resident_bytes(stage_bytes)
+        phase = max(phases, key=lambda name: phases[name])
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phases.items())
+        return (
+            f"plans of {self.library.title} carry their weights: a card must hold {phases[phase] / GIB:.1f} GiB of "
+            f"them at once ({phase}; GiB by phase: {parts}) beside the activations; for a smaller card build for the "
+            "torch executor, which streams weights (generate --vram-limit)"
+        )
 
     def limit_obstacle(self, device: str) -> str:
         return "plans carry their weights"
 
     def room(self, plan: ArtefactPlan) -> int:
-        from scail2_rt.engines.tensorrt_backend.builder import chosen_stages
+        from scail2_rt.engines.tensorrt_backend.builder import chosen_stages, resolve_options
 
-        self.check_machine(plan.precision)
+        resolve_options(plan, self.library)
         wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
-        todo = [stage for stage in wanted if not plan_path(plan.directory / STAGES, stage).is_file()]
-        check_resources({stage: plan.stage_bytes[stage] for stage in todo}, plan.directory)
+        todo = [stage for stage in wanted if not plan_path(plan.directory / STAGES, stage, self.library).is_file()]
+        check_resources(self.library, {stage: plan.stage_bytes[stage] for stage in todo}, plan.directory)
         return 0  # it has been asked for
+
+    def targets(self, plan: ArtefactPlan) -> tuple[str, ...]:
+        options = PlanLedger(plan.directory / STAGES, self.library).options
+        return options.targets if options is not None else ()
 
     def build(self, plan: ArtefactPlan, observer: BuildObserver, journal: Journal) -> bool:
         from scail2_rt.engines.tensorrt_backend.builder import build_plans
@@ -100,17 +146,21 @@ class TensorRTBackend(Backend):
 
     def files(self, stages: Iterable[str]) -> tuple[str, ...]:
         folder = Path(STAGES)
-        return tuple(path(folder, stage).as_posix() for stage in stages for path in (graph_path, plan_path))
+        return tuple(
+            path.as_posix()
+            for stage in stages
+            for path in (graph_path(folder, stage), plan_path(folder, stage, self.library))
+        )
 
     def forget(self, directory: Path, stages: Iterable[str]) -> None:
-        PlanLedger(directory / STAGES).forget(stages)
+        PlanLedger(directory / STAGES, self.library).forget(stages)
 
     def leftovers(self, wanted: bool) -> tuple[str, ...]:
         """Plans are kept as far as they are still good; their digests tell."""
-        return () if wanted else ("*.plan*", PLANS)
+        return () if wanted else (f"*.{self.library.suffix}*", ledger_path(Path(), self.library).name)
 
     def open(self, folder: EngineFolder, device: torch.device, execution: Execution) -> TensorRTExecutor:
-        return TensorRTExecutor(self, folder, device, execution)
+        return TensorRTExecutor(self, folder, device, execution, self.library)
 
 
-BACKEND = TensorRTBackend(TENSORRT)
+BACKENDS = {name: TensorRTBackend(library) for name, library in LIBRARIES.items()}

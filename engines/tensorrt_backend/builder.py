@@ -1,58 +1,53 @@
-"""Plans for TensorRT: every stage from its ONNX file to a serialised engine, on the GPU that will run it.
+"""Plans for TensorRT: every stage from its ONNX file to a serialised engine.
 
-The network is strongly typed, so the graph alone decides in which type anything is computed; no builder flag chooses a
-precision (those flags are gone in TensorRT 11). TF32 is off: fp32 in this project means fp32. All activations of
-a plan lie in one scratch block that the executor provides, on one stream, so auxiliary streams are off too. The
-inspector must be able to show data types, so layers keep their details. A build stops at the first stage that
-TensorRT refuses and says which file it was and what TensorRT said; what was built before is kept.
+Each plan is compiled in a process of its own (`compiling`). A stage that cannot be compiled does not stop the
+others; in the end the first failure is told with its ONNX file and the library's words, and a second call makes what is
+missing.
 """
 
 import fnmatch
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from scail2_rt.engines.backend import ArtefactPlan
 from scail2_rt.engines.folder.manifest import STAGES
 from scail2_rt.engines.observer import BuildObserver, BuildStep, Phase
-from scail2_rt.engines.tensorrt_backend.library import TENSORRT, Library, process_log, process_logger
+from scail2_rt.engines.tensorrt_backend.children import compile_all
+from scail2_rt.engines.tensorrt_backend.compiling import Outcome, PlanJob
+from scail2_rt.engines.tensorrt_backend.library import Library
 from scail2_rt.engines.tensorrt_backend.plans import (
-    LOGS,
-    TIMINGS,
     Environment,
     PlanLedger,
     PlanRecord,
-    TimingCache,
     graph_path,
+    log_path,
     plan_digest,
     plan_path,
-    write_file,
+    timings_path,
 )
-from scail2_rt.engines.tensorrt_backend.preflight import check_machine, check_resources, find_gpu
-from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions, Profile, stage_profiles
-from scail2_rt.engines.tensorrt_backend.progress import BuildProgress, interruptible, progress_monitor
-from scail2_rt.export.onnx.stages import export_stage
-from scail2_rt.export.stages.spec import TensorSpec
+from scail2_rt.engines.tensorrt_backend.preflight import (
+    build_memory,
+    check_machine,
+    check_resources,
+    environment,
+    find_gpu,
+    host_memory,
+)
+from scail2_rt.engines.tensorrt_backend.profiles import TYPE_NAMES, PlanOptions, stage_profiles
+from scail2_rt.engines.tensorrt_backend.targets import choose_targets
+from scail2_rt.engines.tensorrt_backend.times import PlanTimes
+from scail2_rt.export.models.config import ModelConfig
+from scail2_rt.export.models.precision import Numerics, Precision
+from scail2_rt.export.onnx.stages import export_stage, stage_graph
+from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
-if TYPE_CHECKING:
-    import tensorrt as trt
-
 FREE_SHARE = 0.8  # of the free GPU memory, at most, for one layer's workspace
-
-
-@dataclass(frozen=True, slots=True)
-class PlanFiles:
-    """One stage's graph, the plan to be made from it, and the file for what TensorRT says meanwhile."""
-
-    graph: Path
-    plan: Path
-    log: Path
+MEMORY_SHARE = 0.8  # of the free host memory for all compiling processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,161 +68,152 @@ def chosen_stages(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, .
     return tuple(name for name in names if not patterns or any(fnmatch.fnmatch(name, p) for p in patterns))
 
 
-def build_plans(plan: ArtefactPlan, observer: BuildObserver, library: Library = TENSORRT) -> PlansReport:
+def resolve_options(plan: ArtefactPlan, library: Library) -> PlanOptions:
+    """The options of a build, its targets named. InputError when the precision or a target cannot be had."""
+    check_machine(library, plan.precision)
+    before = PlanLedger(plan.directory / STAGES, library).options
+    options = plan.options or before or PlanOptions()
+    gpu = find_gpu()
+    targets = choose_targets(
+        library,
+        options.targets,
+        before.targets if before is not None else (),
+        gpu.capability if gpu is not None else None,
+        plan.definitions.values(),
+        plan.precision,
+    )
+    return replace(options, targets=targets)
+
+
+def build_plans(plan: ArtefactPlan, observer: BuildObserver, library: Library) -> PlansReport:
     """Make the plans of an engine folder whose weight store is complete.
 
-    InputError when the machine cannot build; Scail2Error, naming the ONNX file and TensorRT's messages, when a stage
-    cannot be built. KeyboardInterrupt passes through once TensorRT has stopped. Finished plans stay good."""
-    options = plan.options or PlanOptions()
-    environment = check_machine(plan.precision, library)
-    wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
-    stages = plan.directory / STAGES
-    ledger, timings = PlanLedger(stages), TimingCache(stages / TIMINGS)
-    phase = Phase(observer, library.name, {name: plan.stage_bytes.get(name, 0) for name in wanted})
-    todo: dict[str, tuple[str, tuple[Profile, ...]]] = {}
-    for name in wanted:
-        definition = plan.definitions[name]
-        numerics = definition.numerics(plan.precision)
-        graph = graph_path(stages, name)
-        export_stage(definition, numerics, graph, plan.store)
-        profiles = stage_profiles(definition, numerics, plan.config, options)
-        digest = plan_digest(graph, profiles, options, environment)
-        if ledger.good(name, digest):
-            phase.skip(name)
-        else:
-            todo[name] = digest, profiles
-    check_resources({name: plan.stage_bytes.get(name, 0) for name in todo}, plan.directory)
-    for name, (digest, profiles) in todo.items():
-        step = phase.start(name)
-        started = time.monotonic()
-        files = PlanFiles(graph_path(stages, name), plan_path(stages, name), plan.directory / LOGS / f"{name}.log")
-        inputs = plan.definitions[name].io(plan.definitions[name].numerics(plan.precision))[0]
-        build_plan(name, inputs, files, profiles, options, timings, partial(_advance, observer, step))
-        ledger.add(name, PlanRecord(digest, files.plan.stat().st_size, time.monotonic() - started))
-        phase.finish(step)
-    return PlansReport(environment, tuple(todo), tuple(name for name in wanted if name not in todo))
+    InputError when the machine cannot build; Scail2Error, naming the ONNX file and the library's messages, when a stage
+    cannot be built. Finished plans stay good, whatever ends the call."""
+    return _Build(plan, observer, library).run()
 
 
-def _advance(observer: BuildObserver, step: BuildStep, fraction: float) -> None:
-    observer.advanced(step, int(fraction * step.size_bytes))
+class _Build:
+    def __init__(self, plan: ArtefactPlan, observer: BuildObserver, library: Library) -> None:
+        self.plan, self.observer, self.library = plan, observer, library
+        self.options = resolve_options(plan, library)
+        self.environment = environment(library, self.options.targets)
+        self.wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
+        self.stages = plan.directory / STAGES
+        self.ledger = PlanLedger(self.stages, library)
+        self.left = dict.fromkeys(self.wanted)
+        self.built: list[str] = []
+        self.digests: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        definitions = plan.definitions
+        self.sizes = {name: plan.stage_bytes.get(name, 0) for name in definitions}
+        self.times = PlanTimes({name: d.family or name for name, d in definitions.items()}, self.sizes)
+
+    def run(self) -> PlansReport:
+        fresh = [name for name in self.wanted if not plan_path(self.stages, name, self.library).is_file()]
+        check_resources(self.library, {name: self.sizes[name] for name in fresh}, self.plan.directory)
+        if self.options.targets:
+            self.observer.note(f"plans for {', '.join(self.options.targets)}")
+        self._trace()
+        self.ledger.begin(self.options)
+        at_once = 1 if self.library.compiles_here else os.cpu_count() or 1
+        compile_all(self._jobs(), int(host_memory() * MEMORY_SHARE), at_once, self._environment(), self._finished)
+        if self.failures:
+            raise Scail2Error(self._told())
+        kept = tuple(name for name in self.wanted if name not in self.built)
+        return PlansReport(self.environment, tuple(self.built), kept)
+
+    def _trace(self) -> None:
+        """The graphs, which take long where the cache has none; apart, so that the time left is that of the plans."""
+        families: dict[str, StageDefinition] = {}
+        for name in self.wanted:
+            definition = self.plan.definitions[name]
+            families.setdefault(definition.family or name, definition)
+        phase = Phase(self.observer, "graph", {definition.name: 0 for definition in families.values()})
+        for definition in families.values():
+            step = phase.start(definition.name)
+            stage_graph(definition, definition.numerics(self.plan.precision))
+            phase.finish(step)
+        self.times.start()
+
+    def _jobs(self) -> Iterator[tuple[PlanJob, int]]:
+        """What is to be done, found out stage by stage while others are at work: graphs, and digests of weights."""
+        plan = self.plan
+        for name in self.wanted:
+            definition = plan.definitions[name]
+            graph = graph_path(self.stages, name)
+            export_stage(definition, definition.numerics(plan.precision), graph, plan.store)
+            job = plan_job(self.library, definition, plan.precision, plan.config, self.options, plan.directory)
+            self.digests[name] = plan_digest(graph, job.profiles, self.options, self.environment)
+            if self.ledger.good(name, self.digests[name]):
+                del self.left[name]
+                continue
+            yield job, build_memory(self.sizes[name])
+
+    def _finished(self, job: PlanJob, outcome: Outcome) -> None:
+        name = job.stage
+        if outcome.errno is not None:
+            raise OSError(outcome.errno, os.strerror(outcome.errno), job.plan)
+        del self.left[name]
+        self.times.add(name, outcome.seconds)
+        if outcome.error is not None:
+            self.failures[name] = outcome.error
+            self.observer.note(outcome.error)
+            return
+        self.ledger.add(name, PlanRecord(self.digests[name], Path(job.plan).stat().st_size, outcome.seconds))
+        self.built.append(name)
+        done = len(self.wanted) - len(self.left)
+        step = BuildStep(self.library.name, done, len(self.wanted), name, self.sizes[name])
+        self.observer.started(step)
+        self.observer.done(replace(step, seconds=outcome.seconds, remaining_s=self.times.remaining_s(self.left)))
+
+    def _environment(self) -> Mapping[str, str]:
+        """The GPU that a compiling process sees: the one that is used here, or none."""
+        if not self.library.compiles_here:
+            return {"CUDA_VISIBLE_DEVICES": ""}
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        return {"CUDA_VISIBLE_DEVICES": visible[index] if visible != [""] else str(index)}
+
+    def _told(self) -> str:
+        (_, text), *others = self.failures.items()
+        also = f" Nor could {', '.join(name for name, _ in others)}." if others else ""
+        count = len(self.wanted) - len(self.failures)
+        return f"{text}{also} The {count} other plans are kept; the same command makes what is missing."
 
 
-def build_plan(
-    stage: str,
-    inputs: Sequence[TensorSpec],
-    files: PlanFiles,
-    profiles: Sequence[Profile],
+def plan_job(
+    library: Library,
+    definition: StageDefinition,
+    precision: Precision,
+    config: ModelConfig,
     options: PlanOptions,
-    timings: TimingCache,
-    advanced: Callable[[float], None],
-) -> None:
-    """Parse, configure, build and write one plan, then save the timing cache. `advanced`: the fraction done, 0..1."""
-    import tensorrt as trt
-
-    with process_log().writing_to(files.log):
-        try:
-            builder = trt.Builder(process_logger())
-        except (TypeError, RuntimeError) as error:
-            raise _failure(stage, files, f"TensorRT could not start ({error})") from error
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, process_logger())  # owns the weights until the build has returned
-        if not parser.parse_from_file(str(files.graph)):
-            errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-            raise _failure(stage, files, "TensorRT's parser does not take it", errors)
-        _check_inputs(stage, network, inputs, files)
-        config = _configure(builder, options)
-        _add_profiles(stage, builder, config, network, profiles, files)
-        cache = timings.attach(config)
-        progress = BuildProgress(advanced)
-        monitor = progress_monitor(progress)
-        config.progress_monitor = monitor
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-
-        def build() -> "trt.IHostMemory | None":
-            if device is not None:
-                torch.cuda.set_device(device)  # each thread has its own
-            return builder.build_serialized_network(network, config)
-
-        plan = interruptible(build, progress.cancel)
-        if plan is None:
-            raise _failure(stage, files, "TensorRT could not build it")
-        write_file(files.plan, plan)
-        timings.save(config)
-        del plan, parser, cache, monitor  # they had to last until here
-
-
-def _configure(builder: "trt.Builder", options: PlanOptions) -> "trt.IBuilderConfig":
-    import tensorrt as trt
-
-    config = builder.create_builder_config()
-    gpu = find_gpu()
-    room = options.workspace_bytes if gpu is None else int(gpu.free_bytes * FREE_SHARE)
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, min(options.workspace_bytes, room))
-    config.max_aux_streams = 0
-    config.builder_optimization_level = options.optimization_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)
-    return config
-
-
-def _add_profiles(
-    stage: str,
-    builder: "trt.Builder",
-    config: "trt.IBuilderConfig",
-    network: "trt.INetworkDefinition",
-    profiles: Sequence[Profile],
-    files: PlanFiles,
-) -> None:
-    import tensorrt as trt
-
-    named = set(profiles[0]) if profiles else set()
-    free = {tensor.name for tensor in _inputs(network) if any(size < 0 for size in tuple(tensor.shape))}
-    if free - named:
-        raise _failure(stage, files, f"its inputs {', '.join(sorted(free - named))} have sizes without a range")
-    for profile in profiles:
-        target = builder.create_optimization_profile()
-        for name, shapes in profile.items():
-            try:
-                target.set_shape(name, *(trt.Dims(list(shape)) for shape in shapes))
-            except ValueError as error:
-                raise _failure(stage, files, f"TensorRT refuses the sizes {shapes} of {name} ({error})") from error
-        if config.add_optimization_profile(target) < 0:
-            raise _failure(stage, files, f"TensorRT refuses its profile {dict(profile)}")
-
-
-def _inputs(network: "trt.INetworkDefinition") -> "list[trt.ITensor]":
-    return [network.get_input(index) for index in range(network.num_inputs)]
-
-
-def _check_inputs(stage: str, network: "trt.INetworkDefinition", specs: Sequence[TensorSpec], files: PlanFiles) -> None:
-    """Names and types of what the parser made are those of the stage."""
-    have = {tensor.name: tensor.dtype for tensor in _inputs(network)}
-    want = {spec.name: data_type(spec.dtype) for spec in specs}
-    if have != want:
-        raise _failure(stage, files, f"TensorRT's parser gave it the inputs {have} instead of {want}")
-
-
-def data_type(dtype: torch.dtype) -> "trt.DataType":
-    """TensorRT's name of a type that an engine takes or gives."""
-    import tensorrt as trt
-
-    return {
-        torch.float32: trt.DataType.FLOAT,
-        torch.float16: trt.DataType.HALF,
-        torch.bfloat16: trt.DataType.BF16,
-        torch.int64: trt.DataType.INT64,
-    }[dtype]
-
-
-def _parser_error(error: "trt.ParserError") -> str:
-    return f"{error.desc()} at node {error.node()} ({error.node_operator()} {error.node_name()!r})"
-
-
-def _failure(stage: str, files: PlanFiles, what: str, messages: Sequence[str] = ()) -> Scail2Error:
-    """The stage, its ONNX file, what went wrong and what TensorRT said about it."""
-    said = [*messages, *(text for text in process_log().recent() if not any(text in known for known in messages))]
-    quoted = "; ".join(said) or "nothing"
-    return Scail2Error(
-        f"stage {stage} cannot be built from {files.graph}: {what}. TensorRT said: {quoted}. "
-        f"All of it is in {files.log}; the stages built so far are kept."
+    directory: Path,
+) -> PlanJob:
+    """What compiles the plan of a stage in the engine folder `directory`, where its graph is."""
+    name, stages = definition.name, directory / STAGES
+    numerics = definition.numerics(precision)
+    gpu = find_gpu() if library.compiles_here else None
+    limit = options.workspace_bytes if gpu is None else int(gpu.free_bytes * FREE_SHARE)
+    profiles = stage_profiles(definition, numerics, config, options)
+    return PlanJob(
+        library.name,
+        name,
+        str(graph_path(stages, name)),
+        str(plan_path(stages, name, library)),
+        str(log_path(directory, name, library)),
+        {spec.name: TYPE_NAMES[spec.dtype] for spec in definition.io(numerics)[0]},
+        tuple({key: (r.smallest, r.usual, r.largest) for key, r in profile.items()} for profile in profiles),
+        min(options.workspace_bytes, limit),
+        options.optimization_level,
+        options.targets,
+        str(timings_path(stages, library)) if library.timing_cache else None,
+        fp8_linears(definition, numerics),
     )
+
+
+def fp8_linears(definition: StageDefinition, numerics: Numerics) -> int:
+    """How many products of a stage multiply e4m3 by e4m3: one for each e4m3 weight."""
+    with torch.device("meta"):
+        module = definition.build(numerics)
+    return sum(weight.dtype == torch.float8_e4m3fn for weight in module.parameters())

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.engines.onnx_backend.engine import concrete_size, symbol_sizes
-from scail2_rt.engines.tensorrt_backend.builder import data_type
-from scail2_rt.engines.tensorrt_backend.profiles import PICTURE_MULTIPLE, InputRange
+from scail2_rt.engines.tensorrt_backend.profiles import PICTURE_MULTIPLE, TYPE_NAMES, InputRange
 from scail2_rt.engines.tensorrt_backend.session import ALIGNMENT, Device, TensorRTSession
 from scail2_rt.export.models.precision import Numerics
 from scail2_rt.export.models.vae import PIXELS_PER_CELL
@@ -86,7 +85,10 @@ class TensorRTEngine:
 
     def plan_report(self) -> str:
         """The engine inspector's JSON: every layer with the data types of its operands (plans keep these details)."""
-        import tensorrt as trt
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = self._session.library.api()
 
         if self._engine is None:
             raise Scail2Error(f"stage {self.name} was closed before it was inspected.")
@@ -126,12 +128,10 @@ class TensorRTEngine:
         return bound
 
     def _new_context(self, engine: "trt.ICudaEngine", shapes: Shapes, stream: int) -> _Context:
-        import tensorrt as trt
-
         self._drop_oldest()
         self._session.forget()
         profile = self._profile_for(shapes)
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._session.new_context(engine)
         if context is None:
             raise self._failure("gave no execution context")
         if profile and not context.set_optimization_profile_async(profile, stream):
@@ -193,13 +193,16 @@ class TensorRTEngine:
 
     def _check_tensors(self, engine: "trt.ICudaEngine", plan: Path) -> None:
         """The plan's tensors are the stage's: names, directions and types."""
-        import tensorrt as trt
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = self._session.library.api()
 
         have = {}
         for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
-            have[name] = engine.get_tensor_mode(name), engine.get_tensor_dtype(name)
-        want = {spec.name: (trt.TensorIOMode.INPUT, data_type(spec.dtype)) for spec in self.inputs}
-        want |= {spec.name: (trt.TensorIOMode.OUTPUT, data_type(spec.dtype)) for spec in self.outputs}
+            have[name] = engine.get_tensor_mode(name), engine.get_tensor_dtype(name).name
+        want = {spec.name: (trt.TensorIOMode.INPUT, TYPE_NAMES[spec.dtype]) for spec in self.inputs}
+        want |= {spec.name: (trt.TensorIOMode.OUTPUT, TYPE_NAMES[spec.dtype]) for spec in self.outputs}
         if have != want:
             different = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
             raise InputError(
@@ -208,7 +211,7 @@ class TensorRTEngine:
             )
 
     def _failure(self, what: str) -> Scail2Error:
-        return self._session.failure(f"TensorRT failed in the stage {self.name}, which {what}")
+        return self._session.failure(f"{self._session.library.title} failed in the stage {self.name}, which {what}")
 
 
 def _profiles(engine: "trt.ICudaEngine", inputs: Sequence[str]) -> list[list[InputRange]]:

@@ -1,20 +1,22 @@
-"""TensorRT as a library: is it there, is it recent enough, and what does it say.
+"""The libraries of TensorRT's family: what tells them apart, is one there, is it recent enough, and what does it say.
 
-Nothing here, or in any `tensorrt_*` module, imports TensorRT before it is used. TensorRT knows one logger a process (a
-second one is ignored with a warning), so there is one, made once and never dropped: it outlives every builder, runtime
-and engine. It passes messages to a `MessageLog`, which keeps the last ones for our exceptions and copies all to the
-file of the stage being built. TensorRT calls logger and error recorder from threads of its own.
+All that differs between them is in a `Library`; the rest of this folder is one code path. Nothing here imports one of
+them before it is used, and nothing here imports PyTorch: the process that compiles a plan needs none. A library knows
+one logger per process (a second one is ignored with a warning), so there is one, made once and never dropped: it
+outlives every builder, runtime and engine. It passes messages to a `MessageLog`, which keeps the last ones for our
+exceptions and copies all to the file of the stage being built. Both are called from the library's threads.
 """
 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, SupportsInt, TextIO
 
 from scail2_rt.kernels.errors import InputError
 
@@ -22,27 +24,67 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 KEPT_MESSAGES = 8
+LAYERS = "Layers:"  # how the list of a plan's layers begins
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A library of TensorRT's family. name: of the backend; module: what is imported; title: for people; minimum: the
-    first version that will do; install: the command that installs it."""
+    """A library of TensorRT's family.
+
+    name          of the backend
+    module        what is imported
+    title         for people
+    minimum       the first version that will do
+    install       the command that installs it
+    suffix        of its plans' files
+    timing_cache  do its builds measure kernels, and share what they measured?
+    targets       architectures that it compiles for, on any machine; none: it compiles on the GPU that runs the plan,
+                  for that GPU"""
 
     name: str
     module: str
     title: str
     minimum: tuple[int, int]
     install: str
+    suffix: str
+    timing_cache: bool
+    targets: tuple[str, ...] = ()
+
+    @property
+    def compiles_here(self) -> bool:
+        """Does a build need the GPU that will run the plan?"""
+        return not self.targets
+
+    @property
+    def installed(self) -> bool:
+        """Can it be imported here?"""
+        return importlib.util.find_spec(self.module) is not None
+
+    def api(self) -> Any:
+        """The library's module, imported."""
+        return importlib.import_module(self.module)
 
 
-TENSORRT = Library("tensorrt", "tensorrt", "TensorRT", (10, 13), 'pip install "scail2-rt[tensorrt]"')
+TENSORRT = Library(
+    "tensorrt", "tensorrt", "TensorRT", (10, 13), 'pip install "scail2-rt[tensorrt]"', "plan", timing_cache=True
+)
+TENSORRT_RTX = Library(
+    "tensorrt-rtx",
+    "tensorrt_rtx",
+    "TensorRT for RTX",
+    (1, 7),
+    'pip install "scail2-rt[tensorrt-rtx]"',
+    "rtx",
+    timing_cache=False,  # a deprecated no-op there
+    targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+)
+LIBRARIES = {library.name: library for library in (TENSORRT, TENSORRT_RTX)}
 
 
-def require_library(library: Library = TENSORRT) -> str:
+def require_library(library: Library) -> str:
     """Version of the installed library. InputError when there is none, it cannot be loaded, or it is too old."""
     try:
-        module = importlib.import_module(library.module)
+        module = library.api()
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -63,26 +105,31 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 class MessageLog:
-    """The last errors and warnings, and a file for everything but verbose messages. Safe to use from any thread."""
+    """The last errors and warnings, the list of a plan's layers, and a file for both and for all but the other verbose
+    messages. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._errors: deque[str] = deque(maxlen=KEPT_MESSAGES)
         self._warnings: deque[str] = deque(maxlen=KEPT_MESSAGES)
         self._file: TextIO | None = None
+        self.layers = ""
 
     def add(self, severity: str, text: str) -> None:
         """severity: TensorRT's name (INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE)."""
-        if severity == "VERBOSE":
+        if severity == "VERBOSE" and not text.startswith(LAYERS):
             return
         with self._lock:
+            if severity == "VERBOSE":
+                self.layers = text
             if "ERROR" in severity:
                 self._errors.append(text)
             elif severity == "WARNING":
                 self._warnings.append(text)
             if self._file is not None:
-                self._file.write(f"[{severity}] {text}\n")
-                self._file.flush()
+                with contextlib.suppress(OSError):  # a full disk: the plan's file will say so
+                    self._file.write(f"[{severity}] {text}\n")
+                    self._file.flush()
 
     def recent(self) -> list[str]:
         """The last errors, or, when there was none, the last warnings; each on one line, none twice."""
@@ -100,6 +147,7 @@ class MessageLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             self.clear()
+            self.layers = ""
             with self._lock:
                 self._file = file
             try:
@@ -110,17 +158,20 @@ class MessageLog:
 
 
 @functools.cache
-def process_log() -> MessageLog:
-    """Where the process's one logger writes."""
+def process_log(library: Library) -> MessageLog:
+    """Where the process's one logger of a library writes."""
     return MessageLog()
 
 
 @functools.cache
-def process_logger() -> "trt.ILogger":
-    """The one logger of the process."""
-    import tensorrt as trt
+def process_logger(library: Library) -> "trt.ILogger":
+    """The process's one logger of a library."""
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = library.api()
 
-    messages = process_log()
+    messages = process_log(library)
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -161,11 +212,12 @@ class ErrorList:
             self._errors.clear()
 
 
-def error_recorder(errors: ErrorList) -> "trt.IErrorRecorder":
+def error_recorder(library: Library, errors: ErrorList) -> "trt.IErrorRecorder":
     """A recorder that fills `errors`; whoever sets it must keep it."""
-    from typing import Any, SupportsInt
-
-    import tensorrt as trt
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = library.api()
 
     class Recorder(trt.IErrorRecorder):
         def __init__(self) -> None:

@@ -1,32 +1,29 @@
-"""Which plans of a folder are still good, and the timing cache that they share.
+"""Which plans of a folder are still good.
 
-A plan follows from its graph, its weights, its profiles and options, the TensorRT version and the GPU. A digest of all
-that is kept beside it in `plans.json`: a build makes only those plans whose digest is not there. So an interrupted
-build goes on, a changed LoRA rebuilds the stages that it touches and a larger picture size those of the VAE, by one
-rule. The timing cache is one file for all stages and is saved after each: what the first block's stage measured, the
-other 39 find there.
+A plan follows from its graph, its weights, its profiles and options, the library's version and the GPU or targets. A
+digest of all that is kept beside it in the library's ledger, `tensorrt.json`: a build makes only those plans whose
+digest is not there. So an interrupted build goes on, a changed LoRA rebuilds the stages that it touches and a larger
+picture size those of the VAE, by one rule. The ledger also keeps the options, which a later call without any takes up.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scail2_rt.engines.folder.manifest import write_json
-from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions, Profile
+from scail2_rt.engines.tensorrt_backend.compiling import Shapes
+from scail2_rt.engines.tensorrt_backend.library import Library
+from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
 from scail2_rt.kernels.errors import Scail2Error
 
 if TYPE_CHECKING:
     import onnx
-    import tensorrt as trt
 
-PLANS = "plans.json"
-TIMINGS = "tensorrt.timings"
-LOGS = "tensorrt-logs"
 PIECE = 1 << 26
 
 
@@ -35,16 +32,30 @@ def graph_path(stages: Path, stage: str) -> Path:
     return stages / f"{stage}.trt.onnx"
 
 
-def plan_path(stages: Path, stage: str) -> Path:
-    return stages / f"{stage}.plan"
+def plan_path(stages: Path, stage: str, library: Library) -> Path:
+    return stages / f"{stage}.{library.suffix}"
+
+
+def ledger_path(stages: Path, library: Library) -> Path:
+    return stages / f"{library.name}.json"
+
+
+def timings_path(stages: Path, library: Library) -> Path:
+    return stages / f"{library.name}.timings"
+
+
+def log_path(directory: Path, stage: str, library: Library) -> Path:
+    """In the engine folder itself."""
+    return directory / f"{library.name}-logs" / f"{stage}.log"
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where plans are built, and the only place where they run."""
+    """The only place where plans run: the library's version, and the GPU that they were built on, or the targets that
+    they were built for, joined by commas."""
 
-    tensorrt: str
-    gpu: str
+    version: str
+    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +68,31 @@ class PlanRecord:
 
 
 class PlanLedger:
-    """`plans.json` of a stages folder. A file that cannot be read counts as empty: plans are then built again."""
+    """The ledger of a stages folder. A file that cannot be read counts as empty: plans are then built again.
 
-    def __init__(self, stages: Path) -> None:
-        self.stages = stages
+    options: those of the last build; None when there was none."""
+
+    def __init__(self, stages: Path, library: Library) -> None:
+        self.stages, self.library = stages, library
         self.records: dict[str, PlanRecord] = {}
-        try:
-            document = json.loads((stages / PLANS).read_text())
-            self.records = {str(stage): PlanRecord(**record) for stage, record in document.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            self.records = {}
+        self.options: PlanOptions | None = None
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+            document = json.loads(ledger_path(stages, library).read_text())
+            options: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in document["options"].items()
+            }
+            records = {str(stage): PlanRecord(**record) for stage, record in document["plans"].items()}
+            self.options, self.records = PlanOptions(**options), records  # both or neither
 
     def good(self, stage: str, digest: str) -> bool:
         """Is the plan of this stage there, whole, and of this digest?"""
-        record, path = self.records.get(stage), plan_path(self.stages, stage)
+        record, path = self.records.get(stage), plan_path(self.stages, stage, self.library)
         return record is not None and record.digest == digest and path.is_file() and path.stat().st_size == record.size
+
+    def begin(self, options: PlanOptions) -> None:
+        """Plans are built with these options from now on."""
+        self.options = options
+        self._save()
 
     def add(self, stage: str, record: PlanRecord) -> None:
         self.records[stage] = record
@@ -84,10 +105,14 @@ class PlanLedger:
         self._save()
 
     def _save(self) -> None:
-        write_json(self.stages / PLANS, {name: dataclasses.asdict(known) for name, known in self.records.items()})
+        plans = {name: dataclasses.asdict(known) for name, known in self.records.items()}
+        options = dataclasses.asdict(self.options or PlanOptions())
+        write_json(ledger_path(self.stages, self.library), {"options": options, "plans": plans})
 
 
-def plan_digest(graph: Path, profiles: Sequence[Profile], options: PlanOptions, environment: Environment) -> str:
+def plan_digest(
+    graph: Path, profiles: Sequence[Mapping[str, Shapes]], options: PlanOptions, environment: Environment
+) -> str:
     """SHA-256 of everything that a plan follows from. Weights count by value, not by their place in the store.
 
     Scail2Error when the store is shorter than the graph says."""
@@ -119,37 +144,3 @@ def _weight_digest(graph: Path, tensor: "onnx.TensorProto") -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
-
-
-class TimingCache:
-    """The measurements of earlier builds. What another GPU or TensorRT version measured is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.data = path.read_bytes() if path.is_file() else b""
-
-    def attach(self, config: "trt.IBuilderConfig") -> "trt.ITimingCache":
-        """Give the measurements to a build. The result must be kept until the build has returned."""
-        for data in (self.data, b"") if self.data else (b"",):
-            cache = config.create_timing_cache(data)
-            if cache is not None and config.set_timing_cache(cache, False):
-                return cache
-        raise Scail2Error("TensorRT refused even an empty timing cache; its installation seems to be damaged.")
-
-    def save(self, config: "trt.IBuilderConfig") -> None:
-        """Keep what a finished build knows, in the file too."""
-        cache = config.get_timing_cache()
-        if cache is None:
-            raise Scail2Error("TensorRT lost the timing cache during a build; its installation seems to be damaged.")
-        self.data = bytes(cache.serialize())
-        write_file(self.path, self.data)
-
-
-def write_file(path: Path, data: "bytes | trt.IHostMemory") -> None:
-    """Replace a file atomically; it survives a crash of the machine."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

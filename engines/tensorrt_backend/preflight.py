@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scail2_rt.engines.folder.manifest import ExecutorRecord
-from scail2_rt.engines.tensorrt_backend.library import TENSORRT, Library, require_library
+from scail2_rt.engines.tensorrt_backend.library import Library, require_library
 from scail2_rt.engines.tensorrt_backend.plans import Environment
+from scail2_rt.engines.tensorrt_backend.targets import BF16_CAPABILITY, FP8_CAPABILITY, target_of
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.kernels.errors import InputError
 
-SMALLEST_CAPABILITY = (8, 0)  # bf16 GEMMs
-FP8_CAPABILITY = (8, 9)
 HOST_FACTOR = 4
+PROCESS_BYTES = 256 << 20  # of a compiling process beside the weights
 PLAN_FACTOR = 1.15  # of a stage's weights: they are padded and come with kernels
 PLAN_BYTES = 8 << 20  # of a plan without weights
 SCRATCH_BYTES = 1 << 30  # GPU memory that a build needs beside two copies of the weights
@@ -54,16 +54,19 @@ def find_gpu() -> GpuFacts | None:
     return GpuFacts(torch.cuda.get_device_name(), (major, minor), free)
 
 
-def check_machine(precision: Precision | None = None, library: Library = TENSORRT) -> Environment:
-    """Library and GPU for a build. InputError when either is missing, too old, or cannot do the precision."""
-    version = require_library(library)
+def check_machine(library: Library, precision: Precision | None = None) -> None:
+    """Library and, where plans are compiled on the GPU that runs them, GPU for a build. InputError when either is
+    missing, too old, or cannot do the precision."""
+    require_library(library)
+    if not library.compiles_here:
+        return
     gpu = find_gpu()
     if gpu is None:
         raise InputError(
             f"backend {library.name} builds its plans on the GPU that runs them, and PyTorch finds no CUDA GPU on "
             "this machine; use a machine with one, or --backend onnxruntime here."
         )
-    if gpu.capability < SMALLEST_CAPABILITY:
+    if gpu.capability < BF16_CAPABILITY:
         raise InputError(
             f"backend {library.name} needs a GPU of compute capability 8.0 or newer, and this is {gpu.text}; "
             "use --backend torch."
@@ -73,25 +76,65 @@ def check_machine(precision: Precision | None = None, library: Library = TENSORR
             f"precision fp8 needs a GPU of compute capability 8.9 or newer, and this is {gpu.text}; "
             "use --precision bf16."
         )
-    return Environment(version, gpu.text)
 
 
-def check_place(record: ExecutorRecord, remedy: str, library: Library = TENSORRT) -> None:
-    """InputError when a folder's plans were built by another version or on another GPU than are here. `remedy`: the
-    command that builds them again."""
-    here = check_machine(library=library)
-    for field, have, want in (
-        (f"executors.{library.name}.versions.{library.name}", record.versions.get(library.name), here.tensorrt),
-        (f"executors.{library.name}.gpu", record.gpu, here.gpu),
-    ):
-        if have != want:
-            raise InputError(
-                f"{field}: the plans were built with {have}, and this machine has {want}; plans run only where "
-                f"they were built. Build them again with: {remedy}"
-            )
+def environment(library: Library, targets: tuple[str, ...]) -> Environment:
+    """Where plans that are built here and now will run."""
+    gpu = find_gpu()
+    return Environment(require_library(library), ",".join(targets) or (gpu.text if gpu is not None else ""))
 
 
-def check_resources(stage_bytes: Mapping[str, int], directory: Path) -> None:
+def check_place(library: Library, record: ExecutorRecord, remedy: str) -> None:
+    """InputError when a folder's plans cannot run here: another version, another GPU. `remedy`: the command that builds
+    them again."""
+    version, gpu = require_library(library), find_gpu()
+    if gpu is None:
+        raise InputError(
+            f"backend {library.name} runs on an NVIDIA GPU, and PyTorch finds none on this machine; use another "
+            "executor of the folder, for example --backend torch."
+        )
+    card = target_of(gpu.capability)
+    if library.targets and card not in library.targets:
+        raise InputError(
+            f"{library.title} does not run on {gpu.text}: it runs on RTX cards ({', '.join(library.targets)}), not on "
+            "Hopper or Blackwell of the data centre; use --backend torch, or tensorrt."
+        )
+    field = f"executors.{library.name}"
+    built = record.versions.get(library.name)
+    if built != version:
+        raise InputError(
+            f"{field}.versions.{library.name}: the plans were built with {built}, and this machine has {version}; "
+            f"plans run only in the version that built them. Build them again with: {remedy}"
+        )
+    if library.targets and card not in record.targets:
+        raise InputError(
+            f"{field}.targets: the plans were built for {', '.join(record.targets)}, and this is {gpu.text}. Build "
+            f"them again with: {remedy} --target {','.join((*record.targets, card))}"
+        )
+    if library.compiles_here and record.gpu != gpu.text:
+        raise InputError(
+            f"{field}.gpu: the plans were built with {record.gpu}, and this machine has {gpu.text}; plans run only "
+            f"where they were built. Build them again with: {remedy}"
+        )
+
+
+def build_memory(weights: int) -> int:
+    """Bytes of host memory that the compilation of a stage with these bytes of weights may take."""
+    return HOST_FACTOR * weights + PROCESS_BYTES
+
+
+def resident_bytes(stage_bytes: Mapping[str, int]) -> dict[str, int]:
+    """Weights that must be on the GPU at once, since plans carry theirs: phase of a run → bytes."""
+    phases: dict[str, int] = {}
+    for stage, size in stage_bytes.items():
+        component = stage.partition(".")[0]
+        before = stage == "dit.context" or stage.endswith(".context_kv")
+        phase = {"umt5": "text", "clip": "image", "vae": "VAE"}.get(component, "context" if before else "denoising")
+        phases[phase] = phases.get(phase, 0) + size
+    return phases
+
+
+def check_resources(library: Library, stage_bytes: Mapping[str, int], directory: Path) -> None:
     """InputError without room for the plans of these stages (name → bytes of weights): disk, host and GPU memory."""
     if not stage_bytes:
         return
@@ -111,13 +154,13 @@ def check_resources(stage_bytes: Mapping[str, int], directory: Path) -> None:
     what = f"building the stage {largest} ({size / GIB:.2f} GiB of weights) needs"
     _enough(
         what,
-        HOST_FACTOR * size,
+        build_memory(size),
         host_memory(),
         "of host memory",
         "close other programs, or add swap; the build goes on where it stopped",
     )
     gpu = find_gpu()
-    if gpu is not None:
+    if gpu is not None and library.compiles_here:
         _enough(what, 2 * size + SCRATCH_BYTES, gpu.free_bytes, "of GPU memory", "end what else runs on the GPU")
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from scail2_rt.engines.row_chunks import MAX_ROWS
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Numerics
@@ -26,17 +28,20 @@ PROMPT_TOKENS = 512
 CLIP_TOKENS = 257
 GIB = 1 << 30
 WORKSPACE_BYTES = 8 * GIB
+TYPE_NAMES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16", torch.int64: "INT64"}
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What a build of plans may be told. max_picture: shorter and longer side in pixels, for both orientations;
-    workspace_bytes: TensorRT's limit for the scratch memory of one layer."""
+    workspace_bytes: TensorRT's limit for the scratch memory of one layer; targets: architectures to build for ("sm89"),
+    () for what suits the machine."""
 
     max_rows: int = MAX_ROWS
     max_picture: tuple[int, int] = LARGEST_PICTURE
     workspace_bytes: int = WORKSPACE_BYTES
     optimization_level: int = 3
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         short, long = sorted(self.max_picture)
@@ -53,12 +58,15 @@ class PlanOptions:
             )
 
 
-def plan_options(max_picture: tuple[int, int] | None, workspace_gib: float | None) -> PlanOptions | None:
-    """What the command line was told; None when it was told nothing."""
-    if max_picture is None and workspace_gib is None:
+def plan_options(
+    max_picture: tuple[int, int] | None, workspace_gib: float | None, targets: str | None = None
+) -> PlanOptions | None:
+    """What the command line was told; None when it was told nothing. targets: joined by commas."""
+    if max_picture is None and workspace_gib is None and targets is None:
         return None
     workspace = WORKSPACE_BYTES if workspace_gib is None else int(workspace_gib * GIB)
-    return PlanOptions(max_picture=max_picture or LARGEST_PICTURE, workspace_bytes=workspace)
+    named = tuple(dict.fromkeys(target.strip() for target in (targets or "").split(",") if target.strip()))
+    return PlanOptions(max_picture=max_picture or LARGEST_PICTURE, workspace_bytes=workspace, targets=named)
 
 
 class Range(NamedTuple):

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from scail2_rt.engines.tensorrt_backend.library import (
     ErrorList,
+    Library,
     error_recorder,
     process_log,
     process_logger,
     require_library,
 )
+from scail2_rt.engines.tensorrt_backend.rtx import KernelCache
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
 if TYPE_CHECKING:
@@ -135,23 +137,39 @@ class SharedScratch:
 
 
 class TensorRTSession:
-    """TensorRT's runtime on one device. Close the engines first.
+    """A library's runtime on one device. Close the engines first.
 
-    InputError when TensorRT is missing or too old, Scail2Error when it cannot start."""
+    folder: the engine folder, where a library that compiles on the card keeps what it compiled. InputError when the
+    library is missing or too old, Scail2Error when it cannot start."""
 
-    def __init__(self, device: Device) -> None:
-        require_library()
-        import tensorrt as trt
+    def __init__(self, library: Library, device: Device, folder: Path) -> None:
+        require_library(library)
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = library.api()
 
-        self.device = device
+        self.library, self.device = library, device
         self.scratch = SharedScratch(device)
         self._errors = ErrorList()
-        self._recorder = error_recorder(self._errors)
+        self._recorder = error_recorder(library, self._errors)
         try:
-            self._runtime: trt.Runtime | None = trt.Runtime(process_logger())
+            self._runtime: trt.Runtime | None = trt.Runtime(process_logger(library))
         except (TypeError, RuntimeError) as error:
-            raise self.failure("TensorRT's runtime cannot start on this machine") from error
+            raise self.failure(f"the runtime of {library.title} cannot start on this machine") from error
         self._runtime.error_recorder = self._recorder
+        self._kernels = KernelCache(library, folder) if library.targets else None
+
+    def new_context(self, engine: "trt.ICudaEngine") -> "trt.IExecutionContext | None":
+        """A context whose scratch memory is the caller's."""
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = self.library.api()
+
+        if self._kernels is not None:
+            return self._kernels.new_context(engine)
+        return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def load(self, path: Path, stage: str, remedy: str) -> "trt.ICudaEngine":
         """The engine in a plan file. InputError with `remedy` when the file is missing or not a plan for this place."""
@@ -167,26 +185,29 @@ class TensorRTSession:
             ) from error
         if engine is None:
             raise InputError(
-                f"TensorRT does not take the plan {path} of stage {stage}: {self.said()}. Build it again with: {remedy}"
+                f"{self.library.title} does not take the plan {path} of stage {stage}: {self.said()}. Build it again "
+                f"with: {remedy}"
             )
         return engine
 
     def forget(self) -> None:
         """Drop earlier messages, so that a failure reports its own."""
         self._errors.clear()
-        process_log().clear()
+        process_log(self.library).clear()
 
     def said(self) -> str:
         """The errors of recorder and logger as one text."""
-        texts = list(dict.fromkeys([*self._errors.texts(), *process_log().recent()]))
+        texts = list(dict.fromkeys([*self._errors.texts(), *process_log(self.library).recent()]))
         return "; ".join(text for text in texts if not any(text in other and text != other for other in texts)) or (
             "it gave no message"
         )
 
     def failure(self, what: str) -> Scail2Error:
         """The fault `what` with what TensorRT said."""
-        return Scail2Error(f"{what}. TensorRT said: {self.said()}.")
+        return Scail2Error(f"{what}. {self.library.title} said: {self.said()}.")
 
     def close(self) -> None:
+        if self._kernels is not None:
+            self._kernels.save()
         self.scratch.close()
         self._runtime = None

@@ -19,7 +19,7 @@ from scail2_rt.engines.folder.store import StoreReader, TensorShape
 from scail2_rt.engines.torch_backend.engine import TorchEngine, check_stored, run_rows, stage_tensors
 from scail2_rt.engines.torch_backend.loading import Loading, StageStream, WeightLoader
 from scail2_rt.engines.torch_backend.vae_streams import DecodeStream, EncodeStream, choose_implementation
-from scail2_rt.engines.vae_stream import VAEStream
+from scail2_rt.engines.vae_stream import Part, VAEStream
 from scail2_rt.export.models.precision import Numerics, Precision
 from scail2_rt.export.stages.spec import StageDefinition
 
@@ -41,7 +41,8 @@ class TorchExecutor(Executor):
     def __init__(self, backend: Backend, folder: EngineFolder, device: torch.device, execution: Execution) -> None:
         super().__init__(backend, folder, device, execution)
         self._on_gpu = device.type == "cuda"
-        self.cuda_graphs = self.places_weights = self._on_gpu
+        # on a CPU whole pictures by stages are faster than parts in rings
+        self.cuda_graphs = self.places_weights = self.splits_pictures = self._on_gpu
         if self._on_gpu:
             use_kernel_cache(folder.directory / KERNELS)
             if folder.manifest.config.vae is not None:
@@ -89,14 +90,23 @@ class TorchExecutor(Executor):
         """On a GPU the form with rings, made once: its weights are laid out for the kernels."""
         if not self._on_gpu:
             return super().vae_stream(stage)
-        if stage not in self._rings:
+        return self._ring_stream(stage)
+
+    def part_stream(self, part: Part) -> VAEStream:
+        """The form with rings on a CPU too: stages take whole pictures."""
+        return self._ring_stream("vae.decode", part)
+
+    def _ring_stream(self, stage: str, part: Part | None = None) -> Rings:
+        key = stage if part is None else f"{stage}.{part.index}/{part.count}"
+        if key not in self._rings:
             name = f"{stage}_step"
             tensors, config = self._tensors(name), self.folder.manifest.config.vae
             assert config is not None, "a folder with a VAE stage has a VAE"
             weights = self._loaded(name) or self.folder.store.stage(name, tensors)
-            self._rings[stage] = VAE_HALVES[stage](weights, config, self.device, self.numerics(name).compute)
-        self._rings[stage].reset()
-        return self._rings[stage]
+            about = weights, config, self.device, self.numerics(name).compute
+            self._rings[key] = VAE_HALVES[stage](*about) if part is None else DecodeStream(*about, part=part)
+        self._rings[key].reset()
+        return self._rings[key]
 
     def close(self) -> None:
         super().close()

@@ -25,8 +25,7 @@ from torch import Tensor
 from scail2_rt.engines.folder.store import StoreReader, TensorShape
 from scail2_rt.engines.folder.sums import PIECE, SumChecker, piece_sum
 
-READERS = 4
-SUMMERS = 4
+READERS = SUMMERS = 6  # on an H200: 16.2 GB/s with sums; four of each 12.0, four readers without sums 14.2
 ALIGNMENT = 256  # bytes; what matrix products and vector loads want
 SLOTS = 2
 Engine = TypeVar("Engine")

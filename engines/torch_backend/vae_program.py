@@ -122,7 +122,7 @@ class Buffers:
         self.clock.zero_()
 
 
-Op = Callable[[Tensor], None]  # takes the clock
+Op = Callable[[Tensor], object]  # takes the clock
 
 
 class Program:
@@ -192,8 +192,9 @@ class Program:
         self.x = self.stream(channels)
         self.ops.append(ConvCall(rows, self.layers.conv(f"{name}.proj"), self.frames, raw=self.x, residual=x))
 
-    def upsample(self, name: str, temporal: bool) -> None:
-        """x = [twice the frames, then] nearest ×2 and a 3×3 convolution to half the channels."""
+    def upsample(self, name: str, temporal: bool, rows: slice | None = None) -> None:
+        """x = [twice the frames, then] nearest ×2 and a 3×3 convolution to half the channels. `rows`: from here on only
+        these of the picture."""
         x, channels = self.current(), self.layers.channels(f"{name}.resample.1")
         if temporal:
             if not self.first:
@@ -203,10 +204,20 @@ class Program:
                 self.ops.append(ConvCall(window, weights, self.frames, raw=out))
                 x = out
             self.later *= 2
+        if rows is not None:
+            x = self._cut(x, rows)
         self.size = self.size.scaled(2)
         self.x = self.stream(channels)
         weights = self.layers.conv(f"{name}.resample.1", ConvForm(phases="space"))
         self.ops.append(ConvCall(x, weights, self.frames, raw=self.x))
+
+    def _cut(self, x: Frames, rows: slice) -> Frames:
+        """Rows of the plain buffer x in one of their own, where their neighbours are the border."""
+        frames, source, height = self.frames, x.data, rows.stop - rows.start
+        self.size = Size(height, self.size.width)
+        out = self.buffers.plain("cut", self.later, self.size, source.shape[3])
+        self.ops.append(lambda clock: out.data[:frames].copy_(source[:frames, rows.start : rows.stop + 2]))
+        return out
 
     def time_ring(self, name: str) -> tuple[Frames, Frames]:
         """Ring of an up-sampling's temporal convolution; the block before it writes there instead of in place."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.engines.torch_backend.vae_program import Buffers, Layers, Program, Size
+from scail2_rt.engines.vae_stream import Part
 from scail2_rt.export.models.config import VAEConfig
 from scail2_rt.export.models.vae import FRAMES_PER_LATENT, LATENT_MEAN, LATENT_STD, PIXELS_PER_CELL, check_config
 from scail2_rt.kernels.conv.ops import Implementation
@@ -99,24 +100,51 @@ class _Stream(ABC):
 
 
 class DecodeStream(_Stream):
-    """Latent frames → pixels. weights: those of `vae.decode_step`, in any float type on any device."""
+    """Latent frames → pixels. weights: those of `vae.decode_step`, in any float type on any device.
+
+    part: of the picture. The coarsest level, whose attention sees all of it, is computed whole (a twentieth of the
+    work), the others with as many rows more as reach into the part (`halo`): so its pixels are those of the whole."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: VAEConfig,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        implementation: Implementation | None = None,
+        part: Part | None = None,
+    ) -> None:
+        super().__init__(weights, config, device, dtype, implementation)
+        self._part = part
+
+    def _rows(self, height: int) -> tuple[slice, slice]:
+        """Of a latent of this height: the rows that are decoded, and which of those are the part."""
+        if self._part is None:
+            return slice(0, height), slice(0, height)
+        start, stop = self._part.rows(height)
+        margin = halo(self.config)
+        decoded = slice(max(start - margin, 0), min(stop + margin, height))
+        return decoded, slice(start - decoded.start, stop - decoded.start)
 
     def _latent_map(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         mix, bias, mean, std = _mixing(weights, "conv2", self.device)
         return mix * std, bias + mix @ mean  # of latent · std + mean
 
     def step(self, latent: Tensor) -> Tensor:
-        """Normalised latent [16, 1, h, w] → unclamped pixels, fp32 [3, 1 (first chunk) or 4, 8h, 8w]."""
+        """Normalised latent [16, 1, h, w] → unclamped pixels, fp32 [3, 1 (first chunk) or 4, 8h, 8w]; of a part its
+        rows."""
         height, width = latent.shape[2:]
+        decoded, part = self._rows(height)
         self._prepare(height, width)
         program, buffers = self._next()
         values = latent.to(self.device, torch.float32).flatten(1).T @ self._mix.T + self._bias
         _, new = buffers.ring("decoder.conv1", 1, Size(height, width), len(self._bias))
         new.write(buffers.clock, values.view(1, height, width, -1))
         side = PIXELS_PER_CELL
-        pixels = torch.empty(3, program.frames, side * height, side * width, dtype=torch.float32, device=self.device)
+        rows = side * (decoded.stop - decoded.start)
+        pixels = torch.empty(3, program.frames, rows, side * width, dtype=torch.float32, device=self.device)
         program.run(pixels)
-        return pixels
+        return pixels[:, :, side * part.start : side * part.stop]
 
     def _build(self, buffers: Buffers, first: bool, cells: Size) -> Program:
         config, name = self.config, "decoder"
@@ -132,10 +160,21 @@ class DecodeStream(_Stream):
                 program.residual_block(f"{name}.upsamples.{index}", into)
                 index += 1
             if not last_level:
-                program.upsample(f"{name}.upsamples.{index}", temporal[level])
+                cut = self._rows(cells.height)[0] if level == 0 and self._part is not None else None
+                program.upsample(f"{name}.upsamples.{index}", temporal[level], cut)
                 index += 1
         program.head(f"{name}.head")
         return program
+
+
+def halo(config: VAEConfig) -> int:
+    """Rows of latent cells beside a part of the picture that its pixels depend on, below the coarsest level: a row for
+    each 3×3 convolution, halved at each doubling of the picture."""
+    convolutions = 2 * (config.res_blocks + 1)
+    rows = 1  # the head
+    for _ in range(len(config.dim_mult) - 1):
+        rows = -(-(rows + convolutions + 1) // 2)
+    return rows
 
 
 class EncodeStream(_Stream):

@@ -22,7 +22,10 @@ from scail2_rt.engines.folder.damage import check_health
 from scail2_rt.engines.folder.manifest import Identity, Manifest, check_folder, differences, read_manifest
 from scail2_rt.engines.folder.sums import DamagedError
 from scail2_rt.engines.observer import BuildObserver
-from scail2_rt.engines.verify import inspector
+from scail2_rt.engines.tensorrt_backend.builder import fp8_linears
+from scail2_rt.engines.tensorrt_backend.layers import fault as operand_fault
+from scail2_rt.engines.tensorrt_backend.layers import layers_of_json
+from scail2_rt.engines.verify.against import compare, require_polygraphy
 from scail2_rt.engines.verify.stage_check import (
     TOLERANCES,
     Reference,
@@ -46,13 +49,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class VerifyRequest:
     """backends: the executors to test, () for all of the folder; repeats: timed runs a stage, at least 3; rows: tokens
-    of a token-wise stage; components: the checkpoint's parts named apart are the caller's business."""
+    of a token-wise stage; against: an executor of the folder whose results they are compared with, too; components:
+    the checkpoint's parts named apart are the caller's business."""
 
     directory: Path
     backends: tuple[str, ...] = ()
     repeats: int = 3
     rows: int = 64
     seed: int = 0
+    against: str | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < 3 or self.rows < 1:
@@ -74,8 +79,8 @@ class Check:
 @dataclass(frozen=True, slots=True)
 class StageResult:
     """One stage in one executor. error: max |actual - reference| / max |reference| of its worst output, None when there
-    is nothing to compare; level: the numerics that decide the tolerance; fault: what failed besides the error, or None.
-    """
+    is nothing to compare; level: the numerics that decide the tolerance; fault: what failed besides the error, or None;
+    against: the error against another executor, if asked."""
 
     stage: str
     backend: str
@@ -85,11 +90,13 @@ class StageResult:
     median_s: float
     fault: str | None
     passed: bool
+    against: float | None = None
 
     def __str__(self) -> str:
         if self.fault is not None or self.error is None:
             return f"{self.backend}: {self.fault}"
-        return f"{self.backend} {self.error:.2g} (at most {self.tolerance:g}), {self.median_s * 1e3:.3g} ms"
+        other = "" if self.against is None else f", {self.against:.2g} from the other executor"
+        return f"{self.backend} {self.error:.2g} (at most {self.tolerance:g}{other}), {self.median_s * 1e3:.3g} ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +161,10 @@ def verify(
     health = check_health(request.directory, manifest, observer)
     if any(damage.kind == "header" for damage in health.damages):
         raise DamagedError(health.text)
+    if request.against is not None:
+        require_polygraphy()
     sets = _open(request, manifest)
+    twin = None if request.against is None else open_engines(request.directory, request.against, compare=False)
     store = next(iter(sets.values())).store
     checks: list[Check] = []
 
@@ -170,15 +180,18 @@ def verify(
         add("tables", *check_tables(request.directory, manifest, sources.get("dit")))
         stages = []
         for definition in definitions.values():
-            results = _check_stage(definition, manifest, sources[definition.component], sets, request)
+            results = _check_stage(definition, manifest, sources[definition.component], sets, twin, request)
             stages += results
             progress(f"{_word(all(r.passed for r in results))} {definition.name}: {' | '.join(map(str, results))}")
         add("graph against eager", *_graph_verdict(sets.values(), stages))
         add("operand types", *_operand_verdict(sets, stages))
     finally:
-        for engines in sets.values():
+        for engines in (*sets.values(), *([twin] if twin is not None else [])):
             engines.close()
     passed = all(check.passed is not False for check in checks) and all(result.passed for result in stages)
+    for engines in sets.values():
+        if engines.device.type == "cuda":
+            engines.executor.backend.remember(request.directory, manifest, passed)
     wall_s = time.monotonic() - started
     return VerifyReport(str(request.directory), manifest.precision, passed, tuple(checks), tuple(stages), wall_s)
 
@@ -237,6 +250,7 @@ def _check_stage(
     manifest: Manifest,
     source: "TensorSource",
     sets: Mapping[str, EngineSet],
+    twin: EngineSet | None,
     request: VerifyRequest,
 ) -> list[StageResult]:
     """A stage in every executor against the fp32 stage on the same inputs, rounded to what the executor takes."""
@@ -250,11 +264,27 @@ def _check_stage(
         given = [x.to(spec.dtype) for x, spec in zip(plain, definition.io(numerics)[0], strict=True)]
         try:
             results.append(_measured(result, reference, given, engines, request.repeats))
+            if twin is not None and results[-1].passed:
+                results[-1] = _compared(results[-1], definition, given, engines, twin)
         except (Scail2Error, RuntimeError) as error:  # one stage that cannot run does not hide the others
             results.append(dataclasses.replace(result, fault=" ".join(str(error).split())))
         finally:
             engines.release(definition.name)
     return results
+
+
+def _compared(
+    result: StageResult, definition: "StageDefinition", given: Sequence[Tensor], engines: EngineSet, twin: EngineSet
+) -> StageResult:
+    """The same, compared with another executor of the folder."""
+    inputs, outputs = definition.io(twin.numerics(result.stage))
+    theirs = [x.to(twin.device, spec.dtype) for x, spec in zip(given, inputs, strict=True)]
+    expected = twin.run(result.stage, *theirs)
+    actual = engines.run(result.stage, *(tensor.to(engines.device) for tensor in given))
+    tolerance = max(result.tolerance, TOLERANCES[level(twin.numerics(result.stage))])
+    error, fault = compare([spec.name for spec in outputs], actual, expected, tolerance)
+    twin.release(result.stage)
+    return dataclasses.replace(result, fault=fault, passed=fault is None, against=error)
 
 
 def _measured(
@@ -278,7 +308,8 @@ def _measured(
         fault = None if difference == 0 else f"the CUDA graph's result differs from the eager one by {difference:.2g}"
     report = engines.plan_report(name)
     if fault is None and report is not None:
-        fault = inspector.fault(report, engines.numerics(name))
+        linears = fp8_linears(engines.definitions[name], engines.numerics(name))
+        fault = operand_fault(layers_of_json(report), linears)
     passed = fault is None and error <= result.tolerance
     return dataclasses.replace(result, error=error, median_s=seconds, fault=fault, passed=passed)
 

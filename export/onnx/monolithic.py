@@ -145,8 +145,8 @@ def _transformer(graph: "_Graph", stage: Stage, tables: Mapping[str, str]) -> No
         x, q = stage(f"{block}.mid", x, _rows(graph, attended), mod)
         q = _heads(graph, q)
         of_text, of_image = (
-            graph.cast(_attention(graph, q, *(_heads(graph, t) for t in graph.split(kv, 2))), torch.float32)
-            for kv in stage(f"{block}.context_kv", text, image)
+            graph.cast(attend(graph, q, *(_heads(graph, t) for t in graph.split(kv, 2))), torch.float32)
+            for attend, kv in zip((_attention, _spelt_out), stage(f"{block}.context_kv", text, image), strict=True)
         )
         (x,) = stage(f"{block}.ffn", x, _rows(graph, op("Add", of_text, of_image)), mod)
     video = op("Slice", x, grid.video_start, op("Add", grid.video_start, grid.video_rows), graph.ints(0))
@@ -167,11 +167,24 @@ def _rotated(graph: "_Graph", t: str, weight: str, rope: tuple[str, ...]) -> str
 
 
 def _attention(graph: "_Graph", q: str, k: str, v: str) -> str:
-    """Softmax attention, scale 1/√D, [1, H, L, D] each. By the operator's definition a 16-bit softmax is summed in
-    16 bits (bf16 over 512 keys: 14 % off) unless the node asks for fp32."""
+    """Softmax attention, scale 1/√D, [1, H, L, D] each.
+
+    By the operator's definition a 16-bit softmax is summed in 16 bits (bf16 over 512 keys: 14 % off) unless the node
+    asks for fp32, which the parsers of TensorRT refuse; their fused kernels sum in fp32 anyway. In fp32 there is no
+    fused kernel, and the node would have to say that it may be taken apart, by an attribute that ONNX does not know."""
     if graph.types[q] == torch.float32:
-        return graph.op("Attention", q, k, v)
-    return graph.op("Attention", q, k, v, softmax_precision=element_type(torch.float32))
+        return _spelt_out(graph, q, k, v)
+    return graph.op("Attention", q, k, v)
+
+
+def _spelt_out(graph: "_Graph", q: str, k: str, v: str) -> str:
+    """The same in plain nodes, its softmax in fp32. A second Attention node on the same q crashes the compiler of
+    TensorRT for RTX 1.7, so the few keys of the image go this way."""
+    keys = graph.op("Transpose", k, perm=[0, 1, 3, 2])
+    scores = graph.cast(graph.op("MatMul", q, keys), torch.float32)
+    scale = graph.constant(torch.tensor(graph.config.head_dim**-0.5))
+    weights = graph.op("Softmax", graph.op("Mul", scores, scale), axis=-1)
+    return graph.op("MatMul", graph.cast(weights, graph.types[v]), v)
 
 
 def _heads(graph: "_Graph", t: str) -> str:

@@ -14,6 +14,7 @@ of V NaN, and by these every value is multiplied: so it comes out as it would of
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from scail2_rt.kernels.attention.variants import EIGHT_BIT, EIGHT_BIT_16BIT_PV, AttentionVariant
 from scail2_rt.kernels.rope import Rope, rotate
 from scail2_rt.kernels.rows.ops import E4M3, E4M3_MAX, rms_norm
+
+if TYPE_CHECKING:
+    from scail2_rt.kernels.attention.shared_rows import RowShare
 
 TILE = 128  # tokens that share one key scale; L is padded to a multiple of it
 SAMPLES = 1024  # tokens that the mean key is taken over, at most
@@ -99,36 +103,68 @@ def _padded(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, padded_length(x.shape[1]) - x.shape[1]))
 
 
+def _padded_to(x: Tensor, rows: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[1]))
+
+
 def _int8(x: Tensor, scale: Tensor) -> Tensor:
     """Any number where the scale is NaN."""
     return (x * (1 / scale)).round().clamp(-127, 127).to(torch.int8)
 
 
-def _quantised_v(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _quantised_v(v: Tensor, share: "RowShare | None") -> tuple[Tensor, Tensor, Tensor]:
     """v fp32 [H, L, D] → e4m3 [H, D, Lp] in stored order, scale and shift fp32 [H, D].
 
     A channel that is constant, as all are of one token, is zeros of any scale: 1."""
-    mean = v.mean(1, keepdim=True)
-    reach = (v - mean).abs().amax(1, keepdim=True)
+    mean = _over_all(v.sum(1, keepdim=True), share).sum(0) / (v.shape[1] if share is None else share.tokens)
+    reach = (v - mean).abs()
+    reach = reach.amax(1, keepdim=True) if v.shape[1] else torch.zeros_like(mean)
+    reach = _over_all(reach, share).amax(0)
     scale = torch.where(reach == 0, 1.0, (reach / E4M3_MAX).clamp_min(TINY))
     v8 = ((v - mean) * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    shift = mean + (v - mean - v8.float() * scale).mean(1, keepdim=True)
-    order = stored_order(padded_length(v.shape[1])).to(v.device)
-    stored = _padded(v8.float())[:, order].to(E4M3)  # exact both ways: e4m3 has no indexing on the CPU
+    left = (v - mean - v8.float() * scale).sum(1, keepdim=True)
+    shift = mean + left / v.shape[1] if share is None else mean / share.peers.size + left / share.tokens
+    v8 = v8.float() if share is None else _padded_to(v8.float(), share.rows)
+    order = stored_order(padded_length(v8.shape[1])).to(v.device)
+    stored = _padded(v8)[:, order].to(E4M3)  # exact both ways: e4m3 has no indexing on the CPU
     return stored.transpose(1, 2).contiguous(), scale[:, 0], shift[:, 0]
 
 
+def _over_all(x: Tensor, share: "RowShare | None") -> Tensor:
+    """x of every process that shares the rows → [N, …]."""
+    return x[None] if share is None else share.peers.gather(x.contiguous())
+
+
+def _mean_key(k: Tensor, share: "RowShare | None") -> Tensor:
+    """k fp32 [H, L, D] → the mean of the sampled tokens [H, 1, D]."""
+    step = sample_step(k.shape[1] if share is None else share.tokens)
+    first = 0 if share is None else -share.first % step
+    count = k[:, ::step].shape[1] if share is None else -(-share.tokens // step)
+    return _over_all(k[:, first::step].sum(1, keepdim=True), share).sum(0) / count
+
+
 def prepare_8bit(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, fp8_pv: bool = True
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Rope,
+    eps: float,
+    fp8_pv: bool = True,
+    share: "RowShare | None" = None,
 ) -> Prepared8:
-    """qkv [L, 3·C] (q | k | v), weights fp32 [C] → `Prepared8`; all arithmetic in fp32."""
-    tokens, head_dim = qkv.shape[0], rope.head_dim
-    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.chunk(3, dim=-1))  # [L, H, D]
-    q = rotate(rms_norm(q.flatten(1), q_weight, eps).view_as(q), rope).transpose(0, 1)
-    k = rotate(rms_norm(k.flatten(1), k_weight, eps).view_as(k), rope).transpose(0, 1)
-    k = k - k[:, :: sample_step(tokens)].mean(1, keepdim=True)
+    """qkv [L, 3·C] (q | k | v), weights fp32 [C] → `Prepared8`; all arithmetic in fp32.
+
+    share: qkv holds R rows of a longer sequence; so does the result, whose v_shift is a part of the sum over all
+    processes."""
+    rows, head_dim = qkv.shape[0], rope.head_dim
+    valid = rows if share is None else share.valid
+    q, k, v = (part[:valid].unflatten(-1, (-1, head_dim)) for part in qkv.chunk(3, dim=-1))  # [L, H, D]
+    turns = Rope(rope.cos[:valid], rope.sin[:valid])
+    q = rotate(rms_norm(q.flatten(1), q_weight, eps).view_as(q), turns).transpose(0, 1)
+    k = rotate(rms_norm(k.flatten(1), k_weight, eps).view_as(k), turns).transpose(0, 1)
+    k = k - _mean_key(k, share)
     turn = hadamard(head_dim).to(qkv.device)
-    q, k = _padded(q @ turn), _padded(k @ turn)
+    q, k = (_padded(_padded_to(x @ turn, rows)) for x in (q, k))
     q_scale = (q.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(TINY)
     tiles = k.unflatten(1, (-1, TILE))
     k_scale = (tiles.abs().amax((2, 3), keepdim=True) / INT8_MAX).clamp_min(TINY)
@@ -137,9 +173,9 @@ def prepare_8bit(
     factor = math.log2(math.e) / head_dim
     q_scale, k_scale = q_scale[..., 0] * factor, k_scale[..., 0, 0] / math.sqrt(head_dim)
     if not fp8_pv:
-        v = sixteen_bit_v(qkv, head_dim)
-        return Prepared8(q8, q_scale, k8, k_scale, v, None, None, tokens, EIGHT_BIT_16BIT_PV)
-    return Prepared8(q8, q_scale, k8, k_scale, *_quantised_v(v.transpose(0, 1).float()), tokens)
+        whole = sixteen_bit_v(qkv, head_dim)
+        return Prepared8(q8, q_scale, k8, k_scale, whole, None, None, rows, EIGHT_BIT_16BIT_PV)
+    return Prepared8(q8, q_scale, k8, k_scale, *_quantised_v(v.transpose(0, 1).float(), share), rows)
 
 
 def attention_8bit(prepared: Prepared8) -> Tensor:

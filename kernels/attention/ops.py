@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from scail2_rt.kernels.attention import eight_bit
 from scail2_rt.kernels.attention.eight_bit import Prepared8
+from scail2_rt.kernels.attention.shared_rows import HeadExchange, RowShare
 from scail2_rt.kernels.attention.variants import (
     CUDNN,
     FLASH,
@@ -29,8 +30,8 @@ from scail2_rt.kernels.rope import Rope, rotate
 from scail2_rt.kernels.rows.ops import rms_norm
 
 __all__ = [
-    "VARIANTS", "AttentionVariant", "Prepared8", "PreparedQKV", "choose_attention", "cross_attention", "prepare_qkv",
-    "self_attention",
+    "VARIANTS", "AttentionVariant", "HeadExchange", "Prepared8", "PreparedQKV", "RowShare", "choose_attention",
+    "cross_attention", "prepare_qkv", "self_attention", "shared_attention",
 ]  # fmt: skip
 
 EPS = 1e-6
@@ -52,13 +53,19 @@ Prepared = PreparedQKV | Prepared8
 
 
 def prepare_qkv(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, variant: AttentionVariant = SDPA
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Rope,
+    variant: AttentionVariant = SDPA,
+    share: RowShare | None = None,
 ) -> Prepared:
     """RMS norm over all heads, then RoPE; for the 8-bit variants also rotation and quantisation.
 
-    qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. In 16 bit v stays a view of qkv."""
+    qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. In 16 bit v stays a view of qkv.
+    share: qkv and rope are the rows of a longer sequence that this process holds, for `shared_attention`."""
     if variant.eight_bit:
-        made = _prepare_8bit(qkv, q_weight, k_weight, rope, fp8_pv=variant.v is not None)
+        made = _prepare_8bit(qkv, q_weight, k_weight, rope, variant.v is not None, share)
         return replace(made, variant=variant)
     heads = q_weight.shape[0] // rope.head_dim
     v = qkv.chunk(3, dim=-1)[2].unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -75,29 +82,41 @@ def prepare_qkv(
     return PreparedQKV(q, k, v, variant)
 
 
-def _prepare_8bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, fp8_pv: bool) -> Prepared8:
+def _prepare_8bit(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, fp8_pv: bool, share: RowShare | None
+) -> Prepared8:
     if not qkv.is_cuda:
-        return eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, fp8_pv)
+        return eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, fp8_pv, share)
     from scail2_rt.kernels.attention import prepare_triton
 
     heads = q_weight.shape[0] // rope.head_dim
     v = None if fp8_pv else eight_bit.sixteen_bit_v(qkv, rope.head_dim)
     made = eight_bit.empty_prepared8(heads, qkv.shape[0], rope.head_dim, v, qkv.device)
-    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made)
+    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made, share)
     return made
 
 
-def self_attention(prepared: Prepared) -> Tensor:
+def shared_attention(prepared: Prepared, exchange: HeadExchange, head_dim: int) -> Tensor:
+    """`self_attention` over a sequence whose rows several processes share: of this one's rows [R, C] → [R, C]."""
+    prepared = exchange.to_heads(prepared)
+    out = exchange.attended(prepared, head_dim)
+    attended = self_attention(prepared, out)
+    if attended is not out:  # a library's attention, which returns a tensor of its own
+        out.copy_(attended)
+    return exchange.to_rows()
+
+
+def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
     """Softmax attention over all tokens, scale 1/√D, no mask, by the variant it was prepared for.
 
-    → [L, C] in the attention's 16-bit type (bf16 where v was quantised)."""
+    → [L, C] in the attention's 16-bit type (bf16 where v was quantised); kernels of ours write it to `out`."""
     if isinstance(prepared, Prepared8):
-        return _eight_bit_attention(prepared)
+        return _eight_bit_attention(prepared, out)
     q, k, v = prepared.q, prepared.k, prepared.v
     if prepared.variant == SIXTEEN_BIT:
         from scail2_rt.kernels.attention import attention_triton, hopper_attention_16bit
 
-        out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2])
+        out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2]) if out is None else out
         if hopper_obstacle(q.device, q.shape[2], q.dtype) is None:
             return hopper_attention_16bit.hopper_attention_16bit(q, k, v, out)
         return attention_triton.attention_16bit(q, k, v, out)
@@ -113,12 +132,12 @@ def self_attention(prepared: Prepared) -> Tensor:
     return attended.transpose(0, 1).flatten(1)
 
 
-def _eight_bit_attention(prepared: Prepared8) -> Tensor:
+def _eight_bit_attention(prepared: Prepared8, out: Tensor | None) -> Tensor:
     if not prepared.q.is_cuda:
         return eight_bit.attention_8bit(prepared)
     heads, _, dim = prepared.q.shape
     dtype = torch.bfloat16 if prepared.v_scale is not None else prepared.v.dtype
-    out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype)
+    out = prepared.q.new_empty(prepared.tokens, heads * dim, dtype=dtype) if out is None else out
     if prepared.variant.sm90 and hopper_obstacle(prepared.q.device, dim, prepared.q.dtype) is None:
         from scail2_rt.kernels.attention.hopper_attention import hopper_attention
 

@@ -12,6 +12,8 @@
     convert          checkpoint → one safetensors file          engines.convert
     download         the official checkpoint from the hub       download
     inspect          what a file or folder is                   inspection
+    serve            engines → videos over HTTP                 serve
+    comfyui          nodes in a ComfyUI folder                  runtime.comfyui.installing
 
 Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
 code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
@@ -30,10 +32,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from scail2_rt.runtime.cli import options as o
+from scail2_rt.runtime.cli.comfyui_commands import comfyui
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
+from scail2_rt.runtime.cli.serve_command import serve
 
 if TYPE_CHECKING:
     from scail2_rt.engines.build.build import BuildReport
@@ -106,7 +110,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         options["lora_partial"],
         options["rebuild"],
         parts,
-        plan_options(options["max_picture"], options["workspace_gib"]),
+        plan_options(options["max_picture"], options["workspace_gib"], options["targets"]),
         tuple(options["stages"]),
     )
     with stdout_for(as_json):
@@ -122,7 +126,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command(cls=SectionCommand)
-@click.argument("engines", type=PATH)
+@click.argument("engines", type=PATH, required=False)
 @o.INPUT_OPTIONS
 @o.MAKING_OPTIONS
 @o.PROMPT_OPTIONS
@@ -130,20 +134,34 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @o.SAMPLING_OPTIONS
 @o.LONG_CLIP_OPTIONS
 @o.ENGINE_OPTIONS
+@o.SERVER_OPTIONS
 @reporting
-def generate(engines: Path, as_json: bool, **options: Any) -> None:
+def generate(engines: Path | None, server: str | None, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
     An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
-    made first and kept beside the output. A report (<output>.json) is written beside the video."""
+    made first and kept beside the output. A report (<output>.json) is written beside the video. With --server a warm
+    service does the work."""
+    if (engines is None) == (server is None):
+        raise click.UsageError(
+            "give the engine folder ENGINES, or --server URL of a service" + ("" if engines is None else ", not both")
+        )
     from scail2_rt.runtime.cli.progress import open_progress
+    from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.run import run_single
 
-    given = GenerateOptions(engines=engines, **options)
+    given = GenerateOptions(engines=engines or Path(), **options)
+    if server is None:
+        lead_or_follow()
     with stdout_for(as_json), open_progress() as listener:
-        outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
+        if server is not None:
+            from scail2_rt.runtime.serve.client import run_remote
+
+            outcome = run_remote(given, server, listener)
+        else:
+            outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
     show(outcome.document, outcome.text, as_json)
     if outcome.failed:
         raise click.exceptions.Exit(1)
@@ -194,10 +212,12 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
             tuple(parse_lora(lora) for lora in options["loras"]),
             options["lora_partial"],
             BuildLines(),
+            options["check"],
         )
     text = (
         f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
+        f"{f'; {report.taken_by} takes every node' if report.taken_by else ''}"
     )
     show(report, text + lora_lines(report.loras), as_json)
 
@@ -215,13 +235,19 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     from scail2_rt.engines.verify.verify import VerifyRequest, open_for
     from scail2_rt.engines.verify.verify import verify as run_verify
     from scail2_rt.runtime.cli.progress import BuildLines
+    from scail2_rt.runtime.jobs.card_report import block_for_report
 
-    request = VerifyRequest(engines, options["backends"], options["repeats"], options["rows"], options["seed"])
+    request = VerifyRequest(
+        engines, options["backends"], options["repeats"], options["rows"], options["seed"], options["against"]
+    )
     parts = parts_apart(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)
         report = run_verify(request, opened, lambda line: click.echo(line, err=True), BuildLines())
-    show(report, report.text, as_json)
+        text = report.text
+        if block := block_for_report(report):
+            text += f"\n\nTo report this, paste:\n{block}"
+    show(report, text, as_json)
     if not report.passed:
         raise click.exceptions.Exit(1)
 
@@ -241,7 +267,7 @@ def doctor(engines: Path | None, as_json: bool) -> None:
     show(found, found.text, as_json)
 
 
-for command in (convert, download, inspect, masks):
+for command in (comfyui, convert, download, inspect, masks, serve):
     cli.add_command(command)
 
 

@@ -8,11 +8,11 @@ import click
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import MAKING
-from scail2_rt.runtime.cli.types import MemorySize, SizeType
+from scail2_rt.runtime.cli.types import GpuCount, MemorySize, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
-BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
+BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 # "auto" and kernels.attention.variants.VARIANTS
 ATTENTION = ("auto", "8bit", "8bit-triton", "8bit-bf16pv", "bf16", "cudnn", "flash", "sage", "sdpa")
 SCHEDULERS = ("unipc", "dpm++", "euler")
@@ -186,6 +186,14 @@ LONG_CLIP_OPTIONS = in_section(
         "complete stays; what was not begun begins.",
     ),
 )
+GPUS = option(
+    "--gpus",
+    type=GpuCount(),
+    default=1,
+    show_default=True,
+    metavar="N|all",
+    help="GPUs of this machine that share a generation (on a CPU, processes); CUDA_VISIBLE_DEVICES says which.",
+)
 ENGINE_OPTIONS = in_section(
     "Engines",
     option(
@@ -218,6 +226,16 @@ ENGINE_OPTIONS = in_section(
         help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
     ),
     option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
+    GPUS,
+)
+SERVER_OPTIONS = in_section(
+    "Through a service",
+    option(
+        "--server",
+        metavar="URL",
+        help="Let the service at this address (`scail2-rt serve`) do the work: same options, same files, no start. Its "
+        "key, if it wants one, is read from $SCAIL2_RT_API_KEY.",
+    ),
 )
 LORA_OPTIONS = (
     option(
@@ -266,6 +284,13 @@ BUILD_OPTIONS = in_section(
         metavar="GIB",
         help="TensorRT: limit for the scratch memory of one layer.  [default: 8]",
     ),
+    option(
+        "--target",
+        "targets",
+        metavar="SM,...",
+        help="TensorRT for RTX: cards to build for, e.g. sm89,sm120 (RTX 40 and 50).  [default: this machine's card, "
+        "else all that the precision allows]",
+    ),
     option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
 )
 COMPONENT_OPTIONS = in_section(
@@ -297,6 +322,9 @@ EXPORT_OPTIONS = in_section(
         show_default=True,
         help="Types of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16; bf16, fp8 are for TensorRT.",
     ),
+    option(
+        "--check", is_flag=True, help="Ask the parser of TensorRT for RTX, or of TensorRT, whether it takes every node."
+    ),
     *LORA_OPTIONS,
 )
 VERIFY_OPTIONS = in_section(
@@ -312,6 +340,11 @@ VERIFY_OPTIONS = in_section(
         help="Executor to test; may be repeated.  [default: all that the folder holds]",
     ),
     option("--repeats", type=int, default=3, show_default=True, metavar="N", help="Timed runs of a stage, at least 3."),
+    option(
+        "--against",
+        type=click.Choice(("onnxruntime",)),
+        help="Compare every stage with this executor of the folder too, by Polygraphy.",
+    ),
     option("--rows", type=int, default=64, show_default=True, metavar="N", help="Tokens of a token-wise stage."),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random inputs."),
 )

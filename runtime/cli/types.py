@@ -41,6 +41,19 @@ class MemorySize(click.ParamType):
         return int(float(match[1]) * self.UNITS[match[2].upper()])
 
 
+class GpuCount(click.ParamType):
+    """`2` → 2, `all` → "all"."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "all" or isinstance(value, int):
+            return value
+        if not value.strip().isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is not a number of GPUs: write it as in 2, or all", param, ctx)
+        return int(value)
+
+
 class ColourMap(click.ParamType):
     """`255,140,0=red` → ((255, 140, 0), "red")."""
 

@@ -67,7 +67,7 @@ class CaseInputs:
         if not given:
             return None
         if lacking := [name for name in FILES if name not in given]:
-            raise InputError(f"{flags(lacking)} is missing: {instead}.")
+            raise InputError(f"{flags(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: {instead}.")
         return NamedFiles(*(getattr(self, name) for name in FILES))
 
 

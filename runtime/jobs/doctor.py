@@ -37,6 +37,7 @@ ENCODERS = {
     "vp9": ("libvpx-vp9",),
 }
 FP8_CAPABILITY = (8, 9)
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # engines.tensorrt_backend.library.TENSORRT_RTX
 GIB = 2**30
 
 
@@ -125,10 +126,10 @@ def _of(free: float | None, total: float | None, word: str) -> str:
 def diagnose(engines: Path | None = None, observer: "BuildObserver | None" = None) -> Diagnosis:
     """Look at this machine, and at an engine folder if one is named, which is read whole: `observer` hears how far that
     is. Raises nothing."""
-    libraries = (_torch(), _triton(), _tensorrt(), _onnxruntime(), _pyav())
+    libraries = (_torch(), _triton(), _tensorrt(), _tensorrt_rtx(), _onnxruntime(), _pyav())
     by_name = {library.name: library for library in libraries}
     cuda, torch_sees_gpu = _cuda(by_name["PyTorch"])
-    gpus = _gpus() or (_gpus_of_torch() if torch_sees_gpu else ())
+    gpus = gpus_of_driver() or (_gpus_of_torch() if torch_sees_gpu else ())
     backend, reason = _choice(by_name["PyTorch"])
     opened: tuple[str, bool] | None = None if engines is None else _opens(engines, by_name["PyTorch"], observer)
     place = engines if engines is not None and engines.is_dir() else Path.cwd()
@@ -205,6 +206,16 @@ def _tensorrt() -> Library:
     return _probe("TensorRT", "tensorrt", packages, describe)
 
 
+def _tensorrt_rtx() -> Library:
+    def describe(tensorrt_rtx: Any) -> str:
+        from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
+
+        tensorrt_rtx.Logger()
+        return f"builds on any machine, runs on {', '.join(TENSORRT_RTX.targets)}"
+
+    return _probe("TensorRT for RTX", "tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), describe)
+
+
 def _onnxruntime() -> Library:
     def describe(onnxruntime: Any) -> str:
         return ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
@@ -231,7 +242,7 @@ def _encoders() -> dict[str, tuple[str, ...]]:
     return {codec: tuple(name for name in names if name in found) for codec, names in ENCODERS.items()}
 
 
-def _gpus() -> tuple[GPU, ...]:
+def gpus_of_driver() -> tuple[GPU, ...]:
     """The cards by the driver's tool; none when it is missing or fails."""
 
     def ask() -> tuple[GPU, ...]:
@@ -306,7 +317,13 @@ def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu
         lines.append(
             "PyTorch does not see the GPU: install a build for CUDA that the driver supports (pytorch.org/get-started)"
         )
-    if not libraries["TensorRT"].usable:
+    if any(f"sm{major}{minor}" in RTX_TARGETS for major, minor in (gpu.capability for gpu in gpus)):
+        if not libraries["TensorRT for RTX"].usable:
+            lines.append(
+                'TensorRT for RTX plans: pip install "scail2-rt[tensorrt-rtx]", then build-engines --backend '
+                "tensorrt-rtx, then verify (docs/tensorrt-rtx.md)"
+            )
+    elif not libraries["TensorRT"].usable:
         lines.append('TensorRT plans: pip install "scail2-rt[tensorrt]", then build-engines --backend tensorrt')
     if not libraries["Triton"].usable:
         lines.append('Triton kernels: pip install "scail2-rt[gpu]"')
@@ -347,12 +364,16 @@ def _opens(directory: Path, torch_library: Library, observer: "BuildObserver | N
     try:
         from scail2_rt.engines.engine_set import open_engines
         from scail2_rt.engines.folder.damage import check_health
+        from scail2_rt.engines.registry import backend
 
         with open_engines(directory) as engines:
             health = check_health(directory, engines.manifest, observer)
             if health.damages:
                 return health.text, False
-            return f"{directory} opens: {engines.choice}; {health.text}", True
+            sizes = {stage.name: stage.weight_bytes for stage in engines.manifest.stages}
+            notes = [backend(name).memory_note(sizes) for name in engines.manifest.backends]
+            text = f"{directory} opens: {engines.choice}; {health.text}"
+            return "; ".join([text, *(note for note in notes if note)]), True
     except Exception as error:
         return f"{directory} does not open: {' '.join(str(error).split())}", False
 

@@ -88,6 +88,7 @@ class GenerateOptions:
     attention: str = "auto"
     vram_limit: int | None = None
     no_graphs: bool = False
+    gpus: int | str = 1
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:

@@ -83,7 +83,7 @@ def open_session(options: GenerateOptions) -> "Iterator[Session]":
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     execution = Execution(options.max_rows, options.attention, not options.no_graphs, options.vram_limit)
-    with Session.open(options.engines, backend=options.backend, execution=execution) as session:
+    with Session.open(options.engines, backend=options.backend, execution=execution, gpus=options.gpus) as session:
         yield session
 
 

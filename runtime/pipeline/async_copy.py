@@ -22,11 +22,16 @@ class CopyToCpu:
         return self.tensor
 
 
-def copy_to_cpu(tensor: Tensor) -> CopyToCpu:
-    """Start copying a tensor to pinned memory; a CPU tensor is returned unchanged."""
+def pinned_like(tensor: Tensor) -> Tensor:
+    """Pinned memory for a copy of the tensor. Getting it may wait for all that the device has queued."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+def copy_to_cpu(tensor: Tensor, host: Tensor | None = None) -> CopyToCpu:
+    """Start copying a tensor to pinned memory, to `host` or new; a CPU tensor is returned unchanged."""
     if tensor.device.type != "cuda":
         return CopyToCpu(tensor, None)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = pinned_like(tensor) if host is None else host
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
@@ -37,17 +42,23 @@ class StepMarks:
     """Reports each step when the device has done it, one step late, so that the device never waits: a step is queued
     while the one before it runs. At most two steps are queued, so a run can be cancelled within one.
 
-    report(step, seen): what is called, with the small tensor that was queued behind the step, on the CPU."""
+    report(step, seen): what is called, with the small tensor that was queued behind the step, on the CPU; its memory is
+    used again for later steps."""
 
     def __init__(self, report: Callable[[int, Tensor], None]) -> None:
         self._report = report
         self._queued: deque[tuple[int, CopyToCpu]] = deque()
+        self._hosts: list[Tensor] = []  # pinned memory for the two steps that may be queued, made before anything waits
 
     def passed(self, step: int, seen: Tensor) -> None:
-        """The work of a step has been queued, and after it `seen`; on a CPU both are done."""
-        self._queued.append((step, copy_to_cpu(seen)))
+        """The work of a step has been queued, and after it `seen`, of the same shape every time; on a CPU both are
+        done."""
+        on_gpu = seen.device.type == "cuda"
+        if on_gpu and not self._hosts:
+            self._hosts = [pinned_like(seen) for _ in range(2)]
+        self._queued.append((step, copy_to_cpu(seen, self._hosts[step % 2] if on_gpu else None)))
         # the first step compiles and loads: there is nothing to keep busy
-        late = 1 if seen.device.type == "cuda" and step > 0 else 0
+        late = 1 if on_gpu and step > 0 else 0
         while len(self._queued) > late:
             self._wait()
 

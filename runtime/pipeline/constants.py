@@ -7,24 +7,31 @@ records none.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
+import torch
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
+from scail2_rt.runtime.pipeline.placement import Placement
+from scail2_rt.runtime.pipeline.sharing import Ranks, Sharing
 from scail2_rt.runtime.pipeline.transformer import BlockKV, Schedule, Transformer, context_kv
+from scail2_rt.runtime.pipeline.vae import decode_unclamped
 
 LAYOUTS = 3  # token buffers of 48,832 tokens of the 14B take 0.2 GiB; recorded steps share their memory
 SCHEDULES = 8
 
 
 class Constants:
-    """The constants of one set of engines. `graphs_recorded` and `schedules_made` count what was not found here."""
+    """The constants of one set of engines. `graphs_recorded` and `schedules_made` count what was not found here.
 
-    def __init__(self, engines: EngineSet) -> None:
-        self.engines = engines
+    ranks: the processes that share the work, None when it is this one alone."""
+
+    def __init__(self, engines: EngineSet, ranks: Ranks | None = None) -> None:
+        self.engines, self.ranks = engines, ranks
+        self._sharing: Sharing | None = None
         self.schedules_made = 0
         self._graphs_recorded = 0
         self._pool = GraphPool()
@@ -38,22 +45,28 @@ class Constants:
 
     def contexts(self, texts: Sequence[Tensor], clip: Tensor) -> list[BlockKV]:
         """Cross-attention keys and values for these texts [n, text_dim] and this image [257, clip_dim]; they are valid
-        until the next call."""
-        if self._contexts is not None and len(self._contexts) != len(texts):
+        until the next call. Of shared passes, those that this process computes."""
+        sharing = None if self.ranks is None else self.ranks.sharing(len(texts))
+        mine, peers = (texts, None) if sharing is None else (sharing.mine(texts), sharing.rows)
+        if self._contexts is not None and (len(self._contexts) != len(mine) or self._sharing != sharing):
             self.drop_transformers()  # their steps read the old buffers
             self._contexts = None
-        self._contexts = context_kv(self.engines, texts, clip, self._contexts)
+        self._sharing = sharing
+        self._contexts = context_kv(self.engines, mine, clip, self._contexts, peers)
         return self._contexts
 
     def transformer(self, layout: Layout, contexts: list[BlockKV]) -> Transformer:
         """The transformer of a layout over the contexts that `contexts` gave."""
         found = self._transformers.pop(layout, None)
         if found is None or found.contexts is not contexts:
-            found = Transformer(self.engines, layout, contexts, self._pool)
+            found = self._made(layout, contexts, self._pool, self._sharing)
         self._transformers[layout] = found
         while len(self._transformers) > LAYOUTS:
             self._transformers.popitem(last=False)
         return found
+
+    def _made(self, layout: Layout, contexts: list[BlockKV], pool: GraphPool, sharing: Sharing | None) -> Transformer:
+        return Transformer(self.engines, layout, contexts, pool, sharing)
 
     def schedule(self, timesteps: Sequence[float]) -> Schedule:
         """The time embeddings of these timesteps."""
@@ -66,6 +79,23 @@ class Constants:
         while len(self._schedules) > SCHEDULES:
             self._schedules.popitem(last=False)
         return self._schedules[key]
+
+    def begin_segment(self, placement: Placement | None) -> None:
+        """Weights that stay loaded while denoising are on their way while the driving clip is encoded."""
+        if placement is not None:
+            self.engines.prefetch(placement.resident)
+
+    def decode(self, latent: Tensor) -> Generator[Tensor, None, None]:
+        """Normalised latent [16, F, h, w] → unclamped pixels [3, 1, H, W], then [3, 4, H, W] each."""
+        return decode_unclamped(self.engines, latent)
+
+    def make_room(self, placement: Placement | None) -> None:
+        """Give the VAE what denoising held, as far as the placement says so."""
+        if placement is not None and placement.drops_blocks:
+            self.engines.release("dit.blocks.")
+        if placement is not None and not placement.keeps_graphs:
+            self.drop_transformers()
+            torch.cuda.empty_cache()
 
     def drop_transformers(self) -> None:
         """Give back the memory of token buffers and recorded steps."""

@@ -29,7 +29,6 @@ from scail2_rt.runtime.pipeline.preprocess import quantise_frames
 from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from scail2_rt.runtime.pipeline.text import PromptCache
 from scail2_rt.runtime.pipeline.transformer import Transformer
-from scail2_rt.runtime.pipeline.vae import decode_unclamped
 
 DrawNoise = Callable[[Layout], Tensor]
 
@@ -126,8 +125,7 @@ def animate(
         contexts = machine.constants.contexts(conditions.contexts[:passes], conditions.clip)
     for index, clip in enumerate(timed(clips, progress), carry.finished):
         progress.segment(index)
-        if machine.placement is not None:
-            engines.prefetch(machine.placement.resident)  # on their way while the driving clip is encoded
+        machine.constants.begin_segment(machine.placement)
         with progress.phase("driving"):
             driving = encode_driving(engines, clip)
             clean = None
@@ -143,7 +141,7 @@ def animate(
             latent = denoise(machine, transformer, sampling, draw_noise(layout), clean)
             del transformer
         observe("final_latent", latent)
-        make_room_for_decoding(machine)
+        machine.constants.make_room(machine.placement)
         with closing(decode_segment(machine, clip, latent, sampling, carry)) as parts:
             for part in parts:
                 yield part
@@ -203,16 +201,6 @@ def overwrite_history(x: Tensor, clean: Tensor | None) -> Tensor:
     return x if clean is None else torch.cat([clean, x[:, clean.shape[1] :]], dim=1)
 
 
-def make_room_for_decoding(machine: Machine) -> None:
-    """Give the VAE what denoising held, as far as the placement says so."""
-    placement = machine.placement
-    if placement is not None and placement.drops_blocks:
-        machine.engines.release("dit.blocks.")
-    if placement is not None and not placement.keeps_graphs:
-        machine.constants.drop_transformers()
-        torch.cuda.empty_cache()
-
-
 def decode_segment(
     machine: Machine, clip: DrivingClip, latent: Tensor, sampling: Sampling, carry: Carry
 ) -> Generator[Frames, None, None]:
@@ -266,7 +254,7 @@ def decoded_groups(
     """The groups of a latent in order, each shown as `finish(start, pixels)` makes it. On a GPU a group leaves while
     the next is decoded: it is handed out when the next has been queued."""
     start, waiting = 0, None
-    with closing(decode_unclamped(machine.engines, latent)) as chunks:
+    with closing(machine.constants.decode(latent)) as chunks:
         while True:
             with machine.progress.phase("decode", wait=False):
                 raw = next(chunks, None)

@@ -7,6 +7,9 @@ cross-attention.
 
 A `Transformer` belongs to a token layout and a number of passes, not to a segment: what a segment shows it is written
 into buffers that stay where they are, so that a step that was recorded for one segment serves every later one.
+
+Several processes may share the work (`pipeline.sharing`): then each holds a part of the rows, at the same places in the
+sequence throughout, and what is given and returned is whole in every one of them.
 """
 
 from collections.abc import Sequence
@@ -18,10 +21,18 @@ from torch.nn import functional as F
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.export.models.dit import patchify, sinusoid, unpatchify
-from scail2_rt.kernels.attention.ops import cross_attention, prepare_qkv, self_attention
+from scail2_rt.kernels.attention.ops import (
+    HeadExchange,
+    cross_attention,
+    prepare_qkv,
+    self_attention,
+    shared_attention,
+)
+from scail2_rt.kernels.peers import Peers
 from scail2_rt.kernels.rope import rope_table
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.pipeline.cuda_graph import GraphPool, StepGraph
+from scail2_rt.runtime.pipeline.sharing import Sharing
 
 AHEAD = 4  # blocks whose context weights are on their way while one is used
 BlockKV = list[tuple[Tensor, Tensor]]  # per block: text k|v [512, 2C], image k|v [257, 2C]
@@ -57,12 +68,17 @@ class Schedule:
 
 
 def context_kv(
-    engines: EngineSet, contexts: Sequence[Tensor], clip: Tensor, into: list[BlockKV] | None = None
+    engines: EngineSet,
+    contexts: Sequence[Tensor],
+    clip: Tensor,
+    into: list[BlockKV] | None = None,
+    peers: Peers | None = None,
 ) -> list[BlockKV]:
     """Cross-attention keys and values of every block for each text context.
 
     contexts: text encodings [n ≤ 512, text_dim], zero-padded to 512 rows here; clip [257, clip_dim]. `into`: the result
-    for another prompt or image, as many contexts: it is overwritten in place and returned."""
+    for another prompt or image, as many contexts: it is overwritten in place and returned. `peers`: processes that ask
+    for the same; each computes the same number of blocks, and one gather gives all of them to everybody."""
     assert engines.config.dit is not None
     config = engines.config.dit
     compute = engines.compute_dtype("dit.context")
@@ -73,43 +89,78 @@ def context_kv(
             engines.run("dit.context", padded.to(engines.device, compute), clip.to(engines.device, compute))
         )
     engines.release("dit.context")
+    each = config.layers if peers is None else -(-config.layers // peers.size)
+    first = 0 if peers is None else peers.rank * each
+    blocks = range(first, min(first + each, config.layers))
     result: list[BlockKV] = into if into is not None else [[] for _ in contexts]
-    for i in range(config.layers):
-        engines.prefetch(f"dit.blocks.{j}.context_kv" for j in range(i, min(i + AHEAD, config.layers)))
-        for blocks, (text, image) in zip(result, embedded, strict=True):
+    made: list[BlockKV] = [[] for _ in contexts]
+    for i in blocks:
+        engines.prefetch(f"dit.blocks.{j}.context_kv" for j in range(i, min(i + AHEAD, blocks.stop)))
+        for context, (text, image) in enumerate(embedded):
             text_kv, image_kv = engines.run(f"dit.blocks.{i}.context_kv", text, image)
-            if into is None:  # a copy, which may be written to later, whatever mode the engines computed it in
-                blocks.append((text_kv.clone(), image_kv.clone()))
+            if peers is not None:
+                made[context].append((text_kv, image_kv))
             else:
-                blocks[i][0].copy_(text_kv)
-                blocks[i][1].copy_(image_kv)
+                _keep(result[context], i, text_kv, image_kv)
         engines.release(f"dit.blocks.{i}.context_kv")
+    if peers is not None:
+        shape = each, config.text_len + len(clip), 2 * config.dim
+        padding = torch.zeros(shape, dtype=engines.compute_dtype("dit.blocks.0.context_kv"), device=engines.device)
+        for kv, own in zip(result, made, strict=True):
+            for i, rows in enumerate(_of_all_blocks(own, padding, peers)[: config.layers]):
+                _keep(kv, i, *rows.split([config.text_len, len(clip)]))
     return result
+
+
+def _keep(kv: BlockKV, i: int, text: Tensor, image: Tensor) -> None:
+    """Block i's keys and values over those that are there; a copy, which may be written to later, where none are."""
+    if i == len(kv):
+        kv.append((text.clone(), image.clone()))
+    else:
+        kv[i][0].copy_(text)
+        kv[i][1].copy_(image)
+
+
+def _of_all_blocks(own: BlockKV, padding: Tensor, peers: Peers) -> Tensor:
+    """The blocks of every process, `padding` where one has fewer than its part → [blocks and padding, rows, 2C]."""
+    rows = torch.stack([torch.cat(pair) for pair in own]) if own else padding[:0]
+    return peers.gather(torch.cat([rows, padding[len(own) :]])).flatten(0, 1)
 
 
 class Transformer:
     """The denoising network of one token layout. `show_references` and `show_driving` say what it sees beside the noisy
     video; then `velocities` is all that the denoising loop calls.
 
-    contexts: one BlockKV per guidance pass, read where they lie. `pool`: the memory of recorded steps, where the
-    engines allow to record them."""
+    contexts: one BlockKV per guidance pass, read where they lie; of shared work, those of this process. `pool`: the
+    memory of recorded steps, where the engines allow to record them. `sharing`: the other processes, None for none."""
 
     def __init__(
-        self, engines: EngineSet, layout: Layout, contexts: Sequence[BlockKV], pool: GraphPool | None = None
+        self,
+        engines: EngineSet,
+        layout: Layout,
+        contexts: Sequence[BlockKV],
+        pool: GraphPool | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         assert engines.config.dit is not None
         self.engines, self.layout, self.contexts, self.config = engines, layout, contexts, engines.config.dit
         self.embed_dtype = engines.compute_dtype("dit.embed")
         self.block_dtype = engines.compute_dtype("dit.blocks.0.mid")
         grid_height, grid_width = layout.height // 2, layout.width // 2
-        self.rope = rope_table(
+        table = rope_table(
             layout.frames, grid_height, grid_width, self.config.head_dim, layout.additional_refs, layout.replace
-        ).to(engines.device)
+        )
+        self.sharing = sharing
+        self.share = None if sharing is None else sharing.share(layout.tokens, engines.attention.eight_bit)
+        self.rope = (table if self.share is None else self.share.rope(table)).to(engines.device)
         tables = engines.tables
         self.block_modulation = torch.stack([tables[f"blocks.{i}.modulation"] for i in range(self.config.layers)])
-        self._references = torch.empty(layout.reference_tokens, self.config.dim, device=engines.device)
-        self._driving = torch.empty(layout.driving_tokens, self.config.dim, device=engines.device)
-        masks = layout.video_tokens, self.config.mask_channels * 4  # of 2×2 latents
+        references, driving, video = (self._held(part)[0] for part in (layout.references, layout.driving, layout.video))
+        self._references, self._driving = (
+            torch.empty(rows.stop - rows.start, self.config.dim, device=engines.device)
+            for rows in (references, driving)
+        )
+        masks = video.stop - video.start, self.config.mask_channels * 4  # of 2×2 latents
         self._video_mask = torch.zeros(masks, dtype=self.embed_dtype, device=engines.device)
         self._shown: References | None = None
         self._graph = StepGraph(pool) if pool is not None and engines.cuda_graphs else None
@@ -122,19 +173,27 @@ class Transformer:
             return
         latents = torch.cat([shown.additional_refs, shown.reference], dim=1)
         masks = torch.cat([shown.additional_masks, shown.reference_mask[:, :1]], dim=1)
-        self._references.copy_(self._embed(self._with_history(latents, 1.0), masks))
+        self._embed(self._with_history(latents, 1.0), masks, self.layout.references, self._references)
         video_mask = shown.reference_mask[:, 1:]
-        self._video_mask.zero_() if not video_mask.shape[1] else self._video_mask.copy_(patchify(video_mask))
+        if video_mask.shape[1]:
+            self._video_mask.copy_(patchify(video_mask)[self._held(self.layout.video)[1]])
+        else:
+            self._video_mask.zero_()
         self._shown = shown
 
     def show_driving(self, driving: Tensor, driving_mask: Tensor) -> None:
         """Embed a segment's driving clip [16, F, h/2, w/2] and its mask [28, F, h/2, w/2]."""
-        self._driving.copy_(self._embed(self._with_history(driving, 1.0), driving_mask, driving=True))
+        self._embed(self._with_history(driving, 1.0), driving_mask, self.layout.driving, self._driving)
 
     def velocities(self, latent: Tensor, history_mask: Tensor, schedule: Schedule, step: int) -> list[Tensor]:
         """latent fp32 [16, F, h, w], history_mask [4, F, h, w] → one fp32 velocity [16, F, h, w] per context."""
         inputs = torch.cat([latent, history_mask]), schedule.modulation[step], schedule.time[step]
         return self._network(*inputs) if self._graph is None else self._graph.call(self._network, *inputs)
+
+    def drop_recording(self) -> None:
+        """Forget the recorded step: the next is recorded again."""
+        if self._graph is not None:
+            self._graph = StepGraph(self._graph.pool)
 
     def _network(self, video: Tensor, modulation: Tensor, time: Tensor) -> list[Tensor]:
         """video fp32 [20, F, h, w], modulation fp32 [6, C], time fp32 [C]: a function of these tensors and of buffers
@@ -142,14 +201,16 @@ class Transformer:
         in place; with several contexts each but the last continues from block 0 in a buffer of its own."""
         layout = self.layout
         mods = (self.block_modulation + modulation).unbind()
-        x = torch.empty(layout.tokens, self.config.dim, device=self.engines.device)
-        x[layout.references], x[layout.driving] = self._references, self._driving
-        place = x[layout.video]
-        tokens = self._embed_rows(self._rows(video), self._video_mask, out=place)
+        exchange = None if self.share is None else HeadExchange(self.share)
+        x = self._residual_stream()
+        x[self._held(layout.references)[0]], x[self._held(layout.driving)[0]] = self._references, self._driving
+        held, source = self._held(layout.video)
+        place = x[held]
+        tokens = self._embed_rows(self._rows(video)[source], self._video_mask, out=place)
         if tokens is not place:  # an executor that does not write where it is told
             place.copy_(tokens)
         head = self.engines.tables["head.modulation"] + time
-        shared_x, shared_q = self._attend(0, x, mods[0])
+        shared_x, shared_q = self._attend(0, x, mods[0], exchange)
         result = []
         for number, kv in enumerate(self.contexts):
             last = number == len(self.contexts) - 1
@@ -158,25 +219,50 @@ class Transformer:
                 del shared_x, shared_q
             for i in range(self.config.layers):
                 if i > 0:
-                    x, q = self._attend(i, x, mods[i])
+                    x, q = self._attend(i, x, mods[i], exchange)
                 attention = cross_attention(q, *kv[i], self.config.head_dim)
                 into = x if i > 0 or last else torch.empty_like(x)
                 (x,) = self.engines.run(f"dit.blocks.{i}.ffn", x, attention, mods[i], out=into)
                 del q, attention  # the next block's qkv needs the room
-            (rows,) = self.engines.run("dit.head", x[layout.video], head)
-            result.append(unpatchify(rows, layout.frames, layout.height, layout.width))
-        return result
+            result.append(self._head(x, head))
+        if self.sharing is not None:
+            result = self.sharing.collect(result, slice(0, layout.tokens) if self.share is None else layout.video)
+        return [unpatchify(rows, layout.frames, layout.height, layout.width) for rows in result]
 
-    def _attend(self, i: int, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, i: int, x: Tensor, mod: Tensor, exchange: HeadExchange | None) -> tuple[Tensor, Tensor]:
         """Block i up to its cross-attention query: x [L, C], updated in place where the executor can → x, q."""
         tables = self.engines.tables
         (qkv,) = self.engines.run(f"dit.blocks.{i}.qkv", x, mod)
         norms = tables[f"blocks.{i}.norm_q"], tables[f"blocks.{i}.norm_k"]
-        prepared = prepare_qkv(qkv, *norms, self.rope, self.engines.attention)
+        prepared = prepare_qkv(qkv, *norms, self.rope, self.engines.attention, self.share)
         del qkv  # in 8 bit nothing refers to it any more, and attention needs the room
-        attended = self_attention(prepared).to(self.block_dtype)  # 8 bit gives bf16, whatever the engines' type
+        if exchange is None:
+            attended = self_attention(prepared)
+        else:
+            attended = shared_attention(prepared, exchange, self.config.head_dim)
+        attended = attended.to(self.block_dtype)  # 8 bit gives bf16, whatever the engines' type
         x, q = self.engines.run(f"dit.blocks.{i}.mid", x, attended, mod, out=x)
         return x, q
+
+    def _head(self, x: Tensor, head: Tensor) -> Tensor:
+        """x [L, C] → the video's rows [Lv, 64]; of shared rows all that are here [R, 64], the others zero."""
+        held, _ = self._held(self.layout.video)
+        if self.share is None:
+            return self.engines.run("dit.head", x[held], head)[0]
+        placed = x.new_zeros(len(x), 4 * self.config.out_channels)
+        if held.start < held.stop:
+            placed[held] = self.engines.run("dit.head", x[held], head)[0]
+        return placed
+
+    def _held(self, part: slice) -> tuple[slice, slice]:
+        """Of the sequence's rows `part`, those that are here: which of our rows, and which of the part's."""
+        return (part, slice(0, part.stop - part.start)) if self.share is None else self.share.held(part)
+
+    def _residual_stream(self) -> Tensor:
+        """Room for the tokens; padding is zero."""
+        if self.share is None:
+            return torch.empty(self.layout.tokens, self.config.dim, device=self.engines.device)
+        return torch.zeros(self.share.rows, self.config.dim, device=self.engines.device)
 
     def _with_history(self, latent: Tensor, value: float) -> Tensor:
         return torch.cat([latent, latent.new_full((self.config.history_channels, *latent.shape[1:]), value)])
@@ -184,12 +270,17 @@ class Transformer:
     def _rows(self, latent: Tensor) -> Tensor:
         return patchify(latent).to(self.engines.device, self.embed_dtype)
 
-    def _embed(self, latent: Tensor, mask: Tensor, driving: bool = False) -> Tensor:
-        """latent [20, F, h, w] and mask [28, F, h, w] → tokens fp32 [L, C]."""
-        return self._embed_rows(self._rows(latent), self._rows(mask), driving)
+    def _embed(self, latent: Tensor, mask: Tensor, part: slice, into: Tensor) -> None:
+        """latent [20, F, h, w] and mask [28, F, h, w] of a part of the sequence → those of its tokens that are here."""
+        _, source = self._held(part)
+        rows, masks = self._rows(latent)[source], self._rows(mask)[source]
+        if len(into):
+            into.copy_(self._embed_rows(rows, masks, driving=part == self.layout.driving))
 
     def _embed_rows(self, rows: Tensor, masks: Tensor, driving: bool = False, out: Tensor | None = None) -> Tensor:
         """The same of patches: rows [L, 80] and masks [L, 112]. `out`: where the tokens may be written."""
+        if out is not None and not len(out):  # none of them is here
+            return out
         flag = rows.new_full((rows.shape[0], 1), float(driving))
         (tokens,) = self.engines.run("dit.embed", rows, masks, flag, out=out)
         return tokens

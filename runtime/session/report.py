@@ -5,11 +5,13 @@ Written once, atomically, when a run ends in whatever way: `complete`, `partial`
 memory by PyTorch's allocator and, since engines of other libraries allocate too, as the driver saw it at the end.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,18 @@ if TYPE_CHECKING:
 
 REPORT_VERSION = 2
 OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume")
-PACKAGES = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av", "numpy", "tokenizers")
+PACKAGES = (
+    "scail2-rt",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "triton",
+    "av",
+    "numpy",
+    "tokenizers",
+)
 
 
 def report_path(output: Path) -> Path:
@@ -107,7 +120,12 @@ def memory_peaks() -> dict[str, float]:
 
 
 def _host_peak_bytes() -> int | None:
-    """None on Windows, where Python has no `resource`."""
+    """None on Windows, where Python has no `resource`. On Linux from /proc: `getrusage` starts a child process with the
+    peak of its parent."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:
@@ -126,14 +144,20 @@ def processor_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def describe_device(engines: "EngineSet") -> dict[str, Any]:
-    """The executor, the device it runs on, and the machine."""
+def describe_device(engines: "EngineSet", gpus: int = 1) -> dict[str, Any]:
+    """The executor, the device it runs on and how many of them share the work, and the machine."""
     name = processor_name()
     if engines.device.type == "cuda":
         import torch
 
         name = torch.cuda.get_device_name(engines.device)
-    device = {"backend": engines.backend, "reason": engines.reason, "device": str(engines.device), "name": name}
+    device: dict[str, Any] = {
+        "backend": engines.backend,
+        "reason": engines.reason,
+        "device": str(engines.device),
+        "name": name,
+    }
+    device |= {"gpus": gpus}
     return device | {"system": platform.platform(), "cpu_count": os.cpu_count()}
 
 

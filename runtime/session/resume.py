@@ -29,7 +29,7 @@ FORMAT = "2"
 # Options that say where things are or whether to begin, not what comes out; input files count by their hashes.
 _NO_MATTER = ("overwrite", "resume", "allow_mask_problems", "output", *FILES, "extra_refs")
 _WHERE = ("directory", "manifest_sha256")  # another executor built into the folder changes its manifest, not this one
-_COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "av")
+_COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "triton", "av")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ generation at a time. Cancelling or failing leaves it ready for the next request
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,20 +19,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
+from scail2_rt.engines.engine_set import EngineSet, Execution
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Cancelled, Listener, RunProgress
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.core.warnings import collecting
+from scail2_rt.runtime.distributed.gpus import Gpus, check_heads
+from scail2_rt.runtime.distributed.leading import LeadingConstants
+from scail2_rt.runtime.distributed.opening import open_team
+from scail2_rt.runtime.distributed.team import Team
 from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.pipeline import Frames, Machine, animate_plan
-from scail2_rt.runtime.pipeline.placement import Placement
+from scail2_rt.runtime.pipeline.placement import Placement, apply, lift_limit
 from scail2_rt.runtime.pipeline.text import MAX_TOKENS, PromptCache, Tokenizer
 from scail2_rt.runtime.session.check import check_request
 from scail2_rt.runtime.session.estimate import Rates, estimate
-from scail2_rt.runtime.session.memory import apply, place
+from scail2_rt.runtime.session.memory import place
 from scail2_rt.runtime.session.resume import noise_generator
 
 if TYPE_CHECKING:
@@ -42,16 +46,20 @@ if TYPE_CHECKING:
 class Session:
     """The engines of one folder, ready for requests. Use as a context manager, or call `close`.
 
-    engines     the stages, for benchmarks and tests
+    engines     the stages, for benchmarks and tests; team: the processes on other GPUs, None for one GPU
     constants   what is kept from request to request
-    warnings    sentences for the user that came up in the last generation, beside the plan's"""
+    warnings    sentences for the user that came up in the last generation, beside the plan's
+    timings     seconds by phase of the last generation
+    others      asked, before weights are placed, for the bytes of GPU memory that others in this process hold"""
 
-    def __init__(self, engines: EngineSet, prompt_cache: "Path | str | None" = None) -> None:
-        self.engines = engines
-        self.constants = Constants(engines)
+    def __init__(self, engines: EngineSet, prompt_cache: "Path | str | None" = None, team: Team | None = None) -> None:
+        self.engines, self.team = engines, team
+        self.constants = Constants(engines) if team is None else LeadingConstants(engines, team)
         self.prompts = PromptCache(prompt_cache, engines.encoder_hash)
-        self.rates = Rates(engines)
+        self.rates = Rates(engines, self.gpus)
         self.warnings: list[str] = []
+        self.timings: Mapping[str, float] = {}
+        self.others: Callable[[], int] = lambda: 0
         self._untold = engines.warnings  # about the folder, for the first plan
         self._busy = threading.Lock()
         self._closed = False
@@ -65,6 +73,7 @@ class Session:
         execution: Execution | None = None,
         device: str | None = None,
         prompt_cache: "Path | str | None" = None,
+        gpus: Gpus = 1,
     ) -> "Session":
         """Open an engine folder; no weights are loaded yet.
 
@@ -72,14 +81,22 @@ class Session:
         execution      how it runs: attention, rows per call, CUDA graphs, a limit of GPU memory
         device         cpu or cuda; by default where the executor is fastest
         prompt_cache   folder for prompt encodings; by default the user's cache folder
+        gpus           how many GPUs share each generation, or "all" (docs/several-gpus.md); on a CPU, processes
 
-        InputError when the folder is damaged, of another version, or lacks the backend that was named."""
-        return cls(open_engines(Path(folder), backend, execution or Execution(), device), prompt_cache)
+        InputError when the folder is damaged, of another version, or lacks the backend that was named, and for a number
+        of GPUs that is not there or does not divide the model's heads."""
+        engines, team = open_team(Path(folder), backend, execution or Execution(), device, gpus)
+        return cls(engines, prompt_cache, team)
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs, on a CPU processes, share a generation."""
+        return 1 if self.team is None else self.team.size
 
     @property
     def choice(self) -> str:
         """One printable line: what runs, where, and why."""
-        return self.engines.choice
+        return self.engines.choice + (f"; shared by {self.gpus} processes" if self.team is not None else "")
 
     def check(self, request: Request) -> Plan:
         """What the request would do, with `plan.warnings` and `plan.estimate`. Media are read, weights are not.
@@ -90,10 +107,13 @@ class Session:
     def fit(self, plan: Plan) -> Plan:
         """A plan of `check_request` with what depends on these engines: the estimate, warnings about the prompt and, in
         the first plan of a session, about the engine folder. InputError when it does not fit this machine."""
+        if self.team is not None:
+            check_heads(self.gpus, self.engines.config.dit, plan.request.passes)
         if plan.request.noise_device == "cuda" and not torch.cuda.is_available():
             raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU here: use cpu.")
+        placement = self.place(plan)
         with self._on_device():
-            expected = estimate(plan, self.engines, place(plan, self.engines), self.rates)
+            expected = estimate(plan, self.engines, placement, self.rates)
         warnings = dict.fromkeys([*plan.warnings, *self._untold, *self._prompt_warnings(plan)])
         self._untold = ()
         return replace(plan, warnings=tuple(warnings), estimate=expected)
@@ -113,6 +133,7 @@ class Session:
             for frames in made:
                 if len(frames.pixels):
                     yield frames.pixels.numpy()
+        self.rates.remember(plan, run.timings)
         run.end()
 
     def generate(
@@ -137,7 +158,7 @@ class Session:
     def place(self, plan: Plan) -> Placement | None:
         """How the weights of this plan lie in GPU memory, with what is free now."""
         with self._on_device():
-            return place(plan, self.engines)
+            return place(plan, self.engines, self.gpus, self.others())
 
     def frames(
         self,
@@ -153,21 +174,33 @@ class Session:
         warnings."""
         try:
             self.warnings[:] = notes
+            self.timings = progress.timings
+            placement = placement or self.place(plan)
             with self._on_device():
-                placement = placement or place(plan, self.engines)
                 if placement is not None:
                     if set(placement.streamed) != set(self.engines.streamed):
                         self.constants.drop_transformers()  # recorded steps read weights that move now
-                    apply(placement, self.engines)
+                    apply(placement, self.engines, self.others())
+                if isinstance(self.constants, LeadingConstants):
+                    self.constants.place(placement)
             machine = Machine(self.engines, self.constants, progress, placement)
             with contextlib.closing(animate_plan(plan, machine, noise, carry, self.prompts)) as made:
                 while (frames := self._next(made)) is not None:
                     yield frames
         except (Cancelled, KeyboardInterrupt, GeneratorExit):
+            if self.team is not None:
+                self.team.settle()
             raise  # nothing is wrong with what is loaded
-        except BaseException:
+        except BaseException as error:
+            told = error if self.team is None else self.team.told(error)
             self._forget()
+            if told is not error:
+                raise told from error
             raise
+        finally:
+            if placement is not None:
+                with self._on_device():
+                    lift_limit(self.engines)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -192,6 +225,8 @@ class Session:
             raise Scail2Error("The session is generating: end the generation before the session is closed.")
         self._closed = True
         self.constants.drop()
+        if self.team is not None:
+            self.team.close()
         self.engines.close()
 
     def __enter__(self) -> "Session":
@@ -215,6 +250,8 @@ class Session:
     def _forget(self) -> None:
         """After a failure: whatever it left half done goes, so that the next request finds a fresh session."""
         self.constants.drop()
+        if self.team is not None:
+            self.team.end()
         self.engines.release("")
         if self.engines.device.type == "cuda":
             with self._on_device():

@@ -66,7 +66,7 @@ def _write_alone(session: "Session", plan: Plan, output: Output, progress: RunPr
         **report.describe_plan(plan, output),
         "prompt_cache": _cache_hits(session, plan),
         "engines": report.describe_engines(session.engines),
-        "device": report.describe_device(session.engines),
+        "device": report.describe_device(session.engines, session.gpus),
         "versions": report.versions(),
     }
     sidecar = Sidecar(output.path, identity(about))

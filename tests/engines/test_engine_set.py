@@ -336,7 +336,7 @@ class TestBackends:
     @pytest.mark.parametrize("name", registry.BACKENDS)
     def test_each_is_what_the_table_says(self, name: str) -> None:
         backend = registry.backend(name)
-        assert (backend.name, backend.module) == (name, name)
+        assert (backend.name, backend.module) == (name, name.replace("-", "_"))
         assert backend.install.startswith("pip install")
         assert backend.numerics(stage_definitions(ModelConfig(dit=DIT))["dit.head"], "fp8", "cpu") == FP32
 
@@ -344,6 +344,7 @@ class TestBackends:
         obstacles = {name: registry.backend(name).limit_obstacle("cuda") for name in registry.BACKENDS}
         assert obstacles == {
             "tensorrt": "plans carry their weights",
+            "tensorrt-rtx": "plans carry their weights",
             "torch": None,
             "onnxruntime": "onnxruntime runs on the cuda here",
         }

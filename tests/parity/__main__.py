@@ -1,5 +1,5 @@
-"""`python -m tests.parity FOLDER [--backend torch|onnxruntime] [--device cpu|cuda]`: one line a comparison, exit code 1
-if any fails or a fixture file cannot be run."""
+"""`python -m tests.parity FOLDER [--backend torch|onnxruntime] [--device cpu|cuda] [--gpus N]`: one line per
+comparison, exit code 1 if any fails or a fixture file cannot be run. N processes share the pipeline fixtures."""
 
 import argparse
 import hashlib
@@ -71,9 +71,9 @@ def _json_rows(golden: Golden, path: Path, folder: str) -> Iterator[Row]:
         yield unknown(str(path.relative_to(golden.root)))
 
 
-def run(golden: Golden) -> Iterator[Row]:
-    """Every file of the folder, in order of name."""
-    for path in sorted(p for p in golden.root.rglob("*") if p.is_file()):
+def run(golden: Golden, only: str = "") -> Iterator[Row]:
+    """Every file of the folder, or of the subject `only`, in order of name."""
+    for path in sorted(p for p in (golden.root / only).rglob("*") if p.is_file()):
         found = False
         try:
             for row in rows_of(golden, path):
@@ -97,13 +97,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--backend", choices=("torch", "onnxruntime"), default="torch")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="FOLDER", help="one subject, as in pipeline")
     arguments = parser.parse_args()
     if not arguments.folder.is_dir():
         parser.error(f"{arguments.folder} is not a folder of fixtures")
     torch.set_grad_enabled(False)
     failed = total = 0
-    with Golden(arguments.folder, arguments.backend, arguments.device) as golden:
-        for row in run(golden):
+    with Golden(arguments.folder, arguments.backend, arguments.device, arguments.gpus) as golden:
+        for row in run(golden, arguments.only):
             print(row, flush=True)
             total, failed = total + 1, failed + (not row.passed)
     print(f"{total - failed} passed, {failed} failed")

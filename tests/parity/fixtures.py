@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,12 +19,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from scail2_rt.engines.build.build import BuildRequest, build
-from scail2_rt.engines.engine_set import EngineSet, open_engines
+from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, EngineSet, open_engines
 from scail2_rt.export.checkpoint.derive import clip_config, dit_config, umt5_config, vae_config
 from scail2_rt.export.checkpoint.open import Checkpoint
 from scail2_rt.export.checkpoint.tensors import MappingSource, TensorSource, shapes_of
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Component
+from scail2_rt.runtime.distributed.leading import LeadingConstants
+from scail2_rt.runtime.distributed.opening import open_on
+from scail2_rt.runtime.distributed.team import Team
+from scail2_rt.runtime.pipeline.constants import Constants
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +87,12 @@ class Fixture:
 
 class Golden:
     """A fixture folder, and the engines made from its weights: one engine folder for each set of weight files, kept
-    until the end. A context manager."""
+    until the end. gpus: processes that share the transformer's work. A context manager."""
 
-    def __init__(self, root: Path, backend: str = "torch", device: str = "cpu") -> None:
-        self.root, self.backend, self.device = root, backend, device
+    def __init__(self, root: Path, backend: str = "torch", device: str = "cpu", gpus: int = 1) -> None:
+        self.root, self.backend, self.device, self.gpus = root, backend, device, gpus
         self._engines: dict[tuple[str, ...], EngineSet] = {}
+        self._teams: dict[EngineSet, Team] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Golden":
@@ -126,6 +132,16 @@ class Golden:
             self._stack.callback(engines.close)
             self._engines[key] = engines
         return self._engines[key]
+
+    def constants(self, engines: EngineSet) -> Constants:
+        """New constants of these engines, shared by as many processes as were asked for."""
+        if self.gpus == 1:
+            return Constants(engines)
+        if engines not in self._teams:
+            opener = partial(open_on, engines.directory, self.backend, DEFAULT_EXECUTION)
+            self._teams[engines] = Team(self.gpus, engines.device, opener)
+            self._stack.callback(self._teams[engines].close)
+        return LeadingConstants(engines, self._teams[engines])
 
 
 _CONFIGS = {"dit": dit_config, "vae": vae_config, "umt5": umt5_config, "clip": clip_config}

@@ -41,7 +41,8 @@ def check_pipeline(golden: Golden, fixture: Fixture) -> Iterator[Row]:
     yield compare(f"{fixture.name} timesteps", torch.tensor(scheduler.timesteps), fixture["seg0.timesteps"], 0)
 
     video, frames = [], []
-    for index, seen in enumerate(_run(engines, conditions, fixture, segments)):
+    constants = golden.constants(engines)
+    for index, seen in enumerate(_run(engines, constants, conditions, fixture, segments)):
         tolerance = TOLERANCE if index == 0 else LATER_SEGMENT
         yield from _segment_rows(fixture, index, seen, tolerance)
         video.append(torch.cat(seen["pixels"], 1)[:, segments[index].overlap : segments[index].valid_frames])
@@ -51,7 +52,7 @@ def check_pipeline(golden: Golden, fixture: Fixture) -> Iterator[Row]:
     levels = 1 + int(127.5 * tolerance)
     yield compare(f"{fixture.name} frames_u8 (levels)", torch.cat(frames).int(), fixture["frames_u8"], levels)
     for index in range(1, len(segments)):
-        (seen,) = _run(engines, conditions, fixture, segments[index : index + 1], index)
+        (seen,) = _run(engines, constants, conditions, fixture, segments[index : index + 1], index)
         for row in _segment_rows(fixture, index, seen, TOLERANCE):
             yield Row(f"{row.name} from recorded history", row.error, row.tolerance)
 
@@ -77,7 +78,12 @@ def _pictures(tensor: Tensor) -> list[Tensor]:
 
 
 def _run(
-    engines: EngineSet, conditions: Conditions, fixture: Fixture, segments: tuple[Segment, ...], first: int = 0
+    engines: EngineSet,
+    constants: Constants,
+    conditions: Conditions,
+    fixture: Fixture,
+    segments: tuple[Segment, ...],
+    first: int = 0,
 ) -> Iterator[dict[str, list[Any]]]:
     """What was seen of each segment; `first` is the number of the first one in the fixture."""
     case = fixture.metadata["case"]
@@ -99,7 +105,7 @@ def _run(
 
     recorded = fixture[f"seg{first}.history_pixels"].to(engines.device) if first else None
     carry = Carry(first, recorded)
-    machine = Machine(engines, Constants(engines), RunProgress())
+    machine = Machine(engines, constants, RunProgress())
     with observing(observe):
         for frames in animate(machine, conditions, clips(), sampling, draw_noise, carry):
             seen.setdefault("frames", []).append(frames.pixels.cpu())

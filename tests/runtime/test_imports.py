@@ -65,11 +65,12 @@ def imported(cache: Path) -> dict[str, object]:
 
 
 def test_every_module_imports(imported: dict[str, object]) -> None:
-    """But for kernels that are written in Triton, where there is no Triton."""
+    """But for kernels that are written in Triton, where there is no Triton, and for nodes, which belong to ComfyUI."""
     assert imported["count"] > 100  # type: ignore[operator]
     assert imported["there"] == []
     failed: dict[str, tuple[str, str]] = imported["failed"]  # type: ignore[assignment]
-    assert {module: said for module, (name, said) in failed.items() if name.partition(".")[0] != "triton"} == {}
+    lacking = ("triton", "comfy_api")
+    assert {module: said for module, (name, said) in failed.items() if name.partition(".")[0] not in lacking} == {}
 
 
 def test_a_video_is_made(cache: Path, engines: Path, case: Path, tmp_path: Path) -> None:
@@ -77,9 +78,7 @@ def test_a_video_is_made(cache: Path, engines: Path, case: Path, tmp_path: Path)
     result = run(COMMAND, cache, *words)
     assert result.returncode == 0, result.stderr
     assert read_video(tmp_path / "a.mp4").frames == 21
-    report = json.loads((tmp_path / "a.json").read_text())
-    assert report["status"] == "complete"
-    assert "host_peak_gib" not in report["memory"]
+    assert json.loads((tmp_path / "a.json").read_text())["status"] == "complete"
 
 
 def test_engines_are_built(cache: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ time only."""
 
 from concurrent.futures import ProcessPoolExecutor
 
+from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT
+from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.export.checkpoint.random_checkpoint import PRESETS
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import FP16, FP32, Numerics
@@ -13,9 +15,10 @@ from scail2_rt.export.onnx.stages import stage_graph
 from scail2_rt.export.stages.definitions import stage_definitions
 from tests.support.onnx_case import REAL, SMALL, kinds_of_numerics
 
-_TINY = PRESETS["tiny"]
+_TINY, _SPRITES = PRESETS["tiny"], open_checkpoint(CHECKPOINT).config
 TINY = ModelConfig(dit=_TINY.dit, vae=_TINY.vae, umt5=_TINY.umt5, clip=_TINY.clip)
-SIZES = {"small": SMALL, "tiny": TINY, "real": REAL}
+SPRITES = ModelConfig(dit=_SPRITES.dit, vae=_SPRITES.vae, umt5=_SPRITES.umt5, clip=_SPRITES.clip)
+SIZES = {"small": SMALL, "tiny": TINY, "real": REAL, "sprites": SPRITES}
 
 
 def trace(size: str, stage: str, numerics: Numerics) -> None:
@@ -32,6 +35,7 @@ def graphs() -> list[tuple[str, str, Numerics]]:
             if vae and size == "tiny":
                 continue  # as small
             kinds = [FP32] if size == "real" else [FP32, FP16] if vae else kinds_of_numerics(stage)
+            kinds = [stage.numerics("bf16")] if size == "sprites" else kinds
             found += [(size, stage.name, kind) for kind in kinds]
     return sorted(found, key=lambda graph: not graph[1].startswith("vae"))
 

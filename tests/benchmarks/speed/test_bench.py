@@ -27,7 +27,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def everything(work: Path, scail2: Run) -> tuple[dict[str, Any], str]:
     """`bench all` with the tiny model: (results, stdout)."""
-    words = ("--config", "tiny", "--runs", 2, "--work", work, "--json", work / "all.json")
+    words = (
+        "--config",
+        "tiny",
+        "--runs",
+        2,
+        "--work",
+        work,
+        "--json",
+        work / "all.json",
+        "--clients",
+        5,
+        "--queued",
+        5,
+    )
     result = scail2("bench", "all", *words, "--report", work / "all.html", "--summary", work / "summary.json")
     assert result.returncode == 0, result.stderr
     return json.loads((work / "all.json").read_text()), result.stdout
@@ -42,7 +55,7 @@ def test_all_sections_measure_and_merge(everything: tuple[dict[str, Any], str], 
     document, stdout = everything
     rows = rows_of(document)
     sections = {name.partition("/")[0] for name in rows}
-    assert sections == {"ceiling", "attention", "kernels", "stages", "forward", "vae", "load", "generate"}
+    assert sections == {"ceiling", "attention", "kernels", "stages", "forward", "vae", "load", "generate", "serve"}
     assert not [name for name, row in rows.items() if row["failure"]]
     for name in ("forward/fp8/144", "forward/bf16/144", "forward/official/144", "forward/compile/144"):
         assert rows[name]["timing"]["median_s"] > 0
@@ -51,7 +64,7 @@ def test_all_sections_measure_and_merge(everything: tuple[dict[str, Any], str], 
     for name in ("load/first-step", "load/weights"):
         assert "check_percent" in rows[name]["values"]
         assert rows[f"{name}-unchecked"]["timing"]["median_s"] > 0
-    assert len(document["runs"]) == 7
+    assert len(document["runs"]) == 8
     assert {"command", "date", "versions", "device"} <= document["runs"][0].keys()
     last = json.loads(stdout.splitlines()[-1])
     assert last["summary"] == {

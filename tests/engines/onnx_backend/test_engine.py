@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from scail2_rt.engines.folder.store import STORE_NAME
-from scail2_rt.engines.onnx_backend.engine import OnnxEngine, onnxruntime_numerics
+from scail2_rt.engines.onnx_backend.engine import CUDA, ELEMENT_TYPES, OnnxEngine, onnxruntime_numerics
 from scail2_rt.export.models.config import DiTConfig, ModelConfig
 from scail2_rt.export.models.precision import BF16, FP16, FP32, Numerics
+from scail2_rt.export.onnx.stages import element_type
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from tests.support.onnx_case import REAL, STAGES, Case, make_case, on_meta, relative_error
@@ -220,3 +221,26 @@ def test_onnxruntime_not_installed(head: Case, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match="ONNX Runtime is not installed"):
         engine_of(head)
+
+
+def test_element_types_are_those_of_onnx() -> None:
+    assert {dtype: element_type(dtype) for dtype in ELEMENT_TYPES} == ELEMENT_TYPES
+
+
+def test_a_provider_that_does_not_start_is_refused(head: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime warns and goes on with the next one; the CUDA one is asked for exact fp32."""
+    import onnxruntime
+
+    asked: list[object] = []
+    real = onnxruntime.InferenceSession
+
+    def fallen_back(path: str, options: object, providers: list[object], **chosen: object) -> object:
+        asked.extend(providers)
+        return real(path, options, providers=["CPUExecutionProvider"], **chosen)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    with pytest.raises(InputError, match=r"could not start its CUDAExecutionProvider .* choose --backend torch"):
+        OnnxEngine(head.definition, FP32, head.path, providers=[CUDA, "CPUExecutionProvider"])
+    name, chosen = asked[0]  # type: ignore[misc]
+    assert (name, chosen["use_tf32"]) == (CUDA, "0")

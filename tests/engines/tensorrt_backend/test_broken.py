@@ -16,9 +16,17 @@ from scail2_rt.engines.torch_backend.engine import TorchEngine
 from scail2_rt.export.models.precision import FP32
 from scail2_rt.kernels.errors import Scail2Error
 from tests.support.onnx_case import example_inputs
-from tests.support.tensorrt_api.bindings import VERSIONS
+from tests.support.tensorrt_api.bindings import ALL
 from tests.support.tensorrt_api.broken import Fault, broken
-from tests.support.tensorrt_api.installed import CONFIG, forget_logger, installed, make_folder, small_stages
+from tests.support.tensorrt_api.installed import (
+    CONFIG,
+    card,
+    forget_logger,
+    in_process,
+    installed,
+    make_folder,
+    small_stages,
+)
 from tests.support.tensorrt_api.recorder import Recorder
 from tests.support.tensorrt_api.rules import ALIGNMENT
 
@@ -26,54 +34,64 @@ STAGES = {name: stage for name, stage in small_stages().items() if name in ("dit
 
 FAULTS = [
     # the network and its parser
-    Fault("builder", "1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)", ""),
-    Fault("builder", "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH"),
-    Fault("builder", "1 << int(trt.Net", "int(trt.Net"),
-    Fault("builder", "parser.parse_from_file(str(files.graph))", "parser.parse_from_file(files.graph)"),
-    Fault("builder", "parser.parse_from_file(", "parser.parse_file("),
-    Fault("builder", "        config = _configure(", "        del parser\n        config = _configure("),
-    Fault("builder", "trt.OnnxParser(network, process_logger())", "trt.OnnxParser(network, trt.ILogger())"),
+    Fault("compiling", "1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)", ""),
+    Fault("compiling", "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH"),
+    Fault("compiling", "1 << int(trt.Net", "int(trt.Net"),
+    Fault("compiling", "parser.parse_from_file(job.graph)", "parser.parse_from_file(Path(job.graph))"),
+    Fault("compiling", "parser.parse_from_file(", "parser.parse_file("),
+    Fault("compiling", "        config = _configure(", "        del parser\n        config = _configure("),
+    Fault("compiling", "trt.OnnxParser(network, process_logger(library))", "trt.OnnxParser(network, trt.ILogger())"),
     # its configuration
-    Fault("builder", "    config.max_aux_streams = 0\n", ""),
-    Fault("builder", "max_aux_streams = 0", "max_auxiliary_streams = 0"),
-    Fault("builder", "    config.clear_flag(trt.BuilderFlag.TF32)\n", ""),
-    Fault("builder", "clear_flag(trt.BuilderFlag.TF32)", "set_flag(trt.BuilderFlag.FP8)"),
-    Fault("builder", "    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED\n", ""),
-    Fault("builder", "config.set_memory_pool_limit(", "str("),
-    Fault("builder", "set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, ", "set_memory_pool_limit("),
-    Fault("builder", "level = options.optimization_level", "level = 0"),
+    Fault("compiling", "    config.max_aux_streams = 0\n", ""),
+    Fault("compiling", "max_aux_streams = 0", "max_auxiliary_streams = 0"),
+    Fault("compiling", "    config.clear_flag(trt.BuilderFlag.TF32)\n", ""),
+    Fault("compiling", "clear_flag(trt.BuilderFlag.TF32)", "set_flag(trt.BuilderFlag.FP8)"),
+    Fault("compiling", "    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED\n", ""),
+    Fault("compiling", "config.set_memory_pool_limit(", "str("),
+    Fault("compiling", "set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, ", "set_memory_pool_limit("),
+    Fault("compiling", "level = job.optimization_level", "level = 0"),
+    Fault("builder", "_level,\n        options.targets,", "_level,\n        (),"),
+    Fault("rtx_targets", "num_compute_capabilities = len(targets)", "num_compute_capabilities = 3"),
+    Fault("rtx_targets", ", index):", ", 0):"),
     # its profiles
-    Fault("builder", "in profile.items():", "in list(profile.items())[1:]:"),
-    Fault("builder", "if config.add_optimization_profile(target) < 0:", "if False:"),
-    Fault("builder", "target.set_shape(name, *(", "target.set_shape(*("),
+    Fault("compiling", "in profile.items():", "in list(profile.items())[1:]:"),
+    Fault("compiling", "if config.add_optimization_profile(target) < 0:", "if False:"),
+    Fault("compiling", "target.set_shape(name, *(", "target.set_shape(*("),
     Fault("profiles", "shape.append(factor * ranges", "shape.append(ranges"),
     Fault("profiles", 'return {"h": short, "w": long}, {"h": long, "w": short}', 'return ({"h": short, "w": long},)'),
     # the timing cache
-    Fault("builder", "        timings.save(config)\n", ""),
-    Fault("builder", "cache = timings.attach(config)", "cache = None"),
-    Fault("builder", "cache = timings.attach(config)", "timings.attach(config)"),
-    Fault("plans", "set_timing_cache(cache, False)", "set_timing_cache(cache, True)"),
-    Fault("plans", 'for data in (self.data, b"") if self.data else (b"",):', 'for data in (b"",):'),
-    Fault("plans", "        self.data = bytes(cache.serialize())\n", ""),
-    # progress and cancelling
-    Fault("builder", "        config.progress_monitor = monitor\n", ""),
-    Fault("builder", "config.progress_monitor = monitor", "config.progress_monitor = monitor\n        del monitor"),
-    Fault("progress", "            trt.IProgressMonitor.__init__(self)\n", "            pass\n"),
-    Fault("progress", "return progress.step(", "progress.step("),
-    Fault("progress", "def step_complete(", "def step_completed("),
-    Fault("progress", "def phase_start(self, phase_name: str, parent_phase", "def phase_start(self, parent_phase"),
+    Fault("compiling", "            save_timings(config, Path(job.timings))\n", "            pass\n"),
+    Fault("compiling", "attach_timings(config, Path(job.timings)) if job.timings is not None else None", "None"),
+    Fault("compiling", "cache = attach_timings(", "_ = attach_timings("),
+    Fault("compiling", "set_timing_cache(cache, False)", "set_timing_cache(cache, True)"),
+    Fault("compiling", 'for data in (known, b"") if known else (b"",):', 'for data in (b"",):'),
+    Fault("builder", "if library.timing_cache else None", ""),
     # the result
-    Fault("builder", "        write_file(files.plan, plan)\n", ""),
-    Fault("builder", "build_serialized_network(network, config)", "build_serialized_network(config, network)"),
+    Fault("compiling", "        write_file(Path(job.plan), plan)\n", ""),
+    Fault("compiling", "build_serialized_network(network, config)", "build_serialized_network(config, network)"),
+    # kernels that are compiled on the card
+    Fault(
+        "rtx",
+        "rtx.DynamicShapesKernelSpecializationStrategy.EAGER",
+        "rtx.DynamicShapesKernelSpecializationStrategy.LAZY",
+    ),
+    Fault("rtx", "rtx.CudaGraphStrategy.DISABLED", "rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE"),
+    Fault(
+        "rtx", "rtx.ExecutionContextAllocationStrategy.USER_MANAGED", "rtx.ExecutionContextAllocationStrategy.STATIC"
+    ),
+    Fault("rtx", "if not config.set_runtime_cache(self._cache):", "if False:"),
+    Fault("rtx", "self._cache = config.create_runtime_cache()", "self._cache = object()"),
+    Fault("rtx", "data = bytes(self._cache.serialize())", 'data = b""'),
+    Fault("session", "return self._kernels.new_context(engine)", "pass"),
     # messages
     Fault("library", "            trt.ILogger.__init__(self)", "            pass"),
     Fault("library", "def get_num_errors(self)", "def number_of_errors(self)"),
     Fault("library", "severity.name, msg", "severity.label, msg"),
     Fault("session", "        self._runtime.error_recorder = self._recorder\n", ""),
-    Fault("session", "        self._recorder = error_recorder(self._errors)\n", ""),
+    Fault("session", "        self._recorder = error_recorder(library, self._errors)\n", ""),
     Fault("session", "error_recorder = self._recorder", "error_recorder = error_recorder(self._errors)"),
     # contexts and memory
-    Fault("engine", "ExecutionContextAllocationStrategy.USER_MANAGED", "ExecutionContextAllocationStrategy.STATIC"),
+    Fault("session", "ExecutionContextAllocationStrategy.USER_MANAGED", "ExecutionContextAllocationStrategy.STATIC"),
     Fault("engine", "bound.context.set_device_memory(scratch.pointer, scratch.size)", "pass"),
     Fault("engine", "memory(scratch.pointer, ", "memory(scratch.pointer + 8, "),
     Fault("engine", "(scratch.pointer, scratch.size)", "(scratch.pointer, 1)"),
@@ -104,32 +122,46 @@ FAULTS = [
 ]
 
 
-@pytest.fixture(params=VERSIONS)
-def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
-    with installed(request.param) as recorder:
+@pytest.fixture(params=ALL)
+def version(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def recorder(version: str) -> Iterator[Recorder]:
+    with installed(version) as recorder:
         yield recorder
 
 
-def scenario(modules: dict[str, ModuleType], recorder: Recorder, folder: Path) -> None:
+def scenario(modules: dict[str, ModuleType], recorder: Recorder, folder: Path, version: str) -> None:
     """A build of two stages, and every way of running them. Raises when anything is not as promised."""
     for module in ("builder", "preflight"):
-        modules[module].find_gpu = lambda: modules["preflight"].GpuFacts("NVIDIA H200", (9, 0), 100 << 30)
+        modules[module].find_gpu = lambda: modules["preflight"].GpuFacts(*card(version), 100 << 30)
+    modules["children"].Child = in_process(modules["compiling"])
+    library = modules["library"].LIBRARIES[recorder.library.name]
     forget_logger(modules["library"])
     layout = make_folder(folder, STAGES, FP32)
     stages = folder / "stages"
-    plan = ArtefactPlan(folder, CONFIG, "fp32", STAGES, {}, layout)
-    modules["builder"].build_plans(plan, SilentObserver())
+    targets = ("sm89", "sm120") if library.targets else ()
+    options = modules["profiles"].PlanOptions(targets=targets)
+    plan = ArtefactPlan(folder, CONFIG, "fp32", STAGES, {}, layout, options)
+    modules["builder"].build_plans(plan, SilentObserver(), library)
     graphs = [f"{name}.trt.onnx" for name in STAGES]
-    assert recorder.loaded_timings == [graphs[:i] for i in range(len(graphs))]
-    assert json.loads((stages / modules["plans"].TIMINGS).read_text()) == graphs
+    if library.timing_cache:
+        assert recorder.loaded_timings == [graphs[:i] for i in range(len(graphs))]
+        assert json.loads(modules["plans"].timings_path(stages, library).read_text()) == graphs
+    plans = [json.loads(modules["plans"].plan_path(stages, name, library).read_text()) for name in STAGES]
+    assert all(made["targets"] == [target.upper() for target in targets] for made in plans)
     recorder.settings.refuse_profile = True
-    other = replace(plan, options=modules["profiles"].PlanOptions(max_rows=99))
-    _must_fail(lambda: modules["builder"].build_plans(other, SilentObserver()))
+    other = replace(plan, options=replace(options, max_rows=99))
+    _must_fail(lambda: modules["builder"].build_plans(other, SilentObserver(), library))
     recorder.settings.refuse_profile = False
-    session = modules["session"].TensorRTSession(recorder.device)
+    session = modules["session"].TensorRTSession(library, recorder.device, folder)
     _run(modules, recorder, session, stages, "dit.head", [{"rows": 4}, {"rows": 9}])
     _run(modules, recorder, session, stages, "vae.picture", [{"h": 4, "w": 90}, {"h": 90, "w": 4}])
     session.close()
+    if library.targets:
+        assert json.loads((folder / "kernels" / modules["rtx"].CACHE).read_bytes()) == graphs
 
 
 def _run(
@@ -141,7 +173,7 @@ def _run(
     sizes: list[dict[str, int]],
 ) -> None:
     engine = modules["engine"].TensorRTEngine(
-        STAGES[name], FP32, modules["plans"].plan_path(stages, name), session, "build again"
+        STAGES[name], FP32, modules["plans"].plan_path(stages, name, session.library), session, "build again"
     )
     expected = TorchEngine(STAGES[name], FP32, StoreReader(stages / STORE_NAME), torch.device("cpu"))
     for recording in (False, True):
@@ -178,18 +210,18 @@ def _must_fail(call: object) -> None:
         call()  # type: ignore[operator]
 
 
-def test_nothing_broken_passes(recorder: Recorder, tmp_path: Path) -> None:
+def test_nothing_broken_passes(recorder: Recorder, version: str, tmp_path: Path) -> None:
     with broken(None) as modules:
-        scenario(modules, recorder, tmp_path / "e")
+        scenario(modules, recorder, tmp_path / "e", version)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    """By the newest version, or else by an older one."""
-    for version in VERSIONS:
+    """By one of the versions."""
+    for version in ALL:
         with installed(version) as recorder, broken(fault) as modules:
             try:
-                scenario(modules, recorder, tmp_path / version)
+                scenario(modules, recorder, tmp_path / version, version)
             except (Exception, pytest.fail.Exception) as error:
                 print(f"{version}: {type(error).__name__}: {error}")
                 return

@@ -2,10 +2,7 @@
 
 import json
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -17,19 +14,26 @@ from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout
 from scail2_rt.engines.observer import BuildStep, SilentObserver
 from scail2_rt.engines.tensorrt_backend import preflight
 from scail2_rt.engines.tensorrt_backend.builder import PlansReport, build_plans, chosen_stages
-from scail2_rt.engines.tensorrt_backend.library import MessageLog, require_library
-from scail2_rt.engines.tensorrt_backend.plans import LOGS, PLANS, TIMINGS
-from scail2_rt.engines.tensorrt_backend.preflight import GpuFacts, check_machine, check_resources, host_memory
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT, TENSORRT_RTX, Library, MessageLog, require_library
+from scail2_rt.engines.tensorrt_backend.plans import ledger_path, log_path, plan_path, timings_path
+from scail2_rt.engines.tensorrt_backend.preflight import (
+    GpuFacts,
+    check_machine,
+    check_resources,
+    environment,
+    host_memory,
+    resident_bytes,
+)
 from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
-from scail2_rt.engines.tensorrt_backend.progress import BuildProgress
+from scail2_rt.engines.tensorrt_backend.times import PlanTimes
 from scail2_rt.export.models.precision import FP32
 from scail2_rt.kernels.errors import InputError, Scail2Error
-from tests.support.tensorrt_api.bindings import VERSIONS
+from tests.support.tensorrt_api.bindings import ALL, VERSIONS
 from tests.support.tensorrt_api.installed import CONFIG, installed, make_folder, small_stages
 from tests.support.tensorrt_api.recorder import Recorder
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=ALL)
 def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
     with installed(request.param) as recorder:
         yield recorder
@@ -38,85 +42,97 @@ def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
 class Watching(SilentObserver):
     def __init__(self) -> None:
         self.steps: list[BuildStep] = []
-        self.fractions: list[float] = []
-
-    def advanced(self, step: BuildStep, done_bytes: int) -> None:
-        self.fractions.append(done_bytes / step.size_bytes)
 
     def done(self, step: BuildStep) -> None:
         self.steps.append(step)
 
 
-def build(folder: Path, layout: StoreLayout, observer: SilentObserver | None = None, **chosen: object) -> PlansReport:
+def build(
+    recorder: Recorder, folder: Path, layout: StoreLayout, observer: SilentObserver | None = None, **chosen: object
+) -> PlansReport:
     stages = small_stages()
     sizes = dict.fromkeys(stages, 1000)
     plan = ArtefactPlan(folder, CONFIG, "fp32", stages, sizes, layout, **chosen)  # type: ignore[arg-type]
-    return build_plans(plan, observer or SilentObserver())
+    return build_plans(plan, observer or SilentObserver(), recorder.library)
 
 
 def test_every_stage_is_built_once(recorder: Recorder, tmp_path: Path) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
     watching = Watching()
-    report = build(tmp_path / "e", layout, watching)
+    report = build(recorder, tmp_path / "e", layout, watching)
     assert report.built == tuple(small_stages())
     assert report.kept == ()
     assert [path.name for path in recorder.built] == [f"{name}.trt.onnx" for name in small_stages()]
-    assert [(step.name, step.index, step.total) for step in watching.steps] == [
-        (name, i + 1, 4) for i, name in enumerate(small_stages())
-    ]
-    assert watching.steps[0].remaining_s is not None
-    assert 0 < min(watching.fractions) < max(watching.fractions) <= 1
-    names = [path.name for path in recorder.built]
-    assert recorder.loaded_timings == [names[:i] for i in range(4)], "a build lacked what the ones before had measured"
-    assert json.loads((tmp_path / "e/stages" / TIMINGS).read_bytes()) == names
+    steps = [(step.phase, step.name, step.index, step.total) for step in watching.steps]
+    numbered = list(enumerate(small_stages(), 1))
+    assert steps == [(phase, name, i, 4) for phase in ("graph", recorder.library.name) for i, name in numbered]
+    assert watching.steps[-2].remaining_s is not None
+    names, timings = [path.name for path in recorder.built], timings_path(tmp_path / "e/stages", recorder.library)
+    if recorder.library.timing_cache:
+        assert recorder.loaded_timings == [names[:i] for i in range(4)], "a build lacked what others had measured"
+        assert json.loads(timings.read_bytes()) == names
+    assert timings.exists() == recorder.library.timing_cache
     assert not list((tmp_path / "e").rglob("*.partial"))
-    assert {path.name for path in (tmp_path / "e" / LOGS).iterdir()} == {f"{name}.log" for name in small_stages()}
+    logs = log_path(tmp_path / "e", "dit.head", recorder.library).parent
+    assert {path.name for path in logs.iterdir()} == {f"{name}.log" for name in small_stages()}
 
 
 def test_only_what_changed_is_built_again(recorder: Recorder, tmp_path: Path) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
-    build(tmp_path / "e", layout)
-    assert build(tmp_path / "e", layout).kept == tuple(small_stages())
+    build(recorder, tmp_path / "e", layout)
+    assert build(recorder, tmp_path / "e", layout).kept == tuple(small_stages())
     place = layout.location("dit.head.linear.weight")
     with (tmp_path / "e/stages" / STORE_NAME).open("r+b") as file:
         file.seek(place.offset)
         file.write(b"\x01")
-    assert build(tmp_path / "e", layout).built == ("dit.head",)
-    assert build(tmp_path / "e", layout, options=PlanOptions(max_picture=(1024, 1792))).built == ("vae.picture",)
-    (tmp_path / "e/stages/umt5.final.plan").write_bytes(b"cut short")
-    assert set(build(tmp_path / "e", layout).built) == {"umt5.final", "vae.picture"}
-    (tmp_path / "e/stages" / PLANS).write_text("damaged")
-    assert build(tmp_path / "e", layout, patterns=("dit.*",)).built == ("dit.head", "dit.context")
-    other = GpuFacts("NVIDIA B200", (10, 0), 1 << 40)
+    assert build(recorder, tmp_path / "e", layout).built == ("dit.head",)
+    assert build(recorder, tmp_path / "e", layout, options=PlanOptions(max_picture=(1024, 1792))).built == (
+        "vae.picture",
+    )
+    plan_path(tmp_path / "e/stages", "umt5.final", recorder.library).write_bytes(b"cut short")
+    assert build(recorder, tmp_path / "e", layout).built == ("umt5.final",)
+    ledger_path(tmp_path / "e/stages", recorder.library).write_text("damaged")
+    assert build(recorder, tmp_path / "e", layout, patterns=("dit.*",)).built == ("dit.head", "dit.context")
+    if recorder.library.compiles_here:
+        other, chosen = GpuFacts("NVIDIA B200", (10, 0), 1 << 40), None
+    else:
+        other, chosen = preflight.find_gpu(), PlanOptions(targets=("sm120",))
     with mock.patch.object(preflight, "find_gpu", return_value=other):
-        assert build(tmp_path / "e", layout, patterns=("dit.*",)).built == ("dit.head", "dit.context")
+        assert build(recorder, tmp_path / "e", layout, patterns=("dit.*",), options=chosen).built == (
+            "dit.head",
+            "dit.context",
+        )
 
 
 def test_every_parser_error_is_told(recorder: Recorder, tmp_path: Path) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
     recorder.settings.parser_errors = ["Resize does not take BF16", "no such plugin"]
     with pytest.raises(Scail2Error) as caught:
-        build(tmp_path / "e", layout)
+        build(recorder, tmp_path / "e", layout)
     text = str(caught.value)
     assert "dit.head" in text
     assert str(tmp_path / "e/stages/dit.head.trt.onnx") in text
-    assert "Resize does not take BF16 at node 7 (Resize 'node_7'); no such plugin" in text
+    assert (
+        "UNSUPPORTED_NODE: Resize does not take BF16 at node 7 (Resize 'node_7'); UNSUPPORTED_NODE: no such plugin"
+        in text
+    )
     assert caught.value.exit_code == 1
 
 
 def test_a_stage_that_cannot_be_built(recorder: Recorder, tmp_path: Path) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
-    build(tmp_path / "e", layout, patterns=("dit.head",))
+    build(recorder, tmp_path / "e", layout, patterns=("dit.head",))
     recorder.settings.build_error = "Error Code 10: Could not find\nany implementation for node gemm"
     with pytest.raises(Scail2Error) as caught:
-        build(tmp_path / "e", layout)
+        build(recorder, tmp_path / "e", layout)
     assert "stage dit.context cannot be built from" in str(caught.value)
     assert "dit.context.trt.onnx" in str(caught.value)
+    assert "Nor could umt5.final, vae.picture." in str(caught.value), "the others were not tried"
     assert "Could not find any implementation for node gemm" in str(caught.value)
-    assert "any implementation for node gemm" in (tmp_path / "e" / LOGS / "dit.context.log").read_text()
-    assert not (tmp_path / "e/stages/dit.context.plan").exists()
+    assert "any implementation for node gemm" in log_path(tmp_path / "e", "dit.context", recorder.library).read_text()
+    assert not plan_path(tmp_path / "e/stages", "dit.context", recorder.library).exists()
     recorder.settings.build_error = None
-    assert "dit.head" in build(tmp_path / "e", layout).kept
+    assert "dit.head" in build(recorder, tmp_path / "e", layout).kept
 
 
 @pytest.mark.parametrize(
@@ -126,34 +142,40 @@ def test_other_refusals(recorder: Recorder, tmp_path: Path, setting: str, text: 
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
     setattr(recorder.settings, setting, True)
     with pytest.raises(Scail2Error, match=text):
-        build(tmp_path / "e", layout)
+        build(recorder, tmp_path / "e", layout)
 
 
+@pytest.mark.parametrize("recorder", VERSIONS, indirect=True)
 def test_timings_of_another_gpu_are_dropped(recorder: Recorder, tmp_path: Path) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
-    (tmp_path / "e/stages" / TIMINGS).write_text('["measured elsewhere"]')
+    timings = timings_path(tmp_path / "e/stages", TENSORRT)
+    timings.write_text('["measured elsewhere"]')
     recorder.settings.foreign_timings = True
-    build(tmp_path / "e", layout, patterns=("dit.head",))
+    build(recorder, tmp_path / "e", layout, patterns=("dit.head",))
     assert recorder.loaded_timings == [[]]
-    assert json.loads((tmp_path / "e/stages" / TIMINGS).read_text()) == ["dit.head.trt.onnx"]
+    assert json.loads(timings.read_text()) == ["dit.head.trt.onnx"]
 
 
-def test_ctrl_c_stops_the_build_and_keeps_what_is_done(recorder: Recorder, tmp_path: Path) -> None:
+def test_what_an_observer_raises_arrives_and_keeps_what_is_done(recorder: Recorder, tmp_path: Path) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
-    main = threading.main_thread().ident
-    assert main is not None
 
-    def press() -> None:
-        if recorder.built:
-            signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(0.2)
+    class Stopping(SilentObserver):
+        def done(self, step: BuildStep) -> None:
+            if step.phase == recorder.library.name:
+                raise KeyboardInterrupt
 
-    recorder.settings.on_step = press
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "e", layout)
-    assert [path.name for path in recorder.built] == ["dit.head.trt.onnx"]
-    recorder.settings.on_step = None
-    assert build(tmp_path / "e", layout).kept == ("dit.head",)
+        build(recorder, tmp_path / "e", layout, Stopping(), patterns=("dit.*",))
+    assert "dit.head" in build(recorder, tmp_path / "e", layout).kept
+
+
+def test_options_are_kept_for_calls_without_any(recorder: Recorder, tmp_path: Path) -> None:
+    """As a repair is: it must make the plan that was there."""
+    layout = make_folder(tmp_path / "e", small_stages(), FP32)
+    build(recorder, tmp_path / "e", layout, options=PlanOptions(max_picture=(1024, 1792)))
+    plan_path(tmp_path / "e/stages", "vae.picture", recorder.library).unlink()
+    assert build(recorder, tmp_path / "e", layout).built == ("vae.picture",)
+    assert build(recorder, tmp_path / "e", layout, options=PlanOptions()).built == ("vae.picture",)
 
 
 def test_stage_patterns() -> None:
@@ -164,9 +186,11 @@ def test_stage_patterns() -> None:
         chosen_stages(names, ["*.ffn", "clip"])
 
 
+@pytest.mark.parametrize("recorder", VERSIONS, indirect=True)
 def test_machines_that_cannot_build(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = check_machine("fp8")
-    assert (environment.tensorrt, environment.gpu) == (recorder.surface.version, "NVIDIA H200 (sm90)")
+    check_machine(TENSORRT, "fp8")
+    here = environment(TENSORRT, ())
+    assert (here.version, here.place) == (recorder.surface.version, "NVIDIA H200 (sm90)")
     for gpu, precision, text in (
         (None, "bf16", "finds no CUDA GPU"),
         (GpuFacts("Tesla T4", (7, 5), 1 << 34), "fp16", r"8\.0 or newer, and this is Tesla T4 \(sm75\)"),
@@ -174,35 +198,36 @@ def test_machines_that_cannot_build(recorder: Recorder, monkeypatch: pytest.Monk
     ):
         monkeypatch.setattr(preflight, "find_gpu", lambda gpu=gpu: gpu)
         with pytest.raises(InputError, match=text):
-            check_machine(precision)  # type: ignore[arg-type]
+            check_machine(TENSORRT, precision)  # type: ignore[arg-type]
     monkeypatch.setattr(recorder.module, "__version__", "10.9.0.34")
     with pytest.raises(
         InputError, match=r"needs TensorRT 10\.13 or newer, and 10\.9\.0\.34 is installed; update it with"
     ):
-        require_library()
+        require_library(TENSORRT)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(InputError, match=r"cannot be loaded here .*pip install \"scail2-rt\[tensorrt\]\""):
-        require_library()
+@pytest.mark.parametrize("library", [TENSORRT, TENSORRT_RTX], ids=lambda library: library.name)
+def test_without_the_library(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library.module, None)
+    with pytest.raises(InputError, match=rf"cannot be loaded here .*pip install \"scail2-rt\[{library.name}\]\""):
+        require_library(library)
 
 
 def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "find_gpu", lambda: GpuFacts("NVIDIA H200", (9, 0), 1 << 32))
     monkeypatch.setattr(preflight, "host_memory", lambda: 1 << 33)
-    check_resources({}, tmp_path)
-    check_resources({"clip": 1 << 29, "dit.head": 1}, tmp_path / "not" / "there")
+    check_resources(TENSORRT, {}, tmp_path)
+    check_resources(TENSORRT, {"clip": 1 << 29, "dit.head": 1}, tmp_path / "not" / "there")
     for size, text in (
         (1 << 60, "on the disk of"),
-        (3 << 30, r"building the stage clip \(3\.00 GiB of weights\) needs 12\.00 GiB of host memory, and 8\.00 GiB"),
+        (3 << 30, r"building the stage clip \(3\.00 GiB of weights\) needs 12\.25 GiB of host memory, and 8\.00 GiB"),
         (int(1.8 * 2**30), r"needs 4\.60 GiB of GPU memory, and 4\.00 GiB are free"),
     ):
         with (
             mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1 << 40)),
             pytest.raises(InputError, match=text),
         ):
-            check_resources({"clip": size, "dit.head": 1}, tmp_path)
+            check_resources(TENSORRT, {"clip": size, "dit.head": 1}, tmp_path)
 
 
 def test_host_memory_knows_containers(tmp_path: Path) -> None:
@@ -220,23 +245,35 @@ def test_host_memory_knows_containers(tmp_path: Path) -> None:
     assert host_memory(tmp_path) == 1300000
 
 
-def test_progress_only_grows() -> None:
-    seen: list[float] = []
-    progress = BuildProgress(seen.append)
-    progress.start("build", None, 4)
-    progress.start("tactics", "build", 2)
-    assert progress.step("tactics", 0)
-    assert progress.step("tactics", 1)
-    progress.finish("tactics")
-    assert progress.step("build", 0)
-    assert progress.step("build", 1)
-    assert progress.step("unknown", 3)
-    progress.finish("build")
-    progress.start("write", None, 10)
-    assert progress.step("write", 0)
-    assert seen == [0.125, 0.25, 0.5]
-    progress.cancel()
-    assert not progress.step("write", 1)
+def test_time_left_follows_the_families() -> None:
+    blocks = {f"dit.blocks.{i}.{name}": name for i in range(40) for name in ("qkv", "ffn")}
+    times = PlanTimes({**blocks, "clip": "clip"}, dict.fromkeys([*blocks, "clip"], 1 << 26))
+    with mock.patch("time.monotonic", side_effect=[100.0, 101.0, 103.0]):
+        times.start()
+        times.add("dit.blocks.0.qkv", 1.0)
+        times.add("dit.blocks.0.ffn", 3.0)
+    left = list(blocks)[2:]
+    assert times.remaining_s(left) == pytest.approx(39 * 4.0 * 3 / 4), "4 s of work in 3 s"
+    guess = times.remaining_s([*left, "clip"]) - 39 * 4.0 * 3 / 4
+    assert 0.5 < guess < 5.0, "what is not known yet is guessed from the others"
+    with mock.patch("time.monotonic", side_effect=[104.0 + i for i in range(8)]):
+        for i in range(7):
+            times.add(f"dit.blocks.{i + 1}.qkv", 1.0)
+        times.add("clip", 100.0)
+    assert times.remaining_s(["dit.blocks.9.qkv"]) == pytest.approx(8 / 15), (
+        "a long stage counts where it lies in the window"
+    )
+
+
+def test_weights_that_must_be_there_at_once() -> None:
+    sizes = {"umt5.layers.0": 3, "clip": 4, "vae.decode_step": 5, "dit.context": 6, "dit.blocks.0.context_kv": 7}
+    assert resident_bytes({**sizes, "dit.blocks.0.qkv": 8, "dit.head": 9}) == {
+        "text": 3,
+        "image": 4,
+        "VAE": 5,
+        "context": 13,
+        "denoising": 17,
+    }
 
 
 def test_messages(tmp_path: Path) -> None:
@@ -245,12 +282,18 @@ def test_messages(tmp_path: Path) -> None:
     assert log.recent() == ["a warning"]
     with log.writing_to(tmp_path / "logs" / "stage.log"):
         assert log.recent() == []
-        for severity, text in (("VERBOSE", "noise"), ("INFO", "so far"), ("WARNING", "w"), ("INTERNAL_ERROR", "a\n b")):
+        for severity, text in (
+            ("VERBOSE", "noise"),
+            ("INFO", "so far"),
+            ("VERBOSE", "Layers:\nName: a"),
+            ("WARNING", "w"),
+            ("INTERNAL_ERROR", "a\n b"),
+        ):
             log.add(severity, text)
         log.add("ERROR", "a b")
     assert log.recent() == ["a b"]
     log.add("ERROR", "later")
     assert (
         tmp_path / "logs/stage.log"
-    ).read_text() == "[INFO] so far\n[WARNING] w\n[INTERNAL_ERROR] a\n b\n[ERROR] a b\n"
+    ).read_text() == "[INFO] so far\n[VERBOSE] Layers:\nName: a\n[WARNING] w\n[INTERNAL_ERROR] a\n b\n[ERROR] a b\n"
     assert os.listdir(tmp_path / "logs") == ["stage.log"]

@@ -1,7 +1,8 @@
-"""Stages run as we promise through the genuine interface of two TensorRT versions; ONNX Runtime does the arithmetic."""
+"""Stages run as we promise through the genuine interfaces of both libraries; ONNX Runtime does the arithmetic."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,23 @@ import torch
 from torch import Tensor
 
 from scail2_rt.engines.backend import ArtefactPlan
-from scail2_rt.engines.folder.manifest import ExecutorRecord
+from scail2_rt.engines.folder.manifest import KERNELS, ExecutorRecord
 from scail2_rt.engines.folder.store import STORE_NAME, StoreReader
 from scail2_rt.engines.observer import SilentObserver
 from scail2_rt.engines.row_chunks import RowChunks
+from scail2_rt.engines.tensorrt_backend import preflight
 from scail2_rt.engines.tensorrt_backend.builder import build_plans
 from scail2_rt.engines.tensorrt_backend.engine import MAX_CONTEXTS, TensorRTEngine
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT, TENSORRT_RTX
 from scail2_rt.engines.tensorrt_backend.plans import plan_path
-from scail2_rt.engines.tensorrt_backend.preflight import check_place
+from scail2_rt.engines.tensorrt_backend.preflight import GpuFacts, check_place
+from scail2_rt.engines.tensorrt_backend.rtx import CACHE
 from scail2_rt.engines.tensorrt_backend.session import ALIGNMENT, CudaDevice, SharedScratch, TensorRTSession
 from scail2_rt.engines.torch_backend.engine import TorchEngine
 from scail2_rt.export.models.precision import FP32
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from tests.support.onnx_case import example_inputs
-from tests.support.tensorrt_api.bindings import VERSIONS
+from tests.support.tensorrt_api.bindings import ALL, RTX, VERSIONS
 from tests.support.tensorrt_api.installed import CONFIG, installed, make_folder, small_stages
 from tests.support.tensorrt_api.recorder import FakeDevice, Recorder
 
@@ -30,7 +34,7 @@ STAGES = small_stages()
 REMEDY = "scail2-rt build-engines somewhere --rebuild"
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=ALL)
 def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
     with installed(request.param) as recorder:
         yield recorder
@@ -39,20 +43,20 @@ def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
 @pytest.fixture
 def folder(recorder: Recorder, tmp_path: Path) -> Path:
     layout = make_folder(tmp_path / "e", STAGES, FP32)
-    build_plans(ArtefactPlan(tmp_path / "e", CONFIG, "fp32", STAGES, {}, layout), SilentObserver())
+    build_plans(ArtefactPlan(tmp_path / "e", CONFIG, "fp32", STAGES, {}, layout), SilentObserver(), recorder.library)
     recorder.calls.clear()
     return tmp_path / "e" / "stages"
 
 
 @pytest.fixture
-def session(recorder: Recorder) -> Iterator[TensorRTSession]:
-    session = TensorRTSession(recorder.device)
+def session(recorder: Recorder, tmp_path: Path) -> Iterator[TensorRTSession]:
+    session = TensorRTSession(recorder.library, recorder.device, tmp_path / "e")
     yield session
     session.close()
 
 
 def engine(folder: Path, session: TensorRTSession, name: str) -> TensorRTEngine:
-    return TensorRTEngine(STAGES[name], FP32, plan_path(folder, name), session, REMEDY)
+    return TensorRTEngine(STAGES[name], FP32, plan_path(folder, name, session.library), session, REMEDY)
 
 
 def inputs(name: str, seed: int = 1, **sizes: int) -> list[Tensor]:
@@ -159,7 +163,7 @@ def test_scratch_grows_and_contexts_follow(folder: Path, session: TensorRTSessio
     small(*given)
     recorder.device.recording = False
     before = session.scratch.pointer
-    plan = plan_path(folder, "umt5.final")
+    plan = plan_path(folder, "umt5.final", session.library)
     plan.write_text(plan.read_text().replace('"scratch": 1000', '"scratch": 500000'))
     engine(folder, session, "umt5.final")(*inputs("umt5.final", n=2))
     assert session.scratch.pointer != before, "what a graph has recorded must stay"
@@ -208,8 +212,8 @@ def test_faults_are_told_with_the_stage(folder: Path, session: TensorRTSession, 
 
 def test_plans_that_do_not_fit(folder: Path, session: TensorRTSession, recorder: Recorder) -> None:
     with pytest.raises(InputError, match=r"is not of the stage dit\.head of this version: its tensors .* differ"):
-        TensorRTEngine(STAGES["dit.head"], FP32, plan_path(folder, "umt5.final"), session, REMEDY)
-    plan = plan_path(folder, "dit.head")
+        TensorRTEngine(STAGES["dit.head"], FP32, plan_path(folder, "umt5.final", session.library), session, REMEDY)
+    plan = plan_path(folder, "dit.head", session.library)
     plan.write_text(plan.read_text().replace(recorder.surface.version, "9.3.0"))
     with pytest.raises(InputError, match=rf"is not compatible with this version\. Build it again with: {REMEDY}"):
         engine(folder, session, "dit.head")
@@ -224,21 +228,63 @@ def test_plans_that_do_not_fit(folder: Path, session: TensorRTSession, recorder:
         engine(folder, session, "dit.head")
 
 
+@pytest.mark.parametrize("recorder", VERSIONS, indirect=True)
 def test_another_place_is_refused_by_field(recorder: Recorder) -> None:
     here = {"tensorrt": recorder.surface.version}
-    check_place(ExecutorRecord("tensorrt", here, "NVIDIA H200 (sm90)"), REMEDY)
+    check_place(TENSORRT, ExecutorRecord("tensorrt", here, "NVIDIA H200 (sm90)"), REMEDY)
     for versions, gpu, text in (
         ({"tensorrt": "10.14.0"}, "NVIDIA H200 (sm90)", r"versions\.tensorrt: the plans were built with 10\.14\.0"),
         (here, "NVIDIA B200 (sm100)", r"tensorrt\.gpu: .* NVIDIA B200 \(sm100\), and this machine has NVIDIA H200"),
     ):
         with pytest.raises(InputError, match=rf"{text}.*{REMEDY}"):
-            check_place(ExecutorRecord("tensorrt", versions, gpu), REMEDY)
+            check_place(TENSORRT, ExecutorRecord("tensorrt", versions, gpu), REMEDY)
+
+
+@pytest.mark.parametrize("recorder", [RTX], indirect=True)
+def test_other_cards_are_told_what_to_do(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"tensorrt-rtx": recorder.surface.version}
+    record = ExecutorRecord("tensorrt-rtx", versions, None, ("sm89",))
+    check_place(TENSORRT_RTX, record, REMEDY)
+    with pytest.raises(InputError, match=rf"versions\.tensorrt-rtx: the plans were built with 1\.0.*{REMEDY}"):
+        check_place(TENSORRT_RTX, replace(record, versions={"tensorrt-rtx": "1.0"}), REMEDY)
+    for gpu, text in (
+        (None, r"runs on an NVIDIA GPU, and PyTorch finds none .* --backend torch"),
+        (GpuFacts("NVIDIA H200", (9, 0), 1), r"does not run on NVIDIA H200 \(sm90\): .*Hopper.* use --backend torch"),
+        (GpuFacts("NVIDIA B200", (10, 0), 1), r"does not run on NVIDIA B200 \(sm100\): .*Blackwell of the data centre"),
+        (
+            GpuFacts("RTX 5090", (12, 0), 1),
+            rf"targets: .*for sm89, and this is RTX 5090.*{REMEDY} --target sm89,sm120$",
+        ),
+    ):
+        monkeypatch.setattr(preflight, "find_gpu", lambda gpu=gpu: gpu)
+        with pytest.raises(InputError, match=text):
+            check_place(TENSORRT_RTX, record, REMEDY)
+
+
+@pytest.mark.parametrize("recorder", [RTX], indirect=True)
+def test_kernels_are_kept_in_the_folder(folder: Path, recorder: Recorder) -> None:
+    """Compiled once for all contexts of a session, and read by the next one; those of another card are dropped."""
+    given = inputs("dit.head", rows=3)
+    for read in ([], [["dit.head.trt.onnx"]], [["dit.head.trt.onnx"]]):
+        recorder.loaded_kernels.clear()
+        session = TensorRTSession(recorder.library, recorder.device, folder.parent)
+        run = engine(folder, session, "dit.head")
+        assert_same(folder, "dit.head", given, run(*given))
+        run(*inputs("dit.head", rows=4))
+        run.close()
+        session.close()
+        assert recorder.loaded_kernels == read
+        assert json.loads((folder.parent / KERNELS / CACHE).read_bytes()) == ["dit.head.trt.onnx"]
+    recorder.settings.foreign_cache = True
+    session = TensorRTSession(recorder.library, recorder.device, folder.parent)
+    assert_same(folder, "dit.head", given, engine(folder, session, "dit.head")(*given))
+    session.close()
 
 
 def test_no_runtime_without_a_gpu(recorder: Recorder) -> None:
     recorder.settings.no_gpu = True
-    with pytest.raises(Scail2Error, match="runtime cannot start on this machine"):
-        TensorRTSession(FakeDevice())
+    with pytest.raises(Scail2Error, match=r"the runtime of TensorRT.* cannot start on this machine"):
+        TensorRTSession(recorder.library, FakeDevice(), Path())
     with pytest.raises(InputError, match="the device cpu was named"):
         CudaDevice(torch.device("cpu"))
 

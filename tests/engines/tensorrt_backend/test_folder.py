@@ -2,20 +2,24 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
-from scail2_rt.engines.engine_set import Execution, open_engines
+from scail2_rt.engines.build.build import BuildReport, BuildRequest, SilentObserver, build
+from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, Execution, open_engines
 from scail2_rt.engines.folder.manifest import read_manifest
 from scail2_rt.engines.folder.sums import DamagedError
-from scail2_rt.engines.tensorrt_backend import session
+from scail2_rt.engines.tensorrt_backend import backend, builder, preflight, session, trust
+from scail2_rt.engines.tensorrt_backend.backend import BACKENDS
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
+from scail2_rt.engines.tensorrt_backend.preflight import GpuFacts
 from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
 from scail2_rt.kernels.errors import InputError
 from tests.support.damage import flip
 from tests.support.small import small_checkpoint
-from tests.support.tensorrt_api.bindings import VERSIONS
+from tests.support.tensorrt_api.bindings import RTX, VERSIONS
 from tests.support.tensorrt_api.installed import installed
 from tests.support.tensorrt_api.recorder import Recorder
 
@@ -25,6 +29,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     with installed(VERSIONS[0]) as recorder:
         monkeypatch.setattr(session, "CudaDevice", lambda device: recorder.device)
         monkeypatch.setattr("scail2_rt.engines.build.assemble.gpu", lambda: "NVIDIA H200 (sm90)")
+        yield recorder
+
+
+@pytest.fixture
+def rtx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """The other library, on a card that runs it."""
+    with installed(RTX) as recorder:
+        monkeypatch.setattr(session, "CudaDevice", lambda device: recorder.device)
+        monkeypatch.setattr("scail2_rt.engines.registry.gpu", lambda: "NVIDIA GeForce RTX 4090 (sm89)")
         yield recorder
 
 
@@ -112,3 +125,117 @@ def test_nothing_is_left_behind_without_the_library(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match=r'pip install "scail2-rt\[tensorrt\]"'):
         make(tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+def test_a_folder_of_both_libraries_keeps_them_apart(rtx: Recorder, tmp_path: Path) -> None:
+    with installed(VERSIONS[0]):
+        make(tmp_path / "e", ("tensorrt",))
+        plan = tmp_path / "e/stages/dit.head.plan"
+        before = plan.read_bytes()
+    with installed(RTX):
+        make(tmp_path / "e", ("tensorrt-rtx",))
+    assert plan.read_bytes() == before
+    records = {record.backend: record for record in read_manifest(tmp_path / "e").executors}
+    assert records["tensorrt-rtx"].gpu is None
+    assert records["tensorrt-rtx"].targets == ("sm89",), "this machine's card"
+    assert records["tensorrt"].targets == ()
+    files = [artefact.path for artefact in read_manifest(tmp_path / "e").artefacts]
+    assert len(files) == len(set(files))
+
+
+def test_what_a_card_must_hold_is_said_before_anything_is_made(rtx: Recorder, tmp_path: Path) -> None:
+    class Stopping(SilentObserver):
+        def note(self, text: str) -> None:
+            raise KeyboardInterrupt(text)
+
+    request = BuildRequest(Path("small"), tmp_path / "e", ("tensorrt-rtx",), "fp32")
+    with pytest.raises(KeyboardInterrupt, match=r"a card must hold 0\.0 GiB of them at once .* --vram-limit"):
+        build(request, small_checkpoint(), Stopping())
+    assert not (tmp_path / "e").exists()
+
+
+def test_steps_are_recorded_on_a_gpu(rtx: Recorder, tmp_path: Path) -> None:
+    for device, recorded in (("cuda", True), ("cpu", False)):
+        folder: Any = None  # nothing is opened before it is run
+        executor = BACKENDS["tensorrt-rtx"].open(folder, torch.device(device), DEFAULT_EXECUTION)
+        assert executor.cuda_graphs is recorded
+        assert executor.follows_stream
+
+
+def test_auto_waits_for_verify(rtx: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch until a record says that these plans have passed on this card; another card or plan: it says nothing."""
+    folder = tmp_path / "e"
+    make(folder, ("tensorrt-rtx", "torch"))
+    obstacle = lambda: BACKENDS["tensorrt-rtx"].auto_obstacle(folder, read_manifest(folder))  # noqa: E731
+    assert obstacle() == "tensorrt-rtx waits until scail2-rt verify has passed for its plans on this card"
+    with open_engines(folder, device="cpu") as engines:
+        assert engines.backend == "torch"
+        assert " and tensorrt-rtx waits until scail2-rt verify" in engines.reason
+    BACKENDS["tensorrt-rtx"].remember(folder, read_manifest(folder), True)
+    with open_engines(folder, device="cpu") as engines:
+        assert engines.backend == "tensorrt-rtx"
+    other = GpuFacts("NVIDIA GeForce RTX 4080", (8, 9), 1)
+    for module in (backend, preflight, trust):
+        monkeypatch.setattr(module, "find_gpu", lambda: other)
+    assert "waits until" in str(obstacle())
+    hopper = GpuFacts("NVIDIA H200", (9, 0), 1)
+    for module in (backend, preflight, trust):
+        monkeypatch.setattr(module, "find_gpu", lambda: hopper)
+    assert "tensorrt-rtx cannot run here (TensorRT for RTX does not run on NVIDIA H200" in str(obstacle())
+
+
+def test_a_failed_verify_takes_the_record_away(rtx: Recorder, tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    make(folder, ("tensorrt-rtx",))
+    maker = BACKENDS["tensorrt-rtx"]
+    maker.remember(folder, read_manifest(folder), True)
+    assert maker.auto_obstacle(folder, read_manifest(folder)) is None
+    maker.remember(folder, read_manifest(folder), False)
+    assert maker.auto_obstacle(folder, read_manifest(folder)) is not None
+    (folder / trust.VERIFIED).write_text("damaged")
+    assert maker.auto_obstacle(folder, read_manifest(folder)) is not None
+    maker.remember(folder, read_manifest(folder), True)
+    make(folder, ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm89", "sm120")))
+    assert read_manifest(folder).executors[0].targets == ("sm89", "sm120")
+    assert maker.auto_obstacle(folder, read_manifest(folder)) is not None, "other plans"
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "text"),
+    [
+        (("sm90",), "fp32", r"--target sm90: TensorRT for RTX does not build for it; it builds for sm75, sm80"),
+        (
+            ("sm86", "sm89"),
+            "fp8",
+            r"needs an architecture among sm89, sm120, sm121, and sm86 .*fp32 or bf16 or fp16\.$",
+        ),
+        (("sm75",), "bf16", r"among sm80, .* and sm75 is none; use --precision fp32\.$"),
+    ],
+)
+def test_targets_that_cannot_be(
+    rtx: Recorder, tmp_path: Path, targets: tuple[str, ...], precision: str, text: str
+) -> None:
+    request = BuildRequest(
+        Path("small"), tmp_path / "e", ("tensorrt-rtx",), precision, plan_options=PlanOptions(targets=targets)
+    )
+    with pytest.raises(InputError, match=text):
+        build(request, small_checkpoint())
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_target_is_for_one_library_alone(recorder: Recorder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="backend tensorrt builds for the GPU of this machine only"):
+        make(tmp_path / "e", plan_options=PlanOptions(targets=("sm89",)))
+
+
+def test_default_targets(rtx: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's card; without one, or with one that the library does not know, all that can do the precision."""
+    for name, gpu, wanted in (
+        ("a", None, TENSORRT_RTX.targets[1:]),
+        ("b", GpuFacts("NVIDIA H200", (9, 0), 1), TENSORRT_RTX.targets[1:]),
+        ("c", GpuFacts("RTX 5090", (12, 0), 1), ("sm120",)),
+    ):
+        for module in (backend, builder, preflight, trust):
+            monkeypatch.setattr(module, "find_gpu", lambda gpu=gpu: gpu)
+        build(BuildRequest(Path("small"), tmp_path / name, ("tensorrt-rtx",), "fp16"), small_checkpoint())
+        assert read_manifest(tmp_path / name).executors[0].targets == wanted

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scail2_rt.engines.torch_backend.vae_streams import DecodeStream, EncodeStream, choose_implementation
+from scail2_rt.engines.torch_backend.vae_streams import DecodeStream, EncodeStream, choose_implementation, halo
+from scail2_rt.engines.vae_stream import Part
 from scail2_rt.export.models.config import VAEConfig
 from scail2_rt.export.models.vae import VAE
 from scail2_rt.kernels.conv import ops as kernels
@@ -68,6 +69,23 @@ def test_streams_agree_with_the_reference(name: str, dtype: torch.dtype) -> None
         assert error(encode(encoder, video), codes) < TOLERANCE[dtype]
         decoder.reset()
         encoder.reset()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_of_a_picture_are_those_of_the_whole(name: str, count: int) -> None:
+    """Taller than two halos; three parts of 25 rows are uneven, and of five of four rows the last is empty."""
+    config = CONFIGS[name]
+    height = 4 if count == 5 else 25
+    latent = noise(16, 4, height, 3)
+    weights = random_vae(config).state_dict()
+    whole = decode(DecodeStream(weights, config, DEVICE, torch.float32), latent)
+    parts = []
+    for index in range(count):
+        stream = DecodeStream(weights, config, DEVICE, torch.float32, part=Part(index, count))
+        parts.append(decode(stream, latent))
+        assert halo(config) < 13
+    assert error(torch.cat(parts, dim=2), whole.cpu()) < 1e-5
 
 
 def test_a_stream_changes_its_size_only_between_videos() -> None:

@@ -16,7 +16,6 @@ from scail2_rt.engines.folder.manifest import MANIFEST, read_manifest, write_man
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.engines.folder.store import STORE_NAME, StoreLayout
 from scail2_rt.engines.folder.sums import DamagedError
-from scail2_rt.engines.verify import inspector
 from scail2_rt.engines.verify.stage_check import TOLERANCES, level, stage_inputs, worst_error
 from scail2_rt.engines.verify.verify import VerifyReport, VerifyRequest, open_for, verify
 from scail2_rt.export.checkpoint.lora import LoRASpec
@@ -361,28 +360,7 @@ def plan_report(*types: str, kind: str = "gemm") -> str:
     return json.dumps({"Layers": [other, {"Name": "product", "LayerType": kind, "Inputs": inputs}], "Bindings": []})
 
 
-class TestInspector:
-    @pytest.mark.parametrize("text", ["Row major linear FP8 format", "FP8", "E4M3"])
-    def test_fp8_products_pass(self, text: str) -> None:
-        assert inspector.fault(plan_report(text, text, "Row major linear BFloat16"), FP8) is None
-
-    @pytest.mark.parametrize("types", [("BFloat16", "BFloat16"), ("FP8", "Row major linear BFloat16"), ()])
-    def test_others_do_not(self, types: tuple[str, ...]) -> None:
-        message = inspector.fault(plan_report(*types), FP8)
-        assert message is not None
-        assert message.startswith("the product product has operands of")
-
-    def test_no_product(self) -> None:
-        assert "no matrix product" in str(inspector.fault(plan_report("FP8", "FP8", kind="kgen"), FP8))
-
-    def test_only_fp8_stages_are_asked(self) -> None:
-        assert inspector.fault(plan_report("Half", "Half"), BF16) is None
-
-    @pytest.mark.parametrize("text", ["", "[]", '{"Layers": ["product"]}'])
-    def test_a_report_without_details(self, text: str) -> None:
-        with pytest.raises(Scail2Error, match=r"cannot be read|without detailed verbosity"):
-            inspector.products(text)
-
+class TestOperands:
     def test_it_fails_the_stage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build_small(tmp_path / "e", "fp8")
         request = VerifyRequest(tmp_path / "e")
@@ -433,3 +411,34 @@ def test_the_checkpoint_is_opened_as_the_build_did(tiny: Checkpoint, tmp_path: P
     checkpoint = open_for(tmp_path / "e", copy)
     assert checkpoint.sources["clip"].files == (apart,)
     assert run(tmp_path / "e", checkpoint).passed
+
+
+class TestAgainstOnnxRuntime:
+    @pytest.mark.parametrize("precision", ["fp32", "fp8"])
+    def test_executors_agree(self, tmp_path: Path, precision: str) -> None:
+        build(BuildRequest(Path("small"), tmp_path / "e", ("torch", "onnxruntime"), precision), small_checkpoint())
+        report = verify(VerifyRequest(tmp_path / "e", ("torch",), against="onnxruntime"), small_checkpoint())
+        assert report.passed, report.text
+        assert {result.backend for result in report.stages} == {"torch"}
+        assert all(result.against is not None and result.against <= result.tolerance for result in report.stages)
+        assert "from the other executor" in report.text
+
+    def test_one_that_differs_is_named_with_its_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        build(BuildRequest(Path("small"), tmp_path / "e", ("torch", "onnxruntime"), "fp32"), small_checkpoint())
+        run = EngineSet.run
+
+        def off(self: EngineSet, name: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            outputs = run(self, name, *inputs)
+            wrong = name == "dit.blocks.0.mid" and self.backend == "onnxruntime"
+            return (outputs[0], outputs[1] + 0.1) if wrong else outputs
+
+        monkeypatch.setattr(EngineSet, "run", off)
+        report = verify(VerifyRequest(tmp_path / "e", ("torch",), against="onnxruntime"), small_checkpoint())
+        (result,) = [result for result in report.stages if not result.passed]
+        assert result.stage == "dit.blocks.0.mid"
+        assert str(result.fault).startswith("differs from onnxruntime in q by ")
+
+    def test_without_the_tool(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("scail2_rt.engines.verify.against.importlib.util.find_spec", lambda name: None)
+        with pytest.raises(InputError, match=r"Polygraphy, which is not installed; install it with pip install"):
+            verify(VerifyRequest(small, against="onnxruntime"), small_checkpoint())

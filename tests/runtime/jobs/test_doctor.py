@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from scail2_rt.engines.registry import FP8_CAPABILITY, choose_backend
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.jobs import doctor
 from scail2_rt.runtime.jobs.doctor import GPU, Library, diagnose
@@ -19,7 +20,13 @@ A100 = GPU("NVIDIA A100", (8, 0), 70.0, 79.2, "550.54")
 
 
 def libraries(**usable: bool) -> dict[str, Library]:
-    names = {"torch": "PyTorch", "triton": "Triton", "tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime"}
+    names = {
+        "torch": "PyTorch",
+        "triton": "Triton",
+        "tensorrt": "TensorRT",
+        "rtx": "TensorRT for RTX",
+        "onnxruntime": "ONNX Runtime",
+    }
     return {name: Library(name, "1.0", "", usable.get(key, True)) for key, name in names.items()}
 
 
@@ -31,7 +38,7 @@ def test_this_machine() -> None:
     assert by_name["PyTorch"].usable
     assert by_name["PyAV"].usable
     assert "libx264" in found.encoders["h264"]
-    assert len(found.text.splitlines()) <= 24  # one screen
+    assert len(found.text.splitlines()) <= 25  # one screen
     assert all(len(line) <= 160 for line in found.text.splitlines())
     assert f"auto takes {found.backend}" in found.text
     json.dumps(plain(found), allow_nan=False)
@@ -132,11 +139,12 @@ class TestGPUs:
     def test_the_drivers_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answer = "NVIDIA H200, 9.0, 141000, 143771, 580.65.06\nNVIDIA L4, 8.9, 22000, 23034, 580.65.06\n"
         monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=answer))
-        first, second = doctor._gpus()
+        first, second = doctor.gpus_of_driver()
         assert (first.name, first.capability, first.driver) == ("NVIDIA H200", (9, 0), "580.65.06")
         assert first.free_gib == pytest.approx(141000 / 1024)
         assert second.capability == (8, 9)
-        assert "GPU           NVIDIA L4, sm89, 21.5 GiB free of 22.5 GiB, driver 580.65.06" in diagnose().text
+        lines = [" ".join(line.split()) for line in diagnose().text.splitlines()]
+        assert "GPU NVIDIA L4, sm89, 21.5 GiB free of 22.5 GiB, driver 580.65.06" in lines
 
     @pytest.mark.parametrize(
         "error",
@@ -151,11 +159,11 @@ class TestGPUs:
             raise error
 
         monkeypatch.setattr(doctor.subprocess, "run", fail)
-        assert doctor._gpus() == ()
+        assert doctor.gpus_of_driver() == ()
 
     def test_an_answer_of_another_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="No devices were found\n"))
-        assert doctor._gpus() == ()
+        assert doctor.gpus_of_driver() == ()
 
 
 class TestAdvice:
@@ -173,6 +181,14 @@ class TestAdvice:
     def test_what_makes_a_gpu_faster(self) -> None:
         lines = doctor._advice((H200,), libraries(tensorrt=False, triton=False), True)
         assert ['"scail2-rt[tensorrt]"' in lines[0], '"scail2-rt[gpu]"' in lines[1], len(lines)] == [True, True, 2]
+
+    def test_a_card_of_peoples_own(self) -> None:
+        card = GPU("NVIDIA GeForce RTX 4090", (8, 9), 23.1, 24.0, "580.65")
+        (line,) = doctor._advice((card,), libraries(tensorrt=False, rtx=False), True)
+        assert '"scail2-rt[tensorrt-rtx]"' in line
+        assert "then verify" in line
+        assert doctor._advice((card,), libraries(tensorrt=False), True) == ("nothing is missing",)
+        assert TENSORRT_RTX.targets == doctor.RTX_TARGETS
 
     def test_no_fp8(self) -> None:
         (line,) = doctor._advice((A100,), libraries(), True)

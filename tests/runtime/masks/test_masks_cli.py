@@ -204,7 +204,7 @@ def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
         ((".",), "is a folder"),
         (("--case", "case", "--image", "a.png"), "--case and --image were both given"),
         (("--case", "case", "good.png"), "beside a case"),
-        (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video is missing"),
+        (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video are missing"),
         (("good.png", "--extra-ref", "a.png", "b.png"), "--extra-ref belongs to a case"),
         (("good.png", "--mode", "replace", "--size", "64x96"), "--mode, --size belongs to a case"),
         (("--case", "case", "--size", "70x96"), "divisible by 32"),

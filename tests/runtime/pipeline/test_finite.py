@@ -38,14 +38,18 @@ def test_on_a_gpu_a_step_is_reported_while_the_next_one_runs() -> None:
     step that was queued last."""
     reported: list[tuple[int, list[float]]] = []
     marks = StepMarks(lambda step, seen: reported.append((step, seen.tolist())))
-    marks.passed(0, value_range(torch.zeros(8, device="cuda")))
-    assert [step for step, _ in reported] == [0]  # the first one is waited for
-    busy = []
-    for step in range(1, 5):
+
+    def step_of(step: int) -> Tensor:
         torch.cuda._sleep(200_000_000)
         x = torch.full((1 << 20,), float(step), device="cuda")
         x[12_345] = NAN if step == 3 else step
-        marks.passed(step, value_range(x))
+        return value_range(x)
+
+    marks.passed(0, step_of(0))  # loads every kernel, which would wait for the device
+    assert [step for step, _ in reported] == [0]  # the first one is waited for
+    busy = []
+    for step in range(1, 5):
+        marks.passed(step, step_of(step))
         end = torch.cuda.Event()
         end.record()
         busy.append(not end.query())

@@ -415,3 +415,8 @@ def test_numbers_and_pictures_of_numpy_are_taken(
 def test_inputs_of_a_wrong_kind_are_named(quick: Callable[..., Request], changes: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         quick(**changes)
+
+
+def test_a_device_that_does_not_exist_is_named(engines: Path) -> None:
+    with pytest.raises(InputError, match="the device 'mars' is unknown: use cpu or cuda"):
+        Session.open(engines, device="mars")

@@ -1,4 +1,4 @@
-"""NVIDIA's Python bindings of two TensorRT versions, imported without TensorRT.
+"""NVIDIA's Python bindings of two TensorRT versions, imported without TensorRT, and those of TensorRT for RTX.
 
 The bindings are a small wheel on PyPI; the library is not. The wheel is unpacked as a package `tensorrt`, and beside it
 go three libraries compiled here that export the entry points which the bindings need and do nothing. After that
@@ -6,6 +6,7 @@ go three libraries compiled here that export the entry points which the bindings
 the user, made at test time; nothing of it belongs in the repository.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,9 +15,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from scail2_rt.engines.tensorrt_backend.library import TENSORRT, TENSORRT_RTX, Library, require_library
 from scail2_rt.kernels.cache_folder import cache_directory
 
 VERSIONS = ("11.4.0.106", "10.13.3.9")
+RTX = "rtx"  # TensorRT for RTX as it is installed: library and all
+ALL = (*VERSIONS, RTX)
 DISTRIBUTION = "tensorrt_cu13_bindings"
 ENTRY_POINTS = {
     "libnvinfer": (
@@ -43,8 +47,29 @@ def cache_folder() -> Path:
     return cache_directory() / "tensorrt-api"
 
 
+def library_of(version: str) -> Library:
+    return TENSORRT_RTX if version == RTX else TENSORRT
+
+
+def binary(version: str) -> Path:
+    """The bindings' own library."""
+    if version == RTX:
+        spec = importlib.util.find_spec("tensorrt_rtx_bindings")
+        assert spec is not None
+        assert spec.origin is not None
+        return Path(spec.origin).parent / "tensorrt_rtx.so"
+    return bindings(version) / "tensorrt" / "tensorrt.so"
+
+
 def bindings(version: str) -> Path:
-    """A folder that, on the import path, gives `tensorrt` of this version. Unavailable when PyPI or gcc is missing."""
+    """A folder that, on the import path, gives the module of this version (of an installed one: a folder for what is
+    made from it). Unavailable when PyPI, gcc or the installed library is missing."""
+    if version == RTX:
+        if not TENSORRT_RTX.installed:
+            raise Unavailable("TensorRT for RTX is not installed")
+        folder = cache_folder() / f"{RTX}-{require_library(TENSORRT_RTX)}-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     folder = cache_folder() / f"{version}-{sys.implementation.cache_tag}"
     if (folder / "tensorrt").is_dir():
         return folder

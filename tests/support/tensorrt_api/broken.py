@@ -9,7 +9,22 @@ from types import ModuleType
 from tests.support.tensorrt_api.types import REPOSITORY
 
 PACKAGE = "scail2_rt.engines.tensorrt_backend"
-MODULES = ("library", "profiles", "progress", "plans", "preflight", "builder", "session", "engine")  # as they import
+MODULES = (  # as they import one another
+    "library",
+    "layers",
+    "rtx_targets",
+    "compiling",
+    "children",
+    "targets",
+    "profiles",
+    "plans",
+    "preflight",
+    "times",
+    "builder",
+    "rtx",
+    "session",
+    "engine",
+)
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,6 @@ class IErrorRecorder(Callback):
     pass
 
 
-class IProgressMonitor(Callback):
-    pass
-
-
 class Builder(Fake):
     def __init__(self, logger: Any) -> None:
         if self._r.settings.no_gpu:
@@ -92,16 +88,13 @@ class Builder(Fake):
         logger = self._alive(self._logger, "the logger")
         self._alive(network._parser, "the parser, which owns the weights,")
         config._check(network)
-        monitor = self._alive(config._monitor, "the progress monitor")
-        cache = self._alive(config._cache, "the timing cache")
+        cache = self._alive(config._cache, "the timing cache") if self._r.library.timing_cache else None
         self._r.log("INFO", "Detected inputs and output network tensors.", logger)
-        go_on = self._r.play_phases(monitor)
-        if not go_on:
-            return None
         if settings.build_error is not None:
             self._r.log("ERROR", settings.build_error, logger)
             return None
-        cache._entries.append(network._path.name)
+        if cache is not None:
+            cache._entries.append(network._path.name)
         self._r.built.append(network._path)
         profiles = [{name: [list(s) for s in shapes] for name, shapes in p._shapes.items()} for p in config._profiles]
         plan = {
@@ -111,6 +104,7 @@ class Builder(Fake):
             "profiles": profiles,
             "version": self._r.surface.version,
             "scratch": settings.scratch_bytes,
+            "targets": config._targets,
         }
         return self._r.host_memory(json.dumps(plan).encode())
 
@@ -150,6 +144,9 @@ class ITensor(Fake):
 class ParserError(Fake):
     def __init__(self, text: str = "") -> None:
         self._text = text
+
+    def code(self) -> Any:
+        return self._r.enum("ErrorCode", "UNSUPPORTED_NODE")
 
     def desc(self) -> str:
         return self._text
@@ -232,7 +229,7 @@ class IBuilderConfig(Fake):
         self._workspace = 0
         self._tf32 = True
         self._cache: Any = None
-        self._monitor: Any = None
+        self._targets: list[str] = []
 
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
         demand(pool.name == "WORKSPACE", f"a limit for the pool {pool.name}")
@@ -267,9 +264,13 @@ class IBuilderConfig(Fake):
 
     def _property(self, name: str, value: Any) -> None:
         self._set[name] = value
-        if name == "progress_monitor":
-            self._monitor = weakref.ref(value)
-            del self._set[name]
+        if name == "num_compute_capabilities":
+            self._targets = [""] * value
+
+    def set_compute_capability(self, compute_capability: Any, index: int) -> bool:
+        demand(index < len(self._targets), "a target was set beyond their number")
+        self._targets[index] = compute_capability.name
+        return True
 
     def _check(self, network: Any) -> None:
         """What must hold when a build starts."""
@@ -279,8 +280,11 @@ class IBuilderConfig(Fake):
         verbosity = self._set.get("profiling_verbosity")
         demand(verbosity is not None and verbosity.name == "DETAILED", "the inspector would see no data types")
         demand(not self._tf32, "TF32 is on")
-        demand(self._monitor is not None, "no progress monitor")
-        demand(self._cache is not None, "no timing cache")
+        if self._r.library.timing_cache:
+            demand(self._cache is not None, "no timing cache")
+        else:
+            demand(self._cache is None, "a timing cache, of which this library knows nothing")
+            demand(bool(self._targets) and "" not in self._targets, "no target, or fewer than announced")
         for tensor in network._inputs:
             if -1 not in tensor._shape:
                 continue
@@ -350,14 +354,70 @@ class ICudaEngine(Fake):
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> Any:
         return [self._r.dims(shape) for shape in self._plan["profiles"][profile_index][name]]
 
-    def create_execution_context(self, strategy: Any) -> Any:
-        demand(strategy.name == "USER_MANAGED", f"a context with {strategy.name} memory")
+    def create_runtime_config(self) -> Any:
+        return self._r.make("IRuntimeConfig", self)
+
+    def create_execution_context(self, how: Any) -> Any:
+        if self._r.library.compiles_here:
+            demand(how.name == "USER_MANAGED", f"a context with {how.name} memory")
+        else:
+            how._check(self)
         if self._r.settings.no_context:
             return None
         return self._r.make("IExecutionContext", self)
 
     def create_engine_inspector(self) -> Any:
         return self._r.make("EngineInspector", self)
+
+
+class IRuntimeCache(Fake):
+    def __init__(self) -> None:
+        self._kernels: list[str] = []
+
+    def deserialize(self, blob: Any) -> bool:
+        demand(not self._kernels, "kernels were read after some had been compiled")
+        if self._r.settings.foreign_cache:
+            return False
+        self._kernels = json.loads(bytes(blob))
+        self._r.loaded_kernels.append(list(self._kernels))
+        return True
+
+    def serialize(self) -> Any:
+        return self._r.host_memory(json.dumps(self._kernels).encode())
+
+
+class IRuntimeConfig(Fake):
+    def __init__(self, engine: Any = None) -> None:
+        self._engine = weakref.ref(engine)
+        self._strategy = "STATIC"
+        self._set: dict[str, str] = {}
+        self._cache: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._strategy = strategy.name
+
+    def create_runtime_cache(self) -> Any:
+        return self._r.make("IRuntimeCache")
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self._cache = weakref.ref(cache)
+        return True
+
+    def _property(self, name: str, value: Any) -> None:
+        self._set[name] = value.name
+
+    def _check(self, engine: Any) -> None:
+        """What must hold when a context is made; its kernels are compiled then."""
+        demand(self._engine() is engine, "the configuration of another engine")
+        demand(self._strategy == "USER_MANAGED", f"a context with {self._strategy} memory")
+        specialised = self._set.get("dynamic_shapes_kernel_specialization_strategy", "LAZY")
+        demand(specialised in ("EAGER", "NONE"), f"{specialised}: kernels may change between a call and its recording")
+        demand(self._set.get("cuda_graph_strategy", "DISABLED") == "DISABLED", "two would record the same graph")
+        demand(self._cache is not None, "a context without the runtime cache")
+        cache = self._alive(self._cache, "the runtime cache")
+        name = Path(engine._plan["graph"]).name
+        if name not in cache._kernels:
+            cache._kernels.append(name)
 
 
 class EngineInspector(Fake):

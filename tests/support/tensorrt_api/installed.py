@@ -1,10 +1,13 @@
-"""A pretended installation of TensorRT, and small stages to build and run with it."""
+"""A pretended installation of a TensorRT library, and small stages to build and run with it."""
 
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,7 +19,7 @@ from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Numerics
 from scail2_rt.export.stages.spec import StageDefinition, TensorSpec
 from tests.support.onnx_case import SMALL, STAGES, write_store
-from tests.support.tensorrt_api.bindings import Unavailable
+from tests.support.tensorrt_api.bindings import RTX, Unavailable
 from tests.support.tensorrt_api.recorder import Recorder
 
 CONFIG: ModelConfig = SMALL
@@ -25,23 +28,49 @@ GPU_BYTES = 100 << 30
 
 @contextmanager
 def installed(version: str) -> Iterator[Recorder]:
-    """`import tensorrt` gives the recorder's module, on a machine with one H200. Skips when bindings cannot be had."""
-    from scail2_rt.engines.tensorrt_backend import builder, library, preflight
+    """The library's name gives the recorder's module, on a machine with one card that it runs on; plans are compiled in
+    this process. Skips when bindings cannot be had."""
+    from scail2_rt.engines.tensorrt_backend import backend, builder, children, compiling, library, preflight, trust
 
     try:
         recorder = Recorder(version)
     except Unavailable as error:
         pytest.skip(f"no TensorRT bindings: {error}")
-    gpu = preflight.GpuFacts("NVIDIA H200", (9, 0), GPU_BYTES)
+    gpu, name = preflight.GpuFacts(*card(version), GPU_BYTES), recorder.library.module
     with ExitStack() as stack:
-        before = sys.modules.get("tensorrt")
-        sys.modules["tensorrt"] = recorder.module  # this entry alone: what is imported meanwhile must stay
-        stack.callback(lambda: sys.modules.pop("tensorrt") if before is None else sys.modules.update(tensorrt=before))
-        for module in (builder, preflight):
+        before = sys.modules.get(name)
+        sys.modules[name] = recorder.module  # this entry alone: what is imported meanwhile must stay
+        stack.callback(lambda: sys.modules.pop(name) if before is None else sys.modules.update({name: before}))
+        for module in (backend, builder, preflight, trust):
             stack.enter_context(mock.patch.object(module, "find_gpu", return_value=gpu))
+        stack.enter_context(mock.patch.object(children, "Child", in_process(compiling)))
         forget_logger(library)
         yield recorder
         forget_logger(library)
+
+
+def card(version: str) -> tuple[str, tuple[int, int]]:
+    """A card that runs plans of this version."""
+    return ("NVIDIA GeForce RTX 4090", (8, 9)) if version == RTX else ("NVIDIA H200", (9, 0))
+
+
+def in_process(compiling: ModuleType) -> type:
+    """Stands in for the compiling process: does the job here, as it would arrive there."""
+
+    class Child:
+        def __init__(self, job: Any, environment: object) -> None:
+            Path(job.log).unlink(missing_ok=True)
+            self.job = job
+            line = json.dumps(dataclasses.asdict(job))
+            self._outcome = json.dumps(dataclasses.asdict(compiling.outcome_of(compiling.decode_job(line))))
+
+        def outcome(self) -> Any:
+            return compiling.Outcome(**json.loads(self._outcome))
+
+        def kill(self) -> None:
+            return
+
+    return Child
 
 
 def forget_logger(library: ModuleType) -> None:

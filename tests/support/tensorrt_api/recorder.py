@@ -1,4 +1,4 @@
-"""A module `tensorrt` without TensorRT that binds every call to the genuine signatures.
+"""A module in the place of a TensorRT library that binds every call to the genuine signatures.
 
 Its enums have the genuine members and values, its classes are the stand-ins of `fakes`, wrapped: a method that the real
 class lacks cannot be defined or called, arguments must bind to one of the real overloads with matching types, and
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from tests.support.tensorrt_api import fakes
+from tests.support.tensorrt_api.bindings import library_of
 from tests.support.tensorrt_api.rules import ALIGNMENT, Violation, demand
 from tests.support.tensorrt_api.surface import Surface, surface
 
 CALLBACKS = {
     "ILogger": ("log",),
-    "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
     "IErrorRecorder": (
         "get_error_code",
         "get_error_desc",
@@ -49,8 +49,8 @@ class Settings:
     no_context: bool = False
     refuse_profile: bool = False
     foreign_timings: bool = False
+    foreign_cache: bool = False
     scratch_bytes: int = 1000
-    on_step: Callable[[], None] | None = None
 
 
 class FakeDevice:
@@ -94,12 +94,14 @@ class Recorder:
     """One pretended installation of TensorRT."""
 
     def __init__(self, version: str) -> None:
+        self.library = library_of(version)
         self.surface: Surface = surface(version)
         self.settings = Settings()
         self.device = FakeDevice()
         self.calls: list[tuple[str, str]] = []
         self.built: list[Path] = []
         self.loaded_timings: list[list[str]] = []
+        self.loaded_kernels: list[list[str]] = []
         self._logger: Any = None
         self._enums = {name: enum.IntEnum(name, members) for name, members in self.surface.enums.items() if members}
         self._classes = {
@@ -107,8 +109,10 @@ class Recorder:
             for name, kind in vars(fakes).items()
             if inspect.isclass(kind) and issubclass(kind, fakes.Fake) and name in self.surface.classes
         }
-        self.module = types.ModuleType("tensorrt")
-        self.module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)  # others ask whether there is one
+        self.module = types.ModuleType(self.library.module)
+        self.module.__spec__ = importlib.machinery.ModuleSpec(
+            self.library.module, None
+        )  # others ask whether there is one
         members: Mapping[str, Any] = {**self._enums, **self._classes, "__version__": self.surface.version}
         for name, value in members.items():
             if "." not in name:
@@ -143,27 +147,6 @@ class Recorder:
     def check_stream(self, handle: int) -> None:
         demand(handle == self.device.handle and self.device.open, f"work went to the stream {handle}")
 
-    def play_phases(self, monitor: Any) -> bool:
-        """Nested phases as a build reports them; False as soon as a step asks to stop."""
-        answers: list[bool] = []
-
-        def play() -> None:
-            monitor.phase_start("Building engine", None, 2)
-            monitor.phase_start("Tactics", "Building engine", 3)
-            for step in range(3):
-                if self.settings.on_step is not None:
-                    self.settings.on_step()
-                answers.append(monitor.step_complete("Tactics", step))
-                if not answers[-1]:
-                    break
-            monitor.phase_finish("Tactics")
-            answers.append(monitor.step_complete("Building engine", 0))
-            monitor.phase_finish("Building engine")
-
-        self._in_thread(play)
-        demand(all(isinstance(answer, bool) for answer in answers), "step_complete must answer True or False")
-        return all(answers)
-
     def compute(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """What the plan's ONNX file gives, by ONNX Runtime."""
         import onnxruntime
@@ -195,8 +178,7 @@ class Recorder:
             if isinstance(value, property):
                 demand(self.surface.settable(name, attribute) is not None, f"{name} has no property {attribute}")
             elif inspect.isfunction(value) and not attribute.startswith("_"):
-                demand(bool(self.surface.method(name, attribute)), f"{name} has no method {attribute}")
-                body[attribute] = self._bound(name, attribute, value)
+                body[attribute] = self._bound(name, attribute, value)  # which fits nothing in a version without it
         body["_plain_init"] = kind.__init__  # type: ignore[misc]
         if name in CALLBACKS:
             body["__init_subclass__"] = classmethod(functools.partial(self._check_callbacks, name))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.support.tensorrt_api.bindings import Unavailable, bindings, run
+from tests.support.tensorrt_api.bindings import RTX, Unavailable, bindings, run
 
 MAY_BE_NONE = {
     "Builder": ("build_serialized_network", "build_engine_with_config"),
@@ -20,6 +20,7 @@ MAY_BE_NONE = {
     "ICudaEngine": ("create_execution_context", "create_engine_inspector"),
     "IBuilderConfig": ("get_timing_cache", "create_timing_cache"),
 }
+PACKAGES = {RTX: ("tensorrt_rtx_bindings", "tensorrt_rtx")}  # package and module that the stubs are made from
 MISSING = {
     "IHostMemory": "    def __buffer__(self, flags: int, /) -> memoryview: ...",
     "Dims": "    def __iter__(self) -> typing.Iterator[int]: ...",
@@ -35,13 +36,19 @@ def stubs(version: str) -> Path:
         return target
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "stubs"
-        command = [sys.executable, "-m", "pybind11_stubgen", "tensorrt", "-o", str(made), "--ignore-all-errors"]
+        package, module = PACKAGES.get(version, ("tensorrt", "tensorrt"))
+        command = [sys.executable, "-m", "pybind11_stubgen", package, "-o", str(made), "--ignore-all-errors"]
         run(command, 120, PYTHONPATH=str(folder))
-        main = made / "tensorrt" / "tensorrt.pyi"
+        main = made / package / f"{module}.pyi"
         if not main.is_file():
             raise Unavailable("pybind11-stubgen wrote no tensorrt.pyi")
+        if package != "tensorrt":  # what both libraries have is typed as `tensorrt`, what this one has as itself
+            main.rename(main.with_name("tensorrt.pyi"))
+            (made / package).rename(made / "tensorrt")
+            (made / module).mkdir()
+            (made / module / "__init__.pyi").write_text("from tensorrt.tensorrt import *\n")
         for file in made.rglob("*.pyi"):
-            file.write_text(repaired(file.read_text()))
+            file.write_text(repaired(file.read_text().replace(f"{package}.{module}", "tensorrt.tensorrt")))
         if not target.exists():
             shutil.copytree(made, target)
     return target
@@ -73,6 +80,9 @@ def _signature(line: str, owner: str) -> str:
         line = re.sub(r" -> (\w+):", r" -> \1 | None:", line)
     if name == "get_error" and owner == "OnnxParser":
         line = line.replace("-> typing.Any:", "-> ParserError:")
+    if owner == "IRuntimeConfig":  # whose signatures name a C++ type
+        line = line.replace("cache: typing.Any", "cache: IRuntimeCache")
+        line = re.sub(r"(runtime_cache\(self\) ->) typing.Any", r"\1 IRuntimeCache", line)
     head, _, rest = line.partition("(")
     inside, arrow, result = rest.rpartition(") ->")
     if not arrow:

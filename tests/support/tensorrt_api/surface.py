@@ -11,13 +11,13 @@ import inspect
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from tests.support.tensorrt_api.bindings import bindings, run
+from tests.support.tensorrt_api.bindings import binary, bindings, library_of, run
 from tests.support.tensorrt_api.stubs import stubs
 
 DUMP = """
-import inspect, json, tensorrt
+import importlib, inspect, json, sys
+tensorrt = importlib.import_module(sys.argv[1])
 def members(owner):
     return {n: {k: int(v) for k, v in c.__members__.items()}
             for n, c in vars(owner).items() if inspect.isclass(c) and hasattr(c, "__members__")}
@@ -67,9 +67,10 @@ def surface(version: str) -> Surface:
     """The interface of this version. Unavailable when the bindings cannot be had."""
     folder = bindings(version)
     tree = ast.parse((stubs(version) / "tensorrt" / "tensorrt.pyi").read_text())
-    dumped = json.loads(run([sys.executable, "-c", DUMP], 60, PYTHONPATH=str(folder)))
+    command = [sys.executable, "-c", DUMP, library_of(version).module]
+    dumped = json.loads(run(command, 60, PYTHONPATH=str(folder)))
     classes = {node.name: _class(node) for node in tree.body if isinstance(node, ast.ClassDef)}
-    return Surface(dumped["version"], classes, dumped["enums"], Path(folder / "tensorrt" / "tensorrt.so").read_bytes())
+    return Surface(dumped["version"], classes, dumped["enums"], binary(version).read_bytes())
 
 
 def _class(node: ast.ClassDef) -> ClassSurface:

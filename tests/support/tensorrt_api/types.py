@@ -20,6 +20,8 @@ warn_unreachable = True
 follow_imports = skip
 [mypy-tensorrt.*]
 ignore_errors = True
+[mypy-tensorrt_rtx.*]
+ignore_missing_imports = True
 """
 
 

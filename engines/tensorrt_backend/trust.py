@@ -1,0 +1,48 @@
+"""Have these plans passed `verify` on this card? `auto` takes a library that compiles for other machines only then.
+
+Nothing of such a library has run where its plans were built. So `verify`, when a folder passes on a card, leaves a
+record in the folder: the card, the library's version, and a digest of all plans. Another card, version or plan, and the
+record says nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from scail2_rt.engines.folder.manifest import Manifest, write_json
+from scail2_rt.engines.tensorrt_backend.library import Library, require_library
+from scail2_rt.engines.tensorrt_backend.preflight import find_gpu
+
+VERIFIED = "verified.json"
+
+
+def obstacle(library: Library, directory: Path, manifest: Manifest, files: Iterable[str]) -> str | None:
+    """Why `auto` must not take these plans, in words; None when they have passed here."""
+    if _here(library, manifest, files) in _read(directory).get(library.name, []):
+        return None
+    return f"{library.name} waits until scail2-rt verify has passed for its plans on this card"
+
+
+def remember(library: Library, directory: Path, manifest: Manifest, files: Iterable[str], passed: bool) -> None:
+    """Note the outcome of `verify` on this card."""
+    document, here = _read(directory), _here(library, manifest, files)
+    others = [record for record in document.get(library.name, []) if record != here]
+    document[library.name] = [*others, here] if passed else others
+    write_json(directory / VERIFIED, document)
+
+
+def _here(library: Library, manifest: Manifest, files: Iterable[str]) -> dict[str, str]:
+    gpu, plans = find_gpu(), set(files)
+    known = sorted((artefact.path, artefact.sha256) for artefact in manifest.artefacts if artefact.path in plans)
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return {"gpu": gpu.text if gpu is not None else "", "version": require_library(library), "plans": digest}
+
+
+def _read(directory: Path) -> dict[str, list[dict[str, str]]]:
+    """A file that cannot be read counts as none."""
+    try:
+        document = json.loads((directory / VERIFIED).read_text())
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -1,0 +1,189 @@
+"""The command `serve`. Only click is imported here, so that `--help` answers at once."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
+from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option
+from scail2_rt.runtime.cli.types import MemorySize
+
+
+class Duration(click.ParamType):
+    """`7d`, `12h`, `30m`, `90s` → seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float | int):
+            return float(value)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value.strip())
+        if not match:
+            self.fail(f"{value!r} is not a time: write it as in 7d, 12h or 30m", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+
+
+SERVE_OPTIONS = (
+    in_section(
+        "Where",
+        option(
+            "--host",
+            default="127.0.0.1",
+            show_default=True,
+            help="Address to listen on; beyond this machine a key is demanded.",
+        ),
+        option("--port", type=int, default=8000, show_default=True, help="Port; 0 takes a free one, which is printed."),
+        option(
+            "--data",
+            type=PATH,
+            metavar="DIR",
+            help="Folder for jobs, files and the database.  [default: ~/.local/share/scail2-rt/serve]",
+        ),
+        option("--gpus", default="all", show_default=True, metavar="N|all", help="GPUs to use, one worker each."),
+        option(
+            "--gpus-per-video",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="GPUs that work on one video together.",
+        ),
+    ),
+    in_section(
+        "Who",
+        option(
+            "--api-key-file",
+            "key_file",
+            type=PATH,
+            metavar="FILE",
+            help="Keys, one per line; each client sees its own jobs and files only.",
+        ),
+        option(
+            "--allow-host",
+            "allow_hosts",
+            multiple=True,
+            metavar="NAME",
+            help="A name by which clients call the service, beside --host; may be repeated.",
+        ),
+        option(
+            "--allow-fetch",
+            "fetch_hosts",
+            multiple=True,
+            metavar="HOST",
+            help="A host from which inputs may be "
+            "fetched by URL, *.example.com for all below; may be repeated.  [default: none]",
+        ),
+    ),
+    in_section(
+        "How much",
+        option("--keep", "keep_s", type=Duration(), default="7d", show_default=True, help="How long results stay."),
+        option(
+            "--disk-limit",
+            "disk_bytes",
+            type=MemorySize(),
+            metavar="SIZE",
+            help="What the data folder may take; the oldest results go first.",
+        ),
+        option(
+            "--max-upload",
+            type=MemorySize(),
+            default="1GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="Largest request.",
+        ),
+        option(
+            "--max-frames",
+            type=click.IntRange(min=1),
+            default=3000,
+            show_default=True,
+            metavar="N",
+            help="Longest video.",
+        ),
+        option(
+            "--max-queue",
+            type=click.IntRange(min=1),
+            default=2000,
+            show_default=True,
+            metavar="N",
+            help="Jobs that wait or run at once.",
+        ),
+        option(
+            "--max-queue-per-key",
+            type=click.IntRange(min=1),
+            default=500,
+            show_default=True,
+            metavar="N",
+            help="The same for one client.",
+        ),
+        option(
+            "--file-quota",
+            type=MemorySize(),
+            default="20GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="What one client may keep as files.",
+        ),
+    ),
+    in_section(
+        "Engines",
+        option("--model", default="scail-2", show_default=True, metavar="NAME", help="Name that clients see."),
+        option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Executor to run."),
+        option(
+            "--max-rows",
+            type=click.IntRange(min=1),
+            default=16384,
+            show_default=True,
+            metavar="N",
+            help="Most tokens a stage sees at once.",
+        ),
+        option(
+            "--attention",
+            type=click.Choice(ATTENTION),
+            default="auto",
+            show_default=True,
+            help="Self-attention of the torch executor.",
+        ),
+        option("--vram-limit", type=MemorySize(), metavar="SIZE", help="GPU memory that each worker may use."),
+        option("--no-graphs", is_flag=True, help="Disable CUDA graphs."),
+        option(
+            "--segmenter",
+            type=click.Choice(["auto", "sam2", "sam3"]),
+            default="auto",
+            show_default=True,
+            help="What makes the masks of requests without masks.",
+        ),
+        option("--segmenter-weights", type=PATH, metavar="DIR", help="A folder that holds a segmenter."),
+        option("--no-warm", is_flag=True, help="Load weights with the first job instead of at the start."),
+    ),
+)
+
+
+def serve_options(function: Any) -> Any:
+    for section in reversed(SERVE_OPTIONS):
+        function = section(function)
+    return function
+
+
+@click.command(cls=SectionCommand)
+@click.argument("engines", type=PATH)
+@serve_options
+@debug_option
+def serve(engines: Path, **options: Any) -> None:
+    """Serve videos over HTTP: the interface of OpenAI's videos, a page at /, and `generate --server`.
+
+    Jobs live in --data: what a client was told is taken survives a kill of worker, server or machine. The address is
+    printed on stdout when the service is ready."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise click.UsageError(f"serve needs {error.name}: pip install 'scail2-rt[serve]'") from error
+    from scail2_rt.runtime.serve.launch import settings_of
+    from scail2_rt.runtime.serve.server import run
+
+    run(settings_of(engines, options))

@@ -1,0 +1,1 @@
+"""One generation on several GPUs: the processes, how they talk, and what each of them does. Read `team` first."""

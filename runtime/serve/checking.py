@@ -1,0 +1,93 @@
+"""The server's side of `check_process`: one warm process, at most some checks at once, started again when it ends."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.runtime.serve.errors import Refusal
+from scail2_rt.runtime.serve.settings import Limits
+
+AT_ONCE = 2
+LINE_BYTES = 4 << 20
+
+
+class Checker:
+    """Asks the process that decodes uploads."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._process: asyncio.subprocess.Process | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = itertools.count()
+        self._slots, self._starting = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process where none runs."""
+        async with self._starting:
+            if self._reading is not None and not self._reading.done():
+                return
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "scail2_rt.runtime.serve.check_process"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=LINE_BYTES,
+            )
+            self._reading = asyncio.create_task(self._read(self._process))
+
+    async def close(self) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), 5)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def check(self, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a folder's inputs are and would give. Refusal with the command line's sentence."""
+        limits = {name: value for name, value in asdict(self._limits).items() if name in ("frames", "pixels")} | {
+            "decode_s": self._limits.decode_s,
+            "decode_bytes": self._limits.decode_bytes,
+        }
+        async with self._slots:
+            await self.start()
+            number = str(next(self._numbers))
+            call = {"id": number, "folder": str(folder), "options": dict(options), "limits": limits}
+            answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+            try:
+                assert self._process is not None
+                assert self._process.stdin is not None
+                self._process.stdin.write(json.dumps(call).encode() + b"\n")
+                with contextlib.suppress(ConnectionError):
+                    await self._process.stdin.drain()
+                found = await asyncio.wait_for(answer, self._limits.decode_s + 30)
+            except TimeoutError:
+                raise Refusal(503, "The check of the inputs does not answer.", "check_lost", retry_s=5) from None
+            finally:
+                del self._waiting[number]
+        if "error" in found:
+            code = "invalid_input" if found["status"] == 400 else "limit_exceeded"
+            raise Refusal(int(found["status"]), str(found["error"]), code)
+        return dict(found["facts"])
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            answer = json.loads(line)
+            waiting = self._waiting.get(answer.get("id", ""))
+            if waiting is not None and not waiting.done():
+                waiting.set_result(answer)
+        await process.wait()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                lost = {"error": "The check of the inputs was broken off: send the request again.", "status": 503}
+                waiting.set_result(lost)

@@ -1,0 +1,334 @@
+"""`scail2-rt generate --server URL`: the same options and the same files, made by a service that is warm.
+
+Inputs are sent once, by their hash. The service says what a local run says: warnings, progress, sentences of errors (in
+which its names of inputs become the paths that were given). Ctrl-C deletes the job; a service that is restarted
+meanwhile goes on with it, and so does this command."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.progress import Listener, Progress
+from scail2_rt.runtime.jobs.options import GenerateOptions
+from scail2_rt.runtime.jobs.run import Job, Outcome, single_job, summary
+from scail2_rt.runtime.serve.fields import MASKING
+from scail2_rt.runtime.serve.wire import Wire
+from scail2_rt.runtime.session.check import check_output
+from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
+from scail2_rt.runtime.session.report import file_hash, report_path, write_report
+
+OPERATORS = (
+    *("backend", "max_rows", "attention", "vram_limit", "no_graphs", "gpus"),
+    *("segmenter", "segmenter_weights", "segmenter_device", "image_from", "driving_from"),
+)
+LOCAL = ("dry_run", "resume")
+SAME = (
+    *("mode", "fit", "fit_reference", "allow_mask_problems", "start", "frames", "negative_prompt", "codec", "crf"),
+    *("preset", "scheduler", "steps", "shift", "guidance", "seed", "noise_device", "segment_length", "segment_overlap"),
+    *("overlap_blend", "anchor_color"),
+)
+BACK_S = 120.0  # how long a service that went away may take to come back
+KEY = "SCAIL2_RT_API_KEY"
+MASK_FIELDS = ("mask_reference", "video_mask_reference")
+MASK_VIDEOS = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}  # runtime.masks.make.work.VIDEO_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A result that a service made: what `jobs.run.summary` tells of a local one."""
+
+    path: Path
+    frames: int
+    timings: Mapping[str, float]
+    report: Mapping[str, Any]
+    report_path: Path | None
+    resumed: int | None
+
+
+def run_remote(options: GenerateOptions, server: str, listener: Listener) -> Outcome:
+    """One case, or the cases of a batch file, through the service at this URL."""
+    _refuse_local(options)
+    wire = Wire(server, os.environ.get(KEY))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.batch is None:
+        fetched = _generate(wire, _single(options), options, listener)
+        return Outcome(_document(fetched), summary(cast(Any, fetched)))
+    return _run_batch(wire, options, listener)
+
+
+def _single(options: GenerateOptions) -> Job:
+    """The job of the options; without masks, the service makes them, and they come to where a local run keeps them."""
+    if not getattr(options, "makes_masks", False):
+        return single_job(options)
+    assert options.image is not None
+    assert options.driving is not None
+    folder = options.output.with_name(f"{options.output.stem}.masks")
+    files = (options.image, folder / "ref_mask.png", options.driving, folder / MASK_VIDEOS["animate"])
+    return Job(
+        str(options.driving), options.request(*files, prompt=options.read_prompt()), options.output_to(options.output)
+    )
+
+
+def _run_batch(wire: Wire, options: GenerateOptions, listener: Listener) -> Outcome:
+    from scail2_rt.runtime.jobs.batch import batch_jobs
+
+    results, texts = list[dict[str, Any]](), list[str]()
+    for job in batch_jobs(options):
+        try:
+            fetched = _generate(wire, job, options, listener)
+        except Scail2Error as error:
+            print(f"error: {job.name}: {error}", file=sys.stderr)
+            results.append({"case": job.name, "status": "failed", "error": str(error)})
+        else:
+            results.append({"case": job.name, **_document(fetched)})
+            texts.append(summary(cast(Any, fetched)))
+    lost = sum(result["status"] == "failed" for result in results)
+    texts.append(f"{len(results) - lost} of {len(results)} cases done" + (f", {lost} failed" if lost else ""))
+    return Outcome({"cases": results, "failed": lost}, "\n".join(texts), lost)
+
+
+def _document(fetched: Fetched) -> dict[str, Any]:
+    return {**fetched.report, "report": fetched.report_path and str(fetched.report_path)}
+
+
+def _refuse_local(options: GenerateOptions) -> None:
+    """InputError for options that a client cannot decide."""
+    known = GenerateOptions.__dataclass_fields__
+    plain = {name: known[name].default for name in (*OPERATORS, *LOCAL) if name in known}
+    given = [name for name, default in plain.items() if getattr(options, name) != default]
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
+        if name == "resume":
+            raise InputError("--resume is not for --server: the service goes on with its jobs by itself.")
+        why = "tells about engines here" if name == "dry_run" else "is for who runs the service to decide"
+        raise InputError(f"{flag} {why}: leave it or --server out.")
+
+
+def _generate(wire: Wire, job: Job, options: GenerateOptions, listener: Listener) -> Fetched:
+    if job.request is None or job.output is None:
+        raise job.error or InputError(f"{job.name} holds no request.")
+    refuse_second(job.output.path)
+    check_output(job.output, job.request)
+    files = _files_of(job, getattr(options, "makes_masks", False))
+    try:
+        with sole_writer(job.output.path, lambda note: print(f"warning: {note}", file=sys.stderr)):
+            return _through(wire, job, options, files, listener)
+    except Scail2Error as error:
+        raise type(error)(_own_names(str(error), files)) from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+        raise Scail2Error(f"The service at {wire.url} cannot be reached ({error}): is it running?") from error
+
+
+def _files_of(job: Job, made: bool) -> dict[str, Path]:
+    """Field of the interface → the file that was given; masks that are made are none."""
+    request = job.request
+    assert request is not None
+    named: dict[str, Any] = {
+        "input_reference": request.image,
+        "mask_reference": request.mask_image,
+        "video_reference": request.driving,
+        "video_mask_reference": request.mask_video,
+    }
+    for number, (image, mask) in enumerate(request.extra_refs, 1):
+        named |= {f"extra_ref_{number}": image, f"extra_ref_{number}_mask": mask}
+    if made:
+        named = {name: path for name, path in named.items() if name not in MASK_FIELDS}
+    for label, path in request.inputs.items():
+        if made and label in ("reference mask", "driving mask video"):
+            continue
+        if not Path(str(path)).is_file():
+            raise InputError(f"The {label} {path} {'is not a file' if Path(str(path)).exists() else 'does not exist'}.")
+    return {name: Path(path) for name, path in named.items()}
+
+
+def _own_names(sentence: str, files: Mapping[str, Path]) -> str:
+    """The service's names of inputs as the paths that were given here."""
+    for name in sorted(files, key=len, reverse=True):
+        sentence = re.sub(rf"\b{name}\b", lambda _, name=name: str(files[name]), sentence)  # type: ignore[misc]
+    return sentence
+
+
+def _through(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str, Path], listener: Listener) -> Fetched:
+    video = None
+    try:
+        video = _post(wire, job, options, files)
+        for warning in video["warnings"]:
+            print(f"warning: {_own_names(warning, files)}", file=sys.stderr)
+        if video["framing"]:
+            print(_own_names(video["framing"], files), file=sys.stderr)
+        _follow(wire, video["id"], listener)
+        return _fetch(wire, video["id"], job, files)
+    except KeyboardInterrupt:
+        if video is not None:
+            with contextlib.suppress(OSError, Scail2Error):
+                wire.ask("DELETE", f"/v1/videos/{video['id']}")
+                print("stopped: the service has ended the job", file=sys.stderr)
+        raise
+
+
+def _post(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str, Path]) -> dict[str, Any]:
+    """The job at the service; a request whose answer is lost is sent again and stays one job."""
+    request = job.request
+    assert request is not None
+    known: dict[str, str] = {}
+    body: dict[str, Any] = {name: value for name in SAME if (value := getattr(options, name)) is not None}
+    if getattr(options, "makes_masks", False):
+        body |= {name: value for name in MASKING if (value := getattr(options, name))}
+    body |= {"prompt": request.prompt, "mode": request.mode}
+    if request.size is not None:
+        body["size"] = f"{request.size[1]}x{request.size[0]}"
+    for name, path in files.items():
+        digest = file_hash(path)
+        known[name] = known.get(digest) or wire.keep(path, digest)
+        known[digest] = known[name]
+    body |= {name: {"file_id": known[name]} for name in files if not name.startswith("extra_ref")}
+    body["extra_refs"] = [
+        [{"file_id": known[f"extra_ref_{number}"]}, {"file_id": known[f"extra_ref_{number}_mask"]}]
+        for number in range(1, len(request.extra_refs) + 1)
+    ]
+    key = uuid.uuid4().hex
+    patience = _Patience()
+    while True:
+        try:
+            return wire.ask("POST", "/v1/videos", body, Idempotency_Key=key)
+        except ConnectionError as error:
+            patience.wait(error)
+
+
+class _Patience:
+    """Waits for a service that went away to come back, at growing intervals, `BACK_S` in all."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._pause_s = 0.2
+
+    def heard(self) -> None:
+        self._since, self._pause_s = None, 0.2
+
+    def wait(self, error: OSError) -> None:
+        self._since = self._since or time.monotonic()
+        if time.monotonic() - self._since > BACK_S:
+            raise error
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, 5.0)
+
+
+def _follow(wire: Wire, video_id: str, listener: Listener) -> None:
+    """Tell the listener what the service says, until the job has ended. Scail2Error when it failed."""
+    patience = _Patience()
+    while True:
+        broken = ConnectionError("it went away and does not come back")
+        try:
+            for kind, video in wire.events(f"/v1/videos/{video_id}/events"):
+                patience.heard()
+                if kind == "completed":
+                    return
+                if kind == "failed":
+                    wrong = video["error"]["code"] == "invalid_input"
+                    raise (InputError if wrong else Scail2Error)(video["error"]["message"])
+                if kind == "deleted":
+                    raise Scail2Error(f"The job {video_id} was deleted at the service.")
+                if kind == "progress" and video.get("phase"):
+                    listener(_progress(video))
+        except OSError as error:
+            broken = error if isinstance(error, ConnectionError) else ConnectionError(str(error))
+        patience.wait(broken)
+
+
+def _progress(video: Mapping[str, Any]) -> Progress:
+    steps = video["steps"] or 0
+    left = video["seconds_left"]
+    return Progress(
+        video["phase"],
+        video["segment"] or 0,
+        video["segments"],
+        video["step"] or 0,
+        steps,
+        video["progress"] / 100,
+        left,
+    )
+
+
+def _fetch(wire: Wire, video_id: str, job: Job, files: Mapping[str, Path]) -> Fetched:
+    """The video and its report, whole or not at all, as a local run would have left them."""
+    assert job.output is not None
+    output = job.output.path
+    content = f"/v1/videos/{video_id}/content?variant="
+    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=".", suffix=output.suffix, delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            wire.download(f"{content}video", cast(Any, file))
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, output)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    with wire.open("GET", f"{content}report") as response:
+        report = json.loads(response.read())
+    if MASK_FIELDS[0] not in files:
+        files = {**files, **_fetch_masks(wire, content, output, report["mode"])}
+    _localise(report, output, files)
+    report |= {"server": wire.url, "video_id": video_id}
+    write_report(report_path(output), report)
+    return Fetched(
+        output, report["frames"], report["timings_s"], report, report_path(output), report["resumed_after_segments"]
+    )
+
+
+def _fetch_masks(wire: Wire, content: str, output: Path, mode: str) -> dict[str, Path]:
+    """The masks that the service made, with their sheet, in `NAME.masks` beside the output."""
+    folder = output.with_name(f"{output.stem}.masks")
+    folder.mkdir(exist_ok=True)
+    names = {"mask_reference": "ref_mask.png", "video_mask_reference": MASK_VIDEOS[mode]}
+    for variant, name in {**names, "mask_sheet": "masks.png", "mask_record": "masks.json"}.items():
+        temporary = folder / f".{name}.{uuid.uuid4().hex}"
+        try:
+            with temporary.open("wb") as file:
+                wire.download(f"{content}{variant}", file)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return {variant: folder / name for variant, name in names.items()}
+
+
+def _localise(report: dict[str, Any], output: Path, files: Mapping[str, Path]) -> None:
+    """Paths of the service's job folder become those of this command."""
+    report["output"] = report["options"]["output"] = str(output)
+    fields = {
+        "input_reference": ("image", "image"),
+        "mask_reference": ("mask_image", "image_mask"),
+        "video_reference": ("driving", "driving"),
+        "video_mask_reference": ("mask_video", "mask_video"),
+    }
+    for name, (option, label) in fields.items():
+        report["options"][option] = report["inputs"][label]["path"] = str(files[name])
+    pairs = len(report["options"]["extra_refs"])
+    report["options"]["extra_refs"] = [
+        [str(files[f"extra_ref_{i}"]), str(files[f"extra_ref_{i}_mask"])] for i in range(1, pairs + 1)
+    ]
+    for i in range(1, pairs + 1):
+        report["inputs"][f"extra_ref_{i}"]["path"] = str(files[f"extra_ref_{i}"])
+        report["inputs"][f"extra_ref_{i}_mask"]["path"] = str(files[f"extra_ref_{i}_mask"])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

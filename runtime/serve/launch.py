@@ -1,0 +1,66 @@
+"""From the options of `scail2-rt serve` to its settings: where the data go, and how many workers there are."""
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.serve.server import default_data
+from scail2_rt.runtime.serve.settings import Limits, Settings
+
+SAME = (
+    *("host", "port", "gpus_per_video", "key_file", "allow_hosts", "fetch_hosts", "keep_s", "disk_bytes", "model"),
+    *("backend", "max_rows", "attention", "vram_limit", "no_graphs", "segmenter", "segmenter_weights"),
+)
+
+
+def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
+    """InputError for a folder that holds no engines, and for more GPUs than there are."""
+    if not (engines / "manifest.json").is_file():
+        raise InputError(f"{engines} is no engine folder: make one with scail2-rt build-engines.")
+    gpus = visible_gpus() if options["backend"] != "onnxruntime" else 0
+    limits = Limits(
+        upload_bytes=options["max_upload"],
+        frames=options["max_frames"],
+        queued=options["max_queue"],
+        queued_per_key=options["max_queue_per_key"],
+        file_bytes=options["file_quota"],
+    )
+    return Settings(
+        engines=engines.resolve(),
+        data=(options["data"] or default_data()).resolve(),
+        workers=workers_of(options["gpus"], options["gpus_per_video"], gpus),
+        on_gpu=gpus > 0,
+        warm=not options["no_warm"],
+        limits=limits,
+        **{name: options[name] for name in SAME},
+    )
+
+
+def workers_of(wanted: str, each: int, there: int) -> int:
+    """How many worker processes `--gpus N|all --gpus-per-video EACH` makes where there are so many GPUs."""
+    if wanted != "all" and not (wanted.isdecimal() and int(wanted) > 0):
+        raise InputError(f"--gpus must be a number or all, not {wanted}.")
+    if there == 0:
+        if wanted not in ("all", "1") or each > 1:
+            raise InputError("There is no GPU here: leave --gpus and --gpus-per-video out to run on the CPU.")
+        return 1
+    used = there if wanted == "all" else int(wanted)
+    if used > there:
+        raise InputError(f"--gpus {used} is more than the {there} that are here.")
+    if used % each:
+        raise InputError(f"--gpus-per-video {each} does not divide the {used} GPUs.")
+    return used // each
+
+
+def visible_gpus() -> int:
+    """Counted by another process: the server itself loads no CUDA. 0 where PyTorch finds none."""
+    import os
+    import sys
+
+    if not (Path("/dev/nvidiactl").exists() or os.name == "nt" or Path("/dev/dxg").exists()):
+        return 0
+    code = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return int(found.stdout.strip() or 0) if found.returncode == 0 else 0

@@ -1,0 +1,99 @@
+"""Masks that the service makes: of a job that brings none, or alone, for a look before the video.
+
+They lie in `video.masks/` of the job's folder, where a local run would have put them beside `video.mp4`, and are linked
+under the names that inputs have. What can be said without a network is said by the check.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.progress import Listener
+
+if TYPE_CHECKING:
+    from scail2_rt.runtime.masks.make.make import Masks
+    from scail2_rt.runtime.masks.make.options import MaskOptions
+    from scail2_rt.runtime.session.session import Session
+
+FOLDER = "video.masks"
+INPUTS = ("mask_reference", "video_mask_reference")
+ROOM_BYTES = 6 << 30  # of GPU memory that a segmenter finds; else the engines' weights make room
+
+
+def available() -> bool:
+    """Whether this installation makes masks."""
+    return importlib.util.find_spec("scail2_rt.runtime.masks.make") is not None
+
+
+def mask_options(masking: Mapping[str, Any], options: Mapping[str, Any]) -> "MaskOptions":
+    """InputError for options that cannot be."""
+    from scail2_rt.runtime.masks.make.options import MaskOptions
+
+    given = {"prompt" if name == "mask_prompt" else name: value for name, value in masking.items()}
+    shared = {name: options[name] for name in ("mode", "start", "frames") if options.get(name) is not None}
+    given |= {name: tuple(given[name]) for name in ("points", "boxes") if name in given}
+    if given.get("weights") is not None:
+        given["weights"] = Path(given["weights"])
+    return MaskOptions(**given, **shared)
+
+
+def look(folder: Path, options: Mapping[str, Any], masking: Mapping[str, Any]) -> dict[str, Any]:
+    """What making the masks, and a video with them, would give. InputError for what cannot be done."""
+    from scail2_rt.runtime.core.geometry import oriented, plan_segments
+    from scail2_rt.runtime.core.request import DEFAULT_SIZE
+    from scail2_rt.runtime.masks.make.make import plan_masks
+    from scail2_rt.runtime.media.images import load_image
+
+    asked = mask_options(masking, options)
+    image, clip = folder / "input_reference", folder / "video_reference"
+    plan = plan_masks(image, clip, folder / FOLDER, asked)
+    scene = load_image(image).shape[:2] if asked.mode != "replace" else (plan.video.height, plan.video.width)
+    height, width = options.get("size") or oriented(DEFAULT_SIZE, *scene)
+    given = [options.get("segment_length", 81), options.get("segment_overlap", 5)]
+    return {
+        "frames": plan.frames,
+        "height": height,
+        "width": width,
+        "frame_rate": str(plan.video.frame_rate),
+        "segments": len(plan_segments(plan.frames, *given)),
+        "mode": "animate" if asked.mode == "auto" else asked.mode,
+        "warnings": list(plan.video.warnings),
+        "framing": "",
+    }
+
+
+def make(session: "Session", job: Mapping[str, Any], folder: Path, heard: Listener, cancel: Event) -> "Masks":
+    """The masks of a job, made or taken as they are, and linked as inputs."""
+    from scail2_rt.runtime.masks.make.make import make_masks
+
+    _make_room(session)
+    asked = mask_options(job["masking"], job["options"])
+    image, clip = folder / "input_reference", folder / "video_reference"
+    masks = make_masks(image, clip, folder / FOLDER, asked, on_progress=heard, cancel=cancel)
+    for made, name in zip((masks.mask_image, masks.mask_video), INPUTS, strict=True):
+        (folder / name).unlink(missing_ok=True)
+        os.link(made, folder / name)
+    return masks
+
+
+def _make_room(session: "Session") -> None:
+    """Where the GPU has little left, the engines' weights leave it; they come back with the next video."""
+    import torch
+
+    if session.engines.device.type == "cuda" and torch.cuda.mem_get_info(session.engines.device)[0] < ROOM_BYTES:
+        session.constants.drop()
+        session.engines.release("")
+        torch.cuda.empty_cache()
+
+
+def take_over(made: Path, folder: Path) -> None:
+    """Masks of an earlier job as this one's inputs. InputError when they are not there."""
+    try:
+        for name in INPUTS:
+            os.link(made / name, folder / name)
+    except FileNotFoundError:
+        raise InputError("The masks of masks_id are not made yet, or could not be made.") from None

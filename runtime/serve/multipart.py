@@ -1,0 +1,239 @@
+"""Receiving: a body as it comes, into files of our own names, within limits.
+
+A multipart body's files are hashed and synced while they are written; its fields stay in memory. What was received of a
+request that is broken off is removed. No name that a client gives a file is ever a path.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from scail2_rt.runtime.serve.errors import Refusal, wrong
+from scail2_rt.runtime.serve.settings import Limits
+
+FIELDS, FILES, FIELD_BYTES = 200, 20, 1 << 20
+JSON_BYTES = 48 << 20  # data: URLs may lie in it
+
+
+@dataclass(slots=True)
+class Upload:
+    """A file that was received. path: where it lies until somebody takes it; name: the client's, for showing."""
+
+    path: Path
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(slots=True)
+class Form:
+    """What a request's body holds: fields in order (a name may come again), files by field."""
+
+    fields: list[tuple[str, Any]] = field(default_factory=list)
+    files: dict[str, Upload] = field(default_factory=dict)
+
+    def discard(self) -> None:
+        """Remove the files that nobody took."""
+        for upload in self.files.values():
+            upload.path.unlink(missing_ok=True)
+
+
+class Receiver:
+    """One file being written: hashed, and on the disk when `done` returns."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path, self.name = folder / secrets.token_hex(16), shown_name(name)
+        self._file: BinaryIO = self.path.open("xb")
+        self._digest, self._bytes = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise no_room(error) from error
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def done(self) -> Upload:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise no_room(error) from error
+        finally:
+            self._file.close()
+        return Upload(self.path, self.name, self._bytes, self._digest.hexdigest())
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def no_room(error: OSError) -> Refusal:
+    return Refusal(507, f"The service's disk takes no more ({error.strerror}).", "disk_full", retry_s=60)
+
+
+def shown_name(name: str) -> str:
+    """The last part of a client's file name, without what could mislead who reads it."""
+    last = re.split(r"[/\\]", name)[-1]
+    return "".join(char for char in last if char.isprintable())[:200] or "upload"
+
+
+async def body_of(request: Request, limit: int, wait_s: float) -> AsyncIterator[bytes]:
+    """The body in pieces. Refusal for more than `limit` bytes, and for a client that is silent for `wait_s` seconds or
+    slower than a modem (1 KiB/s after the first `wait_s`)."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large(limit)
+    received, clock = 0, asyncio.get_running_loop().time
+    began = clock()
+    pieces = request.stream()
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(pieces), wait_s)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise Refusal(408, f"Nothing came for {wait_s:g} s: send the request again.", "timeout") from error
+        except ClientDisconnect as error:
+            raise Refusal(400, "The upload was broken off.", "aborted") from error
+        received += len(piece)
+        if received > limit:
+            raise too_large(limit)
+        if clock() - began > wait_s + received / 1024:
+            raise Refusal(408, "The upload is too slow: send the request again.", "timeout")
+        yield piece
+
+
+def too_large(limit: int) -> Refusal:
+    return Refusal(413, f"The request is larger than the {limit >> 20} MiB that this service takes.", "too_large")
+
+
+async def receive(request: Request, folder: Path, limits: Limits) -> Form:
+    """The form of a multipart or JSON request; files go into `folder`."""
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind == b"multipart/form-data":
+        return await _receive_multipart(request, options.get(b"boundary", b""), folder, limits)
+    if kind in (b"application/json", b"application/x-www-form-urlencoded", b""):
+        body = bytearray()
+        async for piece in body_of(request, min(limits.upload_bytes, JSON_BYTES), limits.body_wait_s):
+            body += piece
+        return Form(_fields_of(bytes(body), json_body=kind != b"application/x-www-form-urlencoded"))
+    raise Refusal(415, "Send multipart/form-data or application/json.", "unsupported_media_type")
+
+
+def _fields_of(body: bytes, json_body: bool) -> list[tuple[str, Any]]:
+    import json
+    from urllib.parse import parse_qsl
+
+    try:
+        if not json_body:
+            return list(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=FIELDS))
+        document = json.loads(body) if body.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"The body cannot be read: {error}.", code="invalid_body") from None
+    if not isinstance(document, dict):
+        raise wrong("The body must be one JSON object.", code="invalid_body")
+    return list(document.items())
+
+
+class _Parts:
+    """Callbacks of the parser: parts become fields and files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.form, self._folder = Form(), folder
+        self._headers: dict[bytes, bytes] = {}
+        self._name, self._value = b"", b""
+        self._field = ""
+        self._text: bytearray | None = None
+        self.receiver: Receiver | None = None
+
+    def on_part_begin(self) -> None:
+        self._headers = {}
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        self._headers[self._name.lower()] = self._value
+        self._name, self._value = b"", b""
+
+    def on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        if b"name" not in options:
+            raise wrong("A part of the multipart body has no name.", code="invalid_body")
+        self._field = options[b"name"].decode("utf-8", "replace")[:200]
+        if b"filename" in options:
+            if len(self.form.files) >= FILES or self._field in self.form.files:
+                raise wrong(f"Too many files, or {self._field} twice, in one request.", self._field)
+            self.receiver = Receiver(self._folder, options[b"filename"].decode("utf-8", "replace"))
+        else:
+            if len(self.form.fields) >= FIELDS:
+                raise wrong(f"A request has at most {FIELDS} fields.", code="invalid_body")
+            self._text = bytearray()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self.receiver is not None:
+            self.receiver.write(data[start:end])
+        elif self._text is not None:
+            if len(self._text) + end - start > FIELD_BYTES:
+                raise Refusal(413, f"The field {self._field} is longer than 1 MiB.", "too_large", param=self._field)
+            self._text += data[start:end]
+
+    def on_part_end(self) -> None:
+        if self.receiver is not None:
+            self.form.files[self._field] = self.receiver.done()
+            self.receiver = None
+        elif self._text is not None:
+            try:
+                self.form.fields.append((self._field, self._text.decode("utf-8")))
+            except UnicodeDecodeError:
+                raise wrong(f"The field {self._field} is not UTF-8 text.", self._field) from None
+            self._text = None
+
+
+async def _receive_multipart(request: Request, boundary: bytes, folder: Path, limits: Limits) -> Form:
+    parts = _Parts(folder)
+    names = ("part_begin", "header_field", "header_value", "header_end", "headers_finished", "part_data", "part_end")
+    ended = False
+
+    def on_end() -> None:
+        nonlocal ended
+        ended = True
+
+    callbacks: Any = {f"on_{name}": getattr(parts, f"on_{name}") for name in names} | {"on_end": on_end}
+    try:
+        if not boundary:
+            raise wrong("The multipart body has no boundary.", code="invalid_body")
+        parser = MultipartParser(boundary, callbacks)
+        async for piece in body_of(request, limits.upload_bytes, limits.body_wait_s):
+            if len(piece) > 1 << 16:
+                await asyncio.to_thread(parser.write, piece)
+            else:
+                parser.write(piece)
+        if not ended:
+            raise wrong("The multipart body is cut short.", code="invalid_body")
+        return parts.form
+    except BaseException as error:
+        if parts.receiver is not None:
+            parts.receiver.abort()
+        parts.form.discard()
+        if isinstance(error, FormParserError):
+            raise wrong(f"The multipart body cannot be read: {error}.", code="invalid_body") from None
+        raise

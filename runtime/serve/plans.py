@@ -1,0 +1,74 @@
+"""The plan that the check of a job's inputs made, kept in its folder, so that the worker need not read the clips for it
+again.
+
+It comes from the process that decodes what strangers send, so it is read as data: of this program's own records,
+fractions and paths, nothing else; and the inputs that it names are replaced by those of the job's folder.
+"""
+
+import importlib.metadata
+import io
+import pickle
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.request import Request
+
+NAME = "plan"
+_RECORDS = ("core.plan", "core.findings", "core.geometry", "core.window", "core.request")
+_BESIDE = {
+    ("fractions", "Fraction"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib", "PurePosixPath"),
+}
+
+
+class Unreadable(Exception):
+    """A plan of another version, or none."""
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _BESIDE or (module, name) == ("pathlib._local", "PosixPath"):
+            return super().find_class(module, name)
+        if module in [f"scail2_rt.runtime.{record}" for record in _RECORDS] and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and is_dataclass(found) and found.__module__ == module:
+                return found
+        raise Unreadable(f"{module}.{name} does not belong into a plan.")
+
+
+def pack(plan: Plan) -> bytes:
+    """As bytes that `unpack` reads, in this version of the program."""
+    return _version() + b"\n" + pickle.dumps(plan, protocol=4)
+
+
+def unpack(data: bytes, request: Request) -> Plan:
+    """The plan, for this request, whose prompts are cleaned. Unreadable for what is none of this version's."""
+    from scail2_rt.runtime.pipeline.text import clean_prompt
+
+    version, _, body = data.partition(b"\n")
+    try:
+        plan = _Reader(io.BytesIO(body)).load() if version == _version() else None
+    except Exception as error:
+        raise Unreadable(str(error)) from error
+    if not isinstance(plan, Plan):
+        raise Unreadable("This is no plan of this version.")
+    prompts = {name: clean_prompt(getattr(request, name)) for name in ("prompt", "negative_prompt")}
+    return replace(plan, request=replace(request, **prompts))
+
+
+def planned(folder: Path, request: Request) -> Plan:
+    """The plan of a job's folder, or one that is made now. InputError as from `check_request`."""
+    from scail2_rt.runtime.session.check import check_request
+
+    try:
+        return unpack((folder / NAME).read_bytes(), request)
+    except (OSError, Unreadable):
+        return check_request(request)
+
+
+def _version() -> bytes:
+    return importlib.metadata.version("scail2-rt").encode()

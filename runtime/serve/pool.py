@@ -1,0 +1,224 @@
+"""The worker processes, seen from the server: which are ready, which has which job, and what became of one that died.
+
+A worker that is killed from outside (SIGKILL, SIGTERM) gives its job back, which goes on after its last finished
+segment; one that breaks by itself, or that the system killed for its memory, takes its job with it: the job has failed,
+the others run. A dead worker is replaced, at growing intervals while new ones die too.
+"""
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.serve.settings import Settings
+from scail2_rt.runtime.serve.store import JobRow, Store
+
+LINE_BYTES = 4 << 20
+LONGEST_PAUSE_S = 30.0
+STOP_S = 5.0
+OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+
+Hear = Callable[[JobRow, Mapping[str, Any]], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process. job: what it carries out; segments: how many of its are finished; phase: where it is."""
+
+    number: int
+    process: asyncio.subprocess.Process | None = None
+    ready: bool = False
+    taking: bool = False  # a job is being looked up for it
+    about: Mapping[str, Any] | None = None
+    memory: Mapping[str, float] | None = None
+    job: JobRow | None = None
+    segments: int = 0
+    phase: str = ""
+    oom_before: int = 0
+    pause_s: float = 0.5
+
+
+class Pool:
+    """All workers of a service. hear: is told of every message about a job, and of every ending."""
+
+    def __init__(self, settings: Settings, store: Store, hear: Hear) -> None:
+        self._settings, self._store, self._hear = settings, store, hear
+        self.workers = [Worker(number) for number in range(settings.workers)]
+        self.deaths = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+        self._opened: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Returns when one worker has opened its engines. InputError when they cannot be opened."""
+        self._opened = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
+        await self._opened
+
+    async def close(self) -> None:
+        """End all workers; their jobs are queued when the next server starts, and go on."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker in self.workers:
+            if worker.process is not None:
+                await _end(worker.process)
+
+    @property
+    def ready(self) -> bool:
+        return any(worker.ready for worker in self.workers)
+
+    def running(self, job_id: str) -> Worker | None:
+        return next((worker for worker in self.workers if worker.job is not None and worker.job.id == job_id), None)
+
+    async def dispatch(self) -> None:
+        """Give waiting jobs to workers that are free."""
+        for worker in self.workers:
+            if worker.ready and worker.job is None and not worker.taking:
+                worker.taking = True
+                try:
+                    row = await asyncio.to_thread(self._store.take)
+                finally:
+                    worker.taking = False
+                if row is None:
+                    return
+                if not worker.ready:  # it died meanwhile
+                    await asyncio.to_thread(self._store.give_back, row.id, row.attempt, False, 0)
+                    continue
+                worker.job = row
+                worker.segments, worker.phase, worker.oom_before = 0, "start", oom_kills()
+                await self._send(worker, run=self._order(row))
+
+    def _order(self, row: JobRow) -> dict[str, Any]:
+        folder, asked = str(self._store.folder(row.id)), row.request
+        given = {name: asked[name] for name in ("options", "extra_refs", "masking")}
+        return {"id": row.id, "attempt": row.attempt, "folder": folder, **given}
+
+    async def cancel(self, job_id: str) -> bool:
+        """End a running job within its step. False when no worker has it."""
+        worker = self.running(job_id)
+        if worker is not None:
+            await self._send(worker, cancel=job_id)
+        return worker is not None
+
+    async def _send(self, worker: Worker, **message: Any) -> None:
+        process = worker.process
+        if process is None or process.stdin is None:
+            return
+        with contextlib.suppress(ConnectionError, RuntimeError):  # it has just died: `_keep` sees to that
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            await process.stdin.drain()
+
+    async def _keep(self, worker: Worker) -> None:
+        """Start the worker, listen until it dies, and again."""
+        while not self._closing:
+            began = time.monotonic()
+            worker.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "scail2_rt.runtime.serve.worker", self._arguments(worker)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=self._environment(worker),
+                limit=LINE_BYTES,
+            )
+            assert worker.process.stdout is not None
+            while line := await worker.process.stdout.readline():
+                await self._heard(worker, json.loads(line))
+            code = await worker.process.wait()
+            worker.ready = False
+            self.deaths += 1
+            await self._lost(worker, code)
+            worker.pause_s = 0.1 if time.monotonic() - began > 60 else min(worker.pause_s * 2, LONGEST_PAUSE_S)
+            await asyncio.sleep(worker.pause_s)
+
+    def _arguments(self, worker: Worker) -> str:
+        names = ("backend", "max_rows", "attention", "vram_limit", "no_graphs", "warm", "gpus_per_video")
+        given = {name: getattr(self._settings, name) for name in names}
+        return json.dumps({"engines": str(self._settings.engines), **given})
+
+    def _environment(self, worker: Worker) -> dict[str, str] | None:
+        """Each worker sees its own GPUs only; on the CPU nothing changes."""
+        import os
+
+        if not self._settings.on_gpu:
+            return None
+        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+        each = self._settings.gpus_per_video
+        own = range(worker.number * each, (worker.number + 1) * each)
+        chosen = [visible[i] if visible else str(i) for i in own]
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+
+    async def _heard(self, worker: Worker, message: dict[str, Any]) -> None:
+        if "ready" in message:
+            worker.ready, worker.about, worker.pause_s = True, message["ready"], 0.1
+            worker.memory = message["ready"]["memory"]
+            if self._opened is not None and not self._opened.done():
+                self._opened.set_result(None)
+            await self.dispatch()
+        elif "idle" in message:
+            worker.memory = message["idle"]["memory"]
+        elif "unusable" in message:
+            if self._opened is not None and not self._opened.done():
+                self._opened.set_exception(InputError(message["unusable"]))
+        elif worker.job is not None:
+            row = worker.job
+            if "event" in message:
+                worker.phase = message["event"]["phase"]
+                worker.segments = max(worker.segments, message["event"]["finished"])
+            if ended := not message.keys().isdisjoint({"done", "failed", "cancelled"}):
+                worker.job = None
+            await self._hear(row, message)
+            if ended:
+                await self.dispatch()
+
+    async def _lost(self, worker: Worker, code: int) -> None:
+        """What becomes of the job of a worker that ended with this exit code."""
+        row, worker.job = worker.job, None
+        if row is None:
+            return
+        out_of_memory = oom_kills() > worker.oom_before
+        if code in OUTSIDE and not out_of_memory:
+            given = await asyncio.to_thread(self._store.give_back, row.id, row.attempt, True, worker.segments)
+            if given is not None and given.kills >= self._settings.kills:
+                taken = await asyncio.to_thread(self._store.take_one, row.id)
+                row = taken or row
+            else:
+                await self._hear(row, {"returned": True})
+                return
+        await self._hear(row, {"failed": {"message": _death(code, worker.phase, out_of_memory), "kind": "crash"}})
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """A worker ends by itself when nobody can tell it anything more; one that does not is killed."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_S)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory, as far as it tells."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _death(code: int, phase: str, out_of_memory: bool) -> str:
+    if out_of_memory:
+        less = "a smaller --size, --segment-length or --max-rows"
+        return f"the computer's memory ran out in the phase {phase}: give {less}."
+    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+    return f"The worker process ended with {how} in the phase {phase}; the service goes on with another one."

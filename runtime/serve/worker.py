@@ -1,0 +1,231 @@
+"""A worker process: engines that are open and stay warm, and the job that runs on them.
+
+    stdin    one JSON object per line: {"run": job}, {"cancel": job id}; its end ends the process at once
+    stdout   {"ready": …}, then of the job that runs {"event": …}, {"preview": …} and one of done, failed, cancelled
+
+What goes on here is `Session.fit` and `Session.generate`, as the command line uses them, into the job's folder with
+`resume`: a job that another process began goes on after its last finished segment, and one that is complete is only
+told so. A worker belongs to its server: when the server is gone, so is the worker.
+"""
+
+import base64
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.progress import Cancelled, Progress
+from scail2_rt.runtime.core.request import Output
+from scail2_rt.runtime.serve import made_masks
+from scail2_rt.runtime.serve.check_process import facts_of, plain_names
+
+if TYPE_CHECKING:
+    from scail2_rt.runtime.core.plan import Plan
+    from scail2_rt.runtime.masks.make.make import Masks
+    from scail2_rt.runtime.session.session import Session
+    from scail2_rt.runtime.session.write import Result
+
+LOCK_WAIT_S = 60.0  # for a worker of a server that was killed
+
+
+class Messages:
+    """What comes on stdin, read by a thread of its own, and what goes to the server."""
+
+    def __init__(self, answers: IO[str]) -> None:
+        self.jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.cancel = threading.Event()
+        self._answers, self._job, self._lock = answers, "", threading.Lock()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def say(self, **message: Any) -> None:
+        with self._lock:
+            print(json.dumps(message), file=self._answers, flush=True)
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            message = json.loads(line)
+            if "run" in message:  # the one before has ended
+                self._job = message["run"]["id"]
+                self.cancel.clear()
+                self.jobs.put(message["run"])
+            elif message.get("cancel") == self._job:
+                self.cancel.set()
+        os._exit(0)  # the server is gone
+
+
+def open_session(settings: Mapping[str, Any]) -> "Session":
+    """The engines as the operator's options say."""
+    from scail2_rt.engines.engine_set import Execution
+    from scail2_rt.runtime.session.session import Session
+
+    execution = Execution(
+        settings["max_rows"], settings["attention"], not settings["no_graphs"], settings["vram_limit"]
+    )
+    shared = settings["gpus_per_video"]
+    together: dict[str, Any] = {"gpus": shared} if shared > 1 else {}
+    return Session.open(settings["engines"], backend=settings["backend"], execution=execution, **together)
+
+
+def warm(session: "Session") -> None:
+    """One step of a very small video, so that weights are loaded and kernels compiled before the first job."""
+    import numpy as np
+
+    from scail2_rt.runtime.core.request import Clip, Request
+
+    white = np.full((96, 160, 3), 255, np.uint8)
+    figure = white.copy()
+    figure[16:80, 60:100] = (0, 0, 255)
+    black = np.where(figure == 255, 0, figure).astype(np.uint8)
+    black[16:80, 60:100] = (0, 0, 255)
+    clip, mask = (Clip(np.stack([picture] * 5), Fraction(16)) for picture in (figure, black))
+    request = Request(figure, figure, clip, mask, size=(96, 160), steps=1, guidance=1, fit="official")
+    for _ in session.animate(session.check(request)):
+        pass
+
+
+def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
+    """One job; whatever becomes of it is said, and the session is ready for the next."""
+    folder = Path(job["folder"])
+    began = time.perf_counter()
+    about = {"job": job["id"], "attempt": job["attempt"]}
+    try:
+        heard = Teller(messages, about, folder)
+        masks = None
+        if job["masking"] is not None:
+            masks = made_masks.make(session, job, folder, heard, messages.cancel)
+        if job["id"].startswith("masks_"):
+            assert masks is not None
+            told = {"characters": list(masks.characters), "notes": list(masks.notes), "mode": masks.mode}
+            messages.say(done=told | {"inference_s": round(masks.seconds, 3), "frames": 0, "timings_s": {}}, **about)
+            return
+        plan = make_plan(session, job, folder, masks)
+        messages.say(planned=facts_of(plan), **about)
+        result = generate(session, plan, job, heard)
+    except Cancelled:
+        messages.say(cancelled=True, **about)
+    except Exception as error:
+        kind = "memory" if "memory ran out" in str(error) else "fault"
+        kind = "input" if isinstance(error, InputError) else kind
+        said = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
+        messages.say(failed={"message": plain_names(said, folder), "kind": kind}, **about)
+    else:
+        messages.say(done=described(result, time.perf_counter() - began, session), **about)
+
+
+def make_plan(session: "Session", job: Mapping[str, Any], folder: Path, masks: "Masks | None") -> "Plan":
+    """As the command line makes it, with its hints; with masks that were made, in their mode."""
+    from scail2_rt.runtime.jobs.run import fit_plan
+    from scail2_rt.runtime.serve.fields import options_of, request_of
+    from scail2_rt.runtime.serve.plans import planned
+
+    options = dict(job["options"])
+    if masks is not None:
+        options["mode"] = masks.mode
+    plan = planned(folder, request_of(options, folder, job["extra_refs"]))
+    return fit_plan(plan, session, options_of(options, folder))
+
+
+def generate(session: "Session", plan: "Plan", job: Mapping[str, Any], heard: "Teller") -> "Result":
+    """The video, going on where an earlier attempt ended. What such an attempt left that does not fit (the program was
+    updated in between, say) is made anew."""
+    given = job["options"]
+    chosen = {name: given[name] for name in ("codec", "crf") if name in given}
+    output = Output(Path(job["folder"]) / "video.mp4", **chosen, resume=True)
+    _wait_for_lock(output.path)
+    try:
+        return session.generate(plan, output, heard, heard.messages.cancel)
+    except InputError:
+        if job["attempt"] == 1 or heard.began:
+            raise
+        return session.generate(plan, Output(output.path, **chosen, overwrite=True), heard, heard.messages.cancel)
+
+
+def _wait_for_lock(output: Path) -> None:
+    """Until the worker of a server that was killed is gone too."""
+    from scail2_rt.runtime.session.output_lock import refuse_second
+
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return refuse_second(output)
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+class Teller:
+    """Listens to a run: passes its progress on, and a picture of each finished segment."""
+
+    def __init__(self, messages: Messages, about: Mapping[str, Any], folder: Path) -> None:
+        self.messages, self.began = messages, False
+        self._about, self._video, self._shown = about, folder / "video.mp4", 0
+
+    def __call__(self, event: Progress) -> None:
+        from scail2_rt.runtime.media.unfinished import partial_path, resumable
+        from scail2_rt.runtime.serve.pictures import newest_picture
+
+        self.began = True
+        told = {name: getattr(event, name) for name in Progress.__slots__}
+        finished = resumable(self._video) if event.segment > 1 else 0
+        self.messages.say(event=told | {"finished": finished}, **self._about)
+        if finished > self._shown:
+            self._shown = finished
+            picture = base64.b64encode(newest_picture(partial_path(self._video))).decode()
+            self.messages.say(preview={"segment": finished, "jpeg": picture}, **self._about)
+
+
+def described(result: "Result", seconds: float, session: "Session") -> dict[str, Any]:
+    """What came of a job, for the store."""
+    report = result.report
+    return {
+        "frames": result.frames,
+        "timings_s": {name: round(value, 4) for name, value in result.timings.items()},
+        "inference_s": round(seconds, 3),
+        "memory": dict(report.get("memory", {})),
+        "warnings": list(result.warnings),
+        "resumed": result.resumed,
+        "video_bytes": result.path.stat().st_size,
+    }
+
+
+def main() -> None:
+    """`python -m scail2_rt.runtime.serve.worker SETTINGS`, as JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its workers
+    settings = json.loads(sys.argv[1])
+    messages = Messages(answers)
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.nice(5)  # the interface answers first
+        session = open_session(settings)
+        if settings["warm"]:
+            warm(session)
+    except Scail2Error as error:
+        messages.say(unusable=str(error))
+        return
+    messages.say(ready={"choice": session.choice, "backend": session.engines.backend, "memory": memory()})
+    while True:
+        run(session, messages.jobs.get(), messages)
+        messages.say(idle={"memory": memory()})
+
+
+def memory() -> dict[str, float]:
+    from scail2_rt.runtime.session.report import memory_peaks
+
+    return memory_peaks()
+
+
+if __name__ == "__main__":
+    main()
