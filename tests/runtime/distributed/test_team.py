@@ -88,6 +88,27 @@ def test_processes_compute_the_velocities_of_one(
             team.close()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_two_gpus_compute_the_velocities_of_one(passes: int, twenty_heads: Path) -> None:
+    """Eagerly, recorded and replayed; then a process is killed, and the next team computes the same."""
+    layout = Layout(3, 12, 8)
+    with torch.no_grad(), open_engines(twenty_heads, "torch", DEFAULT_EXECUTION, "cuda") as engines:
+        team = Team(2, engines.device, partial(open_on, twenty_heads, "torch", DEFAULT_EXECUTION))
+        theirs = velocities(engines, Constants(engines), layout, passes)
+        shared = LeadingConstants(engines, team)
+        for number in range(4):
+            for a, b in zip(velocities(engines, shared, layout, passes), theirs, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm()
+            if number == 2:
+                os.kill(team.processes[0], signal.SIGKILL)
+                with pytest.raises(Scail2Error, match="ended by signal 9"):
+                    for _ in range(1000):
+                        velocities(engines, shared, layout, passes)
+                team.end()
+        team.close()
+
+
 @pytest.fixture
 def session(engines: Path, cache: Path) -> Iterator[Session]:
     with Session.open(engines, backend="torch", device="cpu", gpus=2, prompt_cache=cache) as opened:
