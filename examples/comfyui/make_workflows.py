@@ -28,6 +28,7 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
     pictures = {"image": ("reference", 0), "driving": ("driving", 0)}
     masks = {"reference_mask": ("masks", 0), "driving_mask": ("masks", 1)}
     sampling = ["as set below", 2, "unipc", 3.0, 1.0, 0, "fixed", 16.0, 0, 0]
+    segmenter = ["auto", "", "human. character.", 2, "", ""]
     saved = ["video/scail2", "auto", "auto"]
     more = ["", 33, 5, 0, "off", False, False]
     files = {role: f"scail2_{mode}_{role}" for role in ("ref", "ref_mask", "driving", "driving_mask")}
@@ -43,9 +44,9 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
         "masks": _node(
             "Scail2Masks",
             (150, 60),
-            (330, 780),
+            (330, 940),
             {**pictures, "reference_mask": ("mask", 0), "driving_mask": ("driving mask", 0)},
-            [mode, True, "blue", "left-to-right", ""],
+            [mode, True, "blue", "left-to-right", "", *segmenter],
             [("reference_mask", mask), ("driving_mask", mask), ("findings", "STRING")],
         ),
         "engines": _node(

@@ -196,6 +196,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
                 "folder_paths:get_filename_list",
                 lambda folder_name: sorted(path.name for path in (host.models / folder_name).glob("*")),
             ),
+            "get_temp_directory": lambda: str(host.models.parent / "temp"),
             "get_full_path_or_raise": bound("folder_paths:get_full_path_or_raise", host.file),
         },
     }
