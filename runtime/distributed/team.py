@@ -140,6 +140,7 @@ class _Crew:
         self._groups: Groups | None = None
         self._news = threading.Condition()
         self._ready: set[int] = set()
+        self._closed: set[int] = set()
         self._closing = False
         self._channels: dict[int, Channel] = {}
         self._key = secrets.token_bytes(KEY_BYTES)
@@ -221,6 +222,8 @@ class _Crew:
         with contextlib.suppress(OSError):
             self.call("close")
         limit = time.monotonic() + END_S
+        with self._news:  # others than ours cannot be awaited otherwise
+            self._news.wait_for(lambda: self.failure is not None or len(self._closed) == len(self._channels), END_S)
         for process in self.processes:
             try:
                 process.wait(max(limit - time.monotonic(), 0.1))
@@ -283,9 +286,9 @@ class _Crew:
 
     def _heard(self, rank: int, message: tuple[str, Any]) -> None:
         what, detail = message
-        if what == "ready":
+        if what in ("ready", "closed"):
             with self._news:
-                self._ready.add(rank)
+                (self._ready if what == "ready" else self._closed).add(rank)
                 self._news.notify_all()
         elif what == "failed":
             self._fail(f"process {rank} of {self.size} failed: {detail}")

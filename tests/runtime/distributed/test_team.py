@@ -88,6 +88,11 @@ def test_processes_compute_the_velocities_of_one(
             team.close()
 
 
+def velocities_for_ever(engines: EngineSet, constants: Constants, layout: Layout, passes: int) -> None:
+    while True:
+        velocities(engines, constants, layout, passes)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize("passes", [1, 2])
 def test_two_gpus_compute_the_velocities_of_one(passes: int, twenty_heads: Path) -> None:
@@ -103,8 +108,7 @@ def test_two_gpus_compute_the_velocities_of_one(passes: int, twenty_heads: Path)
             if number == 2:
                 os.kill(team.processes[0], signal.SIGKILL)
                 with pytest.raises(Scail2Error, match="ended by signal 9"):
-                    for _ in range(1000):
-                        velocities(engines, shared, layout, passes)
+                    velocities_for_ever(engines, shared, layout, passes)
                 team.end()
         team.close()
 
