@@ -95,9 +95,14 @@ class Team:
         crew = self._crew
         return error if crew is None else crew.failure_behind(error) or error
 
+    @property
+    def broken(self) -> bool:
+        """Has a process died or failed, or was a call cut off?"""
+        return self._crew is not None and (self._crew.in_call or self._crew.failure is not None)
+
     def settle(self) -> None:
-        """After a run that was ended from outside: processes that are in the middle of a call go."""
-        if self._crew is not None and (self._crew.in_call or self._crew.failure is not None):
+        """Before a run, and after one that was ended from outside: processes of a broken team go."""
+        if self.broken:
             self.end()
 
     def end(self) -> None:

