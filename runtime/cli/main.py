@@ -13,6 +13,7 @@
     download         the official checkpoint from the hub       download
     inspect          what a file or folder is                   inspection
     serve            engines → videos over HTTP                 serve
+    comfyui          nodes in a ComfyUI folder                  runtime.comfyui.installing
 
 Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
 code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from scail2_rt.runtime.cli import options as o
+from scail2_rt.runtime.cli.comfyui_commands import comfyui
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
@@ -124,7 +126,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command(cls=SectionCommand)
-@click.argument("engines", type=PATH, required=False)
+@click.argument("engines", type=PATH, required=False, metavar="ENGINES", callback=o.engines_or_server)
 @o.INPUT_OPTIONS
 @o.MAKING_OPTIONS
 @o.PROMPT_OPTIONS
@@ -140,10 +142,6 @@ def generate(engines: Path | None, server: str | None, as_json: bool, **options:
     An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
     made first and kept beside the output. A report (<output>.json) is written beside the video. With --server a warm
     service does the work."""
-    if (engines is None) == (server is None):
-        raise click.UsageError(
-            "give the engine folder ENGINES, or --server URL of a service" + ("" if engines is None else ", not both")
-        )
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
@@ -265,7 +263,7 @@ def doctor(engines: Path | None, as_json: bool) -> None:
     show(found, found.text, as_json)
 
 
-for command in (convert, download, inspect, masks, serve):
+for command in (comfyui, convert, download, inspect, masks, serve):
     cli.add_command(command)
 
 

@@ -39,7 +39,8 @@ _WHOLE = ("start", "frames", "steps", "seed", "segment_length", "segment_overlap
 class Clip:
     """A video in memory.
 
-    frames   uint8 RGB: an array [T, H, W, 3], or an iterable of frames [H, W, 3] (arrays or PIL images). An iterable
+    frames   uint8 RGB: an array [T, H, W, 3], what has such a `shape` and gives such arrays when it is sliced (frames
+             that are made when they are read), or an iterable of frames [H, W, 3] (arrays or PIL images). An iterable
              that can be read once only (a generator) is written to a temporary file, without loss, when it is checked
     rate     frames per second: a Fraction, a whole number, a float, or text like "30000/1001"
     name     what messages call it"""

@@ -36,8 +36,8 @@ DOUBT_S = 5.0  # for the news that a process died to arrive behind the error tha
 
 
 class Crew:
-    """One set of processes, from their start to their end. The leader is number 0; `place` says that torchrun has started
-    them, else they are started here."""
+    """One set of processes, from their start to their end. The leader is number 0; `place` says that torchrun has
+    started them, else they are started here."""
 
     def __init__(self, size: int, device: torch.device, opener: Opener, place: Place | None) -> None:
         import torch.distributed as dist

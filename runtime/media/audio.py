@@ -61,8 +61,8 @@ def remux(
         copy.time_base = Fraction(1, ticks)
         tracks: list[Iterator[_Timed]] = [_video_packets(source, picture, copy, end_s)]
         if audio_from is not None:
-            zero = _first_frame_s(audio_from) + start_s
-            for index in _known_tracks(audio_from):  # a container of its own for each, so that they can be read in step
+            zero = first_frame_s(audio_from) + start_s
+            for index in known_tracks(audio_from):  # a container of its own for each, so that they can be read in step
                 container = stack.enter_context(open_audio(audio_from))
                 stream = container.streams.audio[index]
                 if stream.codec_context.codec.canonical_name in _COPIED[kind]:
@@ -74,13 +74,13 @@ def remux(
             out.mux(packet)
 
 
-def _known_tracks(path: Path) -> list[int]:
+def known_tracks(path: Path) -> list[int]:
     """Numbers of the audio tracks whose codec is known here (`probe_video` warns of the others)."""
     with open_audio(path) as container:
         return [i for i, track in enumerate(container.streams.audio) if track.codec_context is not None]
 
 
-def _first_frame_s(path: Path) -> Fraction:
+def first_frame_s(path: Path) -> Fraction:
     """Presentation time of the first video frame of a file in its own timeline, in seconds (0 without video).
 
     An avi has no such times, it shows its n-th frame at n / rate; FFmpeg's guess is late by the decoder's delay."""
@@ -159,19 +159,27 @@ def _add_aac(stream: Any, out: Any) -> Any:
 
 def _encoded(container: Any, stream: Any, track: Any, zero: Fraction, end_s: Fraction) -> Iterator[_Timed]:
     rate, layout = track.codec_context.sample_rate, track.codec_context.layout.name
-    first, total = round(zero * rate), round(end_s * rate)
 
     def packets(frame: Any) -> Iterator[_Timed]:
         for packet in track.encode(frame):
             _end_at(packet, end_s)
             yield packet.pts * packet.time_base, packet
 
-    frames = _resampled(_decoded(container, stream), layout, rate)
-    for position, samples in _blocks(_samples(frames, first, total), int(_GAP_S * rate)):
+    pieces = samples_of(container, stream, layout, rate, zero, end_s)
+    for position, samples in _blocks(pieces, int(_GAP_S * rate)):
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
         yield from packets(frame)
     yield from packets(None)
+
+
+def samples_of(
+    container: Any, stream: Any, layout: str, rate: int, zero: Fraction, end_s: Fraction
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, samples fp32 [channels, n]) pieces of a track, resampled, between `zero` and `zero + end_s` seconds of
+    its file; position counts from `zero`. Pieces may leave gaps, and overlap."""
+    frames = _resampled(_decoded(container, stream), layout, rate)
+    return _samples(frames, round(zero * rate), round(end_s * rate))
 
 
 def _samples(frames: Iterator[Any], first: int, total: int) -> Iterator[tuple[int, np.ndarray]]:

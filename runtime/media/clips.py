@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -58,19 +58,26 @@ def probe(source: ClipSource) -> VideoInfo:
 
 
 class ClipReader:
-    """Frames of a clip in memory."""
+    """Frames of a clip in memory. Of what can be sliced only the slices that are read are made."""
 
     def __init__(self, clip: Clip, start: int = 0) -> None:
-        self.name, self.position = clip.name, 0
+        self.name, self.position = clip.name, start
+        self._slices = clip.frames if sliceable(clip.frames) else None
         self._frames = _checked_frames(clip)
-        skipped = sum(1 for _ in itertools.islice(self._frames, start))
+        if self._slices is None:
+            skipped = sum(1 for _ in itertools.islice(self._frames, start))
+        else:
+            skipped = min(start, len(self._slices))
         if skipped < start:
             raise InputError(f"{self.name} has {skipped} frames, so it cannot start at frame {start}: start earlier.")
-        self.position = start
 
     def read(self, count: int) -> np.ndarray:
         """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
-        frames = list(itertools.islice(self._frames, count))
+        if self._slices is None:
+            frames = list(itertools.islice(self._frames, count))
+        else:
+            part = self._slices[self.position : self.position + count]
+            frames = [as_pixels(frame, f"A frame of the {self.name}") for frame in part]
         self.position += len(frames)
         return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
@@ -82,6 +89,11 @@ class ClipReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def sliceable(frames: Any) -> bool:
+    """An array of frames, or what has the shape of one and gives arrays when it is sliced."""
+    return len(getattr(frames, "shape", ())) == 4
 
 
 def _checked_frames(clip: Clip) -> Generator[np.ndarray, None, None]:
@@ -100,12 +112,12 @@ def _checked_frames(clip: Clip) -> Generator[np.ndarray, None, None]:
 
 def probe_clip(clip: Clip) -> VideoInfo:
     """What a clip in memory is; every frame is looked at. InputError when it holds none, or a wrong one."""
-    frames = clip.frames
-    if isinstance(frames, np.ndarray):
-        if frames.ndim != 4:
-            raise InputError(
-                f"The {clip.name} has the shape {list(frames.shape)}: give frames, uint8 [frames, height, width, 3]."
-            )
+    frames: Any = clip.frames
+    if isinstance(frames, np.ndarray) and frames.ndim != 4:
+        raise InputError(
+            f"The {clip.name} has the shape {list(frames.shape)}: give frames, uint8 [frames, height, width, 3]."
+        )
+    if sliceable(frames):
         first = None if not len(frames) else as_pixels(frames[0], f"Frame 0 of the {clip.name}")
         count = len(frames)
     else:

@@ -56,11 +56,19 @@ def _stages(blocks: range) -> list[str]:
     return [f"dit.blocks.{i}.{name}" for i in blocks for name in BLOCK_STAGES]
 
 
-def apply(placement: Placement, engines: EngineSet) -> None:
-    """Tell the engines and the allocator."""
+def apply(placement: Placement, engines: EngineSet, others: int = 0) -> None:
+    """Tell the engines and the allocator, which counts the bytes that others in this process hold, too."""
     import torch
 
     total = torch.cuda.mem_get_info()[1]
     limited = engines.execution.vram_limit is not None
-    torch.cuda.set_per_process_memory_fraction(min(placement.budget / total, 1.0) if limited else 1.0)
+    torch.cuda.set_per_process_memory_fraction(min((placement.budget + others) / total, 1.0) if limited else 1.0)
     engines.stream(placement.streamed)
+
+
+def lift_limit(engines: EngineSet) -> None:
+    """The limit is the run's: what else the process does on the GPU may use all of it."""
+    import torch
+
+    if engines.execution.vram_limit is not None:
+        torch.cuda.set_per_process_memory_fraction(1.0)

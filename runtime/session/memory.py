@@ -145,13 +145,13 @@ def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
     return passes * config.layers * (config.text_len + CLIP_TOKENS) * 2 * config.dim * element
 
 
-def memory_budget(limit: int | None) -> int:
-    """Bytes that PyTorch's allocator may hold on the current GPU: what is free and what it holds already, or the limit
-    less what the libraries take."""
+def memory_budget(limit: int | None, others: int = 0) -> int:
+    """Bytes that a run may hold on the current GPU: what is free and what PyTorch's allocator holds already, less the
+    `others` bytes in it that are not the session's; or the limit less what the libraries take."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    budget = free + torch.cuda.memory_reserved() - LIBRARY_BYTES
+    budget = free + torch.cuda.memory_reserved() - others - LIBRARY_BYTES
     return budget if limit is None else min(budget, limit - LIBRARY_BYTES)
 
 
@@ -180,12 +180,15 @@ def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Pl
     return next(way for count in counts if (way := placed("streamed", count)).needed <= budget)
 
 
-def place(plan: Plan, engines: EngineSet, gpus: int = 1) -> Placement | None:
+def place(plan: Plan, engines: EngineSet, gpus: int = 1, others: int = 0) -> Placement | None:
     """How the weights of a run are placed, in each of `gpus` processes; None where the runtime does not place them (on
-    a CPU, and where plans carry them). InputError when the run does not fit this machine."""
+    a CPU, and where plans carry them). others: bytes of GPU memory that others in this process hold. InputError when
+    the run does not fit this machine."""
     model = memory_model(plan, engines, gpus)
     if engines.places_weights:
-        return choose_placement(model, memory_budget(engines.execution.vram_limit), engines.execution.cuda_graphs)
+        return choose_placement(
+            model, memory_budget(engines.execution.vram_limit, others), engines.execution.cuda_graphs
+        )
     if engines.device.type == "cpu":
         check_host(model)
     return None

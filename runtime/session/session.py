@@ -10,7 +10,7 @@ generation at a time. Cancelling or failing leaves it ready for the next request
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from scail2_rt.runtime.distributed.team import Team
 from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.pipeline import Frames, Machine, animate_plan
-from scail2_rt.runtime.pipeline.placement import Placement, apply
+from scail2_rt.runtime.pipeline.placement import Placement, apply, lift_limit
 from scail2_rt.runtime.pipeline.text import MAX_TOKENS, PromptCache, Tokenizer
 from scail2_rt.runtime.session.check import check_request
 from scail2_rt.runtime.session.estimate import Rates, estimate
@@ -48,7 +48,9 @@ class Session:
 
     engines     the stages, for benchmarks and tests; team: the processes on other GPUs, None for one GPU
     constants   what is kept from request to request
-    warnings    sentences for the user that came up in the last generation, beside the plan's"""
+    warnings    sentences for the user that came up in the last generation, beside the plan's
+    timings     seconds by phase of the last generation
+    others      asked, before weights are placed, for the bytes of GPU memory that others in this process hold"""
 
     def __init__(self, engines: EngineSet, prompt_cache: "Path | str | None" = None, team: Team | None = None) -> None:
         self.engines, self.team = engines, team
@@ -56,6 +58,8 @@ class Session:
         self.prompts = PromptCache(prompt_cache, engines.encoder_hash)
         self.rates = Rates(engines, self.gpus)
         self.warnings: list[str] = []
+        self.timings: Mapping[str, float] = {}
+        self.others: Callable[[], int] = lambda: 0
         self._untold = engines.warnings  # about the folder, for the first plan
         self._busy = threading.Lock()
         self._closed = False
@@ -107,8 +111,9 @@ class Session:
             check_heads(self.gpus, self.engines.config.dit, plan.request.passes)
         if plan.request.noise_device == "cuda" and not torch.cuda.is_available():
             raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU here: use cpu.")
+        placement = self.place(plan)
         with self._on_device():
-            expected = estimate(plan, self.engines, place(plan, self.engines, self.gpus), self.rates)
+            expected = estimate(plan, self.engines, placement, self.rates)
         warnings = dict.fromkeys([*plan.warnings, *self._untold, *self._prompt_warnings(plan)])
         self._untold = ()
         return replace(plan, warnings=tuple(warnings), estimate=expected)
@@ -128,6 +133,7 @@ class Session:
             for frames in made:
                 if len(frames.pixels):
                     yield frames.pixels.numpy()
+        self.rates.remember(plan, run.timings)
         run.end()
 
     def generate(
@@ -152,7 +158,7 @@ class Session:
     def place(self, plan: Plan) -> Placement | None:
         """How the weights of this plan lie in GPU memory, with what is free now."""
         with self._on_device():
-            return place(plan, self.engines, self.gpus)
+            return place(plan, self.engines, self.gpus, self.others())
 
     def frames(
         self,
@@ -168,14 +174,15 @@ class Session:
         warnings."""
         try:
             self.warnings[:] = notes
+            self.timings = progress.timings
+            placement = placement or self.place(plan)
             if self.team is not None:
                 self.team.settle()  # a process may have died since the run before
             with self._on_device():
-                placement = placement or place(plan, self.engines, self.gpus)
                 if placement is not None:
                     if set(placement.streamed) != set(self.engines.streamed):
                         self.constants.drop_transformers()  # recorded steps read weights that move now
-                    apply(placement, self.engines)
+                    apply(placement, self.engines, self.others())
                 if isinstance(self.constants, LeadingConstants):
                     self.constants.place(placement)
             machine = Machine(self.engines, self.constants, progress, placement)
@@ -192,6 +199,10 @@ class Session:
             if told is not error:
                 raise told from error
             raise
+        finally:
+            if placement is not None:
+                with self._on_device():
+                    lift_limit(self.engines)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:

@@ -65,11 +65,12 @@ def imported(cache: Path) -> dict[str, object]:
 
 
 def test_every_module_imports(imported: dict[str, object]) -> None:
-    """But for kernels that are written in Triton, where there is no Triton."""
+    """But for kernels that are written in Triton, where there is no Triton, and for nodes, which belong to ComfyUI."""
     assert imported["count"] > 100  # type: ignore[operator]
     assert imported["there"] == []
     failed: dict[str, tuple[str, str]] = imported["failed"]  # type: ignore[assignment]
-    assert {module: said for module, (name, said) in failed.items() if name.partition(".")[0] != "triton"} == {}
+    lacking = ("triton", "comfy_api", "comfy")
+    assert {module: said for module, (name, said) in failed.items() if name.partition(".")[0] not in lacking} == {}
 
 
 def test_a_video_is_made(cache: Path, engines: Path, case: Path, tmp_path: Path) -> None:

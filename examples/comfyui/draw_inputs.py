@@ -1,0 +1,47 @@
+"""Draws the pictures of the example workflows: held-out cases of the sprite world, as files that browsers play, too.
+
+python examples/comfyui/draw_inputs.py runtime/comfyui/pack/example_inputs"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from scail2_rt.benchmarks.sprites.world.case_files import FRAME_RATE, write_case
+from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
+from scail2_rt.runtime.media.lossless import write_image
+from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+
+SIZE = (256, 256)  # the engines' pictures are half as large
+SEED = 0
+
+
+def main(pack: Path) -> None:
+    """Pictures into `example_inputs`, and one beside each workflow, which the page shows among its templates."""
+    folder = pack / "example_inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in ("animate", "replace"):
+        case = render_case(make_scene(task, SEED), SIZE)
+        write_image(folder / f"scail2_{task}_ref.png", case.reference)
+        write_image(folder / f"scail2_{task}_ref_mask.png", case.reference_mask)
+        shown = np.concatenate([case.reference, case.driving[len(case.driving) // 2]], axis=1)
+        Image.fromarray(shown).save(pack / "example_workflows" / f"scail2_{task}.jpg", quality=88)
+        with tempfile.TemporaryDirectory() as temporary:
+            write_case(case, Path(temporary))
+            write(folder / f"scail2_{task}_driving.mp4", case.driving, Path(temporary) / "rendered_v2.mp4")
+            write(folder / f"scail2_{task}_driving_mask.mp4", case.driving_mask)
+
+
+def write(path: Path, frames: np.ndarray, sound: Path | None = None) -> None:
+    """4:2:0, which browsers play; `sound`: a file whose track is copied."""
+    path.unlink(missing_ok=True)
+    with VideoWriter(path, VideoFormat(*SIZE, FRAME_RATE, crf=14), sound) as writer:
+        writer.write(frames)
+        writer.segment_done()
+        writer.finish()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

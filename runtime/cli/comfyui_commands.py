@@ -1,0 +1,64 @@
+"""`scail2-rt comfyui`: the nodes in a ComfyUI folder. Only click is imported here, so that `--help` answers at once."""
+
+import importlib
+from pathlib import Path
+
+import click
+
+from scail2_rt.runtime.cli.output import show, stdout_for
+from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
+
+SHIPPED = "scail2_rt.benchmarks.sprites.shipped"  # of the floor above
+PYTHON_OPTION = option("--python", type=PATH, metavar="FILE", help="The Python that runs ComfyUI.  [default: found]")
+
+
+@click.group()
+def comfyui() -> None:
+    """Put the nodes into ComfyUI, see what is there, take them away."""
+
+
+@comfyui.command(cls=SectionCommand)
+@click.argument("folder", type=PATH)
+@in_section(
+    "Install",
+    PYTHON_OPTION,
+    option("--sprites", is_flag=True, help="Also build the engines of the small drawn world, for the examples."),
+)
+@reporting
+def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> None:
+    """Put nodes and example workflows into the ComfyUI in FOLDER.
+
+    Nothing in ComfyUI's Python is changed: the commands that add what is missing are printed; what is too old is listed
+    and refused."""
+    from scail2_rt.runtime.comfyui.installing import NAME
+    from scail2_rt.runtime.comfyui.installing import install as run
+
+    with stdout_for(as_json):
+        installed = run(folder, python)
+        if sprites:
+            shipped = importlib.import_module(SHIPPED)
+            shipped.make_engines(shipped.shipped_checkpoint(), installed.found.folder / "models" / NAME / "sprites")
+    show(installed, installed.text, as_json)
+
+
+@comfyui.command(cls=SectionCommand)
+@click.argument("folder", type=PATH)
+@in_section("Check", PYTHON_OPTION)
+@reporting
+def check(folder: Path, python: Path | None, as_json: bool) -> None:
+    """Say what the ComfyUI in FOLDER has: its version and Python, the nodes, what they lack, engines, checkpoints."""
+    from scail2_rt.runtime.comfyui.installing import look
+
+    found = look(folder, python)
+    show(found, found.text, as_json)
+
+
+@comfyui.command(cls=SectionCommand)
+@click.argument("folder", type=PATH)
+@reporting
+def remove(folder: Path, as_json: bool) -> None:
+    """Take the nodes and the example pictures out of the ComfyUI in FOLDER. Engines and results stay."""
+    from scail2_rt.runtime.comfyui.installing import remove as run
+
+    removed = run(folder)
+    show(removed, removed.text, as_json)

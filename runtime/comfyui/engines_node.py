@@ -1,0 +1,91 @@
+"""The node that chooses an engine folder and how it is run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from scail2_rt.engines.backend import Execution
+from scail2_rt.engines.folder.manifest import MANIFEST
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.comfyui import host
+from scail2_rt.runtime.comfyui.animate_node import told
+from scail2_rt.runtime.comfyui.sessions import Engines, folder_state
+from scail2_rt.runtime.comfyui.types import CATEGORY
+from scail2_rt.runtime.comfyui.types import Engines as EnginesType
+
+BY_PATH = "the path below"
+BACKENDS = ["auto", "torch", "onnxruntime", "tensorrt"]
+ATTENTION = ["auto", "8bit", "8bit-bf16pv", "bf16", "sdpa"]
+
+
+class ChooseEngines(io.ComfyNode):
+    """Only finds the folder: it is opened by the first node that needs it."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="Scail2Engines",
+            display_name="SCAIL-2 Engines",
+            category=CATEGORY,
+            description="An engine folder, built once from a checkpoint. Folders in models/scail2_rt are listed.",
+            inputs=[
+                io.Combo.Input("folder", options=[*found_folders(), BY_PATH]),
+                io.String.Input("path", default="", tooltip="An engine folder anywhere, with folder: the path below."),
+                *execution_inputs(),
+            ],
+            outputs=[EnginesType.Output("engines", display_name="engines")],
+        )
+
+    @classmethod
+    def execute(cls, folder: str, path: str, **inputs: Any) -> Any:
+        with told():
+            return io.NodeOutput(Engines.of(folder_of(folder, path), inputs["backend"], execution_of(inputs)))
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, path: str, **_: Any) -> str:
+        """A folder that was built again is another one."""
+        return folder_state(folder_of(folder, path))
+
+
+def execution_inputs() -> list[Any]:
+    """How engines are run."""
+    return [
+        io.Combo.Input("backend", options=BACKENDS, default="auto", tooltip="Used or refused, never replaced."),
+        io.Combo.Input("attention", options=ATTENTION, default="auto"),
+        io.Float.Input(
+            "vram_limit_gib",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.5,
+            tooltip="GPU memory for the engines; weights that do not fit are streamed. 0: what is free.",
+        ),
+    ]
+
+
+def execution_of(inputs: Mapping[str, Any]) -> Execution:
+    limit = round(inputs["vram_limit_gib"] * 2**30) or None
+    return Execution(attention=inputs["attention"], vram_limit=limit)
+
+
+def found_folders() -> list[str]:
+    """Names of the engine folders in `models/scail2_rt` and in the places that `extra_model_paths.yaml` adds."""
+    names = {file.parent.name for root in host.engine_roots() for file in root.glob(f"*/{MANIFEST}")}
+    return sorted(names)
+
+
+def folder_of(folder: str, path: str) -> Path:
+    """InputError when there is none."""
+    if folder == BY_PATH:
+        if not path.strip():
+            raise InputError(
+                f"folder is set to {BY_PATH!r}, and path is empty: choose a folder, give the path of one, or build one "
+                "with the node Build engines."
+            )
+        return Path(path.strip()).expanduser()
+    for root in host.engine_roots():
+        if (root / folder / MANIFEST).is_file():
+            return root / folder
+    raise InputError(f"There is no engine folder {folder} in {host.engine_root()}: choose another one.")

@@ -1,0 +1,67 @@
+"""What the mask check says of what is connected to a node, and the sheet that shows it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scail2_rt.runtime.comfyui import host
+from scail2_rt.runtime.comfyui.requests import Given
+from scail2_rt.runtime.core.window import Fit, Size
+from scail2_rt.runtime.masks.check import CheckResult
+from scail2_rt.runtime.masks.lint import check_masks, image_pair, video_pair
+from scail2_rt.runtime.masks.palette import Mode
+from scail2_rt.runtime.masks.preview import Still, chosen_frames, contact_sheet
+from scail2_rt.runtime.masks.windows import Pictures
+from scail2_rt.runtime.media.clips import open_video, probe
+
+FRAMES_SHOWN = 7  # of the driving clip, on a sheet
+
+
+def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit = "auto") -> CheckResult:
+    """Everything about the masks, as `scail2-rt masks check` says it of a case; `mode` may be auto."""
+    images, masks = given.references()
+    clip = given.mask_clip()
+    driving = probe(given.driving)
+    names = reference_names(len(images))
+    findings = [
+        finding
+        for number, name in enumerate(names)
+        for finding in image_pair(
+            f"reference image {number + 1}", images.shape[1:3], name, (masks.shape[1], masks.shape[2])
+        )
+    ]
+    findings += video_pair(driving, probe(clip))
+    pictures = Pictures([images.shape[1:3]] * len(images), (driving.height, driving.width), fit, size)
+    report = check_masks([masks[i] for i in range(len(masks))], clip, mode, names=names, pictures=pictures)  # type: ignore[arg-type]
+    return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
+
+
+def reference_names(count: int) -> list[str]:
+    return [f"mask of reference {number + 1}" if count > 1 else "reference mask" for number in range(count)]
+
+
+def told_text(result: CheckResult) -> str:
+    """The check's text in a node's words, the verdict first."""
+    *lines, verdict = host.in_nodes_words(result.text).split("\n")
+    return "\n".join([verdict, *lines])
+
+
+def sheet(given: Given, result: CheckResult, windows: bool) -> Tensor:
+    """References and some driving frames under their masks, an IMAGE [1, H, W, 3]; `windows`: with what the frame
+    shows."""
+    images, masks = given.references()
+    marked = {finding.file for finding in result.findings if finding.severity != "note" and finding.rule != "framing"}
+    shown = [framed.window if windows else None for framed in result.framing.inputs] if result.framing else []
+    stills = [
+        Still(name.removeprefix("mask of "), images[i], masks[i], name in marked, shown[1 + i])
+        for i, name in enumerate(reference_names(len(images)))
+    ]
+    clip = given.mask_clip()
+    spans = [span for f in result.findings if f.severity != "note" and f.file == str(clip) for span in f.frames]
+    complained = frozenset(frame for first, last in spans for frame in range(first, last + 1))
+    total = min(len(clip.frames), probe(given.driving).frames)  # type: ignore[arg-type]
+    for number in chosen_frames(total, FRAMES_SHOWN, complained):
+        with open_video(given.driving, number) as driving:
+            picture = driving.read(1)[0]
+        stills.append(Still(f"frame {number}", picture, clip.frames[number], number in complained, shown[0]))  # type: ignore[index]
+    return torch.from_numpy(np.array(contact_sheet(stills)))[None] / 255

@@ -1,0 +1,78 @@
+"""Frames between ComfyUI and a session: float tensors [T, H, W, 3] in 0..1 on its side, uint8 arrays on ours.
+
+Neither side's clip exists twice. The graph's tensor stays as it is and a few frames at a time are converted when the
+session reads them; the result's tensor is made once, at its final size, and filled as frames are finished.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scail2_rt.kernels.errors import InputError
+
+_AT_ONCE = 8  # frames
+
+
+class TensorFrames:
+    """A batch of pictures, [T, H, W, 3 or 4] of any float type in 0..1, as frames for `Clip`.
+
+    Indexing and slicing give uint8 arrays [H, W, 3] and [n, H, W, 3], rounded to the nearest level; a fourth channel
+    (transparency) is left out, as ComfyUI's own nodes do. InputError, with `name`, for a tensor of another shape."""
+
+    def __init__(self, images: Tensor, name: str) -> None:
+        if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
+            raise InputError(f"The {name} has the shape {list(images.shape)}: connect images, [frames, H, W, 3].")
+        self._images = images[..., :3]
+        self.shape = tuple(self._images.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        levels: np.ndarray = to_levels(self._images[index]).numpy()
+        return levels
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return one_by_one(self)
+
+
+def one_by_one(frames: Any) -> Iterator[np.ndarray]:
+    """The frames of what can be sliced; a few at a time are made."""
+    for start in range(0, len(frames), _AT_ONCE):
+        yield from frames[start : start + _AT_ONCE]
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """Floats in 0..1 → uint8 on the CPU, rounded to the nearest level."""
+    return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
+
+
+def float_levels(dtype: torch.dtype) -> Tensor:
+    """[256] floats for the 8-bit levels. ComfyUI saves pictures by `x * 255`, truncated: each of these is v / 255, or
+    the first number above it that comes back as v."""
+    levels = torch.arange(256)
+    exact = (levels / 255).to(dtype)
+    for _ in range(2):
+        short = (exact * 255).to(torch.uint8) < levels
+        exact = torch.where(short, torch.nextafter(exact, torch.ones_like(exact)), exact)
+    return exact
+
+
+class ImageBatch:
+    """The result's tensor [T, H, W, 3], filled from the front."""
+
+    def __init__(self, frames: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self.images = torch.empty(frames, height, width, 3, dtype=dtype)
+        self.filled = 0
+        self._levels = float_levels(dtype)
+
+    def add(self, pixels: np.ndarray) -> None:
+        """The next frames, uint8 [n, H, W, 3]."""
+        for frame in pixels:
+            torch.index_select(
+                self._levels, 0, torch.from_numpy(frame).reshape(-1).int(), out=self.images[self.filled].view(-1)
+            )
+            self.filled += 1

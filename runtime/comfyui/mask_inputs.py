@@ -1,0 +1,193 @@
+"""What a graph calls a mask, as frames of a colour mask: made when they are read, a few at a time.
+
+    IMAGE, VIDEO     colour-coded already: taken as it is, but for the background where that is asked for
+    MASK             a matte of one character, bright where it is
+    SAM3_TRACK_DATA  SAM 3's figures, one bit a pixel: in the palette's order, the leftmost first
+    SCAIL2_MASK      what the Masks node made of one of these
+
+A track is a dict: `packed_masks` uint8 [T, N, h, w/8], bit i of a byte the i-th of its eight pixels (None: nobody was
+found), `orig_size` (H, W) and `n_frames`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.comfyui.clip_inputs import file_of
+from scail2_rt.runtime.comfyui.frames import TensorFrames, one_by_one, to_levels
+from scail2_rt.runtime.masks.make.options import AUTHORS_ORDER as ORDER
+from scail2_rt.runtime.masks.palette import MODEL_LABEL, OFF_BELOW, PALETTE, RGB, Mode, background_of, codes
+from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
+
+SORTS = ("left-to-right", "area", "none")
+_ON = 128  # 8-bit level from which on a matte shows the character
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskFrames:
+    """Colour masks that are made when they are read: what `Clip` takes. make(first, last) → uint8 [n, H, W, 3].
+
+    described: what they were made from, for messages"""
+
+    shape: tuple[int, int, int, int]
+    make: Callable[[int, int], np.ndarray]
+    described: str
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        if isinstance(index, int):
+            return self.make(range(len(self))[index], range(len(self))[index] + 1)[0]
+        first, last, _ = index.indices(len(self))
+        return self.make(first, max(first, last))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return one_by_one(self)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskStyle:
+    """How masks are made. background: what lies around the characters; repaint: around those of a coloured picture,
+    too; colour: of a matte's character; sort, figures: order of a track's figures, and which of them (none: all)."""
+
+    background: RGB = PALETTE["black"]
+    repaint: bool = False
+    colour: str = ORDER[0]
+    sort: str = SORTS[0]
+    figures: tuple[int, ...] = ()
+
+    @classmethod
+    def pair(cls, mode: str, **others: Any) -> "tuple[MaskStyle, MaskStyle]":
+        """Of the reference and of the driving clip, with the backgrounds that the mode asks for; `auto` is animate."""
+        resolved: Mode = "replace" if mode == "replace" else "animate"
+        return cls(background_of(resolved, "reference"), **others), cls(background_of(resolved, "driving"), **others)
+
+
+def mask_frames(source: Any, style: MaskStyle, name: str) -> MaskFrames:
+    """Colour masks of what is connected. InputError, with `name`, for something else."""
+    if isinstance(source, MaskFrames):
+        return source
+    if isinstance(source, dict):
+        return _of_track(source, style, name)
+    if hasattr(source, "get_components"):
+        path = file_of(source)
+        return _of_picture(source.get_components().images, style, name) if path is None else frames_of_file(path, style)
+    if not hasattr(source, "ndim"):
+        raise InputError(f"The {name} is a {type(source).__name__}: connect IMAGE, VIDEO, MASK or SAM3_TRACK_DATA.")
+    return _of_matte(source, style) if source.ndim in (2, 3) else _of_picture(source, style, name)
+
+
+def _of_picture(images: Any, style: MaskStyle, name: str) -> MaskFrames:
+    frames = TensorFrames(images, name)
+    return MaskFrames(frames.shape, lambda first, last: _styled(frames[first:last], style), "coloured pictures")
+
+
+def frames_of_file(path: Path, style: MaskStyle) -> MaskFrames:
+    """Of a video file, read from where the last frames ended, or anew."""
+    info = probe_video(path)
+    reader = VideoReader(path)
+
+    def make(first: int, last: int) -> np.ndarray:
+        nonlocal reader
+        if reader.position != first:
+            reader.close()
+            reader = VideoReader(path, first)
+        return _styled(reader.read(last - first), style)
+
+    return MaskFrames((info.frames, info.height, info.width, 3), make, f"coloured frames of {path.name}")
+
+
+def _styled(masks: np.ndarray, style: MaskStyle) -> np.ndarray:
+    return _repainted(masks, style.background) if style.repaint else masks
+
+
+def _repainted(masks: np.ndarray, background: RGB) -> np.ndarray:
+    """White and black become the background; characters, and what is in no class without being black, stay."""
+    around = (MODEL_LABEL[codes(masks)] == 0) | (masks <= OFF_BELOW).all(-1)
+    return np.where(around[..., None], np.array(background, np.uint8), masks)
+
+
+def _of_matte(matte: Any, style: MaskStyle) -> MaskFrames:
+    matte = matte[None] if matte.ndim == 2 else matte
+    colour, background = _colours(style)
+
+    def make(first: int, last: int) -> np.ndarray:
+        inside = to_levels(matte[first:last]).numpy() >= _ON
+        return np.where(inside[..., None], colour[ORDER.index(style.colour)], background)
+
+    return MaskFrames((*matte.shape, 3), make, f"a matte of one character ({style.colour})")
+
+
+def _colours(style: MaskStyle) -> tuple[np.ndarray, np.ndarray]:
+    """[6, 3] of the figures and [3] of the background."""
+    return np.array([PALETTE[name] for name in ORDER], np.uint8), np.array(style.background, np.uint8)
+
+
+def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
+    packed = track.get("packed_masks")
+    if packed is None or not packed.shape[1]:
+        raise InputError(f"The {name} is a track without a figure: SAM 3 found nobody; change its prompt or threshold.")
+    bits = np.asarray(packed.cpu() if hasattr(packed, "cpu") else packed)
+    if bits.dtype != np.uint8 or bits.ndim != 4:
+        raise InputError(f"The packed_masks of the {name} are {bits.dtype} {list(bits.shape)}, not uint8 [T, N, h, w].")
+    size = tuple(int(side) for side in track.get("orig_size", (bits.shape[2], 8 * bits.shape[3])))
+    order = _chosen(bits, style, name)
+    rows, columns = (np.arange(side) * own // side for side, own in zip(size, _own_size(bits), strict=True))
+    colours, background = _colours(style)
+
+    def make(first: int, last: int) -> np.ndarray:
+        made = np.empty((last - first, *size, 3), np.uint8)
+        for frame, out in zip(bits[first:last], made, strict=True):
+            masks = _unpacked(frame)[order][:, rows][:, :, columns]
+            out[:] = np.where(masks.any(0)[..., None], colours[masks.argmax(0)], background)
+        return made
+
+    return MaskFrames((len(bits), *size, 3), make, f"a track of {len(order)} figure(s)")  # type: ignore[arg-type]
+
+
+def _own_size(bits: np.ndarray) -> tuple[int, int]:
+    return bits.shape[2], 8 * bits.shape[3]
+
+
+def _unpacked(bits: np.ndarray) -> np.ndarray:
+    """uint8 [N, h, w/8] → bool [N, h, w]."""
+    return np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+
+
+def _chosen(bits: np.ndarray, style: MaskStyle, name: str) -> list[int]:
+    """The track's figures in the order of their colours. InputError for more than there are colours."""
+    first = _unpacked(bits[0])
+    order = sorted(range(len(first)), key=_key(first, style.sort))
+    unknown = [figure for figure in style.figures if figure >= len(order)]
+    if unknown:
+        raise InputError(f"figures names {unknown[0]}, but the {name} has the figures 0 to {len(order) - 1}.")
+    chosen = [order[figure] for figure in style.figures] if style.figures else order
+    if len(chosen) > len(ORDER):
+        raise InputError(
+            f"The {name} has {len(chosen)} figures and there are six colours: name those that count in figures, as in "
+            "0,1, or track fewer."
+        )
+    return chosen
+
+
+def _key(masks: np.ndarray, sort: str) -> Callable[[int], float]:
+    """What figures are sorted by: the middle of their columns in the first frame (those that come later last), or their
+    area there."""
+    if sort == "none":
+        return float
+    if sort == "area":
+        return lambda i: -float(masks[i].sum())
+    columns = np.arange(masks.shape[-1])
+    return lambda i: float((masks[i] * columns).sum() / total) if (total := masks[i].sum()) else float("inf")
+
+
+def parse_figures(text: str) -> tuple[int, ...]:
+    """`0,2` → (0, 2); empty: all."""
+    parts: Sequence[str] = [part.strip() for part in text.split(",") if part.strip()]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise InputError(f"figures is a list of numbers such as 0,2, and {wrong[0]!r} is none.")
+    return tuple(int(part) for part in parts)
