@@ -183,8 +183,8 @@ def end_somehow(session: Session, request: Request, after_s: float, how: str) ->
         assert said is None or isinstance(said, Cancelled)
     else:
         assert said is None or "ended by signal 9" in str(said)
-        while said is None and ended[0] and not session.team.broken:  # it came too late for this run
-            time.sleep(0.01)
+        while ended[0] and victims == session.team.processes and not session.team.broken:
+            time.sleep(0.01)  # it came too late for this run, and the news of it is on its way
     return time.monotonic() - ended[0] if ended[0] else 0.0
 
 
