@@ -26,12 +26,10 @@ def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit 
     findings = [
         finding
         for number, name in enumerate(names)
-        for finding in image_pair(
-            f"reference image {number + 1}", images.shape[1:3], name, (masks.shape[1], masks.shape[2])
-        )
+        for finding in image_pair(f"reference image {number + 1}", images.size, name, (masks.shape[1], masks.shape[2]))
     ]
     findings += video_pair(driving, probe(clip))
-    pictures = Pictures([images.shape[1:3]] * len(images), (driving.height, driving.width), fit, size)
+    pictures = Pictures([images.size] * len(images), (driving.height, driving.width), fit, size)
     report = check_masks([masks[i] for i in range(len(masks))], clip, mode, names=names, pictures=pictures)  # type: ignore[arg-type]
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 

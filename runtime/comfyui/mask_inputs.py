@@ -155,7 +155,8 @@ def _own_size(bits: np.ndarray) -> tuple[int, int]:
 
 def _unpacked(bits: np.ndarray) -> np.ndarray:
     """uint8 [N, h, w/8] → bool [N, h, w]."""
-    return np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+    masks: np.ndarray = np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+    return masks
 
 
 def _chosen(bits: np.ndarray, style: MaskStyle, name: str) -> list[int]:

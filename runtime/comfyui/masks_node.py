@@ -106,7 +106,6 @@ def masks_of(mode: Any, driving: ClipSource, inputs: Mapping[str, Any]) -> tuple
     images = TensorFrames(inputs["image"], "reference image")
     if len(images) > 1:
         raise InputError(f"Masks are made for one reference image, not for {len(images)}: connect masks of them.")
-    places = {name: tuple(inputs.get(name, "").split()) for name in ("points", "boxes")}
     prompt = inputs.get("mask_prompt", AUTHORS_PROMPT)
     options = MaskOptions(
         mode=mode,
@@ -115,7 +114,8 @@ def masks_of(mode: Any, driving: ClipSource, inputs: Mapping[str, Any]) -> tuple
         prompt=None if prompt == AUTHORS_PROMPT else prompt,
         max_characters=inputs.get("max_characters", 2),
         sort=inputs["sort"] if inputs["sort"] in SORTS_MADE else SORTS_MADE[0],
-        **places,
+        points=tuple(inputs.get("points", "").split()),
+        boxes=tuple(inputs.get("boxes", "").split()),
     )
     made = segmented(images[0], driving, options, host.make_room, Shown())
     return (made.reference, made.driving), made.notes
