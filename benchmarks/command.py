@@ -12,6 +12,7 @@ from scail2_rt.benchmarks.sprites.quality.command import quality
 from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
+from scail2_rt.runtime.cli.types import GpuCount
 
 SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate", "serve")
 SCALING = ("forward-fp8", "generate", "golden", "forward-bf16", "failures")  # benchmarks.speed.scaling.PARTS
@@ -59,6 +60,14 @@ RUN_OPTIONS = in_section(
         show_default=True,
         metavar="N",
         help="Section generate: segments of the clip, to see what each costs beyond its steps.",
+    ),
+    option(
+        "--gpus",
+        type=GpuCount(),
+        default=1,
+        show_default=True,
+        metavar="N|all",
+        help="Sections forward, generate: GPUs that share the work. Against one GPU: bench scaling.",
     ),
 )
 SERVE_OPTIONS = in_section(
@@ -112,6 +121,10 @@ def _run(section: str, sizes: str | None, html_page: Path | None, summary_file: 
     from scail2_rt.benchmarks.speed.models import default_sizes, parse_sizes
     from scail2_rt.benchmarks.speed.sections import last_line, run_all, run_section, text_of
 
+    if given["gpus"] == "all":
+        from scail2_rt.runtime.distributed.gpus import count_gpus
+
+        given["gpus"] = count_gpus("all", "cuda")
     options = Options(sizes=parse_sizes(sizes) if sizes else default_sizes(given["config"]), **given)
     if section == "all":
         results, failed = run_all(options)

@@ -30,8 +30,8 @@ NEEDS_GPU = "not measured: needs a GPU"
 class Options:
     """`weights`: "random" or an engine folder; `attention`: one variant, or "auto" for all (attention section) or the
     default (elsewhere); `only`: shell patterns of the rows to measure, () for all; `segments`: of the clip that section
-    generate makes; `clients`, `queued`: of section serve; `work`: folder for what is written on the way (random
-    engines, cases, videos); `output`: where results are saved."""
+    generate makes; `gpus`: that share a pass or a generation; `clients`, `queued`: of section serve; `work`: folder for
+    what is written on the way (random engines, cases, videos); `output`: where results are saved."""
 
     config: str
     weights: str
@@ -42,6 +42,7 @@ class Options:
     output: Path | None = None
     only: tuple[str, ...] = ()
     segments: int = 1
+    gpus: int = 1
     clients: int = 200
     queued: int = 2000
 

@@ -8,7 +8,8 @@ the first size.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,16 +22,19 @@ from scail2_rt.benchmarks.speed.bench import Bench
 from scail2_rt.benchmarks.speed.breakdown import gpu_breakdown
 from scail2_rt.benchmarks.speed.harness import synchronise, time_call, time_calls
 from scail2_rt.benchmarks.speed.models import SMALL, Work
-from scail2_rt.benchmarks.speed.random_weights import random_engines
+from scail2_rt.benchmarks.speed.random_weights import random_engines, random_on
 from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.kernels.attention.variants import is_eight_bit
 from scail2_rt.runtime.core.geometry import Layout, forward_flops
+from scail2_rt.runtime.distributed.leading import LeadingConstants
+from scail2_rt.runtime.distributed.opening import open_on
+from scail2_rt.runtime.distributed.team import Team
 from scail2_rt.runtime.pipeline.async_copy import StepMarks
-from scail2_rt.runtime.pipeline.cuda_graph import GraphPool
+from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.finite import value_range
-from scail2_rt.runtime.pipeline.transformer import References, Schedule, Transformer, context_kv
+from scail2_rt.runtime.pipeline.transformer import References
 
 ERROR_LAYERS = 4
 ERROR_WORK = Work(256, 448, 33)  # 5,488 tokens
@@ -41,9 +45,9 @@ def run(bench: Bench) -> None:
     first = bench.options.sizes[0]
     for precision in _precisions(bench):
         for work in bench.options.sizes if precision == "fp8" else (first,):
-            if bench.wants(name := f"forward/{precision}/{work.tokens}"):
+            if bench.wants(name := row_name(bench, precision, work)):
                 with bench.attempt(name):
-                    _ours(bench, precision, work)
+                    _ours(bench, name, precision, work)
     for baseline, make in BASELINES.items():
         if bench.wants(name := f"forward/{baseline}/{first.tokens}"):
             with bench.attempt(name, "baseline"):
@@ -99,16 +103,38 @@ def random_inputs(config: DiTConfig, layout: Layout, device: torch.device) -> In
     return Inputs(shown, driving, text, clip, noise)
 
 
-def step(engines: EngineSet, layout: Layout) -> Callable[[], list[Tensor]]:
-    """A denoising step of one pass, everything that is constant over the steps done."""
+def step(
+    engines: EngineSet, layout: Layout, constants: Constants | None = None, passes: int = 1
+) -> Callable[[], list[Tensor]]:
+    """A denoising step of 1 or 2 passes, everything that is constant over the steps done. `constants`: those of
+    processes that share it, say."""
     assert engines.config.dit is not None
+    constants = constants or Constants(engines)
     inputs = random_inputs(engines.config.dit, layout, engines.device)
-    contexts = context_kv(engines, [inputs.text], inputs.clip)
-    transformer = Transformer(engines, layout, contexts, GraphPool())
+    contexts = constants.contexts([inputs.text, inputs.text.flip(0)][:passes], inputs.clip)
+    transformer = constants.transformer(layout, contexts)
     transformer.show_references(inputs.references)
     transformer.show_driving(*inputs.driving)
     history = inputs.noise.new_zeros(4, *inputs.noise.shape[1:])
-    return partial(transformer.velocities, inputs.noise, history, Schedule.of(engines, [900.0]), 0)
+    return partial(transformer.velocities, inputs.noise, history, constants.schedule([900.0]), 0)
+
+
+@contextmanager
+def sharing(bench: Bench, engines: EngineSet, precision: Precision) -> Iterator[Constants]:
+    """Constants of these engines on as many GPUs as were asked for."""
+    gpus, folder, execution = bench.options.gpus, bench.options.folder, engines.execution
+    if gpus == 1:
+        yield Constants(engines)
+        return
+    if folder is not None:
+        opener = partial(open_on, folder, "torch", execution)
+    else:
+        opener = partial(random_on, bench.options.config, precision, execution)
+    team = Team(gpus, engines.device, opener)
+    try:
+        yield LeadingConstants(engines, team)
+    finally:
+        team.close()
 
 
 def watched(call: Callable[[], list[Tensor]]) -> Callable[[], object]:
@@ -117,10 +143,15 @@ def watched(call: Callable[[], list[Tensor]]) -> Callable[[], object]:
     return lambda: marks.passed(next(count), value_range(call()[0]))
 
 
-def _ours(bench: Bench, precision: Precision, work: Work) -> None:
+def row_name(bench: Bench, precision: Precision, work: Work) -> str:
+    gpus = f"-{bench.options.gpus}gpus" if bench.options.gpus > 1 else ""
+    return f"forward/{precision}{gpus}/{work.tokens}"
+
+
+def _ours(bench: Bench, name: str, precision: Precision, work: Work) -> None:
     flops = float(forward_flops(bench.dit, work.layout))
-    with torch.inference_mode(), opened(bench, precision) as engines:
-        call = step(engines, work.layout)
+    with torch.no_grad(), opened(bench, precision) as engines, sharing(bench, engines, precision) as constants:
+        call = step(engines, work.layout, constants)
         call()  # makes the weights and compiles; the next call is recorded in a graph, the one after it replayed
         calls: dict[str, Callable[[], object]] = {"": call}
         if work == bench.options.sizes[0]:
@@ -135,9 +166,9 @@ def _ours(bench: Bench, precision: Precision, work: Work) -> None:
         del call, calls
     timing = times[""]
     if "watched" in times:
-        bench.add(f"forward/{precision}-watched/{work.tokens}", times["watched"])
+        bench.add(name.replace(precision, f"{precision}-watched", 1), times["watched"])
     bench.add(
-        f"forward/{precision}/{work.tokens}",
+        name,
         timing,
         note=f"attention {chosen}" + (f"; other: {unknown}" if unknown else ""),
         **bench.rate(timing, "gemm_fp8" if precision == "fp8" else "gemm_bf16", flops),

@@ -22,14 +22,16 @@ LIMIT_GIB = 12
 
 def run(bench: Bench) -> None:
     workload = workload_of(bench)
-    resident = f"generate/resident/{workload.name}"
+    gpus = f"-{bench.options.gpus}gpus" if bench.options.gpus > 1 else ""
+    resident = f"generate/resident{gpus}/{workload.name}"
     limited = f"generate/limit-{LIMIT_GIB}GiB/{workload.name}"
     with bench.attempt(resident):
         folder = engine_folder(bench)
         _measure(bench, resident, folder, workload, None, bench.options.runs if bench.on_gpu else 1)
         if not bench.on_gpu:
             bench.skip(limited)
-            return
+    if not bench.on_gpu or bench.options.gpus > 1:
+        return
     with bench.attempt(limited):
         _measure(bench, limited, engine_folder(bench), workload, LIMIT_GIB << 30, 1)
         whole, part = bench.results.value(resident), bench.results.value(limited)
@@ -67,7 +69,7 @@ class StepClock:
 def _measure(bench: Bench, name: str, folder: Path, workload: Workload, limit: int | None, runs: int) -> None:
     execution = Execution(attention=bench.options.attention, vram_limit=limit)
     seconds: list[float] = []
-    with bench.peaks() as peaks, workload.open(folder, execution) as session:
+    with bench.peaks() as peaks, workload.open(folder, execution, bench.options.gpus) as session:
         session.generate(session.check(workload.request(steps=1)), workload.output)
         plan = session.check(workload.request())
         for _ in range(runs):

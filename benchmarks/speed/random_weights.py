@@ -142,3 +142,8 @@ def random_engines(
     folder = EngineFolder(Path("random"), manifest, stage_definitions(config), store)
     choice = BackendChoice(backend("torch"), "random weights were asked for", place)
     return EngineSet(folder, weights.tables(config), choice, execution)
+
+
+def random_on(config_name: str, precision: Precision, execution: Execution, device: torch.device) -> EngineSet:
+    """`random_engines` for a process that is only told its device."""
+    return random_engines(config_name, precision, device, None, execution)

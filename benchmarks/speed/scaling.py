@@ -87,9 +87,8 @@ def _run_part(options: ScalingOptions, part: str, limit_s: float) -> dict[str, A
     found: dict[str, Any] = json.loads(figures.read_text()) if figures.is_file() else {}
     found["wall_s"] = round(time.monotonic() - started, 1)
     if code != 0:
-        end = log.read_text(errors="replace").strip().splitlines()[-12:]
-        found["failure"] = f"exit code {code}: {' | '.join(end)}" if code is not None else f"cut off at {limit_s:.0f} s"
-        found["log"] = end
+        end = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+        found["failure"] = f"exit code {code}: {end[-600:]}" if code is not None else f"cut off at {limit_s:.0f} s"
     print(json.dumps(found, indent=1), file=sys.stderr, flush=True)
     return found
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from scail2_rt.benchmarks.speed.breakdown import gpu_breakdown
-from scail2_rt.benchmarks.speed.forward import random_inputs
+from scail2_rt.benchmarks.speed.forward import step
 from scail2_rt.benchmarks.speed.harness import synchronise, time_sample
 from scail2_rt.benchmarks.speed.models import SMALL, STANDARD, Work
 from scail2_rt.benchmarks.speed.random_folder import write_random_folder
-from scail2_rt.benchmarks.speed.random_weights import random_engines
+from scail2_rt.benchmarks.speed.random_weights import random_on
 from scail2_rt.benchmarks.speed.scaling import scaled
 from scail2_rt.benchmarks.speed.workload import Workload
 from scail2_rt.engines.engine_set import EngineSet, Execution
@@ -77,13 +77,9 @@ class Setting:
         self.runs = 1 if self.tiny else 2
 
 
-def engines_on(config: str, precision: Precision, device: torch.device) -> EngineSet:
-    return random_engines(config, precision, device, None, Execution())
-
-
 def forward(setting: Setting, precision: Precision) -> None:
     """A denoising step, alone and shared: one pass of each size, then the two passes of guidance."""
-    opener = partial(engines_on, setting.config, precision)
+    opener = partial(random_on, setting.config, precision, Execution())
     with torch.inference_mode(False), torch.no_grad(), opener(setting.device) as engines:
         team = Team(setting.gpus, setting.device, opener)
         team.start()
@@ -106,8 +102,8 @@ def _compare(
     setting: Setting, engines: EngineSet, team: Team, name: str, work: Work, passes: int, thorough: bool
 ) -> None:
     """thorough: several samples, and time by part."""
-    alone = _step(engines, Constants(engines), work, passes)
-    shared = _step(engines, LeadingConstants(engines, team), work, passes)
+    alone = step(engines, work.layout, Constants(engines), passes)
+    shared = step(engines, work.layout, LeadingConstants(engines, team), passes)
     calls = {"alone": alone, "shared": shared}
     results = {key: [velocity.double() for velocity in call()] for key, call in calls.items()}  # compiles and loads
     figures: dict[str, Any] = {"difference": _difference(results["shared"], results["alone"])}
@@ -132,19 +128,6 @@ def _compare(
         if parts and parts_alone:
             figures |= {f"{n}_gpus": scaled(parts_alone, parts, setting.gpus, n) for n in COMPUTED}
         setting.figures.add(name, figures)
-
-
-def _step(engines: EngineSet, constants: Constants, work: Work, passes: int) -> Callable[[], list[Tensor]]:
-    """A denoising step, everything that is constant over the steps done."""
-    assert engines.config.dit is not None
-    inputs = random_inputs(engines.config.dit, work.layout, engines.device)
-    texts = [inputs.text, inputs.text.flip(0)][:passes]
-    contexts = constants.contexts(texts, inputs.clip)
-    transformer = constants.transformer(work.layout, contexts)
-    transformer.show_references(inputs.references)
-    transformer.show_driving(*inputs.driving)
-    history = inputs.noise.new_zeros(4, *inputs.noise.shape[1:])
-    return partial(transformer.velocities, inputs.noise, history, constants.schedule([900.0]), 0)
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -198,7 +181,10 @@ def _decoding(setting: Setting, session: Session) -> None:
     """A clip decoded alone and in parts: seconds, and the largest difference of a pixel in -1..1."""
     layout = setting.sizes[0].layout
     latent = torch.randn(16, layout.frames, layout.height, layout.width, device=setting.device)
-    decoders = {"alone": partial(decode_unclamped, session.engines), "shared": session.constants.decode}
+    decoders: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
+        "alone": partial(decode_unclamped, session.engines),
+        "shared": session.constants.decode,
+    }
     pixels, figures = {}, dict[str, float]()
     with torch.no_grad():
         for key, decoder in decoders.items():

@@ -67,6 +67,7 @@ def _words(options: Options) -> list[str]:
     """The options of `scail2-rt bench SECTION`, but for its output."""
     words = ["--config", options.config, "--weights", options.weights, "--runs", str(options.runs)]
     words += ["--attention", options.attention, "--work", str(options.work), "--segments", str(options.segments)]
+    words += ["--gpus", str(options.gpus)]
     words += ["--clients", str(options.clients), "--queued", str(options.queued)]
     words += ["--sizes", ",".join(map(str, options.sizes))]
     return words + [word for pattern in options.only for word in ("--only", pattern)]

@@ -57,8 +57,9 @@ class Workload:
             segment_overlap=OVERLAP,
         )
 
-    def open(self, engines: Path, execution: Execution | None = None) -> Session:
-        return Session.open(engines, backend="torch", execution=execution, prompt_cache=self.folder / "cache")
+    def open(self, engines: Path, execution: Execution | None = None, gpus: int = 1) -> Session:
+        cache = self.folder / "cache"
+        return Session.open(engines, backend="torch", execution=execution, prompt_cache=cache, gpus=gpus)
 
 
 def workload_of(bench: Bench) -> Workload:

@@ -108,6 +108,7 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     plan = _make_plan(request, directory, checkpoint, previous, noted)
     if previous is None:
         _check_room(plan)
+    _note_memory(plan, previous, noted)
     added: tuple[str, ...] = ()
     resumed = 0
     mended: Mended | None = None
@@ -252,6 +253,14 @@ def _check_room(plan: Plan) -> None:
             f"the engine folder needs {needed / 2**30:.2f} GiB on the disk of {plan.directory}, which has "
             f"{free / 2**30:.2f} GiB free; free some space or choose another folder with -o."
         )
+
+
+def _note_memory(plan: Plan, previous: Manifest | None, observer: BuildObserver) -> None:
+    """What a GPU must hold, before the wait."""
+    for name in plan.backends:
+        new = previous is None or name not in previous.backends
+        if new and (note := backend(name).memory_note(plan.artefacts.stage_bytes)) is not None:
+            observer.note(note)
 
 
 @contextlib.contextmanager

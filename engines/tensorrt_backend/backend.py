@@ -37,6 +37,7 @@ class TensorRTExecutor(Executor):
     ) -> None:
         super().__init__(backend, folder, device, execution)
         self.library = library
+        self.cuda_graphs = device.type == "cuda"
         self._session: TensorRTSession | None = None
 
     def plan_report(self, name: str) -> str:
@@ -133,7 +134,6 @@ class TensorRTBackend(Backend):
     def build(self, plan: ArtefactPlan, observer: BuildObserver, journal: Journal) -> bool:
         from scail2_rt.engines.tensorrt_backend.builder import build_plans
 
-        observer.note(self.memory_note(plan.stage_bytes))
         build_plans(plan, observer, self.library)
         files = [plan.directory / file for file in self.files(plan.definitions)]
         missing = [file for file in files if not file.is_file()]

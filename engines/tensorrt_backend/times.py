@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 # Seconds a stage, and seconds a byte of its weights
 _GUESS = {"dit": (0.4, 15e-9), "umt5": (0.4, 20e-9), "clip": (0.4, 18e-9), "vae": (1.0, 60e-9)}
 RECENT = 3  # stages of a family whose times count
-WINDOW = 6  # stages by which the number at the same time is told
+WINDOW = 8  # stages by which the number at the same time is told
 
 
 class PlanTimes:
@@ -41,8 +41,9 @@ class PlanTimes:
         for stage in stages:
             known = self._known.get(self._families[stage], [])[-RECENT:]
             total += sum(known) / len(known) if known else scale * self._guess(stage)
-        window = self._ended[-WINDOW - 1 :]
-        return total * (window[-1][0] - window[0][0]) / sum(seconds for _, seconds in window[1:])
+        (began, _), *window = self._ended[-WINDOW - 1 :]
+        worked = sum(min(seconds, ended - began) for ended, seconds in window)  # of a long one what lies in the window
+        return total * (window[-1][0] - began) / worked
 
     def _guess(self, stage: str) -> float:
         base, rate = _GUESS[stage.partition(".")[0]]

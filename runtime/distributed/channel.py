@@ -34,7 +34,9 @@ class Channel:
         """The next message; EOFError or OSError when there will be none. For the reading thread, and before it."""
         return pickle.loads(self._connection.recv_bytes())
 
-    def listen(self, heard: Callable[[Any], None], gone: Callable[[], None]) -> None:
+    def listen(self, heard: Callable[[Any], None], gone: Callable[[], None]) -> threading.Thread:
+        """Read from now on, in the thread that is returned."""
+
         def read() -> None:
             while True:
                 try:
@@ -44,7 +46,9 @@ class Channel:
                     return
                 heard(message)
 
-        threading.Thread(target=read, name="scail2-rt channel", daemon=True).start()
+        thread = threading.Thread(target=read, name="scail2-rt channel", daemon=True)
+        thread.start()
+        return thread
 
     def close(self) -> None:
         self._connection.close()

@@ -82,6 +82,7 @@ class LeadingTransformer(Transformer):
     ) -> None:
         super().__init__(engines, layout, contexts, pool, sharing)
         self.team = team
+        team.leads(self)
 
     def show_references(self, shown: References) -> None:
         if shown is self._shown:

@@ -115,6 +115,7 @@ class Groups:
         self.rank, self.size, self.device = rank, size, device
         self._made: list[Any] = []
         self._watch = Watch()
+        self._aborting: list[threading.Thread] = []
         self.everyone = self._group(store, "everyone", rank, size, local)
         self.half: GroupPeers | None = None
         if size % 2 == 0 and size > 2:
@@ -130,19 +131,26 @@ class Groups:
     @contextmanager
     def watched(self) -> Iterator[Seen]:
         """Bytes and seconds of every collective of this process while this lasts."""
-        self._watch.seen = seen = {}
+        seen: Seen = {}
+        self._watch.seen = seen
         try:
             yield seen
         finally:
             self._watch.seen = None
 
-    def abort(self) -> None:
+    def abort(self) -> list[threading.Thread]:
         """End what runs in these groups, here: a kernel that waits for a process that is gone would wait for ever.
 
-        In a thread: NCCL ends the kernels at once, but then waits until no recorded graph refers to a group."""
-        if self.device.type == "cuda":
-            for backend in self._made:
-                threading.Thread(target=backend.abort, name="scail2-rt abort", daemon=True).start()
+        NCCL ends the kernels at once, but then waits until no recorded graph refers to a group, so each group has a
+        thread → those threads. They are to be joined when the graphs are gone: a thread that is inside a library when
+        the interpreter ends would end the process with it."""
+        if self.device.type == "cuda" and not self._aborting:
+            self._aborting = [
+                threading.Thread(target=group.abort, name="scail2-rt abort", daemon=True) for group in self._made
+            ]
+            for thread in self._aborting:
+                thread.start()
+        return self._aborting
 
     def _group(self, store: Any, name: str, rank: int, size: int, local: bool) -> GroupPeers:
         backend = self._backend(dist.PrefixStore(name, store), rank, size, local)
@@ -158,9 +166,8 @@ class Groups:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
             return dist.ProcessGroupNCCL(store, rank, size, options)
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
         options._timeout = TIMEOUT
-        create = dist.ProcessGroupGloo.create_device
-        default = dist.ProcessGroupGloo.create_default_device
-        options._devices = [create(hostname="127.0.0.1") if local else default()]
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
+        return gloo(store, rank, size, options)

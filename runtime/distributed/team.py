@@ -6,17 +6,21 @@ the others wait, so a run can end there at any time. A call that is cut off here
 something: they are ended, and started again for the next run. When a process fails, all are ended, what waits for them
 here is released, and whoever calls hears one sentence."""
 
+import atexit
 import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import AuthenticationError
 from typing import IO, Any
 
 import torch
@@ -27,10 +31,12 @@ from scail2_rt.runtime.distributed.peers import Groups
 from scail2_rt.runtime.distributed.torchrun import Place, announce
 from scail2_rt.runtime.distributed.worker import Opener, Start
 from scail2_rt.runtime.pipeline.sharing import Sharing
+from scail2_rt.runtime.pipeline.transformer import Transformer
 
 LOCAL = "127.0.0.1"
 START_S = 300.0  # for all processes to import, connect and open their engines
 END_S = 3.0  # for a process that was told to close
+JOIN_S = 5.0  # for a thread whose process or connection has ended
 DOUBT_S = 5.0  # for the news that a process died to arrive behind the error that its death made here
 
 
@@ -44,6 +50,7 @@ class Team:
         self.size, self.device, self.place, self._opener = size, device, place, opener
         self._crew: _Crew | None = None
         self._gone = False
+        self._recording: weakref.WeakSet[Transformer] = weakref.WeakSet()
 
     def start(self) -> None:
         """Start the processes if there are none; does not wait for them. Those of torchrun cannot be started again."""
@@ -51,6 +58,7 @@ class Team:
             if self.place is not None and self._gone:
                 raise Scail2Error("The processes that torchrun started have ended: start the command again.")
             self._crew, self._gone = _Crew(self.size, self.device, self._opener, self.place), True
+            atexit.register(self.end)  # threads of a crew must be over when the interpreter ends
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -94,15 +102,23 @@ class Team:
 
     def end(self) -> None:
         """End the processes at once; the next call starts new ones."""
-        crew, self._crew = self._crew, None
-        if crew is not None:
-            crew.end()
+        self._leave(_Crew.end)
 
     def close(self) -> None:
         """Let the processes finish and end."""
+        self._leave(_Crew.close)
+
+    def leads(self, transformer: Transformer) -> None:
+        """Its recorded steps hold the groups: they go before these do."""
+        self._recording.add(transformer)
+
+    def _leave(self, how: "Callable[[_Crew], None]") -> None:
         crew, self._crew = self._crew, None
+        atexit.unregister(self.end)
+        for transformer in self._recording:
+            transformer.drop_recording()
         if crew is not None:
-            crew.close()
+            how(crew)
 
     def _ready(self) -> "_Crew":
         self.start()
@@ -128,12 +144,14 @@ class _Crew:
         self._channels: dict[int, Channel] = {}
         self._key = secrets.token_bytes(KEY_BYTES)
         self._listener = listener(LOCAL if place is None else "0.0.0.0", self._key, size)
+        self._port: int = self._listener.address[1]
+        self._accepted = threading.Event()
         self._store: Any = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         started = range(1, size) if place is None else ()
         self._logs = [tempfile.TemporaryFile() for _ in started]  # noqa: SIM115 (closed by _let_go)
         self.processes = [self._launch(rank, log) for rank, log in enumerate(self._logs, 1)]
         if place is not None:
-            announce(self._host, self._listener.address[1], self._key)
+            announce(self._host, self._port, self._key)
         self._threads = [threading.Thread(target=self._accept, name="scail2-rt accept", daemon=True)]
         self._threads += [
             threading.Thread(target=self._watch, args=(rank, process), name="scail2-rt watch", daemon=True)
@@ -152,7 +170,8 @@ class _Crew:
         if self._groups is None:
             self._wait(lambda: len(self._ready) == self.size - 1)
             self.call("join")
-            threading.Thread(target=self._join, name="scail2-rt join", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._join, name="scail2-rt join", daemon=True))
+            self._threads[-1].start()
             self._wait(lambda: self._groups is not None)
         self.check()
 
@@ -215,15 +234,18 @@ class _Crew:
         for process in self.processes:
             process.wait()
         if self._groups is not None:
-            self._groups.abort()
+            self._threads += self._groups.abort()
         self._groups = self._store = None
+        if not self._accepted.is_set():  # closing does not wake a thread that accepts
+            with contextlib.suppress(OSError):
+                socket.create_connection((self._host, self._port), 1.0).close()
         with contextlib.suppress(OSError):
             self._listener.close()
         for channel in self._channels.values():
             with contextlib.suppress(OSError):
                 channel.close()
-        for thread in self._threads:
-            thread.join(1.0)
+        for thread in list(self._threads):
+            thread.join(JOIN_S)
         for log in self._logs:
             log.close()
 
@@ -238,25 +260,26 @@ class _Crew:
             env=environment,
             start_new_session=True,
         )
-        host, port = self._listener.address
-        where = {"host": host, "port": port, "key": self._key.hex(), "rank": rank}
+        where = {"host": LOCAL, "port": self._port, "key": self._key.hex(), "rank": rank}
         assert process.stdin is not None
         process.stdin.write(json.dumps(where).encode() + b"\n")
         process.stdin.close()
         return process
 
     def _accept(self) -> None:
-        for _ in range(1, self.size):
-            try:
+        try:
+            for _ in range(1, self.size):
                 channel = Channel(self._listener.accept())
                 _, (rank, local_rank) = channel.receive()
-            except (EOFError, OSError):
-                return
-            device = f"cuda:{local_rank}" if self.device.type == "cuda" else "cpu"
-            store = (self._host, self._store.port)
-            channel.send(Start(rank, self.size, store, self._host == LOCAL, device, self._opener))
-            self._channels[rank] = channel
-            channel.listen(partial(self._heard, rank), partial(self._lost, rank))
+                device = f"cuda:{local_rank}" if self.device.type == "cuda" else "cpu"
+                store = (self._host, self._store.port)
+                channel.send(Start(rank, self.size, store, self._host == LOCAL, device, self._opener))
+                self._channels[rank] = channel
+                self._threads.append(channel.listen(partial(self._heard, rank), partial(self._lost, rank)))
+        except (AttributeError, AuthenticationError, EOFError, OSError):
+            return  # it was let go, or what connected is gone: which process that was, `_watch` says
+        finally:
+            self._accepted.set()
 
     def _heard(self, rank: int, message: tuple[str, Any]) -> None:
         what, detail = message

@@ -59,7 +59,7 @@ class StepGraph:
     It does not hold the function, whose owner may hold it: so memory goes back as soon as the owner is dropped."""
 
     def __init__(self, pool: GraphPool) -> None:
-        self._pool = pool
+        self.pool = pool
         self._warm = False
         self._recording: Recording | None = None
 
@@ -68,7 +68,7 @@ class StepGraph:
             self._warm = True
             return function(*inputs)
         if self._recording is None:
-            self._recording = self._pool.record(function, inputs)
+            self._recording = self.pool.record(function, inputs)
         for recorded, tensor in zip(self._recording.inputs, inputs, strict=True):
             recorded.copy_(tensor)
         self._recording.replay()

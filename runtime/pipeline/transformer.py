@@ -190,6 +190,11 @@ class Transformer:
         inputs = torch.cat([latent, history_mask]), schedule.modulation[step], schedule.time[step]
         return self._network(*inputs) if self._graph is None else self._graph.call(self._network, *inputs)
 
+    def drop_recording(self) -> None:
+        """Forget the recorded step: the next is recorded again."""
+        if self._graph is not None:
+            self._graph = StepGraph(self._graph.pool)
+
     def _network(self, video: Tensor, modulation: Tensor, time: Tensor) -> list[Tensor]:
         """video fp32 [20, F, h, w], modulation fp32 [6, C], time fp32 [C]: a function of these tensors and of buffers
         that stay where they are, so that it can be captured. The residual stream is one buffer that the stages update

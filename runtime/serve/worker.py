@@ -62,14 +62,16 @@ class Messages:
 
 
 def open_session(settings: Mapping[str, Any]) -> "Session":
-    """The engines as the operator's options say. (Several GPUs per video come in here.)"""
+    """The engines as the operator's options say."""
     from scail2_rt.engines.engine_set import Execution
     from scail2_rt.runtime.session.session import Session
 
     execution = Execution(
         settings["max_rows"], settings["attention"], not settings["no_graphs"], settings["vram_limit"]
     )
-    return Session.open(settings["engines"], backend=settings["backend"], execution=execution)
+    shared = settings["gpus_per_video"]
+    together: dict[str, Any] = {"gpus": shared} if shared > 1 else {}
+    return Session.open(settings["engines"], backend=settings["backend"], execution=execution, **together)
 
 
 def warm(session: "Session") -> None:

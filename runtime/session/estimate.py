@@ -29,16 +29,16 @@ VAE_PHASES = ("reference", "driving", "decode")
 
 
 class Rates:
-    """FLOP/s of one set of engines, measured when first asked for."""
+    """FLOP/s of one set of engines on `gpus` GPUs, measured when first asked for."""
 
-    def __init__(self, engines: EngineSet) -> None:
-        self._engines = engines
+    def __init__(self, engines: EngineSet, gpus: int = 1) -> None:
+        self._engines, self.gpus = engines, gpus
         self._known: tuple[dict[str, float], str] | None = None
 
     def get(self) -> tuple[dict[str, float], str]:
         """({"denoise", "vae"} FLOP/s, where they come from)."""
         if self._known is None:
-            self._known = _last_run(self._engines) or _measured(self._engines)
+            self._known = _last_run(self._engines, self.gpus) or _measured(self._engines, self.gpus)
         return self._known
 
     def remember(self, plan: Plan, timings: Mapping[str, float]) -> None:
@@ -49,9 +49,10 @@ class Rates:
         if not (vae_s and denoise_s):
             return
         rates = {"denoise": flop["denoise"] / denoise_s, "vae": sum(flop[phase] for phase in VAE_PHASES) / vae_s}
-        self._known = rates, f"the speed of the last run with these engines ({device_name(self._engines)})"
+        device = device_name(self._engines, self.gpus)
+        self._known = rates, f"the speed of the last run with these engines ({device})"
         try:
-            document = {"device": device_name(self._engines), "flop_per_s": rates}
+            document = {"device": device, "flop_per_s": rates}
             write_json(self._engines.directory / LAST_RUN, document)
         except OSError:
             return
@@ -62,7 +63,7 @@ def estimate(plan: Plan, engines: EngineSet, placement: Placement | None, rates:
     flop = work(plan, engines)
     speeds, basis = rates.get()
     seconds = {phase: amount / speeds["vae" if phase in VAE_PHASES else "denoise"] for phase, amount in flop.items()}
-    model = memory_model(plan, engines)
+    model = memory_model(plan, engines, rates.gpus)
     phases = model.phases(placement)
     libraries = LIBRARY_BYTES if engines.device.type == "cuda" else 0
     line = "" if placement is None else placement.line
@@ -94,26 +95,30 @@ def work(plan: Plan, engines: EngineSet) -> dict[str, float]:
     }
 
 
-def device_name(engines: EngineSet) -> str:
+def device_name(engines: EngineSet, gpus: int = 1) -> str:
     """What rates are filed under: the executor and the machine it runs on."""
-    return f"{engines.backend} on {gpu() if engines.device.type == 'cuda' else 'cpu'}"
+    several = f" x{gpus}" if gpus > 1 else ""
+    return f"{engines.backend} on {gpu() if engines.device.type == 'cuda' else 'cpu'}{several}"
 
 
-def _last_run(engines: EngineSet) -> tuple[dict[str, float], str] | None:
+def _last_run(engines: EngineSet, gpus: int) -> tuple[dict[str, float], str] | None:
     try:
         last = json.loads((engines.directory / LAST_RUN).read_text())
         rates = {name: float(last["flop_per_s"][name]) for name in ("denoise", "vae")}
-        if last["device"] == device_name(engines) and min(rates.values()) > 0:
+        if last["device"] == device_name(engines, gpus) and min(rates.values()) > 0:
             return rates, f"the speed of the last run with these engines ({last['device']})"
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no run yet, or a file of another version: measure instead
     return None
 
 
-def _measured(engines: EngineSet) -> tuple[dict[str, float], str]:
+def _measured(engines: EngineSet, gpus: int) -> tuple[dict[str, float], str]:
     device = engines.device.type
     rate = MATMUL_SHARE * _matmul_rate(device)
-    return {"denoise": rate, "vae": rate}, f"half the speed of a matrix product on this {device}; no run measured yet"
+    return {
+        "denoise": gpus * rate,
+        "vae": rate,
+    }, f"half the speed of a matrix product on this {device}; no run measured yet"
 
 
 def _matmul_rate(device: str) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.engines.tensorrt_backend.preflight import host_memory
 from scail2_rt.export.models.config import DiTConfig
+from scail2_rt.kernels.attention.eight_bit import TILE
 from scail2_rt.kernels.attention.variants import AttentionVariant
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import CLIP_TOKENS, Layout
@@ -79,8 +80,8 @@ class MemoryModel:
         return max(self.phases(placement).values())
 
 
-def memory_model(plan: Plan, engines: EngineSet) -> MemoryModel:
-    """The model of a plan on these engines."""
+def memory_model(plan: Plan, engines: EngineSet, gpus: int = 1) -> MemoryModel:
+    """The model of a plan on these engines, of one process of `gpus` that share it."""
     dit, vae = engines.config.dit, engines.config.vae
     if dit is None or vae is None or engines.config.umt5 is None or engines.config.clip is None:
         parts = {name: getattr(engines.config, name) for name in ("dit", "vae", "umt5", "clip")}
@@ -88,7 +89,9 @@ def memory_model(plan: Plan, engines: EngineSet) -> MemoryModel:
         raise InputError(f"The engine folder has no {lacking}: build it from a complete checkpoint.")
     sizes = {stage.name: stage.weight_bytes for stage in engines.manifest.stages}
     on_demand = engines.places_weights  # else (a mapped store, plans) all weights of a phase are there at once
-    passes, element = plan.request.passes, engines.compute_dtype("dit.blocks.0.qkv").itemsize
+    element = engines.compute_dtype("dit.blocks.0.qkv").itemsize
+    halves = 2 if gpus % 2 == 0 and plan.request.passes == 2 else 1
+    passes, sharing = plan.request.passes // halves, gpus // halves
     pixels = vae.dim * plan.height * plan.width * engines.compute_dtype("vae.decode_step").itemsize
     encode = ENCODE_BUFFERS * pixels
 
@@ -110,7 +113,7 @@ def memory_model(plan: Plan, engines: EngineSet) -> MemoryModel:
         vae_driving=encoder + (encode if later else encode // 4),
         context=context_bytes(dit, passes, element),
         tokens=4 * dit.dim * (plan.layout.reference_tokens + plan.layout.driving_tokens),
-        work=activation_bytes(dit, plan.layout, passes, element, engines.attention) + hidden,
+        work=shared_bytes(dit, plan.layout, passes, element, engines.attention, sharing) + hidden,
         margin=MARGIN_BYTES if on_demand else 0,
     )
 
@@ -122,6 +125,19 @@ def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: in
     projected = 3 * element
     shared = (4 + element) if passes > 1 else 0
     return layout.tokens * config.dim * (4 + projected + attention.prepared_bytes(element) + shared + projected)
+
+
+def shared_bytes(
+    config: DiTConfig, layout: Layout, passes: int, element: int, attention: AttentionVariant, sharing: int
+) -> int:
+    """`activation_bytes` of a process that holds the rows of one of `sharing`, with its buffers of the exchange: what
+    arrives of q, k and v and the same in order, the attention's output, what comes back of it and the same in order."""
+    whole = activation_bytes(config, layout, passes, element, attention)
+    if sharing == 1:
+        return whole
+    rows = -(-layout.tokens // (sharing * TILE)) * TILE
+    operands = 3 if attention.v is not None else 3 * element
+    return whole * rows // layout.tokens + rows * config.dim * (2 * operands + 3 * min(element, 2))
 
 
 def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
@@ -164,11 +180,11 @@ def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Pl
     return next(way for count in counts if (way := placed("streamed", count)).needed <= budget)
 
 
-def place(plan: Plan, engines: EngineSet, others: int = 0) -> Placement | None:
-    """How the weights of a run are placed; None where the runtime does not place them (on a CPU, and where plans carry
-    them). others: bytes of GPU memory that others in this process hold. InputError when the run does not fit this
-    machine."""
-    model = memory_model(plan, engines)
+def place(plan: Plan, engines: EngineSet, gpus: int = 1, others: int = 0) -> Placement | None:
+    """How the weights of a run are placed, in each of `gpus` processes; None where the runtime does not place them (on
+    a CPU, and where plans carry them). others: bytes of GPU memory that others in this process hold. InputError when
+    the run does not fit this machine."""
+    model = memory_model(plan, engines, gpus)
     if engines.places_weights:
         return choose_placement(
             model, memory_budget(engines.execution.vram_limit, others), engines.execution.cuda_graphs

@@ -56,7 +56,7 @@ class Session:
         self.engines, self.team = engines, team
         self.constants = Constants(engines) if team is None else LeadingConstants(engines, team)
         self.prompts = PromptCache(prompt_cache, engines.encoder_hash)
-        self.rates = Rates(engines)
+        self.rates = Rates(engines, self.gpus)
         self.warnings: list[str] = []
         self.timings: Mapping[str, float] = {}
         self.others: Callable[[], int] = lambda: 0
@@ -158,7 +158,7 @@ class Session:
     def place(self, plan: Plan) -> Placement | None:
         """How the weights of this plan lie in GPU memory, with what is free now."""
         with self._on_device():
-            return place(plan, self.engines, self.others())
+            return place(plan, self.engines, self.gpus, self.others())
 
     def frames(
         self,

@@ -248,14 +248,21 @@ def test_host_memory_knows_containers(tmp_path: Path) -> None:
 def test_time_left_follows_the_families() -> None:
     blocks = {f"dit.blocks.{i}.{name}": name for i in range(40) for name in ("qkv", "ffn")}
     times = PlanTimes({**blocks, "clip": "clip"}, dict.fromkeys([*blocks, "clip"], 1 << 26))
-    with mock.patch("time.monotonic", side_effect=[100.0, 101.0, 102.0]):
+    with mock.patch("time.monotonic", side_effect=[100.0, 101.0, 103.0]):
         times.start()
         times.add("dit.blocks.0.qkv", 1.0)
         times.add("dit.blocks.0.ffn", 3.0)
     left = list(blocks)[2:]
-    assert times.remaining_s(left) == pytest.approx(39 * 4.0 / 2), "two at a time"
-    guess = times.remaining_s([*left, "clip"]) - 39 * 4.0 / 2
+    assert times.remaining_s(left) == pytest.approx(39 * 4.0 * 3 / 4), "4 s of work in 3 s"
+    guess = times.remaining_s([*left, "clip"]) - 39 * 4.0 * 3 / 4
     assert 0.5 < guess < 5.0, "what is not known yet is guessed from the others"
+    with mock.patch("time.monotonic", side_effect=[104.0 + i for i in range(8)]):
+        for i in range(7):
+            times.add(f"dit.blocks.{i + 1}.qkv", 1.0)
+        times.add("clip", 100.0)
+    assert times.remaining_s(["dit.blocks.9.qkv"]) == pytest.approx(8 / 15), (
+        "a long stage counts where it lies in the window"
+    )
 
 
 def test_weights_that_must_be_there_at_once() -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from scail2_rt.engines.build.build import BuildReport, BuildRequest, build
-from scail2_rt.engines.engine_set import Execution, open_engines
+from scail2_rt.engines.build.build import BuildReport, BuildRequest, SilentObserver, build
+from scail2_rt.engines.engine_set import DEFAULT_EXECUTION, Execution, open_engines
 from scail2_rt.engines.folder.manifest import read_manifest
 from scail2_rt.engines.folder.sums import DamagedError
 from scail2_rt.engines.tensorrt_backend import backend, builder, preflight, session, trust
@@ -140,6 +141,25 @@ def test_a_folder_of_both_libraries_keeps_them_apart(rtx: Recorder, tmp_path: Pa
     assert records["tensorrt"].targets == ()
     files = [artefact.path for artefact in read_manifest(tmp_path / "e").artefacts]
     assert len(files) == len(set(files))
+
+
+def test_what_a_card_must_hold_is_said_before_anything_is_made(rtx: Recorder, tmp_path: Path) -> None:
+    class Stopping(SilentObserver):
+        def note(self, text: str) -> None:
+            raise KeyboardInterrupt(text)
+
+    request = BuildRequest(Path("small"), tmp_path / "e", ("tensorrt-rtx",), "fp32")
+    with pytest.raises(KeyboardInterrupt, match=r"a card must hold 0\.0 GiB of them at once .* --vram-limit"):
+        build(request, small_checkpoint(), Stopping())
+    assert not (tmp_path / "e").exists()
+
+
+def test_steps_are_recorded_on_a_gpu(rtx: Recorder, tmp_path: Path) -> None:
+    for device, recorded in (("cuda", True), ("cpu", False)):
+        folder: Any = None  # nothing is opened before it is run
+        executor = BACKENDS["tensorrt-rtx"].open(folder, torch.device(device), DEFAULT_EXECUTION)
+        assert executor.cuda_graphs is recorded
+        assert executor.follows_stream
 
 
 def test_auto_waits_for_verify(rtx: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from scail2_rt.kernels.attention.eight_bit import empty_prepared8
+from scail2_rt.kernels.attention.eight_bit import Prepared8, empty_prepared8
 from scail2_rt.kernels.attention.ops import (
     VARIANTS,
     HeadExchange,
@@ -54,6 +54,38 @@ def test_shared_attention_equals_attention_in_one_process(variant: str, tokens: 
     bound = 1e-5 if variant == "sdpa" else 2e-2  # a sum in another order may round a value to its neighbour in bf16
     assert (together - alone).abs().max() <= bound
     assert (together - alone).square().mean().sqrt() <= bound / 20
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1000, 2), (1000, 4), (520, 4)])
+def test_operands_of_8_bit_are_those_of_one_process(tokens: int, size: int) -> None:
+    """What differs is the order in which means over tokens are summed: in their last bits, and by that here and there a
+    value of 8 bits by one step."""
+    heads = 4
+    qkv, q_weight, k_weight, rope = inputs(tokens, heads)
+    variant = VARIANTS["8bit"]
+    alone = prepare_qkv(qkv, q_weight, k_weight, rope, variant)
+
+    def rank(peers: ThreadPeers) -> Prepared8:
+        share = RowShare.of(peers, tokens, eight_bit=True)
+        padded = F.pad(qkv, (0, 0, 0, size * share.rows - tokens))
+        mine = padded[share.first : share.first + share.rows]
+        prepared = prepare_qkv(mine, q_weight, k_weight, share.rope(rope), variant, share)
+        made = HeadExchange(share).to_heads(prepared)
+        assert isinstance(made, Prepared8)
+        return made
+
+    parts = on_ranks(size, rank)
+    assert isinstance(alone, Prepared8)
+    q, k, v = (torch.cat([getattr(part, name).float() for part in parts]) for name in ("q", "k", "v"))
+    assert torch.equal(q, alone.q.float())
+    steps = (k - alone.k.float()).abs()
+    assert steps.max() <= 1
+    assert (steps > 0).float().mean() <= 1e-4
+    assert (v != alone.v.float()).float().mean() <= 1e-4
+    for name, bound in (("q_scale", 0.0), ("k_scale", 1e-6), ("v_scale", 1e-6), ("v_shift", 1e-5)):
+        ours, theirs = torch.cat([getattr(part, name) for part in parts]), getattr(alone, name)
+        assert ours.shape == theirs.shape
+        assert ((ours - theirs).abs() <= bound * theirs.abs().clamp_min(1e-2)).all()
 
 
 def test_rows_of_a_part_lie_where_the_sequence_has_them() -> None:

@@ -140,6 +140,24 @@ def test_all_processes_end_and_finished_segments_are_kept(
     assert (tmp_path / "out.partial.mp4").stat().st_size > 0
 
 
+LEFT_OPEN = """
+import sys
+from scail2_rt.runtime import Session
+session = Session.open(sys.argv[1], backend="torch", device="cpu", gpus=2)
+if sys.argv[2] == "used":
+    session.constants.place(None)
+print(*session.team.processes, flush=True)
+"""
+
+
+@pytest.mark.parametrize("state", ["starting", "used"])
+def test_a_program_may_end_with_its_session_open(state: str, engines: Path, cache: Path) -> None:
+    words = [sys.executable, "-c", LEFT_OPEN, str(engines), state]
+    result = subprocess.run(words, capture_output=True, text=True, env=command_environment(cache), check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ended([int(pid) for pid in result.stdout.split()])
+
+
 @pytest.mark.slow
 def test_two_nodes_of_two_processes_under_torchrun(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
     """Guidance on two halves, rows shared within each, on two "nodes" of one host."""

@@ -119,6 +119,7 @@ def test_three_kills_and_the_video_is_the_same(
 FAULTS = """
 import os
 from scail2_rt.runtime.core import progress
+from scail2_rt.runtime.pipeline.finite import NotFinite
 from scail2_rt.runtime.session import session
 step, frames, seed = progress.RunProgress.step, session.Session.frames, []
 def began(self, plan, *more):
@@ -132,12 +133,14 @@ def broken(self, index):
         raise MemoryError("Unable to allocate 7.00 GiB for an array")
     if seed == [103]:
         raise RuntimeError("what nobody thought of")
+    if seed == [104]:
+        raise NotFinite("The picture is not a number from step 1 on.")
 session.Session.frames, progress.RunProgress.step = began, broken
 """
 
 
 def test_faults_stay_with_their_job(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """Want of memory, a fault of the program, a worker that breaks: that job has failed and says why; the next runs."""
+    """Want of memory, NaN, a fault of ours, a worker that breaks: that job has failed and says why; the next runs."""
     folder = tmp_path / "sabotage"
     folder.mkdir()
     own = Served(engines, tmp_path / "data", cache)
@@ -145,11 +148,11 @@ def test_faults_stay_with_their_job(engines: Path, case: Path, cache: Path, tmp_
     try:
         own.start()
         body = own.case(case)
-        seeds = (101, 0, 102, 103, 1)
+        seeds = (101, 0, 102, 103, 104, 1)
         made = {seed: own.post({**body, "seed": seed})["id"] for seed in seeds}
         for seed in (0, 1):
             own.done(made[seed])
-        said = {seed: own.done(made[seed], "failed")["error"] for seed in (101, 102, 103)}
+        said = {seed: own.done(made[seed], "failed")["error"] for seed in (101, 102, 103, 104)}
         assert said[101]["code"] == "worker_died"
         assert "signal 6 (SIGABRT) in the phase denoise" in said[101]["message"]
         assert said[102] == {
@@ -158,10 +161,34 @@ def test_faults_stay_with_their_job(engines: Path, case: Path, cache: Path, tmp_
             "smaller --size, --segment-length or --max-rows.",
         }
         assert said[103] == {"code": "fault", "message": "RuntimeError: what nobody thought of"}
+        assert said[104]["message"] == "The picture is not a number from step 1 on."
         answer = own.ask("GET", f"/v1/videos/{made[102]}/content")
         assert (answer.status, answer.error) == (422, said[102]["message"])
         metrics = own.ask("GET", "/metrics").body.decode()
         assert 'scail2_failures_total{kind="crash"} 1.0' in metrics
+    finally:
+        own.kill()
+
+
+def test_two_workers_have_a_job_each(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
+    """As on two GPUs; the death of one does not touch the other's job."""
+    (tmp_path / "two").mkdir()
+    own = Served(engines, tmp_path / "data", cache)
+    two = "from scail2_rt.runtime.serve import launch\nlaunch.workers_of = lambda *_: 2\n"
+    own._environment |= sabotage(tmp_path / "two", two)
+    try:
+        own.start()
+        body = own.case(case, **LONG)
+        wait_for(lambda: b"scail2_workers_ready 2.0" in own.ask("GET", "/metrics").body)
+        made = [own.post({**body, "seed": seed})["id"] for seed in range(3)]
+        for video_id in made[:2]:
+            own.wait(video_id, running)
+        assert own.video(made[2])["status"] == "queued"
+        os.kill(own.children()[0], signal.SIGKILL)
+        wait_for(lambda: [own.video(video_id)["status"] for video_id in made[:2]].count("queued") == 1)
+        assert [own.video(video_id)["status"] for video_id in made[:2]].count("in_progress") == 1
+        for video_id in made[:2]:
+            own.wait(video_id, running)
     finally:
         own.kill()
 

@@ -1,9 +1,12 @@
 """The store and the service around it, without processes: fencing, order, expiry."""
 
+import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.serve.errors import Refusal
 from scail2_rt.runtime.serve.fields import nested, read_fields
 from scail2_rt.runtime.serve.launch import workers_of
+from scail2_rt.runtime.serve.server import _greet
 from scail2_rt.runtime.serve.service import Service
 from scail2_rt.runtime.serve.settings import Settings
 from scail2_rt.runtime.serve.store import Store, new_id
@@ -160,3 +164,58 @@ def test_gpus_make_workers() -> None:
     for wanted, each, there in (("2", 1, 0), ("all", 2, 0), ("8", 1, 4), ("3", 2, 4), ("0", 1, 4), ("x", 1, 4)):
         with pytest.raises(InputError):
             workers_of(wanted, each, there)
+
+
+def test_each_worker_sees_its_own_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+
+    def seen(**changes: Any) -> list[str | None]:
+        pool = Service(Settings(tmp_path, tmp_path, **changes), store).pool
+        environments = [pool._environment(worker) for worker in pool.workers]
+        return [None if each is None else each["CUDA_VISIBLE_DEVICES"] for each in environments]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert seen() == [None]
+    assert seen(workers=2, on_gpu=True) == ["0", "1"]
+    assert seen(workers=2, gpus_per_video=2, on_gpu=True) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-a,6")
+    assert seen(workers=3, on_gpu=True) == ["4", "GPU-a", "6"]
+    store.close()
+
+
+def test_the_licence_of_tensorrt_rtx_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path)
+    settings = Settings(tmp_path, tmp_path)
+    service = Service(settings, store)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for backend in ("tensorrt-rtx", "torch"):
+            service.pool.workers[0].about = {"choice": backend, "backend": backend}
+            _greet(settings, service, listener)
+        port = listener.getsockname()[1]
+    said = capsys.readouterr()
+    assert said.out == f"http://127.0.0.1:{port}\n" * 2
+    assert said.err.count("may not be used to host a service for third parties") == 1
+    store.close()
+
+
+def test_a_listener_that_leaves_while_a_job_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record is one of the job's, not the stream's: once this ended the hearing of a worker for good."""
+    store = Store(tmp_path)
+    service = Service(Settings(tmp_path, tmp_path), store)
+    job_id, finish = added(store), store.finish
+    row = store.take()
+    assert row is not None
+
+    def left(*arguments: Any) -> bool:
+        service.live.pop(job_id, None)
+        return finish(*arguments)
+
+    monkeypatch.setattr(store, "finish", left)
+    done = {"done": {"frames": 1, "timings_s": {}, "inference_s": 1.0}}
+    asyncio.run(service._heard(row, {"event": {"phase": "text", "step": 0}}))
+    asyncio.run(service._heard(row, done))
+    found = store.job(job_id)
+    assert found is not None
+    assert found.state == "completed"
+    assert service.live == {}
+    store.close()

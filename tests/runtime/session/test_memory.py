@@ -12,7 +12,13 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.core.request import Request
 from scail2_rt.runtime.session import memory
-from scail2_rt.runtime.session.memory import LIBRARY_BYTES, MemoryModel, activation_bytes, choose_placement
+from scail2_rt.runtime.session.memory import (
+    LIBRARY_BYTES,
+    MemoryModel,
+    activation_bytes,
+    choose_placement,
+    shared_bytes,
+)
 from scail2_rt.runtime.session.session import Session
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -82,6 +88,10 @@ def test_activations_grow_with_tokens_passes_and_width() -> None:
         one < activation_bytes(config, layout, 1, 2, SIXTEEN_BIT) < activation_bytes(config, layout, 1, 4, SIXTEEN_BIT)
     )
     assert one == layout.tokens * config.dim * (4 + 6 + 3 + 6)
+    two = shared_bytes(config, layout, 1, 2, EIGHT_BIT, 2)
+    assert shared_bytes(config, layout, 1, 2, EIGHT_BIT, 1) == one
+    assert one / 2 < two < one  # of half the rows, and the buffers of the exchange
+    assert two < shared_bytes(config, layout, 1, 2, SIXTEEN_BIT, 2)
 
 
 def test_what_does_not_fit_the_computer_is_refused_by_the_check(
