@@ -22,7 +22,7 @@ from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.runtime.session.warm import warm_kernels
 
 HASHES = "hashes.json"
-PARTS = ("vae", "umt5", "clip", "tokenizer")  # in the order in which `open_checkpoint` takes them
+PARTS = ("vae", "umt5", "clip", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ class Wanted:
 def built(wanted: Wanted, root: Path, observer: BuildObserver) -> Path:
     """The engine folder in `root`, built where it is not there. InputError for a checkpoint or LoRA that cannot be
     used; whatever ends a build, the next call continues it."""
-    checkpoint = open_checkpoint(wanted.checkpoint, *(wanted.parts.get(name) for name in PARTS))
+    vae, umt5, clip, tokenizer = (wanted.parts.get(name) for name in PARTS)
+    checkpoint = open_checkpoint(wanted.checkpoint, vae, umt5, clip, tokenizer)
     executor, _ = choose_backend(wanted.backend)
     precision = wanted.precision or default_precision((executor,))[0]
     folder = root / f"{wanted.checkpoint.stem}-{_prepared(wanted, checkpoint, root, precision, observer)}"

@@ -1,17 +1,19 @@
 """What the mask check says of what is connected to a node, and the sheet that shows it."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from scail2_rt.runtime.comfyui import host
 from scail2_rt.runtime.comfyui.requests import Given
-from scail2_rt.runtime.core.window import Fit, Size
+from scail2_rt.runtime.core.window import Fit, Size, Window
 from scail2_rt.runtime.masks.check import CheckResult
 from scail2_rt.runtime.masks.lint import check_masks, image_pair, video_pair
 from scail2_rt.runtime.masks.palette import Mode
 from scail2_rt.runtime.masks.preview import Still, chosen_frames, contact_sheet
-from scail2_rt.runtime.masks.windows import Pictures
+from scail2_rt.runtime.masks.windows import CROPPED, Pictures
 from scail2_rt.runtime.media.clips import open_video, probe
 
 FRAMES_SHOWN = 7  # of the driving clip, on a sheet
@@ -34,6 +36,12 @@ def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit 
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 
 
+def masks_alone(result: CheckResult) -> CheckResult:
+    """Without what depends on the frame, where that is not known yet."""
+    findings = tuple(finding for finding in result.findings if finding.rule not in (CROPPED, "framing"))
+    return replace(result, findings=findings, framing=None)
+
+
 def reference_names(count: int) -> list[str]:
     return [f"mask of reference {number + 1}" if count > 1 else "reference mask" for number in range(count)]
 
@@ -49,7 +57,9 @@ def sheet(given: Given, result: CheckResult, windows: bool) -> Tensor:
     shows."""
     images, masks = given.references()
     marked = {finding.file for finding in result.findings if finding.severity != "note" and finding.rule != "framing"}
-    shown = [framed.window if windows else None for framed in result.framing.inputs] if result.framing else []
+    shown: list[Window | None] = [None] * (1 + len(images))
+    if windows and result.framing is not None:
+        shown = [framed.window for framed in result.framing.inputs]
     stills = [
         Still(name.removeprefix("mask of "), images[i], masks[i], name in marked, shown[1 + i])
         for i, name in enumerate(reference_names(len(images)))

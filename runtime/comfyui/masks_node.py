@@ -11,7 +11,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.comfyui import host
 from scail2_rt.runtime.comfyui.animate_node import Shown, told
 from scail2_rt.runtime.comfyui.clip_inputs import driving_clip
-from scail2_rt.runtime.comfyui.findings import examined, sheet, told_text
+from scail2_rt.runtime.comfyui.findings import examined, masks_alone, sheet, told_text
 from scail2_rt.runtime.comfyui.frames import TensorFrames
 from scail2_rt.runtime.comfyui.mask_inputs import ORDER, SORTS, MaskStyle, parse_figures
 from scail2_rt.runtime.comfyui.requests import Given
@@ -70,7 +70,7 @@ class MakeMasks(io.ComfyNode):
             driving = driving_clip(inputs["driving"], 16).source
             masks, notes = masks_of(mode, driving, inputs)
             given = Given(inputs["image"], driving, *masks, styles)
-            result = examined(given, mode)
+            result = masks_alone(examined(given, mode))
             text = "\n".join([told_text(result), *notes])
             host.show_text(text)
             picture = ui.PreviewImage(sheet(given, result, windows=False))

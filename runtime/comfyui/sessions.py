@@ -65,13 +65,14 @@ class WarmSession:
             self._session.others = _nobody
             return self._session
 
-    def make_room(self, plan: Plan) -> None:
-        """Ask ComfyUI to unload models until the plan's run fits. The plan was checked as if they were gone already;
-        from here on those that stay count."""
-        if self._session is not None and plan.estimate is not None:
-            on_gpu = self._session.engines.device.type == "cuda"
-            self._model.make_room(plan.estimate.peak if on_gpu else 0)
-            self._session.others = self._model.others
+    def with_room(self, engines: Engines, plan: Plan) -> Session:
+        """The session of these engines when ComfyUI has unloaded models until the plan's run fits. The plan was checked
+        as if they were gone already; from here on those that stay count."""
+        on_gpu = self.get(engines).engines.device.type == "cuda"
+        self._model.make_room(plan.estimate.peak if on_gpu and plan.estimate is not None else 0)
+        session = self.get(engines)  # closed, and opened again, where ComfyUI has unloaded it, too
+        session.others = self._model.others
+        return session
 
     def drop(self) -> None:
         """Close the session and give its memory back."""
