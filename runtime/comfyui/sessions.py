@@ -50,7 +50,7 @@ class WarmSession:
         self._lock = threading.RLock()
         self._engines: Engines | None = None
         self._session: Session | None = None
-        self._model: Any = None
+        self._model: Any = None  # one for all sessions: ComfyUI has it in its list
 
     def get(self, engines: Engines) -> Session:
         """The session of these engines; that of others is closed. InputError when they do not open."""
@@ -60,7 +60,7 @@ class WarmSession:
             if self._session is None or self._engines != engines:
                 self.drop()
                 self._session = Session.open(engines.folder, backend=engines.backend, execution=engines.execution)
-                self._engines, self._model = engines, EngineModel(self.drop)
+                self._engines, self._model = engines, self._model or EngineModel(self.drop)
                 logging.info("SCAIL-2: engines of %s opened: %s", engines.folder, self._session.choice)
             self._session.others = _nobody
             return self._session
@@ -78,6 +78,8 @@ class WarmSession:
         """Close the session and give its memory back."""
         with self._lock:
             session, self._session, self._engines = self._session, None, None
+            if self._model is not None:
+                self._model.held = 0
             if session is not None:
                 session.close()
                 logging.info("SCAIL-2: engines closed")
