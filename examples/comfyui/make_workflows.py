@@ -36,10 +36,10 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
     return {
         "note": {"type": "MarkdownNote", "at": (-460, -260), "size": (420, 260), "values": [NOTE.format(mode=mode)]},
         "reference": _node("LoadImage", (-460, 60), (270, 300), {}, [f"{files['ref']}.png", "image"], loaded),
-        "mask": _node("LoadImage", (-460, 410), (270, 300), {}, [f"{files['ref_mask']}.png", "image"], loaded),
+        "mask": _node("LoadImage", (-460, 470), (270, 300), {}, [f"{files['ref_mask']}.png", "image"], loaded),
         "driving": _node("LoadVideo", (-160, 60), (270, 300), {}, [f"{files['driving']}.mp4", "image"], film),
         "driving mask": _node(
-            "LoadVideo", (-160, 410), (270, 300), {}, [f"{files['driving_mask']}.mp4", "image"], film
+            "LoadVideo", (-160, 470), (270, 300), {}, [f"{files['driving_mask']}.mp4", "image"], film
         ),
         "masks": _node(
             "Scail2Masks",

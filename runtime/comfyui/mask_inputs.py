@@ -143,7 +143,8 @@ def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
         made = np.empty((last - first, *size, 3), np.uint8)
         for frame, out in zip(bits[first:last], made, strict=True):
             masks = _unpacked(frame)[order][:, rows][:, :, columns]
-            out[:] = np.where(masks.any(0)[..., None], colours[masks.argmax(0)], background)
+            anybody: np.ndarray = np.logical_or.reduce(masks)
+            out[:] = np.where(anybody[..., None], colours[masks.argmax(0)], background)
         return made
 
     return MaskFrames((len(bits), *size, 3), make, f"a track of {len(order)} figure(s)")  # type: ignore[arg-type]
@@ -155,7 +156,8 @@ def _own_size(bits: np.ndarray) -> tuple[int, int]:
 
 def _unpacked(bits: np.ndarray) -> np.ndarray:
     """uint8 [N, h, w/8] → bool [N, h, w]."""
-    return np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+    masks: np.ndarray = np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+    return masks
 
 
 def _chosen(bits: np.ndarray, style: MaskStyle, name: str) -> list[int]:

@@ -11,7 +11,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.comfyui import host
 from scail2_rt.runtime.comfyui.animate_node import Shown, told
 from scail2_rt.runtime.comfyui.clip_inputs import driving_clip
-from scail2_rt.runtime.comfyui.findings import examined, sheet, told_text
+from scail2_rt.runtime.comfyui.findings import examined, masks_alone, sheet, told_text
 from scail2_rt.runtime.comfyui.frames import TensorFrames
 from scail2_rt.runtime.comfyui.mask_inputs import ORDER, SORTS, MaskStyle, parse_figures
 from scail2_rt.runtime.comfyui.requests import Given
@@ -70,7 +70,7 @@ class MakeMasks(io.ComfyNode):
             driving = driving_clip(inputs["driving"], 16).source
             masks, notes = masks_of(mode, driving, inputs)
             given = Given(inputs["image"], driving, *masks, styles)
-            result = examined(given, mode)
+            result = masks_alone(examined(given, mode))
             text = "\n".join([told_text(result), *notes])
             host.show_text(text)
             picture = ui.PreviewImage(sheet(given, result, windows=False))
@@ -106,7 +106,6 @@ def masks_of(mode: Any, driving: ClipSource, inputs: Mapping[str, Any]) -> tuple
     images = TensorFrames(inputs["image"], "reference image")
     if len(images) > 1:
         raise InputError(f"Masks are made for one reference image, not for {len(images)}: connect masks of them.")
-    places = {name: tuple(inputs.get(name, "").split()) for name in ("points", "boxes")}
     prompt = inputs.get("mask_prompt", AUTHORS_PROMPT)
     options = MaskOptions(
         mode=mode,
@@ -115,7 +114,8 @@ def masks_of(mode: Any, driving: ClipSource, inputs: Mapping[str, Any]) -> tuple
         prompt=None if prompt == AUTHORS_PROMPT else prompt,
         max_characters=inputs.get("max_characters", 2),
         sort=inputs["sort"] if inputs["sort"] in SORTS_MADE else SORTS_MADE[0],
-        **places,
+        points=tuple(inputs.get("points", "").split()),
+        boxes=tuple(inputs.get("boxes", "").split()),
     )
     made = segmented(images[0], driving, options, host.make_room, Shown())
     return (made.reference, made.driving), made.notes

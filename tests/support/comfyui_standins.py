@@ -178,7 +178,9 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
             "throw_exception_if_processing_interrupted": host.throw,
             "InterruptProcessingException": InterruptProcessingException,
             "get_torch_device": lambda: torch.device("cpu"),
-            "load_models_gpu": bound(f"{management}:load_models_gpu", host.load_models_gpu),
+            "load_models_gpu": bound(
+                f"{management}:load_models_gpu", lambda *words, **options: host.load_models_gpu(*words, **options)
+            ),
             "current_loaded_models": [],
         },
         "comfy.utils": {"ProgressBar": bound("comfy.utils:ProgressBar", partial(ProgressBar, host))},

@@ -113,6 +113,7 @@ def test_masks_that_are_right_pass_through(made: Callable[..., Any], graph: Grap
     assert np.array_equal(driving[:], graph.arrays["driving_mask"])
     assert np.array_equal(reference[0], graph.arrays["reference_mask"])
     assert "these masks can be used" in text
+    assert "framing" not in text  # the frame is not known here
     assert host.texts[-1] == ("7", text)
 
 
