@@ -126,7 +126,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command(cls=SectionCommand)
-@click.argument("engines", type=PATH, required=False)
+@click.argument("engines", type=PATH, required=False, metavar="ENGINES", callback=o.engines_or_server)
 @o.INPUT_OPTIONS
 @o.MAKING_OPTIONS
 @o.PROMPT_OPTIONS
@@ -142,10 +142,6 @@ def generate(engines: Path | None, server: str | None, as_json: bool, **options:
     An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
     made first and kept beside the output. A report (<output>.json) is written beside the video. With --server a warm
     service does the work."""
-    if (engines is None) == (server is None):
-        raise click.UsageError(
-            "give the engine folder ENGINES, or --server URL of a service" + ("" if engines is None else ", not both")
-        )
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch

@@ -4,6 +4,8 @@ Only click is imported here and in `cli.py`, so that `--help` answers at once. T
 behind them define (a test compares them), because importing those would load PyTorch.
 """
 
+from pathlib import Path
+
 import click
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
@@ -228,11 +230,24 @@ ENGINE_OPTIONS = in_section(
     option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
     GPUS,
 )
+
+
+def engines_or_server(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """One of the two does the work of `generate`."""
+    server = ctx.params.get("server")
+    if value is None and server is None:
+        raise click.MissingParameter(ctx=ctx, param=parameter)
+    if value is not None and server is not None:
+        raise click.UsageError("the engine folder ENGINES and --server were both given: use one of them", ctx)
+    return value
+
+
 SERVER_OPTIONS = in_section(
     "Through a service",
     option(
         "--server",
         metavar="URL",
+        is_eager=True,
         help="Let the service at this address (`scail2-rt serve`) do the work: same options, same files, no start. Its "
         "key, if it wants one, is read from $SCAIL2_RT_API_KEY.",
     ),

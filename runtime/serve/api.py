@@ -51,7 +51,10 @@ def make_app(service: Service) -> FastAPI:
     async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = _refusal(error)
         service.metrics.refused.labels(refusal.status).inc()
-        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+        unread = (
+            {"Connection": "close"} if request.method == "POST" else {}
+        )  # what is still being sent is not waited for
+        return JSONResponse(refusal.body, refusal.status, refusal.headers | unread)
 
     for kind in (Scail2Error, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, refused)
@@ -218,7 +221,7 @@ async def _events(service: Service, row: JobRow, owner: str) -> AsyncIterator[tu
                 kind = "progress"  # its place may have changed
     finally:
         live.listeners.discard(heard)
-        if not live.listeners and service.pool.running(row.id) is None and service.live.get(row.id) is live:
+        if not (live.listeners or live.worked_on) and service.live.get(row.id) is live:
             service.live.pop(row.id)
 
 
@@ -278,8 +281,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    model: dict[str, Any] = {"id": service.settings.model, "object": "model", "created": 0, "owned_by": "scail2-rt"}
-    model["makes_masks"] = made_masks.available()
+    model = {"id": service.settings.model, "object": "model", "created": 0, "owned_by": "scail2-rt"}
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:

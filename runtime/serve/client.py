@@ -71,7 +71,7 @@ def run_remote(options: GenerateOptions, server: str, listener: Listener) -> Out
 
 def _single(options: GenerateOptions) -> Job:
     """The job of the options; without masks, the service makes them, and they come to where a local run keeps them."""
-    if not getattr(options, "makes_masks", False):
+    if not options.makes_masks:
         return single_job(options)
     assert options.image is not None
     assert options.driving is not None
@@ -122,7 +122,7 @@ def _generate(wire: Wire, job: Job, options: GenerateOptions, listener: Listener
         raise job.error or InputError(f"{job.name} holds no request.")
     refuse_second(job.output.path)
     check_output(job.output, job.request)
-    files = _files_of(job, getattr(options, "makes_masks", False))
+    files = _files_of(job, options.makes_masks)
     try:
         with sole_writer(job.output.path, lambda note: print(f"warning: {note}", file=sys.stderr)):
             return _through(wire, job, options, files, listener)
@@ -187,7 +187,7 @@ def _post(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str, Pa
     assert request is not None
     known: dict[str, str] = {}
     body: dict[str, Any] = {name: value for name in SAME if (value := getattr(options, name)) is not None}
-    if getattr(options, "makes_masks", False):
+    if options.makes_masks:
         body |= {name: value for name in MASKING if (value := getattr(options, name))}
     body |= {"prompt": request.prompt, "mode": request.mode}
     if request.size is not None:

@@ -4,7 +4,6 @@ They lie in `video.masks/` of the job's folder, where a local run would have put
 under the names that inputs have. What can be said without a network is said by the check.
 """
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 FOLDER = "video.masks"
 INPUTS = ("mask_reference", "video_mask_reference")
 ROOM_BYTES = 6 << 30  # of GPU memory that a segmenter finds; else the engines' weights make room
-
-
-def available() -> bool:
-    """Whether this installation makes masks."""
-    return importlib.util.find_spec("scail2_rt.runtime.masks.make") is not None
 
 
 def mask_options(masking: Mapping[str, Any], options: Mapping[str, Any]) -> "MaskOptions":

@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,10 @@ class Pool:
             )
             assert worker.process.stdout is not None
             while line := await worker.process.stdout.readline():
-                await self._heard(worker, json.loads(line))
+                try:
+                    await self._heard(worker, json.loads(line))
+                except Exception:  # a fault of ours must not leave the worker unheard
+                    traceback.print_exc()
             code = await worker.process.wait()
             worker.ready = False
             self.deaths += 1

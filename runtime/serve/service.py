@@ -30,11 +30,13 @@ HEARD_AT_ONCE = 256  # events that a slow listener may lag behind
 
 @dataclass(slots=True)
 class Live:
-    """What is known of a running job beyond the store. progress: the last event; listeners: of its event streams."""
+    """What is known of a running job beyond the store. progress: the last event; worked_on: a worker has it, and
+    this record goes when it ends; listeners: of its event streams."""
 
     progress: dict[str, Any] = field(default_factory=dict)
     preview: dict[str, Any] | None = None
     started: bool = False
+    worked_on: bool = False
     listeners: set["asyncio.Queue[tuple[str, dict[str, Any]]]"] = field(default_factory=set)
 
     def tell(self, kind: str, document: dict[str, Any]) -> None:
@@ -118,7 +120,7 @@ class Service:
                 made_masks.take_over(self.store.folder(self.job(asked.masks_id, owner).id), folder)
                 inputs.hashes |= dict.fromkeys(made_masks.INPUTS, asked.masks_id)
             made = kind == "masks" or inputs.hashes.keys().isdisjoint(made_masks.INPUTS)
-            check_complete(inputs.hashes, made and made_masks.available())
+            check_complete(inputs.hashes, made)
             digest = _digest(asked, inputs.hashes)
             if before is not None:
                 if before.digest != digest:
@@ -206,6 +208,7 @@ class Service:
     async def _heard(self, row: JobRow, message: Mapping[str, Any]) -> None:
         """A worker's message about its job."""
         live = self.live.setdefault(row.id, Live())
+        live.worked_on = True
         if "event" in message:
             await self._progress(row, live, dict(message["event"]))
         elif "planned" in message:
@@ -214,13 +217,14 @@ class Service:
             live.preview = dict(message["preview"])
             live.tell("preview", live.preview)
         elif "done" in message or "failed" in message:
-            await self._ended(row, message)
+            await self._ended(row, live, message)
         elif "cancelled" in message or "returned" in message:
             if self.store.job(row.id) is None:
+                self.live.pop(row.id, None)
                 await asyncio.to_thread(self._remove, row.id)
             elif "cancelled" in message:  # of another attempt: it is not this job's end
                 await asyncio.to_thread(self.store.give_back, row.id, row.attempt, False, 0)
-            live.started, live.progress = False, {}
+            live.started, live.worked_on, live.progress = False, False, {}
             live.tell("progress", {})
 
     async def _progress(self, row: JobRow, live: Live, event: dict[str, Any]) -> None:
@@ -231,7 +235,7 @@ class Service:
         live.progress = event
         live.tell("progress", event)
 
-    async def _ended(self, row: JobRow, message: Mapping[str, Any]) -> None:
+    async def _ended(self, row: JobRow, live: Live, message: Mapping[str, Any]) -> None:
         state = "completed" if "done" in message else "failed"
         result = dict(message["done"] if state == "completed" else message["failed"])
         if await asyncio.to_thread(self.store.finish, row.id, row.attempt, state, result):
@@ -240,7 +244,7 @@ class Service:
                 await asyncio.to_thread(_drop_partial, self.store.folder(row.id))
         elif self.store.job(row.id) is None:
             await asyncio.to_thread(self._remove, row.id)
-        live = self.live.pop(row.id)
+        self.live.pop(row.id, None)
         live.tell(state, {"id": row.id})
 
     # housekeeping

@@ -300,7 +300,7 @@ function pixel(event, width, height) {
 }
 
 function point(place) {
-  if (!place || !$("masks").open || $("mask-tools").hidden) return false;
+  if (!place || !$("masks").open) return false;
   $("points").value += ($("points").value.trim() ? "; " : "") + `${place}:${$("colour").value}`;
   $("mask-state").textContent = "Make the masks again to see what the clicks change.";
   return true;
@@ -376,10 +376,6 @@ async function start() {
   try {
     const models = await ask("/v1/models");
     $("state").textContent = `ready: ${models.data[0].id}`;
-    $("mask-tools").hidden = !models.data[0].makes_masks;
-    document.body.classList.toggle("pointing", models.data[0].makes_masks);
-    $("mask-hint").textContent = "Colour masks of the photo and of the clip, as scail2-rt masks makes them: white and black "
-      + "are background, one colour a character.";
     await older();
     document.body.dataset.ready = "yes";
   } catch (error) {

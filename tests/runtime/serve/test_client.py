@@ -104,7 +104,7 @@ def test_addresses_that_are_none(engines: Path, case: Path, scail2: Run, tmp_pat
         result = scail2("generate", "--server", url, "--case", case, "-o", tmp_path / "a.mp4")
         assert error_of(result, code).startswith(said)
     both = scail2("generate", engines, "--server", "http://127.0.0.1:1", "--case", case, "-o", tmp_path / "a.mp4")
-    assert "not both" in error_of(both)
+    assert "were both given" in error_of(both)
     assert "ENGINES" in error_of(scail2("generate", "--case", case, "-o", tmp_path / "a.mp4"))
 
 

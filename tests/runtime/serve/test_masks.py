@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("scail2_rt.runtime.masks.make", reason="this installation makes no masks")
-
 from scail2_rt.runtime.serve.wire import Wire
 from tests.support.command import SMALL as SMALL_WORDS
 from tests.support.command import Run, error_of

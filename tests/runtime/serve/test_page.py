@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.served import Served, serving, wait_for
+from tests.support.tiny_segmenters import write_sam2
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -201,9 +202,6 @@ def test_a_page_of_another_origin_reaches_nothing(served: Served, page: Any, tmp
 
 def test_masks_on_the_page(engines: Path, case: Path, cache: Path, tmp_path: Path, page: Any) -> None:
     """Made, seen over photo and clip, corrected by clicks, and used."""
-    pytest.importorskip("scail2_rt.runtime.masks.make", reason="this installation makes no masks")
-    from tests.support.tiny_segmenters import write_sam2
-
     sam2 = write_sam2(tmp_path / "sam2", image=64)
     with serving(engines, tmp_path / "data", cache, "--segmenter-weights", str(sam2), measured=True) as own:
         page.goto(own.url)

@@ -1,5 +1,6 @@
 """The store and the service around it, without processes: fencing, order, expiry."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
@@ -194,4 +195,27 @@ def test_the_licence_of_tensorrt_rtx_is_told_once(tmp_path: Path, capsys: pytest
     said = capsys.readouterr()
     assert said.out == f"http://127.0.0.1:{port}\n" * 2
     assert said.err.count("may not be used to host a service for third parties") == 1
+    store.close()
+
+
+def test_a_listener_that_leaves_while_a_job_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record is one of the job's, not the stream's: once this ended the hearing of a worker for good."""
+    store = Store(tmp_path)
+    service = Service(Settings(tmp_path, tmp_path), store)
+    job_id, finish = added(store), store.finish
+    row = store.take()
+    assert row is not None
+
+    def left(*arguments: Any) -> bool:
+        service.live.pop(job_id, None)
+        return finish(*arguments)
+
+    monkeypatch.setattr(store, "finish", left)
+    done = {"done": {"frames": 1, "timings_s": {}, "inference_s": 1.0}}
+    asyncio.run(service._heard(row, {"event": {"phase": "text", "step": 0}}))
+    asyncio.run(service._heard(row, done))
+    found = store.job(job_id)
+    assert found is not None
+    assert found.state == "completed"
+    assert service.live == {}
     store.close()

@@ -155,6 +155,7 @@ def test_numbers_are_refused_in_the_command_lines_words(
         ({"video_reference": "/etc/passwd"}, "video_reference must be a data:, http: or https: URL."),
         ({"video_reference": {"file_id": "file-0"}}, "There is no file 'file-0'."),
         ({"video_reference": None}, "video_reference is missing"),
+        ({"mask_reference": None}, "mask_reference is missing"),
         ({"seconds": "-1"}, "seconds must be a number above 0"),
         ({"extra_refs": "[1]"}, "Extra references must be pairs"),
         ({"preset": "best"}, "--preset must be one of quality, fast, not best."),
