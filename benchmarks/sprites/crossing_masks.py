@@ -93,7 +93,7 @@ def main(clips: int, output: Path | None) -> None:
                 rows.append((*scores(made, labels), notes))
             means = np.mean(rows, 0)
             name = f"{kind}, {'looks' if looks else 'boxes'}"
-            found[name] = {"iou": round(means[0], 4), "exchanged": round(means[1], 4), "notes": round(means[2], 2)}
+            found[name] = dict(zip(("iou", "exchanged", "notes"), np.round(means, 3).tolist(), strict=True))
             print(f"{name}: {found[name]} ({clips} clips)", flush=True)
     if output is not None:
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

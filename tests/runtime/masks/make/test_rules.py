@@ -220,12 +220,13 @@ def test_a_stranger_gets_no_colour(make: Callable[..., Made]) -> None:
 def test_an_exchange_is_set_right_or_reported(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, text: bool
 ) -> None:
-    """A tracker that takes one for the other when they meet: text finds who is who at the next look."""
+    """A tracker that takes one for the other when they meet: text finds who is who at the next look, and the frames
+    from there back to where they met are set right, too."""
     frames = [picture({BEN: LEFT, CLEO: RIGHT})] * 20 + [picture({CLEO: LEFT, BEN: RIGHT})] * 20
     honest = FlatTracker.follow
 
     def confused(self: FlatTracker, frame: np.ndarray) -> Any:
-        if (frame == frames[-1]).all() and self.known.get(1) == BEN and self not in done:
+        if (frame == frames[-1]).all() and self.known.get(1) == BEN and not done:
             self.known = {1: CLEO, 2: BEN}
             done.append(self)
         return honest(self, frame)
@@ -235,8 +236,8 @@ def test_an_exchange_is_set_right_or_reported(
     monkeypatch.setattr("scail2_rt.runtime.masks.make.cuts.LEVELS", 255)  # the meeting is no cut
     points = {} if text else {"points": ("10,30", "80,30")}
     made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames, **points)
-    assert [made.driving_colour(BEN, t) for t in (0, 20)] == ["blue", "red"]
-    assert [made.driving_colour(BEN, t) for t in (24, 39)] == (["blue"] * 2 if text else ["red"] * 2)
+    after = "blue" if text else "red"
+    assert [made.driving_colour(BEN, t) for t in (0, 19, 20, 23, 24, 39)] == ["blue", "blue", *[after] * 4]
     told = "At frame 24, figure(s) 1, 2 of the clip" if text else "From frame 24 on, figures 1 and 2"
     assert len([note for note in made.masks.notes if told in note]) == 1
 
