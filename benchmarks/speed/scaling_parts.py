@@ -181,7 +181,10 @@ def _decoding(setting: Setting, session: Session) -> None:
     """A clip decoded alone and in parts: seconds, and the largest difference of a pixel in -1..1."""
     layout = setting.sizes[0].layout
     latent = torch.randn(16, layout.frames, layout.height, layout.width, device=setting.device)
-    decoders = {"alone": partial(decode_unclamped, session.engines), "shared": session.constants.decode}
+    decoders: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
+        "alone": partial(decode_unclamped, session.engines),
+        "shared": session.constants.decode,
+    }
     pixels, figures = {}, dict[str, float]()
     with torch.no_grad():
         for key, decoder in decoders.items():

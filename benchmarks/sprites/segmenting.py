@@ -22,7 +22,7 @@ from scail2_rt.runtime.masks.palette import CHARACTERS, PALETTE
 from scail2_rt.runtime.media.clips import open_video
 
 SEGMENTER = Path(__file__).parent / "segmenter"
-GRID = 12  # points a side
+GRID = 9  # points a side
 ALIKE = 0.6  # IoU from which on two masks are of one figure
 AGREED = 2  # points at least that agree on a figure
 Box = tuple[int, int, int, int]
@@ -46,7 +46,7 @@ def figure_masks(picture: np.ndarray, segmenter: Segmenter) -> list[np.ndarray]:
     ]
     tracker = segmenter.tracker((height, width))
     tracker.follow(picture)
-    followed = {n: each for n, each in tracker.add(dict(enumerate(points))).items() if each.seen > 0}
+    followed = {n: each for n, each in tracker.add(dict(enumerate(points)), remember=False).items() if each.seen > 0}
     masks = masks_of(followed, (height, width))
     surest = sorted((n for n in masks if area(masks[n]) >= LEAST_AREA), key=lambda n: -followed[n].seen)
     groups: list[list[np.ndarray]] = []
@@ -94,8 +94,9 @@ def case_masks(case: SpriteCase, image: Path, driving: Path, directory: Path) ->
     segmenter = open_segmenter(open_folder(folder), "cpu")
     boxes = case_boxes(case, segmenter)
     segmenter.close()
-    mode = "replace" if case.scene.mode == "replace" else "animate"
-    options = MaskOptions(mode=mode, weights=folder, boxes=boxes, max_characters=3)
+    options = MaskOptions(
+        mode="replace" if case.scene.mode == "replace" else "animate", weights=folder, boxes=boxes, max_characters=3
+    )
     return make_masks(image, driving, directory, options, device="cpu")
 
 

@@ -28,6 +28,7 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
     pictures = {"image": ("reference", 0), "driving": ("driving", 0)}
     masks = {"reference_mask": ("masks", 0), "driving_mask": ("masks", 1)}
     sampling = ["as set below", 2, "unipc", 3.0, 1.0, 0, "fixed", 16.0, 0, 0]
+    segmenter = ["auto", "", "human. character.", 2, "", ""]
     saved = ["video/scail2", "auto", "auto"]
     more = ["", 33, 5, 0, "off", False, False]
     files = {role: f"scail2_{mode}_{role}" for role in ("ref", "ref_mask", "driving", "driving_mask")}
@@ -35,17 +36,17 @@ def description(mode: str) -> dict[str, dict[str, Any]]:
     return {
         "note": {"type": "MarkdownNote", "at": (-460, -260), "size": (420, 260), "values": [NOTE.format(mode=mode)]},
         "reference": _node("LoadImage", (-460, 60), (270, 300), {}, [f"{files['ref']}.png", "image"], loaded),
-        "mask": _node("LoadImage", (-460, 410), (270, 300), {}, [f"{files['ref_mask']}.png", "image"], loaded),
+        "mask": _node("LoadImage", (-460, 470), (270, 300), {}, [f"{files['ref_mask']}.png", "image"], loaded),
         "driving": _node("LoadVideo", (-160, 60), (270, 300), {}, [f"{files['driving']}.mp4", "image"], film),
         "driving mask": _node(
-            "LoadVideo", (-160, 410), (270, 300), {}, [f"{files['driving_mask']}.mp4", "image"], film
+            "LoadVideo", (-160, 470), (270, 300), {}, [f"{files['driving_mask']}.mp4", "image"], film
         ),
         "masks": _node(
             "Scail2Masks",
             (150, 60),
-            (330, 780),
+            (330, 940),
             {**pictures, "reference_mask": ("mask", 0), "driving_mask": ("driving mask", 0)},
-            [mode, True, "blue", "left-to-right", ""],
+            [mode, True, "blue", "left-to-right", "", *segmenter],
             [("reference_mask", mask), ("driving_mask", mask), ("findings", "STRING")],
         ),
         "engines": _node(

@@ -35,6 +35,11 @@ from scail2_rt.runtime.session.session import Session
 
 CUSTOM = "as set below"
 PREVIEW_INTERVAL_S = 0.5
+REQUEST_FIELDS = (  # inputs that are fields of a request as they are
+    *("prompt", "negative_prompt", "mode", "fit", "seed", "start", "segment_length", "segment_overlap"),
+    *("overlap_blend", "anchor_color", "fit_reference", "allow_mask_problems"),
+)
+SAMPLING_FIELDS = ("scheduler", "steps", "shift", "guidance")
 
 
 class Animate(io.ComfyNode):
@@ -121,7 +126,7 @@ def animate(inputs: Mapping[str, Any]) -> tuple[Any, Any, str]:
     given = Given(inputs["image"], driving.source, *masks, MaskStyle.pair(inputs["mode"]))
     plan = session.check(request_of(given, options_of(inputs)))
     host.show_text("\n".join(host.in_nodes_words(line) for line in said_of(plan)))
-    WARM.make_room(plan)
+    session = WARM.with_room(inputs["engines"], plan)
     batch = ImageBatch(plan.frames, plan.height, plan.width, host.image_dtype())
     show = Shown()
     for frames in session.animate(plan, show, host.Interruption()):
@@ -134,19 +139,12 @@ def animate(inputs: Mapping[str, Any]) -> tuple[Any, Any, str]:
 
 def options_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Request` that are neither pictures nor masks."""
-    names = ("prompt", "negative_prompt", "mode", "fit", "seed", "start", "segment_length", "segment_overlap")
-    names += ("overlap_blend", "anchor_color", "fit_reference", "allow_mask_problems")  # type: ignore[assignment]
-    preset = PRESETS.get(inputs["preset"]) or Preset(
-        inputs["scheduler"], inputs["steps"], inputs["shift"], inputs["guidance"]
-    )
+    preset = PRESETS.get(inputs["preset"]) or Preset(*(inputs[name] for name in SAMPLING_FIELDS))
     return {
-        **{name: inputs[name] for name in names if name in inputs},
+        **{name: inputs[name] for name in REQUEST_FIELDS if name in inputs},
         "size": frame_size(inputs["width"], inputs["height"]),
         "frames": inputs["frames"] or None,
-        "scheduler": preset.scheduler,
-        "steps": preset.steps,
-        "shift": preset.shift,
-        "guidance": preset.guidance,
+        **{name: getattr(preset, name) for name in SAMPLING_FIELDS},
     }
 
 
@@ -199,11 +197,9 @@ def report_of(plan: Plan, session: Session) -> dict[str, Any]:
     from scail2_rt.runtime.core.as_json import plain
     from scail2_rt.runtime.session import report
 
-    request = plan.request
-    options = ("prompt", "negative_prompt", "scheduler", "steps", "shift", "guidance", "seed", "start")
-    options += ("segment_length", "segment_overlap", "overlap_blend", "anchor_color")  # type: ignore[assignment]
+    options = [name for name in (*REQUEST_FIELDS, *SAMPLING_FIELDS) if name != "mode"]
     return {
-        **{name: getattr(request, name) for name in options},
+        **{name: getattr(plan.request, name) for name in options},
         "mode": plan.mode,
         "height": plan.height,
         "width": plan.width,

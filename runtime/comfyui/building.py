@@ -6,6 +6,7 @@ built again, and another LoRA strength is another folder. Source files are hashe
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.runtime.session.warm import warm_kernels
 
 HASHES = "hashes.json"
+PARTS = ("vae", "umt5", "clip", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Wanted:
     suits the hardware."""
 
     checkpoint: Path
-    parts: dict[str, Path]
+    parts: Mapping[str, Path]
     loras: tuple[LoRASpec, ...]
     precision: str | None
     backend: str
@@ -38,7 +40,8 @@ class Wanted:
 def built(wanted: Wanted, root: Path, observer: BuildObserver) -> Path:
     """The engine folder in `root`, built where it is not there. InputError for a checkpoint or LoRA that cannot be
     used; whatever ends a build, the next call continues it."""
-    checkpoint = open_checkpoint(wanted.checkpoint, **wanted.parts)
+    vae, umt5, clip, tokenizer = (wanted.parts.get(name) for name in PARTS)
+    checkpoint = open_checkpoint(wanted.checkpoint, vae, umt5, clip, tokenizer)
     executor, _ = choose_backend(wanted.backend)
     precision = wanted.precision or default_precision((executor,))[0]
     folder = root / f"{wanted.checkpoint.stem}-{_prepared(wanted, checkpoint, root, precision, observer)}"

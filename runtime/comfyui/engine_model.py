@@ -13,11 +13,11 @@ from comfy.model_patcher import ModelPatcher
 
 
 class EngineModel(ModelPatcher):
-    """close: gives back what the session holds."""
+    """close: gives back what the session holds. held: bytes that it counts as holding on the device."""
 
     def __init__(self, close: Callable[[], None]) -> None:
         super().__init__(torch.nn.Module(), management.get_torch_device(), torch.device("cpu"), size=1)
-        self._close, self._held = close, 0
+        self._close, self.held = close, 0
 
     def make_room(self, needed: int) -> None:
         """Have `needed` bytes free on ComfyUI's device for the session, those that it holds already among them."""
@@ -30,18 +30,18 @@ class EngineModel(ModelPatcher):
         return sum(int(loaded.model_loaded_memory()) for loaded in models if loaded.device == self.load_device)
 
     def loaded_size(self) -> int:
-        return self._held
+        return self.held
 
     def current_loaded_device(self) -> Any:
-        return self.load_device if self._held else self.offload_device
+        return self.load_device if self.held else self.offload_device
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
         """The session loads by itself, when it runs."""
-        self._held = self.size
+        self.held = self.size
         return 0
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_: Any) -> int:
-        freed, self._held = self._held, 0
+        freed = self.held
         self._close()
         return freed
 

@@ -1,17 +1,19 @@
 """What the mask check says of what is connected to a node, and the sheet that shows it."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from scail2_rt.runtime.comfyui import host
 from scail2_rt.runtime.comfyui.requests import Given
-from scail2_rt.runtime.core.window import Fit, Size
+from scail2_rt.runtime.core.window import Fit, Size, Window
 from scail2_rt.runtime.masks.check import CheckResult
 from scail2_rt.runtime.masks.lint import check_masks, image_pair, video_pair
 from scail2_rt.runtime.masks.palette import Mode
 from scail2_rt.runtime.masks.preview import Still, chosen_frames, contact_sheet
-from scail2_rt.runtime.masks.windows import Pictures
+from scail2_rt.runtime.masks.windows import CROPPED, Pictures
 from scail2_rt.runtime.media.clips import open_video, probe
 
 FRAMES_SHOWN = 7  # of the driving clip, on a sheet
@@ -26,14 +28,18 @@ def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit 
     findings = [
         finding
         for number, name in enumerate(names)
-        for finding in image_pair(
-            f"reference image {number + 1}", images.shape[1:3], name, (masks.shape[1], masks.shape[2])
-        )
+        for finding in image_pair(f"reference image {number + 1}", images.size, name, (masks.shape[1], masks.shape[2]))
     ]
     findings += video_pair(driving, probe(clip))
-    pictures = Pictures([images.shape[1:3]] * len(images), (driving.height, driving.width), fit, size)
+    pictures = Pictures([images.size] * len(images), (driving.height, driving.width), fit, size)
     report = check_masks([masks[i] for i in range(len(masks))], clip, mode, names=names, pictures=pictures)  # type: ignore[arg-type]
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
+
+
+def masks_alone(result: CheckResult) -> CheckResult:
+    """Without what depends on the frame, where that is not known yet."""
+    findings = tuple(finding for finding in result.findings if finding.rule not in (CROPPED, "framing"))
+    return replace(result, findings=findings, framing=None)
 
 
 def reference_names(count: int) -> list[str]:
@@ -51,7 +57,9 @@ def sheet(given: Given, result: CheckResult, windows: bool) -> Tensor:
     shows."""
     images, masks = given.references()
     marked = {finding.file for finding in result.findings if finding.severity != "note" and finding.rule != "framing"}
-    shown = [framed.window if windows else None for framed in result.framing.inputs] if result.framing else []
+    shown: list[Window | None] = [None] * (1 + len(images))
+    if windows and result.framing is not None:
+        shown = [framed.window for framed in result.framing.inputs]
     stills = [
         Still(name.removeprefix("mask of "), images[i], masks[i], name in marked, shown[1 + i])
         for i, name in enumerate(reference_names(len(images)))

@@ -26,7 +26,9 @@ class TensorFrames:
         if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
             raise InputError(f"The {name} has the shape {list(images.shape)}: connect images, [frames, H, W, 3].")
         self._images = images[..., :3]
-        self.shape = tuple(self._images.shape)
+        frames, height, width, _ = self._images.shape
+        self.shape = (frames, height, width, 3)
+        self.size = (height, width)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -16,11 +16,26 @@ PREVIEW_SIDE = 512  # pixels, of the longer side
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
 _SAME = (  # options of `generate` that are inputs of the nodes
     *("allow-mask-problems", "anchor-color", "attention", "backend", "fit", "fit-reference", "frames", "guidance"),
-    *("mode", "overlap-blend", "scheduler", "seed", "segment-length", "segment-overlap", "shift", "start", "steps"),
+    *(
+        "mask-prompt",
+        "max-characters",
+        "mode",
+        "overlap-blend",
+        "scheduler",
+        "seed",
+        "segment-length",
+        "segment-overlap",
+        "shift",
+        "start",
+        "steps",
+    ),
 )
 _INPUTS = {
     **{name: name.replace("-", "_") for name in _SAME},
     "size": "width and height",
+    "point": "points",
+    "box": "boxes",
+    "segmenter-weights": "segmenter_weights",
     "vram-limit": "vram_limit_gib",
     "extra-ref": "a further picture and mask in the reference's batches",
 }
@@ -53,6 +68,22 @@ def model_file(kind: str, name: str) -> Path:
     import folder_paths
 
     return Path(folder_paths.get_full_path_or_raise(kind, name))
+
+
+def temporary_folder() -> Path:
+    """What is in it goes when ComfyUI starts again."""
+    import folder_paths
+
+    return Path(folder_paths.get_temp_directory())
+
+
+def make_room(needed: int) -> None:
+    """Have ComfyUI unload models until so many bytes are free on its GPU."""
+    import comfy.model_management as management
+
+    device = management.get_torch_device()
+    if device.type == "cuda":
+        management.free_memory(needed, device)
 
 
 class Interruption(threading.Event):

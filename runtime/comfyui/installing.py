@@ -32,8 +32,10 @@ MARK = "installed.json"
 VERSIONS = "host-versions.txt"
 INPUTS = "example_inputs"
 COMMAND_ONLY = ("click", "huggingface-hub", "onnx", "onnxscript", "rich", "packaging")  # which no node imports
-PYTHONS = ("{}/.venv/bin/python", "{}/venv/bin/python", "{}/.venv/Scripts/python.exe", "{}/venv/Scripts/python.exe")
-PYTHONS = (*PYTHONS, "{}/../python_embeded/python.exe")  # ComfyUI's spelling, in its portable build
+PYTHONS = (  # beside ComfyUI; the last is its portable build's, in its spelling
+    *("{}/.venv/bin/python", "{}/venv/bin/python", "{}/.venv/Scripts/python.exe", "{}/venv/Scripts/python.exe"),
+    "{}/../python_embeded/python.exe",
+)
 _ASK = """
 import importlib.metadata, json, sys
 found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
@@ -260,7 +262,7 @@ def remove(folder: Path) -> Removed:
     nodes, engines = folder / "custom_nodes" / NAME, folder / "models" / NAME
     if installed_version(nodes) is None:
         raise InputError(f"{nodes} holds no nodes of `scail2-rt comfyui install`: there is nothing to remove.")
-    removed, kept = [str(nodes)], []
+    removed, kept = [str(nodes)], list[str]()
     for name, known in _mark(nodes).get("inputs", {}).items():
         picture = folder / "input" / name
         if picture.is_file():

@@ -18,11 +18,10 @@ import numpy as np
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.comfyui.clip_inputs import file_of
 from scail2_rt.runtime.comfyui.frames import TensorFrames, one_by_one, to_levels
+from scail2_rt.runtime.masks.make.options import AUTHORS_ORDER as ORDER
 from scail2_rt.runtime.masks.palette import MODEL_LABEL, OFF_BELOW, PALETTE, RGB, Mode, background_of, codes
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
 
-# Colours by figure, as the model was trained (zai-org/SCAIL-Pose).
-ORDER = ("blue", "red", "green", "magenta", "cyan", "yellow")
 SORTS = ("left-to-right", "area", "none")
 _ON = 128  # 8-bit level from which on a matte shows the character
 
@@ -76,7 +75,7 @@ def mask_frames(source: Any, style: MaskStyle, name: str) -> MaskFrames:
         return _of_track(source, style, name)
     if hasattr(source, "get_components"):
         path = file_of(source)
-        return _of_picture(source.get_components().images, style, name) if path is None else _of_file(path, style)
+        return _of_picture(source.get_components().images, style, name) if path is None else frames_of_file(path, style)
     if not hasattr(source, "ndim"):
         raise InputError(f"The {name} is a {type(source).__name__}: connect IMAGE, VIDEO, MASK or SAM3_TRACK_DATA.")
     return _of_matte(source, style) if source.ndim in (2, 3) else _of_picture(source, style, name)
@@ -87,8 +86,8 @@ def _of_picture(images: Any, style: MaskStyle, name: str) -> MaskFrames:
     return MaskFrames(frames.shape, lambda first, last: _styled(frames[first:last], style), "coloured pictures")
 
 
-def _of_file(path: Path, style: MaskStyle) -> MaskFrames:
-    """A video file, read from where the last frames ended, or anew."""
+def frames_of_file(path: Path, style: MaskStyle) -> MaskFrames:
+    """Of a video file, read from where the last frames ended, or anew."""
     info = probe_video(path)
     reader = VideoReader(path)
 
@@ -144,7 +143,8 @@ def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
         made = np.empty((last - first, *size, 3), np.uint8)
         for frame, out in zip(bits[first:last], made, strict=True):
             masks = _unpacked(frame)[order][:, rows][:, :, columns]
-            out[:] = np.where(masks.any(0)[..., None], colours[masks.argmax(0)], background)
+            anybody: np.ndarray = np.logical_or.reduce(masks)
+            out[:] = np.where(anybody[..., None], colours[masks.argmax(0)], background)
         return made
 
     return MaskFrames((len(bits), *size, 3), make, f"a track of {len(order)} figure(s)")  # type: ignore[arg-type]
@@ -156,7 +156,8 @@ def _own_size(bits: np.ndarray) -> tuple[int, int]:
 
 def _unpacked(bits: np.ndarray) -> np.ndarray:
     """uint8 [N, h, w/8] → bool [N, h, w]."""
-    return np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+    masks: np.ndarray = np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+    return masks
 
 
 def _chosen(bits: np.ndarray, style: MaskStyle, name: str) -> list[int]:

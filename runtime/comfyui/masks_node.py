@@ -1,17 +1,25 @@
 """The node that makes colour masks of what a graph has, checks them, and shows what it found."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.comfyui import host
-from scail2_rt.runtime.comfyui.animate_node import told
+from scail2_rt.runtime.comfyui.animate_node import Shown, told
 from scail2_rt.runtime.comfyui.clip_inputs import driving_clip
-from scail2_rt.runtime.comfyui.findings import examined, sheet, told_text
+from scail2_rt.runtime.comfyui.findings import examined, masks_alone, sheet, told_text
+from scail2_rt.runtime.comfyui.frames import TensorFrames
 from scail2_rt.runtime.comfyui.mask_inputs import ORDER, SORTS, MaskStyle, parse_figures
 from scail2_rt.runtime.comfyui.requests import Given
+from scail2_rt.runtime.comfyui.segmenting import segmented
 from scail2_rt.runtime.comfyui.types import CATEGORY, MODES, ColourMask, driving_input, mask_input, reference_input
+from scail2_rt.runtime.core.request import ClipSource
+from scail2_rt.runtime.masks.make.options import AUTHORS_PROMPT, SEGMENTERS, MaskOptions
+from scail2_rt.runtime.masks.make.options import SORTS as SORTS_MADE
 
 
 class MakeMasks(io.ComfyNode):
@@ -27,8 +35,8 @@ class MakeMasks(io.ComfyNode):
             inputs=[
                 reference_input(),
                 driving_input(),
-                mask_input("reference_mask", "Who is who in the reference"),
-                mask_input("driving_mask", "Who is who in the driving clip"),
+                mask_input("reference_mask", "Who is who in the reference", optional=True),
+                mask_input("driving_mask", "Who is who in the driving clip", optional=True),
                 io.Combo.Input(
                     "mode",
                     options=MODES,
@@ -45,6 +53,7 @@ class MakeMasks(io.ComfyNode):
                     "sort", options=list(SORTS), tooltip="In what order the figures of a track get colours."
                 ),
                 io.String.Input("figures", default="", tooltip="Which figures of a track, as in 0,2; empty: all."),
+                *segmenter_inputs(),
             ],
             outputs=[
                 ColourMask.Output("reference_masks", display_name="reference_mask"),
@@ -59,9 +68,54 @@ class MakeMasks(io.ComfyNode):
             style = {"colour": inputs["colour"], "sort": inputs["sort"], "figures": parse_figures(inputs["figures"])}
             styles = MaskStyle.pair(mode, repaint=inputs["set_background"], **style)
             driving = driving_clip(inputs["driving"], 16).source
-            given = Given(inputs["image"], driving, inputs["reference_mask"], inputs["driving_mask"], styles)
-            result = examined(given, mode)
-            text = told_text(result)
+            masks, notes = masks_of(mode, driving, inputs)
+            given = Given(inputs["image"], driving, *masks, styles)
+            result = masks_alone(examined(given, mode))
+            text = "\n".join([told_text(result), *notes])
             host.show_text(text)
             picture = ui.PreviewImage(sheet(given, result, windows=False))
             return io.NodeOutput(given.references()[1], given.mask_clip().frames, text, ui=picture)
+
+
+def segmenter_inputs() -> list[Any]:
+    """For graphs without masks."""
+    return [
+        io.Combo.Input("segmenter", options=list(SEGMENTERS), optional=True, tooltip="Where no masks are connected."),
+        io.String.Input("segmenter_weights", default="", optional=True, tooltip="A folder; empty: the one fetched."),
+        io.String.Input("mask_prompt", default=AUTHORS_PROMPT, optional=True, tooltip="What to look for."),
+        io.Int.Input("max_characters", default=2, min=1, max=len(ORDER), optional=True),
+        io.String.Input(
+            "points",
+            default="",
+            optional=True,
+            tooltip="[frame:]x,y[:colour], with blanks between; image:x,y is the reference.",
+        ),
+        io.String.Input("boxes", default="", optional=True, tooltip="[frame:]x0,y0,x1,y1[:colour], likewise."),
+    ]
+
+
+def masks_of(mode: Any, driving: ClipSource, inputs: Mapping[str, Any]) -> tuple[tuple[Any, Any], tuple[str, ...]]:
+    """The masks that are connected, or those that the segmenter makes, and what it has to say."""
+    connected = inputs.get("reference_mask"), inputs.get("driving_mask")
+    if None not in connected:
+        return connected, ()
+    if connected != (None, None):
+        raise InputError(
+            "One of reference_mask and driving_mask is connected: connect both, or none to have them made."
+        )
+    images = TensorFrames(inputs["image"], "reference image")
+    if len(images) > 1:
+        raise InputError(f"Masks are made for one reference image, not for {len(images)}: connect masks of them.")
+    prompt = inputs.get("mask_prompt", AUTHORS_PROMPT)
+    options = MaskOptions(
+        mode=mode,
+        segmenter=inputs.get("segmenter", "auto"),
+        weights=Path(weights).expanduser() if (weights := inputs.get("segmenter_weights", "").strip()) else None,
+        prompt=None if prompt == AUTHORS_PROMPT else prompt,
+        max_characters=inputs.get("max_characters", 2),
+        sort=inputs["sort"] if inputs["sort"] in SORTS_MADE else SORTS_MADE[0],
+        points=tuple(inputs.get("points", "").split()),
+        boxes=tuple(inputs.get("boxes", "").split()),
+    )
+    made = segmented(images[0], driving, options, host.make_room, Shown())
+    return (made.reference, made.driving), made.notes

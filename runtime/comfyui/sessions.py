@@ -50,7 +50,7 @@ class WarmSession:
         self._lock = threading.RLock()
         self._engines: Engines | None = None
         self._session: Session | None = None
-        self._model: Any = None
+        self._model: Any = None  # one for all sessions: ComfyUI has it in its list
 
     def get(self, engines: Engines) -> Session:
         """The session of these engines; that of others is closed. InputError when they do not open."""
@@ -60,23 +60,26 @@ class WarmSession:
             if self._session is None or self._engines != engines:
                 self.drop()
                 self._session = Session.open(engines.folder, backend=engines.backend, execution=engines.execution)
-                self._engines, self._model = engines, EngineModel(self.drop)
+                self._engines, self._model = engines, self._model or EngineModel(self.drop)
                 logging.info("SCAIL-2: engines of %s opened: %s", engines.folder, self._session.choice)
             self._session.others = _nobody
             return self._session
 
-    def make_room(self, plan: Plan) -> None:
-        """Ask ComfyUI to unload models until the plan's run fits. The plan was checked as if they were gone already;
-        from here on those that stay count."""
-        if self._session is not None and plan.estimate is not None:
-            on_gpu = self._session.engines.device.type == "cuda"
-            self._model.make_room(plan.estimate.peak if on_gpu else 0)
-            self._session.others = self._model.others
+    def with_room(self, engines: Engines, plan: Plan) -> Session:
+        """The session of these engines when ComfyUI has unloaded models until the plan's run fits. The plan was checked
+        as if they were gone already; from here on those that stay count."""
+        on_gpu = self.get(engines).engines.device.type == "cuda"
+        self._model.make_room(plan.estimate.peak if on_gpu and plan.estimate is not None else 0)
+        session = self.get(engines)  # closed, and opened again, where ComfyUI has unloaded it, too
+        session.others = self._model.others
+        return session
 
     def drop(self) -> None:
         """Close the session and give its memory back."""
         with self._lock:
             session, self._session, self._engines = self._session, None, None
+            if self._model is not None:
+                self._model.held = 0
             if session is not None:
                 session.close()
                 logging.info("SCAIL-2: engines closed")

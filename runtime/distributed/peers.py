@@ -131,7 +131,8 @@ class Groups:
     @contextmanager
     def watched(self) -> Iterator[Seen]:
         """Bytes and seconds of every collective of this process while this lasts."""
-        self._watch.seen = seen = {}
+        seen: Seen = {}
+        self._watch.seen = seen
         try:
             yield seen
         finally:
@@ -165,9 +166,8 @@ class Groups:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
             return dist.ProcessGroupNCCL(store, rank, size, options)
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
         options._timeout = TIMEOUT
-        create = dist.ProcessGroupGloo.create_device
-        default = dist.ProcessGroupGloo.create_default_device
-        options._devices = [create(hostname="127.0.0.1") if local else default()]
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
+        return gloo(store, rank, size, options)

@@ -8,36 +8,19 @@ here is released, and whoever calls hears one sentence."""
 
 import atexit
 import contextlib
-import json
-import os
-import secrets
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
-from multiprocessing import AuthenticationError
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from scail2_rt.kernels.errors import Scail2Error
-from scail2_rt.runtime.distributed.channel import KEY_BYTES, Channel, listener
+from scail2_rt.runtime.distributed.crew import Crew
 from scail2_rt.runtime.distributed.peers import Groups
-from scail2_rt.runtime.distributed.torchrun import Place, announce
-from scail2_rt.runtime.distributed.worker import Opener, Start
+from scail2_rt.runtime.distributed.torchrun import Place
+from scail2_rt.runtime.distributed.worker import Opener
 from scail2_rt.runtime.pipeline.sharing import Sharing
 from scail2_rt.runtime.pipeline.transformer import Transformer
-
-LOCAL = "127.0.0.1"
-START_S = 300.0  # for all processes to import, connect and open their engines
-END_S = 3.0  # for a process that was told to close
-JOIN_S = 5.0  # for a thread whose process or connection has ended
-DOUBT_S = 5.0  # for the news that a process died to arrive behind the error that its death made here
 
 
 class Team:
@@ -48,7 +31,7 @@ class Team:
 
     def __init__(self, size: int, device: torch.device, opener: Opener, place: Place | None = None) -> None:
         self.size, self.device, self.place, self._opener = size, device, place, opener
-        self._crew: _Crew | None = None
+        self._crew: Crew | None = None
         self._gone = False
         self._recording: weakref.WeakSet[Transformer] = weakref.WeakSet()
 
@@ -57,7 +40,7 @@ class Team:
         if self._crew is None:
             if self.place is not None and self._gone:
                 raise Scail2Error("The processes that torchrun started have ended: start the command again.")
-            self._crew, self._gone = _Crew(self.size, self.device, self._opener, self.place), True
+            self._crew, self._gone = Crew(self.size, self.device, self._opener, self.place), True
             atexit.register(self.end)  # threads of a crew must be over when the interpreter ends
 
     @property
@@ -95,24 +78,29 @@ class Team:
         crew = self._crew
         return error if crew is None else crew.failure_behind(error) or error
 
+    @property
+    def broken(self) -> bool:
+        """Has a process died or failed, or was a call cut off?"""
+        return self._crew is not None and (self._crew.in_call or self._crew.failure is not None)
+
     def settle(self) -> None:
-        """After a run that was ended from outside: processes that are in the middle of a call go."""
-        if self._crew is not None and (self._crew.in_call or self._crew.failure is not None):
+        """Before a run, and after one that was ended from outside: processes of a broken team go."""
+        if self.broken:
             self.end()
 
     def end(self) -> None:
         """End the processes at once; the next call starts new ones."""
-        self._leave(_Crew.end)
+        self._leave(Crew.end)
 
     def close(self) -> None:
         """Let the processes finish and end."""
-        self._leave(_Crew.close)
+        self._leave(Crew.close)
 
     def leads(self, transformer: Transformer) -> None:
         """Its recorded steps hold the groups: they go before these do."""
         self._recording.add(transformer)
 
-    def _leave(self, how: "Callable[[_Crew], None]") -> None:
+    def _leave(self, how: Callable[[Crew], None]) -> None:
         crew, self._crew = self._crew, None
         atexit.unregister(self.end)
         for transformer in self._recording:
@@ -120,205 +108,8 @@ class Team:
         if crew is not None:
             how(crew)
 
-    def _ready(self) -> "_Crew":
+    def _ready(self) -> Crew:
         self.start()
         assert self._crew is not None
         self._crew.wait_ready()
         return self._crew
-
-
-class _Crew:
-    """One set of processes, from their start to their end."""
-
-    def __init__(self, size: int, device: torch.device, opener: Opener, place: Place | None) -> None:
-        import torch.distributed as dist
-
-        self.size, self.device, self._opener = size, device, opener
-        self._host = LOCAL if place is None else place.host
-        self.failure: Scail2Error | None = None
-        self.in_call = False
-        self._groups: Groups | None = None
-        self._news = threading.Condition()
-        self._ready: set[int] = set()
-        self._closing = False
-        self._channels: dict[int, Channel] = {}
-        self._key = secrets.token_bytes(KEY_BYTES)
-        self._listener = listener(LOCAL if place is None else "0.0.0.0", self._key, size)
-        self._port: int = self._listener.address[1]
-        self._accepted = threading.Event()
-        self._store: Any = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
-        started = range(1, size) if place is None else ()
-        self._logs = [tempfile.TemporaryFile() for _ in started]  # noqa: SIM115 (closed by _let_go)
-        self.processes = [self._launch(rank, log) for rank, log in enumerate(self._logs, 1)]
-        if place is not None:
-            announce(self._host, self._port, self._key)
-        self._threads = [threading.Thread(target=self._accept, name="scail2-rt accept", daemon=True)]
-        self._threads += [
-            threading.Thread(target=self._watch, args=(rank, process), name="scail2-rt watch", daemon=True)
-            for rank, process in enumerate(self.processes, 1)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    @property
-    def groups(self) -> Groups:
-        assert self._groups is not None
-        return self._groups
-
-    def wait_ready(self) -> None:
-        """Until all processes have opened their engines and are joined in groups. Scail2Error when one does not."""
-        if self._groups is None:
-            self._wait(lambda: len(self._ready) == self.size - 1)
-            self.call("join")
-            self._threads.append(threading.Thread(target=self._join, name="scail2-rt join", daemon=True))
-            self._threads[-1].start()
-            self._wait(lambda: self._groups is not None)
-        self.check()
-
-    def _join(self) -> None:
-        """Make the groups, in a thread: it waits for the others, of which one may be gone."""
-        try:
-            groups = Groups(self._store, 0, self.size, self.device, local=self._host == LOCAL)
-        except Exception as error:
-            self._fail(f"process 0 cannot reach the others ({' '.join(str(error).split())[:200]})")
-            return
-        with self._news:
-            self._groups = groups
-            self._news.notify_all()
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        limit = time.monotonic() + START_S
-        with self._news:
-            while self.failure is None and not done():
-                self._news.wait(0.2)
-                if time.monotonic() > limit:
-                    raise Scail2Error(f"The {self.size} processes of this session did not start in {START_S:.0f} s.")
-        self.check()
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-    def call(self, name: str, *arguments: Any) -> None:
-        for channel in self._channels.values():
-            channel.send((name, arguments))
-
-    def failure_behind(self, error: BaseException) -> Scail2Error | None:
-        """The failure of another process that made an error here: the news of it may come a moment later."""
-        if isinstance(error, RuntimeError | OSError) and not isinstance(error, torch.OutOfMemoryError):
-            with self._news:
-                self._news.wait_for(lambda: self.failure is not None, DOUBT_S if self.in_call else 0)
-        return self.failure if isinstance(error, Exception) and error is not self.failure else None
-
-    def end(self) -> None:
-        self._closing = True
-        for process in self.processes:
-            process.kill()
-        self._let_go()
-
-    def close(self) -> None:
-        self._closing = True
-        with contextlib.suppress(OSError):
-            self.call("close")
-        limit = time.monotonic() + END_S
-        for process in self.processes:
-            try:
-                process.wait(max(limit - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """All that is held goes in this thread, not in one that happens to be the last: some of it waits for threads of
-        its own."""
-        for process in self.processes:
-            process.wait()
-        if self._groups is not None:
-            self._threads += self._groups.abort()
-        self._groups = self._store = None
-        if not self._accepted.is_set():  # closing does not wake a thread that accepts
-            with contextlib.suppress(OSError):
-                socket.create_connection((self._host, self._port), 1.0).close()
-        with contextlib.suppress(OSError):
-            self._listener.close()
-        for channel in self._channels.values():
-            with contextlib.suppress(OSError):
-                channel.close()
-        for thread in list(self._threads):
-            thread.join(JOIN_S)
-        for log in self._logs:
-            log.close()
-
-    def _launch(self, rank: int, log: IO[bytes]) -> "subprocess.Popen[bytes]":
-        """A process of its own session, so that Ctrl-C in a terminal reaches the leader alone."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "scail2_rt.runtime.distributed.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-        where = {"host": LOCAL, "port": self._port, "key": self._key.hex(), "rank": rank}
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(where).encode() + b"\n")
-        process.stdin.close()
-        return process
-
-    def _accept(self) -> None:
-        try:
-            for _ in range(1, self.size):
-                channel = Channel(self._listener.accept())
-                _, (rank, local_rank) = channel.receive()
-                device = f"cuda:{local_rank}" if self.device.type == "cuda" else "cpu"
-                store = (self._host, self._store.port)
-                channel.send(Start(rank, self.size, store, self._host == LOCAL, device, self._opener))
-                self._channels[rank] = channel
-                self._threads.append(channel.listen(partial(self._heard, rank), partial(self._lost, rank)))
-        except (AttributeError, AuthenticationError, EOFError, OSError):
-            return  # it was let go, or what connected is gone: which process that was, `_watch` says
-        finally:
-            self._accepted.set()
-
-    def _heard(self, rank: int, message: tuple[str, Any]) -> None:
-        what, detail = message
-        if what == "ready":
-            with self._news:
-                self._ready.add(rank)
-                self._news.notify_all()
-        elif what == "failed":
-            self._fail(f"process {rank} of {self.size} failed: {detail}")
-
-    def _lost(self, rank: int) -> None:
-        """A connection has ended. How the process ended is told by `_watch`, where this one has started it."""
-        if not self.processes:
-            self._fail(f"process {rank} of {self.size} is gone")
-
-    def _watch(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
-        code = process.wait()
-        time.sleep(0.05)  # its own words, if any, come first
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._fail(f"process {rank} of {self.size} ended by {how}{self._last_words(rank)}")
-
-    def _last_words(self, rank: int) -> str:
-        """The last line that a process wrote."""
-        try:
-            log = self._logs[rank - 1]
-            log.seek(0)
-            lines = log.read().decode(errors="replace").split("\n")
-        except (OSError, ValueError):
-            return ""
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f" ({last[:200]})" if last else ""
-
-    def _fail(self, what: str) -> None:
-        with self._news:
-            if self._closing or self.failure is not None:
-                return
-            self.failure = Scail2Error(f"Of the {self.size} processes that share this run, {what}; all were ended.")
-            self._news.notify_all()
-        for process in self.processes:
-            process.kill()
-        if self._groups is not None:
-            self._groups.abort()

@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def serve(channel: Channel, start: Start) -> None:
     import torch.distributed as dist
 
     calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
-    channel.listen(calls.put, lambda: os._exit(LOST))
+    told_to_end = threading.Event()
+    channel.listen(calls.put, lambda: os._exit(0 if told_to_end.is_set() else LOST))
     try:
         store = dist.TCPStore(*start.store, is_master=False)
         worker = Worker(start, store)
@@ -132,6 +134,7 @@ def serve(channel: Channel, start: Start) -> None:
                     break
                 getattr(worker, name)(*arguments)
         worker.close()
+        told_to_end.set()
         channel.send(("closed", None))
     except BaseException as error:
         channel.send(("failed", _told(error)))

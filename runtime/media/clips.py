@@ -62,7 +62,8 @@ class ClipReader:
 
     def __init__(self, clip: Clip, start: int = 0) -> None:
         self.name, self.position = clip.name, start
-        self._slices = clip.frames if sliceable(clip.frames) else None
+        frames: Any = clip.frames
+        self._slices = frames if sliceable(frames) else None
         self._frames = _checked_frames(clip)
         if self._slices is None:
             skipped = sum(1 for _ in itertools.islice(self._frames, start))

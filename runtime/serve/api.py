@@ -51,7 +51,10 @@ def make_app(service: Service) -> FastAPI:
     async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = _refusal(error)
         service.metrics.refused.labels(refusal.status).inc()
-        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+        unread = (
+            {"Connection": "close"} if request.method == "POST" else {}
+        )  # what is still being sent is not waited for
+        return JSONResponse(refusal.body, refusal.status, refusal.headers | unread)
 
     for kind in (Scail2Error, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, refused)

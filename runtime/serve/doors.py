@@ -125,11 +125,17 @@ class PatientProtocol(H11Protocol):
         if self.cycle is not before:
             self._stop()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.conn.trailing_data[0]:  # the begin of another request came with it
+            self._wait()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         super().connection_lost(exc)
 
     def _wait(self) -> None:
+        self._stop()
         self._timer = self.loop.call_later(HEADER_WAIT_S, self.transport.close)
 
     def _stop(self) -> None:

@@ -56,8 +56,8 @@ def unpack(data: bytes, request: Request) -> Plan:
         raise Unreadable(str(error)) from error
     if not isinstance(plan, Plan):
         raise Unreadable("This is no plan of this version.")
-    prompts = {name: clean_prompt(getattr(request, name)) for name in ("prompt", "negative_prompt")}
-    return replace(plan, request=replace(request, **prompts))
+    prompt, negative = clean_prompt(request.prompt), clean_prompt(request.negative_prompt)
+    return replace(plan, request=replace(request, prompt=prompt, negative_prompt=negative))
 
 
 def planned(folder: Path, request: Request) -> Plan:

@@ -176,6 +176,8 @@ class Session:
             self.warnings[:] = notes
             self.timings = progress.timings
             placement = placement or self.place(plan)
+            if self.team is not None:
+                self.team.settle()  # a process may have died since the run before
             with self._on_device():
                 if placement is not None:
                     if set(placement.streamed) != set(self.engines.streamed):

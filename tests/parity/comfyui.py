@@ -24,9 +24,11 @@ from typing import Any
 
 import aiohttp
 import av
+import numpy as np
 from safetensors.torch import save_file
 
 from scail2_rt.benchmarks.sprites.quality.metrics import psnr
+from scail2_rt.benchmarks.sprites.segmenting import shipped_segmenter
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT as SPRITES
 from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
 from scail2_rt.export.checkpoint.open import open_checkpoint
@@ -279,6 +281,24 @@ async def check_tensors(server: Server, check: Checks, prompt: dict[str, Any]) -
     check("batches of images in place of videos", bool(run.data("execution_success")), f"{run.seconds:.1f} s")
 
 
+async def check_segmenter(server: Server, check: Checks, prompt: dict[str, Any]) -> None:
+    """No masks connected: the small segmenter that comes with the package makes them, from boxes."""
+    case = render_case(make_scene("animate", 0), (256, 256))
+    boxes = [f"image:{box_of(case.reference_mask)}", box_of(case.driving_mask[0])]
+    inputs = of_type(prompt, "Scail2Masks")
+    del inputs["reference_mask"], inputs["driving_mask"]
+    inputs |= {"boxes": " ".join(boxes), "segmenter_weights": str(shipped_segmenter()), "max_characters": 1}
+    run = await server.run(prompt)
+    detail = said_of(run) or f"{run.seconds:.1f} s"
+    check("masks made inside", bool(run.data("execution_success")), detail)
+
+
+def box_of(mask: np.ndarray) -> str:
+    """Around the character of a colour mask."""
+    ys, xs = np.nonzero(mask.max(-1) != mask.min(-1))
+    return f"{xs.min()},{ys.min()},{xs.max() + 1},{ys.max() + 1}"
+
+
 async def check_build(server: Server, check: Checks, prompt: dict[str, Any]) -> None:
     """Engines of files in ComfyUI's model folders, which are taken away again."""
     models = server.folder / "models"
@@ -384,6 +404,7 @@ async def main(folder: Path, page: bool, only: str | None) -> int:
         await check_broken(server, check, load_prompt(server, "animate", info))
         await check_tensors(server, check, load_prompt(server, "animate", info))
         await check_build(server, check, load_prompt(server, "animate", info))
+        await check_segmenter(server, check, load_prompt(server, "animate", info))
         if page:
             shots = Path(tempfile.mkdtemp(prefix="scail2-page-"))
             await check_page(server, check, shots)
@@ -396,6 +417,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--page", action="store_true")
-    parser.add_argument("--only", choices=("warm", "cancel", "broken", "tensors", "build", "page"))
+    parser.add_argument("--only", choices=("warm", "cancel", "broken", "tensors", "build", "segmenter", "page"))
     given = parser.parse_args()
     sys.exit(1 if asyncio.run(main(given.folder.absolute(), given.page, given.only)) else 0)

@@ -40,6 +40,7 @@ NAMES = (
     "comfy.model_management:throw_exception_if_processing_interrupted",
     "comfy.model_management:InterruptProcessingException.__init__",
     "comfy.model_management:get_torch_device",
+    "comfy.model_management:free_memory",
     "comfy.model_management:load_models_gpu",
     "comfy.model_management:LoadedModel",
     "comfy.model_management:LoadedModel.model_unload",
@@ -55,6 +56,7 @@ NAMES = (
     "comfy_execution.utils:CurrentNodeContext",
     "folder_paths:get_filename_list",
     "folder_paths:get_full_path_or_raise",
+    "folder_paths:get_temp_directory",
     "server:PromptServer.send_progress_text",
 )
 

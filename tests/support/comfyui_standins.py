@@ -178,7 +178,9 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
             "throw_exception_if_processing_interrupted": host.throw,
             "InterruptProcessingException": InterruptProcessingException,
             "get_torch_device": lambda: torch.device("cpu"),
-            "load_models_gpu": bound(f"{management}:load_models_gpu", host.load_models_gpu),
+            "load_models_gpu": bound(
+                f"{management}:load_models_gpu", lambda *words, **options: host.load_models_gpu(*words, **options)
+            ),
             "current_loaded_models": [],
         },
         "comfy.utils": {"ProgressBar": bound("comfy.utils:ProgressBar", partial(ProgressBar, host))},
@@ -196,6 +198,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
                 "folder_paths:get_filename_list",
                 lambda folder_name: sorted(path.name for path in (host.models / folder_name).glob("*")),
             ),
+            "get_temp_directory": lambda: str(host.models.parent / "temp"),
             "get_full_path_or_raise": bound("folder_paths:get_full_path_or_raise", host.file),
         },
     }

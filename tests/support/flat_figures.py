@@ -44,7 +44,7 @@ class FlatTracker:
         self.frame = frame
         return self._all()
 
-    def add(self, figures: dict[int, Given]) -> dict[int, Followed]:
+    def add(self, figures: dict[int, Given], remember: bool = True) -> dict[int, Followed]:
         assert self.frame is not None
         for number, given in figures.items():
             if given.mask is not None:

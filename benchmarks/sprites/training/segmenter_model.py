@@ -188,7 +188,10 @@ def kept_codes() -> Iterator[None]:
     from transformers.models.sam2 import modeling_sam2
     from transformers.models.sam2_video import modeling_sam2_video
 
-    classes = (modeling_sam2.Sam2SinePositionEmbedding, modeling_sam2_video.Sam2VideoPositionEmbeddingSine)
+    classes: tuple[Any, ...] = (
+        modeling_sam2.Sam2SinePositionEmbedding,
+        modeling_sam2_video.Sam2VideoPositionEmbeddingSine,
+    )
     saved = [each.build_sine_position_embedding for each in classes]
     for each, build in zip(classes, saved, strict=True):
         each.build_sine_position_embedding = staticmethod(cache(build.__wrapped__))

@@ -40,6 +40,19 @@ def make_crossing(seed: int, split: str = "test", frames: int = 33, count: int |
     return make_picture([style(body) if style else body for body in bodies], scenery)
 
 
+def make_meeting(seed: int, split: str = "test", frames: int = 33) -> Picture:
+    """Two dressed people who walk past one another, apart in the first frame and in the last."""
+    random = np.random.default_rng([SPLITS.index(split), 2000, seed])
+    usual = PRACTISED if split == "train" else (HELD_OUT, TRAINED)[seed % 2]
+    bodies = []
+    for label, (start, end) in enumerate(((28, 100), (100, 28)), 1):
+        motion = make_motion("human", str(random.choice(usual["human"])), frames, random)
+        character = make_character("human", random, random.uniform(50, 66))
+        x = np.linspace(start, end, frames) + random.uniform(-6, 6)
+        bodies.append(pose_body(character, motion, x, np.full(frames, random.uniform(104, 120)), label))
+    return make_picture(bodies, _scenery(random, frames))
+
+
 def _figure(random: Random, split: str, seed: int, frames: int, label: int) -> Body:
     species = "animal" if label == 1 and seed % 4 == 0 else "human"
     usual = PRACTISED if split == "train" else (HELD_OUT, TRAINED)[seed % 2]

@@ -5,7 +5,7 @@ Masks are bool [H, W]. Appearance is a histogram of the colours inside a mask, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -138,6 +138,33 @@ class Cast:
             return None
         close = [each for each in among if shared[each.number] >= best - 0.1]
         return min(close, key=lambda each: distance(each.centre, centre(mask)))
+
+    def likeness(self, frame: np.ndarray, labels: np.ndarray, numbers: Iterable[int]) -> float:
+        """How much these characters look like themselves where the labels say that they are."""
+        return sum(alike(self.characters[n].look, look(frame, labels == n)) for n in numbers)
+
+    def mistaken(
+        self, frame: np.ndarray, present: Mapping[int, np.ndarray], found: Sequence[np.ndarray]
+    ) -> dict[int, int]:
+        """Characters whose mask the tracker has put onto another figure → the number of the found one that they are:
+        far from that mask, and much more like them than what it covers."""
+        looks = [look(frame, mask) for mask in found]
+        ranked = sorted(
+            product(self.characters, range(len(found))),
+            key=lambda pair: -alike(self.characters[pair[0]].look, looks[pair[1]]),
+        )
+        chosen: dict[int, int] = {}
+        for number, i in ranked:
+            if number not in chosen and i not in chosen.values():
+                chosen[number] = i
+        wrong = {}
+        for number, i in chosen.items():
+            mask, known = present.get(number), self.characters[number].look
+            if mask is None or max(iou(mask, found[i]), inside(found[i], mask)) > ALIKE:
+                continue
+            if alike(known, looks[i]) > max(alike(known, look(frame, mask)) + EXCHANGED, ALIKE):
+                wrong[number] = i
+        return wrong
 
     def watch(self, frame_number: int, frame: np.ndarray, present: Mapping[int, np.ndarray]) -> None:
         """Keep where figures are and what they look like; note two that seem to have changed places."""

@@ -1,8 +1,9 @@
 """From the frames of a clip to labels: who is where, in every frame.
 
-The first frame decides who is there. Later, every `EVERY` frames and after a cut, text looks again: somebody new enters
-the cast, and is followed back to where they came in; somebody who was away and whom the tracker's memory did not find
-again gets their label back by appearance, then by place. After a cut the tracker starts again, and everybody in the new
+The first frame decides who is there. Later, every `EVERY` frames and after a cut, text looks again: somebody whom the
+tracker exchanged for another is set right by appearance; somebody new enters the cast, and is followed back to where
+they came in; somebody who was away and whom the tracker's memory did not find again gets their label back by
+appearance, then by place. After a cut the tracker starts again, and everybody in the new
 scene gets the label of whom they look like. At most `EVERY` frames are held, whatever the clip's length.
 """
 
@@ -64,7 +65,7 @@ def figures_in(frame: np.ndarray, segmenter: Segmenter, looking: Looking, places
         return []
     tracker = segmenter.tracker((size[0], size[1]))
     tracker.follow(frame)
-    made = tracker.add({number: given for number, (given, _, _) in enumerate(wanted, 1)})
+    made = tracker.add({number: given for number, (given, _, _) in enumerate(wanted, 1)}, remember=False)
     masks = masks_of(made, (size[0], size[1]))
     kept: list[Figure] = []
     for number, (given, score, colour) in enumerate(wanted, 1):
@@ -232,9 +233,20 @@ class ClipFollower:
         assert self._tracker is not None
         size = (frame.shape[0], frame.shape[1])
         present = present_in(labels_of(followed, size))
-        if self.looking.text is None or not (self._has_room or self.cast.absent(present)):
-            return followed
-        for figure in figures_in(frame, self.segmenter, self.looking, ()):
+        alone = len(self.cast.characters) == 1 and not self._has_room
+        if self.looking.text is None or (alone and not self.cast.absent(present)):
+            return followed  # nobody can be new, away or exchanged
+        figures = figures_in(frame, self.segmenter, self.looking, ())
+        if wrong := self.cast.mistaken(frame, present, [figure.mask for figure in figures]):
+            given = {label: figures[found].given for label, found in wrong.items()}
+            followed = self._tracker.add(given)
+            self._set_right(frame, given)
+            present = present_in(labels_of(followed, size))
+            self.cast.notes.append(
+                f"At frame {number}, {_figures(wrong)} of the clip had been taken for somebody else and set right by "
+                f"their looks, there and in the frames before where these looks say so."
+            )
+        for figure in figures:
             if any(iou(figure.mask, m) > 0.3 or inside(figure.mask, m) > SAME for m in present.values()):
                 continue
             absent = self.cast.absent(present)
@@ -262,6 +274,19 @@ class ClipFollower:
         self.cast.notes.append(f"Figure {made.number} of the clip comes in late and was found in frame {number}.")
         return made
 
+    def _set_right(self, frame: np.ndarray, given: Mapping[int, Given]) -> None:
+        """Figures that had been exchanged, in the frames that are held: backwards from where they were found, in each
+        frame the labels of those two ways by which they look more like themselves."""
+        tracker = self.segmenter.tracker((frame.shape[0], frame.shape[1]))
+        tracker.follow(frame)
+        tracker.add(given)
+        for earlier, labels in reversed(self._held):
+            rest = np.where(np.isin(labels, list(given)), 0, labels)
+            back = labels_of(tracker.follow(earlier), labels.shape)
+            anew = np.where(rest == 0, back, rest).astype(np.uint8)
+            if self.cast.likeness(earlier, anew, given) > self.cast.likeness(earlier, labels, given):
+                labels[:] = anew
+
     def _back(self, label: int, frame: np.ndarray, figure: Figure) -> None:
         """Into the frames that are held, backwards from the one where a figure was found."""
         tracker = self.segmenter.tracker((frame.shape[0], frame.shape[1]))
@@ -272,6 +297,10 @@ class ClipFollower:
             if area(mask) < SEEN_AREA:
                 return
             labels[mask] = label
+
+
+def _figures(numbers: Iterable[int]) -> str:
+    return f"figure(s) {', '.join(map(str, sorted(numbers)))}"
 
 
 def present_in(labels: np.ndarray) -> dict[int, np.ndarray]:

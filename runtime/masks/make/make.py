@@ -90,11 +90,13 @@ def make_masks(
                 folder.rmdir()
         raise
     masks = Masks(
-        *(folder / name for name in names),
-        options.resolved_mode,
-        made.characters,
-        tuple(made.notes),
-        asked.segmenter.name if asked.segmenter else "the files given",
+        mask_image=folder / names[0],
+        mask_video=folder / names[1],
+        sheet=folder / names[2],
+        mode=options.resolved_mode,
+        characters=made.characters,
+        notes=tuple(made.notes),
+        segmenter=asked.segmenter.name if asked.segmenter else "the files given",
         seconds=time.perf_counter() - began,
     )
     record = {"identity": asked.identity, "masks": {name: _plain(getattr(masks, name)) for name in Masks.__slots__}}

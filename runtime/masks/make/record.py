@@ -48,9 +48,10 @@ def recorded(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or found.get("identity") != identity:
         return None
-    masks = {name: tuple(value) if isinstance(value, list) else value for name, value in found["masks"].items()}
-    masks |= {name: folder / masks[name] for name in _FILES}
-    return masks if all(masks[name].is_file() for name in _FILES) else None
+    stored: dict[str, Any] = found["masks"]
+    files = {name: folder / stored[name] for name in _FILES}
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    return {**told, **files} if all(file.is_file() for file in files.values()) else None
 
 
 def _file(path: Path | None) -> Any:

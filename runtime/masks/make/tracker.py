@@ -82,8 +82,9 @@ class Tracker:
                 self._session.cache.cache_vision_features(self._frame, dict(self._vision(picture)))
             return self._run(picture) if self.figures else {}
 
-    def add(self, figures: Mapping[int, Given]) -> dict[int, Followed]:
-        """New figures in the frame that was followed last, or known ones shown anew → all figures in it."""
+    def add(self, figures: Mapping[int, Given], remember: bool = True) -> dict[int, Followed]:
+        """New figures in the frame that was followed last, or known ones shown anew → all figures in it. Without
+        `remember` this is the last frame: no memory is made of it."""
         import torch
 
         session = self._session
@@ -98,10 +99,10 @@ class Tracker:
                     session.add_point_inputs(index, self._frame, {"point_coords": points, "point_labels": labels})
                 session.frames_tracked_per_obj[index].pop(self._frame, None)
             session.obj_with_new_inputs = list(figures)
-            return self._run(session.get_frame(self._frame))
+            return self._run(session.get_frame(self._frame), remember)
 
-    def _run(self, picture: Tensor) -> dict[int, Followed]:
-        out = self._model(self._session, frame=picture, frame_idx=self._frame)
+    def _run(self, picture: Tensor, remember: bool = True) -> dict[int, Followed]:
+        out = self._model(self._session, frame=picture, frame_idx=self._frame, run_mem_encoder=remember)
         self._forget()
         return {
             figure: Followed(mask, float(seen))

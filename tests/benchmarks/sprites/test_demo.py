@@ -1,4 +1,4 @@
-"""`scail2-rt demo` through the installed command: the shipped checkpoint, a drawn case, engines, a video, a sheet."""
+"""`scail2-rt demo` through the installed command: a drawn picture and clip, masks, engines, a video, a sheet."""
 
 from pathlib import Path
 
@@ -23,9 +23,13 @@ def test_demo_animates_with_sound_and_reuses_its_engines(scail2: Run, tmp_path: 
     assert video.audio_s == pytest.approx(33 / 16, abs=0.05)
     assert "33 frames, 16 fps, with audio" in first.stdout
     assert "best without a model" in first.stdout
+    assert "made of these by a small SAM 2 took" in first.stdout
+    assert {path.name for path in (out / "case").iterdir()} >= {"ref.png", "rendered_v2.mp4", "masks.png"}
     assert Image.open(out / "contact_sheet.png").width > 6 * 128
     reply = one_json(scail2("demo", "-o", out, "--json"))
     assert reply["build"]["up_to_date"] is True
+    assert reply["demo"]["masks"]["mask_iou"] > 0.9
+    assert reply["demo"]["masks"]["exchanged"] == 0
     scores = reply["demo"]["scores"]
     best = max(figures["character_psnr"] for who, figures in scores.items() if who != "ours")
     assert scores["ours"]["character_psnr"] > best + 3

@@ -85,6 +85,20 @@ def test_the_session_stays_open_until_the_memory_is_wanted(
     assert warm.get(inputs["engines"]) is not session
 
 
+def test_it_is_opened_again_where_making_room_closes_it(
+    nodes: ModuleType, host: Host, graph: Graph, engines: Path, warm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = host.load_models_gpu
+
+    def unload_first(models: list[Any], memory_required: float = 0) -> None:
+        load(models, memory_required)
+        models[0].detach(True)
+
+    monkeypatch.setattr(host, "load_models_gpu", unload_first)
+    images = nodes.Animate.execute(**inputs_of(graph, nodes, engines, frames=5)).args[0]
+    assert len(images) == 5
+
+
 def test_other_engines_close_those_before(
     nodes: ModuleType, graph: Graph, engines: Path, listed: Path, warm: Any
 ) -> None:

@@ -11,9 +11,11 @@ import torch
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.comfyui.mask_inputs import MaskStyle, mask_frames, parse_figures
+from scail2_rt.runtime.masks.make import work
 from scail2_rt.runtime.masks.palette import PALETTE
 from tests.runtime.comfyui.conftest import Graph, graph_of
 from tests.support.comfyui_standins import Host, VideoFromFile
+from tests.support.flat_figures import ANN, BEN, FlatSegmenter, flat_folder, picture
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
@@ -111,6 +113,7 @@ def test_masks_that_are_right_pass_through(made: Callable[..., Any], graph: Grap
     assert np.array_equal(driving[:], graph.arrays["driving_mask"])
     assert np.array_equal(reference[0], graph.arrays["reference_mask"])
     assert "these masks can be used" in text
+    assert "framing" not in text  # the frame is not known here
     assert host.texts[-1] == ("7", text)
 
 
@@ -155,3 +158,39 @@ def test_a_replace_case(nodes: ModuleType, replace_case: Path) -> None:
     graph = graph_of(replace_case, "replace_mask.mp4")
     pictures = {name: graph[name] for name in ("image", "driving", "reference_mask", "driving_mask")}
     assert "mode replace" in nodes.MakeMasks.execute(mode="replace", **pictures, **OPTIONS).args[2]
+
+
+class TestMadeInside:
+    """Graphs without masks: the segmenter makes them. Here one that makes no mistakes on flat figures."""
+
+    @pytest.fixture
+    def flat(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+        made = FlatSegmenter()
+        monkeypatch.setattr(work, "open_segmenter", lambda folder, device: made)
+        image, frames = picture({ANN: (5, 5, 30, 55)}), [picture({BEN: (x, 5, x + 30, 55)}) for x in (10, 12, 14)]
+        tensors = {"image": image[None], "driving": np.stack(frames)}
+        weights = {"segmenter_weights": str(flat_folder(tmp_path / "sam2"))}
+        return {**{name: torch.from_numpy(t) / 255 for name, t in tensors.items()}, **OPTIONS, **weights}
+
+    def test_masks_are_made_and_checked(self, nodes: ModuleType, host: Host, flat: dict[str, Any]) -> None:
+        reference, driving, text = nodes.MakeMasks.execute(mode="animate", **flat).args
+        assert tuple(reference[0][30, 15]) == BLUE
+        assert tuple(reference[0][0, 0]) == WHITE
+        assert tuple(driving[2][30, 30]) == BLUE
+        assert "these masks can be used" in text
+        assert any(0 < share < 1 for share, _ in host.progress)
+
+    def test_one_mask_alone_is_refused(self, nodes: ModuleType, flat: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match="connect both, or none"):
+            nodes.MakeMasks.execute(mode="animate", **flat, driving_mask=torch.zeros(3, 4, 4))
+
+    def test_sentences_name_the_nodes_inputs(self, nodes: ModuleType, flat: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match=r"^boxes '1,2,3' is not"):
+            nodes.MakeMasks.execute(mode="animate", **flat, boxes="1,2,3")
+
+    def test_without_a_segmenter_the_command_that_fetches_one(
+        self, nodes: ModuleType, flat: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("SCAIL2_RT_CACHE", str(tmp_path / "empty"))
+        with pytest.raises(InputError, match="scail2-rt download --segmenter sam2"):
+            nodes.MakeMasks.execute(mode="animate", **{**flat, "segmenter_weights": ""})

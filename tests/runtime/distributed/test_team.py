@@ -88,6 +88,31 @@ def test_processes_compute_the_velocities_of_one(
             team.close()
 
 
+def velocities_for_ever(engines: EngineSet, constants: Constants, layout: Layout, passes: int) -> None:
+    while True:
+        velocities(engines, constants, layout, passes)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_two_gpus_compute_the_velocities_of_one(passes: int, twenty_heads: Path) -> None:
+    """Eagerly, recorded and replayed; then a process is killed, and the next team computes the same."""
+    layout = Layout(3, 12, 8)
+    with torch.no_grad(), open_engines(twenty_heads, "torch", DEFAULT_EXECUTION, "cuda") as engines:
+        team = Team(2, engines.device, partial(open_on, twenty_heads, "torch", DEFAULT_EXECUTION))
+        theirs = velocities(engines, Constants(engines), layout, passes)
+        shared = LeadingConstants(engines, team)
+        for number in range(4):
+            for a, b in zip(velocities(engines, shared, layout, passes), theirs, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm()
+            if number == 2:
+                os.kill(team.processes[0], signal.SIGKILL)
+                with pytest.raises(Scail2Error, match="ended by signal 9"):
+                    velocities_for_ever(engines, shared, layout, passes)
+                team.end()
+        team.close()
+
+
 @pytest.fixture
 def session(engines: Path, cache: Path) -> Iterator[Session]:
     with Session.open(engines, backend="torch", device="cpu", gpus=2, prompt_cache=cache) as opened:
@@ -158,11 +183,13 @@ def end_somehow(session: Session, request: Request, after_s: float, how: str) ->
         assert said is None or isinstance(said, Cancelled)
     else:
         assert said is None or "ended by signal 9" in str(said)
+        while ended[0] and victims == session.team.processes and not session.team.broken:
+            time.sleep(0.01)  # it came too late for this run, and the news of it is on its way
     return time.monotonic() - ended[0] if ended[0] else 0.0
 
 
 def test_killed_three_times_it_says_so_and_goes_on(session: Session, request_of: RequestOf) -> None:
-    """While processes start, while they compute, and between runs."""
+    """While processes start, while they compute, and between runs, where nothing needs to be said."""
     request = request_of(steps=30, scheduler="euler", guidance=1.0, frames=9)
     assert end_somehow(session, request, 0.3, "kill") <= ENDS_WITHIN_S
     expected = frames(session, request)
@@ -172,8 +199,8 @@ def test_killed_three_times_it_says_so_and_goes_on(session: Session, request_of:
     list(session.animate(session.check(request)))
     assert session.team is not None
     os.kill(session.team.processes[0], signal.SIGKILL)
-    with pytest.raises(Scail2Error, match="ended by signal 9"):
-        list(session.animate(session.check(request)))
+    while not session.team.broken:
+        time.sleep(0.01)
     assert np.array_equal(frames(session, request), expected)
 
 

@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from scail2_rt.engines.backend import Execution
 from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.kernels.attention.variants import EIGHT_BIT, SIXTEEN_BIT
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.core.request import Request
+from scail2_rt.runtime.pipeline.placement import apply, lift_limit
 from scail2_rt.runtime.session import memory
-from scail2_rt.runtime.session.memory import LIBRARY_BYTES, MemoryModel, activation_bytes, choose_placement
+from scail2_rt.runtime.session.memory import (
+    LIBRARY_BYTES,
+    MemoryModel,
+    activation_bytes,
+    choose_placement,
+    memory_budget,
+    shared_bytes,
+)
 from scail2_rt.runtime.session.session import Session
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -82,6 +91,10 @@ def test_activations_grow_with_tokens_passes_and_width() -> None:
         one < activation_bytes(config, layout, 1, 2, SIXTEEN_BIT) < activation_bytes(config, layout, 1, 4, SIXTEEN_BIT)
     )
     assert one == layout.tokens * config.dim * (4 + 6 + 3 + 6)
+    two = shared_bytes(config, layout, 1, 2, EIGHT_BIT, 2)
+    assert shared_bytes(config, layout, 1, 2, EIGHT_BIT, 1) == one
+    assert one / 2 < two < one  # of half the rows, and the buffers of the exchange
+    assert two < shared_bytes(config, layout, 1, 2, SIXTEEN_BIT, 2)
 
 
 def test_what_does_not_fit_the_computer_is_refused_by_the_check(
@@ -94,3 +107,43 @@ def test_what_does_not_fit_the_computer_is_refused_by_the_check(
             InputError, match=r"needs .* GiB of memory beside its weights.*0\.0 GiB free: use a smaller"
         ):
             session.check(request_of())
+
+
+class TestOthersInTheProcess:
+    """A host such as ComfyUI keeps models of its own on the GPU, in the same allocator."""
+
+    @pytest.fixture
+    def shares(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """A GPU of 24 GiB, 10 of them free and 14 held by the allocator; what its fraction was set to."""
+        set_to: list[float] = []
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10 * GIB, 24 * GIB))
+        monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 14 * GIB)
+        monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", set_to.append)
+        return set_to
+
+    def test_what_they_hold_is_no_room(self, shares: list[float]) -> None:
+        assert memory_budget(None) == 24 * GIB - LIBRARY_BYTES
+        assert memory_budget(None, others=8 * GIB) == 16 * GIB - LIBRARY_BYTES
+        assert memory_budget(12 * GIB, others=8 * GIB) == 12 * GIB - LIBRARY_BYTES
+        assert memory_budget(20 * GIB, others=8 * GIB) == 16 * GIB - LIBRARY_BYTES
+
+    def test_a_limit_is_the_runs_and_leaves_them_theirs(self, shares: list[float]) -> None:
+        class Engines:
+            execution = Execution(vram_limit=12 * GIB)
+
+            def stream(self, stages: object) -> None:
+                pass
+
+        way = choose_placement(MODEL, 10 * GIB)
+        apply(way, Engines(), others=8 * GIB)  # type: ignore[arg-type]
+        lift_limit(Engines())  # type: ignore[arg-type]
+        assert shares == [18 / 24, 1.0]
+
+    def test_a_run_asks_for_them(self, request_of: Callable[..., Request], engines: Path) -> None:
+        asked: list[None] = []
+        with Session.open(engines, backend="torch") as session:
+            session.others = lambda: asked.append(None) or 0  # type: ignore[func-returns-value]
+            plan = session.check(request_of(steps=1, guidance=1.0, frames=5))
+            before = len(asked)
+            list(session.animate(plan))
+        assert (before, len(asked) > before) == (1, True)

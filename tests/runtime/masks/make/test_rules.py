@@ -15,7 +15,18 @@ from scail2_rt.runtime.masks.make import work
 from scail2_rt.runtime.masks.palette import PALETTE
 from scail2_rt.runtime.media.clips import open_video
 from scail2_rt.runtime.media.images import load_image
-from tests.support.flat_figures import ANN, BEN, CLEO, GREY, REX, FlatSegmenter, flat_folder, mask_of, picture
+from tests.support.flat_figures import (
+    ANN,
+    BEN,
+    CLEO,
+    GREY,
+    REX,
+    FlatSegmenter,
+    FlatTracker,
+    flat_folder,
+    mask_of,
+    picture,
+)
 
 LEFT, RIGHT, MIDDLE = (5, 5, 30, 55), (65, 5, 95, 55), (38, 10, 60, 50)
 Frames = Sequence[np.ndarray]
@@ -205,26 +216,30 @@ def test_a_stranger_gets_no_colour(make: Callable[..., Made]) -> None:
     assert any("for whom the reference has no figure" in note for note in made.masks.notes)
 
 
-def test_an_exchange_is_reported(
-    make: Callable[..., Made], segmenter: FlatSegmenter, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("text", [True, False])
+def test_an_exchange_is_set_right_or_reported(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, text: bool
 ) -> None:
-    """A tracker that takes one for the other when they meet."""
+    """A tracker that takes one for the other when they meet: text finds who is who at the next look, and the frames
+    from there back to where they met are set right, too."""
     frames = [picture({BEN: LEFT, CLEO: RIGHT})] * 20 + [picture({CLEO: LEFT, BEN: RIGHT})] * 20
-    from tests.support.flat_figures import FlatTracker
-
     honest = FlatTracker.follow
 
     def confused(self: FlatTracker, frame: np.ndarray) -> Any:
-        if (frame == frames[-1]).all() and self.known.get(1) == BEN:
+        if (frame == frames[-1]).all() and self.known.get(1) == BEN and not done:
             self.known = {1: CLEO, 2: BEN}
+            done.append(self)
         return honest(self, frame)
 
+    done: list[FlatTracker] = []
     monkeypatch.setattr(FlatTracker, "follow", confused)
     monkeypatch.setattr("scail2_rt.runtime.masks.make.cuts.LEVELS", 255)  # the meeting is no cut
-    made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames)
-    notes = [note for note in made.masks.notes if "changed places" in note]
-    assert len(notes) == 1
-    assert "From frame 24 on, figures 1 and 2" in notes[0]
+    points = {} if text else {"points": ("10,30", "80,30")}
+    made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames, **points)
+    after = "blue" if text else "red"
+    assert [made.driving_colour(BEN, t) for t in (0, 19, 20, 23, 24, 39)] == ["blue", "blue", *[after] * 4]
+    told = "At frame 24, figure(s) 1, 2 of the clip" if text else "From frame 24 on, figures 1 and 2"
+    assert len([note for note in made.masks.notes if told in note]) == 1
 
 
 def test_a_cut_is_found_and_colours_are_kept(make: Callable[..., Made], segmenter: FlatSegmenter) -> None:
