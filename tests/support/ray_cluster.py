@@ -13,9 +13,10 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
+from scail2_rt.runtime.cluster.ledger import newest_state
 from scail2_rt.runtime.cluster.objects import Objects
 from tests.support.command import SCAIL2_RT, command_environment, unmeasured
-from tests.support.served import Answer, Served
+from tests.support.served import Answer, Served, wait_for
 
 HOST = "127.0.0.2"  # loopback by a name that Ray does not replace by the address of a network card
 STORE_BYTES = 80 << 20  # of each node's object store: nothing large goes through it
@@ -130,3 +131,11 @@ class Deployed(Served):
         data = Objects(self.store).get(f"records/{video_id}.json")
         assert data is not None
         return dict(json.loads(data))
+
+
+def after_first_segment(deployed: Deployed, body: Mapping[str, Any], steps: str) -> str:
+    """A job of two segments of which one is in the store."""
+    video_id = str(deployed.post({**body, "steps": steps})["id"])
+    objects = Objects(deployed.store)
+    wait_for(lambda: newest_state(objects, video_id) is not None, 60)
+    return video_id

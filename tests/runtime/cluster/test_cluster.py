@@ -89,17 +89,6 @@ def body(deployed: "Deployed", case: Path) -> dict[str, Any]:
     return deployed.case(case)
 
 
-def after_first_segment(deployed: "Deployed", body: dict[str, Any]) -> str:
-    """A job of two segments of which one is in the store."""
-    from scail2_rt.runtime.cluster.ledger import newest_state
-    from scail2_rt.runtime.cluster.objects import Objects
-
-    video_id = str(deployed.post({**body, "steps": STEPS})["id"])
-    objects = Objects(deployed.store)
-    wait_for(lambda: newest_state(objects, video_id) is not None, 60)
-    return video_id
-
-
 def resumed(deployed: "Deployed", video_id: str) -> int:
     return int(json.loads(deployed.content(video_id, "report"))["resumed_after_segments"])
 
@@ -140,9 +129,9 @@ def test_progress_comes_through_events(deployed: "Deployed", body: dict[str, Any
 def test_a_job_goes_on_when_its_replica_is_killed(
     deployed: "Deployed", body: dict[str, Any], alone: dict[str, bytes]
 ) -> None:
-    from tests.support.ray_cluster import working_on
+    from tests.support.ray_cluster import after_first_segment, working_on
 
-    video_id = after_first_segment(deployed, body)
+    video_id = after_first_segment(deployed, body, STEPS)
     replica = working_on(video_id)
     assert replica is not None
     os.kill(replica, signal.SIGKILL)
@@ -155,9 +144,9 @@ def test_a_job_goes_on_when_its_replica_is_killed(
 def test_nothing_is_lost_when_front_end_and_ledger_are_killed(
     deployed: "Deployed", body: dict[str, Any], alone: dict[str, bytes]
 ) -> None:
-    from tests.support.ray_cluster import FRONT_END, LEDGER, processes
+    from tests.support.ray_cluster import FRONT_END, LEDGER, after_first_segment, processes
 
-    video_id = after_first_segment(deployed, body)
+    video_id = after_first_segment(deployed, body, STEPS)
     waiting = deployed.post(body)["id"]
     killed = [*processes(FRONT_END), *processes(LEDGER)]
     assert len(killed) == 2
@@ -173,13 +162,13 @@ def test_nothing_is_lost_when_front_end_and_ledger_are_killed(
 def test_new_engines_come_while_jobs_of_the_old_ones_end(
     deployed: "Deployed", body: dict[str, Any], alone: dict[str, bytes], engines: Path, tmp_path: Path
 ) -> None:
-    from tests.support.ray_cluster import REPLICA, processes
+    from tests.support.ray_cluster import REPLICA, after_first_segment, processes
 
     other = tmp_path / "other"
     shutil.copytree(engines, other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest))  # the same engines under another digest
-    before = deployed.record(after_first_segment(deployed, body))
+    before = deployed.record(after_first_segment(deployed, body, STEPS))
     old = processes(REPLICA)
     deployed.deploy(other)
     after = deployed.record(deployed.post(body)["id"])
@@ -194,9 +183,9 @@ def test_new_engines_come_while_jobs_of_the_old_ones_end(
 def test_a_job_goes_on_when_its_node_is_killed(
     cluster: "Cluster", deployed: "Deployed", body: dict[str, Any], alone: dict[str, bytes]
 ) -> None:
-    from tests.support.ray_cluster import node_of, working_on
+    from tests.support.ray_cluster import after_first_segment, node_of, working_on
 
-    video_id = after_first_segment(deployed, body)
+    video_id = after_first_segment(deployed, body, STEPS)
     replica = working_on(video_id)
     assert replica is not None
     cluster.remove_node(node_of(cluster, replica), allow_graceful=False)
