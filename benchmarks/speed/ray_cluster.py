@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -120,19 +121,33 @@ def killed_node(cluster: Any, wire: Wire, body: Mapping[str, Any], data: Path) -
     return seconds
 
 
+def cpu_seconds(title: str) -> float:
+    """Of the process that Ray gave this title."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().decode(errors="replace").startswith(title):
+                fields = path.with_name("stat").read_text().rpartition(")")[2].split()
+                return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    raise RuntimeError(f"no process is called {title}")
+
+
 def long_queue(cluster: Any, wire: Wire, data: Path) -> dict[str, float]:
     """2,000 jobs for engines that nobody has, so that they wait."""
     import ray
 
-    ray.init(cluster.address, namespace="scail2-rt", log_to_driver=False, logging_level="ERROR")
+    ray.init(cluster.address, namespace="scail2-rt", log_to_driver=False, logging_level=logging.ERROR)
     ledger = open_ledger(str(data))
     facts = {"frames": 21, "frame_rate": "16", "width": 96, "height": 64, "mode": "animate", "segments": 2}
     facts |= {"framing": "", "warnings": []}
     request = {"engines": "none", "encodings": "p", "options": {}, "extra_refs": 0, "masking": None, "facts": facts}
-    began = time.perf_counter()
+    ray.get(ledger.begin.remote())
+    began, cpu = time.perf_counter(), cpu_seconds("ray::Ledger")
     adding = [ledger.ask.remote("add_job", f"video_{n}", "local", request, None, "d") for n in range(QUEUED)]
     ray.get(adding)
-    added_s = time.perf_counter() - began
+    added_s, added_cpu = time.perf_counter() - began, cpu_seconds("ray::Ledger") - cpu
+    cpu = cpu_seconds("ray::Ledger")
+    ray.get([ledger.heard.remote("video_1", 1, {}) for _ in range(QUEUED)])
+    heard_cpu = cpu_seconds("ray::Ledger") - cpu
     pages, asks = [], []
     for _ in range(20):
         began = time.perf_counter()
@@ -151,6 +166,8 @@ def long_queue(cluster: Any, wire: Wire, data: Path) -> dict[str, float]:
     return {
         "queued": QUEUED,
         "added_per_s": QUEUED / added_s,
+        "ledger_cpu_ms_per_add": 1e3 * added_cpu / QUEUED,
+        "ledger_cpu_ms_per_word": 1e3 * heard_cpu / QUEUED,
         "page_of_100_s": statistics.median(pages),
         "status_s": statistics.median(asks),
         "ledger_restart_s": restart_s,

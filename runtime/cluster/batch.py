@@ -72,9 +72,10 @@ class Case:
 
     def lost(self) -> None:
         """Its runner died: the next one goes on."""
-        assert self.job.output is not None
-        self.job = replace(self.job, output=replace(self.job.output, resume=True))
-        finished = resumable(self.job.output.path)
+        output = self.job.output
+        assert output is not None
+        self.job = replace(self.job, output=replace(output, resume=True))
+        finished = resumable(output.path)
         self.deaths = self.deaths + 1 if finished <= self.segments else 0
         self.segments = max(finished, self.segments)
 
@@ -125,9 +126,8 @@ def run_batch_on_ray(options: GenerateOptions, address: str) -> Outcome:
                 print(f"error: {job.name}: {plan['error']}", file=sys.stderr)
         for job, outcome in _run(waiting, options, options.gpus) if waiting else ():
             results[job.name] = outcome
-            done = isinstance(outcome, Outcome)
             print(f"case {len(results)}/{len(jobs)}: {job.name}", file=sys.stderr)
-            if not done:
+            if not isinstance(outcome, Outcome):
                 print(f"error: {job.name}: {outcome['error']}", file=sys.stderr)
     return gathered(jobs, results)
 

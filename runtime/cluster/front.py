@@ -130,7 +130,7 @@ class ClusterService(Service):
 class FrontEnd:
     """A replica of the front end's deployment; Ray Serve brings it requests."""
 
-    async def __init__(self, settings: Settings, data: str, engines: str) -> None:
+    async def __init__(self, settings: Settings, data: str, engines: str) -> None:  # type: ignore[misc]  # Ray awaits it
         os.umask(0o077)
         here = scratch_folder("front")
         ledger = open_ledger(data)

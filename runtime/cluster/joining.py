@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import Any
 from scail2_rt.kernels.errors import InputError
 
 NAMESPACE = "scail2-rt"
+KNOCK_S = 5.0
 
 
 @contextlib.contextmanager
 def joined(address: str) -> Iterator[None]:
     """This program as a driver of the cluster at `address` (HOST:PORT, or auto). InputError when none answers."""
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # it would try for a quarter of an hour
     try:
         import ray
     except ImportError as error:
         raise InputError("--ray needs Ray: pip install 'scail2-rt[ray]'.") from error
     try:
+        _knock(address)
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0][:200]
         raise InputError(
             f"No Ray cluster answers at {address} ({said}): start one with `ray start --head`, and run this command on "
@@ -33,6 +37,16 @@ def joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens; Ray itself waits long."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"--ray takes HOST:PORT or auto, not {address}.")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def share_of_node(gpus_each: int) -> tuple[dict[str, Any], int]:

@@ -304,5 +304,9 @@ def open_ledger(data: str | None = None) -> Any:
 
     if data is None:
         return ray.get_actor(NAME, NAMESPACE)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)(Ledger)
-    return actor.options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(data)
+    lasting: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 1000}
+    return (
+        ray.remote(**lasting)(Ledger)
+        .options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True)
+        .remote(data)
+    )

@@ -8,6 +8,7 @@ back finds that it is not, stops within a step, and removes what it made.
 
 import asyncio
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -56,7 +57,8 @@ class Desk(Store):
 class Replica:
     """What Ray Serve starts, one per `gpus_per_video` GPUs. engines: where they are; digest: which they must be."""
 
-    async def __init__(self, settings: Settings, data: str, engines: str, digest: str) -> None:
+    async def __init__(self, settings: Settings, data: str, engines: str, digest: str) -> None:  # type: ignore[misc]  # Ray awaits it
+        import ray
         from ray import serve
 
         self._ledger, self._objects = open_ledger(data), Objects(data)
@@ -66,6 +68,7 @@ class Replica:
         self._desk = Desk(self._ledger, here)
         self._pool = Pool(replace(settings, engines=folder, data=here, workers=1), self._desk, self._heard)
         await self._pool.start()
+        self._name = f"{ray.get_runtime_context().get_node_id()[:12]}/{os.getpid()}"
         self._ended: asyncio.Future[None] | None = None
         self._passed, self._said, self._saved = 0.0, 0.0, 0
         self._phase = ""
@@ -144,6 +147,7 @@ class Replica:
                 return
             self._phase, self._passed = event["phase"], time.monotonic()
         elif "done" in message:
+            message = {"done": {**message["done"], "replica": self._name}}
             await asyncio.to_thread(self._deliver, row)
         elif "returned" in message:  # the desk has given it back
             return

@@ -107,3 +107,20 @@ def test_a_new_cluster_goes_on(engines: Path, case: Path, cache: Path, tmp_path:
             own.done(made)
         assert json.loads(own.content(video_id, "report"))["resumed_after_segments"] == 1
         assert own.post(body)["id"]  # kept files are still there
+
+
+def test_a_prompt_goes_where_it_was_before(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
+    with nodes(2, command_environment(cache)) as cluster:
+        own = Deployed(str(tmp_path / "data"), cache, cluster.address).deploy(engines)
+        body = own.case(case)
+        while len(processes(REPLICA)) < 2:  # jobs that wait start the second replica
+            made = [own.post({**body, "prompt": prompt, "steps": "100"})["id"] for prompt in "abcabc"]
+            for video_id in made:
+                own.done(video_id)
+        places: dict[str, set[str]] = {"a": set(), "b": set(), "c": set()}
+        for prompt in "abcabcabcabc":
+            video_id = own.post({**body, "prompt": prompt})["id"]
+            own.done(video_id)
+            places[prompt].add(json.loads(own.record(video_id)["result"])["replica"])
+        print(places)
+        assert all(len(found) == 1 for found in places.values())
