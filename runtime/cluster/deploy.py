@@ -101,7 +101,11 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
         share, room = share_of_node(settings.gpus_per_video)
         wanted = room if options["gpus"] == "all" else max(1, int(options["gpus"]) // settings.gpus_per_video)
         settings = replace(settings, on_gpu="num_gpus" in share, port=settings.port or _free_port(settings.host))
-        there = ray.get(open_ledger(data).begin.remote())
+        try:
+            there = ray.get(open_ledger(data).begin.remote())
+        except ray.exceptions.RayActorError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise InputError(f"--data {data} cannot be used by the cluster: {said}") from error
         if there != data:
             raise InputError(f"This cluster runs a service with --data {there}: `serve shutdown` ends it.")
         serve.start(http_options={"host": settings.host, "port": settings.port, "location": "HeadOnly"})

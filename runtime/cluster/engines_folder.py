@@ -22,7 +22,12 @@ def digest_at(engines: str) -> str:
     """The same of a folder or a URL."""
     if "://" not in engines:
         return digest_of(Path(engines))
-    manifest = Objects(engines).get("manifest.json")
+    try:
+        manifest = Objects(engines).get("manifest.json")
+    except InputError:
+        raise
+    except Exception as error:  # each store has its own
+        raise InputError(f"{engines} cannot be read ({type(error).__name__}: {error}).") from error
     if manifest is None:
         raise InputError(f"{engines} is no engine folder: copy one there, its manifest.json last.")
     return hashlib.sha256(manifest).hexdigest()

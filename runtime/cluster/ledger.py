@@ -232,7 +232,8 @@ class Ledger:
             print(f"{row.id}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
             await self._lost(row.id)
         finally:
-            self._pushed.pop(row.id, None)
+            if self._pushed.get(row.id) is asyncio.current_task():
+                del self._pushed[row.id]
             self._push_more()
 
     async def _lost(self, job_id: str) -> None:
@@ -264,6 +265,8 @@ class Ledger:
         self._silent = {job_id: self._silent.get(job_id, 0) + 1 for job_id in running}
         for job_id in running:
             if self._silent[job_id] > SILENT_TICKS:
+                if (push := self._pushed.pop(job_id, None)) is not None:  # its replica may never answer
+                    push.cancel()
                 await self._lost(job_id)
         for job_id in self.index.deleted():
             if job_id not in self._pushed:

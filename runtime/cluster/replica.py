@@ -69,6 +69,7 @@ class Replica:
         self._pool = Pool(replace(settings, engines=folder, data=here, workers=1), self._desk, self._heard)
         await self._pool.start()
         self._name = f"{ray.get_runtime_context().get_node_id()[:12]}/{os.getpid()}"
+        self._working: JobRow | None = None
         self._ended: asyncio.Future[None] | None = None
         self._passed, self._said, self._saved = 0.0, 0.0, 0
         self._phase = ""
@@ -88,6 +89,7 @@ class Replica:
         folder = self._desk.folder(row.id)
         try:
             self._saved = await asyncio.to_thread(self._bring, row, folder)
+            self._working = row
             self._ended, self._phase, self._passed = asyncio.get_running_loop().create_future(), "", 0.0
             self._desk.next = row
             await self._pool.dispatch()
@@ -97,8 +99,11 @@ class Replica:
                 if not self._ended.done() and time.monotonic() - self._said > BEAT_S / 2:
                     await self._say(row, {})
             self._ended.result()
+        except asyncio.CancelledError:  # the ledger has given the job to another
+            await self._pool.cancel(row.id)
+            raise
         finally:
-            self._desk.next = None
+            self._desk.next, self._working = None, None
             await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def encodings(self, prompt: str) -> str:
@@ -128,6 +133,9 @@ class Replica:
 
     async def _heard(self, row: JobRow, message: Mapping[str, Any]) -> None:
         """The worker's word about its job."""
+        now = self._working
+        if now is None or row.id != now.id or row.attempt < now.attempt:  # what is left of a job that went elsewhere
+            return
         assert self._ended is not None
         try:
             await self._pass_on(row, message)

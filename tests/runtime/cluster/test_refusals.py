@@ -31,5 +31,6 @@ def test_a_service(scail2: Run, engines: Path, tmp_path: Path) -> None:
     assert "No Ray cluster answers" in error_of(scail2(*words, *data))
     assert "--disk-limit is for one machine" in error_of(scail2(*words, *data, "--disk-limit", "1GiB"))
     assert "is no engine folder" in error_of(scail2("serve", tmp_path, "--ray", NOBODY, *data))
+    assert "no place that fsspec knows" in error_of(scail2("serve", "nowhere://x", "--ray", NOBODY, *data))
     assert "give --api-key-file" in error_of(scail2(*words, *data, "--host", "0.0.0.0"))
     assert not (tmp_path / "data").exists()
