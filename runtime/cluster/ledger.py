@@ -14,9 +14,10 @@ import collections
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from scail2_rt.runtime.cluster.joining import NAMESPACE, scratch_folder
@@ -43,24 +44,31 @@ FILE_WRITES = frozenset({"add_file", "delete_file"})
 
 
 class Index(Store):
-    """The database, filled from records."""
+    """The database, filled from records; it need not survive its process."""
+
+    def __init__(self, data: Path) -> None:
+        super().__init__(data)
+        self._writer.execute("PRAGMA synchronous=OFF")
 
     def load(self, table: str, documents: Any) -> None:
         row = JobRow if table == "jobs" else FileRow
         names = [field.name for field in fields(row)]
         sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
-        for document in sorted(documents, key=lambda document: document["seq"]):
-            self._write(sql, *(document[name] for name in names))
+        with self._writing:
+            self._writer.execute("BEGIN")
+            self._writer.executemany(sql, ([document[name] for name in names] for document in documents))
+            self._writer.execute("COMMIT")
 
     def record(self, table: str, row_id: str) -> dict[str, Any] | None:
         """A row as it is stored; None when it is gone."""
         rows = self._read(f"SELECT * FROM {table} WHERE id=?", row_id)
         return dict(rows[0]) if rows else None
 
-    def queued(self, most: int) -> list[JobRow]:
-        return [
-            JobRow.of(row) for row in self._read("SELECT * FROM jobs WHERE state='queued' ORDER BY seq LIMIT ?", most)
-        ]
+    def queued(self, engines: Collection[str], most: int) -> list[JobRow]:
+        """The oldest ones for these engines."""
+        sql = "SELECT * FROM jobs WHERE state='queued' AND json_extract(request, '$.engines') IN"
+        rows = self._read(f"{sql} ({', '.join('?' * len(engines))}) ORDER BY seq LIMIT ?", *engines, most)
+        return [JobRow.of(row) for row in rows]
 
     def running(self) -> list[str]:
         return [row["id"] for row in self._read("SELECT id FROM jobs WHERE state='running'")]
@@ -215,9 +223,9 @@ class Ledger:
 
     def _push_more(self) -> None:
         room = AHEAD + len(self.index.running()) - len(self._pushed)
-        for row in self.index.queued(AHEAD) if room > 0 else ():
-            app = self._apps.get(row.request["engines"])
-            if app is not None and row.id not in self._pushed and room > 0:
+        for row in self.index.queued(self._apps, AHEAD) if room > 0 else ():
+            app = self._apps[row.request["engines"]]
+            if row.id not in self._pushed and room > 0:
                 room -= 1
                 self._pushed[row.id] = asyncio.create_task(self._push(row, app))
 

@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("ray")
 
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.cluster import ledger as ledgers
+from scail2_rt.runtime.cluster.engines_folder import digest_at, digest_of, local_engines
 from scail2_rt.runtime.cluster.ledger import Ledger, newest_state
 from scail2_rt.runtime.cluster.objects import Objects
 
@@ -163,3 +165,22 @@ def test_work_goes_on_from_the_state_with_most_segments(place: str) -> None:
     for name in ("inputs/plan", "1/state-9.safetensors", "2/state-10.safetensors", "3/partial-11.mp4", "3/video.mp4"):
         objects.put(f"jobs/video_a/{name}", b"")
     assert newest_state(objects, "video_a") == (2, 10)
+
+
+def test_engines_are_brought_to_a_node_once_and_told_by_their_manifest(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCAIL2_RT_CACHE", str(tmp_path / "cache"))
+    url = place if "://" in place else f"file://{place}/there"
+    objects = Objects(url)
+    objects.put("weights/a", b"1")
+    objects.put("manifest.json", b"{}")
+    digest = digest_at(url)
+    folder = local_engines(url, digest)
+    assert digest_of(folder) == digest
+    assert (folder / "weights" / "a").read_bytes() == b"1"
+    objects.remove("weights/a")
+    assert local_engines(url, digest) == folder
+    (folder / "manifest.json").write_text("{ }")
+    with pytest.raises(InputError, match="holds other engines on this node"):
+        local_engines(str(folder), digest)

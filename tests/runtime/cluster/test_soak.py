@@ -114,11 +114,11 @@ def test_a_prompt_goes_where_it_was_before(engines: Path, case: Path, cache: Pat
         own = Deployed(str(tmp_path / "data"), cache, cluster.address).deploy(engines)
         body = own.case(case)
         while len(processes(REPLICA)) < 2:  # jobs that wait start the second replica
-            made = [own.post({**body, "prompt": prompt, "steps": "100"})["id"] for prompt in "abcabc"]
+            made = [own.post({**body, "steps": "100"})["id"] for _ in range(6)]
             for video_id in made:
                 own.done(video_id)
-        places: dict[str, set[str]] = {"a": set(), "b": set(), "c": set()}
-        for prompt in "abcabcabcabc":
+        places: dict[str, set[str]] = {"a": set(), "b": set(), "c": set(), "d": set()}
+        for prompt in "abcd" * 4:
             video_id = own.post({**body, "prompt": prompt})["id"]
             own.done(video_id)
             places[prompt].add(json.loads(own.record(video_id)["result"])["replica"])
