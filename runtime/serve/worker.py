@@ -215,7 +215,8 @@ def main() -> None:
     except Scail2Error as error:
         messages.say(unusable=str(error))
         return
-    messages.say(ready={"choice": session.choice, "backend": session.engines.backend, "memory": memory()})
+    hosting = session.engines.executor.backend.hosting
+    messages.say(ready={"choice": session.choice, "hosting": hosting, "memory": memory()})
     while True:
         run(session, messages.jobs.get(), messages)
         messages.say(idle={"memory": memory()})
