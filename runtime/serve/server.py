@@ -35,7 +35,12 @@ def run(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM. InputError when the folder is served already, the port is taken or the engines
     cannot be opened."""
     os.umask(0o077)
-    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise InputError(
+            f"The data folder {settings.data} cannot be made ({error.strerror}): give --data another."
+        ) from error
     refusal = f"Another service uses {settings.data}: stop it, or give --data another folder."
     with alone(settings.data, refusal, lambda reason: print(f"warning: {reason}", file=sys.stderr)):
         listener = _listen(settings)
