@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,7 +210,8 @@ def describe_command(manifest: Manifest, directory: Path, backend: str | None = 
 
 @dataclass(frozen=True, slots=True)
 class BuildCommand:
-    """A call of `scail2-rt build-engines`. loras: (file, strength); overrides: part of the checkpoint → its path."""
+    """A call of `scail2-rt build-engines`. loras: (file, strength); overrides: part of the checkpoint → its path;
+    plan_words: options of plans."""
 
     checkpoint: str
     directory: Path
@@ -220,6 +221,7 @@ class BuildCommand:
     lora_partial: bool = False
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rebuild: bool = False
+    plan_words: Sequence[str] = ()
 
     @property
     def line(self) -> str:
@@ -234,6 +236,7 @@ class BuildCommand:
         words += ["--lora-partial"] if self.lora_partial else []
         for name in self.backends:
             words += ["--backend", name]
+        words += self.plan_words
         return shlex.join([*words, "--rebuild"] if self.rebuild else words)
 
 
