@@ -319,7 +319,7 @@ def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity:
         ).line
         listed = "; ".join(map(str, found))
         raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
-    check_folder(plan.directory, previous, plan.definitions)
+    check_folder(plan.directory, previous, plan.definitions, mending=True)
 
 
 def _kept(plan: Plan, before: Manifest, mended: Manifest) -> Manifest:

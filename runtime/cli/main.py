@@ -274,7 +274,7 @@ def what_was_done(report: "BuildReport") -> str:
     if report.added:
         done.append(f"built for {', '.join(report.added)}")
     elif not (done or report.up_to_date):
-        done.append(f"complete for {', '.join(report.backends)}, as looked at again")
+        done.append("the plans that were asked for are there")
     return f"{', '.join(done)} in {report.wall_s:.1f} s" if done else "nothing to do"
 
 

@@ -235,6 +235,31 @@ def test_the_command_that_replaces_a_folder_keeps_the_options_of_plans(rtx: Reco
         make(tmp_path / "e", ("tensorrt-rtx",), seed=1, plan_options=chosen)
 
 
+def test_some_stages_for_another_card(rtx: Recorder, tmp_path: Path) -> None:
+    make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm89",)))
+    rtx.built.clear()
+    with pytest.raises(InputError, match="--target sm120 would leave plans for different cards in .* has sm89: "):
+        make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)), stages=("dit.head",))
+    assert rtx.built == []
+    make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)))
+    assert rtx.built
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_plan_that_is_not_whole_is_built_alone(recorder: Recorder, tmp_path: Path, damage: str) -> None:
+    make(tmp_path / "e")
+    file = tmp_path / "e/stages/dit.head.plan"
+    whole = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(whole[:9])
+    with pytest.raises(InputError, match=r"dit\.head\.plan: .*Repair that alone with: .* --backend tensorrt$"):
+        open_engines(tmp_path / "e", "tensorrt", device="cpu")
+    recorder.built.clear()
+    assert make(tmp_path / "e").repaired == ("dit.head",)
+    assert [path.name for path in recorder.built] == ["dit.head.trt.onnx"]
+    assert file.read_bytes() == whole
+    assert make(tmp_path / "e").up_to_date
+
+
 def test_a_target_without_a_card() -> None:
     with pytest.raises(InputError, match="--target names no card"):
         plan_options(None, None, " ,")
