@@ -16,9 +16,14 @@ SAME = (
 
 
 def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
-    """InputError for a folder that holds no engines, and for more GPUs than there are."""
+    """InputError for a folder that holds no engines, a segmenter that is named and not there, and for more GPUs than
+    there are."""
     if not (engines / "manifest.json").is_file():
         raise InputError(f"{engines} is no engine folder: make one with scail2-rt build-engines.")
+    if options["segmenter_weights"] is not None or options["segmenter"] != "auto":
+        from scail2_rt.runtime.masks.make.folders import find_segmenter
+
+        find_segmenter(options["segmenter"], options["segmenter_weights"])
     gpus = visible_gpus(options["backend"])
     limits = Limits(
         upload_bytes=options["max_upload"],
