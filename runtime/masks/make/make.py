@@ -22,7 +22,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import ClipSource, ImageSource
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder, find_segmenter
-from scail2_rt.runtime.masks.make.options import IMAGE, MaskOptions
+from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.record import RECORD, fingerprint, recorded
 from scail2_rt.runtime.masks.make.work import IMAGE_NAME, SHEET_NAME, VIDEO_NAMES, Work
 from scail2_rt.runtime.masks.palette import Mode
@@ -170,7 +170,7 @@ def check_places(options: MaskOptions, size: tuple[int, int], video: VideoInfo) 
         if place.frame == IMAGE:
             place.check_inside(size, "the reference image")
             continue
-        frame = options.start if place.frame == 0 else place.frame
+        frame = options.start if place.frame == FIRST else place.frame
         if not options.start <= frame < last:
             raise InputError(
                 f"A --point or --box is in frame {frame}; the frames used are {options.start} to {last - 1}."

@@ -19,7 +19,7 @@ from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.masks.make.figures import Cast, stretched
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder
 from scail2_rt.runtime.masks.make.follow import ClipFollower, Figure, Looking, figures_in, nobody, present_in
-from scail2_rt.runtime.masks.make.options import IMAGE, MaskOptions
+from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.pairs import Pairing
 from scail2_rt.runtime.masks.make.ready import ready_labels, ready_masks
 from scail2_rt.runtime.masks.make.segmenters import Segmenter, open_segmenter
@@ -105,7 +105,7 @@ class Work:
         options = self.options
         places = tuple(place for place in options.places if (place.frame == IMAGE) == image)
         if not image:
-            places = tuple(replace(place, frame=options.start) if not place.frame else place for place in places)
+            places = tuple(replace(place, frame=options.start) if place.frame == FIRST else place for place in places)
         where = "the reference image" if image else "the driving video"
         return Looking(options.text_for(image), places, options.max_characters, options.sort, where)
 
