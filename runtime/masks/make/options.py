@@ -20,8 +20,8 @@ FIRST = -2  # of one without a frame's number: the first that is used
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip (`FIRST`: the first that is
-    used), or of the reference image (`IMAGE`), and the colour that its figure is to have, "" for any."""
+    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip (`FIRST`: the first that
+    is used), or of the reference image (`IMAGE`), and the colour that its figure is to have, "" for any."""
 
     numbers: tuple[float, ...]
     frame: int = FIRST
@@ -130,7 +130,11 @@ class MaskOptions:
             raise InputError(f"--frames must be 1 or more, not {self.frames}.")
 
     def _check_places(self) -> None:
-        """InputError for two boxes of one figure, and for more figures in one picture than are kept."""
+        """InputError for two boxes of one figure, more figures in one picture than are kept, and places in a picture
+        whose figures are cut out already."""
+        for name, ready in (("--image-from", self.image_from), ("--driving-from", self.driving_from)):
+            if ready is not None and any((place.frame == IMAGE) == (ready is self.image_from) for place in self.places):
+                raise InputError(f"A --point or --box is of the picture that {name} gives figures of: leave out one.")
         for frame in {place.frame for place in self.places}:
             here = [place for place in self.places if place.frame == frame]
             boxes = [place.colour for place in here if place.colour and len(place.numbers) == 4]

@@ -1,14 +1,20 @@
 """Options of masks that contradict each other or the clip, and files that are damaged: refused, in one sentence."""
 
+import json
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from scail2_rt.benchmarks.sprites.segmenting import shipped_segmenter
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.make.folders import open_folder
 from scail2_rt.runtime.masks.make.make import check_places
 from scail2_rt.runtime.masks.make.options import MaskOptions
 from scail2_rt.runtime.masks.make.pairs import Pairing
+from scail2_rt.runtime.masks.make.segmenters import open_segmenter
 from scail2_rt.runtime.media.video_reader import VideoInfo
 
 BOX = "5,5,30,55"
@@ -52,3 +58,21 @@ def test_pairs_of_a_figure_that_is_not_there(places: tuple[str, ...], refused: b
             pairing.begin([mask], [""])
     else:  # who is shown later may be figure 2
         pairing.begin([mask], [""])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_size", "big"),
+        ("image_size", -5),
+        ("image_size", []),
+        ("model_type", ["sam2_video"]),
+        ("num_maskmem", "x"),
+    ],
+)
+def test_a_segmenter_whose_config_is_damaged(tmp_path: Path, field: str, value: object) -> None:
+    config = json.loads((shipped_segmenter() / "config.json").read_text())
+    shutil.copy(shipped_segmenter() / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(InputError, match=r"download|get one with"):
+        open_segmenter(open_folder(tmp_path), "cpu")
