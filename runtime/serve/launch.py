@@ -25,21 +25,24 @@ def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
 
         find_segmenter(options["segmenter"], options["segmenter_weights"])
     gpus = visible_gpus(options["backend"])
-    limits = Limits(
+    return Settings(
+        engines=engines.resolve(),
+        data=Path(options["data"] or default_data()).resolve(),
+        workers=workers_of(options["gpus"], options["gpus_per_video"], gpus),
+        on_gpu=gpus > 0,
+        warm=not options["no_warm"],
+        limits=limits_of(options),
+        **{name: options[name] for name in SAME},
+    )
+
+
+def limits_of(options: Mapping[str, Any]) -> Limits:
+    return Limits(
         upload_bytes=options["max_upload"],
         frames=options["max_frames"],
         queued=options["max_queue"],
         queued_per_key=options["max_queue_per_key"],
         file_bytes=options["file_quota"],
-    )
-    return Settings(
-        engines=engines.resolve(),
-        data=(options["data"] or default_data()).resolve(),
-        workers=workers_of(options["gpus"], options["gpus_per_video"], gpus),
-        on_gpu=gpus > 0,
-        warm=not options["no_warm"],
-        limits=limits,
-        **{name: options[name] for name in SAME},
     )
 
 
