@@ -277,8 +277,10 @@ def what_was_done(report: "BuildReport") -> str:
     """One clause about a build."""
     done = [f"repaired {', '.join(report.repaired)}"] if report.repaired else []
     done += ["checksums added"] if report.sums_added else []
-    if report.added or not (done or report.up_to_date):
+    if report.added:
         done.append(f"built for {', '.join(report.added)}")
+    elif not (done or report.up_to_date):
+        done.append("the plans that were asked for are there")
     return f"{', '.join(done)} in {report.wall_s:.1f} s" if done else "nothing to do"
 
 

@@ -114,7 +114,7 @@ def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
         kind = "memory" if "memory ran out" in str(error) else "fault"
         kind = "input" if isinstance(error, InputError) else kind
         said = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
-        messages.say(failed={"message": plain_names(said, folder), "kind": kind}, **about)
+        messages.say(failed={"message": plain_names(said, folder, job["masking"]), "kind": kind}, **about)
     else:
         messages.say(done=described(result, time.perf_counter() - began, session), **about)
 
@@ -200,7 +200,8 @@ def main() -> None:
     except Scail2Error as error:
         messages.say(unusable=str(error))
         return
-    messages.say(ready={"choice": session.choice, "backend": session.engines.backend, "memory": memory()})
+    hosting = session.engines.executor.backend.hosting
+    messages.say(ready={"choice": session.choice, "hosting": hosting, "memory": memory()})
     while True:
         run(session, messages.jobs.get(), messages)
         messages.say(idle={"memory": memory()})
