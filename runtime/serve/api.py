@@ -131,7 +131,8 @@ def _add_videos(app: FastAPI, service: Service) -> None:
             "X-Stage-Durations": json.dumps(row.result["timings_s"]),
             "X-Peak-Memory-MB": str(peak_mb(row.result)),
         }
-        return FileResponse(service.store.folder(row.id) / "video.mp4", media_type="video/mp4", headers=headers)
+        video = await asyncio.to_thread(service.store.result, row, "video.mp4")
+        return FileResponse(video, media_type="video/mp4", headers=headers)
 
     @app.get("/v1/videos")
     async def list_videos(
@@ -165,14 +166,14 @@ def _add_results(app: FastAPI, service: Service) -> None:
         if variant not in VARIANTS:
             raise wrong(f"variant must be one of {', '.join(VARIANTS)}, not {variant[:80]}.", "variant")
         name, media_type = VARIANTS[variant]
-        path = service.store.folder(row.id) / name
         if not (variant.endswith("_reference") or variant.startswith("mask_")):
             if row.state == "failed":
                 raise Refusal(422, str((row.result or {})["message"]), "video_failed")
             if row.state != "completed":
                 raise Refusal(404, f"The video {row.id} is not done yet.", "not_done", retry_s=1)
-            if path.suffix == ".webp":
-                await asyncio.to_thread(_draw, variant, path)
+            if name.endswith(".webp"):
+                await asyncio.to_thread(_draw, variant, service.store.result(row, "video.mp4").with_name(name))
+        path = await asyncio.to_thread(service.store.result, row, name)
         if not path.is_file():
             raise Refusal(404, f"{row.id} has no {variant}.", "not_found", param="variant")
         headers = {"cache-control": "private, no-store"}
@@ -288,7 +289,8 @@ def _add_files(app: FastAPI, service: Service) -> None:
     @app.get("/v1/files/{file_id}/content")
     async def file_content(request: Request, file_id: str) -> FileResponse:
         row = service.file(file_id, _owner(request))
-        return FileResponse(store.files / row.id, media_type="application/octet-stream", filename=row.id)
+        file = await asyncio.to_thread(store.upload, row)
+        return FileResponse(file, media_type="application/octet-stream", filename=row.id)
 
     @app.delete("/v1/files/{file_id}")
     async def delete_file(request: Request, file_id: str) -> dict[str, Any]:

@@ -83,11 +83,11 @@ class Inputs:
             if row is None:
                 raise not_found("file", file_id)
             try:
-                os.link(self._store.files / row.id, place)
+                os.link(self._store.upload(row), place)
             except FileNotFoundError:  # deleted meanwhile
                 raise not_found("file", file_id) from None
             except OSError:  # a file system without links
-                await asyncio.to_thread(shutil.copyfile, self._store.files / row.id, place)
+                await asyncio.to_thread(shutil.copyfile, self._store.upload(row), place)
             self._placed(place, name, row.sha256)
             return
         upload = await self._download(str(reference["url"]), name)

@@ -81,6 +81,11 @@ class Pool:
     def ready(self) -> bool:
         return any(worker.ready for worker in self.workers)
 
+    @property
+    def busy(self) -> int:
+        """How many jobs run."""
+        return sum(worker.job is not None for worker in self.workers)
+
     def running(self, job_id: str) -> Worker | None:
         return next((worker for worker in self.workers if worker.job is not None and worker.job.id == job_id), None)
 

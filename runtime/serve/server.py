@@ -135,7 +135,7 @@ def _greet(settings: Settings, service: Service, listener: socket.socket) -> Non
     """What runs and where, on stderr; the address alone on stdout."""
     about = service.pool.workers[0].about or {}
     print(f"engines: {about.get('choice')}", file=sys.stderr)
-    if about.get("backend") == "tensorrt-rtx":
-        print("licence: TensorRT for RTX may not be used to host a service for third parties.", file=sys.stderr)
+    if hosting := about.get("hosting"):
+        print(f"licence: {hosting}", file=sys.stderr)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"http://{host}:{listener.getsockname()[1]}", flush=True)

@@ -118,7 +118,9 @@ class Service:
             inputs = Inputs(self.store, owner, self.settings.limits, self.settings.fetch_hosts)
             await inputs.place(form, asked, folder)
             if asked.masks_id is not None:
-                made_masks.take_over(self.store.folder(self.job(asked.masks_id, owner).id), folder)
+                earlier = self.job(asked.masks_id, owner)
+                files = [self.store.result(earlier, name) for name in made_masks.INPUTS]
+                await asyncio.to_thread(made_masks.take_over, files, folder)
                 inputs.hashes |= dict.fromkeys(made_masks.INPUTS, asked.masks_id)
             made = kind == "masks" or inputs.hashes.keys().isdisjoint(made_masks.INPUTS)
             check_complete(inputs.hashes, made)

@@ -132,6 +132,14 @@ class Store:
     def folder(self, job_id: str) -> Path:
         return self.jobs / job_id
 
+    def result(self, row: JobRow, name: str) -> Path:
+        """Where a file of a job is, if there is one."""
+        return self.folder(row.id) / name
+
+    def upload(self, row: FileRow) -> Path:
+        """Where a kept file is."""
+        return self.files / row.id
+
     def _write(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """DiskFull when not even the reserve makes room."""
         with self._writing:

@@ -26,14 +26,13 @@ from scail2_rt.runtime.core.progress import Cancelled, Progress
 from scail2_rt.runtime.core.request import Output
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.check_process import facts_of, plain_names
+from scail2_rt.runtime.session.output_lock import wait_for_lock
 
 if TYPE_CHECKING:
     from scail2_rt.runtime.core.plan import Plan
     from scail2_rt.runtime.masks.make.make import Masks
     from scail2_rt.runtime.session.session import Session
     from scail2_rt.runtime.session.write import Result
-
-LOCK_WAIT_S = 60.0  # for a worker of a server that was killed
 
 
 class Messages:
@@ -140,27 +139,13 @@ def generate(session: "Session", plan: "Plan", job: Mapping[str, Any], heard: "T
     given = job["options"]
     chosen = {name: given[name] for name in ("codec", "crf") if name in given}
     output = Output(Path(job["folder"]) / "video.mp4", **chosen, resume=True)
-    _wait_for_lock(output.path)
+    wait_for_lock(output.path)
     try:
         return session.generate(plan, output, heard, heard.messages.cancel)
     except InputError:
         if job["attempt"] == 1 or heard.began:
             raise
         return session.generate(plan, Output(output.path, **chosen, overwrite=True), heard, heard.messages.cancel)
-
-
-def _wait_for_lock(output: Path) -> None:
-    """Until the worker of a server that was killed is gone too."""
-    from scail2_rt.runtime.session.output_lock import refuse_second
-
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            return refuse_second(output)
-        except InputError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 class Teller:
@@ -217,7 +202,8 @@ def main() -> None:
     except Scail2Error as error:
         messages.say(unusable=str(error))
         return
-    messages.say(ready={"choice": session.choice, "backend": session.engines.backend, "memory": memory()})
+    hosting = session.engines.executor.backend.hosting
+    messages.say(ready={"choice": session.choice, "hosting": hosting, "memory": memory()})
     while True:
         job = messages.jobs.get()
         if (now := stamp(settings)) != opened:

@@ -1,6 +1,8 @@
 """How much memory the Animate node takes beside the graph's own tensors.
 
-    python -m tests.support.comfyui_memory ENGINES [--frames 200] [--size 704x1280]      (Linux)
+    MALLOC_MMAP_THRESHOLD_=65536 python -m tests.support.comfyui_memory ENGINES [--frames 200] [--size 704x1280]
+
+(On Linux. Without the variable the allocator keeps freed memory, and how much is chance.)
 
 The driving clip and its mask are tensors of the graph, as large as the result. The node does everything but compute:
 masks are checked and clips are read segment by segment as the pipeline reads them, and instead of what the networks

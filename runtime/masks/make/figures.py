@@ -5,7 +5,7 @@ Masks are bool [H, W]. Appearance is a histogram of the colours inside a mask, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -138,6 +138,10 @@ class Cast:
             return None
         close = [each for each in among if shared[each.number] >= best - 0.1]
         return min(close, key=lambda each: distance(each.centre, centre(mask)))
+
+    def likeness(self, frame: np.ndarray, labels: np.ndarray, numbers: Iterable[int]) -> float:
+        """How much these characters look like themselves where the labels say that they are."""
+        return sum(alike(self.characters[n].look, look(frame, labels == n)) for n in numbers)
 
     def mistaken(
         self, frame: np.ndarray, present: Mapping[int, np.ndarray], found: Sequence[np.ndarray]

@@ -238,11 +238,13 @@ class ClipFollower:
             return followed  # nobody can be new, away or exchanged
         figures = figures_in(frame, self.segmenter, self.looking, ())
         if wrong := self.cast.mistaken(frame, present, [figure.mask for figure in figures]):
-            followed = self._tracker.add({label: figures[found].given for label, found in wrong.items()})
+            given = {label: figures[found].given for label, found in wrong.items()}
+            followed = self._tracker.add(given)
+            self._set_right(frame, given)
             present = present_in(labels_of(followed, size))
             self.cast.notes.append(
                 f"At frame {number}, {_figures(wrong)} of the clip had been taken for somebody else and set right by "
-                f"looks: check the {EVERY} frames before."
+                f"their looks, there and in the frames before where these looks say so."
             )
         for figure in figures:
             if any(iou(figure.mask, m) > 0.3 or inside(figure.mask, m) > SAME for m in present.values()):
@@ -271,6 +273,19 @@ class ClipFollower:
         made = self.cast.enter(number, frame, figure.mask, figure.colour)
         self.cast.notes.append(f"Figure {made.number} of the clip comes in late and was found in frame {number}.")
         return made
+
+    def _set_right(self, frame: np.ndarray, given: Mapping[int, Given]) -> None:
+        """Figures that had been exchanged, in the frames that are held: backwards from where they were found, in each
+        frame the labels of those two ways by which they look more like themselves."""
+        tracker = self.segmenter.tracker((frame.shape[0], frame.shape[1]))
+        tracker.follow(frame)
+        tracker.add(given)
+        for earlier, labels in reversed(self._held):
+            rest = np.where(np.isin(labels, list(given)), 0, labels)
+            back = labels_of(tracker.follow(earlier), labels.shape)
+            anew = np.where(rest == 0, back, rest).astype(np.uint8)
+            if self.cast.likeness(earlier, anew, given) > self.cast.likeness(earlier, labels, given):
+                labels[:] = anew
 
     def _back(self, label: int, frame: np.ndarray, figure: Figure) -> None:
         """Into the frames that are held, backwards from the one where a figure was found."""

@@ -11,13 +11,15 @@ from tests.support.command import command_environment, unmeasured
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory, to the system
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured by what Linux tells")
 def test_memory_beside_the_tensors_does_not_grow(cache: Path, engines: Path) -> None:
     def measured(frames: int) -> dict[str, float]:
         command = [sys.executable, "-m", "tests.support.comfyui_memory", str(engines), "--size", "256x448"]
-        environment = unmeasured(command_environment(cache))
+        environment = unmeasured(command_environment(cache, **GIVEN_BACK))
         result = subprocess.run(
             [*command, "--frames", str(frames)],
             capture_output=True,
@@ -31,4 +33,4 @@ def test_memory_beside_the_tensors_does_not_grow(cache: Path, engines: Path) -> 
 
     short, long = measured(157), measured(309)  # of two and of four segments
     more = long["clip_gib"] - short["clip_gib"]
-    assert long["above_gib"] - short["above_gib"] < more / 4
+    assert long["above_gib"] - short["above_gib"] < more / 8

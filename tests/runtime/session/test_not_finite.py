@@ -18,7 +18,7 @@ from scail2_rt.runtime import NotFinite, Output, Request, Session
 from scail2_rt.runtime.core.progress import Progress
 from scail2_rt.runtime.core.warnings import collecting
 from scail2_rt.runtime.media.unfinished import partial_path
-from scail2_rt.runtime.pipeline import pipeline, schedulers
+from scail2_rt.runtime.pipeline import constants, schedulers
 from scail2_rt.runtime.pipeline.finite import colour_range, value_range, warn_if_flat
 from tests.support.command import SMALL, Run, error_of, one_json, read_video
 
@@ -58,7 +58,7 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> No
 
 def spoil_pixels(monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> None:
     """One value of the decoded group of this number."""
-    decode, calls = pipeline.decode_unclamped, []
+    decode, calls = constants.decode_unclamped, []
 
     def spoiled(*arguments: object) -> Generator[Tensor, None, None]:
         for pixels in decode(*arguments):  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def spoil_pixels(monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> 
                 pixels[1, -1, 5, 7] = value
             yield pixels
 
-    monkeypatch.setattr(pipeline, "decode_unclamped", spoiled)
+    monkeypatch.setattr(constants, "decode_unclamped", spoiled)
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -121,7 +121,7 @@ def test_a_first_segment_leaves_a_report_alone(
 def test_a_segment_of_one_colour_is_a_warning(
     session: Session, quick: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, segments = pipeline.decode_unclamped, []
+    decode, segments = constants.decode_unclamped, []
 
     def flat(*arguments: object) -> Generator[Tensor, None, None]:
         segments.append(None)
@@ -129,7 +129,7 @@ def test_a_segment_of_one_colour_is_a_warning(
         for pixels in decode(*arguments):  # type: ignore[arg-type]
             yield torch.full_like(pixels, -3.0) + 0.1 * pixels if first else pixels
 
-    monkeypatch.setattr(pipeline, "decode_unclamped", flat)
+    monkeypatch.setattr(constants, "decode_unclamped", flat)
     result = session.generate(session.check(quick()), tmp_path / "a.mp4")
     (warning,) = result.warnings
     assert warning.startswith(

@@ -1,5 +1,6 @@
 """The rules of masks that are made, each on flat figures: the authors', then what theirs lacks."""
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime import Cancelled, Clip, MaskOptions, Masks, Progress, make_masks
 from scail2_rt.runtime.masks.make import work
 from scail2_rt.runtime.masks.palette import PALETTE
@@ -220,12 +221,13 @@ def test_a_stranger_gets_no_colour(make: Callable[..., Made]) -> None:
 def test_an_exchange_is_set_right_or_reported(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, text: bool
 ) -> None:
-    """A tracker that takes one for the other when they meet: text finds who is who at the next look."""
+    """A tracker that takes one for the other when they meet: text finds who is who at the next look, and the frames
+    from there back to where they met are set right, too."""
     frames = [picture({BEN: LEFT, CLEO: RIGHT})] * 20 + [picture({CLEO: LEFT, BEN: RIGHT})] * 20
     honest = FlatTracker.follow
 
     def confused(self: FlatTracker, frame: np.ndarray) -> Any:
-        if (frame == frames[-1]).all() and self.known.get(1) == BEN and self not in done:
+        if (frame == frames[-1]).all() and self.known.get(1) == BEN and not done:
             self.known = {1: CLEO, 2: BEN}
             done.append(self)
         return honest(self, frame)
@@ -235,8 +237,8 @@ def test_an_exchange_is_set_right_or_reported(
     monkeypatch.setattr("scail2_rt.runtime.masks.make.cuts.LEVELS", 255)  # the meeting is no cut
     points = {} if text else {"points": ("10,30", "80,30")}
     made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames, **points)
-    assert [made.driving_colour(BEN, t) for t in (0, 20)] == ["blue", "red"]
-    assert [made.driving_colour(BEN, t) for t in (24, 39)] == (["blue"] * 2 if text else ["red"] * 2)
+    after = "blue" if text else "red"
+    assert [made.driving_colour(BEN, t) for t in (0, 19, 20, 23, 24, 39)] == ["blue", "blue", *[after] * 4]
     told = "At frame 24, figure(s) 1, 2 of the clip" if text else "From frame 24 on, figures 1 and 2"
     assert len([note for note in made.masks.notes if told in note]) == 1
 
@@ -315,3 +317,23 @@ def test_the_same_again_is_taken_as_it_is(segmenter: FlatSegmenter, tmp_path: Pa
     assert not run(mode="replace").reused
     first.mask_image.unlink()
     assert not run(mode="replace").reused
+
+
+@pytest.mark.parametrize("record", ['{"identity":', {"masks": None}, {"mask_image": 3}, {"colour": "red"}])
+def test_a_damaged_record_is_none(segmenter: FlatSegmenter, tmp_path: Path, record: Any) -> None:
+    clip, image = Clip(np.stack(still({BEN: LEFT})), Fraction(16)), picture({ANN: LEFT})
+    options, file = MaskOptions(weights=flat_folder(tmp_path / "sam2")), tmp_path / "out" / "masks.json"
+    make_masks(image, clip, tmp_path / "out", options, device="cpu")
+    whole = json.loads(file.read_text())
+    file.write_text(record if isinstance(record, str) else json.dumps({**whole, "masks": whole["masks"] | record}))
+    if record == {"masks": None}:
+        file.write_text(json.dumps({**whole, **record}))
+    assert not make_masks(image, clip, tmp_path / "out", options, device="cpu").reused
+
+
+def test_where_nothing_can_be_written(segmenter: FlatSegmenter, tmp_path: Path) -> None:
+    clip, image = Clip(np.stack(still({BEN: LEFT})), Fraction(16)), picture({ANN: LEFT})
+    options = MaskOptions(weights=flat_folder(tmp_path / "sam2"))
+    (tmp_path / "out").touch()
+    with pytest.raises(Scail2Error, match="Masks could not be written to"):
+        make_masks(image, clip, tmp_path / "out", options, device="cpu")
