@@ -15,6 +15,7 @@ from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.jobs.options import GenerateOptions
+from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.masks.check import check_case
 from scail2_rt.runtime.masks.make.make import MaskPlan, Masks, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
@@ -72,6 +73,7 @@ def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
     given = {name: getattr(options, name) for name in (*MAKING, "mode", "start", "frames")}
     assert options.image is not None
     assert options.driving is not None
+    stop_on_sigterm()
     masks = make_masks(
         options.image,
         options.driving,
@@ -110,6 +112,7 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
     there = official_files(folder)
     if there and not options["overwrite"]:
         raise InputError(f"{folder} holds a case already ({there[0].name}): choose another -o, or give --overwrite.")
+    stop_on_sigterm()
     masks = make_masks(
         image,
         driving,

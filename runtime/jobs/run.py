@@ -4,9 +4,7 @@ Everything is checked before anything is loaded: each case first, then the engin
 the command. However a run ends, its report is written beside the video, and what was finished is named.
 """
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.masks import masks_of, with_masks
 from scail2_rt.runtime.jobs.options import GenerateOptions
+from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.session.check import check_output, check_request, check_room
 from scail2_rt.runtime.session.output_lock import refuse_second
 
@@ -80,8 +79,7 @@ def open_session(options: GenerateOptions) -> "Iterator[Session]":
     from scail2_rt.engines.engine_set import Execution
     from scail2_rt.runtime.session.session import Session
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_on_sigterm()
     execution = Execution(options.max_rows, options.attention, not options.no_graphs, options.vram_limit)
     with Session.open(options.engines, backend=options.backend, execution=execution, gpus=options.gpus) as session:
         yield session
