@@ -120,6 +120,9 @@ def test_masks_make_writes_a_case_that_runs(
     assert not (folder / "replace_mask.mp4").exists()
     result = scail2("generate", engines, "--case", folder, "-o", tmp_path / "a.mp4", *SMALL)
     assert result.returncode == 0, result.stderr
+    result = scail2(*words, "--overwrite", "--frames", 9)
+    assert f"generate ENGINES --case {folder} --frames 9 -o" in result.stdout
+    assert "shows no character" not in result.stdout
 
 
 @pytest.mark.parametrize(
