@@ -225,7 +225,8 @@ class Backend(ABC):
     needs_gpu         it runs on a GPU alone
     built_by_auto     `--backend auto` of a build makes its artefacts: False where that takes long
     build_options     its builds take options, and a build that names one looks at its artefacts again
-    compiles_kernels  on a GPU it compiles kernels of ours when they are first run"""
+    compiles_kernels  on a GPU it compiles kernels of ours when they are first run
+    hosting           what its licence says to those who run a service; "" where it says nothing"""
 
     name: str
     module: str
@@ -235,6 +236,7 @@ class Backend(ABC):
     built_by_auto = True
     build_options = False
     compiles_kernels = False
+    hosting = ""
 
     def installed(self) -> bool:
         """Can its library be imported here?"""

@@ -91,9 +91,9 @@ def main(clips: int, output: Path | None) -> None:
                 frames, labels = draw_picture(make(seed), 128, 128)
                 made, notes = followed(frames, labels, segmenter, looks)
                 rows.append((*scores(made, labels), notes))
-            means = np.mean(rows, 0)
+            means: list[float] = np.asarray(rows, np.float64).mean(0).round(3).tolist()
             name = f"{kind}, {'looks' if looks else 'boxes'}"
-            found[name] = dict(zip(("iou", "exchanged", "notes"), np.round(means, 3).tolist(), strict=True))
+            found[name] = dict(zip(("iou", "exchanged", "notes"), means, strict=True))
             print(f"{name}: {found[name]} ({clips} clips)", flush=True)
     if output is not None:
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -315,10 +315,11 @@ def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity:
             request.lora_partial,
             plan.overrides,
             rebuild=True,
+            plan_words=request.plan_options.words if request.plan_options is not None else (),
         ).line
         listed = "; ".join(map(str, found))
         raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
-    check_folder(plan.directory, previous, plan.definitions)
+    check_folder(plan.directory, previous, plan.definitions, mending=True)
 
 
 def _kept(plan: Plan, before: Manifest, mended: Manifest) -> Manifest:

@@ -128,7 +128,7 @@ def sums_now(directory: Path, files: Iterable[str], observer: BuildObserver | No
     """The sums of a store with a good header and of these files, as they are on disk, UNREADABLE where they cannot be
     read. One step of the phase `check`, by several threads."""
     store = StoreReader(directory / STAGES / STORE_NAME)
-    sizes = {file: (directory / file).stat().st_size for file in files}
+    sizes = {file: (directory / file).stat().st_size if (directory / file).is_file() else 0 for file in files}
     phase = Phase(observer or SilentObserver(), CHECK, {str(directory): store.layout.size + sum(sizes.values())})
     step, done = phase.start(str(directory)), 0
     pool = ThreadPoolExecutor(CHECKERS)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,7 +210,8 @@ def describe_command(manifest: Manifest, directory: Path, backend: str | None = 
 
 @dataclass(frozen=True, slots=True)
 class BuildCommand:
-    """A call of `scail2-rt build-engines`. loras: (file, strength); overrides: part of the checkpoint → its path."""
+    """A call of `scail2-rt build-engines`. loras: (file, strength); overrides: part of the checkpoint → its path;
+    plan_words: options of plans."""
 
     checkpoint: str
     directory: Path
@@ -220,6 +221,7 @@ class BuildCommand:
     lora_partial: bool = False
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rebuild: bool = False
+    plan_words: Sequence[str] = ()
 
     @property
     def line(self) -> str:
@@ -234,16 +236,27 @@ class BuildCommand:
         words += ["--lora-partial"] if self.lora_partial else []
         for name in self.backends:
             words += ["--backend", name]
+        words += self.plan_words
         return shlex.join([*words, "--rebuild"] if self.rebuild else words)
 
 
-def check_folder(directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition]) -> None:
-    """InputError when a stage or a file is not what the manifest and this version say."""
-    fault = _stage_fault(manifest, definitions) or _file_fault(directory, manifest)
+def check_folder(
+    directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition], mending: bool = False
+) -> None:
+    """InputError when a stage or a file is not what the manifest and this version say. mending: a file that the next
+    step makes again may be missing or cut short: any with a sum, which is all but the weight store."""
+    fault, mendable = _stage_fault(manifest, definitions), False
+    if fault is None and (found := _file_fault(directory, manifest, mending)) is not None:
+        path, fault = found
+        mendable = manifest.sums is not None and path in manifest.sums.files
     if fault is not None:
-        raise InputError(
-            f"{directory} does not match: {fault}. Rebuild it with: {describe_command(manifest, directory)}"
-        )
+        if mendable:
+            from scail2_rt.engines.folder.damage import repair_command
+
+            what = f"Repair that alone with: {repair_command(manifest, directory)}"
+        else:
+            what = f"Rebuild it with: {describe_command(manifest, directory)}"
+        raise InputError(f"{directory} does not match: {fault}. {what}")
 
 
 def _stage_fault(manifest: Manifest, definitions: Mapping[str, StageDefinition]) -> str | None:
@@ -266,13 +279,17 @@ def _show(specs: Iterable[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {_dtype_name(s.dtype)} [{', '.join(map(str, s.dims))}]" for s in specs)
 
 
-def _file_fault(directory: Path, manifest: Manifest) -> str | None:
+def _file_fault(directory: Path, manifest: Manifest, mending: bool) -> tuple[str, str] | None:
+    """The first file that is not there in its size, and what is wrong with it."""
     for artefact in manifest.artefacts:
         path = directory / artefact.path
+        if mending and manifest.sums is not None and artefact.path in manifest.sums.files:
+            continue
+        has = f"file {artefact.path}: the manifest has {artefact.size} bytes, the file"
         if not path.is_file():
-            return f"file {artefact.path}: the manifest has {artefact.size} bytes, the file is missing"
+            return artefact.path, f"{has} is missing"
         if path.stat().st_size != artefact.size:
-            return f"file {artefact.path}: the manifest has {artefact.size} bytes, the file has {path.stat().st_size}"
+            return artefact.path, f"{has} has {path.stat().st_size}"
     return None
 
 

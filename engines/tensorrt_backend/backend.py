@@ -73,6 +73,7 @@ class TensorRTBackend(Backend):
     def __init__(self, library: Library) -> None:
         self.library = library
         self.name, self.module, self.install = library.name, library.module, library.install
+        self.hosting = library.hosting
 
     def device(self) -> str:
         return "cuda"

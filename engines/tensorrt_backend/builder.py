@@ -71,7 +71,8 @@ def chosen_stages(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, .
 def resolve_options(plan: ArtefactPlan, library: Library) -> PlanOptions:
     """The options of a build, its targets named. InputError when the precision or a target cannot be had."""
     check_machine(library, plan.precision)
-    before = PlanLedger(plan.directory / STAGES, library).options
+    ledger = PlanLedger(plan.directory / STAGES, library)
+    before = ledger.options
     options = plan.options or before or PlanOptions()
     gpu = find_gpu()
     targets = choose_targets(
@@ -82,6 +83,11 @@ def resolve_options(plan: ArtefactPlan, library: Library) -> PlanOptions:
         plan.definitions.values(),
         plan.precision,
     )
+    if plan.patterns and before is not None and ledger.records and targets != before.targets:
+        raise InputError(
+            f"--stages with --target {','.join(targets)} would leave plans for different cards in {plan.directory}, "
+            f"which has {','.join(before.targets)}: leave --stages out, or take its --target."
+        )
     return replace(options, targets=targets)
 
 

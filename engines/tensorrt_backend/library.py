@@ -39,7 +39,8 @@ class Library:
     suffix        of its plans' files
     timing_cache  do its builds measure kernels, and share what they measured?
     targets       architectures that it compiles for, on any machine; none: it compiles on the GPU that runs the plan,
-                  for that GPU"""
+                  for that GPU
+    hosting       what its licence says to those who run a service; "" where it says nothing"""
 
     name: str
     module: str
@@ -49,6 +50,7 @@ class Library:
     suffix: str
     timing_cache: bool
     targets: tuple[str, ...] = ()
+    hosting: str = ""
 
     @property
     def compiles_here(self) -> bool:
@@ -77,6 +79,7 @@ TENSORRT_RTX = Library(
     "rtx",
     timing_cache=False,  # a deprecated no-op there
     targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+    hosting="TensorRT for RTX may not be used to host a service for third parties.",
 )
 LIBRARIES = {library.name: library for library in (TENSORRT, TENSORRT_RTX)}
 

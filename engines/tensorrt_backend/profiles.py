@@ -57,6 +57,16 @@ class PlanOptions:
                 "timing cache) and 1 MiB."
             )
 
+    @property
+    def words(self) -> list[str]:
+        """The command line's options that say the same."""
+        words = ["--target", ",".join(self.targets)] if self.targets else []
+        if self.max_picture != LARGEST_PICTURE:
+            words += ["--max-picture", f"{self.max_picture[0]}x{self.max_picture[1]}"]
+        if self.workspace_bytes != WORKSPACE_BYTES:
+            words += ["--workspace-gib", f"{self.workspace_bytes / GIB:g}"]
+        return words
+
 
 def plan_options(
     max_picture: tuple[int, int] | None, workspace_gib: float | None, targets: str | None = None
@@ -66,6 +76,8 @@ def plan_options(
         return None
     workspace = WORKSPACE_BYTES if workspace_gib is None else int(workspace_gib * GIB)
     named = tuple(dict.fromkeys(target.strip() for target in (targets or "").split(",") if target.strip()))
+    if targets is not None and not named:
+        raise InputError("--target names no card: write it as in sm89,sm120, or leave it out.")
     return PlanOptions(max_picture=max_picture or LARGEST_PICTURE, workspace_bytes=workspace, targets=named)
 
 

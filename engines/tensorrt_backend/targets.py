@@ -56,9 +56,10 @@ def choose_targets(
         return ()
     unknown = [target for target in named if target not in library.targets]
     if unknown:
+        cards = f"{library.title} builds for {', '.join(library.targets)}"
         raise InputError(
-            f"--target {','.join(unknown)}: {library.title} does not build for it; it builds for "
-            f"{', '.join(library.targets)}."
+            f"--target {','.join(unknown)} cannot be built: {cards}. For other cards (sm90 and sm100, say) build "
+            "with --backend torch."
         )
     stages = list(definitions)
     able = [t for t in library.targets if capability_of(t) >= needed_capability(stages, precision)]
@@ -69,7 +70,7 @@ def choose_targets(
         if target not in able:
             can = [p for p in PRECISIONS if capability_of(target) >= needed_capability(stages, p)]
             raise InputError(
-                f"precision {precision} needs an architecture among {', '.join(able)}, and {target} is none; "
+                f"precision {precision} needs an architecture among {', '.join(able)}, which {target} is not; "
                 f"use --precision {' or '.join(can)}{'' if named else ', or name others with --target'}."
             )
     return tuple(target for target in library.targets if target in chosen)

@@ -136,7 +136,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @o.ENGINE_OPTIONS
 @o.SERVER_OPTIONS
 @reporting
-def generate(engines: Path | None, server: str | None, as_json: bool, **options: Any) -> None:
+def generate(engines: Path | None, server: str | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
     An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
@@ -149,13 +149,19 @@ def generate(engines: Path | None, server: str | None, as_json: bool, **options:
     from scail2_rt.runtime.jobs.run import run_single
 
     given = GenerateOptions(engines=engines or Path(), **options)
-    if server is None:
+    if ray_address is not None and (server is not None or given.batch is None):
+        raise click.UsageError("--ray spreads a batch over a cluster: give --batch FILE with it, and no --server")
+    if server is None and ray_address is None:
         lead_or_follow()
     with stdout_for(as_json), open_progress() as listener:
         if server is not None:
             from scail2_rt.runtime.serve.client import run_remote
 
             outcome = run_remote(given, server, listener)
+        elif ray_address is not None:
+            from scail2_rt.runtime.cluster.batch import run_batch_on_ray
+
+            outcome = run_batch_on_ray(given, ray_address)
         else:
             outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
     show(outcome.document, outcome.text, as_json)
@@ -271,8 +277,10 @@ def what_was_done(report: "BuildReport") -> str:
     """One clause about a build."""
     done = [f"repaired {', '.join(report.repaired)}"] if report.repaired else []
     done += ["checksums added"] if report.sums_added else []
-    if report.added or not (done or report.up_to_date):
+    if report.added:
         done.append(f"built for {', '.join(report.added)}")
+    elif not (done or report.up_to_date):
+        done.append("the plans that were asked for are there")
     return f"{', '.join(done)} in {report.wall_s:.1f} s" if done else "nothing to do"
 
 

@@ -243,13 +243,19 @@ def engines_or_server(ctx: click.Context, parameter: click.Parameter, value: Pat
 
 
 SERVER_OPTIONS = in_section(
-    "Through a service",
+    "Elsewhere",
     option(
         "--server",
         metavar="URL",
         is_eager=True,
         help="Let the service at this address (`scail2-rt serve`) do the work: same options, same files, no start. Its "
         "key, if it wants one, is read from $SCAIL2_RT_API_KEY.",
+    ),
+    option(
+        "--ray",
+        "ray_address",
+        metavar="ADDRESS",
+        help="Spread a --batch over the Ray cluster at this address (HOST:PORT, or auto on one of its machines).",
     ),
 )
 LORA_OPTIONS = (

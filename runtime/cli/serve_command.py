@@ -37,9 +37,15 @@ SERVE_OPTIONS = (
         option("--port", type=int, default=8000, show_default=True, help="Port; 0 takes a free one, which is printed."),
         option(
             "--data",
-            type=PATH,
-            metavar="DIR",
-            help="Folder for jobs, files and the database.  [default: ~/.local/share/scail2-rt/serve]",
+            metavar="DIR|URL",
+            help="Folder for jobs, files and the database; with --ray one that all nodes share, or a URL as "
+            "s3://BUCKET/FOLDER.  [default: ~/.local/share/scail2-rt/serve]",
+        ),
+        option(
+            "--ray",
+            "ray_address",
+            metavar="ADDRESS",
+            help="Deploy the service on the Ray cluster at this address (HOST:PORT, or auto on one of its machines).",
         ),
         option("--gpus", default="all", show_default=True, metavar="N|all", help="GPUs to use, one worker each."),
         option(
@@ -168,14 +174,14 @@ def serve_options(function: Any) -> Any:
 
 
 @click.command(cls=SectionCommand)
-@click.argument("engines", type=PATH)
+@click.argument("engines")
 @serve_options
 @debug_option
-def serve(engines: Path, **options: Any) -> None:
+def serve(engines: str, ray_address: str | None, **options: Any) -> None:
     """Serve videos over HTTP: the interface of OpenAI's videos, a page at /, and `generate --server`.
 
     Jobs live in --data: what a client was told is taken survives a kill of worker, server or machine. The address is
-    printed on stdout when the service is ready."""
+    printed on stdout when the service is ready. With --ray the service runs in the cluster, and the command ends."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -186,4 +192,9 @@ def serve(engines: Path, **options: Any) -> None:
     from scail2_rt.runtime.serve.launch import settings_of
     from scail2_rt.runtime.serve.server import run
 
-    run(settings_of(engines, options))
+    if ray_address is not None:
+        from scail2_rt.runtime.cluster.deploy import deploy
+
+        click.echo(deploy(engines, options, ray_address))
+        return
+    run(settings_of(Path(engines), options))

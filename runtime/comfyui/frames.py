@@ -25,6 +25,8 @@ class TensorFrames:
     def __init__(self, images: Tensor, name: str) -> None:
         if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
             raise InputError(f"The {name} has the shape {list(images.shape)}: connect images, [frames, H, W, 3].")
+        if not images.is_floating_point():
+            raise InputError(f"The {name} is of {images.dtype}: connect images, which are floats in 0..1.")
         self._images = images[..., :3]
         frames, height, width, _ = self._images.shape
         self.shape = (frames, height, width, 3)
@@ -48,7 +50,9 @@ def one_by_one(frames: Any) -> Iterator[np.ndarray]:
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Floats in 0..1 → uint8 on the CPU, rounded to the nearest level."""
+    """Floats in 0..1 → uint8 on the CPU, rounded to the nearest level. InputError for what is not a number."""
+    if images.isnan().any():
+        raise InputError("A picture has values that are not numbers (NaN): the node that made it went wrong.")
     return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 

@@ -148,7 +148,11 @@ def comfyui_version(folder: Path) -> str:
     if not (folder / "main.py").is_file() or not (folder / "custom_nodes").is_dir():
         raise InputError(f"{folder} is no ComfyUI folder: give the one with main.py and custom_nodes in it.")
     file = folder / "comfyui_version.py"
-    match = re.search(r'__version__\s*=\s*"([^"]+)"', file.read_text(encoding="utf-8")) if file.is_file() else None
+    match = (
+        re.search(r'__version__\s*=\s*"([^"]+)"', file.read_text(encoding="utf-8", errors="replace"))
+        if file.is_file()
+        else None
+    )
     version = match[1] if match else "of unknown version"
     if not (folder / "comfy_api" / "latest").is_dir():
         raise InputError(f"ComfyUI {version} in {folder} lacks the V3 node interface: update it to 0.3.64 or newer.")
@@ -211,12 +215,15 @@ def install(folder: Path, python: Path | None = None) -> Installed:
             "does it), then try again."
         )
     nodes = found.folder / "custom_nodes" / NAME
-    if nodes.exists() and found.nodes is None:
+    if os.path.lexists(nodes) and found.nodes is None:
         raise InputError(f"{nodes} is there and is not of `scail2-rt comfyui install`: move it away first.")
+    pictures = found.folder / "input"
+    before = set(pictures.iterdir()) if pictures.is_dir() else None
     try:
-        inputs = _put_inputs(found.folder / "input", _mark(nodes))
+        inputs = _put_inputs(pictures, _mark(nodes))
         _put_pack(nodes, inputs, ask(found.python)["packages"])
     except OSError as error:
+        _take_back(pictures, before)
         raise Scail2Error(f"{nodes} could not be written ({error}): make room or give the right to write.") from error
     found = replace(found, nodes=own_version())
     return Installed(found, nodes, tuple(inputs), _commands(found, nodes))
@@ -226,10 +233,16 @@ def _put_pack(nodes: Path, inputs: Mapping[str, str], packages: Mapping[str, str
     with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=nodes.parent.parent) as temporary:
         made = Path(temporary) / "new"
         shutil.copytree(PACK, made, ignore=shutil.ignore_patterns("__pycache__", INPUTS))
-        mark = {"package": "scail2-rt", "version": own_version(), "inputs": dict(inputs)}
+        files = [file.relative_to(made).as_posix() for file in sorted(made.rglob("*")) if file.is_file()]
+        mark = {"package": "scail2-rt", "version": own_version(), "inputs": dict(inputs), "files": files}
         (made / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
         pins = [f"{name}=={version.partition('+')[0]}" for name, version in sorted(packages.items())]
         (made / VERSIONS).write_text("\n".join(pins) + "\n", encoding="utf-8")
+        for file in _users_files(nodes):
+            target = made / file.relative_to(nodes)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
         old = Path(temporary) / "old"
         if nodes.exists():
             os.replace(nodes, old)
@@ -254,9 +267,42 @@ def _put_inputs(folder: Path, mark: Mapping[str, Any]) -> dict[str, str]:
     return put
 
 
+def _take_back(folder: Path, before: set[Path] | None) -> None:
+    """Pictures that were put into a folder; before: what it held, None: it was not there."""
+    with contextlib.suppress(OSError):
+        for path in set(folder.iterdir()) - (before or set()):
+            path.unlink()
+        if before is None:
+            folder.rmdir()
+
+
+def _users_files(nodes: Path) -> list[Path]:
+    """What lies among the nodes and was not put there by us, nor by Python."""
+    ours = {MARK, VERSIONS, *_mark(nodes).get("files", ())}
+    files = [file for file in sorted(nodes.rglob("*")) if not file.is_dir() and "__pycache__" not in file.parts]
+    return [file for file in files if file.relative_to(nodes).as_posix() not in ours]
+
+
+def _remove_pack(nodes: Path) -> list[Path]:
+    """Take our files away, and the folders that become empty; what stays there."""
+    kept = _users_files(nodes)
+    if not kept:
+        nodes.unlink() if nodes.is_symlink() else shutil.rmtree(nodes)
+        return []
+    for cache in list(nodes.rglob("__pycache__")):
+        shutil.rmtree(cache)
+    for path in sorted(nodes.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+        elif path not in kept:
+            path.unlink()
+    return kept
+
+
 def remove(folder: Path) -> Removed:
-    """Take the nodes and the unchanged pictures away; engines and results stay. InputError where there are no nodes of
-    ours."""
+    """Take the nodes and the unchanged pictures away; engines, results and the user's own files stay. InputError where
+    there are no nodes of ours."""
     folder = whole(folder)
     comfyui_version(folder)
     nodes, engines = folder / "custom_nodes" / NAME, folder / "models" / NAME
@@ -267,17 +313,21 @@ def remove(folder: Path) -> Removed:
         picture = folder / "input" / name
         if picture.is_file():
             (removed if sha256(picture) == known else kept).append(str(picture))
-    shutil.rmtree(nodes)
-    for path in removed[1:]:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+    try:
+        kept += map(str, _remove_pack(nodes))
+        for path in removed[1:]:
+            Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise Scail2Error(
+            f"{nodes} could not be taken away ({error}): give the right to write, and try again."
+        ) from error
     return Removed(tuple(removed), (*kept, *([str(engines)] if engines.is_dir() else [])))
 
 
 def installed_version(nodes: Path) -> str | None:
     """Version of our nodes in this folder; None where it is not ours."""
     mark = _mark(nodes)
-    return str(mark["version"]) if mark.get("package") == "scail2-rt" else None
+    return str(mark.get("version")) if mark.get("package") == "scail2-rt" else None
 
 
 def _mark(nodes: Path) -> dict[str, Any]:

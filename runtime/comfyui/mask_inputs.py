@@ -78,7 +78,7 @@ def mask_frames(source: Any, style: MaskStyle, name: str) -> MaskFrames:
         return _of_picture(source.get_components().images, style, name) if path is None else frames_of_file(path, style)
     if not hasattr(source, "ndim"):
         raise InputError(f"The {name} is a {type(source).__name__}: connect IMAGE, VIDEO, MASK or SAM3_TRACK_DATA.")
-    return _of_matte(source, style) if source.ndim in (2, 3) else _of_picture(source, style, name)
+    return _of_matte(source, style, name) if source.ndim in (2, 3) else _of_picture(source, style, name)
 
 
 def _of_picture(images: Any, style: MaskStyle, name: str) -> MaskFrames:
@@ -111,8 +111,10 @@ def _repainted(masks: np.ndarray, background: RGB) -> np.ndarray:
     return np.where(around[..., None], np.array(background, np.uint8), masks)
 
 
-def _of_matte(matte: Any, style: MaskStyle) -> MaskFrames:
+def _of_matte(matte: Any, style: MaskStyle, name: str) -> MaskFrames:
     matte = matte[None] if matte.ndim == 2 else matte
+    if 0 in matte.shape:
+        raise InputError(f"The {name} has the shape {list(matte.shape)}: connect a MASK, [frames, H, W].")
     colour, background = _colours(style)
 
     def make(first: int, last: int) -> np.ndarray:
@@ -129,12 +131,17 @@ def _colours(style: MaskStyle) -> tuple[np.ndarray, np.ndarray]:
 
 def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
     packed = track.get("packed_masks")
-    if packed is None or not packed.shape[1]:
-        raise InputError(f"The {name} is a track without a figure: SAM 3 found nobody; change its prompt or threshold.")
     bits = np.asarray(packed.cpu() if hasattr(packed, "cpu") else packed)
-    if bits.dtype != np.uint8 or bits.ndim != 4:
+    if packed is None or (bits.ndim == 4 and not bits.shape[1]):
+        raise InputError(f"The {name} is a track without a figure: SAM 3 found nobody; change its prompt or threshold.")
+    if bits.dtype != np.uint8 or bits.ndim != 4 or not bits.size:
         raise InputError(f"The packed_masks of the {name} are {bits.dtype} {list(bits.shape)}, not uint8 [T, N, h, w].")
-    size = tuple(int(side) for side in track.get("orig_size", (bits.shape[2], 8 * bits.shape[3])))
+    try:
+        height, width = size = tuple(int(side) for side in track.get("orig_size", _own_size(bits)))
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise InputError(f"The orig_size of the {name} is {track['orig_size']}, not (H, W) of its frames.")
     order = _chosen(bits, style, name)
     rows, columns = (np.arange(side) * own // side for side, own in zip(size, _own_size(bits), strict=True))
     colours, background = _colours(style)

@@ -20,7 +20,7 @@ IMAGES = tuple(stem + ending for stem in ("ref", "ref_image") for ending in _IMA
 MASK_IMAGES = tuple(
     stem + ending for stem in ("ref_mask", "ref_image_mask") for ending in (".png", ".jpg", ".jpeg", ".webp")
 )
-_VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".gif", ".webp")  # official: .mp4
+VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".gif", ".webp")  # official: .mp4
 DRIVING = ("rendered_v2.mp4", "rendered_aligned.mp4", "rendered.mp4", "driving.mp4")
 ANIMATE_MASKS = ("rendered_mask_v2.mp4", "rendered_mask.mp4")
 REPLACE_MASKS = ("replace_mask.mp4",)
@@ -117,12 +117,18 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
     return CaseFiles(image, mask_image, driving, mask_video, mode or says)
 
 
+def official_files(directory: Path) -> list[Path]:
+    """What lies in a folder under one of the official names."""
+    names = set(_with_other_endings((*IMAGES, *MASK_IMAGES, *DRIVING, *ANIMATE_MASKS, *REPLACE_MASKS)))
+    return sorted(path for path in directory.glob("*") if path.name.lower() in names)
+
+
 def _with_other_endings(names: Sequence[str]) -> list[str]:
     """The names; each video's (`.mp4`) is followed by the same with the other endings that videos have."""
     return [
         name.removesuffix(".mp4") + ending if name.endswith(".mp4") else name
         for name in names
-        for ending in (_VIDEO_ENDINGS if name.endswith(".mp4") else ("",))
+        for ending in (VIDEO_ENDINGS if name.endswith(".mp4") else ("",))
     ]
 
 

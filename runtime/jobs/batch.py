@@ -5,7 +5,7 @@ others run. With `--resume`, a complete result stays, an interrupted one is cont
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -46,7 +46,7 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
 
 def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Outcome:
     """All cases; `listener` makes one listener per case."""
-    jobs, results, texts = batch_jobs(options), dict[str, dict[str, Any]](), list[str]()
+    jobs, results = batch_jobs(options), dict[str, Outcome | dict[str, Any]]()
 
     def attempt(job: Job, work: Callable[[], T]) -> T | None:
         """What `work` returns; whatever is wrong with one case is reported, and the others run."""
@@ -71,9 +71,20 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
                 return run_plan(fit_plan(plan, session, options), job, session, options, listener())
 
             if done := attempt(job, work):
-                results[job.name] = {"case": job.name, **done.document}
-                texts.append(done.text)
-    in_order = [results[job.name] for job in jobs]
+                results[job.name] = done
+    return gathered(jobs, results)
+
+
+def gathered(jobs: Sequence[Job], results: Mapping[str, Outcome | dict[str, Any]]) -> Outcome:
+    """One report of all cases, in their order; `results` by name: what came of a case, or how it failed."""
+    in_order, texts = list[dict[str, Any]](), list[str]()
+    for job in jobs:
+        result = results[job.name]
+        if isinstance(result, Outcome):
+            in_order.append({"case": job.name, **result.document})
+            texts.append(result.text)
+        else:
+            in_order.append(result)
     lost = sum(result["status"] == "failed" for result in in_order)
     texts.append(f"{len(in_order) - lost} of {len(in_order)} cases done" + (f", {lost} failed" if lost else ""))
     return Outcome({"cases": in_order, "failed": lost}, "\n".join(texts), lost)

@@ -12,13 +12,12 @@ from typing import Any
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.as_json import plain
-from scail2_rt.runtime.core.case_folder import ANIMATE_MASKS, IMAGES, REPLACE_MASKS, CaseFiles
+from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.masks.check import check_case
 from scail2_rt.runtime.masks.make.make import MaskPlan, Masks, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
-from scail2_rt.runtime.masks.make.work import VIDEO_NAMES
 from scail2_rt.runtime.session.check import check_output
 from scail2_rt.runtime.session.output_lock import refuse_second
 
@@ -108,9 +107,9 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
         if not path.is_file():
             raise InputError(f"The {label} {path} does not exist.")
     names = _case_names(image, driving)
-    there = [name for name in (*names, *ANIMATE_MASKS, *REPLACE_MASKS) if (folder / name).exists()]
+    there = official_files(folder)
     if there and not options["overwrite"]:
-        raise InputError(f"{folder} holds a case already ({there[0]}): choose another -o, or give --overwrite.")
+        raise InputError(f"{folder} holds a case already ({there[0].name}): choose another -o, or give --overwrite.")
     masks = make_masks(
         image,
         driving,
@@ -120,11 +119,12 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
         vram_limit=options["vram_limit"],
         on_progress=listener,
     )
-    for name in (*ANIMATE_MASKS, *REPLACE_MASKS):  # of another mode: a folder has one
-        if name != VIDEO_NAMES[masks.mode]:
-            (folder / name).unlink(missing_ok=True)
     for source, name in zip((image, driving), names, strict=True):
         _copied(source, folder / name)
+    made = {*names, masks.mask_image.name, masks.mask_video.name}
+    for file in there:  # of the case before, which `generate --case` might take in place of these
+        if file.name not in made and not any(file.samefile(source) for source in (image, driving)):
+            file.unlink()
     case = CaseFiles(folder / names[0], masks.mask_image, folder / names[1], masks.mask_video, masks.mode)
     check = check_case(case, start=asked.start, frames=asked.frames)
     lines = [masks.text, *(f"note: {note}" for note in masks.notes)]
@@ -140,6 +140,9 @@ def _case_names(image: Path, driving: Path) -> tuple[str, str]:
     ending = image.suffix.lower()
     if f"ref{ending}" not in IMAGES:
         raise InputError(f"{image} ends in {ending or 'nothing'}, and a case's image in .png, .jpg, .jpeg or .webp.")
+    if driving.suffix.lower() not in VIDEO_ENDINGS:
+        known = ", ".join(VIDEO_ENDINGS)
+        raise InputError(f"{driving} ends in {driving.suffix or 'nothing'}, and a case's driving video in {known}.")
     return f"ref{ending}", f"rendered_v2{driving.suffix.lower()}"
 
 

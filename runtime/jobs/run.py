@@ -77,14 +77,19 @@ def check_job(job: Job) -> Plan:
 @contextmanager
 def open_session(options: GenerateOptions) -> "Iterator[Session]":
     """The engines that the options name; SIGTERM ends a run as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with open_engines(options) as session:
+        yield session
+
+
+def open_engines(options: GenerateOptions) -> "Session":
+    """A session with the engines that the options name."""
     from scail2_rt.engines.engine_set import Execution
     from scail2_rt.runtime.session.session import Session
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     execution = Execution(options.max_rows, options.attention, not options.no_graphs, options.vram_limit)
-    with Session.open(options.engines, backend=options.backend, execution=execution, gpus=options.gpus) as session:
-        yield session
+    return Session.open(options.engines, backend=options.backend, execution=execution, gpus=options.gpus)
 
 
 def fit_plan(plan: Plan, session: "Session", options: GenerateOptions) -> Plan:

@@ -5,20 +5,21 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.description import video_body
-from scail2_rt.runtime.serve.errors import Refusal, not_found, wrong
+from scail2_rt.runtime.serve.errors import DiskFull, Refusal, fault, not_found, wrong
 from scail2_rt.runtime.serve.multipart import Form, receive
 from scail2_rt.runtime.serve.service import HEARD_AT_ONCE, Kind, Live, Service
 from scail2_rt.runtime.serve.store import JobRow, Order, new_id
@@ -48,6 +49,10 @@ def make_app(service: Service) -> FastAPI:
     for add in (_add_videos, _add_results, _add_files, _add_state, _add_page):
         add(app, service)
 
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods]:
+        if not route.path.endswith("/events"):
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+
     async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = _refusal(error)
         service.metrics.refused.labels(refusal.status).inc()
@@ -56,7 +61,7 @@ def make_app(service: Service) -> FastAPI:
         )  # what is still being sent is not waited for
         return JSONResponse(refusal.body, refusal.status, refusal.headers | unread)
 
-    for kind in (Scail2Error, HTTPException, RequestValidationError, ClientDisconnect):
+    for kind in (Scail2Error, HTTPException, RequestValidationError, ClientDisconnect, OSError, DiskFull, Exception):
         app.add_exception_handler(kind, refused)
     return app
 
@@ -71,7 +76,16 @@ def _refusal(error: Exception) -> Refusal:
         return wrong(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}.", str(first["loc"][-1]))
     if isinstance(error, ClientDisconnect):
         return Refusal(400, "The upload was broken off.", "aborted")
-    return wrong(str(error))
+    return wrong(str(error)) if isinstance(error, Scail2Error) else fault(error)
+
+
+@contextlib.contextmanager
+def _known(after: str | None) -> Iterator[None]:
+    """Refusal when a list is asked for from an entry on that is not known."""
+    try:
+        yield
+    except LookupError:
+        raise wrong(f"after: there is no {str(after)[:80]!r} in this list: begin it again.", "after") from None
 
 
 def _owner(request: Request) -> str:
@@ -117,15 +131,17 @@ def _add_videos(app: FastAPI, service: Service) -> None:
             "X-Stage-Durations": json.dumps(row.result["timings_s"]),
             "X-Peak-Memory-MB": str(peak_mb(row.result)),
         }
-        return FileResponse(service.store.folder(row.id) / "video.mp4", media_type="video/mp4", headers=headers)
+        video = await asyncio.to_thread(service.store.result, row, "video.mp4")
+        return FileResponse(video, media_type="video/mp4", headers=headers)
 
     @app.get("/v1/videos")
     async def list_videos(
         request: Request, after: str | None = None, limit: int = Query(20, ge=1, le=MOST), order: Order = "desc"
-    ) -> dict[str, Any]:
-        rows = service.store.list_jobs(_owner(request), after, limit + 1, order)
+    ) -> JSONResponse:
+        with _known(after):
+            rows = service.store.list_jobs(_owner(request), after, limit + 1, order)
         places = service.store.places() if any(row.state == "queued" for row in rows) else {}
-        return page_of([video_object(service, row, places.get(row.id)) for row in rows], limit)
+        return JSONResponse(page_of([video_object(service, row, places.get(row.seq)) for row in rows], limit))
 
     @app.get("/v1/videos/{video_id}")
     @app.get("/v1/masks/{video_id}", include_in_schema=False)
@@ -150,17 +166,20 @@ def _add_results(app: FastAPI, service: Service) -> None:
         if variant not in VARIANTS:
             raise wrong(f"variant must be one of {', '.join(VARIANTS)}, not {variant[:80]}.", "variant")
         name, media_type = VARIANTS[variant]
-        path = service.store.folder(row.id) / name
         if not (variant.endswith("_reference") or variant.startswith("mask_")):
             if row.state == "failed":
                 raise Refusal(422, str((row.result or {})["message"]), "video_failed")
             if row.state != "completed":
                 raise Refusal(404, f"The video {row.id} is not done yet.", "not_done", retry_s=1)
-            if path.suffix == ".webp":
-                await asyncio.to_thread(_draw, variant, path)
+            if name.endswith(".webp"):
+                await asyncio.to_thread(_draw, variant, service.store.result(row, "video.mp4").with_name(name))
+        path = await asyncio.to_thread(service.store.result, row, name)
         if not path.is_file():
-            raise not_found(variant, row.id)
+            raise Refusal(404, f"{row.id} has no {variant}.", "not_found", param="variant")
         headers = {"cache-control": "private, no-store"}
+        if media_type == "application/json":
+            headers["content-disposition"] = f'attachment; filename="{row.id}.json"'
+            return Response(service.without_places(row, path), media_type=media_type, headers=headers)
         return FileResponse(path, media_type=media_type, filename=f"{row.id}{path.suffix}", headers=headers)
 
     @app.get("/v1/videos/{video_id}/events")
@@ -257,10 +276,11 @@ def _add_files(app: FastAPI, service: Service) -> None:
         limit: int = Query(MOST, ge=1, le=10_000),
         order: Order = "desc",
         sha256: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> JSONResponse:
         """A client's files; with `sha256` those of this content."""
-        rows = store.list_files(_owner(request), after, limit + 1, order, sha256)
-        return page_of([file_object(row) for row in rows], limit)
+        with _known(after):
+            rows = store.list_files(_owner(request), after, limit + 1, order, sha256)
+        return JSONResponse(page_of([file_object(row) for row in rows], limit))
 
     @app.get("/v1/files/{file_id}")
     async def retrieve_file(request: Request, file_id: str) -> dict[str, Any]:
@@ -269,7 +289,8 @@ def _add_files(app: FastAPI, service: Service) -> None:
     @app.get("/v1/files/{file_id}/content")
     async def file_content(request: Request, file_id: str) -> FileResponse:
         row = service.file(file_id, _owner(request))
-        return FileResponse(store.files / row.id, media_type="application/octet-stream", filename=row.id)
+        file = await asyncio.to_thread(store.upload, row)
+        return FileResponse(file, media_type="application/octet-stream", filename=row.id)
 
     @app.delete("/v1/files/{file_id}")
     async def delete_file(request: Request, file_id: str) -> dict[str, Any]:

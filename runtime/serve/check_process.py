@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -129,14 +130,18 @@ def answer_of(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> 
     except Scail2Error as error:
         if "Cannot allocate memory" in str(error) or isinstance(error.__cause__, MemoryError):
             return {"error": _too_big(limits), "status": 422}
-        return {"error": plain_names(str(error), folder), "status": 422 if isinstance(error, TooMuch) else 400}
+        said = plain_names(str(error), folder, options.get("masking"))
+        return {"error": said, "status": 422 if isinstance(error, TooMuch) else 400}
     except Exception as error:
         said = plain_names(f"{type(error).__name__}: {error}", folder)
         return {"error": f"The inputs cannot be used ({said[:300]}).", "status": 400}
 
 
-def plain_names(sentence: str, folder: Path) -> str:
-    """A sentence without the path of the job's folder: what it calls files are the fields of the interface."""
+def plain_names(sentence: str, folder: Path, masking: Mapping[str, Any] | None = None) -> str:
+    """A sentence without the path of the job's folder: what it calls files are the fields of the interface. masking:
+    the job's, whose segmenter's folder is the operator's."""
+    if masking and masking.get("weights"):
+        sentence = sentence.replace(str(masking["weights"]), "The segmenter of this service")
     return " ".join(sentence.replace(f"{folder}{os.sep}", "").split())
 
 

@@ -11,7 +11,7 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -60,13 +60,13 @@ class Doors:
         return await self._app(scope, receive, _with_headers(send))
 
     def _check_host(self, headers: dict[str, str]) -> None:
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        host = _parts(f"//{headers.get('host', '')}").hostname or ""
         if host not in self._hosts:
             raise Refusal(403, "The service is not called by this name here (see --allow-host).", "host_not_allowed")
 
     def _check_origin(self, headers: dict[str, str], scope: Scope) -> None:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and _parts(origin).netloc != headers.get("host"):
             raise Refusal(403, "Pages of other origins may not call this service.", "origin_not_allowed")
         visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET" and scope["path"] == "/"
         if site not in ("none", "same-origin") and not visit:
@@ -83,6 +83,14 @@ class Doors:
         if kind.lower() != "bearer" or not found:
             raise Refusal(401, "Give a key of this service: Authorization: Bearer KEY.", "invalid_api_key")
         return hashlib.sha256(found[0]).hexdigest()[:32]
+
+
+def _parts(url: str) -> SplitResult:
+    """Empty ones of what is no address."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _with_headers(send: Send) -> Send:

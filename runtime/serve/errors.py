@@ -1,5 +1,8 @@
 """What the interface answers when it refuses: a status, a sentence, a code for programs."""
 
+import errno
+import sys
+import traceback
 from typing import Any
 
 from scail2_rt.kernels.errors import Scail2Error
@@ -25,9 +28,28 @@ class Refusal(Scail2Error):
         return {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
 
 
+class DiskFull(Exception):
+    """The database could not be written, for want of room."""
+
+
 def wrong(sentence: str, param: str | None = None, code: str = "invalid_value") -> Refusal:
     """400: what the client gave cannot work."""
     return Refusal(400, sentence, code, param=param)
+
+
+def no_room(reason: str) -> Refusal:
+    """507: nothing is lost, and nothing was kept of this request."""
+    return Refusal(507, f"The service's disk takes no more ({reason}).", "disk_full", retry_s=60)
+
+
+def fault(error: Exception) -> Refusal:
+    """507 for a full disk; 500 for what nobody thought of, whose traceback is for the operator."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return no_room(error.strerror or "it is full")
+    if isinstance(error, DiskFull):
+        return no_room(str(error))
+    traceback.print_exception(error, file=sys.stderr)
+    return Refusal(500, f"The service has a fault ({type(error).__name__}); its log says more.", "fault")
 
 
 def not_found(what: str, name: str) -> Refusal:

@@ -79,10 +79,17 @@ def nested(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
+def _listed(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """`points` and `boxes` that come several times are lists, as the command line's --point."""
+    given = list(pairs)
+    often = [name for name in ("points", "boxes") if sum(field == name for field, _ in given) > 1]
+    return [(f"{name}[]" if name in often else name, value) for name, value in given]
+
+
 def read_fields(pairs: Iterable[tuple[str, Any]]) -> Asked:
     """Typed options. Refusal (400) for a field that is unknown, the operator's, or of the wrong type; the sentences
     about values are those of the command line."""
-    tree = {name: value for name, value in nested(pairs).items() if value is not None}
+    tree = {name: value for name, value in nested(_listed(pairs)).items() if value is not None}
     extra = tree.pop("extra_body", None)
     if extra is not None:
         tree |= extra if isinstance(extra, dict) else _json(extra, "extra_body", dict)

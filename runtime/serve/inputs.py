@@ -83,11 +83,11 @@ class Inputs:
             if row is None:
                 raise not_found("file", file_id)
             try:
-                os.link(self._store.files / row.id, place)
+                os.link(self._store.upload(row), place)
             except FileNotFoundError:  # deleted meanwhile
                 raise not_found("file", file_id) from None
             except OSError:  # a file system without links
-                await asyncio.to_thread(shutil.copyfile, self._store.files / row.id, place)
+                await asyncio.to_thread(shutil.copyfile, self._store.upload(row), place)
             self._placed(place, name, row.sha256)
             return
         upload = await self._download(str(reference["url"]), name)
@@ -130,10 +130,8 @@ def check_complete(hashes: Mapping[str, str], masks_made: bool) -> None:
     """Refusal (400) when an input is missing; both masks may be where they are made."""
     wanted = [name for name in REFERENCES if not (masks_made and "mask" in name)]
     if missing := [name for name in wanted if name not in hashes]:
-        raise Refusal(
-            400,
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: send each as a file, "
-            'as {"file_id": …} after POST /v1/files, or as {"url": "data:…"}.',
-            "missing_input",
-            param=missing[0],
-        )
+        said = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: send each as a file, "
+        said += 'as {"file_id": …} after POST /v1/files, or as {"url": "data:…"}.'
+        if len(missing) == 1 and "mask" in missing[0]:
+            said += " Without either mask both are made here."
+        raise Refusal(400, said, "missing_input", param=missing[0])

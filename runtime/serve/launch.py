@@ -16,25 +16,33 @@ SAME = (
 
 
 def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
-    """InputError for a folder that holds no engines, and for more GPUs than there are."""
+    """InputError for a folder that holds no engines, a segmenter that is named and not there, and for more GPUs than
+    there are."""
     if not (engines / "manifest.json").is_file():
         raise InputError(f"{engines} is no engine folder: make one with scail2-rt build-engines.")
-    gpus = visible_gpus() if options["backend"] != "onnxruntime" else 0
-    limits = Limits(
+    if options["segmenter_weights"] is not None or options["segmenter"] != "auto":
+        from scail2_rt.runtime.masks.make.folders import find_segmenter
+
+        find_segmenter(options["segmenter"], options["segmenter_weights"])
+    gpus = visible_gpus(options["backend"])
+    return Settings(
+        engines=engines.resolve(),
+        data=Path(options["data"] or default_data()).resolve(),
+        workers=workers_of(options["gpus"], options["gpus_per_video"], gpus),
+        on_gpu=gpus > 0,
+        warm=not options["no_warm"],
+        limits=limits_of(options),
+        **{name: options[name] for name in SAME},
+    )
+
+
+def limits_of(options: Mapping[str, Any]) -> Limits:
+    return Limits(
         upload_bytes=options["max_upload"],
         frames=options["max_frames"],
         queued=options["max_queue"],
         queued_per_key=options["max_queue_per_key"],
         file_bytes=options["file_quota"],
-    )
-    return Settings(
-        engines=engines.resolve(),
-        data=(options["data"] or default_data()).resolve(),
-        workers=workers_of(options["gpus"], options["gpus_per_video"], gpus),
-        on_gpu=gpus > 0,
-        warm=not options["no_warm"],
-        limits=limits,
-        **{name: options[name] for name in SAME},
     )
 
 
@@ -54,13 +62,17 @@ def workers_of(wanted: str, each: int, there: int) -> int:
     return used // each
 
 
-def visible_gpus() -> int:
-    """Counted by another process: the server itself loads no CUDA. 0 where PyTorch finds none."""
+def visible_gpus(backend: str) -> int:
+    """Counted by another process: the server itself loads no CUDA. 0 where PyTorch finds none, and for a backend that
+    runs on the CPU here."""
     import os
     import sys
 
     if not (Path("/dev/nvidiactl").exists() or os.name == "nt" or Path("/dev/dxg").exists()):
         return 0
-    code = "import torch; print(torch.cuda.device_count())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = (
+        "import sys, torch; from scail2_rt.engines.registry import device_of; name = sys.argv[1]; "
+        "print(torch.cuda.device_count() if name == 'auto' or device_of(name) == 'cuda' else 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, backend], capture_output=True, text=True, check=False)
     return int(found.stdout.strip() or 0) if found.returncode == 0 else 0

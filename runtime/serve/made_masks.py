@@ -5,7 +5,7 @@ under the names that inputs have. What can be said without a network is said by 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -84,10 +84,10 @@ def _make_room(session: "Session") -> None:
         torch.cuda.empty_cache()
 
 
-def take_over(made: Path, folder: Path) -> None:
+def take_over(made: Iterable[Path], folder: Path) -> None:
     """Masks of an earlier job as this one's inputs. InputError when they are not there."""
     try:
-        for name in INPUTS:
-            os.link(made / name, folder / name)
+        for file in made:
+            os.link(file, folder / file.name)
     except FileNotFoundError:
         raise InputError("The masks of masks_id are not made yet, or could not be made.") from None

@@ -20,7 +20,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from scail2_rt.runtime.serve.errors import Refusal, wrong
+from scail2_rt.runtime.serve.errors import Refusal, no_room, wrong
 from scail2_rt.runtime.serve.settings import Limits
 
 FIELDS, FILES, FIELD_BYTES = 200, 20, 1 << 20
@@ -62,7 +62,7 @@ class Receiver:
         try:
             self._file.write(data)
         except OSError as error:
-            raise no_room(error) from error
+            raise no_room(str(error.strerror)) from error
         self._digest.update(data)
         self._bytes += len(data)
 
@@ -71,7 +71,7 @@ class Receiver:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise no_room(error) from error
+            raise no_room(str(error.strerror)) from error
         finally:
             self._file.close()
         return Upload(self.path, self.name, self._bytes, self._digest.hexdigest())
@@ -80,10 +80,6 @@ class Receiver:
         with contextlib.suppress(OSError):
             self._file.close()
         self.path.unlink(missing_ok=True)
-
-
-def no_room(error: OSError) -> Refusal:
-    return Refusal(507, f"The service's disk takes no more ({error.strerror}).", "disk_full", retry_s=60)
 
 
 def shown_name(name: str) -> str:
@@ -143,7 +139,10 @@ def _fields_of(body: bytes, json_body: bool) -> list[tuple[str, Any]]:
         if not json_body:
             return list(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=FIELDS))
         document = json.loads(body) if body.strip() else {}
-    except (ValueError, RecursionError) as error:
+        json.dumps(document, ensure_ascii=False).encode()  # half a character, as in "\ud800", is no text
+    except RecursionError:
+        raise wrong("The body cannot be read: it is nested too deeply.", code="invalid_body") from None
+    except ValueError as error:
         raise wrong(f"The body cannot be read: {error}.", code="invalid_body") from None
     if not isinstance(document, dict):
         raise wrong("The body must be one JSON object.", code="invalid_body")

@@ -15,9 +15,10 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.serve.errors import DiskFull
 from scail2_rt.runtime.serve.settings import Settings
 from scail2_rt.runtime.serve.store import JobRow, Store
 
@@ -26,6 +27,9 @@ LONGEST_PAUSE_S = 30.0
 STOP_S = 5.0
 OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
+FULL_DISK_S = 1.0  # until a write is tried again
+
+Written = TypeVar("Written")
 Hear = Callable[[JobRow, Mapping[str, Any]], Awaitable[None]]
 
 
@@ -77,6 +81,11 @@ class Pool:
     def ready(self) -> bool:
         return any(worker.ready for worker in self.workers)
 
+    @property
+    def busy(self) -> int:
+        """How many jobs run."""
+        return sum(worker.job is not None for worker in self.workers)
+
     def running(self, job_id: str) -> Worker | None:
         return next((worker for worker in self.workers if worker.job is not None and worker.job.id == job_id), None)
 
@@ -87,16 +96,26 @@ class Pool:
                 worker.taking = True
                 try:
                     row = await asyncio.to_thread(self._store.take)
+                except DiskFull:  # tried again by the service's sweep
+                    return
                 finally:
                     worker.taking = False
                 if row is None:
                     return
                 if not worker.ready:  # it died meanwhile
-                    await asyncio.to_thread(self._store.give_back, row.id, row.attempt, False, 0)
+                    await self.noted(self._store.give_back, row.id, row.attempt, False, 0)
                     continue
                 worker.job = row
                 worker.segments, worker.phase, worker.oom_before = 0, "start", oom_kills()
                 await self._send(worker, run=self._order(row))
+
+    async def noted(self, write: Callable[..., Written], *arguments: Any) -> Written:
+        """What the store's `write` gives, from a thread. On a full disk it waits: what a worker did is not lost."""
+        while True:
+            try:
+                return await asyncio.to_thread(write, *arguments)
+            except DiskFull:
+                await asyncio.sleep(FULL_DISK_S)
 
     def _order(self, row: JobRow) -> dict[str, Any]:
         folder, asked = str(self._store.folder(row.id)), row.request
@@ -122,25 +141,33 @@ class Pool:
         """Start the worker, listen until it dies, and again."""
         while not self._closing:
             began = time.monotonic()
-            worker.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "scail2_rt.runtime.serve.worker", self._arguments(worker)),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                env=self._environment(worker),
-                limit=LINE_BYTES,
-            )
-            assert worker.process.stdout is not None
-            while line := await worker.process.stdout.readline():
-                try:
-                    await self._heard(worker, json.loads(line))
-                except Exception:  # a fault of ours must not leave the worker unheard
-                    traceback.print_exc()
-            code = await worker.process.wait()
-            worker.ready = False
-            self.deaths += 1
-            await self._lost(worker, code)
+            try:
+                code = await self._live(worker)
+                worker.ready = False
+                self.deaths += 1
+                await self._lost(worker, code)
+            except Exception:  # a fault of ours, or no process to be had, must not leave the service without a worker
+                worker.ready = False
+                traceback.print_exc()
             worker.pause_s = 0.1 if time.monotonic() - began > 60 else min(worker.pause_s * 2, LONGEST_PAUSE_S)
             await asyncio.sleep(worker.pause_s)
+
+    async def _live(self, worker: Worker) -> int:
+        """One process of the worker, from its start to its exit code."""
+        worker.process = process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "scail2_rt.runtime.serve.worker", self._arguments(worker)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=self._environment(worker),
+            limit=LINE_BYTES,
+        )
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            try:
+                await self._heard(worker, json.loads(line))
+            except Exception:  # a fault of ours must not leave the worker unheard
+                traceback.print_exc()
+        return await process.wait()
 
     def _arguments(self, worker: Worker) -> str:
         names = ("backend", "max_rows", "attention", "vram_limit", "no_graphs", "warm", "gpus_per_video")
@@ -171,6 +198,8 @@ class Pool:
         elif "unusable" in message:
             if self._opened is not None and not self._opened.done():
                 self._opened.set_exception(InputError(message["unusable"]))
+            else:
+                print(f"error: worker {worker.number}: {message['unusable']} It is tried again.", file=sys.stderr)
         elif worker.job is not None:
             row = worker.job
             if "event" in message:
@@ -189,9 +218,9 @@ class Pool:
             return
         out_of_memory = oom_kills() > worker.oom_before
         if code in OUTSIDE and not out_of_memory:
-            given = await asyncio.to_thread(self._store.give_back, row.id, row.attempt, True, worker.segments)
+            given = await self.noted(self._store.give_back, row.id, row.attempt, True, worker.segments)
             if given is not None and given.kills >= self._settings.kills:
-                taken = await asyncio.to_thread(self._store.take_one, row.id)
+                taken = await self.noted(self._store.take_one, row.id)
                 row = taken or row
             else:
                 await self._hear(row, {"returned": True})

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -34,11 +35,22 @@ def run(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM. InputError when the folder is served already, the port is taken or the engines
     cannot be opened."""
     os.umask(0o077)
-    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise InputError(
+            f"The data folder {settings.data} cannot be made ({error.strerror}): give --data another."
+        ) from error
     refusal = f"Another service uses {settings.data}: stop it, or give --data another folder."
     with alone(settings.data, refusal, lambda reason: print(f"warning: {reason}", file=sys.stderr)):
         listener = _listen(settings)
-        store = Store(settings.data)
+        try:
+            store = Store(settings.data)
+        except sqlite3.Error as error:
+            listener.close()
+            raise InputError(
+                f"{settings.data}/service.sqlite cannot be used ({error}): make room, or mend it."
+            ) from error
         try:
             _serve(settings, store, listener)
         finally:
@@ -123,7 +135,7 @@ def _greet(settings: Settings, service: Service, listener: socket.socket) -> Non
     """What runs and where, on stderr; the address alone on stdout."""
     about = service.pool.workers[0].about or {}
     print(f"engines: {about.get('choice')}", file=sys.stderr)
-    if about.get("backend") == "tensorrt-rtx":
-        print("licence: TensorRT for RTX may not be used to host a service for third parties.", file=sys.stderr)
+    if hosting := about.get("hosting"):
+        print(f"licence: {hosting}", file=sys.stderr)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"http://{host}:{listener.getsockname()[1]}", flush=True)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,9 @@ class Service:
             inputs = Inputs(self.store, owner, self.settings.limits, self.settings.fetch_hosts)
             await inputs.place(form, asked, folder)
             if asked.masks_id is not None:
-                made_masks.take_over(self.store.folder(self.job(asked.masks_id, owner).id), folder)
+                earlier = self.job(asked.masks_id, owner)
+                files = [self.store.result(earlier, name) for name in made_masks.INPUTS]
+                await asyncio.to_thread(made_masks.take_over, files, folder)
                 inputs.hashes |= dict.fromkeys(made_masks.INPUTS, asked.masks_id)
             made = kind == "masks" or inputs.hashes.keys().isdisjoint(made_masks.INPUTS)
             check_complete(inputs.hashes, made)
@@ -179,7 +182,7 @@ class Service:
     def job(self, job_id: str, owner: str) -> JobRow:
         row = self.store.job(job_id, owner)
         if row is None:
-            raise not_found("video", job_id)
+            raise not_found("masks" if job_id.startswith("masks_") else "video", job_id)
         return row
 
     def file(self, file_id: str, owner: str) -> FileRow:
@@ -187,6 +190,17 @@ class Service:
         if row is None:
             raise not_found("file", file_id)
         return row
+
+    def without_places(self, row: JobRow, record: Path) -> bytes:
+        """A report or record of a job, in which this machine's paths are names."""
+        engines, weights = self.settings.engines, self.settings.segmenter_weights
+        names = {f"{self.store.folder(row.id)}/": "", str(engines): engines.name}
+        names |= {str(weights): weights.name} if weights is not None else {}
+        names |= {str(Path.home()): "~"} if Path.home() != Path("/") else {}
+        text = record.read_text(encoding="utf-8")
+        for place, name in names.items():
+            text = text.replace(json.dumps(place)[1:-1], json.dumps(name)[1:-1])
+        return text.encode()
 
     # ending
 
@@ -212,7 +226,7 @@ class Service:
         if "event" in message:
             await self._progress(row, live, dict(message["event"]))
         elif "planned" in message:
-            await asyncio.to_thread(self.store.planned, row, message["planned"])
+            await self.pool.noted(self.store.planned, row, message["planned"])
         elif "preview" in message:
             live.preview = dict(message["preview"])
             live.tell("preview", live.preview)
@@ -223,7 +237,7 @@ class Service:
                 self.live.pop(row.id, None)
                 await asyncio.to_thread(self._remove, row.id)
             elif "cancelled" in message:  # of another attempt: it is not this job's end
-                await asyncio.to_thread(self.store.give_back, row.id, row.attempt, False, 0)
+                await self.pool.noted(self.store.give_back, row.id, row.attempt, False, 0)
             live.started, live.worked_on, live.progress = False, False, {}
             live.tell("progress", {})
 
@@ -231,14 +245,14 @@ class Service:
         if not live.started and (event["phase"] == "denoise" or event["step"]):
             live.started = True
             self.metrics.first_step.observe(time.time() - row.created_at)
-            await asyncio.to_thread(self.store.started, row.id, row.attempt)
+            await self.pool.noted(self.store.started, row.id, row.attempt)
         live.progress = event
         live.tell("progress", event)
 
     async def _ended(self, row: JobRow, live: Live, message: Mapping[str, Any]) -> None:
         state = "completed" if "done" in message else "failed"
         result = dict(message["done"] if state == "completed" else message["failed"])
-        if await asyncio.to_thread(self.store.finish, row.id, row.attempt, state, result):
+        if await self.pool.noted(self.store.finish, row.id, row.attempt, state, result):
             self.metrics.ended(state, result)
             if state == "failed":
                 await asyncio.to_thread(_drop_partial, self.store.folder(row.id))
@@ -251,13 +265,18 @@ class Service:
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            await asyncio.to_thread(self.sweep)
+            try:
+                await asyncio.to_thread(self.sweep)
+                await self.pool.dispatch()
+            except Exception:  # a full disk, say: the next time is not far
+                traceback.print_exc()
             await asyncio.sleep(SWEEP_S)
 
     def sweep(self) -> None:
         """Remove what has expired, and the oldest results while the folder is too large."""
         for job_id in self.store.finished_before(time.time() - self.settings.keep_s):
             self._expire(job_id)
+        self.store.keep_reserve()
         most = self.settings.disk_bytes
         if most is None:
             return
@@ -274,8 +293,8 @@ class Service:
         self._remove(job_id)
 
     def used_bytes(self) -> int:
-        """Of the data folder; a file that several names share counts once."""
-        return _folder_bytes(self.store.data)
+        """Of the data folder; a file that several names share counts once, and the reserve not at all."""
+        return _folder_bytes(self.store.data) - _folder_bytes(self.store.reserve)
 
 
 def _digest(asked: Asked, hashes: Mapping[str, str]) -> str:
@@ -285,7 +304,7 @@ def _digest(asked: Asked, hashes: Mapping[str, str]) -> str:
 
 def _folder_bytes(folder: Path) -> int:
     seen: dict[tuple[int, int], int] = {}
-    for path in folder.rglob("*"):
+    for path in (folder, *folder.rglob("*")):
         with contextlib.suppress(OSError):
             found = path.lstat()
             seen[found.st_dev, found.st_ino] = found.st_blocks * 512

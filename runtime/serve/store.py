@@ -4,6 +4,7 @@
     DATA/jobs/ID/         inputs (links), video.mp4, report, pictures; it is there before its row is
     DATA/files/ID         an upload
     DATA/incoming/        what is being received; emptied at the start
+    DATA/reserve          room that is given up when the disk is full, so that jobs can still end and be deleted
 
 A job is queued, running, completed, failed or deleted (its folder not yet removed). Taking a job counts its `attempt`
 up, and only who names the present attempt can end it: what a lost worker still says changes nothing. One server has the
@@ -15,10 +16,13 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from scail2_rt.runtime.serve.errors import DiskFull
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -38,6 +42,8 @@ CREATE INDEX IF NOT EXISTS file_hash ON files (owner, sha256);
 VISIBLE = "state != 'deleted'"
 VIDEOS = f"{VISIBLE} AND id LIKE 'video~_%' ESCAPE '~'"
 Order = Literal["asc", "desc"]
+RESERVE_BYTES = 1 << 20
+REMEMBERED = 10_000  # places in the list of jobs that are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +99,23 @@ class Store:
         self.data, self.jobs, self.files, self.incoming = data, data / "jobs", data / "files", data / "incoming"
         for folder in (data, self.jobs, self.files, self.incoming):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.reserve = data / "reserve"
         self._writer, self._reader = self._connect(), self._connect()
         self._writing, self._reading = threading.Lock(), threading.Lock()
+        self._gone: OrderedDict[str, tuple[str, int]] = OrderedDict()  # id of a deleted job → owner, seq
         with self._writing:
             self._writer.executescript(SCHEMA)
+        self.keep_reserve()
+
+    def keep_reserve(self) -> None:
+        """Put by room for writes on a full disk, if there is some."""
+        if not self.reserve.exists():
+            part = self.reserve.with_suffix(".part")
+            try:
+                part.write_bytes(bytes(RESERVE_BYTES))
+                part.replace(self.reserve)
+            except OSError:
+                part.unlink(missing_ok=True)
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.data / "service.sqlite", check_same_thread=False, isolation_level=None)
@@ -113,9 +132,27 @@ class Store:
     def folder(self, job_id: str) -> Path:
         return self.jobs / job_id
 
+    def result(self, row: JobRow, name: str) -> Path:
+        """Where a file of a job is, if there is one."""
+        return self.folder(row.id) / name
+
+    def upload(self, row: FileRow) -> Path:
+        """Where a kept file is."""
+        return self.files / row.id
+
     def _write(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+        """DiskFull when not even the reserve makes room."""
         with self._writing:
-            return self._writer.execute(sql, values).fetchall()
+            try:
+                return self._writer.execute(sql, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if not _no_room(error):
+                    raise
+            self.reserve.unlink(missing_ok=True)
+            try:
+                return self._writer.execute(sql, values).fetchall()
+            except sqlite3.OperationalError as error:
+                raise DiskFull(str(error)) if _no_room(error) else error from error
 
     def _read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         with self._reading:
@@ -200,10 +237,10 @@ class Store:
         """How many jobs go before this queued one."""
         return self._read("SELECT COUNT(*) FROM jobs WHERE state='queued' AND seq<?", row.seq)[0][0]
 
-    def places(self) -> dict[str, int]:
-        """Of every queued job."""
-        rows = self._read("SELECT id FROM jobs WHERE state='queued' ORDER BY seq")
-        return {row["id"]: place for place, row in enumerate(rows)}
+    def places(self) -> dict[int, int]:
+        """seq of every queued job → how many go before it."""
+        rows = self._read("SELECT seq FROM jobs WHERE state='queued' ORDER BY seq")
+        return {row[0]: place for place, row in enumerate(rows)}
 
     def list_jobs(self, owner: str, after: str | None, limit: int, order: Order) -> list[JobRow]:
         """A page of a client's videos by age, from the one after `after` on."""
@@ -213,11 +250,28 @@ class Store:
         self, table: str, owner: str, after: str | None, limit: int, order: Order, also: str = ""
     ) -> Sequence[sqlite3.Row]:
         compare, direction = ("<", "DESC") if order == "desc" else (">", "ASC")
-        beyond = f"AND seq {compare} (SELECT seq FROM {table} WHERE id=? AND owner=?)" if after else ""
-        values = (owner, after, owner, limit) if after else (owner, limit)
+        seq = self._seq(table, owner, after) if after else None
+        beyond, values = (f"AND seq {compare} ?", (owner, seq, limit)) if after else ("", (owner, limit))
         return self._read(
             f"SELECT * FROM {table} WHERE owner=? {also} {beyond} ORDER BY seq {direction} LIMIT ?", *values
         )
+
+    def _seq(self, table: str, owner: str, entry: str) -> int:
+        """Where an entry of a client's list is, or was: who lists and deletes pages through what is gone. LookupError
+        for one that nobody remembers."""
+        if found := self._read(f"SELECT seq FROM {table} WHERE id=? AND owner=?", entry, owner):
+            return found[0][0]
+        whose, seq = self._gone.get(entry, ("", 0))
+        if whose != owner:
+            raise LookupError(entry)
+        return seq
+
+    def _remember(self, rows: Sequence[sqlite3.Row]) -> None:
+        """Entries that were just removed."""
+        for row in rows:
+            self._gone[row["id"]] = row["owner"], row["seq"]
+            if len(self._gone) > REMEMBERED:
+                self._gone.popitem(last=False)
 
     def counts(self) -> dict[str, int]:
         """Jobs by state."""
@@ -231,14 +285,13 @@ class Store:
 
     def delete_job(self, job_id: str) -> str | None:
         """Nobody sees it from now on; the state that it had."""
-        with self._writing:
-            row = self._writer.execute(f"SELECT state FROM jobs WHERE id=? AND {VISIBLE}", (job_id,)).fetchone()
-            self._writer.execute("UPDATE jobs SET state='deleted', idempotency=NULL WHERE id=?", (job_id,))
-        return row and row["state"]
+        row = self.job(job_id)
+        self._write("UPDATE jobs SET state='deleted', idempotency=NULL WHERE id=?", job_id)
+        return row and row.state
 
     def forget_job(self, job_id: str) -> None:
         """Its folder is gone."""
-        self._write("DELETE FROM jobs WHERE id=? AND state='deleted'", job_id)
+        self._remember(self._write("DELETE FROM jobs WHERE id=? AND state='deleted' RETURNING id, owner, seq", job_id))
 
     def deleted(self) -> list[str]:
         return [row["id"] for row in self._read("SELECT id FROM jobs WHERE state='deleted'")]
@@ -277,10 +330,16 @@ class Store:
         return [FileRow(**row) for row in rows]
 
     def delete_file(self, file_id: str, owner: str) -> bool:
-        return bool(self._write("DELETE FROM files WHERE id=? AND owner=? RETURNING seq", file_id, owner))
+        rows = self._write("DELETE FROM files WHERE id=? AND owner=? RETURNING id, owner, seq", file_id, owner)
+        self._remember(rows)
+        return bool(rows)
 
     def file_bytes(self, owner: str) -> int:
         return self._read("SELECT COALESCE(SUM(bytes), 0) FROM files WHERE owner=?", owner)[0][0]
 
     def file_ids(self) -> set[str]:
         return {row["id"] for row in self._read("SELECT id FROM files")}
+
+
+def _no_room(error: sqlite3.OperationalError) -> bool:
+    return "disk is full" in str(error) or "disk I/O error" in str(error)

@@ -60,7 +60,7 @@ def video_object(service: Service, row: JobRow, place: int | None = None) -> dic
 def _place(service: Service, row: JobRow, place: int | None) -> int:
     """How many jobs go before it, those that run among them."""
     waiting = service.store.place(row) if place is None else place
-    return waiting + sum(worker.job is not None for worker in service.pool.workers)
+    return waiting + service.pool.busy
 
 
 def _percent(live: Live | None) -> int:

@@ -26,14 +26,13 @@ from scail2_rt.runtime.core.progress import Cancelled, Progress
 from scail2_rt.runtime.core.request import Output
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.check_process import facts_of, plain_names
+from scail2_rt.runtime.session.output_lock import wait_for_lock
 
 if TYPE_CHECKING:
     from scail2_rt.runtime.core.plan import Plan
     from scail2_rt.runtime.masks.make.make import Masks
     from scail2_rt.runtime.session.session import Session
     from scail2_rt.runtime.session.write import Result
-
-LOCK_WAIT_S = 60.0  # for a worker of a server that was killed
 
 
 class Messages:
@@ -115,7 +114,7 @@ def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
         kind = "memory" if "memory ran out" in str(error) else "fault"
         kind = "input" if isinstance(error, InputError) else kind
         said = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
-        messages.say(failed={"message": plain_names(said, folder), "kind": kind}, **about)
+        messages.say(failed={"message": plain_names(said, folder, job["masking"]), "kind": kind}, **about)
     else:
         messages.say(done=described(result, time.perf_counter() - began, session), **about)
 
@@ -139,27 +138,13 @@ def generate(session: "Session", plan: "Plan", job: Mapping[str, Any], heard: "T
     given = job["options"]
     chosen = {name: given[name] for name in ("codec", "crf") if name in given}
     output = Output(Path(job["folder"]) / "video.mp4", **chosen, resume=True)
-    _wait_for_lock(output.path)
+    wait_for_lock(output.path)
     try:
         return session.generate(plan, output, heard, heard.messages.cancel)
     except InputError:
         if job["attempt"] == 1 or heard.began:
             raise
         return session.generate(plan, Output(output.path, **chosen, overwrite=True), heard, heard.messages.cancel)
-
-
-def _wait_for_lock(output: Path) -> None:
-    """Until the worker of a server that was killed is gone too."""
-    from scail2_rt.runtime.session.output_lock import refuse_second
-
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            return refuse_second(output)
-        except InputError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 class Teller:
@@ -215,7 +200,8 @@ def main() -> None:
     except Scail2Error as error:
         messages.say(unusable=str(error))
         return
-    messages.say(ready={"choice": session.choice, "backend": session.engines.backend, "memory": memory()})
+    hosting = session.engines.executor.backend.hosting
+    messages.say(ready={"choice": session.choice, "hosting": hosting, "memory": memory()})
     while True:
         run(session, messages.jobs.get(), messages)
         messages.say(idle={"memory": memory()})

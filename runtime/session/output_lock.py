@@ -6,10 +6,14 @@ are compared as the file system resolves them: no other name of the same place l
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scail2_rt.engines.folder.lock import held, refuse_if_held
+from scail2_rt.kernels.errors import InputError
+
+LOCK_WAIT_S = 60.0
 
 
 def lock_files(output: Path) -> tuple[Path, ...]:
@@ -22,6 +26,18 @@ def refuse_second(output: Path) -> None:
     """InputError when a run is writing this output now. Nothing is made or changed."""
     for path in lock_files(output):
         refuse_if_held(path, _refusal(output))
+
+
+def wait_for_lock(output: Path) -> None:
+    """Until a run that was killed, or cut off, is gone too. InputError when it still writes after `LOCK_WAIT_S`."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return refuse_second(output)
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager

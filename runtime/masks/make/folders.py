@@ -57,7 +57,7 @@ def open_folder(folder: Path) -> SegmenterFolder:
     if not folder.is_dir():
         raise InputError(f"The segmenter's folder {folder} does not exist: give one that holds a config.json.")
     kinds = {each: _config(each) for each in (folder, *sorted(p for p in folder.iterdir() if p.is_dir()))}
-    found = {each: config.get("model_type", "") for each, config in kinds.items() if config}
+    found = {each: str(config.get("model_type", "")) for each, config in kinds.items() if config}
     for each, kind in found.items():
         if kind in KINDS:
             detector = next((place for place, other in found.items() if other == DETECTOR_KIND), None)
@@ -69,7 +69,7 @@ def open_folder(folder: Path) -> SegmenterFolder:
         raise InputError(
             f"{folder} holds Grounding DINO alone: it finds figures, and SAM 2 must be there to follow them."
         )
-    kind = ", ".join(sorted(set(found.values()) - {""})) or "no config.json"
+    kind = ", ".join(sorted(set(found.values()) - {""})) or "no config.json that can be read"
     raise InputError(
         f"{folder} holds {kind}, and a segmenter is a sam2_video or sam3_video model: get one with "
         "`scail2-rt download --segmenter sam2`."
@@ -107,5 +107,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _square(config: dict[str, Any]) -> int:
-    size = config.get("image_size") or 1024 if config.get("model_type") == "sam2_video" else 1008
-    return int(size if isinstance(size, int) else max(size))
+    size = config.get("image_size", 1024) if config.get("model_type") == "sam2_video" else 1008
+    sides = size if isinstance(size, list) else [size]
+    if not sides or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(f"A segmenter's config.json gives image_size {size!r}: download it again.")
+    return int(max(sides))

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import ClipSource, ImageSource
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder, find_segmenter
-from scail2_rt.runtime.masks.make.options import IMAGE, MaskOptions
+from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.record import RECORD, fingerprint, recorded
 from scail2_rt.runtime.masks.make.work import IMAGE_NAME, SHEET_NAME, VIDEO_NAMES, Work
 from scail2_rt.runtime.masks.palette import Mode
@@ -76,31 +76,37 @@ def make_masks(
         return asked.there
     work = Work(load_image(image), driving, asked.video, options, on_progress, cancel)
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".masks") as unfinished:
             made = work.run(asked.segmenter, device, vram_limit, Path(unfinished))
             names = (IMAGE_NAME, VIDEO_NAMES[options.resolved_mode], SHEET_NAME)
+            masks = Masks(
+                mask_image=folder / names[0],
+                mask_video=folder / names[1],
+                sheet=folder / names[2],
+                mode=options.resolved_mode,
+                characters=made.characters,
+                notes=tuple(made.notes),
+                segmenter=asked.segmenter.name if asked.segmenter else "the files given",
+                seconds=time.perf_counter() - began,
+            )
+            fields = {name: _plain(getattr(masks, name)) for name in Masks.__slots__}
+            record = json.dumps({"identity": asked.identity, "masks": fields}, indent=1)
+            (Path(unfinished) / RECORD).write_text(record + "\n", encoding="utf-8")
             (folder / RECORD).unlink(missing_ok=True)
-            for name in names:
+            for name in (*names, RECORD):
                 os.replace(Path(unfinished) / name, folder / name)
-    except BaseException:
+    except BaseException as error:
         if new:
             with contextlib.suppress(OSError):  # not empty: somebody else writes there
                 folder.rmdir()
+        if isinstance(error, OSError):
+            raise Scail2Error(
+                f"Masks could not be written to {folder} ({error}): make room, give the right to write there, or "
+                "choose another -o."
+            ) from error
         raise
-    masks = Masks(
-        mask_image=folder / names[0],
-        mask_video=folder / names[1],
-        sheet=folder / names[2],
-        mode=options.resolved_mode,
-        characters=made.characters,
-        notes=tuple(made.notes),
-        segmenter=asked.segmenter.name if asked.segmenter else "the files given",
-        seconds=time.perf_counter() - began,
-    )
-    record = {"identity": asked.identity, "masks": {name: _plain(getattr(masks, name)) for name in Masks.__slots__}}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return masks
 
 
@@ -132,6 +138,9 @@ class MaskPlan:
 def plan_masks(image: ImageSource, driving: ClipSource, directory: Path, options: MaskOptions) -> MaskPlan:
     """Everything that can be said without a network. InputError for what cannot be done."""
     segmenter = segmenter_for(options)
+    for ready in (options.image_from, options.driving_from):
+        if ready is not None and not ready.exists():
+            raise InputError(f"{ready} does not exist: give a SAM3_TRACK_DATA file, a matte or an image with alpha.")
     picture, video = load_image(image), probe(driving)
     left = max(video.frames - options.start, 0)
     used = left if options.frames is None else min(options.frames, left)
@@ -142,7 +151,7 @@ def plan_masks(image: ImageSource, driving: ClipSource, directory: Path, options
     check_places(options, picture.shape[:2], video)
     identity = fingerprint(image, driving, options, segmenter)
     there = recorded(directory, identity)
-    masks = None if there is None else replace(Masks(**there), reused=True)
+    masks = None if there is None or set(there) != set(Masks.__slots__) else replace(Masks(**there), reused=True)
     return MaskPlan(directory, segmenter, video, used, identity, masks)
 
 
@@ -170,7 +179,7 @@ def check_places(options: MaskOptions, size: tuple[int, int], video: VideoInfo) 
         if place.frame == IMAGE:
             place.check_inside(size, "the reference image")
             continue
-        frame = options.start if place.frame == 0 else place.frame
+        frame = options.start if place.frame == FIRST else place.frame
         if not options.start <= frame < last:
             raise InputError(
                 f"A --point or --box is in frame {frame}; the frames used are {options.start} to {last - 1}."

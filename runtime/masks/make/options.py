@@ -15,15 +15,16 @@ MODES = ("auto", "animate", "replace")
 SORTS = ("left-to-right", "area")
 SEGMENTERS = ("auto", "sam2", "sam3")
 IMAGE = -1  # the frame of a point or box that belongs to the reference image
+FIRST = -2  # of one without a frame's number: the first that is used
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip, or of the reference
-    image (`IMAGE`), and the colour that its figure is to have, "" for any."""
+    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip (`FIRST`: the first that
+    is used), or of the reference image (`IMAGE`), and the colour that its figure is to have, "" for any."""
 
     numbers: tuple[float, ...]
-    frame: int = 0
+    frame: int = FIRST
     colour: str = ""
 
     @classmethod
@@ -34,8 +35,8 @@ class Place:
         middle = [number for number, part in enumerate(parts) if "," in part]
         if len(middle) != 1 or len(parts) > 3 or middle[0] > 1 or len(parts) - middle[0] > 2:
             raise InputError(f"{option} {text!r} is not [frame:]{_form(wanted)}[:colour].")
-        frame = IMAGE if parts[0] == "image" else 0
-        if middle[0] and frame == 0:
+        frame = IMAGE if parts[0] == "image" else FIRST
+        if middle[0] and frame == FIRST:
             if not parts[0].isdecimal():
                 raise InputError(f"{option} {text!r}: {parts[0]!r} is neither a frame's number nor `image`.")
             frame = int(parts[0])
@@ -121,7 +122,32 @@ class MaskOptions:
         places = [Place.parse(text, "--point") for text in self.points]
         places += [Place.parse(text, "--box") for text in self.boxes]
         object.__setattr__(self, "places", tuple(places))
+        self._check_places()
         parse_pairs(self.pairs)
+        if self.start < 0:
+            raise InputError(f"--start must be 0 or more, not {self.start}.")
+        if self.frames is not None and self.frames < 1:
+            raise InputError(f"--frames must be 1 or more, not {self.frames}.")
+
+    def _check_places(self) -> None:
+        """InputError for two boxes of one figure, more figures in one picture than are kept, and places in a picture
+        whose figures are cut out already."""
+        for name, ready in (("--image-from", self.image_from), ("--driving-from", self.driving_from)):
+            if ready is not None and any((place.frame == IMAGE) == (ready is self.image_from) for place in self.places):
+                raise InputError(f"A --point or --box is of the picture that {name} gives figures of: leave out one.")
+        for frame in {place.frame for place in self.places}:
+            here = [place for place in self.places if place.frame == frame]
+            boxes = [place.colour for place in here if place.colour and len(place.numbers) == 4]
+            if twice := [colour for colour in boxes if boxes.count(colour) > 1]:
+                raise InputError(
+                    f"Two --box of one picture are {twice[0]}: a figure has one box, and points beside it."
+                )
+            figures = len({place.colour for place in here} - {""}) + sum(not place.colour for place in here)
+            if figures > self.max_characters:
+                raise InputError(
+                    f"--point and --box show {figures} figures in one picture, and --max-characters is "
+                    f"{self.max_characters}: raise it, or give points and boxes of one figure one colour."
+                )
 
     @property
     def resolved_mode(self) -> Literal["animate", "replace"]:

@@ -25,6 +25,7 @@ class Pairing:
         free = iter(colour for colour in AUTHORS_ORDER if colour not in colours)
         self._colours = [colour or next(free) for colour in colours]
         self._asked = [bool(colour) for colour in colours]
+        self._ready = options.driving_from is not None
         self.reference_of: dict[int, int] = {}
         self._first = 0  # how many figures the first frame shows
         self.notes: list[str] = []
@@ -37,6 +38,12 @@ class Pairing:
     def begin(self, drivers: Sequence[np.ndarray], colours: Sequence[str]) -> None:
         """The figures of the first frame that shows any, as masks, in their order, with the colours asked for."""
         self._first = len(drivers)
+        later = sum(place.frame >= 0 for place in self._options.places)  # may show somebody new
+        possible = max(len(drivers), len(self._references), self._options.max_characters if self._ready else 0) + later
+        if beyond := [d for d in self._wanted if d >= possible]:
+            raise InputError(
+                f"--pairs names the driving video's figure {beyond[0] + 1}, and its first frame shows {len(drivers)}."
+            )
         pairs = {d: self._colours.index(c) for d, c in enumerate(colours) if c in self._colours and self._is_asked(c)}
         pairs |= {d: r for d, r in self._wanted.items() if d not in pairs and r not in pairs.values()}
         left_drivers = [d for d in range(len(drivers)) if d not in pairs]

@@ -27,7 +27,8 @@ def ready_masks(path: Path, most: int, sort: str) -> list[np.ndarray]:
     if path.suffix.lower() in TRACKS:
         tracks = load_tracks(path)
         return [tracks.masks(0)[i] for i in tracks.kept(most, sort)]
-    return [next(_mattes(path))]
+    mask = next(_mattes(path))
+    return [mask] if area(mask) >= LEAST_AREA else []
 
 
 def ready_labels(path: Path, most: int, sort: str) -> Iterator[np.ndarray]:
@@ -82,15 +83,15 @@ def load_tracks(path: Path) -> Tracks:
         raise InputError(f"{path} does not exist: give a SAM3_TRACK_DATA file, a matte or an image with alpha.")
     try:
         found = _read(path)
+        scores = np.asarray(found.get("scores", ()), np.float64).ravel()
     except Exception as error:
         raise InputError(f"{path} cannot be read as track data ({type(error).__name__}: {error}).") from error
     packed = found.get("packed_masks")
     if packed is None:
         raise InputError(f"{path} holds no packed_masks: save SAM3_TRACK_DATA as it is, or give a matte.")
     packed = np.asarray(packed)
-    if packed.dtype != np.uint8 or packed.ndim != 4 or not packed.shape[1]:
+    if packed.dtype != np.uint8 or packed.ndim != 4 or not packed.size:
         raise InputError(f"packed_masks of {path} is {packed.dtype} {list(packed.shape)}, not uint8 [T, N, H, W/8].")
-    scores = np.asarray(found.get("scores", ()), np.float64).ravel()
     return Tracks(packed, scores if len(scores) == packed.shape[1] else -np.arange(packed.shape[1], dtype=float))
 
 

@@ -48,7 +48,9 @@ def recorded(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or found.get("identity") != identity:
         return None
-    stored: dict[str, Any] = found["masks"]
+    stored = found.get("masks")
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), str) for name in _FILES):
+        return None
     files = {name: folder / stored[name] for name in _FILES}
     told = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     return {**told, **files} if all(file.is_file() for file in files.values()) else None

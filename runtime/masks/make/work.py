@@ -19,7 +19,7 @@ from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.masks.make.figures import Cast, stretched
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder
 from scail2_rt.runtime.masks.make.follow import ClipFollower, Figure, Looking, figures_in, nobody, present_in
-from scail2_rt.runtime.masks.make.options import IMAGE, MaskOptions
+from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.pairs import Pairing
 from scail2_rt.runtime.masks.make.ready import ready_labels, ready_masks
 from scail2_rt.runtime.masks.make.segmenters import Segmenter, open_segmenter
@@ -105,7 +105,7 @@ class Work:
         options = self.options
         places = tuple(place for place in options.places if (place.frame == IMAGE) == image)
         if not image:
-            places = tuple(replace(place, frame=options.start) if not place.frame else place for place in places)
+            places = tuple(replace(place, frame=options.start) if place.frame == FIRST else place for place in places)
         where = "the reference image" if image else "the driving video"
         return Looking(options.text_for(image), places, options.max_characters, options.sort, where)
 
@@ -137,7 +137,8 @@ class Work:
         """The frames that are used with their labels, at the clip's size."""
         options, size = self.options, (self.video.height, self.video.width)
         if options.driving_from is not None:
-            yield from zip(self._frames(), self._ready(options.driving_from, pairing, size), strict=False)
+            for labels, picture in zip(self._ready(options.driving_from, pairing, size), self._frames(), strict=True):
+                yield picture, labels
             return
         assert segmenter is not None
 
@@ -150,7 +151,8 @@ class Work:
         yield from follower.labelled(self._frames())
 
     def _ready(self, path: Path, pairing: Pairing, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Labels that another tool made; as many as the clip has frames, or as it has used ones."""
+        """Labels of the frames that are used, of those that another tool made: of the whole clip, or up to the last
+        used frame."""
         count = 0
         options = self.options
         made = ready_labels(path, options.max_characters, options.sort)
@@ -165,12 +167,12 @@ class Work:
                 pairing.begin([labels == each for each in range(1, max(present) + 1)], [""] * max(present))
             self._enter(number, max(present, default=0))
             yield labels
-        if count != self.video.frames:
+        if count not in (self.video.frames, options.start + self.used):
             raise InputError(
                 f"{path} has {count} frames and the driving video {self.video.frames}: cut them out of this clip."
             )
         if not self.cast.characters:
-            raise InputError(f"{path} shows no figure.")
+            raise InputError(f"{path} shows no figure in the frames that are used.")
 
     def _enter(self, frame: int, last: int) -> None:
         """Characters up to number `last`, of whom nothing but the number matters."""

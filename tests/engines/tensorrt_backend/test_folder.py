@@ -15,7 +15,7 @@ from scail2_rt.engines.tensorrt_backend import backend, builder, preflight, sess
 from scail2_rt.engines.tensorrt_backend.backend import BACKENDS
 from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
 from scail2_rt.engines.tensorrt_backend.preflight import GpuFacts
-from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
+from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions, plan_options
 from scail2_rt.kernels.errors import InputError
 from tests.support.damage import flip
 from tests.support.small import small_checkpoint
@@ -203,13 +203,17 @@ def test_a_failed_verify_takes_the_record_away(rtx: Recorder, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("targets", "precision", "text"),
     [
-        (("sm90",), "fp32", r"--target sm90: TensorRT for RTX does not build for it; it builds for sm75, sm80"),
+        (
+            ("sm90",),
+            "fp32",
+            r"--target sm90 cannot be built: TensorRT for RTX builds for sm75, sm80.*--backend torch\.$",
+        ),
         (
             ("sm86", "sm89"),
             "fp8",
-            r"needs an architecture among sm89, sm120, sm121, and sm86 .*fp32 or bf16 or fp16\.$",
+            r"needs an architecture among sm89, sm120, sm121, which sm86 is not; .*fp32 or bf16 or fp16\.$",
         ),
-        (("sm75",), "bf16", r"among sm80, .* and sm75 is none; use --precision fp32\.$"),
+        (("sm75",), "bf16", r"among sm80, .* which sm75 is not; use --precision fp32\.$"),
     ],
 )
 def test_targets_that_cannot_be(
@@ -221,6 +225,44 @@ def test_targets_that_cannot_be(
     with pytest.raises(InputError, match=text):
         build(request, small_checkpoint())
     assert not (tmp_path / "e").exists()
+
+
+def test_the_command_that_replaces_a_folder_keeps_the_options_of_plans(rtx: Recorder, tmp_path: Path) -> None:
+    chosen = plan_options((512, 512), 4.0, "sm120, sm89")
+    make(tmp_path / "e", ("tensorrt-rtx",), plan_options=chosen)
+    words = r"--backend tensorrt-rtx --target sm120,sm89 --max-picture 512x512 --workspace-gib 4 --rebuild$"
+    with pytest.raises(InputError, match=words):
+        make(tmp_path / "e", ("tensorrt-rtx",), seed=1, plan_options=chosen)
+
+
+def test_some_stages_for_another_card(rtx: Recorder, tmp_path: Path) -> None:
+    make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm89",)))
+    rtx.built.clear()
+    with pytest.raises(InputError, match="--target sm120 would leave plans for different cards in .* has sm89: "):
+        make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)), stages=("dit.head",))
+    assert rtx.built == []
+    make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)))
+    assert rtx.built
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_plan_that_is_not_whole_is_built_alone(recorder: Recorder, tmp_path: Path, damage: str) -> None:
+    make(tmp_path / "e")
+    file = tmp_path / "e/stages/dit.head.plan"
+    whole = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(whole[:9])
+    with pytest.raises(InputError, match=r"dit\.head\.plan: .*Repair that alone with: .* --backend tensorrt$"):
+        open_engines(tmp_path / "e", "tensorrt", device="cpu")
+    recorder.built.clear()
+    assert make(tmp_path / "e").repaired == ("dit.head",)
+    assert [path.name for path in recorder.built] == ["dit.head.trt.onnx"]
+    assert file.read_bytes() == whole
+    assert make(tmp_path / "e").up_to_date
+
+
+def test_a_target_without_a_card() -> None:
+    with pytest.raises(InputError, match="--target names no card"):
+        plan_options(None, None, " ,")
 
 
 def test_a_target_is_for_one_library_alone(recorder: Recorder, tmp_path: Path) -> None:

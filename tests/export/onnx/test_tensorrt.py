@@ -90,6 +90,7 @@ def test_one_block_of_the_14b_model_in_one_graph(tmp_path: Path, precision: Prec
         file.truncate(layout.size)  # zeros: what the compiler makes of the graph does not depend on the weights
     made = transformer_model(config, lambda definition: definition.numerics(precision), layout)
     (tmp_path / TRANSFORMER).write_bytes(made.SerializeToString())
+    check_capability([tmp_path / TRANSFORMER])
     compiled(tmp_path, config, CLIP_TOKENS, 6 if precision == "fp8" else 0)
     for file in tmp_path.iterdir():
         file.unlink()  # pytest would keep them

@@ -43,6 +43,23 @@ def test_verify_passes_and_finds_one_changed_value(
     assert "PASS files" in bad.stdout
 
 
+def test_verify_against_the_other_executor(scail2: Run, engines: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(engines, both)
+    told = scail2("verify", both, "--checkpoint", tiny_checkpoint, "--backend", "torch", "--against", "onnxruntime")
+    assert told.returncode == 2
+    assert "onnxruntime" in told.stderr
+    built = scail2("build-engines", tiny_checkpoint, "-o", both, "--backend", "onnxruntime", "--precision", "fp32")
+    assert built.returncode == 0, built.stderr
+    words = ("--checkpoint", tiny_checkpoint, "--backend", "torch", "--against", "onnxruntime")
+    good = scail2("verify", both, *words, "--json")
+    assert good.returncode == 0, good.stderr
+    report = json.loads(good.stdout)
+    assert report["passed"] is True
+    assert all(stage["against"] <= stage["tolerance"] for stage in report["stages"])
+    assert {stage["backend"] for stage in report["stages"]} == {"torch"}
+
+
 def test_export_of_the_whole_transformer(scail2: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "onnx"
     result = scail2("export-onnx", tiny_checkpoint, "-o", folder, "--layout", "monolithic")

@@ -49,6 +49,15 @@ def test_other_shapes_are_refused() -> None:
         TensorFrames(torch.zeros(4, 6, 3), "clip")
 
 
+def test_values_that_are_no_pictures_are_refused() -> None:
+    with pytest.raises(InputError, match="connect images, which are floats"):
+        TensorFrames(torch.zeros(1, 4, 6, 3, dtype=torch.uint8), "reference image")
+    holed = torch.zeros(2, 4, 6, 3)
+    holed[1, 2, 3, 0] = float("nan")
+    with pytest.raises(InputError, match="not numbers"):
+        TensorFrames(holed, "reference image")[1]
+
+
 def test_the_batch_is_filled_from_the_front() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
     batch = ImageBatch(5, 4, 6)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.runtime.comfyui import installing
 from scail2_rt.runtime.comfyui.installing import COMMAND_ONLY, requirements
 from tests.support.command import Run, error_of, one_json
 
@@ -65,15 +67,51 @@ def test_install_check_and_remove(scail2: Run, comfyui: Path) -> None:
     assert tree(comfyui) - before == {"input", "input/scail2_animate_ref.png"}
 
 
-def test_a_second_install_replaces_the_first_and_keeps_the_users_pictures(scail2: Run, comfyui: Path) -> None:
+def test_a_second_install_replaces_the_first_and_keeps_the_users_files(scail2: Run, comfyui: Path) -> None:
+    before = tree(comfyui)
     assert scail2("comfyui", "install", comfyui).returncode == 0
     nodes, picture = comfyui / "custom_nodes" / "scail2_rt", comfyui / "input" / "scail2_animate_ref.png"
+    mark, mine = nodes / "installed.json", nodes / "example_workflows" / "mine.json"
+    known = json.loads(mark.read_text())
+    mark.write_text(json.dumps({**known, "files": [*known["files"], "old.py"]}))
     (nodes / "old.py").touch()
-    picture.write_bytes(b"mine")
+    for file in (picture, mine):
+        file.write_bytes(b"mine")
     assert scail2("comfyui", "install", comfyui).returncode == 0
     assert not (nodes / "old.py").exists()
-    assert picture.read_bytes() == b"mine"
+    assert picture.read_bytes() == mine.read_bytes() == b"mine"
     assert not [name for name in tree(comfyui) if ".scail2_rt-" in name]
+    (nodes / "__pycache__").mkdir()
+    result = scail2("comfyui", "remove", comfyui)
+    assert f"kept {mine}" in result.stdout
+    assert {path for path in tree(comfyui) - before if not (comfyui / path).is_dir()} == {
+        str(file.relative_to(comfyui)) for file in (picture, mine)
+    }
+    assert "there is nothing to remove" in error_of(scail2("comfyui", "remove", comfyui))
+    assert "move it away first" in error_of(scail2("comfyui", "install", comfyui))
+
+
+def test_an_install_that_fails_leaves_nothing(comfyui: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(comfyui)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(installing.shutil, "copytree", full)
+    with pytest.raises(Scail2Error, match="could not be written"):
+        installing.install(comfyui)
+    assert tree(comfyui) == before
+
+
+def test_what_cannot_be_taken_away_is_said(comfyui: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installing.install(comfyui)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(installing.shutil, "rmtree", refused)
+    with pytest.raises(Scail2Error, match="could not be taken away"):
+        installing.remove(comfyui)
 
 
 def test_what_is_lacking_becomes_a_command(scail2: Run, comfyui: Path) -> None:

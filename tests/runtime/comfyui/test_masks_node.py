@@ -68,6 +68,12 @@ def test_figures_are_sorted_and_chosen(track: dict[str, Any], style: MaskStyle, 
 def test_tracks_that_cannot_be_used_are_refused(track: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="found nobody"):
         mask_frames({**track, "packed_masks": None}, MaskStyle(), "driving mask")
+    for packed_masks in (track["packed_masks"][:0], track["packed_masks"][:, :, :0], "no bits"):
+        with pytest.raises(InputError, match="not uint8"):
+            mask_frames({**track, "packed_masks": packed_masks}, MaskStyle(), "driving mask")
+    for size in (None, (16,), (0, 32), "wide"):
+        with pytest.raises(InputError, match="The orig_size of the driving mask"):
+            mask_frames({**track, "orig_size": size}, MaskStyle(), "driving mask")
     with pytest.raises(InputError, match="figures 0 to 1"):
         mask_frames(track, MaskStyle(figures=(2,)), "driving mask")
     many = packed(np.ones((1, 7, 8, 16), bool))
@@ -83,6 +89,11 @@ def test_a_matte_gets_one_colour() -> None:
     frames = mask_frames(matte, MaskStyle(background=WHITE, colour="red"), "mask")
     assert tuple(frames[0][2, 0]) == RED
     assert tuple(frames[0][0, 0]) == WHITE
+
+
+def test_empty_mattes_are_refused() -> None:
+    with pytest.raises(InputError, match=r"shape \[0, 8, 8\]: connect a MASK"):
+        mask_frames(torch.zeros(0, 8, 8), MaskStyle(), "mask")
 
 
 def test_backgrounds_follow_mode_and_role() -> None:

@@ -114,10 +114,16 @@ def test_masks_make_writes_a_case_that_runs(
     assert scail2("masks", "check", "--case", folder).returncode == 0
     message = error_of(scail2(*words))
     assert "holds a case already" in message
+    for other in ("ref.jpg", "replace_mask.mov", "mine.txt"):
+        (folder / other).write_bytes(b"of another case")
     result = scail2(*words, "--overwrite")
     assert result.returncode == 0, result.stderr
     assert f"generate ENGINES --case {folder}" in result.stdout
-    assert not (folder / "replace_mask.mp4").exists()
+    assert {path.name for path in folder.iterdir()} == {
+        "masks.json", "masks.png", "mine.txt", "ref.png", "ref_mask.png", "rendered_mask_v2.mp4", "rendered_v2.mp4",
+    }  # fmt: skip
+    message = error_of(scail2(*words, "--driving", case / "ref.png", "--overwrite"))
+    assert "ends in .png, and a case's driving video in .mp4" in message
     result = scail2("generate", engines, "--case", folder, "-o", tmp_path / "a.mp4", *SMALL)
     assert result.returncode == 0, result.stderr
     result = scail2(*words, "--overwrite", "--frames", 9)

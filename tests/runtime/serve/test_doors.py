@@ -75,8 +75,10 @@ def test_keys_and_what_they_see(engines: Path, case: Path, cache: Path, tmp_path
         ):
             assert own.ask(method, path).status == 404, path
         assert own.ask("POST", "/v1/videos", body).status == 404
-        for path in ("/v1/videos", "/v1/files", f"/v1/videos?after={video['id']}"):
+        for path in ("/v1/videos", "/v1/files"):
             assert own.ask("GET", path).json["data"] == []
+        for after in (video["id"], "video_of_nobody"):
+            assert own.ask("GET", f"/v1/videos?after={after}").status == 400
         mine = own.case(case)
         assert own.post(mine, Idempotency_Key="k")["id"] != video["id"]
         own.key = KEYS[0]

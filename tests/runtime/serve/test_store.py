@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from scail2_rt.engines.registry import backend
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.serve.errors import Refusal
 from scail2_rt.runtime.serve.fields import nested, read_fields
@@ -188,8 +189,8 @@ def test_the_licence_of_tensorrt_rtx_is_told_once(tmp_path: Path, capsys: pytest
     settings = Settings(tmp_path, tmp_path)
     service = Service(settings, store)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        for backend in ("tensorrt-rtx", "torch"):
-            service.pool.workers[0].about = {"choice": backend, "backend": backend}
+        for name in ("tensorrt-rtx", "torch"):
+            service.pool.workers[0].about = {"choice": name, "hosting": backend(name).hosting}
             _greet(settings, service, listener)
         port = listener.getsockname()[1]
     said = capsys.readouterr()

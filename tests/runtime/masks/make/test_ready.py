@@ -111,6 +111,24 @@ def test_a_matte_video_and_an_image_with_alpha(tmp_path: Path) -> None:
             lambda file: write_image(file.with_suffix(".png"), np.full((*SIZE, 3), (250, 20, 20), np.uint8)),
             "a matte is grey",
         ),
+        (
+            lambda file: torch.save(
+                {**track_data([[(2, 2, 20, 28)]] * FRAMES, [1.0]), "scores": ["sure"]}, file.with_suffix(".pt")
+            ),
+            "cannot be read as track data",
+        ),
+        (
+            lambda file: torch.save({"packed_masks": torch.zeros(FRAMES, 1, 0, 4).byte()}, file.with_suffix(".pt")),
+            "not uint8 [T, N, H, W/8]",
+        ),
+        (
+            lambda file: saved(track_data([[(2, 2, 20, 28)]] * (FRAMES + 1), [1.0]), file.with_suffix(".pt")),
+            "has 6 frames and the driving video 5",
+        ),
+        (
+            lambda file: write_video(file.with_suffix(".mp4"), np.zeros((FRAMES, *SIZE, 3), np.uint8), Fraction(16)),
+            "shows no figure",
+        ),
     ],
 )
 def test_files_of_another_kind(tmp_path: Path, write: Any, told: str) -> None:
@@ -122,3 +140,20 @@ def test_files_of_another_kind(tmp_path: Path, write: Any, told: str) -> None:
     assert told in str(error.value)
     assert str(file) in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_tracks_of_the_used_frames_alone(tmp_path: Path) -> None:
+    track = saved(track_data([[(2, 2, 20, 28)]] * 3, [1.0]), tmp_path / "clip.pt")
+    masks, _, driving = made(tmp_path, image_from=track, driving_from=track, frames=3)
+    assert masks.characters == ("blue",)
+    assert [tuple(frame[30, 20]) for frame in driving] == [PALETTE["blue"]] * 3 + [PALETTE["black"]] * 2
+
+
+def test_a_matte_of_the_reference_shows_somebody(tmp_path: Path) -> None:
+    clip = saved(track_data([[(2, 2, 20, 28)]] * FRAMES, [1.0]), tmp_path / "clip.pt")
+    write_image(tmp_path / "black.png", np.zeros((*SIZE, 3), np.uint8))
+    for name, told in (("black.png", "shows no figure of 1 %"), ("missing.pt", "does not exist")):
+        with pytest.raises(InputError, match=told):
+            made(tmp_path, image_from=tmp_path / name, driving_from=clip)
+    with pytest.raises(InputError, match="--image-from gives figures of"):
+        made(tmp_path, image_from=clip, driving_from=clip, points=("image:5,5",))

@@ -1,5 +1,6 @@
 """The rules of masks that are made, each on flat figures: the authors', then what theirs lacks."""
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime import Cancelled, Clip, MaskOptions, Masks, Progress, make_masks
 from scail2_rt.runtime.masks.make import work
 from scail2_rt.runtime.masks.palette import PALETTE
@@ -316,3 +317,23 @@ def test_the_same_again_is_taken_as_it_is(segmenter: FlatSegmenter, tmp_path: Pa
     assert not run(mode="replace").reused
     first.mask_image.unlink()
     assert not run(mode="replace").reused
+
+
+@pytest.mark.parametrize("record", ['{"identity":', {"masks": None}, {"mask_image": 3}, {"colour": "red"}])
+def test_a_damaged_record_is_none(segmenter: FlatSegmenter, tmp_path: Path, record: Any) -> None:
+    clip, image = Clip(np.stack(still({BEN: LEFT})), Fraction(16)), picture({ANN: LEFT})
+    options, file = MaskOptions(weights=flat_folder(tmp_path / "sam2")), tmp_path / "out" / "masks.json"
+    make_masks(image, clip, tmp_path / "out", options, device="cpu")
+    whole = json.loads(file.read_text())
+    file.write_text(record if isinstance(record, str) else json.dumps({**whole, "masks": whole["masks"] | record}))
+    if record == {"masks": None}:
+        file.write_text(json.dumps({**whole, **record}))
+    assert not make_masks(image, clip, tmp_path / "out", options, device="cpu").reused
+
+
+def test_where_nothing_can_be_written(segmenter: FlatSegmenter, tmp_path: Path) -> None:
+    clip, image = Clip(np.stack(still({BEN: LEFT})), Fraction(16)), picture({ANN: LEFT})
+    options = MaskOptions(weights=flat_folder(tmp_path / "sam2"))
+    (tmp_path / "out").touch()
+    with pytest.raises(Scail2Error, match="Masks could not be written to"):
+        make_masks(image, clip, tmp_path / "out", options, device="cpu")

@@ -1,0 +1,268 @@
+"""The service on a Ray cluster beside the service of one machine, and what the list of jobs can do.
+
+`python -m scail2_rt.benchmarks.speed.ray_cluster figures ENGINES --case DIR` starts a cluster of a head and two nodes
+of one CPU on this machine, and ends it: seconds that a job takes beyond its generation, on one machine and in the
+cluster; 2,000 queued jobs; from a killed node to the job's going on.
+`… throughput URL --case DIR --videos N` measures a service that runs: videos per hour with N at once.
+`… ledger DATA_URL` measures the ledger alone, without a cluster, on a folder or s3://. The last line is JSON.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.runtime.cluster.ledger import Ledger, newest_state, open_ledger
+from scail2_rt.runtime.cluster.objects import Objects
+from scail2_rt.runtime.core.case_folder import read_case
+from scail2_rt.runtime.serve.wire import Wire
+from scail2_rt.runtime.session.report import file_hash
+
+COMMAND = (sys.executable, "-m", "scail2_rt.runtime.cli.main")
+HOST = "127.0.0.2"  # loopback by a name that Ray does not replace by the address of a network card
+QUEUED = 2000
+NAMES = ("input_reference", "mask_reference", "video_reference", "video_mask_reference")
+SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+
+
+def body_of(wire: Wire, case: Path, options: Mapping[str, str]) -> dict[str, Any]:
+    files = read_case(case)
+    given = zip(NAMES, (files.image, files.mask_image, files.driving, files.mask_video), strict=True)
+    kept = {name: {"file_id": wire.keep(path, file_hash(path))} for name, path in given}
+    return {**kept, "prompt": "a man walks", **options}
+
+
+def done(wire: Wire, video_id: str) -> dict[str, Any]:
+    for kind, video in wire.events(f"/v1/videos/{video_id}/events"):
+        if kind == "completed":
+            return dict(video)
+        if kind == "failed":
+            raise RuntimeError(video["error"]["message"])
+    return done(wire, video_id)
+
+
+def beyond(wire: Wire, body: Mapping[str, Any], videos: int) -> list[float]:
+    """Seconds from sending a request to its end, without those of the generation."""
+    seconds = []
+    for _ in range(videos + 1):
+        began = time.perf_counter()
+        video = done(wire, wire.ask("POST", "/v1/videos", dict(body))["id"])
+        seconds.append(time.perf_counter() - began - video["inference_time_s"])
+    return seconds[1:]  # the first one loads weights
+
+
+@contextlib.contextmanager
+def one_machine(engines: Path, data: Path) -> Iterator[Wire]:
+    words = [*COMMAND, "serve", str(engines), "--data", str(data), "--port", "0", "--no-warm"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        yield Wire(process.stdout.readline().strip(), None)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextlib.contextmanager
+def cluster_of(count: int) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "node_ip_address": HOST, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": SOON})
+    try:
+        for _ in range(count):
+            add_node(cluster)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def add_node(cluster: Any) -> None:
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20, node_ip_address=HOST)
+
+
+def deploy(engines: Path, data: Path, address: str) -> Wire:
+    words = [*COMMAND, "serve", str(engines), "--ray", address, "--data", str(data), "--port", "0", "--no-warm"]
+    words += ["--max-queue", "100000", "--max-queue-per-key", "100000"]
+    return Wire(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip(), None)
+
+
+def killed_node(cluster: Any, wire: Wire, body: Mapping[str, Any], data: Path) -> float:
+    """Seconds from the kill of a node to the first step of its job on another."""
+    objects = Objects(str(data))
+    video_id = wire.ask("POST", "/v1/videos", {**body, "steps": "300"})["id"]
+    while newest_state(objects, video_id) is None:
+        time.sleep(0.05)
+    folder = next(Path(tempfile.gettempdir()).glob(f"scail2-rt-replica-*-*/{video_id}"))
+    stat = Path(f"/proc/{folder.parent.name.split('-')[3]}/stat").read_text()
+    raylet = int(stat.rpartition(")")[2].split()[1])
+    node = next(node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet)
+    began = time.perf_counter()
+    threading.Thread(target=cluster.remove_node, args=(node, False)).start()
+    while json.loads(objects.get(f"records/{video_id}.json") or b"{}")["attempt"] < 2:
+        time.sleep(0.02)
+    while wire.ask("GET", f"/v1/videos/{video_id}").get("phase") != "denoise":
+        time.sleep(0.02)
+    seconds = time.perf_counter() - began
+    done(wire, video_id)
+    add_node(cluster)
+    return seconds
+
+
+def cpu_seconds(title: str) -> float:
+    """Of the process that Ray gave this title."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().decode(errors="replace").startswith(title):
+                fields = path.with_name("stat").read_text().rpartition(")")[2].split()
+                return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    raise RuntimeError(f"no process is called {title}")
+
+
+def long_queue(cluster: Any, wire: Wire, data: Path) -> dict[str, float]:
+    """2,000 jobs for engines that nobody has, so that they wait."""
+    import ray
+
+    ray.init(cluster.address, namespace="scail2-rt", log_to_driver=False, logging_level=logging.ERROR)
+    ledger = open_ledger(str(data))
+    facts = {"frames": 21, "frame_rate": "16", "width": 96, "height": 64, "mode": "animate", "segments": 2}
+    facts |= {"framing": "", "warnings": []}
+    request = {"engines": "none", "encodings": "p", "options": {}, "extra_refs": 0, "masking": None, "facts": facts}
+    ray.get(ledger.begin.remote())
+    began, cpu = time.perf_counter(), cpu_seconds("ray::Ledger")
+    adding = [ledger.ask.remote("add_job", f"video_{n}", "local", request, None, "d") for n in range(QUEUED)]
+    ray.get(adding)
+    added_s, added_cpu = time.perf_counter() - began, cpu_seconds("ray::Ledger") - cpu
+    cpu = cpu_seconds("ray::Ledger")
+    ray.get([ledger.heard.remote("video_1", 1, {}) for _ in range(QUEUED)])
+    heard_cpu = cpu_seconds("ray::Ledger") - cpu
+    pages, asks = [], []
+    for _ in range(20):
+        began = time.perf_counter()
+        wire.ask("GET", "/v1/videos?limit=100")
+        pages.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        wire.ask("GET", "/v1/videos/video_1000")
+        asks.append(time.perf_counter() - began)
+    ray.kill(ledger, no_restart=False)
+    began = time.perf_counter()
+    assert ray.get(ledger.ask.remote("place", ray.get(ledger.ask.remote("job", "video_1999")))) >= QUEUED - 1
+    restart_s = time.perf_counter() - began
+    for number in range(QUEUED):
+        ledger.ask.remote("delete_job", f"video_{number}")
+    ray.shutdown()
+    return {
+        "queued": QUEUED,
+        "added_per_s": QUEUED / added_s,
+        "ledger_cpu_ms_per_add": 1e3 * added_cpu / QUEUED,
+        "ledger_cpu_ms_per_word": 1e3 * heard_cpu / QUEUED,
+        "page_of_100_s": statistics.median(pages),
+        "status_s": statistics.median(asks),
+        "ledger_restart_s": restart_s,
+    }
+
+
+def figures(engines: Path, case: Path, options: Mapping[str, str], videos: int, kills: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"cpus": os.cpu_count(), "load_at_start": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as folder:
+        with one_machine(engines, Path(folder) / "one") as wire:
+            alone = beyond(wire, body_of(wire, case, options), videos)
+        with cluster_of(2) as cluster:
+            data = Path(folder) / "cluster"
+            wire = deploy(engines, data, cluster.address)
+            body = body_of(wire, case, options)
+            spread = beyond(wire, body, videos)
+            found["beyond_generation_s"] = {"one_machine": alone, "cluster": spread}
+            found["overhead_s"] = statistics.median(spread) - statistics.median(alone)
+            print(json.dumps(found), flush=True)
+            found["killed_node_s"] = [killed_node(cluster, wire, body, data) for _ in range(kills)]
+            print(json.dumps(found), flush=True)
+            found["queue"] = long_queue(cluster, wire, data)
+    return found
+
+
+def throughput(url: str, case: Path, options: Mapping[str, str], videos: int) -> dict[str, Any]:
+    """Videos per hour of a service, with all of them queued at once."""
+    wire = Wire(url, os.environ.get("SCAIL2_RT_API_KEY"))
+    body = body_of(wire, case, options)
+    done(wire, wire.ask("POST", "/v1/videos", dict(body))["id"])
+    began = time.perf_counter()
+    made = [wire.ask("POST", "/v1/videos", {**body, "seed": str(number)})["id"] for number in range(videos)]
+    for video_id in made:
+        done(wire, video_id)
+    return {"videos": videos, "videos_per_hour": 3600 * videos / (time.perf_counter() - began)}
+
+
+def ledger_alone(data: str, jobs: int = 300) -> dict[str, float]:
+    """Milliseconds of the ledger's work per call, one at a time and 64 at once; the store's part is in it."""
+
+    async def measure() -> dict[str, float]:
+        ledger = Ledger(data)
+        request = {"engines": "e", "encodings": "p", "options": {}}
+
+        async def life(name: str) -> None:
+            await ledger.ask("add_job", name, "local", request, None, "d")
+            row = await ledger.claim(name, "e")
+            assert row is not None
+            await ledger.heard(name, row.attempt, {"event": {"phase": "denoise", "step": 1}})
+            await ledger.heard(name, row.attempt, {"done": {"frames": 1}})
+
+        began = time.perf_counter()
+        for number in range(jobs // 10):
+            await life(f"video_a{number}")
+        alone_s = (time.perf_counter() - began) / (jobs // 10)
+        began, cpu = time.perf_counter(), time.process_time()
+        for first in range(0, jobs, 64):
+            await asyncio.gather(*(life(f"video_b{number}") for number in range(first, min(first + 64, jobs))))
+        many_s = (time.perf_counter() - began) / jobs
+        cpu_s = (time.process_time() - cpu) / jobs
+        await ledger.ask("add_job", "video_c", "local", request, None, "d")
+        row = await ledger.claim("video_c", "e")
+        assert row is not None
+        began = time.perf_counter()
+        for _ in range(2000):
+            await ledger.heard("video_c", row.attempt, {})
+        heard_s = (time.perf_counter() - began) / 2000
+        return {
+            "job_ms": alone_s * 1e3,
+            "job_of_64_ms": many_s * 1e3,
+            "job_cpu_ms": cpu_s * 1e3,
+            "word_ms": heard_s * 1e3,
+        }
+
+    return asyncio.run(measure())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("figures", "throughput", "ledger"))
+    parser.add_argument("where", help="ENGINES, URL or DATA_URL")
+    parser.add_argument("--case", type=Path)
+    parser.add_argument("--videos", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the request")
+    given = parser.parse_args()
+    options = dict(pair.partition("=")[::2] for pair in given.set)
+    if given.what == "figures":
+        found = figures(Path(given.where), given.case, options, given.videos, given.kills)
+    elif given.what == "throughput":
+        found = throughput(given.where, given.case, options, given.videos)
+    else:
+        found = ledger_alone(given.where)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Past our machines: a simulation of the service on many GPUs, with service times that were measured.
+
+`python -m scail2_rt.benchmarks.speed.ray_planning` prints a table by number of GPUs. Every GPU always has work. A job
+is added, claimed, speaks once per step and ends; the ledger is one process, whose CPU does one thing at a time and
+whose writes to the store overlap. Between two jobs a GPU waits for its result to be brought away, the ledger's word on
+the end, Ray Serve's next request, the claim, and the inputs. docs/ray-planning.md says where each number comes from.
+"""
+
+import argparse
+import heapq
+import json
+import random
+from dataclasses import asdict, dataclass, fields
+
+END, CLAIM = 0, -1
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds unless said otherwise.
+
+    clip_s, steps          of one job on one GPU; a word to the ledger per step
+    call_ms, write_ms      CPU of the ledger: of a call, and more of one that writes a record
+    store_ms               until a record is in the store: one read and one write of it
+    route_ms               of Ray Serve, from a queued request to a replica
+    inputs_mb, result_mb, state_mb   bytes of a job; state: of a finished segment (one in a short clip has none)
+    node_mb_s              what a replica moves from and to the store"""
+
+    clip_s: float = 22.5
+    steps: int = 6
+    call_ms: float = 0.5
+    write_ms: float = 0.8
+    store_ms: float = 60.0
+    route_ms: float = 10.0
+    inputs_mb: float = 4.0
+    result_mb: float = 3.0
+    state_mb: float = 0.0
+    node_mb_s: float = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    gpus: int
+    clips_per_s: float
+    gpu_busy: float
+    ledger_busy: float
+    wait_p50_s: float
+    wait_p99_s: float
+    ledger_calls_per_s: float
+    store_ops_per_s: float
+    store_mb_per_s: float
+
+
+def simulate(gpus: int, costs: Costs, seconds: float = 600.0, seed: int = 0) -> Found:
+    """`gpus` replicas for so many seconds, of which the first tenth is not counted."""
+    rng = random.Random(seed)
+    call, write, store = costs.call_ms / 1e3, (costs.call_ms + costs.write_ms) / 1e3, costs.store_ms / 1e3
+    move = (costs.inputs_mb + costs.result_mb) / 2 / costs.node_mb_s
+    free, busy, calls, ended, warm = 0.0, 0.0, 0, 0, seconds / 10
+    waits: list[float] = []
+
+    def ask(now: float, cost: float) -> float:
+        """When the ledger's CPU is done with a call that comes now."""
+        nonlocal free, busy, calls
+        free = max(free, now) + cost
+        if now >= warm:
+            busy, calls = busy + cost, calls + 1
+        return free
+
+    # (time, replica, what it does then: that many words are left; END and CLAIM, when its clip ended)
+    events = [(rng.uniform(0, costs.clip_s), number, costs.steps, 0.0) for number in range(gpus)]
+    heapq.heapify(events)
+    while events and events[0][0] < seconds:
+        now, number, todo, since = heapq.heappop(events)
+        if todo > 0:
+            ask(now, call)
+            step = costs.clip_s / costs.steps * rng.uniform(0.95, 1.05)
+            last = todo == 1
+            after = (now + step + move, number, END, now + step) if last else (now + step, number, todo - 1, 0.0)
+        elif todo == END:
+            ask(now, write)  # somebody adds the job that comes in its place
+            after = (ask(now, write) + store + costs.route_ms / 1e3, number, CLAIM, since)
+        else:
+            begun = ask(now, write) + store + move
+            if now >= warm:
+                ended += 1
+                waits.append(begun - since)
+            after = (begun, number, costs.steps, 0.0)
+        heapq.heappush(events, after)
+    measured = seconds - warm
+    rate = ended / measured
+    waits.sort()
+    megabytes = costs.inputs_mb * 2 + costs.result_mb * 2 + costs.state_mb
+    return Found(
+        gpus,
+        rate,
+        rate * costs.clip_s / gpus,
+        busy / measured,
+        waits[len(waits) // 2],
+        waits[int(len(waits) * 0.99)],
+        calls / measured,
+        rate * (4 * 2 + 5 + 5 + 3),  # records (a read and a write each), inputs out and in, results
+        rate * megabytes,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Costs):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[2, 10, 100, 300, 1000, 2000, 4000, 8000])
+    given = vars(parser.parse_args())
+    counts = given.pop("gpus")
+    costs = Costs(**given)
+    rows = [simulate(count, costs) for count in counts]
+    print("| GPUs | clips/s | GPUs busy | ledger busy | wait p50, p99 s | calls/s | store ops/s | store MB/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row.gpus:,} | {row.clips_per_s:.2f} | {row.gpu_busy:.1%} | {row.ledger_busy:.1%} | "
+            f"{row.wait_p50_s:.2f}, {row.wait_p99_s:.2f} | {row.ledger_calls_per_s:.0f} | {row.store_ops_per_s:.0f} | "
+            f"{row.store_mb_per_s:.0f} |"
+        )
+    print(json.dumps({"costs": asdict(costs), "rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What a Ray Serve config file names: `scail2_rt.runtime.cluster.config:front` and `…:engines` (examples/ray)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.cluster.deploy import engines_app, front_app
+from scail2_rt.runtime.cluster.engines_folder import digest_at
+from scail2_rt.runtime.cluster.ledger import open_ledger
+from scail2_rt.runtime.cluster.objects import Objects
+from scail2_rt.runtime.serve.settings import Limits, Settings
+
+
+def _read(args: Mapping[str, Any], *own: str) -> tuple[Settings, str, str]:
+    """(settings, data, engines) of an application's args: fields of `Settings` and `Limits`, and some of its own."""
+    given = {name: value for name, value in args.items() if name not in ("engines", "data", *own)}
+    limits = {name: given.pop(name) for name in Limits.__slots__ if name in given}
+    if unknown := [name for name in given if name not in Settings.__slots__]:
+        raise InputError(f"{unknown[0]} is no argument of an application: these are {', '.join(Settings.__slots__)}.")
+    if missing := [name for name in ("engines", "data") if name not in args]:
+        raise InputError(f"The application's args lack {missing[0]}.")
+    for name in ("allow_hosts", "fetch_hosts"):
+        given[name] = tuple(given.get(name, ()))
+    for name in ("key_file", "segmenter_weights"):
+        given[name] = Path(given[name]) if given.get(name) else None
+    settings = Settings(engines=Path(args["engines"]), data=Path(), limits=Limits(**limits), **given)
+    return settings, str(args["data"]), str(args["engines"])
+
+
+def front(args: dict[str, Any]) -> Any:
+    """The front end. Beside settings: engines, data, copies. New jobs are for these engines."""
+    settings, data, engines = _read(args, "copies")
+    digest = digest_at(engines)
+    open_ledger(data)
+    Objects(data).put("current", digest.encode())
+    return front_app(settings, data, digest, int(args.get("copies", 1)))
+
+
+def engines(args: dict[str, Any]) -> Any:
+    """The replicas of one engine folder. Beside settings: engines, data, replicas (the most), on_gpu."""
+    settings, data, engines = _read(args, "replicas")
+    open_ledger(data)
+    share = {"num_gpus": settings.gpus_per_video, "num_cpus": 1} if settings.on_gpu else {"num_cpus": 1}
+    return engines_app(settings, data, engines, digest_at(engines), share, int(args.get("replicas", 1)))

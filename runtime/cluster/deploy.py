@@ -1,0 +1,152 @@
+"""`scail2-rt serve ENGINES --ray ADDRESS`, and the builders that a Ray Serve config file names.
+
+Two applications: the front end, and one per engine folder, by the digest of its manifest. New engines come as a new
+application; the old one stays until the jobs that were accepted for it are done (`Ledger`).
+"""
+
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.cluster.engines_folder import digest_at
+from scail2_rt.runtime.cluster.joining import joined, share_of_node
+from scail2_rt.runtime.cluster.ledger import APPS, open_ledger
+from scail2_rt.runtime.cluster.objects import Objects
+from scail2_rt.runtime.serve.launch import SAME, limits_of
+from scail2_rt.runtime.serve.settings import Settings, is_loopback
+
+FRONT = "scail2-rt"  # of the front end's application
+DRAIN_S = 600.0  # how long a replica that must go may finish its job in
+OPEN_S = 1800.0
+
+
+def settings_of(engines: str, options: Mapping[str, Any]) -> Settings:
+    """Of the service; paths are those of the nodes. InputError for what only one machine can do."""
+    if options["disk_bytes"] is not None:
+        raise InputError("--disk-limit is for one machine: give the store of a cluster a rule of its own, or --keep.")
+    named = {name: options[name] for name in SAME if name != "gpus_per_video"}
+    return Settings(
+        engines=Path(engines),
+        data=Path(),
+        gpus_per_video=options["gpus_per_video"],
+        warm=not options["no_warm"],
+        limits=limits_of(options),
+        **named,
+    )
+
+
+def engines_app(settings: Settings, data: str, engines: str, digest: str, share: Mapping[str, Any], most: int) -> Any:
+    """The application of one engine folder: replicas of one job each, as many as jobs wait, at most `most`."""
+    from ray import serve
+
+    from scail2_rt.runtime.cluster.replica import ENCODINGS, Replica
+
+    class Engines(Replica):
+        @serve.multiplexed(max_num_models_per_replica=ENCODINGS)
+        async def encodings(self, prompt: str) -> str:
+            return prompt
+
+    return serve.deployment(
+        name="Engines",
+        ray_actor_options=dict(share),
+        max_ongoing_requests=1,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": most,
+            "target_ongoing_requests": 1,
+            "upscale_delay_s": 3,
+            "downscale_delay_s": 600,
+            "metrics_interval_s": 1,
+        },
+    )(Engines).bind(settings, data, engines, digest)
+
+
+def front_app(settings: Settings, data: str, digest: str, copies: int = 1) -> Any:
+    """The application that answers HTTP."""
+    from ray import serve
+
+    from scail2_rt.runtime.cluster.front import FrontEnd
+
+    made = serve.deployment(
+        name="FrontEnd",
+        num_replicas=copies,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+    )
+    return made(serve.ingress()(FrontEnd)).bind(settings, data, digest)
+
+
+def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
+    """The address of a service that runs in the cluster from now on, and stays. InputError when the cluster, the
+    engines or the data cannot be reached, or another service runs there."""
+    settings, digest = settings_of(engines, options), digest_at(engines)
+    data = options["data"]
+    if data is None:
+        raise InputError("--ray needs --data: a folder that all nodes share, or a URL as s3://BUCKET/FOLDER.")
+    data = data if "://" in data else str(Path(data).resolve())
+    engines = engines if "://" in engines else str(Path(engines).resolve())
+    with joined(address):
+        import ray
+        from ray import serve
+
+        share, room = share_of_node(settings.gpus_per_video)
+        wanted = room if options["gpus"] == "all" else max(1, int(options["gpus"]) // settings.gpus_per_video)
+        settings = replace(settings, on_gpu="num_gpus" in share, port=settings.port or _free_port(settings.host))
+        try:
+            there = ray.get(open_ledger(data).begin.remote())
+        except ray.exceptions.RayActorError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise InputError(f"--data {data} cannot be used by the cluster: {said}") from error
+        if there != data:
+            raise InputError(f"This cluster runs a service with --data {there}: `serve shutdown` ends it.")
+        serve.start(http_options={"host": settings.host, "port": settings.port, "location": "HeadOnly"})
+        name = f"{APPS}{digest[:12]}"
+        application = engines_app(settings, data, engines, digest, share, wanted)
+        old = [app for app in serve.status().applications if app.startswith(APPS) and app != name]
+        _run({name: (application, None)}, wait=not old)
+        Objects(data).put("current", digest.encode())
+        _run({FRONT: (front_app(settings, data, digest), "/")}, wait=True)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    print(
+        f"engines: {digest[:12]}, at most {wanted} at once; `serve status` tells, `serve shutdown` ends",
+        file=sys.stderr,
+    )
+    return f"http://{host}:{settings.port}"
+
+
+def _run(apps: Mapping[str, tuple[Any, str | None]], wait: bool) -> None:
+    """Give applications to Ray Serve. Scail2Error, with what it says, for one that does not start."""
+    from ray import serve
+
+    targets = [serve.RunTarget(app, name=name, route_prefix=prefix) for name, (app, prefix) in apps.items()]
+    serve.run_many(targets, wait_for_applications_running=False)
+    deadline = time.monotonic() + OPEN_S
+    while wait:
+        found = serve.status().applications
+        states = {name: found[name].status for name in apps if name in found}
+        for name, state in states.items():
+            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+                said = " ".join(d.message for d in found[name].deployments.values()) or found[name].message
+                serve.delete(name)
+                raise Scail2Error(f"The application {name} does not start: {said.strip()[-600:]}")
+        if all(state == "RUNNING" for state in states.values()) and len(states) == len(apps):
+            return
+        if time.monotonic() > deadline:
+            raise Scail2Error(f"{', '.join(apps)} did not start in {OPEN_S:g} s: `serve status` says why.")
+        time.sleep(0.1)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.bind((host if is_loopback(host) else "", 0))
+        port: int = listener.getsockname()[1]
+        return port

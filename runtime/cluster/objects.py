@@ -1,0 +1,112 @@
+"""Files and records in a place that all nodes reach: a shared folder, or what fsspec knows (s3://, gs://, …).
+
+    records/ID.json            a job: one JSON object, written by the ledger alone
+    uploads/ID.json, uploads/ID   a kept file
+    jobs/ID/inputs/…           of a job; written once, before its record
+    jobs/ID/N/…                what attempt N made: states to go on from, and the result; no other attempt writes there
+
+An object is there whole or not at all: stores do so by themselves, a folder by syncing and renaming.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from scail2_rt.kernels.errors import InputError
+
+
+@contextlib.contextmanager
+def _whole(place: Path) -> Iterator[BinaryIO]:
+    """A file that is there, and on the disk, when this ends."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(place)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Objects:
+    """The objects below one URL."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import fsspec
+
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise InputError(f"{url} needs a package that is not here ({error}): install it on every node.") from error
+        except ValueError as error:
+            raise InputError(f"{url} is no place that fsspec knows ({error}).") from error
+        self.url, self._root = url, self._root.rstrip("/")
+        self._folder = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self._fs.use_listings_cache = False
+
+    def put(self, name: str, data: bytes) -> None:
+        path = f"{self._root}/{name}"
+        if not self._folder:
+            self._fs.pipe_file(path, data)
+            return
+        with _whole(Path(path)) as file:
+            file.write(data)
+
+    def put_file(self, file: Path, name: str) -> None:
+        path = f"{self._root}/{name}"
+        if not self._folder:
+            self._fs.put_file(str(file), path)
+            return
+        with file.open("rb") as source, _whole(Path(path)) as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+
+    def put_json(self, name: str, document: Mapping[str, Any]) -> None:
+        self.put(name, json.dumps(document).encode())
+
+    def get(self, name: str) -> bytes | None:
+        """None where there is none."""
+        try:
+            return bytes(self._fs.cat_file(f"{self._root}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, name: str, file: Path) -> bool:
+        """Bring an object into a local file; False where there is none."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{secrets.token_hex(8)}")
+        try:
+            self._fs.get_file(f"{self._root}/{name}", str(temporary))
+        except FileNotFoundError:
+            temporary.unlink(missing_ok=True)
+            return False
+        temporary.replace(file)
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        """Of all objects below a folder, relative to it."""
+        top = f"{self._root}/{folder}".rstrip("/")
+        self._fs.invalidate_cache()
+        found = [str(path) for path in self._fs.find(top)]
+        names = [path[path.index(top) + len(top) + 1 :] for path in found]
+        return sorted(name for name in names if not name.rpartition("/")[2].startswith("."))
+
+    def documents(self, folder: str) -> Iterable[dict[str, Any]]:
+        """All JSON objects of a folder."""
+        names = [f"{self._root}/{folder}/{name}" for name in self.names(folder) if name.endswith(".json")]
+        found = self._fs.cat(names, on_error="omit") if names else {}
+        return [json.loads(data) for data in found.values()]
+
+    def remove(self, name: str) -> None:
+        """An object, or all below a folder; nothing where there is none."""
+        path = f"{self._root}/{name}"
+        self._fs.invalidate_cache()
+        if self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
