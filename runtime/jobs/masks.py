@@ -135,10 +135,12 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
         if file.name not in made and not any(file.samefile(source) for source in (image, driving)):
             file.unlink()
     case = CaseFiles(folder / names[0], masks.mask_image, folder / names[1], masks.mask_video, masks.mode)
-    check = check_case(case)
+    check = check_case(case, start=asked.start, frames=asked.frames)
     lines = [masks.text, *(f"note: {note}" for note in masks.notes)]
     lines += [f"{finding.severity} ({finding.rule}): {finding.says}" for finding in check.findings]
-    lines.append(f"case: {folder}; run it with `scail2-rt generate ENGINES --case {folder} -o out.mp4`")
+    part = f" --start {asked.start}" if asked.start else ""
+    part += f" --frames {asked.frames}" if asked.frames is not None else ""
+    lines.append(f"case: {folder}; run it with `scail2-rt generate ENGINES --case {folder}{part} -o out.mp4`")
     return MadeCase({"case": str(folder), "masks": plain(masks), "check": check.as_json}, "\n".join(lines))
 
 

@@ -126,6 +126,9 @@ def test_masks_make_writes_a_case_that_runs(
     assert "ends in .png, and a case's driving video in .mp4" in message
     result = scail2("generate", engines, "--case", folder, "-o", tmp_path / "a.mp4", *SMALL)
     assert result.returncode == 0, result.stderr
+    result = scail2(*words, "--overwrite", "--frames", 9)
+    assert f"generate ENGINES --case {folder} --frames 9 -o" in result.stdout
+    assert "shows no character" not in result.stdout
 
 
 @pytest.mark.parametrize(
