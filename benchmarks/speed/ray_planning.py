@@ -28,8 +28,8 @@ class Costs:
 
     clip_s: float = 22.5
     steps: int = 6
-    call_ms: float = 0.5
-    write_ms: float = 0.8
+    call_ms: float = 0.32
+    write_ms: float = 1.21
     store_ms: float = 60.0
     route_ms: float = 10.0
     inputs_mb: float = 4.0

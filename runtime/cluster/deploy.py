@@ -113,8 +113,8 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
         application = engines_app(settings, data, engines, digest, share, wanted)
         old = [app for app in serve.status().applications if app.startswith(APPS) and app != name]
         _run({name: (application, None)}, wait=not old)
-        Objects(data).put("current", digest.encode())
         _run({FRONT: (front_app(settings, data, digest), "/")}, wait=True)
+        Objects(data).put("current", digest.encode())  # from here on nobody asks for older ones
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(
         f"engines: {digest[:12]}, at most {wanted} at once; `serve status` tells, `serve shutdown` ends",

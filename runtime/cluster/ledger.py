@@ -287,7 +287,7 @@ class Ledger:
     async def _retire(self) -> None:
         """Engines that were replaced go when no job is for them any more; those of a config file are its owner's."""
         current = await asyncio.to_thread(self.objects.get, "current")
-        if current is None or len(self._apps) < 2:
+        if current is None:
             return
         kept = {current.decode(), *self.index.wanted()}
         ours = {digest for digest, app in self._apps.items() if app.startswith(APPS)}
@@ -316,6 +316,7 @@ def open_ledger(data: str | None = None) -> Any:
     if data is None:
         return ray.get_actor(NAME, NAMESPACE)
     lasting: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 1000}
+    lasting["resources"] = {"node:__internal_head__": 0.001}  # nodes that work are those that come and go
     return (
         ray.remote(**lasting)(Ledger)
         .options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True)

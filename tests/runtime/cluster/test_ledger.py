@@ -159,6 +159,32 @@ def test_a_job_whose_replicas_keep_dying_fails(place: str) -> None:
     asyncio.run(story())
 
 
+def test_replaced_engines_go_when_no_job_is_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    gone: list[str] = []
+    monkeypatch.setattr(serve, "delete", lambda name, _blocking: gone.append(name))
+    monkeypatch.setattr(Ledger, "_push_more", lambda self: None)
+
+    async def story() -> None:
+        ledger = Ledger(str(tmp_path))
+        await add(ledger, "video_a")
+        await ledger.offer("e1", "scail2-rt-e1")
+        await ledger.offer("e0", "engines-of-a-config-file")
+        ledger.objects.put("current", b"e2")
+        await ledger._tick()
+        row = await ledger.claim("video_a", "e1")
+        assert row is not None
+        await ledger._tick()
+        assert gone == []
+        await ledger.heard("video_a", row.attempt, DONE)
+        await ledger._tick()
+        assert gone == ["scail2-rt-e1"]
+        assert list(Ledger(str(tmp_path))._apps) == ["e0"]
+
+    asyncio.run(story())
+
+
 def test_work_goes_on_from_the_state_with_most_segments(place: str) -> None:
     objects = Objects(place)
     assert newest_state(objects, "video_a") is None
