@@ -23,6 +23,8 @@ class TensorFrames:
     (transparency) is left out, as ComfyUI's own nodes do. InputError, with `name`, for a tensor of another shape."""
 
     def __init__(self, images: Tensor, name: str) -> None:
+        if not isinstance(images, Tensor):
+            raise InputError(f"The {name} is a {type(images).__name__}: connect images.")
         if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
             raise InputError(f"The {name} has the shape {list(images.shape)}: connect images, [frames, H, W, 3].")
         if not images.is_floating_point():

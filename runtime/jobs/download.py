@@ -82,7 +82,7 @@ class HuggingFace:
             reason = _first_line(error)
             raise InputError(f"The hub gives no {repository} at revision {revision} ({reason}); check both.") from error
         except Exception as error:  # whatever the HTTP client raises when there is no way to the hub
-            raise _unreachable(error) from error
+            raise _unreachable(error, repository) from error
         found = []
         for file in info.siblings or ():
             lfs = file.lfs.sha256 if file.lfs else None
@@ -305,10 +305,10 @@ def _digest(path: Path, file: RemoteFile) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _unreachable(error: Exception) -> Scail2Error:
+def _unreachable(error: Exception, repository: str) -> Scail2Error:
     return Scail2Error(
         f"The hub cannot be reached ({type(error).__name__}: {_first_line(error)}); check the network, or download the "
-        f"files of {REPOSITORY} on another machine and copy the folder here."
+        f"files of {repository} on another machine and copy the folder here."
     )
 
 

@@ -291,7 +291,8 @@ def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
 
 def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
     for executor in engines["executors"]:
-        gpu = f", for {executor['gpu']}" if executor["gpu"] else ""
+        place = executor["gpu"] or ", ".join(executor["targets"])
+        gpu = f", for {place}" if place else ""
         yield f"  {executor['backend']}: {_pairs(executor['versions'])}{gpu}"
     yield f"  {engines['stages']} stages, {_size(engines['weight_bytes'])} of weights, made by {engines['created_by']}"
     if engines["checksums"] and not engines["damages"]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.jobs.options import GenerateOptions
+from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.masks.check import check_case
 from scail2_rt.runtime.masks.make.make import MaskPlan, Masks, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
@@ -72,6 +73,7 @@ def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
     given = {name: getattr(options, name) for name in (*MAKING, "mode", "start", "frames")}
     assert options.image is not None
     assert options.driving is not None
+    stop_on_sigterm()
     masks = make_masks(
         options.image,
         options.driving,
@@ -110,6 +112,7 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
     there = official_files(folder)
     if there and not options["overwrite"]:
         raise InputError(f"{folder} holds a case already ({there[0].name}): choose another -o, or give --overwrite.")
+    stop_on_sigterm()
     masks = make_masks(
         image,
         driving,
@@ -119,17 +122,25 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
         vram_limit=options["vram_limit"],
         on_progress=listener,
     )
-    for source, name in zip((image, driving), names, strict=True):
-        _copied(source, folder / name)
+    try:
+        for source, name in zip((image, driving), names, strict=True):
+            _copied(source, folder / name)
+    except OSError as error:
+        raise Scail2Error(
+            f"The masks are in {folder}, and image and clip could not be copied to it ({error}): make room, then give "
+            "the same command with --overwrite, which takes the masks as they are."
+        ) from error
     made = {*names, masks.mask_image.name, masks.mask_video.name}
     for file in there:  # of the case before, which `generate --case` might take in place of these
         if file.name not in made and not any(file.samefile(source) for source in (image, driving)):
             file.unlink()
     case = CaseFiles(folder / names[0], masks.mask_image, folder / names[1], masks.mask_video, masks.mode)
-    check = check_case(case)
+    check = check_case(case, start=asked.start, frames=asked.frames)
     lines = [masks.text, *(f"note: {note}" for note in masks.notes)]
     lines += [f"{finding.severity} ({finding.rule}): {finding.says}" for finding in check.findings]
-    lines.append(f"case: {folder}; run it with `scail2-rt generate ENGINES --case {folder} -o out.mp4`")
+    part = f" --start {asked.start}" if asked.start else ""
+    part += f" --frames {asked.frames}" if asked.frames is not None else ""
+    lines.append(f"case: {folder}; run it with `scail2-rt generate ENGINES --case {folder}{part} -o out.mp4`")
     return MadeCase({"case": str(folder), "masks": plain(masks), "check": check.as_json}, "\n".join(lines))
 
 

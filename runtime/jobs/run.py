@@ -4,9 +4,7 @@ Everything is checked before anything is loaded: each case first, then the engin
 the command. However a run ends, its report is written beside the video, and what was finished is named.
 """
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.masks import masks_of, with_masks
 from scail2_rt.runtime.jobs.options import GenerateOptions
+from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.session.check import check_output, check_request, check_room
 from scail2_rt.runtime.session.output_lock import refuse_second
 
@@ -77,8 +76,7 @@ def check_job(job: Job) -> Plan:
 @contextmanager
 def open_session(options: GenerateOptions) -> "Iterator[Session]":
     """The engines that the options name; SIGTERM ends a run as Ctrl-C does."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_on_sigterm()
     with open_engines(options) as session:
         yield session
 

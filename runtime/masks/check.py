@@ -105,8 +105,10 @@ def check_case(
     mode: Literal["auto", "animate", "replace"] = "auto",
     size: Size | None = None,
     fit: Fit = "auto",
+    start: int = 0,
+    frames: int | None = None,
 ) -> CheckResult:
-    """Everything about the masks of one case."""
+    """Everything about the masks of one case, in the driving frames from `start` on, `frames` of them or all."""
     pairs = ((case.image, case.mask_image), *extra_refs)
     images = [load_image(image).shape[:2] for image, _ in pairs]
     masks = [load_mask_image(mask) for _, mask in pairs]
@@ -116,7 +118,8 @@ def check_case(
     driving = probe_video(case.driving)
     findings += video_pair(driving, probe_video(case.mask_video))
     pictures = Pictures(images, (driving.height, driving.width), fit, size)
-    report = check_masks(masks, case.mask_video, mode, names=[str(mask) for _, mask in pairs], pictures=pictures)
+    names = [str(mask) for _, mask in pairs]
+    report = check_masks(masks, case.mask_video, mode, names=names, start=start, frames=frames, pictures=pictures)
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 
 

@@ -49,7 +49,7 @@ def make_app(service: Service) -> FastAPI:
     for add in (_add_videos, _add_results, _add_files, _add_state, _add_page):
         add(app, service)
 
-    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods]:
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
         if not route.path.endswith("/events"):
             app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 

@@ -287,7 +287,7 @@ class Store:
         """Nobody sees it from now on; the state that it had."""
         row = self.job(job_id)
         self._write("UPDATE jobs SET state='deleted', idempotency=NULL WHERE id=?", job_id)
-        return row and row.state
+        return None if row is None else row.state
 
     def forget_job(self, job_id: str) -> None:
         """Its folder is gone."""

@@ -114,6 +114,7 @@ def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
         kind = "memory" if "memory ran out" in str(error) else "fault"
         kind = "input" if isinstance(error, InputError) else kind
         said = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
+        said = said.replace(f"{session.engines.directory}{os.sep}", "")  # where the engines are is the operator's
         messages.say(failed={"message": plain_names(said, folder, job["masking"]), "kind": kind}, **about)
     else:
         messages.say(done=described(result, time.perf_counter() - began, session), **about)
@@ -189,6 +190,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its workers
     settings = json.loads(sys.argv[1])
     messages = Messages(answers)
+    opened = stamp(settings)
     try:
         import torch
 
@@ -203,8 +205,27 @@ def main() -> None:
     hosting = session.engines.executor.backend.hosting
     messages.say(ready={"choice": session.choice, "hosting": hosting, "memory": memory()})
     while True:
-        run(session, messages.jobs.get(), messages)
+        job = messages.jobs.get()
+        if (now := stamp(settings)) != opened:
+            session.close()
+            try:
+                session, opened = open_session(settings), now
+            except Scail2Error as error:
+                print(f"error: {error}", file=sys.stderr)
+                said = "The engines of the service were changed and cannot be opened: ask who runs it."
+                messages.say(failed={"message": said, "kind": "fault"}, job=job["id"], attempt=job["attempt"])
+                return
+        run(session, job, messages)
         messages.say(idle={"memory": memory()})
+
+
+def stamp(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Of the engine folder's manifest: another one is another build. None while there is none."""
+    try:
+        found = (Path(settings["engines"]) / "manifest.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def memory() -> dict[str, float]:

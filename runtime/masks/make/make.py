@@ -24,6 +24,7 @@ from scail2_rt.runtime.core.request import ClipSource, ImageSource
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder, find_segmenter
 from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.record import RECORD, fingerprint, recorded
+from scail2_rt.runtime.masks.make.segmenters import import_networks
 from scail2_rt.runtime.masks.make.work import IMAGE_NAME, SHEET_NAME, VIDEO_NAMES, Work
 from scail2_rt.runtime.masks.palette import Mode
 from scail2_rt.runtime.media.clips import probe, rereadable
@@ -75,6 +76,8 @@ def make_masks(
     if asked.there is not None:
         return asked.there
     work = Work(load_image(image), driving, asked.video, options, on_progress, cancel)
+    if asked.segmenter is not None:
+        import_networks()
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -202,15 +202,22 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     return int((a & b).sum()) / either if either else 0.0
 
 
-def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
-    """In fp32. InputError where `transformers` is missing, or cannot open what is there."""
+def import_networks() -> None:
+    """Takes seconds, and an interrupt in the middle of it can end the process at once: before anything is written.
+    InputError where `transformers` is missing."""
     try:
-        import torch
+        import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
         raise InputError(
             'Making masks needs the package transformers: pip install "scail2-rt[masks]", or give the masks.'
         ) from error
+
+
+def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
+    """In fp32. InputError for what cannot be opened."""
+    import torch
+
     try:
         return (Sam2 if folder.name == "sam2" else Sam3)(folder, device, torch.float32)
     except Exception as error:  # whatever a damaged file makes of it

@@ -238,7 +238,7 @@ def test_the_command_that_replaces_a_folder_keeps_the_options_of_plans(rtx: Reco
 def test_some_stages_for_another_card(rtx: Recorder, tmp_path: Path) -> None:
     make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm89",)))
     rtx.built.clear()
-    with pytest.raises(InputError, match="--target sm120 would leave plans for different cards in .* has sm89: "):
+    with pytest.raises(InputError, match=r"--target sm120 would leave plans for different cards in .* has sm89: "):
         make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)), stages=("dit.head",))
     assert rtx.built == []
     make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)))

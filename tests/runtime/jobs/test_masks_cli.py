@@ -126,6 +126,9 @@ def test_masks_make_writes_a_case_that_runs(
     assert "ends in .png, and a case's driving video in .mp4" in message
     result = scail2("generate", engines, "--case", folder, "-o", tmp_path / "a.mp4", *SMALL)
     assert result.returncode == 0, result.stderr
+    result = scail2(*words, "--overwrite", "--frames", 9)
+    assert f"generate ENGINES --case {folder} --frames 9 -o" in result.stdout
+    assert "shows no character" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -257,3 +260,18 @@ def test_a_segmenters_file_that_arrives_damaged(scail2: Run, hub: FakeHub, tmp_p
     assert not (tmp_path / "s" / "detector" / "model.safetensors").exists()
     hub.lies = set()
     assert scail2("download", tmp_path / "s", "--segmenter", "sam2", **env).returncode == 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_making_leaves_nothing(
+    given: tuple[object, ...], tmp_path: Path, cache: Path, end: signal.Signals
+) -> None:
+    words = [SCAIL2_RT, "masks", "make", *given, *BOXES, "-o", tmp_path / "made"]
+    env = command_environment(cache)
+    run = subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert run.stderr is not None
+    for line in run.stderr:
+        if "%  masks" in line:
+            run.send_signal(end)
+    assert run.wait(60) == 130
+    assert not list(tmp_path.iterdir())

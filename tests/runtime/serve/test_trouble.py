@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import shutil
 import sqlite3
 import urllib.parse
 from pathlib import Path
@@ -18,7 +19,7 @@ from scail2_rt.runtime.serve.service import Service
 from scail2_rt.runtime.serve.settings import Settings
 from scail2_rt.runtime.serve.store import Store, new_id
 from tests.support.command import Run
-from tests.support.served import Served
+from tests.support.served import Served, serving
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
@@ -163,3 +164,23 @@ def test_a_segmenter_that_is_not_there(scail2: Run, engines: Path, tmp_path: Pat
     assert result.returncode == 2
     assert str(tmp_path / "none") in result.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_engines_that_are_built_anew_are_opened_anew(
+    scail2: Run, engines: Path, tiny_checkpoint: Path, case: Path, cache: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "engines"
+    shutil.copytree(engines, own)
+    with serving(own, tmp_path / "data", cache, "--no-warm") as service:
+        body = service.case(case, frames=5)
+        service.done(service.post(body)["id"])
+        words = ("-o", own, "--backend", "torch", "--precision", "bf16", "--rebuild")
+        built = scail2("build-engines", tiny_checkpoint, *words)
+        assert built.returncode == 0, built.stderr
+        again = service.post(body)["id"]
+        service.done(again)
+        report = json.loads(service.content(again, "report"))
+        assert (report["engines"]["directory"], report["engines"]["precision"]) == ("engines", "bf16")
+        (own / "manifest.json").unlink()
+        failed = service.done(service.post(body)["id"], "failed")
+        assert failed["error"]["message"].startswith("The engines of the service were changed")

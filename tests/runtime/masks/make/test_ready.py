@@ -1,5 +1,7 @@
 """Figures that other tools cut out: track data of ComfyUI in each kind of file, mattes, alpha; what is refused."""
 
+import shutil
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime import Clip, MaskOptions, Masks, make_masks
+from scail2_rt.runtime.jobs.masks import make_case
 from scail2_rt.runtime.masks.palette import PALETTE
 from scail2_rt.runtime.media.clips import open_video
 from scail2_rt.runtime.media.images import load_image
@@ -157,3 +160,22 @@ def test_a_matte_of_the_reference_shows_somebody(tmp_path: Path) -> None:
             made(tmp_path, image_from=tmp_path / name, driving_from=clip)
     with pytest.raises(InputError, match="--image-from gives figures of"):
         made(tmp_path, image_from=clip, driving_from=clip, points=("image:5,5",))
+
+
+def test_a_case_whose_clip_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track = saved(track_data([[(2, 2, 20, 28)]] * FRAMES, [1.0]), tmp_path / "clip.pt")
+    write_image(tmp_path / "i.png", PICTURE)
+    write_video(tmp_path / "v.mp4", [PICTURE] * FRAMES, Fraction(16))
+    given = {field.name: field.default for field in fields(MaskOptions) if field.init}
+    given |= {"image_from": track, "driving_from": track, "segmenter_weights": None, "mask_prompt": None}
+    given |= {"image": tmp_path / "i.png", "driving": tmp_path / "v.mp4", "output": tmp_path / "case"}
+    given |= {"segmenter_device": "cpu", "vram_limit": None, "overwrite": False}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(Scail2Error, match="same command with --overwrite"):
+            make_case(given, lambda event: None)
+    assert make_case({**given, "overwrite": True}, lambda event: None).document["masks"]["reused"]
