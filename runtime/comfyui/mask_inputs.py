@@ -130,7 +130,7 @@ def _colours(style: MaskStyle) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
-    packed = track.get("packed_masks")
+    packed: Any = track.get("packed_masks")
     bits = np.asarray(packed.cpu() if hasattr(packed, "cpu") else packed)
     if packed is None or (bits.ndim == 4 and not bits.shape[1]):
         raise InputError(f"The {name} is a track without a figure: SAM 3 found nobody; change its prompt or threshold.")
