@@ -72,9 +72,9 @@ def test_every_stage_of_the_sprite_checkpoint_in_bf16(tmp_path: Path) -> None:
 def test_what_a_target_cannot_do_is_refused_before_anything_is_built(tiny_checkpoint: Path, tmp_path: Path) -> None:
     where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "tensorrt-rtx")
     message = error_of(scail2(*where, "--precision", "fp8", "--target", "sm86,sm89"))
-    assert "precision fp8 needs an architecture among sm89, sm120, sm121, and sm86 is none" in message
+    assert "precision fp8 needs an architecture among sm89, sm120, sm121, which sm86 is not" in message
     assert message.endswith("use --precision fp32 or bf16 or fp16.")
-    assert "it builds for sm75, sm80" in error_of(scail2(*where, "--target", "sm90"))
+    assert "TensorRT for RTX builds for sm75, sm80" in error_of(scail2(*where, "--target", "sm90"))
     assert not (tmp_path / "e").exists()
 
 
