@@ -18,7 +18,7 @@ MAX_ROWS = 16_384
 
 
 def piece_size(rows: int, max_rows: int) -> tuple[int, int]:
-    """(number of pieces, rows a piece): the fewest equal pieces of at most `max_rows` that cover `rows`."""
+    """(number of pieces, rows per piece): the fewest equal pieces of at most `max_rows` that cover `rows`."""
     count = -(-rows // max_rows)
     return count, -(-rows // count)
 

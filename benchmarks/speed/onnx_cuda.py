@@ -8,16 +8,16 @@ be carried from one machine to the other. The last line is JSON; exit code 1 whe
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from scail2_rt.benchmarks.sprites.shipped import CHECKPOINT
-from scail2_rt.engines.build.build import BuildRequest, SilentObserver, build
-from scail2_rt.engines.verify.verify import StageResult, VerifyReport, VerifyRequest, open_for, verify
+from scail2_rt.engines.build.build import BuildRequest, build
+from scail2_rt.engines.observer import SilentObserver
+from scail2_rt.engines.verify.verify import VerifyReport, VerifyRequest, open_for, verify
 from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint
+from scail2_rt.runtime.jobs.card_report import family_rows
 
 BACKENDS = ("torch", "onnxruntime")
 PRECISIONS = ("fp32", "fp16")
@@ -49,27 +49,10 @@ def run(directory: Path, repeats: int) -> list[VerifyReport]:
             checkpoint = open_for(folder, checkpoint_of(directory, model))
             report = verify(VerifyRequest(folder, BACKENDS, repeats), checkpoint)
             print(f"\n{folder.name}: {'PASS' if report.passed else 'FAIL'} in {report.wall_s:.1f} s")
-            print("\n".join(rows(report.stages)), flush=True)
+            failed = [f"FAIL {result.stage}: {result}" for result in report.stages if not result.passed]
+            print("\n".join([*family_rows(report), *failed]), flush=True)
             reports.append(report)
     return reports
-
-
-def rows(stages: Sequence[StageResult]) -> list[str]:
-    """One line a stage name without its block number: worst error and median milliseconds of both executors."""
-    groups: dict[str, dict[str, list[StageResult]]] = {}
-    for result in stages:
-        kind = ".".join(part for part in result.stage.split(".") if not part.isdecimal())
-        groups.setdefault(kind, {}).setdefault(result.backend, []).append(result)
-    lines = []
-    for kind, backends in groups.items():
-        parts = []
-        for name, results in backends.items():
-            faults = {str(result) for result in results if not result.passed}
-            error = max(result.error or 0.0 for result in results)
-            milliseconds = statistics.median(result.median_s for result in results) * 1e3
-            parts.append(f"{name} {error:9.2g} {milliseconds:9.3f} ms{' FAIL ' + faults.pop() if faults else ''}")
-        lines.append(f"{kind:<24}{' | '.join(parts)}")
-    return lines
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from scail2_rt.benchmarks.speed.models import MODELS, model
@@ -29,7 +29,7 @@ from scail2_rt.engines.tensorrt_backend.children import compile_all
 from scail2_rt.engines.tensorrt_backend.compiling import Outcome, PlanJob
 from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
 from scail2_rt.engines.tensorrt_backend.plans import graph_path
-from scail2_rt.engines.tensorrt_backend.profiles import plan_options
+from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions, plan_options
 from scail2_rt.engines.tensorrt_backend.targets import choose_targets
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.onnx.stages import export_stage
@@ -68,8 +68,9 @@ def build_all(config: ModelConfig, precision_name: str, targets: str | None, pat
     """Build and delete the plans of all stages, in a folder of their own."""
     precision = check_precision(precision_name)
     definitions = stage_definitions(config)
-    options = plan_options(None, None, ",".join(_targets(targets, precision_name, config)))
-    assert options is not None
+    options = plan_options(None, None, targets) or PlanOptions()
+    chosen = choose_targets(TENSORRT_RTX, options.targets, (), None, definitions.values(), precision)
+    options = replace(options, targets=chosen)
     store = RandomStore(config, precision, RandomWeights(config, "cpu"))
     found = []
     with tempfile.TemporaryDirectory(prefix="scail2-rt-plans.") as scratch:
@@ -90,12 +91,6 @@ def build_all(config: ModelConfig, precision_name: str, targets: str | None, pat
             found.append(built)
             shutil.rmtree(stages)
     return found
-
-
-def _targets(named: str | None, precision_name: str, config: ModelConfig) -> tuple[str, ...]:
-    chosen = tuple(named.split(",")) if named else ()
-    stages = stage_definitions(config).values()
-    return choose_targets(TENSORRT_RTX, chosen, (), None, stages, check_precision(precision_name))
 
 
 def _write(store: RandomStore, stage: str, tensors: StageTensors, path: Path) -> int:

@@ -11,8 +11,8 @@ POLL_S = 5.0
 
 
 def poll(url: str, paths: Sequence[str], clients: int, seconds: float) -> list[float]:
-    """Seconds of each request of so many clients that ask every `POLL_S` seconds, at moments spread over them. It ends
-    by itself after `seconds`. Only loopback is asked."""
+    """Seconds that each request took, of `clients` clients that each ask every `POLL_S` seconds and begin one after the
+    other. It ends by itself after `seconds`. Only loopback is asked."""
     parts = urlsplit(url)
     if parts.hostname not in ("127.0.0.1", "localhost", "::1") or parts.port is None:
         raise Scail2Error(f"{url} is not on this machine: load is made for services of this machine alone.")

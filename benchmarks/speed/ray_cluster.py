@@ -1,9 +1,9 @@
-"""The service on a Ray cluster beside the service of one machine, and what the list of jobs can do.
+"""The service on a Ray cluster compared with the service of one machine, and how fast its ledger is.
 
 `python -m scail2_rt.benchmarks.speed.ray_cluster figures ENGINES --case DIR` starts a cluster of a head and two nodes
-of one CPU on this machine, and ends it: seconds that a job takes beyond its generation, on one machine and in the
-cluster; 2,000 queued jobs; from a killed node to the job's going on.
-`… throughput URL --case DIR --videos N` measures a service that runs: videos per hour with N at once.
+of one CPU on this machine, and ends it again. It measures the seconds that a job takes beyond its generation, on one
+machine and in the cluster; from the kill of a node to the next step of its job; and a queue of 2,000 jobs.
+`… throughput URL --case DIR --videos N` measures a running service: videos per hour with N queued at once.
 `… ledger DATA_URL` measures the ledger alone, without a cluster, on a folder or s3://. The last line is JSON.
 """
 
@@ -44,6 +44,7 @@ def body_of(wire: Wire, case: Path, options: Mapping[str, str]) -> dict[str, Any
 
 
 def done(wire: Wire, video_id: str) -> dict[str, Any]:
+    """The video when it is completed; events that end before it does are asked for again."""
     for kind, video in wire.events(f"/v1/videos/{video_id}/events"):
         if kind == "completed":
             return dict(video)

@@ -1,9 +1,10 @@
-"""Past our machines: a simulation of the service on many GPUs, with service times that were measured.
+"""The service on more GPUs than we have: a simulation with measured service times.
 
-`python -m scail2_rt.benchmarks.speed.ray_planning` prints a table by number of GPUs. Every GPU always has work. A job
-is added, claimed, speaks once per step and ends; the ledger is one process, whose CPU does one thing at a time and
-whose writes to the store overlap. Between two jobs a GPU waits for its result to be brought away, the ledger's word on
-the end, Ray Serve's next request, the claim, and the inputs. docs/ray-planning.md says where each number comes from.
+`python -m scail2_rt.benchmarks.speed.ray_planning` prints one row per number of GPUs. The queue never runs empty. The
+ledger is one process: its CPU handles one call at a time, and its writes to the store overlap. A job makes these calls:
+it is added, claimed, planned, reports every step, and ends; `RECORD_WRITES` of them write its record. Between two jobs
+a GPU waits until its result is in the store, the end of the job is recorded, Ray Serve has sent the next request, that
+claim is recorded, and the inputs have arrived. docs/ray-planning.md says where each number comes from.
 """
 
 import argparse
@@ -13,17 +14,18 @@ import random
 from dataclasses import asdict, dataclass, fields
 
 END, CLAIM = 0, -1
+RECORD_WRITES = 5  # per job: added, claimed, planned, first step, ended
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds unless said otherwise.
 
-    clip_s, steps          of one job on one GPU; a word to the ledger per step
-    call_ms, write_ms      CPU of the ledger: of a call, and more of one that writes a record
-    store_ms               until a record is in the store: one read and one write of it
+    clip_s, steps          of one job on one GPU; one call to the ledger per step
+    call_ms, write_ms      CPU of the ledger: per call, and in addition per call that writes a record
+    store_ms               until a record is in the store: one read and one write there
     route_ms               of Ray Serve, from a queued request to a replica
-    inputs_mb, result_mb, state_mb   bytes of a job; state: of a finished segment (one in a short clip has none)
+    inputs_mb, result_mb, state_mb   per job; state: of its finished segments (a clip of one segment has none)
     node_mb_s              what a replica moves from and to the store"""
 
     clip_s: float = 22.5
@@ -67,13 +69,15 @@ def simulate(gpus: int, costs: Costs, seconds: float = 600.0, seed: int = 0) -> 
             busy, calls = busy + cost, calls + 1
         return free
 
-    # (time, replica, what it does then: that many words are left; END and CLAIM, when its clip ended)
+    # (time, replica, steps that are left or END or CLAIM, when its last step ended)
     events = [(rng.uniform(0, costs.clip_s), number, costs.steps, 0.0) for number in range(gpus)]
     heapq.heapify(events)
     while events and events[0][0] < seconds:
         now, number, todo, since = heapq.heappop(events)
         if todo > 0:
-            ask(now, call)
+            if todo == costs.steps:
+                ask(now, write)  # planned
+            ask(now, write if todo == costs.steps else call)
             step = costs.clip_s / costs.steps * rng.uniform(0.95, 1.05)
             last = todo == 1
             after = (now + step + move, number, END, now + step) if last else (now + step, number, todo - 1, 0.0)
@@ -99,7 +103,7 @@ def simulate(gpus: int, costs: Costs, seconds: float = 600.0, seed: int = 0) -> 
         waits[len(waits) // 2],
         waits[int(len(waits) * 0.99)],
         calls / measured,
-        rate * (4 * 2 + 5 + 5 + 3),  # records (a read and a write each), inputs out and in, results
+        rate * (2 * RECORD_WRITES + 5 + 5 + 3),  # a read and a write per record; inputs put and fetched; results
         rate * megabytes,
     )
 

@@ -55,9 +55,9 @@ def run(options: ScalingOptions) -> dict[str, Any]:
                 options, part, min(left, LIMITS_S[part] if options.config != "tiny" else TINY_S)
             )
         document["summary"] = summary(document, options.gpus)
-        _save(options.output, document)
+        save(options.output, document)
         if options.summary is not None:
-            _save(options.summary, {**document["summary"], "config": options.config, "measured": document["run"]})
+            save(options.summary, {**document["summary"], "config": options.config, "measured": document["run"]})
     return document
 
 
@@ -93,7 +93,8 @@ def _run_part(options: ScalingOptions, part: str, limit_s: float) -> dict[str, A
     return found
 
 
-def _save(path: Path, document: Mapping[str, Any]) -> None:
+def save(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

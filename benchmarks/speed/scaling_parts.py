@@ -1,8 +1,8 @@
 """The parts of `bench scaling`: `python -m scail2_rt.benchmarks.speed.scaling_parts PART CONFIG GPUS WORK FIGURES`.
 
-Compared calls take turns in one process, which leads the others: one GPU's pass runs while the others wait. Both have
-the same weights, drawn from the same seeds, and the same inputs; `difference` is the relative error of the shared
-velocity to that of one GPU.
+One GPU and several are measured in turns, in the process that leads the others: while it computes a pass alone, they
+wait. Both have the same weights (drawn from the same seeds) and the same inputs; `difference` is the relative error of
+the shared velocity against that of one GPU.
 """
 
 import json
@@ -28,7 +28,7 @@ from scail2_rt.benchmarks.speed.harness import synchronise, time_sample
 from scail2_rt.benchmarks.speed.models import SMALL, STANDARD, Work
 from scail2_rt.benchmarks.speed.random_folder import write_random_folder
 from scail2_rt.benchmarks.speed.random_weights import random_on
-from scail2_rt.benchmarks.speed.scaling import scaled
+from scail2_rt.benchmarks.speed.scaling import save, scaled
 from scail2_rt.benchmarks.speed.workload import Workload
 from scail2_rt.engines.engine_set import EngineSet, Execution
 from scail2_rt.export.models.precision import Precision
@@ -51,14 +51,12 @@ class Figures:
 
     def add(self, name: str, value: Any) -> None:
         self.values[name] = value
-        partial_file = self.path.with_name(self.path.name + ".partial")
-        partial_file.write_text(json.dumps(self.values, indent=1) + "\n")
-        os.replace(partial_file, self.path)
+        save(self.path, self.values)
         print(name, json.dumps(value), flush=True)
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """What is raised inside becomes a figure that says so."""
+        """An error inside becomes the figure `name`, and the part goes on."""
         try:
             yield
         except Exception as error:
@@ -78,7 +76,7 @@ class Setting:
 
 
 def forward(setting: Setting, precision: Precision) -> None:
-    """A denoising step, alone and shared: one pass of each size, then the two passes of guidance."""
+    """A denoising step, alone and shared: one pass; in fp8 also the two passes of guidance and the other sizes."""
     opener = partial(random_on, setting.config, precision, Execution())
     with torch.inference_mode(False), torch.no_grad(), opener(setting.device) as engines:
         team = Team(setting.gpus, setting.device, opener)
@@ -101,7 +99,7 @@ def forward(setting: Setting, precision: Precision) -> None:
 def _compare(
     setting: Setting, engines: EngineSet, team: Team, name: str, work: Work, passes: int, thorough: bool
 ) -> None:
-    """thorough: several samples, and time by part."""
+    """One job of `forward`. thorough: `setting.runs` samples instead of one, and on a GPU the time by part."""
     alone = step(engines, work.layout, Constants(engines), passes)
     shared = step(engines, work.layout, LeadingConstants(engines, team), passes)
     calls = {"alone": alone, "shared": shared}
@@ -137,8 +135,9 @@ def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def _collectives(setting: Setting, team: Team, call: Callable[[], list[Tensor]]) -> dict[str, Any]:
-    """Bytes and seconds of each kind of collective in one pass that runs eagerly here: from when the stream reaches it
-    to its end, waiting for the others included."""
+    """Count, bytes and seconds of each kind of collective in one call. Seconds run from when the stream reaches a
+    collective to its end, and include waiting for the others. The call is not replayed from its CUDA graph here: a
+    graph has no place to take the times."""
     transformer = call.func.__self__  # type: ignore[attr-defined]
     graph, transformer._graph = transformer._graph, None
     try:
@@ -154,7 +153,7 @@ def _collectives(setting: Setting, team: Team, call: Callable[[], list[Tensor]])
 
 
 def generate(setting: Setting) -> None:
-    """Whole generations from files to mp4, several GPUs first; one run of one step warms each session."""
+    """Whole generations from files to mp4, several GPUs first; each session is warmed by a generation of one step."""
     folder = _folder(setting)
     work = setting.sizes[0]
     for gpus in (setting.gpus, 1):
@@ -178,7 +177,7 @@ def generate(setting: Setting) -> None:
 
 
 def _decoding(setting: Setting, session: Session) -> None:
-    """A clip decoded alone and in parts: seconds, and the largest difference of a pixel in -1..1."""
+    """A clip decoded alone and shared: seconds, and the largest difference of a pixel in -1..1."""
     layout = setting.sizes[0].layout
     latent = torch.randn(16, layout.frames, layout.height, layout.width, device=setting.device)
     decoders: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {

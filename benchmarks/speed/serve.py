@@ -24,6 +24,7 @@ from scail2_rt.benchmarks.speed.polling import POLL_S, poll
 from scail2_rt.benchmarks.speed.workload import Workload, engine_folder, workload_of
 from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.core.request import Request
+from scail2_rt.runtime.serve.fields import REFERENCES
 from scail2_rt.runtime.serve.wire import Wire
 from scail2_rt.runtime.session.report import file_hash
 
@@ -96,12 +97,7 @@ def running(bench: Bench, folder: Path, workload: Workload) -> Iterator[tuple[Wi
 
 def body_of(wire: Wire, request: Request) -> dict[str, Any]:
     """The request as JSON, its inputs kept at the service."""
-    files = {
-        "input_reference": request.image,
-        "mask_reference": request.mask_image,
-        "video_reference": request.driving,
-        "video_mask_reference": request.mask_video,
-    }
+    files = {name: getattr(request, field) for name, field in REFERENCES.items()}
     kept = {name: {"file_id": wire.keep(Path(str(path)), file_hash(Path(str(path))))} for name, path in files.items()}
     same = ("prompt", "scheduler", "steps", "shift", "guidance", "segment_length", "segment_overlap", "seed")
     assert request.size is not None
@@ -180,7 +176,8 @@ def command(bench: Bench, wire: Wire, workload: Workload) -> None:
     )
 
 
-def wait_for(found: Callable[[], list[Any]]) -> list[Any]:
+def wait_for(found: Callable[[], Any]) -> Any:
+    """What `found` gives, once it is true."""
     deadline = time.monotonic() + START_S
     while not (answer := found()):
         if time.monotonic() > deadline:
@@ -192,7 +189,7 @@ def wait_for(found: Callable[[], list[Any]]) -> list[Any]:
 def status(bench: Bench, wire: Wire, body: Mapping[str, Any]) -> None:
     """Status requests while a job runs and others wait."""
     made = [wire.ask("POST", "/v1/videos", {**body, "steps": 1000})["id"] for _ in range(10)]
-    wait_for(lambda: [1] if wire.ask("GET", f"/v1/videos/{made[0]}")["status"] == "in_progress" else [])
+    wait_for(lambda: wire.ask("GET", f"/v1/videos/{made[0]}")["status"] == "in_progress")
     latencies = poll(wire.url, [f"/v1/videos/{video_id}" for video_id in made], bench.options.clients, POLLED_S)
     for video_id in made[::-1]:
         wire.ask("DELETE", f"/v1/videos/{video_id}")

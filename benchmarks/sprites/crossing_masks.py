@@ -34,7 +34,7 @@ CLIPS: Mapping[str, Callable[[int], Picture]] = {
 class Drawn:
     """The small SAM 2 with the detector of drawn figures in the place of text."""
 
-    name, finds = "sam2", True
+    name = "sam2"
 
     def __init__(self, segmenter: Segmenter) -> None:
         self._segmenter = segmenter

@@ -4,14 +4,13 @@ The detector asks the segmenter itself: points on a grid are shown to it, one by
 lie beside every figure too, it says of those that nothing is there; what remains are masks that many points agree on.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from scail2_rt.benchmarks.sprites.world.cases import SpriteCase
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.masks.make.figures import LEAST_AREA, area, iou
+from scail2_rt.runtime.masks.make.figures import LEAST_AREA, area, box_iou, iou
 from scail2_rt.runtime.masks.make.folders import open_folder
 from scail2_rt.runtime.masks.make.follow import masks_of
 from scail2_rt.runtime.masks.make.make import Masks, make_masks
@@ -83,7 +82,7 @@ def case_boxes(case: SpriteCase, segmenter: Segmenter) -> tuple[str, ...]:
         figures = {name: there for name, there in figures.items() if there.any()}
         boxes = found_boxes(picture, segmenter, len(figures))
         for name, there in figures.items():
-            nearest = max(boxes, key=lambda box: _box_iou(box, box_of(there)))
+            nearest = max(boxes, key=lambda box: box_iou(box, box_of(there)))
             found.append(f"{where}{','.join(map(str, nearest))}:{name}")
     return tuple(found)
 
@@ -122,10 +121,3 @@ def mask_scores(made: np.ndarray, true: np.ndarray) -> dict[str, float]:
             own = int((ours[frame] & there[frame]).sum())
             exchanged.append(any(int((ours[frame] & other[frame]).sum()) > own for other in others))
     return {"mask_iou": float(np.mean(overlaps)), "exchanged": float(np.mean(exchanged))}
-
-
-def _box_iou(a: Sequence[int], b: Sequence[int]) -> float:
-    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
-    both = float(np.clip(high - low, 0, None).prod())
-    either = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
-    return both / either

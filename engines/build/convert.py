@@ -135,7 +135,7 @@ def _convert(target: Target, overwrite: bool, observer: BuildObserver) -> Conver
         if journal.done and target.partial.exists():
             raise InputError(
                 f"{target.partial} was begun from other files or with another --dtype or --lora ({target.component}: "
-                f"{', '.join(file.path for file in sources)} changed?); give --overwrite to begin anew, or another -o"
+                f"{', '.join(file.path for file in sources)} changed?); give --overwrite to begin again, or another -o"
             )
         if target.path.exists():
             raise InputError(

@@ -26,7 +26,7 @@ from scail2_rt.kernels.errors import InputError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STAGES = "stages"
-KERNELS = "kernels"  # what the GPU's kernels were compiled to; made anew when missing
+KERNELS = "kernels"  # what the GPU's kernels were compiled to; made again when missing
 TABLES = "tables.safetensors"
 TOKENIZER = "tokenizer/tokenizer.json"
 _OPTIONS = {"umt5": "t5"}  # components whose command-line option has another name

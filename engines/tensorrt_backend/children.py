@@ -65,6 +65,9 @@ class Child:
         self._process.kill()
         self._process.wait()
         self._close()
+        self._drop_partial()
+
+    def _drop_partial(self) -> None:
         plan = Path(self.job.plan)
         plan.with_name(f"{plan.name}.partial").unlink(missing_ok=True)
 
@@ -74,19 +77,18 @@ class Child:
                 pipe.close()  # type: ignore[union-attr]
 
     def _crash(self, code: int) -> str:
-        plan = Path(self.job.plan)
-        plan.with_name(f"{plan.name}.partial").unlink(missing_ok=True)
+        self._drop_partial()
         ended = f"with code {code}"
         if code < 0:
             known = {number.value: number.name for number in signal.Signals}
             ended = f"by the signal {known.get(-code, -code)}"
             if -code == signal.SIGKILL:
                 ended += ", as happens when memory runs out"
-        title = LIBRARIES[self.job.library].title
+        lines: list[str] = []
         with contextlib.suppress(OSError):
             lines = [line for line in Path(self.job.log).read_text(errors="replace").splitlines() if line.strip()]
-            return str(refusal(self.job, f"the compiler of {title} was ended {ended}", lines[-LAST_LINES:]))
-        return str(refusal(self.job, f"the compiler of {title} was ended {ended}", ()))
+        title = LIBRARIES[self.job.library].title
+        return str(refusal(self.job, f"the compiler of {title} was ended {ended}", lines[-LAST_LINES:]))
 
 
 def compile_all(

@@ -40,7 +40,7 @@ class GpuFacts:
 
     @property
     def text(self) -> str:
-        return f"{self.name} (sm{self.capability[0]}{self.capability[1]})"
+        return f"{self.name} ({target_of(self.capability)})"
 
 
 def find_gpu() -> GpuFacts | None:

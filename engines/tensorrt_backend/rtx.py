@@ -3,9 +3,9 @@
 Typed against its own bindings alone; what both libraries have is typed against those of both. A plan of this library
 holds no kernels: they are compiled on the card when a context is made, and kept in a runtime cache, which one session
 shares between all its engines (40 blocks need the same kernels) and saves in the engine folder; the library itself
-drops what another card or version left there. Kernels for a shape of its own are made at once: the
-library's default makes them in the background and changes over while the plan runs, so that a recorded step could
-differ from the eager one. (Written from its documentation and tested on recorders; not run by us on a card.)
+drops what another card or version left there. Kernels for one shape are made at once: by default the library makes them
+in the background and changes over while the plan runs, so that a recorded step could differ from the eager one.
+(Written from its documentation and tested on recorders; not run by us on a card.)
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class KernelCache:
         config.dynamic_shapes_kernel_specialization_strategy = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):  # none yet, or not readable: kernels are compiled anew
+            with contextlib.suppress(OSError):  # none yet, or not readable: kernels are compiled again
                 self._read = self._path.read_bytes()
                 self._cache.deserialize(self._read)  # False, and nothing taken, for another card or version
         if not config.set_runtime_cache(self._cache):

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 from scail2_rt.engines.tensorrt_backend.library import Library
 from scail2_rt.kernels.errors import Scail2Error
 
-if TYPE_CHECKING:
-    pass
-
 
 def set_targets(library: Library, config: Any, targets: Sequence[str]) -> None:
     """Compile for these architectures ("sm89"), whatever GPU this machine has."""

@@ -61,9 +61,7 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device) -> None:
         if torch_device.type != "cuda":
-            raise InputError(
-                f"backend tensorrt runs on a CUDA GPU, and the device {torch_device} was named; use --backend torch."
-            )
+            raise InputError(f"plans run on a CUDA GPU, and the device {torch_device} was named; use --backend torch.")
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         self.torch_device = torch.device("cuda", index)
         self._own: torch.cuda.Stream | None = None

@@ -9,7 +9,7 @@ last ones that ended.
 import time
 from collections.abc import Iterable, Mapping
 
-# Seconds a stage, and seconds a byte of its weights
+# Seconds per stage, and seconds per byte of its weights
 _GUESS = {"dit": (0.4, 15e-9), "umt5": (0.4, 20e-9), "clip": (0.4, 18e-9), "vae": (1.0, 60e-9)}
 RECENT = 3  # stages of a family whose times count
 WINDOW = 8  # stages by which the number at the same time is told

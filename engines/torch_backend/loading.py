@@ -37,7 +37,7 @@ def buffer_bytes(tensors: Mapping[str, TensorShape]) -> int:
 
 
 def carve(buffer: Tensor, tensors: Mapping[str, TensorShape]) -> dict[str, Tensor]:
-    """Views of a byte buffer, one a tensor, each aligned."""
+    """Views of a byte buffer, one per tensor, each aligned."""
     views, start = {}, 0
     for name, shape in tensors.items():
         views[name] = buffer[start : start + shape.nbytes].view(shape.dtype).view(shape.shape)

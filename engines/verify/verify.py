@@ -48,9 +48,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VerifyRequest:
-    """backends: the executors to test, () for all of the folder; repeats: timed runs a stage, at least 3; rows: tokens
-    of a token-wise stage; against: an executor of the folder whose results they are compared with, too; components:
-    the checkpoint's parts named apart are the caller's business."""
+    """backends: the executors to test, () for all of the folder; repeats: timed runs per stage, at least 3; rows:
+    tokens of a token-wise stage; against: an executor of the folder with whose results theirs are compared, too."""
 
     directory: Path
     backends: tuple[str, ...] = ()
@@ -279,11 +278,13 @@ def _compared(
     """The same, compared with another executor of the folder."""
     inputs, outputs = definition.io(twin.numerics(result.stage))
     theirs = [x.to(twin.device, spec.dtype) for x, spec in zip(given, inputs, strict=True)]
-    expected = twin.run(result.stage, *theirs)
+    try:
+        expected = twin.run(result.stage, *theirs)
+    finally:
+        twin.release(result.stage)
     actual = engines.run(result.stage, *(tensor.to(engines.device) for tensor in given))
     tolerance = max(result.tolerance, TOLERANCES[level(twin.numerics(result.stage))])
     error, fault = compare([spec.name for spec in outputs], actual, expected, tolerance)
-    twin.release(result.stage)
     return dataclasses.replace(result, fault=fault, passed=fault is None, against=error)
 
 

@@ -1,6 +1,6 @@
 """Draws the pictures of the example workflows: held-out cases of the sprite world, as files that browsers play, too.
 
-python examples/comfyui/draw_inputs.py runtime/comfyui/pack/example_inputs"""
+python examples/comfyui/draw_inputs.py runtime/comfyui/pack"""
 
 import sys
 import tempfile

@@ -121,7 +121,7 @@ def open_gguf(path: Path) -> GGUFSource:
     data = memoryview(map_bytes(path).numpy().data)
     try:
         header = _Header(data)
-        entries = {name: _entry(path, *place, header) for name, place in header.tensors.items()}
+        entries = {name: _entry(path, name, *place, header) for name, place in header.tensors.items()}
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is truncated or damaged in its GGUF header ({error}); get it again") from error
     needed = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
@@ -162,12 +162,12 @@ class _Header:
             else:
                 value = self._skip(kind)
                 alignment = value if key == "general.alignment" else alignment
-        self.tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        self.tensors: dict[str, tuple[tuple[int, ...], int, int]] = {}  # sizes, type, offset
         for _ in range(tensors):
             name = self._text()
             dims = tuple(self._number("Q") for _ in range(self._number("I")))
             kind, offset = self._number("I"), self._number("Q")
-            self.tensors[name] = (name, dims[::-1], kind, offset)
+            self.tensors[name] = (dims[::-1], kind, offset)
         self.start = -(-self._at // alignment) * alignment
 
     def _number(self, code: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scail2_rt.export.checkpoint.derive import dit_shapes
 from scail2_rt.export.checkpoint.lora_foreign import distilled_by, foreign_kind
-from scail2_rt.export.checkpoint.lora_kinds import Hadamard, Kronecker, LowRank, product_of
+from scail2_rt.export.checkpoint.lora_kinds import Hadamard, Kronecker, LowRank, Product, product_of
 from scail2_rt.export.checkpoint.lora_names import (
     CHANGES_BY_ITSELF,
     ModuleIndex,
@@ -101,7 +101,7 @@ def lora_facts(source: TensorSource, path: Path) -> LoRAFacts | None:
     )
 
 
-def _product(group: ModuleTensors, source: TensorSource) -> LowRank | Kronecker | Hadamard | None:
+def _product(group: ModuleTensors, source: TensorSource) -> Product | None:
     product = product_of(group, source)
     return None if isinstance(product, str) else product
 
@@ -111,7 +111,7 @@ def _alpha(group: ModuleTensors, source: TensorSource) -> float | None:
     return None if name is None else float(source.get(name).float().flatten()[0])
 
 
-def _kind(groups: list[ModuleTensors], products: list[LowRank | Kronecker | Hadamard]) -> str:
+def _kind(groups: list[ModuleTensors], products: list[Product]) -> str:
     labels = {LowRank: "LoRA", Kronecker: "LoKr", Hadamard: "LoHa"}
     kinds = [label for product, label in labels.items() if any(isinstance(p, product) for p in products)]
     having = {kind for group in groups for kind in group.tensors}

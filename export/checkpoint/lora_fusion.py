@@ -18,9 +18,9 @@ from scail2_rt.export.checkpoint.lora_foreign import network_of, width_name
 from scail2_rt.export.checkpoint.lora_kinds import (
     Change,
     Difference,
-    Hadamard,
     Kronecker,
     LowRank,
+    Product,
     Replacement,
     Rows,
     Scaled,
@@ -36,8 +36,6 @@ _FOR_INPUTS = "patch_embedding"  # the one module whose columns are the inputs o
 _QUERY = "blocks.0.self_attn.q.weight"
 _REPLACEMENTS: tuple[tuple[Kind, str], ...] = (("new weight", "weight"), ("new bias", "bias"))
 _DIFFERENCES: tuple[tuple[Kind, str], ...] = (("weight", "weight"), ("bias", "bias"), ("modulation", "modulation"))
-
-AnyProduct = LowRank | Kronecker | Hadamard
 
 
 class Misfit(Exception):
@@ -148,14 +146,14 @@ class Fusion:
         tensor = self.lora.get(name)
         return None if bool(torch.isfinite(tensor.float()).all()) else "not finite"
 
-    def _is_for_other_inputs(self, group: ModuleTensors, product: AnyProduct | str | None) -> bool:
+    def _is_for_other_inputs(self, group: ModuleTensors, product: Product | str | None) -> bool:
         """Whether the module is a patch embedding of as many outputs and other inputs; then it is left out."""
         target = f"{_FOR_INPUTS}.weight"
         if group.modules != (_FOR_INPUTS,) or target not in self.known:
             return False
         rows, channels, *window = self.base.shape(target)
         name = group.tensors.get("weight", group.tensors.get("new weight"))
-        if isinstance(product, AnyProduct):
+        if isinstance(product, Product):
             made = product.made
         elif name is not None and len(shape := self.lora.shape(name)) > 1:
             made = (shape[0], math.prod(shape[1:]))
@@ -168,7 +166,7 @@ class Fusion:
         self.left_out.append(f"{_FOR_INPUTS} is left out: it is for {inputs}, this transformer has {channels}")
         return True
 
-    def _changes(self, group: ModuleTensors, product: AnyProduct | None) -> list[tuple[str, Change]]:
+    def _changes(self, group: ModuleTensors, product: Product | None) -> list[tuple[str, Change]]:
         """(parameter, change) of everything in a module that is sound in itself. Misfit: it does not fit."""
         changes: list[tuple[str, Change]] = []
         for kind, parameter in _REPLACEMENTS:
@@ -183,7 +181,7 @@ class Fusion:
                 changes.append((parameter, Difference(self.lora, name)))
         return changes
 
-    def _scaled(self, group: ModuleTensors, product: AnyProduct) -> list[tuple[str, Change]]:
+    def _scaled(self, group: ModuleTensors, product: Product) -> list[tuple[str, Change]]:
         names = _product_names(group)
         targets = [f"{module}.weight" for module in group.modules]
         if not self.known.issuperset(targets):
@@ -248,7 +246,7 @@ def _product_names(group: ModuleTensors) -> tuple[str, ...]:
     return tuple(name for kind, name in group.tensors.items() if kind not in CHANGES_BY_ITSELF)
 
 
-def _described(product: AnyProduct) -> str:
+def _described(product: Product) -> str:
     if isinstance(product, LowRank):
         return f"up {list(product.lora.shape(product.up))} and down {list(product.lora.shape(product.down))}"
     return f"the {'LoKr' if isinstance(product, Kronecker) else 'LoHa'} factors of {list(product.made)}"

@@ -22,19 +22,6 @@ _TUCKER = "i j ..., i p, j r -> p r ..."
 _EPS = torch.finfo(torch.float32).eps
 
 
-class Product(Protocol):
-    """A matrix made of small ones."""
-
-    @property
-    def rank(self) -> int | None: ...
-
-    @property
-    def made(self) -> tuple[int, int]:
-        """Rows and columns (of a convolution: channels times its window)."""
-
-    def add_to(self, weight: Tensor, scale: float, rows: Rows) -> None: ...
-
-
 class Change(Protocol):
     """Something done to one tensor."""
 
@@ -155,6 +142,9 @@ class Hadamard:
         weight.add_(product.reshape(weight.shape), alpha=scale)
 
 
+Product = LowRank | Kronecker | Hadamard  # `made`: rows and columns (of a convolution: channels times its window)
+
+
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """A product with its scale, and with a magnitude for each output row (`by_row`) or each input column, if any."""
@@ -206,7 +196,7 @@ class Replacement:
         weight.lerp_(_rows(self.lora.get(self.name), rows).float().reshape(weight.shape), _fp32(strength))
 
 
-def product_of(group: ModuleTensors, lora: TensorSource) -> "LowRank | Kronecker | Hadamard | str | None":
+def product_of(group: ModuleTensors, lora: TensorSource) -> Product | str | None:
     """The product that a module's tensors make; None when they make none; why not, when they should."""
     have = group.tensors
     families = {kind.partition(" ")[0] for kind in have} & {"down", "up", "lokr", "loha", "mid"}

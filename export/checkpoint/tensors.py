@@ -9,6 +9,7 @@ files) can do so for a few rows at a time.
 
 import mmap
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,11 +49,11 @@ def shapes_of(source: TensorSource) -> dict[str, tuple[int, ...]]:
     return {name: source.shape(name) for name in source.keys()}  # noqa: SIM118  a source is not a mapping
 
 
-class Whole:
+class Whole(ABC):
     """`rows` of a source whose tensors cost nothing to get."""
 
-    def get(self, name: str) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def get(self, name: str) -> Tensor: ...
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.get(name)[start:stop]

@@ -116,14 +116,15 @@ def _quantised_v(v: Tensor, share: "RowShare | None") -> tuple[Tensor, Tensor, T
     """v fp32 [H, L, D] → e4m3 [H, D, Lp] in stored order, scale and shift fp32 [H, D].
 
     A channel that is constant, as all are of one token, is zeros of any scale: 1."""
-    mean = _over_all(v.sum(1, keepdim=True), share).sum(0) / (v.shape[1] if share is None else share.tokens)
+    tokens, processes = (v.shape[1], 1) if share is None else (share.tokens, share.peers.size)
+    mean = _over_all(v.sum(1, keepdim=True), share).sum(0) / tokens
     reach = (v - mean).abs()
     reach = reach.amax(1, keepdim=True) if v.shape[1] else torch.zeros_like(mean)
     reach = _over_all(reach, share).amax(0)
     scale = torch.where(reach == 0, 1.0, (reach / E4M3_MAX).clamp_min(TINY))
     v8 = ((v - mean) * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     left = (v - mean - v8.float() * scale).sum(1, keepdim=True)
-    shift = mean + left / v.shape[1] if share is None else mean / share.peers.size + left / share.tokens
+    shift = mean / processes + left / tokens
     v8 = v8.float() if share is None else _padded_to(v8.float(), share.rows)
     order = stored_order(padded_length(v8.shape[1])).to(v.device)
     stored = _padded(v8)[:, order].to(E4M3)  # exact both ways: e4m3 has no indexing on the CPU

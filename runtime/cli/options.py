@@ -196,15 +196,31 @@ GPUS = option(
     metavar="N|all",
     help="GPUs of this machine that share a generation (on a CPU, processes); CUDA_VISIBLE_DEVICES says which.",
 )
+BACKEND = option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Executor to run; one that is named is used or refused, never replaced.",
+)
+SELF_ATTENTION = option(
+    "--attention",
+    type=click.Choice(ATTENTION),
+    default="auto",
+    show_default=True,
+    help="Self-attention of the torch executor. auto: 8 bit with fp8 engines, else the fastest 16-bit one; a named "
+    "one is used or refused.",
+)
+VRAM_LIMIT = option(
+    "--vram-limit",
+    type=MemorySize(),
+    metavar="SIZE",
+    help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
+)
+NO_GRAPHS = option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step.")
 ENGINE_OPTIONS = in_section(
     "Engines",
-    option(
-        "--backend",
-        type=click.Choice(BACKENDS),
-        default="auto",
-        show_default=True,
-        help="Executor to run; one that is named is used or refused, never replaced.",
-    ),
+    BACKEND,
     option(
         "--max-rows",
         type=int,
@@ -213,21 +229,9 @@ ENGINE_OPTIONS = in_section(
         metavar="N",
         help="Most tokens a stage sees at once: fewer need less memory.",
     ),
-    option(
-        "--attention",
-        type=click.Choice(ATTENTION),
-        default="auto",
-        show_default=True,
-        help="Self-attention of the torch executor. auto: 8 bit with fp8 engines, else the fastest 16-bit one; a named "
-        "one is used or refused.",
-    ),
-    option(
-        "--vram-limit",
-        type=MemorySize(),
-        metavar="SIZE",
-        help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
-    ),
-    option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step."),
+    SELF_ATTENTION,
+    VRAM_LIMIT,
+    NO_GRAPHS,
     GPUS,
 )
 

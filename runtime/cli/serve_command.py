@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
+from scail2_rt.runtime.cli.options import BACKEND, NO_GRAPHS, SELF_ATTENTION, VRAM_LIMIT
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option
+from scail2_rt.runtime.cli.segmenter_options import SEGMENTERS
 from scail2_rt.runtime.cli.types import MemorySize
 
 
@@ -136,7 +137,7 @@ SERVE_OPTIONS = (
     in_section(
         "Engines",
         option("--model", default="scail-2", show_default=True, metavar="NAME", help="Name that clients see."),
-        option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Executor to run."),
+        BACKEND,
         option(
             "--max-rows",
             type=click.IntRange(min=1),
@@ -145,18 +146,12 @@ SERVE_OPTIONS = (
             metavar="N",
             help="Most tokens a stage sees at once.",
         ),
-        option(
-            "--attention",
-            type=click.Choice(ATTENTION),
-            default="auto",
-            show_default=True,
-            help="Self-attention of the torch executor.",
-        ),
-        option("--vram-limit", type=MemorySize(), metavar="SIZE", help="GPU memory that each worker may use."),
-        option("--no-graphs", is_flag=True, help="Disable CUDA graphs."),
+        SELF_ATTENTION,
+        VRAM_LIMIT,
+        NO_GRAPHS,
         option(
             "--segmenter",
-            type=click.Choice(["auto", "sam2", "sam3"]),
+            type=click.Choice(SEGMENTERS),
             default="auto",
             show_default=True,
             help="What makes the masks of requests without masks.",

@@ -14,10 +14,11 @@ from scail2_rt.runtime.serve.settings import Limits, Settings
 
 def _read(args: Mapping[str, Any], *own: str) -> tuple[Settings, str, str]:
     """(settings, data, engines) of an application's args: fields of `Settings` and `Limits`, and some of its own."""
+    names = [name for name in (*Settings.__slots__, *Limits.__slots__, *own) if name != "limits"]
+    if unknown := [name for name in args if name not in names]:
+        raise InputError(f"{unknown[0]} is no argument of this application: it takes {', '.join(names)}.")
     given = {name: value for name, value in args.items() if name not in ("engines", "data", *own)}
     limits = {name: given.pop(name) for name in Limits.__slots__ if name in given}
-    if unknown := [name for name in given if name not in Settings.__slots__]:
-        raise InputError(f"{unknown[0]} is no argument of an application: these are {', '.join(Settings.__slots__)}.")
     if missing := [name for name in ("engines", "data") if name not in args]:
         raise InputError(f"The application's args lack {missing[0]}.")
     for name in ("allow_hosts", "fetch_hosts"):

@@ -1,8 +1,8 @@
 """The actor that knows all jobs: it alone writes their records, gives them to replicas, and takes their results.
 
-Its index is the database of the single service, in memory's place on a node's disk; what counts are the records in the
-store, written before anything is answered. A ledger that starts reads them, so it may die at any time: Ray starts it
-again, elsewhere if need be, and calls wait. A newer ledger's number in the store ends an older one.
+Its index is the database of the single service, on a disk of its node, and may be lost: what counts are the records in
+the store, which are written before anything is answered. A ledger that starts reads them, so it may die at any time:
+Ray starts it again, elsewhere if need be, and calls wait. A newer ledger's number in the store ends an older one.
 
 Queued jobs are pushed to Ray Serve, which queues them, chooses a replica that has the prompt's encodings, and scales.
 A replica claims what reaches it: the claim counts the job's `attempt` up, and only the present attempt is listened to.
@@ -309,12 +309,10 @@ def newest_state(objects: Objects, job_id: str) -> tuple[int, int] | None:
     return (max(found)[1], max(found)[0]) if found else None
 
 
-def open_ledger(data: str | None = None) -> Any:
-    """The cluster's ledger; with `data` it is started where there is none."""
+def open_ledger(data: str) -> Any:
+    """The cluster's ledger; it is started, on `data`, where there is none."""
     import ray
 
-    if data is None:
-        return ray.get_actor(NAME, NAMESPACE)
     lasting: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 1000}
     lasting["resources"] = {"node:__internal_head__": 0.001}  # nodes that work are those that come and go
     return (

@@ -16,26 +16,14 @@ PREVIEW_SIDE = 512  # pixels, of the longer side
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
 _SAME = (  # options of `generate` that are inputs of the nodes
     *("allow-mask-problems", "anchor-color", "attention", "backend", "fit", "fit-reference", "frames", "guidance"),
-    *(
-        "mask-prompt",
-        "max-characters",
-        "mode",
-        "overlap-blend",
-        "scheduler",
-        "seed",
-        "segment-length",
-        "segment-overlap",
-        "shift",
-        "start",
-        "steps",
-    ),
+    *("mask-prompt", "max-characters", "mode", "overlap-blend", "scheduler", "seed", "segment-length"),
+    *("segment-overlap", "segmenter-weights", "shift", "start", "steps"),
 )
 _INPUTS = {
     **{name: name.replace("-", "_") for name in _SAME},
     "size": "width and height",
     "point": "points",
     "box": "boxes",
-    "segmenter-weights": "segmenter_weights",
     "vram-limit": "vram_limit_gib",
     "extra-ref": "a further picture and mask in the reference's batches",
 }

@@ -99,7 +99,7 @@ class Installed:
         lines += [f"pictures of the example workflows in input: {', '.join(self.inputs)}"] if self.inputs else []
         if self.commands:
             lines += ["In ComfyUI's Python, nothing of which this changes:", *(f"  {line}" for line in self.commands)]
-        return "\n".join([*lines, "Then start ComfyUI anew; the workflows are among its templates, under scail2_rt."])
+        return "\n".join([*lines, "Then restart ComfyUI; the workflows are among its templates, under scail2_rt."])
 
 
 @dataclass(frozen=True, slots=True)

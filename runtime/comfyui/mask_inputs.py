@@ -19,11 +19,11 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.comfyui.clip_inputs import file_of
 from scail2_rt.runtime.comfyui.frames import TensorFrames, one_by_one, to_levels
 from scail2_rt.runtime.masks.make.options import AUTHORS_ORDER as ORDER
+from scail2_rt.runtime.masks.make.ready import ON, unpacked
 from scail2_rt.runtime.masks.palette import MODEL_LABEL, OFF_BELOW, PALETTE, RGB, Mode, background_of, codes
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
 
 SORTS = ("left-to-right", "area", "none")
-_ON = 128  # 8-bit level from which on a matte shows the character
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +87,7 @@ def _of_picture(images: Any, style: MaskStyle, name: str) -> MaskFrames:
 
 
 def frames_of_file(path: Path, style: MaskStyle) -> MaskFrames:
-    """Of a video file, read from where the last frames ended, or anew."""
+    """Of a video file, read from where the last frames ended, else opened again."""
     info = probe_video(path)
     reader = VideoReader(path)
 
@@ -118,7 +118,7 @@ def _of_matte(matte: Any, style: MaskStyle, name: str) -> MaskFrames:
     colour, background = _colours(style)
 
     def make(first: int, last: int) -> np.ndarray:
-        inside = to_levels(matte[first:last]).numpy() >= _ON
+        inside = to_levels(matte[first:last]).numpy() >= ON
         return np.where(inside[..., None], colour[ORDER.index(style.colour)], background)
 
     return MaskFrames((*matte.shape, 3), make, f"a matte of one character ({style.colour})")
@@ -149,7 +149,7 @@ def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
     def make(first: int, last: int) -> np.ndarray:
         made = np.empty((last - first, *size, 3), np.uint8)
         for frame, out in zip(bits[first:last], made, strict=True):
-            masks = _unpacked(frame)[order][:, rows][:, :, columns]
+            masks = unpacked(frame)[order][:, rows][:, :, columns]
             anybody: np.ndarray = np.logical_or.reduce(masks)
             out[:] = np.where(anybody[..., None], colours[masks.argmax(0)], background)
         return made
@@ -161,15 +161,9 @@ def _own_size(bits: np.ndarray) -> tuple[int, int]:
     return bits.shape[2], 8 * bits.shape[3]
 
 
-def _unpacked(bits: np.ndarray) -> np.ndarray:
-    """uint8 [N, h, w/8] → bool [N, h, w]."""
-    masks: np.ndarray = np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
-    return masks
-
-
 def _chosen(bits: np.ndarray, style: MaskStyle, name: str) -> list[int]:
     """The track's figures in the order of their colours. InputError for more than there are colours."""
-    first = _unpacked(bits[0])
+    first = unpacked(bits[0])
     order = sorted(range(len(first)), key=_key(first, style.sort))
     unknown = [figure for figure in style.figures if figure >= len(order)]
     if unknown:

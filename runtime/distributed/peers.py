@@ -21,9 +21,8 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from scail2_rt.runtime.pipeline.sharing import Sharing
 
-TIMEOUT = timedelta(
-    minutes=10
-)  # of a collective that waits for a process which compiles or loads; death ends it at once
+# Of a collective that waits for a process which compiles or loads; the death of that process ends it at once.
+TIMEOUT = timedelta(minutes=10)
 # A process that dies is noticed through its connection (`distributed.team`). NCCL's own threads would end this process.
 NCCL_DEFAULTS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",

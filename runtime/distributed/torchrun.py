@@ -6,6 +6,7 @@ with it, so whatever the command would do besides is done once.
 """
 
 import atexit
+import functools
 import json
 import os
 import sys
@@ -43,17 +44,13 @@ class Place:
         return self.size
 
 
-_STORE: list[Any] = []  # torchrun's store, once a process
-
-
+@functools.cache
 def torchrun_store() -> Any:
-    """torchrun's store."""
-    if not _STORE:
-        from torch.distributed import rendezvous
+    """torchrun's store; a process can join it once."""
+    from torch.distributed import rendezvous
 
-        store, _, _ = next(rendezvous("env://"))
-        _STORE.append(store)
-    return _STORE[0]
+    store, _, _ = next(rendezvous("env://"))
+    return store
 
 
 def announce(host: str, port: int, key: bytes) -> None:

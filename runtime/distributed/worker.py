@@ -107,10 +107,6 @@ class Worker:
         self.constants.make_room(placement)
         self._transformer = None
 
-    def drop_transformers(self) -> None:
-        self.constants.drop_transformers()
-        self._transformer = None
-
     def close(self) -> None:
         self.constants.drop()
         self.engines.close()

@@ -18,6 +18,7 @@ import torch
 from scail2_rt.engines.engine_set import EngineSet, Execution, open_engines
 from scail2_rt.engines.folder.manifest import read_manifest
 from scail2_rt.engines.registry import backend
+from scail2_rt.engines.tensorrt_backend.targets import target_of
 from scail2_rt.engines.verify.verify import StageResult, VerifyReport
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import Scail2Error
@@ -119,14 +120,9 @@ def block_for_report(report: VerifyReport) -> str | None:
 
 def card_block(report: VerifyReport, steps: Sequence[StepTime], versions: Mapping[str, str]) -> str:
     """The block. versions: of libraries, beside those that the manifest names."""
-    directory = Path(report.directory)
-    manifest = read_manifest(directory)
-    families = {name: d.family or name for name, d in stage_definitions(manifest.config).items()}
-    rows: dict[str, list[StageResult]] = {}
-    for result in report.stages:
-        rows.setdefault(families[result.stage], []).append(result)
+    manifest = read_manifest(Path(report.directory))
     cards = [
-        f"{gpu.name}, sm{gpu.capability[0]}{gpu.capability[1]}, {gpu.total_gib:.1f} GiB, driver {gpu.driver}"
+        f"{gpu.name}, {target_of(gpu.capability)}, {gpu.total_gib:.1f} GiB, driver {gpu.driver}"
         for gpu in gpus_of_driver()
     ]
     named = {**versions, **{k: v for record in manifest.executors for k, v in record.versions.items()}}
@@ -137,12 +133,22 @@ def card_block(report: VerifyReport, steps: Sequence[StepTime], versions: Mappin
         f"system: {platform.platform(terse=True)}, Python {platform.python_version()}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in sorted(named.items())),
         *(str(check) for check in report.checks),
-        *(_row(family, results) for family, results in rows.items()),
+        *family_rows(report),
         *(f"step: {step}" for step in steps),
         *(f"FAIL {result.stage}: {result}" for result in report.stages if not result.passed),
         "```",
     ]
     return "\n".join(lines)
+
+
+def family_rows(report: VerifyReport) -> list[str]:
+    """One line per family of stages, as `_row`."""
+    config = read_manifest(Path(report.directory)).config
+    families = {name: d.family or name for name, d in stage_definitions(config).items()}
+    groups: dict[str, list[StageResult]] = {}
+    for result in report.stages:
+        groups.setdefault(families[result.stage], []).append(result)
+    return [_row(family, results) for family, results in groups.items()]
 
 
 def _row(family: str, results: Sequence[StageResult]) -> str:

@@ -17,7 +17,7 @@ from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.masks.check import check_case
-from scail2_rt.runtime.masks.make.make import MaskPlan, Masks, make_masks, plan_masks
+from scail2_rt.runtime.masks.make.make import MaskPlan, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
 from scail2_rt.runtime.session.check import check_output
 from scail2_rt.runtime.session.output_lock import refuse_second
@@ -30,6 +30,7 @@ MAKING = (
     "segmenter", "segmenter_weights", "mask_prompt", "max_characters", "sort", "points", "boxes", "pairs",
     "one_to_many", "image_from", "driving_from",
 )  # fmt: skip
+_ASKED = (*MAKING, "mode", "start", "frames")
 
 
 def masks_folder(output: Path) -> Path:
@@ -39,17 +40,25 @@ def masks_folder(output: Path) -> Path:
 
 def mask_options(given: Mapping[str, Any]) -> MaskOptions:
     """Of a command's parameters."""
-    fields = {_MADE.get(name, name): given[name] for name in (*MAKING, "mode", "start", "frames")}
-    return MaskOptions(**fields)
+    return MaskOptions(**{_MADE.get(name, name): given[name] for name in _ASKED})
+
+
+def _asked_of(options: GenerateOptions) -> MaskOptions:
+    return mask_options({name: getattr(options, name) for name in _ASKED})
+
+
+def _check_there(image: Path, driving: Path) -> None:
+    for label, path in (("reference image", image), ("driving video", driving)):
+        if not path.is_file():
+            raise InputError(f"The {label} {path} does not exist.")
 
 
 def masks_of(options: GenerateOptions) -> MaskPlan | None:
     """What making the masks of `generate --image --driving` would do; None where they are given. InputError for options
     of masks that are made beside masks that are given."""
-    given = {name: getattr(options, name) for name in (*MAKING, "mode", "start", "frames")}
     if not options.makes_masks:
         defaults = MaskOptions()
-        used = [name for name in MAKING if given[name] != getattr(defaults, _MADE.get(name, name))]
+        used = [name for name in MAKING if getattr(options, name) != getattr(defaults, _MADE.get(name, name))]
         if used:
             flags = ", ".join("--" + {"boxes": "box", "points": "point"}.get(n, n.replace("_", "-")) for n in used)
             raise InputError(
@@ -59,18 +68,15 @@ def masks_of(options: GenerateOptions) -> MaskPlan | None:
     assert options.image is not None
     assert options.driving is not None
     folder = masks_folder(options.output)
-    for label, path in (("reference image", options.image), ("driving video", options.driving)):
-        if not path.is_file():
-            raise InputError(f"The {label} {path} does not exist.")
+    _check_there(options.image, options.driving)
     refuse_second(options.output)
     request = options.request(options.image, folder / "ref_mask.png", options.driving, folder / "mask.mp4")
     check_output(options.output_to(options.output), request)
-    return plan_masks(options.image, options.driving, folder, mask_options(given))
+    return plan_masks(options.image, options.driving, folder, _asked_of(options))
 
 
 def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
     """The options with masks that are made, or were made before, beside the output."""
-    given = {name: getattr(options, name) for name in (*MAKING, "mode", "start", "frames")}
     assert options.image is not None
     assert options.driving is not None
     stop_on_sigterm()
@@ -78,7 +84,7 @@ def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
         options.image,
         options.driving,
         masks_folder(options.output),
-        mask_options(given),
+        _asked_of(options),
         device=options.segmenter_device,
         vram_limit=options.vram_limit,
         on_progress=listener,
@@ -86,10 +92,6 @@ def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
     print(masks.text, file=sys.stderr)
     for note in masks.notes:
         print(f"masks: {note}", file=sys.stderr)
-    return masked(options, masks)
-
-
-def masked(options: GenerateOptions, masks: Masks) -> GenerateOptions:
     return replace(options, mask_image=masks.mask_image, mask_video=masks.mask_video, mode=masks.mode)
 
 
@@ -105,9 +107,7 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
     """A case folder. InputError where there is one already, unless it may be replaced."""
     folder, image, driving = Path(options["output"]), options["image"], options["driving"]
     asked = mask_options(options)
-    for label, path in (("reference image", image), ("driving video", driving)):
-        if not path.is_file():
-            raise InputError(f"The {label} {path} does not exist.")
+    _check_there(image, driving)
     names = _case_names(image, driving)
     there = official_files(folder)
     if there and not options["overwrite"]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from scail2_rt.engines.engine_set import EngineSet
 
 BLOCK_STAGES = ("qkv", "mid", "ffn")
@@ -58,8 +60,6 @@ def _stages(blocks: range) -> list[str]:
 
 def apply(placement: Placement, engines: EngineSet, others: int = 0) -> None:
     """Tell the engines and the allocator, which counts the bytes that others in this process hold, too."""
-    import torch
-
     total = torch.cuda.mem_get_info()[1]
     limited = engines.execution.vram_limit is not None
     torch.cuda.set_per_process_memory_fraction(min((placement.budget + others) / total, 1.0) if limited else 1.0)
@@ -68,7 +68,5 @@ def apply(placement: Placement, engines: EngineSet, others: int = 0) -> None:
 
 def lift_limit(engines: EngineSet) -> None:
     """The limit is the run's: what else the process does on the GPU may use all of it."""
-    import torch
-
     if engines.execution.vram_limit is not None:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -20,7 +20,7 @@ from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.description import video_body
 from scail2_rt.runtime.serve.errors import DiskFull, Refusal, fault, not_found, wrong
-from scail2_rt.runtime.serve.multipart import Form, receive
+from scail2_rt.runtime.serve.multipart import receive
 from scail2_rt.runtime.serve.service import HEARD_AT_ONCE, Kind, Live, Service
 from scail2_rt.runtime.serve.store import JobRow, Order, new_id
 from scail2_rt.runtime.serve.views import POLL_MS, file_object, page_of, peak_mb, video_object
@@ -56,9 +56,8 @@ def make_app(service: Service) -> FastAPI:
     async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = _refusal(error)
         service.metrics.refused.labels(refusal.status).inc()
-        unread = (
-            {"Connection": "close"} if request.method == "POST" else {}
-        )  # what is still being sent is not waited for
+        # What is still being sent is not waited for.
+        unread = {"Connection": "close"} if request.method == "POST" else {}
         return JSONResponse(refusal.body, refusal.status, refusal.headers | unread)
 
     for kind in (Scail2Error, HTTPException, RequestValidationError, ClientDisconnect, OSError, DiskFull, Exception):
@@ -81,11 +80,11 @@ def _refusal(error: Exception) -> Refusal:
 
 @contextlib.contextmanager
 def _known(after: str | None) -> Iterator[None]:
-    """Refusal when a list is asked for from an entry on that is not known."""
+    """Refusal when `after` names an entry that is not known."""
     try:
         yield
     except LookupError:
-        raise wrong(f"after: there is no {str(after)[:80]!r} in this list: begin it again.", "after") from None
+        raise wrong(f"after: there is no {str(after)[:80]!r} in this list: start it again.", "after") from None
 
 
 def _owner(request: Request) -> str:
@@ -251,7 +250,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
     async def create_file(request: Request) -> dict[str, Any]:
         """Keep a file for several jobs: fields `file` and `purpose`."""
         owner = _owner(request)
-        form: Form = await receive(request, store.incoming, service.settings.limits)
+        form = await receive(request, store.incoming, service.settings.limits)
         try:
             upload = form.files.get("file")
             if upload is None:

@@ -3,9 +3,9 @@
     stdin    one JSON object per line: id, folder, options, limits
     stdout   one per answer: id and what the child found, or what it died of
 
-A child may take so much memory and time, and hardly any disk; what it was given may break it and nothing else. It runs
-what the command line runs before it loads anything (`session.check.check_request`), so that refusals are the same
-sentences.
+A child's memory and time are limited, and it may write hardly anything; what it was given may break it and nothing
+else. It runs what the command line runs before it loads anything (`session.check.check_request`), so that refusals are
+the same sentences.
 """
 
 import base64
@@ -14,7 +14,6 @@ import json
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -192,7 +191,7 @@ def finish(child: Child) -> dict[str, Any]:
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU):
         limit = f"{child.limits['decode_s']:g} s"
         return {"id": child.id, "status": 422, "error": f"Checking the inputs takes longer than {limit}: send less."}
-    return {"id": child.id, "status": 422, "error": f"The inputs broke the decoder ({status}): encode them anew."}
+    return {"id": child.id, "status": 422, "error": f"The inputs broke the decoder ({status}): encode them again."}
 
 
 def serve() -> None:
@@ -201,7 +200,6 @@ def serve() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _preload()
-    print(json.dumps({"ready": True}), file=answers, flush=True)
     children: dict[int, Child] = {}
     unread = b""
     while True:
@@ -246,7 +244,4 @@ def _preload() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        serve()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    serve()

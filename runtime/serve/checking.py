@@ -1,4 +1,4 @@
-"""The server's side of `check_process`: one warm process, at most some checks at once, started again when it ends."""
+"""The server's side of `check_process`: one warm process, started again when it ends."""
 
 import asyncio
 import contextlib
@@ -6,14 +6,13 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from scail2_rt.runtime.serve.errors import Refusal
 from scail2_rt.runtime.serve.settings import Limits
 
-AT_ONCE = 2
+AT_ONCE = 2  # checks
 LINE_BYTES = 4 << 20
 
 
@@ -54,10 +53,7 @@ class Checker:
 
     async def check(self, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a folder's inputs are and would give. Refusal with the command line's sentence."""
-        limits = {name: value for name, value in asdict(self._limits).items() if name in ("frames", "pixels")} | {
-            "decode_s": self._limits.decode_s,
-            "decode_bytes": self._limits.decode_bytes,
-        }
+        limits = {name: getattr(self._limits, name) for name in ("frames", "pixels", "decode_s", "decode_bytes")}
         async with self._slots:
             await self.start()
             number = str(next(self._numbers))

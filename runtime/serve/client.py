@@ -23,7 +23,8 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.progress import Listener, Progress
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.run import Job, Outcome, single_job, summary
-from scail2_rt.runtime.serve.fields import MASKING
+from scail2_rt.runtime.serve import made_masks
+from scail2_rt.runtime.serve.fields import MASKING, REFERENCES
 from scail2_rt.runtime.serve.wire import Wire
 from scail2_rt.runtime.session.check import check_output
 from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
@@ -41,7 +42,6 @@ SAME = (
 )
 BACK_S = 120.0  # how long a service that went away may take to come back
 KEY = "SCAIL2_RT_API_KEY"
-MASK_FIELDS = ("mask_reference", "video_mask_reference")
 MASK_VIDEOS = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}  # runtime.masks.make.work.VIDEO_NAMES
 
 
@@ -138,16 +138,11 @@ def _files_of(job: Job, made: bool) -> dict[str, Path]:
     """Field of the interface → the file that was given; masks that are made are none."""
     request = job.request
     assert request is not None
-    named: dict[str, Any] = {
-        "input_reference": request.image,
-        "mask_reference": request.mask_image,
-        "video_reference": request.driving,
-        "video_mask_reference": request.mask_video,
-    }
+    named: dict[str, Any] = {name: getattr(request, field) for name, field in REFERENCES.items()}
     for number, (image, mask) in enumerate(request.extra_refs, 1):
         named |= {f"extra_ref_{number}": image, f"extra_ref_{number}_mask": mask}
     if made:
-        named = {name: path for name, path in named.items() if name not in MASK_FIELDS}
+        named = {name: path for name, path in named.items() if name not in made_masks.INPUTS}
     for label, path in request.inputs.items():
         if made and label in ("reference mask", "driving mask video"):
             continue
@@ -282,7 +277,7 @@ def _fetch(wire: Wire, video_id: str, job: Job, files: Mapping[str, Path]) -> Fe
             raise
     with wire.open("GET", f"{content}report") as response:
         report = json.loads(response.read())
-    if MASK_FIELDS[0] not in files:
+    if made_masks.INPUTS[0] not in files:
         files = {**files, **_fetch_masks(wire, content, output, report["mode"])}
     _localise(report, output, files)
     report |= {"server": wire.url, "video_id": video_id}

@@ -86,7 +86,7 @@ class Doors:
 
 
 def _parts(url: str) -> SplitResult:
-    """Empty ones of what is no address."""
+    """The parts of an address; all empty where it is none."""
     try:
         return urlsplit(url)
     except ValueError:
@@ -135,7 +135,7 @@ class PatientProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.response_complete and self.conn.trailing_data[0]:  # the begin of another request came with it
+        if self.cycle.response_complete and self.conn.trailing_data[0]:  # the beginning of another request came with it
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -2,7 +2,7 @@
 
 An upload is moved there, a kept file linked (deleting it later does not touch the job), a `data:` URL decoded, an
 `http(s)` URL fetched where the operator allows its host. What a file is, its first bytes say: formats that name other
-files or addresses (playlists, edit lists, PostScript) are not among those that are taken.
+files or addresses (playlists, concat scripts, PostScript) are not among those that are taken.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class Inputs:
                 raise wrong(f"{name} is given twice: as a file and as a field.", name)
             if name in form.files:
                 upload = form.files.pop(name)
-                await asyncio.to_thread(_take, upload, folder / name)
+                await asyncio.to_thread(upload.path.replace, folder / name)
                 self._placed(folder / name, name, upload.sha256)
             elif field in asked.references:
                 await self._refer(asked.references[field], folder / name, name)
@@ -106,10 +106,6 @@ class Inputs:
     def _placed(self, place: Path, name: str, sha256: str) -> None:
         self.hashes[name] = sha256
         check_kind(place, name)
-
-
-def _take(upload: Upload, place: Path) -> None:
-    upload.path.replace(place)
 
 
 def _decode_data(url: str, receiver: Receiver, name: str) -> Upload:

@@ -1,6 +1,8 @@
 """From the options of `scail2-rt serve` to its settings: where the data go, and how many workers there are."""
 
+import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,9 +67,6 @@ def workers_of(wanted: str, each: int, there: int) -> int:
 def visible_gpus(backend: str) -> int:
     """Counted by another process: the server itself loads no CUDA. 0 where PyTorch finds none, and for a backend that
     runs on the CPU here."""
-    import os
-    import sys
-
     if not (Path("/dev/nvidiactl").exists() or os.name == "nt" or Path("/dev/dxg").exists()):
         return 0
     code = (

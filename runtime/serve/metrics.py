@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from scail2_rt.runtime.serve.service import Service
 
-SECONDS = (0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
+BUCKETS = (0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
 
 
 class Metrics(Collector):
@@ -29,10 +29,10 @@ class Metrics(Collector):
         )
         self._frames = Counter("scail2_frames", "Frames of completed jobs.", registry=registry)
         self._rate = Histogram(
-            "scail2_frames_per_second", "Frames per second of completed jobs.", registry=registry, buckets=SECONDS
+            "scail2_frames_per_second", "Frames per second of completed jobs.", registry=registry, buckets=BUCKETS
         )
         self.first_step = Histogram(
-            "scail2_first_step_seconds", "From taking a job to its first step.", registry=registry, buckets=SECONDS
+            "scail2_first_step_seconds", "From taking a job to its first step.", registry=registry, buckets=BUCKETS
         )
         self.refused = Counter("scail2_refused", "Refused requests by status.", ["status"], registry=registry)
         registry.register(self)

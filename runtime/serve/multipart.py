@@ -7,6 +7,7 @@ request that is broken off is removed. No name that a client gives a file is eve
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import parse_qsl
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -132,9 +134,6 @@ async def receive(request: Request, folder: Path, limits: Limits) -> Form:
 
 
 def _fields_of(body: bytes, json_body: bool) -> list[tuple[str, Any]]:
-    import json
-    from urllib.parse import parse_qsl
-
     try:
         if not json_body:
             return list(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=FIELDS))

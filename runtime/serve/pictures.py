@@ -25,13 +25,13 @@ def newest_picture(video: Path) -> bytes:
                 frame = next(iter(packet.decode()), frame)
     if frame is None:
         return b""
-    return _jpeg(_small(frame))
+    return _encoded(_small(frame), "JPEG")
 
 
 def thumbnail(video: Path) -> bytes:
     """The middle frame, as WebP of at most 320 pixels in width."""
     frames = _frames(video, 3)
-    return _webp(frames[len(frames) // 2])
+    return _encoded(frames[len(frames) // 2], "WEBP")
 
 
 def spritesheet(video: Path) -> bytes:
@@ -43,7 +43,7 @@ def spritesheet(video: Path) -> bytes:
     sheet = Image.new("RGB", (width * COLUMNS, height * -(-len(frames) // COLUMNS)))
     for i, frame in enumerate(frames):
         sheet.paste(frame, (width * (i % COLUMNS), height * (i // COLUMNS)))
-    return _webp(sheet)
+    return _encoded(sheet, "WEBP")
 
 
 def _frames(video: Path, count: int) -> "list[Image]":
@@ -59,13 +59,7 @@ def _small(frame: Any) -> "Image":
     return frame.to_image(width=width, height=max(1, round(frame.height * width / frame.width)))
 
 
-def _jpeg(image: "Image") -> bytes:
+def _encoded(image: "Image", kind: str) -> bytes:
     written = io.BytesIO()
-    image.save(written, "JPEG", quality=80)
-    return written.getvalue()
-
-
-def _webp(image: "Image") -> bytes:
-    written = io.BytesIO()
-    image.save(written, "WEBP", quality=80)
+    image.save(written, kind, quality=80)
     return written.getvalue()

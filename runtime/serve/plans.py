@@ -22,6 +22,7 @@ _BESIDE = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
     ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13's name
 }
 
 
@@ -31,13 +32,13 @@ class Unreadable(Exception):
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _BESIDE or (module, name) == ("pathlib._local", "PosixPath"):
+        if (module, name) in _BESIDE:
             return super().find_class(module, name)
         if module in [f"scail2_rt.runtime.{record}" for record in _RECORDS] and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, type) and is_dataclass(found) and found.__module__ == module:
                 return found
-        raise Unreadable(f"{module}.{name} does not belong into a plan.")
+        raise Unreadable(f"{module}.{name} does not belong in a plan.")
 
 
 def pack(plan: Plan) -> bytes:

@@ -8,6 +8,7 @@ the others run. A dead worker is replaced, at growing intervals while new ones d
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -26,7 +27,6 @@ LINE_BYTES = 4 << 20
 LONGEST_PAUSE_S = 30.0
 STOP_S = 5.0
 OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-
 FULL_DISK_S = 1.0  # until a write is tried again
 
 Written = TypeVar("Written")
@@ -35,7 +35,7 @@ Hear = Callable[[JobRow, Mapping[str, Any]], Awaitable[None]]
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process. job: what it carries out; segments: how many of its are finished; phase: where it is."""
+    """One worker process. job: what it carries out; segments: how many of that are finished; phase: where it is."""
 
     number: int
     process: asyncio.subprocess.Process | None = None
@@ -176,8 +176,6 @@ class Pool:
 
     def _environment(self, worker: Worker) -> dict[str, str] | None:
         """Each worker sees its own GPUs only; on the CPU nothing changes."""
-        import os
-
         if not self._settings.on_gpu:
             return None
         visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]

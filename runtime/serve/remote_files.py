@@ -95,7 +95,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def _connect(host: str, port: int | None, secure: bool, name: str) -> http.client.HTTPConnection:
     port = port or (443 if secure else 80)
     if port not in (80, 443):
-        raise wrong(f"{name}: URLs of the ports 80 and 443 are fetched only.", name, "url_not_allowed")
+        raise wrong(f"{name}: only URLs on ports 80 and 443 are fetched.", name, "url_not_allowed")
     address = public_address(host, port, name)
     connection = http.client.HTTPConnection(host, port, timeout=SILENCE_S)
     connected = socket.create_connection((address, port), SILENCE_S)

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
 import traceback
@@ -313,8 +314,6 @@ def _folder_bytes(folder: Path) -> int:
 
 def _sync(folder: Path) -> None:
     """The names in a job's folder, and the folder's own, are on the disk."""
-    import os
-
     for path in (folder, folder.parent):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -48,6 +48,7 @@ class Settings:
     model              the name that clients see
     segmenter, segmenter_weights   what makes masks, and its folder
     warm               run a very small video at the start, so that the first request finds loaded weights
+    kills              of a job's worker without another finished segment, after which the job fails
     """
 
     engines: Path

@@ -82,7 +82,7 @@ def warm(session: "Session") -> None:
     white = np.full((96, 160, 3), 255, np.uint8)
     figure = white.copy()
     figure[16:80, 60:100] = (0, 0, 255)
-    black = np.where(figure == 255, 0, figure).astype(np.uint8)
+    black = np.zeros_like(figure)
     black[16:80, 60:100] = (0, 0, 255)
     clip, mask = (Clip(np.stack([picture] * 5), Fraction(16)) for picture in (figure, black))
     request = Request(figure, figure, clip, mask, size=(96, 160), steps=1, guidance=1, fit="official")
@@ -117,7 +117,7 @@ def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
         said = said.replace(f"{session.engines.directory}{os.sep}", "")  # where the engines are is the operator's
         messages.say(failed={"message": plain_names(said, folder, job["masking"]), "kind": kind}, **about)
     else:
-        messages.say(done=described(result, time.perf_counter() - began, session), **about)
+        messages.say(done=described(result, time.perf_counter() - began), **about)
 
 
 def make_plan(session: "Session", job: Mapping[str, Any], folder: Path, masks: "Masks | None") -> "Plan":
@@ -135,7 +135,7 @@ def make_plan(session: "Session", job: Mapping[str, Any], folder: Path, masks: "
 
 def generate(session: "Session", plan: "Plan", job: Mapping[str, Any], heard: "Teller") -> "Result":
     """The video, going on where an earlier attempt ended. What such an attempt left that does not fit (the program was
-    updated in between, say) is made anew."""
+    updated in between, say) is made again."""
     given = job["options"]
     chosen = {name: given[name] for name in ("codec", "crf") if name in given}
     output = Output(Path(job["folder"]) / "video.mp4", **chosen, resume=True)
@@ -169,7 +169,7 @@ class Teller:
             self.messages.say(preview={"segment": finished, "jpeg": picture}, **self._about)
 
 
-def described(result: "Result", seconds: float, session: "Session") -> dict[str, Any]:
+def described(result: "Result", seconds: float) -> dict[str, Any]:
     """What came of a job, for the store."""
     report = result.report
     return {

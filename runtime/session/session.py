@@ -77,7 +77,7 @@ class Session:
     ) -> "Session":
         """Open an engine folder; no weights are loaded yet.
 
-        backend        the executor: auto, torch, onnxruntime or tensorrt; one that is named is used or refused
+        backend        the executor: auto, torch, onnxruntime, tensorrt or tensorrt-rtx; a named one is used or refused
         execution      how it runs: attention, rows per call, CUDA graphs, a limit of GPU memory
         device         cpu or cuda; by default where the executor is fastest
         prompt_cache   folder for prompt encodings; by default the user's cache folder

@@ -20,6 +20,7 @@ import torch
 from scail2_rt.benchmarks.sprites.world.crossings import make_crossing
 from scail2_rt.benchmarks.sprites.world.raster import draw_picture
 from scail2_rt.runtime.masks.make import segmenters
+from scail2_rt.runtime.masks.make.figures import iou
 from scail2_rt.runtime.masks.make.folders import open_folder
 from scail2_rt.runtime.masks.make.options import AUTHORS_PROMPT
 from scail2_rt.runtime.masks.make.pixels import (
@@ -142,7 +143,7 @@ def _sam3_detection(folder: Path, clip: np.ndarray) -> dict[str, Any]:
     same = all(torch.equal(ours_words.prompt_input_ids[i], session.prompt_input_ids[i]) for i in session.prompts)
     found = ours.find(clip[0], AUTHORS_PROMPT)
     theirs = [picture_masks(mask.float(), clip.shape[1:3])[0].cpu().numpy() > 0 for mask in out.obj_id_to_mask.values()]
-    apart = [1 - max((segmenters.mask_iou(each.given.mask, mask) for mask in theirs), default=0.0) for each in found]
+    apart = [1 - max((iou(each.given.mask, mask) for mask in theirs), default=0.0) for each in found]
     return {"same words": same, "theirs": len(theirs), "ours": len(found), "largest 1 - IoU": max(apart, default=0.0)}
 
 

@@ -73,7 +73,6 @@ class FlatTracker:
 class FlatSegmenter:
     """`asked`: the prompts that it heard; `trackers`: those that it made."""
 
-    finds: bool = True
     forgets: bool = False
     name: str = "sam2"
     asked: list[str] = field(default_factory=list)

@@ -4,11 +4,13 @@ Hugging Face's names for umT5 and CLIP, and 8-bit weights with scales in every f
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scail2_rt.export.checkpoint.hf_names import CLIP_TO_WAN, UMT5_TO_WAN
+from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.export.checkpoint.tensors import TensorSource
 
 Tensors = dict[str, Tensor]
@@ -18,6 +20,20 @@ PREFIX = "model.diffusion_model."
 
 def tensors_of(source: TensorSource) -> Tensors:
     return {name: source.get(name).clone() for name in source.keys()}  # noqa: SIM118
+
+
+def opened_dit(path: Path) -> TensorSource:
+    """The transformer of a file that is opened alone."""
+    return open_checkpoint(path, components=("dit",)).sources["dit"]
+
+
+def assert_same(source: TensorSource, tensors: Tensors) -> None:
+    """Names, types, shapes and values."""
+    assert set(source.keys()) == set(tensors)
+    for name, tensor in tensors.items():
+        found = source.get(name)
+        assert (source.dtype(name), source.shape(name)) == (found.dtype, tuple(found.shape)), name
+        assert torch.equal(found, tensor), name
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:

@@ -84,9 +84,8 @@ def make_segmenter(seed: int = 0) -> Any:
     for module in model.modules():
         if hasattr(module, "layer_norm") and hasattr(module, "scale") and isinstance(module.scale, nn.Parameter):
             nn.init.constant_(module.scale, 0.1)  # of the memory fuser, which transformers begins at nothing
-    nn.init.constant_(
-        model.mask_decoder.pred_obj_score_head.proj_out.bias, 2.0
-    )  # a mask of what is absent learns nothing
+    # a figure begins as there: the mask of what is absent learns nothing
+    nn.init.constant_(model.mask_decoder.pred_obj_score_head.proj_out.bias, 2.0)
     return model
 
 

@@ -3,7 +3,7 @@
     python -m scail2_rt.benchmarks.sprites.training.train_segmenter OUTPUT --work DIR
     torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.training.train_segmenter …
 
-One GPU or two; minutes or steps as in `train`. OUTPUT becomes a folder that `--segmenter-weights` takes, written anew
+One GPU or two; minutes or steps as in `train`. OUTPUT becomes a folder that `--segmenter-weights` takes, written again
 at each look at the held-out clips, whose mean IoU is printed. An interrupted run goes on.
 """
 
@@ -175,6 +175,21 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and any(part in name for part in inside)
 
 
+@dataclass(frozen=True, slots=True)
+class SegmenterOptions:
+    """The command's argument and options."""
+
+    output: Path
+    work: Path
+    minutes: float
+    steps: int
+    clips: int
+    frames: int
+    held_out: int
+    batch: int
+    recorded: bool
+
+
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for the state and the log.")
@@ -187,36 +202,31 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
 @click.option(
     "--recorded/--eager", default=True, help="On a GPU: steps as CUDA graphs, or launched one kernel at a time."
 )
-def main(
-    output: Path,
-    work: Path,
-    minutes: float,
-    steps: int,
-    clips: int,
-    frames: int,
-    held_out: int,
-    batch: int,
-    recorded: bool,
-) -> None:
+def main(**given: Any) -> None:
     """Train a small SAM 2 on drawn figures and write it to OUTPUT."""
-    work.mkdir(parents=True, exist_ok=True)
+    options = SegmenterOptions(**given)
+    frames, batch = options.frames, options.batch
+    options.work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     workers, began = Workers.here(), time.monotonic()
     processes = max((cpu_count() or 1) // workers.count, 1)
-    own = make_pictures(workers.part(range(clips)), frames, processes)
+    own = make_pictures(workers.part(range(options.clips)), frames, processes)
     learnt = SegmenterClips(own, workers.device)
     groups = {
-        name: SegmenterClips([held_out_picture(name, number, frames) for number in range(held_out)], workers.device)
+        name: SegmenterClips(
+            [held_out_picture(name, number, frames) for number in range(options.held_out)], workers.device
+        )
         for name in HELD_OUT
         if workers.rank == 0
     }
     print(f"{len(learnt.image)} clips drawn in {time.monotonic() - began:.0f} s", flush=True)
-    identity = f"{clips} clips of {frames} frames, {batch} a step and process"
-    training = Training(Budget(minutes, steps), workers, work, "segmenter", identity, recorded)
-    found = train_segmenter(learnt, groups, training, output, batch)
+    identity = f"{options.clips} clips of {frames} frames, {batch} a step and process"
+    budget = Budget(options.minutes, options.steps)
+    training = Training(budget, workers, options.work, "segmenter", identity, options.recorded)
+    found = train_segmenter(learnt, groups, training, options.output, batch)
     if workers.rank == 0:
-        (output / "held_out.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps({"output": str(output), "held out": found}), flush=True)
+        (options.output / "held_out.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps({"output": str(options.output), "held out": found}), flush=True)
     workers.wait()
 
 

@@ -6,7 +6,7 @@ from collections import deque
 
 import numpy as np
 
-from scail2_rt.runtime.masks.make.figures import BINS
+from scail2_rt.runtime.masks.make.figures import alike, look
 
 SIDE = 32  # pixels of the small pictures that are compared
 LEVELS = 30.0  # mean difference, of 255, that a cut makes at least
@@ -50,8 +50,6 @@ def _small(frame: np.ndarray) -> np.ndarray:
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> float:
-    first, second = (
-        np.bincount((picture.astype(int) * BINS // 256 @ np.array([BINS * BINS, BINS, 1])).ravel(), minlength=BINS**3)
-        for picture in (a, b)
-    )
-    return float(np.minimum(first, second).sum() / first.sum())
+    """What the colours of two pictures of one size share, 0…1."""
+    whole = np.ones(a.shape[:2], bool)
+    return alike(look(a, whole), look(b, whole))

@@ -28,7 +28,6 @@ class Character:
     number: int
     look: np.ndarray | None = None
     centre: tuple[float, float] = (0.5, 0.5)
-    first_seen: int = 0
     last_seen: int = -1
     colour: str = ""
 
@@ -47,7 +46,7 @@ def centre(mask: np.ndarray) -> tuple[float, float]:
 
 
 def look(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Histogram of the colours of `frame`, uint8 [H, W, 3], inside the mask; its sum is 1."""
+    """Histogram of the colours of `frame`, levels 0…255 [H, W, 3], inside the mask; its sum is 1."""
     pixels = frame[mask]
     pixels = pixels[:: max(len(pixels) // HISTOGRAM_PIXELS, 1)].astype(np.int64) * BINS // 256
     counts = np.bincount((pixels @ np.array([BINS * BINS, BINS, 1])), minlength=BINS**3)
@@ -66,6 +65,15 @@ def distance(a: tuple[float, float], b: tuple[float, float]) -> float:
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     either = int((a | b).sum())
     return int((a & b).sum()) / either if either else 0.0
+
+
+def box_iou(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Of two boxes x0, y0, x1, y1."""
+    first, second = np.asarray(a), np.asarray(b)
+    low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
+    both = float(np.clip(high - low, 0, None).prod())
+    either = float((first[2:] - first[:2]).prod() + (second[2:] - second[:2]).prod()) - both
+    return both / either if either > 0 else 0.0
 
 
 def inside(a: np.ndarray, b: np.ndarray) -> float:
@@ -118,8 +126,7 @@ class Cast:
     told: set[tuple[int, int]] = field(default_factory=set)
 
     def enter(self, frame_number: int, frame: np.ndarray, mask: np.ndarray, colour: str = "") -> Character:
-        made = Character(len(self.characters) + 1, None, centre(mask), frame_number, frame_number, colour)
-        made.look = look(frame, mask)
+        made = Character(len(self.characters) + 1, look(frame, mask), centre(mask), frame_number, colour)
         self.characters[made.number] = made
         return made
 

@@ -3,8 +3,8 @@
 The first frame decides who is there. Later, every `EVERY` frames and after a cut, text looks again: somebody whom the
 tracker exchanged for another is set right by appearance; somebody new enters the cast, and is followed back to where
 they came in; somebody who was away and whom the tracker's memory did not find again gets their label back by
-appearance, then by place. After a cut the tracker starts again, and everybody in the new
-scene gets the label of whom they look like. At most `EVERY` frames are held, whatever the clip's length.
+appearance, then by place. After a cut the tracker starts again, and everybody in the new scene gets the label of whom
+they look like. At most `EVERY` frames are held, whatever the clip's length.
 """
 
 from __future__ import annotations
@@ -161,9 +161,8 @@ class ClipFollower:
         if cut:
             self._new_scene(number, frame)
         assert self._tracker is not None
-        followed = {} if cut and self.looking.text is not None else self._tracker.follow(frame)
-        if cut and self.looking.text is not None:
-            followed = self._find_again(number, frame)
+        finds_again = cut and self.looking.text is not None
+        followed = self._find_again(number, frame) if finds_again else self._tracker.follow(frame)
         for place_given, colour in shown(places):
             followed = self._tracker.add({self._who(number, frame, place_given, colour, followed): place_given})
         if due and not cut:
@@ -283,9 +282,9 @@ class ClipFollower:
         for earlier, labels in reversed(self._held):
             rest = np.where(np.isin(labels, list(given)), 0, labels)
             back = labels_of(tracker.follow(earlier), labels.shape)
-            anew = np.where(rest == 0, back, rest).astype(np.uint8)
-            if self.cast.likeness(earlier, anew, given) > self.cast.likeness(earlier, labels, given):
-                labels[:] = anew
+            mended = np.where(rest == 0, back, rest).astype(np.uint8)
+            if self.cast.likeness(earlier, mended, given) > self.cast.likeness(earlier, labels, given):
+                labels[:] = mended
 
     def _back(self, label: int, frame: np.ndarray, figure: Figure) -> None:
         """Into the frames that are held, backwards from the one where a figure was found."""

@@ -145,8 +145,7 @@ def plan_masks(image: ImageSource, driving: ClipSource, directory: Path, options
         if ready is not None and not ready.exists():
             raise InputError(f"{ready} does not exist: give a SAM3_TRACK_DATA file, a matte or an image with alpha.")
     picture, video = load_image(image), probe(driving)
-    left = max(video.frames - options.start, 0)
-    used = left if options.frames is None else min(options.frames, left)
+    used = options.used_of(video.frames)
     if not used:
         raise InputError(
             f"--start {options.start} is beyond the end of the driving video, whose frames are 0 to {video.frames - 1}."
@@ -177,15 +176,15 @@ def segmenter_for(options: MaskOptions) -> SegmenterFolder | None:
 
 def check_places(options: MaskOptions, size: tuple[int, int], video: VideoInfo) -> None:
     """InputError for a point or box outside its picture, or in a frame that is not used."""
-    last = video.frames if options.frames is None else min(options.start + options.frames, video.frames)
+    end = options.start + options.used_of(video.frames)
     for place in options.places:
         if place.frame == IMAGE:
             place.check_inside(size, "the reference image")
             continue
         frame = options.start if place.frame == FIRST else place.frame
-        if not options.start <= frame < last:
+        if not options.start <= frame < end:
             raise InputError(
-                f"A --point or --box is in frame {frame}; the frames used are {options.start} to {last - 1}."
+                f"A --point or --box is in frame {frame}; the frames used are {options.start} to {end - 1}."
             )
         place.check_inside((video.height, video.width), "the driving video")
 

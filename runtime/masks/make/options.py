@@ -153,6 +153,11 @@ class MaskOptions:
     def resolved_mode(self) -> Literal["animate", "replace"]:
         return "replace" if self.mode == "replace" else "animate"
 
+    def used_of(self, frames: int) -> int:
+        """How many of a clip's frames are used."""
+        left = max(frames - self.start, 0)
+        return left if self.frames is None else min(self.frames, left)
+
     def text_for(self, image: bool) -> str | None:
         """What to look for in the reference image or the clip; None where its figures are given."""
         if self.prompt is not None:

@@ -47,6 +47,12 @@ def ready_labels(path: Path, most: int, sort: str) -> Iterator[np.ndarray]:
         yield labels
 
 
+def unpacked(bits: np.ndarray) -> np.ndarray:
+    """uint8 [N, h, w/8] → bool [N, h, w]."""
+    masks: np.ndarray = np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
+    return masks
+
+
 class Tracks:
     """SAM3_TRACK_DATA. size: (h, w) of its masks."""
 
@@ -57,7 +63,7 @@ class Tracks:
 
     def masks(self, frame: int) -> np.ndarray:
         """bool [N, h, w]."""
-        return np.unpackbits(self._packed[frame], axis=-1, bitorder="little").astype(bool)
+        return unpacked(self._packed[frame])
 
     def kept(self, most: int, sort: str) -> list[int]:
         """The figures that count, in their order: of those that take enough of the first frame that shows them the

@@ -6,13 +6,14 @@ masks, and makes trackers; the rules about characters and colours are no busines
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.make.figures import box_iou, iou
 from scail2_rt.runtime.masks.make.pixels import HALF, MEAN, STD, Taken, network_picture, picture_masks
 from scail2_rt.runtime.masks.make.tracker import Given, Tracker
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.25  # the authors', of SAM 3; Grounding DINO's usual one too
 SHORT_SIDE, LONG_SIDE = 800, 1333  # of pictures for Grounding DINO
 SAM3_TOKENS = 32
+SAME_BOX, SAME_MASK = 0.6, 0.5  # IoU above which two finds are one figure
 MISSING = 0.1  # share of a model's weights that its folder may lack: transformers fills them with random ones
 
 
@@ -36,10 +38,9 @@ class Found:
 
 
 class Segmenter(Protocol):
-    """finds: whether it can find figures by text."""
+    """Finds figures in a picture, and makes trackers that follow them."""
 
     name: str
-    finds: bool
 
     def find(self, frame: np.ndarray, prompt: str) -> list[Found]:
         """Figures in a picture, uint8 [H, W, 3], the surest first."""
@@ -63,7 +64,6 @@ class Sam2:
         self._model: Any = _opened(Sam2VideoModel, folder.model, device, dtype)
         self._taken = Taken((self._model.config.image_size,) * 2, MEAN, STD)
         self._detector = None if folder.detector is None else GroundingDino(folder.detector, device)
-        self.finds = self._detector is not None
 
     def find(self, frame: np.ndarray, prompt: str) -> list[Found]:
         return [] if self._detector is None else self._detector.find(frame, prompt)
@@ -100,13 +100,13 @@ class GroundingDino:
         corners = np.concatenate([middle - extent / 2, middle + extent / 2], 1) * [width, height, width, height]
         order = [i for i in np.argsort(-scores) if scores[i] > CONFIDENCE]
         boxes = [(np.clip(corners[i], 0, [width, height, width, height]), float(scores[i])) for i in order]
-        return [Found(Given.box(box), score) for box, score in _apart(boxes)]
+        return [Found(Given.box(box), score) for box, score in _distinct(boxes, box_iou, SAME_BOX)]
 
 
 class Sam3:
     """`Sam3VideoModel`: its detector finds, its tracker follows, both on the features of one encoder."""
 
-    name, finds = "sam3", True
+    name = "sam3"
 
     def __init__(self, folder: SegmenterFolder, device: Any, dtype: Any) -> None:
         from transformers import AutoTokenizer, Sam3VideoModel
@@ -128,8 +128,8 @@ class Sam3:
             logits = torch.cat([each["mask"] for each in found])
             order = scores.argsort(descending=True).tolist()
             masks = [picture_masks(logits[i : i + 1], frame.shape[:2])[0] > 0 for i in order]
-        sure = [(mask.cpu().numpy(), float(scores[i])) for mask, i in zip(masks, order, strict=True)]
-        return [Found(Given(mask=mask), score) for mask, score in _distinct(sure)]
+        sure = [(mask.cpu().numpy(), float(scores[i])) for mask, i in zip(masks, order, strict=True) if mask.any()]
+        return [Found(Given(mask=mask), score) for mask, score in _distinct(sure, iou, SAME_MASK)]
 
     def tracker(self, size: tuple[int, int]) -> Tracker:
         def vision(picture: Tensor) -> Mapping[str, Any]:
@@ -173,33 +173,15 @@ def dino_size(height: int, width: int) -> tuple[int, int]:
     return round(height * scale), round(width * scale)
 
 
-def _apart(boxes: Sequence[tuple[np.ndarray, float]], most: float = 0.6) -> list[tuple[np.ndarray, float]]:
-    """Of boxes that share more than `most` of their union the surest."""
+def _distinct(
+    found: Sequence[tuple[np.ndarray, float]], shared: Callable[[np.ndarray, np.ndarray], float], most: float
+) -> list[tuple[np.ndarray, float]]:
+    """Of those that share more than `most` the first, which is the surest."""
     kept: list[tuple[np.ndarray, float]] = []
-    for box, score in boxes:
-        if all(_box_iou(box, other) <= most for other, _ in kept):
-            kept.append((box, score))
+    for place, score in found:
+        if all(shared(place, other) <= most for other, _ in kept):
+            kept.append((place, score))
     return kept
-
-
-def _distinct(masks: Sequence[tuple[np.ndarray, float]], most: float = 0.5) -> list[tuple[np.ndarray, float]]:
-    kept: list[tuple[np.ndarray, float]] = []
-    for mask, score in masks:
-        if mask.any() and all(mask_iou(mask, other) <= most for other, _ in kept):
-            kept.append((mask, score))
-    return kept
-
-
-def _box_iou(a: np.ndarray, b: np.ndarray) -> float:
-    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
-    both = float(np.clip(high - low, 0, None).prod())
-    either = float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) - both
-    return both / either if either > 0 else 0.0
-
-
-def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
-    either = int((a | b).sum())
-    return int((a & b).sum()) / either if either else 0.0
 
 
 def import_networks() -> None:

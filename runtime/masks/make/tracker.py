@@ -83,7 +83,7 @@ class Tracker:
             return self._run(picture) if self.figures else {}
 
     def add(self, figures: Mapping[int, Given], remember: bool = True) -> dict[int, Followed]:
-        """New figures in the frame that was followed last, or known ones shown anew → all figures in it. Without
+        """New figures in the frame that was followed last, or known ones shown again → all figures in it. Without
         `remember` this is the last frame: no memory is made of it."""
         import torch
 

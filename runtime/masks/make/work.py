@@ -36,7 +36,7 @@ READ_AT_ONCE = 4
 PHASE = "masks"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Made:
     characters: tuple[str, ...]
     notes: list[str]
@@ -56,8 +56,7 @@ class Work:
     ) -> None:
         self.picture, self.driving, self.video, self.options = picture, driving, video, options
         self.mode: Mode = options.resolved_mode
-        left = max(video.frames - options.start, 0)
-        self.used = left if options.frames is None else min(options.frames, left)
+        self.used = options.used_of(video.frames)
         self._listener, self._cancel, self._began = listener, cancel, time.perf_counter()
         self.cast = Cast()
 

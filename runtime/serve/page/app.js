@@ -98,9 +98,13 @@ function choose(field, file) {
   if (field === "input_reference" || field === "video_reference") forgetMasks();
 }
 
-function show(element, file) {
+function put(element, url) {  // an object URL keeps its whole content in memory until it is revoked
   if (element.src) URL.revokeObjectURL(element.src);
-  element.src = URL.createObjectURL(file);
+  element.src = url;
+}
+
+function show(element, file) {
+  put(element, URL.createObjectURL(file));
   element.hidden = false;
 }
 
@@ -261,11 +265,11 @@ async function display(id) {
   caption(entry);
   try {
     const clip = await objectUrl(`${path}video_reference`);
-    if (shown === id) $("result-clip").src = clip;
+    if (shown === id) put($("result-clip"), clip);
     if (done) {
       const [made, report] = await Promise.all([objectUrl(`${path}video`), objectUrl(`${path}report`)]);
       if (shown !== id) return;
-      $("result-video").src = made;
+      put($("result-video"), made);
       Object.assign($("download"), {href: made, download: `${id}.mp4`});
       Object.assign($("report"), {href: report, download: `${id}.json`});
       $("result").focus({preventScroll: true});
@@ -350,8 +354,8 @@ $("make-masks").addEventListener("click", async () => {
   try {
     masks = await makeMasks();
     const content = variant => objectUrl(`/v1/masks/${masks.id}/content?variant=${variant}`);
-    $("photo-mask").src = await content("mask_reference");
-    $("clip-mask").src = await content("video_mask_reference");
+    put($("photo-mask"), await content("mask_reference"));
+    put($("clip-mask"), await content("video_mask_reference"));
     for (const name of ["photo-mask", "clip-mask"]) $(name).hidden = false;
     $("mask-state").textContent = [`Masks of ${masks.characters.join(", ")}.`, ...masks.notes].join(" ");
   } catch (error) {

@@ -32,7 +32,7 @@ def engines(folder: Path) -> Iterator[EngineSet]:
 
 
 def test_the_vae_has_a_form_with_rings(engines: EngineSet) -> None:
-    """It computes what the stages do, is made once, and begins anew whenever it is asked for, closed or not."""
+    """It computes what the stages do, is made once, and begins again whenever it is asked for, closed or not."""
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(16, 3, 2, 3, generator=generator)
     staged = StagedVAEStream(engines.executor, "vae.decode")

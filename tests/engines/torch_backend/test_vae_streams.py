@@ -125,7 +125,7 @@ def test_16_bit_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_implementation(torch.device("cpu"), torch.float16) == "library"
 
 
-def test_a_closed_stream_begins_anew() -> None:
+def test_a_closed_stream_begins_again() -> None:
     config = CONFIGS["wan"]
     vae, pixels, _ = reference(config, noise(16, 2, 2, 3), noise(3, 1, 16, 16))
     stream = DecodeStream(vae.state_dict(), config, DEVICE, torch.float32)

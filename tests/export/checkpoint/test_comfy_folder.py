@@ -25,11 +25,6 @@ UMT5 = "text_encoders/umt5_xxl_fp16.safetensors"
 CLIP = "clip_vision/clip_vision_h.safetensors"
 
 
-@pytest.fixture(scope="module")
-def opened(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(tiny_checkpoint)
-
-
 @pytest.fixture
 def models(opened: Checkpoint, tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """`ComfyUI/models` with the parts of the tiny checkpoint among files of other models; a tokenizer beside umT5."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from scail2_rt.export.checkpoint.find import open_group
 from scail2_rt.export.checkpoint.hf_names import UMT5_TO_WAN
-from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
+from scail2_rt.export.checkpoint.open import Checkpoint
 from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.kernels.errors import InputError
 from tests.support.command import Run, error_of, one_json
@@ -27,21 +27,11 @@ from tests.support.quantised_files import (
     quanto_int8,
     write_gguf,
 )
-from tests.support.repackaged import PREFIX, Tensors, hugging_face_umt5, tensors_of
+from tests.support.repackaged import PREFIX, Tensors, hugging_face_umt5, opened_dit, tensors_of
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
 Q = "blocks.0.self_attn.q"
-
-
-@pytest.fixture(scope="module")
-def opened(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def dit(opened: Checkpoint) -> Tensors:
-    return tensors_of(opened.sources["dit"])
 
 
 def assert_same(source: TensorSource, meant: Tensors) -> None:
@@ -52,10 +42,6 @@ def assert_same(source: TensorSource, meant: Tensors) -> None:
         assert torch.equal(found.float(), tensor.float()), name
         if found.dim() > 1 and len(found) > 7:
             assert torch.equal(source.rows(name, 3, 7), found[3:7]), name
-
-
-def opened_dit(path: Path) -> TensorSource:
-    return open_checkpoint(path, components=("dit",)).sources["dit"]
 
 
 def refused(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> str:

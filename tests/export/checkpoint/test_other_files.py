@@ -14,10 +14,17 @@ from safetensors.torch import save_file
 
 from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
 from scail2_rt.export.checkpoint.random_checkpoint import CLIP_FILE, SAT_FILE, VAE_FILE, sat_module
-from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.kernels.errors import InputError
 from tests.support.command import Run, error_of
-from tests.support.repackaged import PREFIX, Tensors, diffusers_dit, diffusers_vae, hugging_face_umt5, tensors_of
+from tests.support.repackaged import (
+    PREFIX,
+    Tensors,
+    assert_same,
+    diffusers_dit,
+    diffusers_vae,
+    hugging_face_umt5,
+    tensors_of,
+)
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
@@ -25,21 +32,6 @@ POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 32800\n"
 )
 AGAIN = re.compile(r"(download|get|copy)[^.;]* again")
-
-
-@pytest.fixture(scope="module")
-def opened(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def dit(opened: Checkpoint) -> Tensors:
-    return tensors_of(opened.sources["dit"])
-
-
-def assert_same(source: TensorSource, tensors: Tensors) -> None:
-    assert set(source.keys()) == set(tensors)
-    assert all(torch.equal(source.get(name), tensor) for name, tensor in tensors.items())
 
 
 def refused(path: Path, **arguments: object) -> str:

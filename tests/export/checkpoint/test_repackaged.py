@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
 from scail2_rt.export.checkpoint.random_checkpoint import CLIP_FILE, TOKENIZER_FILE, UMT5_FILE, VAE_FILE
-from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.kernels.errors import InputError
 from tests.support.command import Run, error_of, one_json
 from tests.support.repackaged import (
     PREFIX,
     Tensors,
+    assert_same,
     fp8_scaled,
     hugging_face_clip,
     hugging_face_umt5,
+    opened_dit,
     tensors_of,
 )
 
@@ -29,28 +30,6 @@ pytest_plugins = ["tests.support.runtime_fixtures"]
 LINEARS = r".*blocks\.\d+\.(self_attn|cross_attn|ffn)\.(q|k|v|o|k_img|v_img|0|2)\.weight"
 UMT5_LINEARS = r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.\w+)\.weight"
 FORMS = ("scale_weight", "comfy_quant", "metadata", "uint8")
-
-
-@pytest.fixture(scope="module")
-def opened(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def dit(opened: Checkpoint) -> Tensors:
-    return tensors_of(opened.sources["dit"])
-
-
-def assert_same(source: TensorSource, tensors: Tensors) -> None:
-    assert set(source.keys()) == set(tensors)
-    for name, tensor in tensors.items():
-        found = source.get(name)
-        assert (source.dtype(name), source.shape(name)) == (found.dtype, tuple(found.shape)), name
-        assert torch.equal(found, tensor), name
-
-
-def opened_dit(path: Path) -> TensorSource:
-    return open_checkpoint(path, components=("dit",)).sources["dit"]
 
 
 def refused(file: Path) -> str:

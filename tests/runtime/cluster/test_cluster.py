@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from scail2_rt.runtime.media.unfinished import resumable
-from tests.support.command import SMALL, Run, one_json
+from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, one_json
 from tests.support.served import alive, wait_for
 
 if TYPE_CHECKING:
@@ -59,9 +60,6 @@ def test_a_batch_is_what_one_machine_makes(
 def test_a_case_of_a_batch_goes_on_when_its_process_is_killed(
     cluster: "Cluster", alone: dict[str, bytes], engines: Path, case: Path, cache: Path, tmp_path: Path
 ) -> None:
-    import subprocess
-
-    from tests.support.command import SCAIL2_RT, command_environment
     from tests.support.ray_cluster import processes
 
     (tmp_path / "b.txt").write_text(f"a man walks@@{case}\n")

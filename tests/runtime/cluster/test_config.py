@@ -47,7 +47,7 @@ def test_an_example_is_read_by_ray_and_builds_its_applications(document: Any, he
 def test_arguments_are_checked(here: Path) -> None:
     with pytest.raises(InputError, match="lack data"):
         config.engines({"engines": str(here / "engines")})
-    with pytest.raises(InputError, match="gpu is no argument"):
+    with pytest.raises(InputError, match=r"gpu is no argument.* it takes engines, .*queued, .*replicas"):
         config.engines({"engines": str(here / "engines"), "data": str(here), "gpu": 1})
     with pytest.raises(InputError, match="give --api-key-file"):
         config.front({"engines": str(here / "engines"), "data": str(here), "host": "0.0.0.0"})

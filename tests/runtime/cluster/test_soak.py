@@ -94,7 +94,7 @@ def test_a_replica_that_comes_back_changes_nothing(engines: Path, case: Path, ca
 
 
 def test_a_new_cluster_goes_on(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """The head is lost without fault tolerance: the cluster ends, and the same command starts the service anew."""
+    """The head is lost without fault tolerance: the cluster ends, and the same command starts the service again."""
     data = str(tmp_path / "data")
     with nodes(1, command_environment(cache)) as cluster:
         own = Deployed(data, cache, cluster.address).deploy(engines)

@@ -3,7 +3,6 @@
 import io
 import socket
 import struct
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.serve import multipart
 from scail2_rt.runtime.serve.settings import Settings, is_loopback, read_keys
-from tests.support.served import Served, serving
+from tests.support.command import sabotage
+from tests.support.served import Served, serving, wait_for
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 KEYS = ("first-key-of-a-client-0001", "second-key-of-a-client-002")
@@ -109,8 +109,6 @@ def test_clients_that_say_nothing_are_let_go(engines: Path, cache: Path, tmp_pat
     """Half a header, half a second header on a kept connection, half a body; the service answers others meanwhile."""
     patience = "from scail2_rt.runtime.serve import doors, settings\ndoors.HEADER_WAIT_S = 1.0\n"
     patience += "settings.Limits.__init__.__defaults__ = (*settings.Limits.__init__.__defaults__[:-1], 1.0)\n"
-    from tests.support.command import sabotage
-
     folder = tmp_path / "patience"
     folder.mkdir()
     own = Served(engines, tmp_path / "data", cache)
@@ -133,10 +131,7 @@ def test_clients_that_say_nothing_are_let_go(engines: Path, cache: Path, tmp_pat
         assert b" 408 " in heard
         with connected(own) as client:  # an upload that is broken off
             client.sendall(half_body)
-        deadline = time.monotonic() + 20
-        while list((own.data / "incoming").iterdir()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: not list((own.data / "incoming").iterdir()), 20)
         with connected(own) as client:
             client.sendall(b"\x16\x03\x01 no HTTP at all\r\n\r\n")
             assert client.recv(100).startswith(b"HTTP/1.1 400")

@@ -58,7 +58,7 @@ def test_a_client_that_leaves_ends_nothing(served: Served, body: dict[str, Any])
     stream.request("GET", f"/v1/videos/{left}/events")
     stream.getresponse().read1(10)
     stream.close()
-    served.done(left)
+    assert served.done(left)["frames"] == 21
 
 
 def test_the_same_idempotency_key_is_the_same_job(served: Served, body: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class Evil:
         return self.call[0], self.call[1:]
 
 
-def test_what_does_not_belong_into_a_plan(request_of: Callable[..., Request], tmp_path: Path) -> None:
+def test_what_does_not_belong_in_a_plan(request_of: Callable[..., Request], tmp_path: Path) -> None:
     version = importlib.metadata.version("scail2-rt").encode() + b"\n"
     mark = tmp_path / "mark"
     for evil in (

@@ -82,7 +82,7 @@ def test_what_is_fetched_and_what_is_not(tmp_path: Path) -> None:
         f"http://{HOST}/to/http://inside.example/a": "not public",
         f"http://{HOST}/to/http://other.example/a": "from files.example",
         f"http://{HOST}/to/file:///etc/passwd": "from files.example",
-        f"http://{HOST}/to/{'to/' * 5}a": "",
+        f"http://{HOST}/to/{'to/' * 5}a": "redirects more than 3 times",
         "http://inside.example/a": "not public",
         "http://127.0.0.1/a": "from files.example",
         f"http://{HOST}@127.0.0.1/a": "from files.example",

@@ -166,7 +166,7 @@ def test_a_segmenter_that_is_not_there(scail2: Run, engines: Path, tmp_path: Pat
     assert not (tmp_path / "data").exists()
 
 
-def test_engines_that_are_built_anew_are_opened_anew(
+def test_engines_that_are_rebuilt_are_reopened(
     scail2: Run, engines: Path, tiny_checkpoint: Path, case: Path, cache: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "engines"

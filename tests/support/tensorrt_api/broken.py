@@ -40,7 +40,7 @@ class Fault:
 
     def source(self) -> str:
         text = source_of(self.module)
-        assert text.count(self.old) == 1, f"{self.old!r} is {text.count(self.old)} times in tensorrt_{self.module}.py"
+        assert text.count(self.old) == 1, f"{self.old!r} is {text.count(self.old)} times in {self.module}.py"
         return text.replace(self.old, self.new)
 
 

@@ -74,7 +74,7 @@ def in_process(compiling: ModuleType) -> type:
 
 
 def forget_logger(library: ModuleType) -> None:
-    """The next use makes the process's logger anew."""
+    """The next use makes the process's logger again."""
     library.process_logger.cache_clear()
     library.process_log.cache_clear()
 
