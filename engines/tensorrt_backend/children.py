@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -31,11 +32,12 @@ class Child:
         self._started = time.monotonic()
         log = Path(job.log)
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._answer = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (a pipe is full at 64 KiB)
         with log.open("w") as messages:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "scail2_rt.engines.tensorrt_backend.compiling"],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=self._answer,
                 stderr=messages,
                 text=True,
                 env={**os.environ, **environment},
@@ -51,8 +53,8 @@ class Child:
         code = self._process.poll()
         if code is None:
             return None
-        assert self._process.stdout is not None
-        answer = self._process.stdout.read()
+        self._answer.seek(0)
+        answer = self._answer.read()
         self._close()
         seconds = time.monotonic() - self._started
         try:
@@ -72,9 +74,9 @@ class Child:
         plan.with_name(f"{plan.name}.partial").unlink(missing_ok=True)
 
     def _close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
+        self._answer.close()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
 
     def _crash(self, code: int) -> str:
         self._drop_partial()

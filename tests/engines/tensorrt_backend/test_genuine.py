@@ -274,6 +274,11 @@ def test_a_target_that_cannot_do_the_precision(job: PlanJob) -> None:
     assert "Cannot compile for target(s) sm86" in refused(replace(job, targets=("sm86",)))
 
 
+def test_a_refusal_of_any_length(job: PlanJob) -> None:
+    """It is longer than a pipe holds, which nobody reads before the process has ended."""
+    assert len(refused(replace(job, stage="s" * 100_000, targets=("sm86",)))) > 100_000
+
+
 def test_a_killed_compiler(job: PlanJob, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in set(os.environ) - set(unmeasured()):
         monkeypatch.delenv(name)
