@@ -70,5 +70,6 @@ def test_what_a_killed_server_leaves_is_tidied_up_and_results_expire(
         own._words += ["--keep", "1s"]
         own.start()
         wait_for(lambda: own.ask("GET", f"/v1/videos/{kept['id']}").status == 404)
-        assert [list((data / name).iterdir()) for name in ("incoming", "jobs")] == [[], []]
+        # The record goes first, so that nobody is given a file that is about to be deleted; its folder follows.
+        wait_for(lambda: [list((data / name).iterdir()) for name in ("incoming", "jobs")] == [[], []])
         assert len(list((data / "files").iterdir())) == 4

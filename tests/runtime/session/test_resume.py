@@ -334,13 +334,13 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memo
 
 @LINUX
 def test_later_segments_hold_no_more_and_do_no_more(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    """Over 160 frames: keeping them would take 2 MB in 8 bit; beginning at the clip's start would call the decoder for
-    each frame before."""
+    """Over 160 frames: keeping them would take 2 MB in 8 bit, so half of that is the bound (the interpreter's own
+    caches grow by 0.2 to 0.4 MB); beginning at the clip's start would call the decoder for each earlier frame."""
     found = metered(scail2, engines, tmp_path, 229, PYTHONTRACEMALLOC="1")
     assert len(found.held) == 14
     grown = found.held[-1] - found.held[3]
     print(f"held: {found.held[3]} and {grown} more; calls in a segment: {found.calls}")
-    assert grown < 300_000
+    assert grown < 1_000_000
     assert found.calls[-1] < 1.02 * found.calls[2]
 
 
