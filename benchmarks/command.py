@@ -22,7 +22,7 @@ ABOUT = {
     "stages": "The stages of a transformer block, with embed and head, in every precision.",
     "forward": "One pass of the denoising network, against the official dataflow and a compiled one.",
     "vae": "Decoding a segment and encoding its driving clip, against the plain layers.",
-    "load": "Engine folder to first denoising step, in a fresh process.",
+    "load": "Engine folder, or request to a warm session, to the first denoising step.",
     "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
     "serve": "The service: request to first step, its videos, polling clients, a long queue.",
     "all": "Every section, each in a process of its own, merged.",
@@ -51,7 +51,7 @@ RUN_OPTIONS = in_section(
         "--only",
         multiple=True,
         metavar="PATTERN",
-        help="Sections forward, vae: only rows of these names, as in 'forward/fp8/*'; may be repeated.",
+        help="Sections forward, vae, load: only rows of these names, as in 'forward/fp8/*'; may be repeated.",
     ),
     option(
         "--segments",
@@ -113,6 +113,40 @@ def _add_section(name: str) -> None:
 
 for _name in (*SECTIONS, "all"):
     _add_section(_name)
+
+
+@bench.command("grid", cls=SectionCommand)
+@RUN_OPTIONS
+@in_section(
+    "Cells",
+    option(
+        "--steps",
+        default="4,6,40:5",
+        show_default=True,
+        metavar="LIST",
+        help="Schedules, STEPS or STEPS:GUIDANCE, separated by commas.",
+    ),
+    option(
+        "--limits",
+        default="none,24,16,12",
+        show_default=True,
+        metavar="LIST",
+        help="GPU memory limits in GiB, or none.",
+    ),
+    option(
+        "--measure",
+        type=click.IntRange(min=2),
+        default=6,
+        show_default=True,
+        metavar="N",
+        help="Run at most N steps; longer schedules are computed from them and marked.",
+    ),
+)
+@RESULT_OPTIONS
+@debug_option
+def grid(**options: Any) -> None:
+    """A table of seconds, fps and peak memory by size, steps and GPU memory limit; --json adds every figure."""
+    _run("grid", **options)
 
 
 def _run(section: str, sizes: str | None, html_page: Path | None, summary_file: Path | None, **given: Any) -> None:

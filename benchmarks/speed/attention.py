@@ -1,12 +1,14 @@
-"""Section `attention`: every variant of self-attention, its speed at full length and its error on every input family.
+"""Section `attention`: every variant of self-attention and every installed peer (`peers`), its speed at full length and
+its error on every input family.
 
-Speed is `self_attention` alone on prepared N(0,1) operands, variants taking turns; the preparation has its rows in
+Speed is the attention alone on prepared N(0,1) operands, variants taking turns; the preparation has its rows in
 section `kernels`. Error covers preparation and attention together, against exact attention in fp64 on the same bf16
 inputs, for evenly spaced query rows. A family's q and k pass through the RMS norm that belongs to the preparation with
 one constant weight each, which leaves them what they are but for row norms that differ by a per cent or so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,16 @@ from scail2_rt.benchmarks.report.record import Kind
 from scail2_rt.benchmarks.speed import attention_families as families
 from scail2_rt.benchmarks.speed.bench import Bench
 from scail2_rt.benchmarks.speed.harness import synchronise, time_calls
-from scail2_rt.kernels.attention.ops import EPS, VARIANTS, choose_attention, prepare_qkv, self_attention
+from scail2_rt.benchmarks.speed.peers import PEERS, Peer
+from scail2_rt.kernels.attention.ops import (
+    EPS,
+    VARIANTS,
+    AttentionVariant,
+    PreparedQKV,
+    choose_attention,
+    prepare_qkv,
+    self_attention,
+)
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope
 from scail2_rt.kernels.rows.ops import rms_norm
@@ -27,29 +38,59 @@ REFERENCE_ROWS = 256
 CPU_ERROR_TOKENS = 512
 
 
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """One attention. prepare: qkv [L, 3·C], weights of q and k fp32 [C], rope → a call that returns [L, C]."""
+
+    kind: Kind
+    eight_bit: bool
+    prepare: Callable[[Tensor, Tensor, Tensor, Rope], Callable[[], Tensor]]
+    note: str = ""
+
+
 def run(bench: Bench) -> None:
-    variants = _usable(bench)
+    contestants = _usable(bench)
     for work in bench.options.sizes:
-        _speed(bench, variants, work.tokens)
+        _speed(bench, contestants, work.tokens)
     tokens = bench.options.sizes[0].tokens if bench.on_gpu else CPU_ERROR_TOKENS
     for family in families.FAMILIES:
         with bench.attempt(f"attention/inputs/{family}"):
-            _error(bench, variants, family, tokens)
+            _error(bench, contestants, family, tokens)
 
 
-def _usable(bench: Bench) -> list[str]:
-    """The variants that run here; the others become rows that say why not."""
+def _usable(bench: Bench) -> dict[str, Contestant]:
+    """The variants and peers that run here; the others become rows that say why not."""
     named = bench.options.attention
-    usable = []
-    for variant in VARIANTS if named == "auto" else (named,):
-        if bench.on_gpu and variant == "sdpa" and named == "auto":
+    usable = {}
+    for name in VARIANTS if named == "auto" else (named,):
+        if bench.on_gpu and name == "sdpa" and named == "auto":
             continue  # PyTorch's own choice is one of the others
+        kind: Kind = "baseline" if name in LIBRARIES else "ours"
         try:
-            usable.append(choose_attention(variant, "bf16", bench.device, bench.dit.head_dim)[0].name)
+            variant, _ = choose_attention(name, "bf16", bench.device, bench.dit.head_dim)
         except InputError as error:
-            kind: Kind = "baseline" if variant in LIBRARIES else "ours"
-            bench.skip(f"attention/{variant}", f"not measured: {error}", kind)
+            bench.skip(f"attention/{name}", f"not measured: {error}", kind)
+            continue
+        usable[variant.name] = Contestant(kind, variant.eight_bit, partial(_prepare_variant, variant))
+    for peer in PEERS.values() if named == "auto" else ():
+        problem = peer.obstacle(bench.device)
+        if problem is not None:
+            bench.skip(f"attention/{peer.name}", f"not measured: {problem}", "baseline")
+            continue
+        usable[peer.name] = Contestant("baseline", peer.eight_bit, partial(_prepare_peer, peer), peer.note)
     return usable
+
+
+def _prepare_variant(
+    variant: AttentionVariant, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope
+) -> Callable[[], Tensor]:
+    return partial(self_attention, prepare_qkv(qkv, q_weight, k_weight, rope, variant))
+
+
+def _prepare_peer(peer: Peer, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> Callable[[], Tensor]:
+    prepared = prepare_qkv(qkv, q_weight, k_weight, rope)
+    assert isinstance(prepared, PreparedQKV)
+    return peer.prepare(prepared)
 
 
 def identity_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:
@@ -58,34 +99,36 @@ def identity_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:
     return Rope(torch.ones(shape, device=device), torch.zeros(shape, device=device))
 
 
-def _speed(bench: Bench, variants: list[str], tokens: int) -> None:
+def _speed(bench: Bench, contestants: Mapping[str, Contestant], tokens: int) -> None:
     heads, width, device = bench.dit.heads, bench.dit.head_dim, bench.device
     flops = 4.0 * tokens**2 * width * heads
     qkv = torch.randn(tokens, 3 * heads * width, device=device, dtype=torch.bfloat16)
     weight, rope = torch.ones(heads * width, device=device), identity_rope(tokens, width, device)
     calls: dict[str, Callable[[], Any]] = {}
-    for variant in variants:
-        with bench.attempt(f"attention/{variant}/{tokens}"):
-            prepared = prepare_qkv(qkv, weight, weight, rope, VARIANTS[variant])
-            self_attention(prepared)  # compiles, and fails here if it does
+    for name, contestant in contestants.items():
+        with bench.attempt(f"attention/{name}/{tokens}"):
+            call = contestant.prepare(qkv, weight, weight, rope)
+            call()  # compiles, and fails here if it does
             synchronise(device)
-            calls[variant] = partial(self_attention, prepared)
+            calls[name] = call
     times = time_calls(calls, device, bench.options.runs)
     cudnn = times.get("cudnn")
-    for variant, timing in times.items():
-        ceiling = "gemm_fp8" if VARIANTS[variant].eight_bit else "gemm_bf16"
+    for name, timing in times.items():
+        contestant = contestants[name]
+        ceiling = "gemm_fp8" if contestant.eight_bit else "gemm_bf16"
         bench.add(
-            f"attention/{variant}/{tokens}",
+            f"attention/{name}/{tokens}",
             timing,
-            "baseline" if variant in LIBRARIES else "ours",
+            contestant.kind,
+            contestant.note,
             **bench.rate(timing, ceiling, flops),
             percent_of_cudnn=100 * cudnn.median_s / timing.median_s if cudnn else None,
             flops=flops,
-            bytes=4.0 * tokens * heads * width * (1 if variant in ("8bit", "8bit-triton") else 2),
+            bytes=4.0 * tokens * heads * width * (1 if name in ("8bit", "8bit-triton", "fa3-fp8") else 2),
         )
 
 
-def _error(bench: Bench, variants: list[str], family: str, tokens: int) -> None:
+def _error(bench: Bench, contestants: Mapping[str, Contestant], family: str, tokens: int) -> None:
     heads, width, device = bench.dit.heads, bench.dit.head_dim, bench.device
     q, k, v = families.make(family, tokens, heads, width, device)
     weights = [x.square().mean().sqrt().expand(heads * width).contiguous() for x in (q, k)]
@@ -95,14 +138,15 @@ def _error(bench: Bench, variants: list[str], family: str, tokens: int) -> None:
     index, exact = families.reference(q, k, v, REFERENCE_ROWS)
     del q, k, v
     rope = identity_rope(tokens, width, device)
-    for variant in variants:
-        name = f"attention/{variant}/error/{family}"
+    for label, contestant in contestants.items():
+        name = f"attention/{label}/error/{family}"
         with bench.attempt(name):
-            out = self_attention(prepare_qkv(qkv, weights[0], weights[1], rope, VARIANTS[variant]))
+            out = contestant.prepare(qkv, weights[0], weights[1], rope)()
             rows = out[index].unflatten(1, (heads, width)).transpose(0, 1)
             error, mean, worst = families.error(rows, exact)
-            kind: Kind = "baseline" if variant in LIBRARIES else "ours"
-            bench.add(name, None, kind, f"{tokens} tokens", error=error, mean_cosine=mean, worst_cosine=worst)
+            bench.add(
+                name, None, contestant.kind, f"{tokens} tokens", error=error, mean_cosine=mean, worst_cosine=worst
+            )
 
 
 def _as_the_op_sees_them(qkv: Tensor, weights: list[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,8 @@ NEEDS_GPU = "not measured: needs a GPU"
 class Options:
     """`weights`: "random" or an engine folder; `attention`: one variant, or "auto" for all (attention section) or the
     default (elsewhere); `only`: shell patterns of the rows to measure, () for all; `segments`: of the clip that section
-    generate makes; `gpus`: that share a pass or a generation; `clients`, `queued`: of section serve; `work`: folder for
+    generate makes; `gpus`: that share a pass or a generation; `clients`, `queued`: of section serve; `steps`, `limits`,
+    `measure`: of section grid, as on the command line; `work`: folder for
     what is written on the way (random engines, cases, videos); `output`: where results are saved."""
 
     config: str
@@ -45,6 +46,9 @@ class Options:
     gpus: int = 1
     clients: int = 200
     queued: int = 2000
+    steps: str = "4,6,40:5"
+    limits: str = "none,24,16,12"
+    measure: int = 6
 
     @property
     def folder(self) -> Path | None:

@@ -1,21 +1,32 @@
-"""Section `load`: from an engine folder on disk to the first denoising step, in a fresh process each time.
+"""Section `load`: from an engine folder on disk, or from a request, to the first denoising step.
 
 Counted is everything from the start of the process to the end of the first step, less the time of a step that has
 nothing left to load: imports, checks, opening, encoding of references and driving clip, context keys and values, and
 the weights of the transformer. The folder's files are in the page cache, the prompt's encoding in the prompt cache.
 Processes that compare no checksum take turns with the others. Since a process varies by more than checking costs, the
 transformer's weights are also loaded in this process, with sums and without: all that the loader can, nothing else.
+
+Two more starts are measured. `cold-kernels`: the same fresh process with empty kernel caches (Triton's, NVRTC's and the
+driver's), so that every kernel up to the first step is compiled. `warm-request`: a session that has run before is given
+a reference image that it has not seen, prompt and driving clip as before: from `check` to the end of the first step.
 """
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
 
 from scail2_rt.benchmarks.report.record import Timing
 from scail2_rt.benchmarks.speed.bench import Bench
@@ -26,6 +37,7 @@ from scail2_rt.engines.folder.store import StoreReader
 from scail2_rt.engines.torch_backend.engine import stage_tensors
 from scail2_rt.engines.torch_backend.loading import Loading, WeightLoader
 from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.runtime.core.progress import Progress
 
 LIMIT_S = 600
 AHEAD = 16  # stages on their way at a time, so that the readers never wait
@@ -37,6 +49,14 @@ def run(bench: Bench) -> None:
     if bench.wants("load/weights"):
         with bench.attempt("load/weights"):
             weights(bench)
+    if not bench.on_gpu:
+        bench.skip("load/cold-kernels")
+    elif bench.wants("load/cold-kernels"):
+        with bench.attempt("load/cold-kernels"):
+            cold_kernels(bench)
+    if bench.wants("load/warm-request"):
+        with bench.attempt("load/warm-request"):
+            warm_request(bench)
 
 
 def first_step(bench: Bench) -> None:
@@ -61,6 +81,45 @@ def first_step(bench: Bench) -> None:
             check_percent=100 * (timing.median_s / without.median_s - 1),
             **details(middle),
         )
+
+
+def cold_kernels(bench: Bench) -> None:
+    """One fresh process without compiled kernels: a second one would find the first one's in the driver's memory."""
+    folder, workload = engine_folder(bench), workload_of(bench)
+    workload.request()
+    with tempfile.TemporaryDirectory() as empty:
+        times = fresh_process(folder, workload, caches=Path(empty))
+    phases = {name.removeprefix("phase_"): value for name, value in times.items() if name.startswith("phase_")}
+    note = "kernel caches empty, page cache warm"
+    bench.add("load/cold-kernels", Timing.of([to_first_step(times)]), note=note, breakdown=phases, **details(times))
+
+
+class FirstStep(BaseException):
+    """Ends a run when its first step is done; a BaseException, so that nothing on the way takes it for a fault."""
+
+
+def warm_request(bench: Bench) -> None:
+    """From `check` to the first step, with a reference image that differs from the one before in a single pixel."""
+    workload = workload_of(bench)
+    request = workload.request()
+    with Image.open(cast(Path, request.image)) as file:
+        image = np.array(file.convert("RGB"))
+
+    def stop(event: Progress) -> None:
+        if event.step:
+            raise FirstStep
+
+    seconds = []
+    with workload.open(engine_folder(bench)) as session:
+        session.generate(session.check(workload.request(steps=2)), workload.output)
+        for number in range(bench.options.runs if bench.on_gpu else 1):
+            image[0, 0] = number
+            started = time.perf_counter()
+            plan = session.check(replace(request, image=image.copy()))
+            with contextlib.suppress(FirstStep):
+                session.generate(plan, workload.output, stop)
+            seconds.append(time.perf_counter() - started)
+    bench.add("load/warm-request", Timing.of(seconds), note="warm session, cached prompt, new reference image")
 
 
 def weights(bench: Bench) -> None:
@@ -107,7 +166,13 @@ def details(times: Mapping[str, float]) -> dict[str, Any]:
     return {name: times[name] for name in DETAILS}
 
 
-def fresh_process(folder: Path, workload: Workload, checked: bool = True) -> dict[str, float]:
+def fresh_process(
+    folder: Path, workload: Workload, checked: bool = True, caches: Path | None = None
+) -> dict[str, float]:
+    """Times of `first_step` in a fresh process; compiled kernels are read from and kept in `caches` where it is given,
+    instead of the engine folder."""
+    names = ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS", "CUDA_CACHE_PATH")
+    environment = os.environ | ({} if caches is None else dict.fromkeys(names, str(caches)))
     words = [
         sys.executable,
         "-m",
@@ -117,7 +182,7 @@ def fresh_process(folder: Path, workload: Workload, checked: bool = True) -> dic
         str(workload.work),
     ]
     words += [str(time.time()), "checked" if checked else "unchecked"]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or ["no message"]
         raise Scail2Error(f"the process that loads the engines failed: {last[0]}")

@@ -16,6 +16,7 @@ from scail2_rt.benchmarks.report.goals import goals_table, judged, summary
 from scail2_rt.benchmarks.report.record import Results, load, merge
 from scail2_rt.benchmarks.report.table import table
 from scail2_rt.benchmarks.speed.bench import Bench, Options
+from scail2_rt.benchmarks.speed.grid import grid_table
 from scail2_rt.benchmarks.speed.models import model
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
@@ -74,7 +75,9 @@ def _words(options: Options) -> list[str]:
 
 
 def text_of(results: Results) -> str:
-    return f"{table(results.rows.values())}\n\n{goals_table(results)}"
+    cells = [row for row in results.rows.values() if row.section == "grid"]
+    grid = f"{grid_table(cells)}\n\n" if cells else ""
+    return f"{table(results.rows.values())}\n\n{grid}{goals_table(results)}"
 
 
 def last_line(results: Results, failed: Sequence[str], output: Path | None) -> str:

@@ -64,6 +64,11 @@ def test_all_sections_measure_and_merge(everything: tuple[dict[str, Any], str], 
     for name in ("load/first-step", "load/weights"):
         assert "check_percent" in rows[name]["values"]
         assert rows[f"{name}-unchecked"]["timing"]["median_s"] > 0
+    assert rows["load/warm-request"]["timing"]["median_s"] > 0
+    assert "needs a GPU" in rows["load/cold-kernels"]["note"]
+    for name in ("fa3-bf16", "fa3-fp8", "comfy-int8"):
+        assert rows[f"attention/{name}"]["kind"] == "baseline"
+        assert "needs an NVIDIA GPU" in rows[f"attention/{name}"]["note"]
     assert len(document["runs"]) == 8
     assert {"command", "date", "versions", "device"} <= document["runs"][0].keys()
     last = json.loads(stdout.splitlines()[-1])
@@ -217,3 +222,27 @@ def test_standard_sizes_have_the_tokens_they_are_named_for() -> None:
 
     assert [work.tokens for work in STANDARD] == [48_832, 95_920, 42_510]
     assert tuple(MODELS) == NAMES
+
+
+@pytest.mark.slow
+def test_grid_measures_short_schedules_and_computes_long_ones(work: Path, tmp_path: Path, scail2: Run) -> None:
+    words = ("--config", "tiny", "--runs", 1, "--work", work, "--json", tmp_path / "grid.json")
+    result = scail2("bench", "grid", *words, "--steps", "2,40:5", "--limits", "none,12", "--measure", "3")
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(json.loads((tmp_path / "grid.json").read_text()))
+    short, long = (rows[f"grid/64x96x13/resident/{name}"] for name in ("2steps", "40steps-guidance5"))
+    assert (short["note"], long["note"]) == ("", "computed from 3 steps")
+    assert long["timing"]["median_s"] > 37 * long["values"]["step_s"]
+    assert "needs a GPU" in rows["grid/64x96x13/limit-12GiB"]["note"]
+    table = [line for line in result.stdout.splitlines() if line.startswith("| 64x96x13")]
+    assert [line.split(" | ")[2:4] for line in table[:2]] == [["2", "1"], ["40", "5"]]
+    assert table[0].endswith("measured |")
+    assert table[1].endswith("computed from 3 steps |")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--steps", "4,x"), ("--steps", "0"), ("--steps", "4:0.5"), ("--limits", "12GiB")]
+)
+def test_a_grid_of_nonsense_is_refused(option: str, value: str, work: Path, scail2: Run) -> None:
+    result = scail2("bench", "grid", "--config", "tiny", "--work", work, option, value)
+    assert option in error_of(result)
