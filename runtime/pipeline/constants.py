@@ -80,6 +80,12 @@ class Constants:
             self._schedules.popitem(last=False)
         return self._schedules[key]
 
+    def expect_contexts(self, placement: Placement | None) -> None:
+        """Weights that `contexts` will need are on their way while the driving clip is encoded, as many as the
+        placement has room for."""
+        if placement is not None and self.ranks is None:
+            self.engines.prefetch(f"dit.blocks.{i}.context_kv" for i in range(placement.contexts_ahead))
+
     def begin_segment(self, placement: Placement | None) -> None:
         """Weights that stay loaded while denoising are on their way while the driving clip is encoded."""
         if placement is not None:

@@ -1,11 +1,16 @@
 """The driving video and its mask, one segment at a time.
 
-Only the frames of the current segment are in memory; the overlap with the segment before is kept, so that every frame
-is decoded once. The last segment is padded by repeating its last frame.
+Only the frames of the current segment are in memory, and of files those of the next, which a thread reads meanwhile;
+the overlap with the segment before is kept, so that every frame is decoded once. The last segment is padded by
+repeating its last frame.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,7 +38,36 @@ class DrivingClip:
     mask: Tensor
 
 
-def read_clips(plan: Plan, first: int = 0) -> Iterator[DrivingClip]:
+@contextmanager
+def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
+    """`read_clips`. Where both sources are files, a thread begins to read the first segment at once, and each further
+    one while the one before is used; a caller's own frames are asked for in the caller's thread."""
+    clips = read_clips(plan, first)
+    if not all(isinstance(source, Path) for source in (plan.request.driving, plan.request.mask_video)):
+        yield clips
+        clips.close()
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as thread:
+
+        def read() -> DrivingClip | None:
+            return next(clips, None)
+
+        coming = thread.submit(copy_context().run, read)
+
+        def ahead() -> Iterator[DrivingClip]:
+            nonlocal coming
+            while (clip := coming.result()) is not None:
+                coming = thread.submit(copy_context().run, read)
+                yield clip
+
+        try:
+            yield ahead()
+        finally:
+            coming.cancel()
+    clips.close()
+
+
+def read_clips(plan: Plan, first: int = 0) -> Generator[DrivingClip, None, None]:
     """The plan's segments from number `first` on, in order; there may be none left."""
     segments = plan.segments[first:]
     if not segments:

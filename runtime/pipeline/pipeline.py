@@ -20,7 +20,7 @@ from scail2_rt.runtime.pipeline.anchor import open_anchor
 from scail2_rt.runtime.pipeline.async_copy import CopyToCpu, StepMarks, copy_to_cpu
 from scail2_rt.runtime.pipeline.conditioning import Conditions, encode_conditions
 from scail2_rt.runtime.pipeline.constants import Constants
-from scail2_rt.runtime.pipeline.driving import DrivingClip, encode_driving, read_clips
+from scail2_rt.runtime.pipeline.driving import DrivingClip, encode_driving, open_clips
 from scail2_rt.runtime.pipeline.finite import check_latent, check_pixels, colour_range, value_range, warn_if_flat
 from scail2_rt.runtime.pipeline.history import Carry, cross_fade, encode_history
 from scail2_rt.runtime.pipeline.observe import observe
@@ -28,7 +28,7 @@ from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.pipeline.preprocess import quantise_frames
 from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from scail2_rt.runtime.pipeline.text import PromptCache
-from scail2_rt.runtime.pipeline.transformer import Transformer
+from scail2_rt.runtime.pipeline.transformer import BlockKV, Transformer
 
 DrawNoise = Callable[[Layout], Tensor]
 
@@ -96,16 +96,17 @@ def animate_plan(
 ) -> Generator[Frames, None, None]:
     """The plan's frames from the segment after `carry` on, made as they are asked for."""
     carry = carry or Carry()
-    conditions = encode_conditions(plan, machine.engines, machine.progress, cache)
     steps = plan.request.steps
     rest = 1.0 if plan.estimate is None else plan.estimate.rest(steps)
-    machine.progress.begin(len(plan.segments), steps, carry.finished, rest)
 
     def draw_noise(layout: Layout) -> Tensor:
         shape = (16, layout.frames, layout.height, layout.width)
         return torch.randn(shape, generator=noise, device=plan.request.noise_device).to(machine.engines.device)
 
-    yield from animate(machine, conditions, read_clips(plan, carry.finished), Sampling.of(plan), draw_noise, carry)
+    with open_clips(plan, carry.finished) as clips:
+        conditions = encode_conditions(plan, machine.engines, machine.progress, cache)
+        machine.progress.begin(len(plan.segments), steps, carry.finished, rest)
+        yield from animate(machine, conditions, clips, Sampling.of(plan), draw_noise, carry)
 
 
 def animate(
@@ -121,10 +122,11 @@ def animate(
     `carry`: what the segment before the first clip left, when that is not the video's first."""
     engines, progress, carry = machine.engines, machine.progress, carry or Carry()
     passes = 2 if sampling.guidance > 1 else 1
-    with progress.phase("context"):
-        contexts = machine.constants.contexts(conditions.contexts[:passes], conditions.clip)
+    contexts: list[BlockKV] | None = None
     for index, clip in enumerate(timed(clips, progress), carry.finished):
         progress.segment(index)
+        if contexts is None:
+            machine.constants.expect_contexts(machine.placement)
         machine.constants.begin_segment(machine.placement)
         with progress.phase("driving"):
             driving = encode_driving(engines, clip)
@@ -133,6 +135,9 @@ def animate(
                 pixels, clean = encode_history(engines, carry.history)
                 observe("history", pixels)
                 observe("history_latent", clean)
+        if contexts is None:
+            with progress.phase("context"):
+                contexts = machine.constants.contexts(conditions.contexts[:passes], conditions.clip)
         layout = layout_of(clip, conditions, sampling)
         with progress.phase("denoise"):
             transformer = machine.constants.transformer(layout, contexts)

@@ -18,7 +18,9 @@ class Placement:
                         per stage family, read from the engine folder while the block before them runs
     resident_blocks     how many blocks keep their weights while denoising, of `blocks`
     keeps_graphs        recorded steps stay from segment to segment; else their memory goes to the VAE
-    needed, budget      bytes of PyTorch's allocator: what the run takes at once, and what it may take"""
+    needed, budget      bytes of PyTorch's allocator: what the run takes at once, and what it may take
+    contexts_ahead      how many blocks' context weights may be loaded while the driving clip is encoded, without a
+                        higher peak"""
 
     kind: Kind
     resident_blocks: int
@@ -26,6 +28,7 @@ class Placement:
     keeps_graphs: bool
     needed: int
     budget: int
+    contexts_ahead: int = 0
 
     @property
     def line(self) -> str:

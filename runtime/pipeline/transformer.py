@@ -112,6 +112,13 @@ def context_kv(
     return result
 
 
+def release_contexts(engines: EngineSet) -> None:
+    """Drop weights of cross-attention keys and values that were prefetched and not used."""
+    assert engines.config.dit is not None
+    for i in range(engines.config.dit.layers):
+        engines.release(f"dit.blocks.{i}.context_kv")
+
+
 def _keep(kv: BlockKV, i: int, text: Tensor, image: Tensor) -> None:
     """Block i's keys and values over those that are there; a copy, which may be written to later, where none are."""
     if i == len(kv):

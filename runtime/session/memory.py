@@ -6,7 +6,7 @@ of activations are formulas of the buffers that are alive at once (`pipeline.tra
 `scail2-rt bench generate` measures what the allocator and the driver really saw.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.engines.tensorrt_backend.preflight import host_memory
@@ -17,7 +17,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.geometry import CLIP_TOKENS, Layout
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.pipeline.conditioning import AHEAD as LAYERS_AHEAD
-from scail2_rt.runtime.pipeline.placement import BLOCK_STAGES, Placement
+from scail2_rt.runtime.pipeline.placement import BLOCK_STAGES, Kind, Placement
 from scail2_rt.runtime.pipeline.transformer import AHEAD as BLOCKS_AHEAD
 
 LIBRARY_BYTES = 800 << 20  # what CUDA, the libraries' workspaces and compiled kernels take beside the allocator
@@ -35,6 +35,7 @@ class MemoryModel:
     constant       of the transformer's other weights that stay loaded while denoising
     text, clip, context_weights
                    of weights that are loaded at once by these phases
+    context_block  of the context weights of one block
     vae_encode, vae_decode
                    of weights and buffers: at full size
     vae_driving    the same for a segment's driving clip (half size) and, from the second segment on, its history
@@ -48,6 +49,7 @@ class MemoryModel:
     text: int
     clip: int
     context_weights: int
+    context_block: int
     vae_encode: int
     vae_decode: int
     vae_driving: int
@@ -64,20 +66,18 @@ class MemoryModel:
         weights = sum(self.blocks[:count]) + self.constant
         kept = self.context + self.tokens
         graphs = self.work if placement is not None and placement.keeps_graphs else 0
+        # placed weights are on their way when the context is computed; others are loaded when they are used
+        before_context = self.context if placement is None else weights + kept + graphs + self.margin
         while_decoding = weights if placement is None or not placement.drops_blocks else self.constant
         return {
             "text": self.text,
             "clip": self.clip,
             "reference": self.vae_encode + self.margin,
-            "context": self.context + self.context_weights,
             "driving": weights + kept + graphs + self.vae_driving + self.margin,
+            "context": before_context + self.context_weights,
             "denoise": weights + slots + kept + self.work + self.margin,
             "decode": while_decoding + kept + graphs + self.vae_decode + self.margin,
         }
-
-    def needed(self, placement: Placement | None) -> int:
-        """Bytes of the largest phase."""
-        return max(self.phases(placement).values())
 
 
 def memory_model(plan: Plan, engines: EngineSet, gpus: int = 1) -> MemoryModel:
@@ -108,6 +108,7 @@ def memory_model(plan: Plan, engines: EngineSet, gpus: int = 1) -> MemoryModel:
         text=sum(layers[: LAYERS_AHEAD + 1]) if on_demand else sum(weights("umt5.")),
         clip=sum(weights("clip")),
         context_weights=sum(kv[: BLOCKS_AHEAD + 1]) if on_demand else sum(kv),
+        context_block=max(kv),
         vae_encode=encoder + encode,
         vae_decode=max(weights("vae.decode"), default=0) + DECODE_BUFFERS * pixels,
         vae_driving=encoder + (encode if later else encode // 4),
@@ -160,9 +161,11 @@ def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Pl
     even two streamed blocks fit."""
     blocks = len(model.blocks)
 
-    def placed(kind: str, resident: int, keeps_graphs: bool = False) -> Placement:
-        way = Placement(kind, resident, blocks, keeps_graphs, 0, budget)  # type: ignore[arg-type]
-        return Placement(kind, resident, blocks, keeps_graphs, model.needed(way), budget)  # type: ignore[arg-type]
+    def placed(kind: Kind, resident: int, keeps_graphs: bool = False) -> Placement:
+        way = Placement(kind, resident, blocks, keeps_graphs, 0, budget)
+        phases = model.phases(way)
+        spare = max(phases.values()) - phases["driving"]
+        return replace(way, needed=max(phases.values()), contexts_ahead=min(spare // model.context_block, blocks))
 
     ways = [placed("resident", blocks, True)] if graphs else []
     ways += [placed("resident", blocks), placed("phased", blocks)]

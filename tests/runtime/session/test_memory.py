@@ -26,7 +26,7 @@ from scail2_rt.runtime.session.session import Session
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 GIB = 2**30
-NOTHING = MemoryModel((GIB,) * 10, *[0] * 10)
+NOTHING = MemoryModel((GIB,) * 10, *[0] * 4, 1, *[0] * 6)
 MODEL = replace(NOTHING, work=4 * GIB, vae_decode=6 * GIB)
 
 
@@ -64,19 +64,21 @@ def test_one_block_is_never_streamed_alone() -> None:
 
 
 def test_phases_hold_what_they_run() -> None:
-    model = MemoryModel((10, 10, 10), 1, 20, 30, 4, 50, 60, 7, 8, 9, 80)
+    model = MemoryModel((10, 10, 10), 1, 20, 30, 4, 25, 50, 60, 7, 8, 9, 80)
     way = choose_placement(model, 10**6)
     resident = 30 + 1 + 8 + 9
     assert model.phases(way) == {
         "text": 20,
         "clip": 30,
         "reference": 50,
-        "context": 8 + 4,
         "driving": resident + 80 + 7,
+        "context": resident + 80 + 4,
         "denoise": resident + 80,
         "decode": resident + 80 + 60,
     }
-    assert way.needed == model.needed(way) == resident + 140
+    assert way.needed == max(model.phases(way).values()) == resident + 140
+    assert way.contexts_ahead == (60 - 7) // 25
+    assert choose_placement(replace(model, context_block=1), 10**6).contexts_ahead == 3  # of every block
     streamed = choose_placement(model, 127)
     assert (streamed.kind, streamed.resident_blocks) == ("streamed", 0)
     assert model.phases(streamed)["denoise"] == 1 + 20 + 17 + 80

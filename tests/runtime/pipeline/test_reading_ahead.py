@@ -1,0 +1,101 @@
+"""Segments of files are read in a thread, one ahead; frames of the caller are asked for in the caller's thread."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.runtime.core.request import Clip
+from scail2_rt.runtime.pipeline import driving
+from scail2_rt.runtime.pipeline.constants import Constants
+from scail2_rt.runtime.pipeline.driving import open_clips
+from scail2_rt.runtime.pipeline.placement import Placement
+
+FILES = SimpleNamespace(driving=Path("a.mp4"), mask_video=Path("m.mp4"))
+WAIT_S = 30
+
+
+@dataclass
+class Source:
+    """Stands for `read_clips`: gives numbers; `fails_at` raises; the events say which have been read."""
+
+    count: int
+    fails_at: int = -1
+
+    def __post_init__(self) -> None:
+        self.read = [threading.Event() for _ in range(self.count)]
+        self.threads: set[int] = set()
+        self.closed = False
+
+    def __call__(self, plan: Any, first: int) -> Iterator[int]:
+        try:
+            for number in range(first, self.count):
+                if number == self.fails_at:
+                    raise Scail2Error("the clip ended early")
+                self.threads.add(threading.get_ident())
+                self.read[number].set()
+                yield number
+        finally:
+            self.closed = True
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Source:
+    made = Source(*getattr(request, "param", (4,)))
+    monkeypatch.setattr(driving, "read_clips", made)
+    return made
+
+
+def plan_of(inputs: Any) -> Any:
+    return SimpleNamespace(request=inputs)
+
+
+def test_the_next_segment_is_read_while_one_is_used(source: Source) -> None:
+    with open_clips(plan_of(FILES), 1) as clips:
+        assert source.read[1].wait(WAIT_S)  # before anybody asks
+        assert next(clips) == 1
+        assert source.read[2].wait(WAIT_S)
+        assert not source.read[3].is_set()
+        assert list(clips) == [2, 3]
+    assert source.closed
+    assert threading.get_ident() not in source.threads
+    assert not source.read[0].is_set()
+
+
+def test_a_run_that_ends_early_closes_the_files(source: Source) -> None:
+    with pytest.raises(KeyboardInterrupt), open_clips(plan_of(FILES)):
+        raise KeyboardInterrupt
+    assert source.closed
+
+
+@pytest.mark.parametrize("source", [(3, 1)], indirect=True)
+def test_what_fails_ahead_is_raised_where_it_is_needed(source: Source) -> None:
+    with open_clips(plan_of(FILES)) as clips:
+        assert next(clips) == 0
+        with pytest.raises(Scail2Error, match="ended early"):
+            next(clips)
+    assert source.closed
+
+
+def test_frames_of_the_caller_are_asked_for_in_its_thread(source: Source) -> None:
+    clip = Clip(np.zeros((4, 32, 32, 3), np.uint8), 16)
+    with open_clips(plan_of(SimpleNamespace(driving=clip, mask_video=FILES.mask_video))) as clips:
+        assert not source.read[0].is_set()
+        assert list(clips) == [0, 1, 2, 3]
+    assert source.threads == {threading.get_ident()}
+
+
+def test_context_weights_are_prefetched_as_far_as_there_is_room() -> None:
+    asked: list[str] = []
+    engines: Any = SimpleNamespace(prefetch=asked.extend)
+    way = Placement("resident", 40, 40, True, 0, 0, contexts_ahead=3)
+    Constants(engines).expect_contexts(way)
+    assert asked == [f"dit.blocks.{i}.context_kv" for i in range(3)]
+    Constants(engines).expect_contexts(None)
+    assert len(asked) == 3
