@@ -56,4 +56,4 @@ def table(block: str) -> str:
     for names, text in rows:
         cell = ", ".join(f"`{name}`" for name in names.split(", "))
         shown.append(f"| {cell} | {text.strip()} |".replace("||", "\\|\\|"))
-    return "\n".join(("| | |", "|---|---|", *shown))
+    return "\n".join(("| name | meaning |", "|---|---|", *shown))
