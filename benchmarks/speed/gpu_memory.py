@@ -5,6 +5,7 @@ weights of the 14B model are placed, and the planned peak. docs/gpus.md shows it
 """
 
 import argparse
+import functools
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ GIB = 2**30
 PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16")
 
 
+@functools.cache
 def store_layout(precision: Precision, name: str = "14b") -> StoreLayout:
     """The weight store of a model, from its shapes alone."""
     config = model(name)
