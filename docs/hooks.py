@@ -14,7 +14,7 @@ from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "export", "engines", "runtime")
-ROW = re.compile(r"^(\S[^\n]*?) {2,}(\S.*)$")
+ROW = re.compile(r"^(\S[^\n]*?) {2,}(\S.*)$", re.MULTILINE)
 
 
 @event_priority(100)  # before mkdocstrings reads its options
@@ -42,13 +42,17 @@ class Tables(griffe.Extension):
 def table(block: str) -> str:
     """A block of two columns as a Markdown table; any other block unchanged."""
     rows: list[list[str]] = []
+    first = ROW.search(block)
+    column = first.start(2) - first.start() if first else 0
     for line in block.split("\n"):
         found = ROW.match(line)
         if found:
             rows.append([found[1], found[2]])
         elif rows and line.startswith("    "):
             rows[-1][1] += f" {line.strip()}"
-        elif re.fullmatch(r"\w+(, \w+)+", line):  # names too long for their column; the text follows
+        elif first and line[column - 1 : column] == " ":  # names that fill their column
+            rows.append([line[:column].strip(), line[column:]])
+        elif re.fullmatch(r"\w+(, \w+)+", line):  # names that are longer; the text follows
             rows.append([line, ""])
         else:
             return block
