@@ -1,5 +1,5 @@
 # make demo   a virtual environment, engines of the small trained checkpoint, and out/demo.mp4
-# make test   style, types and tests, with the coverage that CI asks for
+# make test   style, documentation, types and tests, with the coverage that CI asks for
 # make soak   the tests that repeat something many times, or for long
 # All work from a fresh clone with only Python 3.10 or newer (`make demo PYTHON=python3.12` picks another).
 
@@ -27,6 +27,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 types: $(READY)
 	$(BIN)/mypy

@@ -1,4 +1,4 @@
-"""What each precision flag means for each component (the table in the README and the design).
+"""What each precision flag means for each component (the table in docs/engines.md).
 
 A `Numerics` says how one stage stores its weights and in which type it computes. Arithmetic can differ from storage:
 ONNX Runtime on a CPU has no bf16 GEMM, so a bf16 or fp8 stage runs there in fp32 arithmetic on the same stored values.
