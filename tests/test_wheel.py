@@ -107,6 +107,7 @@ def test_pages_markers_and_licences_are_in_it_and_tests_are_not(wheel: Path, fil
     assert wheel.stat().st_size < MOST_BYTES
 
 
+@pytest.mark.slow
 def test_the_command_and_an_example_run_from_it(environment: Path, tmp_path: Path) -> None:
     where = run(environment / "python", "-c", "import scail2_rt.runtime as r; print(r.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment.parent)
