@@ -17,7 +17,7 @@ from tests.support.command import command_environment, unmeasured
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PACK = EXAMPLES.parent / "runtime" / "comfyui" / "pack"
 SMALL = {"height": 64, "width": 96, "num_inference_steps": 2, "guidance_scale": 1.0, "segment_length": 13}
 
