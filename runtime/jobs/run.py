@@ -22,6 +22,7 @@ from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.session.check import check_output, check_request, check_room
 from scail2_rt.runtime.session.output_lock import refuse_second
+from scail2_rt.runtime.session.settings import made_with, read_settings
 
 if TYPE_CHECKING:
     from scail2_rt.engines.folder.manifest import LoRARecord
@@ -93,8 +94,27 @@ def open_engines(options: GenerateOptions) -> "Session":
 def fit_plan(plan: Plan, session: "Session", options: GenerateOptions) -> Plan:
     """The plan with what depends on the engines and on the preset."""
     fitting = session.fit(plan)
-    hint = preset_hint(plan.request, session.engines.manifest.loras, options.preset)
-    return replace(fitting, warnings=(*fitting.warnings, hint)) if hint else fitting
+    hints = [preset_hint(plan.request, session.engines.manifest.loras, options.preset)]
+    if options.from_video is not None:
+        hints.append(other_machine(options.from_video, session))
+    return replace(fitting, warnings=(*fitting.warnings, *filter(None, hints)))
+
+
+def other_machine(video: Path, session: "Session") -> str | None:
+    """What to say when a video that is repeated was made by other engines, packages or another device."""
+    from scail2_rt.runtime.session.report import describe_device, engine_digest, versions
+
+    settings, digest = read_settings(video), engine_digest(session.engines.manifest.identity)
+    if settings.engines.get("digest") != digest:
+        return (
+            f"{video} was made by another engine folder ({settings.engines.get('precision')}, digest "
+            f"{str(settings.engines.get('digest'))[:12]}; this one has {digest[:12]}): the result will differ."
+        )
+    there = settings.made_with
+    here = made_with(describe_device(session.engines, session.gpus)["name"], versions())
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    told = ", ".join(f"{name} {there.get(name, 'none')} (here {here.get(name, 'none')})" for name in names)
+    return f"{video} was made with {told}: the result may not be bit-identical." if told else None
 
 
 def preset_hint(request: Request, loras: "Sequence[LoRARecord]", preset: str) -> str | None:
@@ -153,7 +173,7 @@ def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions,
 
 def generate(plan: Plan, output: Output, session: "Session", listener: Listener) -> "Result":
     """Write the video, and say on stderr what a person wants to know on the way."""
-    from scail2_rt.runtime.media.unfinished import resumable
+    from scail2_rt.runtime.media.unfinished import is_there, resumable
     from scail2_rt.runtime.session.estimate import counted
     from scail2_rt.runtime.session.write import what_is_left
 
@@ -165,7 +185,7 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
         print(plan.fit.text, file=sys.stderr)
     if plan.estimate is not None and plan.estimate.placement:
         print(f"memory: {plan.estimate.placement}", file=sys.stderr)
-    if output.resume and not output.path.exists():
+    if output.resume and not is_there(output.path):
         parts = resumable(output.path)
         done = f"resuming after {parts} of {counted(len(plan.segments), 'segment')}"
         print(done if parts else "no interrupted run is there to resume: this one begins", file=sys.stderr)

@@ -10,6 +10,11 @@ import struct
 from pathlib import Path
 
 
+def is_there(output: Path) -> bool:
+    """Whether something would be replaced: a file, or a folder that is not empty."""
+    return any(output.iterdir()) if output.is_dir() else output.exists()
+
+
 def partial_path(output: Path) -> Path:
     """The finished segments of a run that did not end: `out/demo.partial.mp4`."""
     return output.with_name(f"{output.stem}.partial.mp4")

@@ -14,7 +14,7 @@ from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.request import Output, Request
-from scail2_rt.runtime.media.unfinished import part_ends, partial_path, resumable, sidecar_path
+from scail2_rt.runtime.media.unfinished import is_there, part_ends, partial_path, resumable, sidecar_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,11 +181,10 @@ def check_output(output: Output, request: Request) -> None:
     for label, path in request.inputs.items():
         if isinstance(path, Path) and path.resolve() == output.path.resolve():
             raise InputError(f"The output {output.path} is the {label}: choose another name with -o.")
-    check_codec(output.codec, output.crf)
-    if output.codec in ("av1", "vp9") and output.path.suffix.lower() == ".mov":
-        raise InputError(f"A .mov file cannot hold {output.codec} video: name the output .mp4, or use --codec hevc.")
+    if output.codec is not None and output.crf is not None:
+        check_codec(output.codec, output.crf)
     check_writable(output.path)
-    if output.path.exists() and not (output.overwrite or output.resume):
+    if is_there(output.path) and not (output.overwrite or output.resume):
         raise InputError(
             f"The output {output.path} exists: choose another name with -o, or replace it with --overwrite."
         )
@@ -194,13 +193,14 @@ def check_output(output: Output, request: Request) -> None:
 def check_room(output: Output, plan: Plan) -> None:
     """InputError when the disk has too little room for the video.
 
-    H.264 at crf 18 takes about a tenth of a byte per pixel, without loss about one and a half; both files are there for
-    a moment when the audio is added. Two saved states hold the overlap in fp32, decoded and as seen."""
+    H.264 at crf 18 takes about a tenth of a byte per pixel, without loss about one and a half, as do PNG and GIF; the
+    partial video and the result are there together for a moment. Two saved states hold the overlap in fp32, decoded and
+    as seen."""
     from scail2_rt.runtime.media.video_writer import check_writable
 
     pixels = plan.height * plan.width
     states = 2 * 2 * 12 * plan.request.segment_overlap * pixels
-    video = int(plan.frames * pixels * (3 if output.crf == 0 else 0.3))
+    video = int(plan.frames * pixels * (0.3 if output.crf else 3))
     check_writable(output.path, video + states + OUTPUT_MARGIN)
 
 
@@ -215,7 +215,7 @@ def _check_unfinished(output: Output) -> None:
             f"{partial_video} holds {parts} finished segment(s) of an interrupted run: go on with --resume, or start "
             "again with --overwrite."
         )
-    if output.resume and not parts and (lost := len(part_ends(partial_video))) and not output.path.exists():
+    if output.resume and not parts and (lost := len(part_ends(partial_video))) and not is_there(output.path):
         raise InputError(
             f"{partial_video} holds {lost} finished segment(s), but the state to go on from, "
             f"{sidecar_path(output.path, lost).name}, is not beside it: move the video away, or start again with "
