@@ -111,7 +111,7 @@ def other_machine(video: Path, session: "Session") -> str | None:
             f"{str(settings.engines.get('digest'))[:12]}; this one has {digest[:12]}): the result will differ."
         )
     there = settings.made_with
-    here = made_with(describe_device(session.engines, session.gpus)["name"], versions())
+    here = made_with(describe_device(session.engines, session.gpus), versions())
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     told = ", ".join(f"{name} {there.get(name, 'none')} (here {here.get(name, 'none')})" for name in names)
     return f"{video} was made with {told}: the result may not be bit-identical." if told else None

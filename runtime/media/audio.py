@@ -50,6 +50,7 @@ def open_audio(path: Path) -> Any:
 def remux(
     video: Path,
     target: Path,
+    frame_rate: Fraction,
     ticks: int,
     end_s: Fraction,
     audio_from: Path | None,
@@ -58,7 +59,8 @@ def remux(
 ) -> None:
     """Writes `target` (mp4 and mov with the index in front) from the encoded `video`, copied, and the audio of
     `audio_from` between `start_s` and `start_s + end_s` seconds after that file's first video frame. `ticks` per second
-    is the video track's timescale, `end_s` the video's exact duration, `comment` the text of the tag of that name."""
+    is the video track's timescale, `end_s` the video's exact duration, `frame_rate` what Matroska states beside the
+    times, `comment` the text of the tag of that name."""
     kind = container_of(target).muxer
     options = {"fflags": "+bitexact"}  # else Matroska writes random numbers
     if mp4 := kind in ("mp4", "mov"):
@@ -75,6 +77,8 @@ def remux(
         if mp4:
             copy.codec_context.codec_tag = picture.codec_context.codec_tag
             copy.time_base = Fraction(1, ticks)
+        else:
+            copy.codec_context.framerate = frame_rate
         tracks: list[Iterator[_Timed]] = [_video_packets(source, picture, copy, end_s)]
         if audio_from is not None:
             zero = first_frame_s(audio_from) + start_s

@@ -239,7 +239,8 @@ class VideoWriter:
         elif not muxer:
             write_images(self.partial, target, self._comment)
         else:
-            remux(self.partial, target, self._clock.ticks, end_s, self._audio_from, self._start_s, self._comment)
+            rate, ticks = self._clock.frame_rate, self._clock.ticks
+            remux(self.partial, target, rate, ticks, end_s, self._audio_from, self._start_s, self._comment)
             with target.open("rb+") as file:
                 os.fsync(file.fileno())
 

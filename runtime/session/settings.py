@@ -59,13 +59,16 @@ def _of_report(about: Mapping[str, Any]) -> dict[str, Any]:
             for label, file in about["inputs"].items()
         },
         "engines": {name: about["engines"].get(name, "") for name in ("digest", "precision")},
-        "made_with": made_with(about["device"]["name"], about["versions"]),
+        "made_with": made_with(about["device"], about["versions"]),
     }
 
 
-def made_with(device: str, versions: Mapping[str, str]) -> dict[str, str]:
-    """What must be equal for a bit-identical repetition, beside engines, options and inputs."""
-    return {"device": device, **{name: versions[name] for name in COMPUTING if name in versions}}
+def made_with(device: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal for a bit-identical repetition, beside engines, options and inputs: the name of the device and
+    the versions of the packages that its backend uses. device: as the report describes it."""
+    others = tuple(name for name in ("onnxruntime", "tensorrt") if not device["backend"].startswith(name))
+    used = [name for name in COMPUTING if name in versions and not name.startswith(others)]
+    return {"device": device["name"], **{name: versions[name] for name in used}}
 
 
 def read_settings(path: Path) -> Settings:
