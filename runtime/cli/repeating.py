@@ -15,10 +15,10 @@ def repeated(options: dict[str, Any]) -> dict[str, Any]:
     ctx, video = click.get_current_context(), options["from_video"]
     given = {n: v for n, v in options.items() if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     parameters = {p.name: p for p in ctx.command.params if p.name in options}
-    stored = repeated_options(video, given, parameters.keys() - {"from_video", "output", "overwrite", "resume"})
+    stored = repeated_options(video, given)
     try:
         return options | {name: parameters[name].type_cast_value(ctx, value) for name, value in stored.items()}
-    except (TypeError, ValueError, AttributeError) as error:
+    except (click.UsageError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"The settings in {video} are damaged ({error}): give the run report, or the options themselves."
         ) from error

@@ -6,7 +6,7 @@ report beside the video says, beside the video, or among the masks that were mad
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.jobs.masks import masks_folder
 from scail2_rt.runtime.jobs.options import Preset
 from scail2_rt.runtime.session.report import file_hash, is_report, report_path
-from scail2_rt.runtime.session.settings import Settings, read_settings
+from scail2_rt.runtime.session.settings import OPTIONS, Settings, read_settings
 
 _OPTIONS = {"image": "image", "image_mask": "mask_image", "driving": "driving", "mask_video": "mask_video"}
 _MASK_OF = {"image_mask": "image", "mask_video": "driving"}
@@ -28,10 +28,10 @@ _REPLACED_BY = {  # on the command line → stored options that it replaces
 }
 
 
-def repeated_options(video: Path, given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def repeated_options(video: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options and inputs of the run that made a video, without those that are `given`. Says on stderr which inputs are
-    others than those of the run. Raises InputError when the video tells nothing, an input is not found, or an option is
-    not among the `known` ones."""
+    others than those of the run. Raises InputError when the video holds no settings, an input is not found, or an
+    option is not known."""
     if "batch" in given:
         raise InputError("--from-video repeats one run, and --batch names many: leave one of them out.")
     settings = read_settings(video)
@@ -39,7 +39,7 @@ def repeated_options(video: Path, given: Mapping[str, Any], known: Collection[st
     if settings.options.get("codec") not in container_of(given["output"]).codecs:
         replaced |= {"codec", "crf"}
     stored = {name: value for name, value in settings.options.items() if name not in {*given, *replaced}}
-    if unknown := [name for name in stored if name not in known]:
+    if unknown := [name for name in stored if name not in OPTIONS]:
         raise InputError(
             f"{video} was made with {', '.join(unknown)}, which this version of scail2-rt does not know: use the "
             f"version that made it ({settings.made_with.get('scail2-rt', 'unknown')})."

@@ -20,7 +20,7 @@ from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.masks import masks_of, with_masks
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
-from scail2_rt.runtime.session.check import check_output, check_request, check_room
+from scail2_rt.runtime.session.check import check_output, check_request, check_room, fit_output
 from scail2_rt.runtime.session.output_lock import refuse_second
 from scail2_rt.runtime.session.settings import made_with, read_settings
 
@@ -161,12 +161,13 @@ def say_engines(session: "Session", options: GenerateOptions) -> None:
 
 def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions, listener: Listener) -> Outcome:
     """A checked job on open engines: its estimate with `--dry-run`, else its video."""
+    assert job.output is not None
+    plan = fit_output(plan, job.output)
     if options.dry_run:
         from scail2_rt.runtime.session.estimate import as_text, described
 
         assert plan.estimate is not None
         return Outcome(described(plan, plan.estimate), as_text(plan, plan.estimate))
-    assert job.output is not None
     result = generate(plan, job.output, session, listener)
     return Outcome({**result.report, "report": result.report_path and str(result.report_path)}, summary(result))
 

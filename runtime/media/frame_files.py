@@ -155,18 +155,19 @@ def is_frame_folder(path: Path) -> bool:
 def replace_output(temporary: Path, output: Path) -> None:
     """Moves a complete file or folder into its place. A folder that is there is moved aside first, since a file system
     replaces only files in one step, and is moved back if that fails."""
-    if not temporary.is_dir() or not (output.is_dir() or output.is_symlink()):
-        os.replace(temporary, output)
-        return
     old = output.with_name(f".{output.name}.old")
-    remove(old)
-    os.replace(output, old)
+    aside = temporary.is_dir() and (output.is_dir() or output.is_symlink())
+    if aside:
+        remove(old)
+        os.replace(output, old)
     try:
         os.replace(temporary, output)
     except OSError:
-        os.replace(old, output)
+        if aside:
+            os.replace(old, output)
         raise
-    remove(old)
+    if output.is_dir():
+        remove(old)  # also what a run that was killed here has left
 
 
 def remove(path: Path) -> None:

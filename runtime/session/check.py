@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
@@ -188,6 +189,15 @@ def check_output(output: Output, request: Request) -> None:
         raise InputError(
             f"The output {output.path} exists: choose another name with -o, or replace it with --overwrite."
         )
+
+
+def fit_output(plan: Plan, output: Output) -> Plan:
+    """The plan with a warning about what the output cannot hold."""
+    kind = container_of(output.path)
+    if kind.audio or not plan.audio:
+        return plan
+    lost = f"{kind.what} holds no audio: {output.path} is without the driving clip's. Use .mp4 to keep it."
+    return replace(plan, warnings=tuple(dict.fromkeys([*plan.warnings, lost])))
 
 
 def check_room(output: Output, plan: Plan) -> None:

@@ -11,17 +11,21 @@ report holds the same and can be read in its place.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.case_folder import FILES
+from scail2_rt.runtime.core.request import Request
 
 KEY = "scail2_rt"
 FORMAT = 1
 COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "triton", "av")
 _LEFT_OUT = ("output", "overwrite", "resume", "metadata", *FILES, "extra_refs")
+OPTIONS = frozenset(  # what a run stores
+    {*(field.name for field in fields(Request)), "codec", "crf", "backend", "gpus", "max_rows", "attention"}
+).difference(_LEFT_OUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def read_settings(path: Path) -> Settings:
         document = json.loads(_comment(path))
         found = _of_report(document) if "report_version" in document else document[KEY]
         version = found["format"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(
             f"{path} holds no settings of scail2-rt: it was made elsewhere, with --no-metadata or by a service, or "
             "another tool has removed them. Give the run report with --from-video, or the options themselves."

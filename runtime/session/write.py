@@ -23,7 +23,7 @@ from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.session import report
-from scail2_rt.runtime.session.check import check_output, check_room
+from scail2_rt.runtime.session.check import check_output, check_room, fit_output
 from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
 from scail2_rt.runtime.session.resume import Saved, Sidecar, first_difference, identity, noise_generator
 from scail2_rt.runtime.session.settings import settings_text
@@ -56,12 +56,10 @@ def write_video(session: "Session", plan: Plan, output: Output, progress: RunPro
     refuse_second(output.path)
     check_output(output, plan.request)
     check_room(output, plan)
+    plan = fit_output(plan, output)
     notes: list[str] = []
     with session.claimed(), sole_writer(output.path, notes.append):
         check_output(output, plan.request)  # what was there may have changed until the lock was held
-        if plan.audio and not container_of(output.path).audio:
-            kind = container_of(output.path).what
-            notes.append(f"{kind} holds no audio: {output.path} is without the driving clip's. Use .mp4 to keep it.")
         return _write_alone(session, plan, output, progress, notes)
 
 
