@@ -109,7 +109,9 @@ def _candidates(video: Path, label: str, name: str) -> Iterator[Path]:
             yield beside.parent / told
     yield video.parent / name
     yield masks_folder(video) / name
-    yield from sorted(path for path in video.parent.iterdir() if path.suffix == Path(name).suffix and path.is_file())
+    yield from sorted(
+        path for path in video.parent.iterdir() if path.is_file() and Path(name).suffix in ("", path.suffix)
+    )
 
 
 def _told(label: str) -> str:
