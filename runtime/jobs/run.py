@@ -1,7 +1,7 @@
 """`scail2-rt generate` behind the command line: one case through a session (many: `jobs.batch`).
 
 Everything is checked before anything is loaded: each case first, then the engine folder. A case that cannot work ends
-the command. However a run ends, its report is written beside the video, and what was finished is named.
+the command. However a run ends, its report is written beside the video, and the finished segments are named.
 """
 
 import sys
@@ -34,7 +34,7 @@ MANY_STEPS = 10  # from here on steps and guidance are those of a model that was
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One piece of work: a request and its output, or why there is none."""
+    """A request and its output, or the error that prevents it."""
 
     name: str
     request: Request | None
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a command: the JSON object, the text for people, and how many of its cases failed."""
+    """The result of a command: the JSON object, the text for people, and how many of its cases failed."""
 
     document: Mapping[str, Any]
     text: str

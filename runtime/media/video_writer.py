@@ -51,7 +51,7 @@ class Codec:
 
 
 CODECS: Final = {
-    # with its macroblock tree x264 does not repeat itself: of small clips, up to one in twelve differs in some bits
+    # with its macroblock tree x264 is not deterministic: of small clips, up to one in twelve differs in some bits
     "h264": Codec("libx264", 51, (("x264-params", "mbtree=0"),)),
     "hevc": Codec("libx265", 51, (("x265-params", "bframes=0:log-level=error"),)),
     "av1": Codec("libsvtav1", 63, (("preset", "8"),)),
@@ -320,7 +320,7 @@ _Item = tuple[int, np.ndarray] | _Segment | None  # a numbered frame, the end of
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Presentation times as whole ticks; `ticks` a second make every time exact."""
+    """Presentation times as whole ticks; with `ticks` per second every time is exact."""
 
     ticks: int
     frame_rate: Fraction
@@ -362,7 +362,7 @@ class _Encoder:
         self._first = 0  # tick of the segment's first frame
 
     def go_on(self) -> None:
-        """Append to the parts of an interrupted run; half a part behind them goes."""
+        """Append to the parts of an interrupted run; half a part behind them is removed."""
         ends = part_ends(self._partial)
         os.truncate(self._partial, ends[-1])
         self.segments = len(ends)
@@ -429,7 +429,7 @@ class _Encoder:
         self.segments += 1
 
     def _append(self, data: bytes) -> None:
-        """One write for the whole segment; a failed one is taken back: the file never ends in half a segment."""
+        """Writes a segment at once. A write that fails is undone, so that the file never ends in half a segment."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         with self._partial.open("ab" if self.segments else "wb") as file:
             size = file.tell()

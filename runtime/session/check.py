@@ -1,8 +1,8 @@
 """Every check that needs no weights: a request becomes a plan, or one sentence says why not.
 
-`check_request` reads the media (not the engines) from cheap to dear; the driving video and its mask are decoded once
-each. `check_output` is about the file that is to be written. Nothing is written, except that a clip whose frames can be
-read once only is kept in a temporary file.
+`check_request` reads the media (not the engines), the cheapest first; the driving clip and its mask are decoded once
+each. `check_output` checks where the result will be written. Nothing is written, except that a clip whose frames can be
+read only once is kept in a temporary file.
 """
 
 from dataclasses import replace
@@ -114,7 +114,7 @@ def _names(request: Request) -> list[tuple[str, str]]:
 
 
 def _prepared(request: Request) -> Request:
-    """Prompts cleaned; clips that can be read again and again."""
+    """The request with cleaned prompts and with clips that can be read repeatedly."""
     from scail2_rt.runtime.media.clips import rereadable
     from scail2_rt.runtime.pipeline.text import clean_prompt
 
@@ -167,9 +167,9 @@ def _trimmed(request: Request, total: int) -> int:
 
 
 def check_output(output: Output, request: Request) -> None:
-    """What can be said about the output before the request's media are read. InputError for a place that cannot be
-    written, and for files there that would be lost: an input, another result, an interrupted run's segments, a file
-    that is no report of this program."""
+    """Checks the output before the request's media are read. Raises InputError for a place that cannot be written, and
+    for files there that would be lost: an input, another result, an interrupted run's segments, a file that is not a
+    report of this program."""
     from scail2_rt.runtime.media.video_writer import check_codec, check_writable
     from scail2_rt.runtime.session.report import is_report, report_path
 
@@ -180,8 +180,9 @@ def check_output(output: Output, request: Request) -> None:
         )
     _check_unfinished(output)
     for label, path in request.inputs.items():
-        if isinstance(path, Path) and path.resolve() == output.path.resolve():
-            raise InputError(f"The output {output.path} is the {label}: choose another name with -o.")
+        if isinstance(path, Path) and output.path.resolve() in (path.resolve(), path.resolve().parent):
+            verb = "is" if path.resolve() == output.path.resolve() else "holds"
+            raise InputError(f"The output {output.path} {verb} the {label}: choose another name with -o.")
     if output.codec is not None and output.crf is not None:
         check_codec(output.codec, output.crf)
     check_writable(output.path)
@@ -201,7 +202,7 @@ def fit_output(plan: Plan, output: Output) -> Plan:
 
 
 def check_room(output: Output, plan: Plan) -> None:
-    """InputError when the disk has too little room for the video.
+    """Raises InputError if the disk has too little room for the video.
 
     H.264 at crf 18 takes about a tenth of a byte per pixel, without loss about one and a half, as do PNG and GIF; the
     partial video and the result are there together for a moment. Two saved states hold the overlap in fp32, decoded and
@@ -215,7 +216,7 @@ def check_room(output: Output, plan: Plan) -> None:
 
 
 def _check_unfinished(output: Output) -> None:
-    """Hours of work in an interrupted run's files are not thrown away unasked."""
+    """Raises InputError if files of an interrupted run would be deleted without --overwrite."""
     partial_video = partial_path(output.path)
     if output.overwrite or not partial_video.is_file():
         return

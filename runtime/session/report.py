@@ -1,4 +1,4 @@
-"""The JSON report beside a video: everything needed to repeat the run, and what it cost.
+"""The JSON report beside an output: everything needed to repeat the run, and its time and memory.
 
 Written once, atomically, when a run ends in whatever way: `complete`, `partial` (stopped, finished segments kept) or
 `failed`. Hashes are SHA-256. Memory peaks are the process's own: resident host memory by the operating system, device
@@ -50,7 +50,7 @@ def report_path(output: Path) -> Path:
 
 
 def is_report(path: Path) -> bool:
-    """Was this file written by `write_report`? Anything else of that name is the user's and must be kept."""
+    """Whether `write_report` wrote this file. Any other file of that name belongs to the user and must be kept."""
     try:
         return "report_version" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -227,7 +227,7 @@ def describe_end(
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report so that a reader sees all of it or nothing."""
+    """Write the report atomically."""
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".json", delete=False

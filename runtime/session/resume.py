@@ -1,11 +1,11 @@
-"""Going on with an interrupted run: the state after its last finished segment, and the proof that it is the same run.
+"""Resuming an interrupted run: the state after its last finished segment, and the check that it is the same run.
 
 The state is one safetensors file beside the partial video (`runtime.media.unfinished` says when it is written): the
 history in the fp32 values that the next segment starts from, the colour anchor, the noise generator's
 state, and as metadata the identity of the request: every option, the hashes of the input files, what the engines were
-made of and are run by, and the versions of the packages that compute. What goes on after equal identities is the
-uninterrupted run: bit by bit on a CPU, on a GPU as far as its kernels repeat themselves. A difference is refused by
-naming it.
+made of and are run by, and the versions of the packages that compute. If the identities are equal, the result is
+bit-identical to an uninterrupted run: always on a CPU, on a GPU if its kernels are deterministic. A difference raises
+an error that names it.
 """
 
 import json

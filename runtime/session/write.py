@@ -1,7 +1,7 @@
-"""A generation written to a file: the video as it is made, the state to go on from, and the report beside it.
+"""A generation written to its output: the frames while they are made, the state to resume from, and the run report.
 
-Whatever ends a run, what was finished is kept and the report says how it ended. With `resume`, a complete result stays,
-an interrupted one is continued, and what was not begun begins.
+However a run ends, finished segments are kept and the report says how it ended. With `resume`, a complete result stays,
+an interrupted run is resumed, and a run that was not started is started.
 """
 
 import contextlib

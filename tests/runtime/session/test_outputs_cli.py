@@ -87,6 +87,8 @@ def test_a_folder_is_replaced_only_if_it_holds_frames(scail2: Run, engines: Path
     for frames in (9, 5):
         assert scail2(*words, frames).returncode == 0
         assert len(list(folder.iterdir())) == frames
+    inside = error_of(scail2(*words, 5, "--extra-ref", folder / "000000.png", case / "ref_mask.png"))
+    assert "holds the extra reference 1" in inside
     (folder / "notes.txt").write_text("mine")
     assert "holds other files than frames" in error_of(scail2(*words, 5))
     assert len(list(folder.iterdir())) == 6
