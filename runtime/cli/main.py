@@ -36,6 +36,7 @@ from scail2_rt.runtime.cli.comfyui_commands import comfyui
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
+from scail2_rt.runtime.cli.repeating import repeated
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.cli.serve_command import serve
 
@@ -148,6 +149,8 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.run import run_single
 
+    if options["from_video"] is not None:
+        options = repeated(options)
     given = GenerateOptions(engines=engines or Path(), **options)
     if ray_address is not None and (server is not None or given.batch is None):
         raise click.UsageError("--ray spreads a batch over a cluster: give --batch FILE with it, and no --server")

@@ -110,18 +110,30 @@ OUTPUT_OPTIONS = in_section(
         type=PATH,
         required=True,
         metavar="PATH",
-        help="The video to write (.mp4); a folder with --batch.",
+        help="The video to write: .mp4, .m4v, .mov, .mkv, .webm or .gif. A name without an ending is a folder of PNG "
+        "files. With --batch, a folder for the videos.",
     ),
     option("--overwrite", is_flag=True, help="Replace an output that exists."),
     SIZE,
-    option("--codec", type=click.Choice(CODECS), default="h264", show_default=True, help="Video codec."),
+    option("--codec", type=click.Choice(CODECS), help="Video codec.  [default: vp9 in .webm, else h264]"),
     option(
         "--crf",
         type=int,
-        default=18,
-        show_default=True,
         metavar="N",
-        help="Constant rate factor, 0 (lossless) to 51 or 63 (smallest).",
+        help="Constant rate factor, 0 (lossless) to 51 or 63 (smallest).  [default: 18]",
+    ),
+    option(
+        "--metadata/--no-metadata",
+        default=True,
+        show_default=True,
+        help="Store the settings of the run in the output, with names and hashes of the inputs.",
+    ),
+    option(
+        "--from-video",
+        type=PATH,
+        metavar="FILE",
+        help="Repeat the run that made this output (or run report): its settings and inputs, except for the options "
+        "given here.",
     ),
     option(
         "--dry-run", is_flag=True, help="Check everything and print segments, tokens, memory and time; load nothing."

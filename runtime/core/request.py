@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.containers import resolve_encoding
 from scail2_rt.runtime.core.geometry import check_size, plan_segments
 from scail2_rt.runtime.core.window import FITS, Fit
 
@@ -241,19 +242,27 @@ def _option(name: str) -> str:
 class Output:
     """Where a video goes.
 
-    path        .mp4, .m4v or .mov
-    codec, crf  h264, hevc, av1 or vp9; constant rate factor, 0 is lossless
+    path        .mp4, .m4v, .mov, .mkv, .webm or .gif; a name without an ending is a folder of PNG files
+    codec       h264, hevc, av1 or vp9; by default vp9 in .webm, else h264; None for .gif and PNG files
+    crf         constant rate factor, 0 is lossless, by default 18; None for .gif and PNG files
     overwrite   an existing output, or an interrupted run, may be replaced
-    resume      continue an interrupted run of the same request where there is one"""
+    resume      continue an interrupted run of the same request where there is one
+    metadata    store the settings of the run in the output
+
+    Raises InputError for another ending, and for a codec that files of this ending cannot hold."""
 
     path: Path
-    codec: str = "h264"
-    crf: int = 18
+    codec: str | None = None
+    crf: int | None = None
     overwrite: bool = False
     resume: bool = False
+    metadata: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
+        path = Path(self.path)
+        codec, crf = resolve_encoding(path, self.codec, self.crf)
+        for name, value in {"path": path, "codec": codec, "crf": crf}.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, output: "Output | Path | str") -> "Output":

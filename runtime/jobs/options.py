@@ -33,6 +33,7 @@ class GenerateOptions:
 
     engines: Path
     output: Path
+    from_video: Path | None = None
     # inputs
     case: Path | None = None
     batch: Path | None = None
@@ -67,8 +68,9 @@ class GenerateOptions:
     overwrite: bool = False
     resume: bool = False
     size: tuple[int, int] | None = None
-    codec: str = "h264"
-    crf: int = 18
+    codec: str | None = None
+    crf: int | None = None
+    metadata: bool = True
     dry_run: bool = False
     # sampling
     preset: str = "quality"
@@ -139,7 +141,7 @@ class GenerateOptions:
         return self.request(files.image, files.mask_image, files.driving, files.mask_video, mode=files.mode, **changes)
 
     def output_to(self, path: Path) -> Output:
-        return Output(path, self.codec, self.crf, self.overwrite, self.resume)
+        return Output(path, self.codec, self.crf, self.overwrite, self.resume, self.metadata)
 
     def read_prompt(self) -> str:
         """The prompt of `--prompt` or `--prompt-file`, else empty."""

@@ -1,7 +1,7 @@
 """`scail2-rt generate` behind the command line: one case through a session (many: `jobs.batch`).
 
 Everything is checked before anything is loaded: each case first, then the engine folder. A case that cannot work ends
-the command. However a run ends, its report is written beside the video, and what was finished is named.
+the command. However a run ends, its report is written beside the video, and the finished segments are named.
 """
 
 import sys
@@ -20,8 +20,9 @@ from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.masks import masks_of, with_masks
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
-from scail2_rt.runtime.session.check import check_output, check_request, check_room
+from scail2_rt.runtime.session.check import check_output, check_request, check_room, fit_output
 from scail2_rt.runtime.session.output_lock import refuse_second
+from scail2_rt.runtime.session.settings import made_with, read_settings
 
 if TYPE_CHECKING:
     from scail2_rt.engines.folder.manifest import LoRARecord
@@ -33,7 +34,7 @@ MANY_STEPS = 10  # from here on steps and guidance are those of a model that was
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One piece of work: a request and its output, or why there is none."""
+    """A request and its output, or the error that prevents it."""
 
     name: str
     request: Request | None
@@ -43,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a command: the JSON object, the text for people, and how many of its cases failed."""
+    """The result of a command: the JSON object, the text for people, and how many of its cases failed."""
 
     document: Mapping[str, Any]
     text: str
@@ -93,8 +94,27 @@ def open_engines(options: GenerateOptions) -> "Session":
 def fit_plan(plan: Plan, session: "Session", options: GenerateOptions) -> Plan:
     """The plan with what depends on the engines and on the preset."""
     fitting = session.fit(plan)
-    hint = preset_hint(plan.request, session.engines.manifest.loras, options.preset)
-    return replace(fitting, warnings=(*fitting.warnings, hint)) if hint else fitting
+    hints = [preset_hint(plan.request, session.engines.manifest.loras, options.preset)]
+    if options.from_video is not None:
+        hints.append(other_machine(options.from_video, session))
+    return replace(fitting, warnings=(*fitting.warnings, *filter(None, hints)))
+
+
+def other_machine(video: Path, session: "Session") -> str | None:
+    """What to say when a video that is repeated was made by other engines, packages or another device."""
+    from scail2_rt.runtime.session.report import describe_device, engine_digest, versions
+
+    settings, digest = read_settings(video), engine_digest(session.engines.manifest.identity)
+    if settings.engines.get("digest") != digest:
+        return (
+            f"{video} was made by another engine folder ({settings.engines.get('precision')}, digest "
+            f"{str(settings.engines.get('digest'))[:12]}; this one has {digest[:12]}): the result will differ."
+        )
+    there = settings.made_with
+    here = made_with(describe_device(session.engines, session.gpus), versions())
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    told = ", ".join(f"{name} {there.get(name, 'none')} (here {here.get(name, 'none')})" for name in names)
+    return f"{video} was made with {told}: the result may not be bit-identical." if told else None
 
 
 def preset_hint(request: Request, loras: "Sequence[LoRARecord]", preset: str) -> str | None:
@@ -141,19 +161,20 @@ def say_engines(session: "Session", options: GenerateOptions) -> None:
 
 def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions, listener: Listener) -> Outcome:
     """A checked job on open engines: its estimate with `--dry-run`, else its video."""
+    assert job.output is not None
+    plan = fit_output(plan, job.output)
     if options.dry_run:
         from scail2_rt.runtime.session.estimate import as_text, described
 
         assert plan.estimate is not None
         return Outcome(described(plan, plan.estimate), as_text(plan, plan.estimate))
-    assert job.output is not None
     result = generate(plan, job.output, session, listener)
     return Outcome({**result.report, "report": result.report_path and str(result.report_path)}, summary(result))
 
 
 def generate(plan: Plan, output: Output, session: "Session", listener: Listener) -> "Result":
     """Write the video, and say on stderr what a person wants to know on the way."""
-    from scail2_rt.runtime.media.unfinished import resumable
+    from scail2_rt.runtime.media.unfinished import is_there, resumable
     from scail2_rt.runtime.session.estimate import counted
     from scail2_rt.runtime.session.write import what_is_left
 
@@ -165,7 +186,7 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
         print(plan.fit.text, file=sys.stderr)
     if plan.estimate is not None and plan.estimate.placement:
         print(f"memory: {plan.estimate.placement}", file=sys.stderr)
-    if output.resume and not output.path.exists():
+    if output.resume and not is_there(output.path):
         parts = resumable(output.path)
         done = f"resuming after {parts} of {counted(len(plan.segments), 'segment')}"
         print(done if parts else "no interrupted run is there to resume: this one begins", file=sys.stderr)

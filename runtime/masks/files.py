@@ -20,6 +20,7 @@ import av
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.containers import MP4_ENDINGS
 from scail2_rt.runtime.masks.palette import CLEAR_LABEL, PALETTE, codes
 from scail2_rt.runtime.media.images import is_image
 from scail2_rt.runtime.media.lossless import write_image, write_video
@@ -106,7 +107,7 @@ def check_new(output: Path, ending: str, overwrite: bool) -> None:
             raise InputError(f"The output {output} must end in .png: a mask image is stored without loss.")
         check_place(output)
     else:
-        check_writable(output)
+        check_writable(output, endings=MP4_ENDINGS)
     if output.exists() and not overwrite:
         raise InputError(f"The output {output} exists: choose another name with -o, or replace it with --overwrite.")
 

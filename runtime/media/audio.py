@@ -1,11 +1,12 @@
 """The driving video's audio in the result, and the final file.
 
-Every audio track that can be decoded is kept. A track whose codec the players of the result's container read is copied,
-packet by packet, untouched; any other is encoded to AAC, where a damaged packet becomes silence. The cut at the start
-is exact to the sample either way: of a copied track, packets up to `_PREROLL_S` before it are kept with negative times,
-which mp4 stores as an edit list (the decoder needs them to warm up, the player does not play them); of an encoded
-track, samples are cut. The end is exact as the track's stated duration; the data of the last packet may run over it (by
-about 20 ms at most).
+Every audio track that can be decoded is kept. In mp4 and mov, a track whose codec players of that format read is
+copied, packet by packet, untouched; any other is encoded to AAC, where a damaged packet becomes silence. The cut at the
+start is exact to the sample either way: of a copied track, packets up to `_PREROLL_S` before it are kept with negative
+times, which mp4 stores as an edit list (the decoder needs them to warm up, the player does not play them); of an
+encoded track, samples are cut. Matroska and WebM hold no negative times, so every track is encoded, to Opus, and keeps
+the exact cut. The end is exact as the track's stated duration; the data of the last packet may run over it (by about
+20 ms at most).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import av
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.warnings import warn
 
 _COPIED = {  # container: codecs
@@ -29,8 +31,9 @@ _COPIED = {  # container: codecs
 }
 _PREROLL_S = Fraction(1, 10)  # Opus wants 80 ms, AAC one or two packets, MP3 a few
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
-_AAC_BIT_RATE = 192_000
-_FRAME_SAMPLES = 1024  # of an AAC packet
+_BIT_RATE = 192_000
+_OPUS_RATE = 48_000
+_FRAME_SAMPLES = {"aac": 1024, "libopus": 960}  # of one packet
 _GAP_S = Fraction(1, 100)  # less is the rounding of a container's times
 
 _Timed = tuple[Fraction, Any]  # seconds in the result, packet
@@ -45,31 +48,48 @@ def open_audio(path: Path) -> Any:
 
 
 def remux(
-    video: Path, target: Path, ticks: int, end_s: Fraction, audio_from: Path | None, start_s: Fraction = Fraction(0)
+    video: Path,
+    target: Path,
+    frame_rate: Fraction,
+    ticks: int,
+    end_s: Fraction,
+    audio_from: Path | None,
+    start_s: Fraction = Fraction(0),
+    comment: str | None = None,
 ) -> None:
-    """Writes `target` (mp4 with its index in front) from the encoded `video`, copied, and the audio of `audio_from`
-    between `start_s` and `start_s + end_s` seconds after that file's first video frame. `ticks` a second is the video
-    track's timescale, `end_s` the video's exact duration."""
-    options = {"movflags": "+faststart", "video_track_timescale": str(ticks)}
-    kind = "mov" if target.suffix.lower() == ".mov" else "mp4"
+    """Writes `target` (mp4 and mov with the index in front) from the encoded `video`, copied, and the audio of
+    `audio_from` between `start_s` and `start_s + end_s` seconds after that file's first video frame. `ticks` per second
+    is the video track's timescale, `end_s` the video's exact duration, `frame_rate` what Matroska states beside the
+    times, `comment` the text of the tag of that name."""
+    kind = container_of(target).muxer
+    options = {"fflags": "+bitexact"}  # else Matroska writes random numbers
+    if mp4 := kind in ("mp4", "mov"):
+        options = {"movflags": "+faststart", "video_track_timescale": str(ticks)}
+    if kind == "mov":
+        options["movflags"] += "+use_metadata_tags"  # QuickTime's older tag ends at 64 KiB
     with ExitStack() as stack:
         source = stack.enter_context(av.open(str(video.absolute())))
         out = stack.enter_context(av.open(str(target.absolute()), "w", format=kind, options=options))
+        if comment is not None:
+            out.metadata["comment"] = comment
         picture = source.streams.video[0]
         copy = out.add_stream_from_template(picture, opaque=True)  # by codec: an AV1 decoder has no encoder of its name
-        copy.codec_context.codec_tag = picture.codec_context.codec_tag
-        copy.time_base = Fraction(1, ticks)
+        if mp4:
+            copy.codec_context.codec_tag = picture.codec_context.codec_tag
+            copy.time_base = Fraction(1, ticks)
+        else:
+            copy.codec_context.framerate = frame_rate
         tracks: list[Iterator[_Timed]] = [_video_packets(source, picture, copy, end_s)]
         if audio_from is not None:
             zero = first_frame_s(audio_from) + start_s
             for index in known_tracks(audio_from):  # a container of its own for each, so that they can be read in step
                 container = stack.enter_context(open_audio(audio_from))
                 stream = container.streams.audio[index]
-                if stream.codec_context.codec.canonical_name in _COPIED[kind]:
+                if mp4 and stream.codec_context.codec.canonical_name in _COPIED[kind]:
                     copy = out.add_stream_from_template(stream)
                     tracks.append(_copied(container, stream, copy, zero, end_s))
                 else:
-                    tracks.append(_encoded(container, stream, _add_aac(stream, out), zero, end_s))
+                    tracks.append(_encoded(container, stream, _add_track(stream, out, mp4), zero, end_s))
         for _, packet in heapq.merge(*tracks, key=lambda timed: timed[0]):
             out.mux(packet)
 
@@ -146,13 +166,13 @@ def _end_at(packet: Any, end_s: Fraction) -> None:
     packet.duration = min(packet.duration or 0, round(end_s / packet.time_base) - packet.pts)
 
 
-def _add_aac(stream: Any, out: Any) -> Any:
-    """An AAC track for the decoded `stream`, of a sample rate and layout that AAC can hold."""
-    rate = stream.codec_context.sample_rate
+def _add_track(stream: Any, out: Any, aac: bool) -> Any:
+    """An AAC or Opus track for the decoded `stream`, of a sample rate and layout that the codec can hold."""
+    rate = stream.codec_context.sample_rate if aac else _OPUS_RATE
     rate = rate if rate in _AAC_RATES else next((r for r in reversed(_AAC_RATES) if r >= rate), 48000)
     layout = {1: "mono", 2: "stereo", 6: "5.1"}.get(stream.codec_context.channels, "stereo")
-    track = out.add_stream("aac", rate=rate, layout=layout)
-    track.codec_context.bit_rate = _AAC_BIT_RATE
+    track = out.add_stream("aac" if aac else "libopus", rate=rate, layout=layout)
+    track.codec_context.bit_rate = _BIT_RATE
     track.codec_context.time_base = track.time_base = Fraction(1, rate)
     return track
 
@@ -166,7 +186,7 @@ def _encoded(container: Any, stream: Any, track: Any, zero: Fraction, end_s: Fra
             yield packet.pts * packet.time_base, packet
 
     pieces = samples_of(container, stream, layout, rate, zero, end_s)
-    for position, samples in _blocks(pieces, int(_GAP_S * rate)):
+    for position, samples in _blocks(pieces, int(_GAP_S * rate), _FRAME_SAMPLES[track.codec_context.name]):
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
         yield from packets(frame)
@@ -233,8 +253,8 @@ def _silence_after(frame: Any) -> Any:
     return silent
 
 
-def _blocks(pieces: Iterator[tuple[int, np.ndarray]], tolerance: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The same samples in pieces of the encoder's frame size, the last one shorter. Gaps of more than `tolerance`
+def _blocks(pieces: Iterator[tuple[int, np.ndarray]], tolerance: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The same samples in pieces of `size`, the last one shorter. Gaps of more than `tolerance`
     samples are filled with silence and longer overlaps cut, so that no error adds up."""
     begin, held = 0, None
     for position, samples in pieces:
@@ -244,8 +264,8 @@ def _blocks(pieces: Iterator[tuple[int, np.ndarray]], tolerance: int) -> Iterato
             gap = position - begin - held.shape[1]
             silence = np.zeros((len(held), gap if gap > tolerance else 0), held.dtype)
             held = np.concatenate([held, silence, samples[:, -gap if gap < -tolerance else 0 :]], axis=1)
-        while held.shape[1] >= _FRAME_SAMPLES:
-            yield begin, held[:, :_FRAME_SAMPLES]
-            begin, held = begin + _FRAME_SAMPLES, held[:, _FRAME_SAMPLES:]
+        while held.shape[1] >= size:
+            yield begin, held[:, :size]
+            begin, held = begin + size, held[:, size:]
     if held is not None and held.shape[1]:
         yield begin, held

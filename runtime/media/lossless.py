@@ -1,8 +1,8 @@
 """Images and videos without loss: PNG, and H.264 in RGB at crf 0 in an mp4.
 
-A mask must keep its colours to the last bit, and a drawn clip is compared with what was made of it; so nothing here
-goes through 4:2:0. The official case layout asks for `*.mp4`, every FFmpeg reads such a file, and it comes back to the
-bit; FFV1 would need another container, and plays in no browser either. The sound of a clip is given as samples.
+A mask must keep its colours exactly, and a drawn clip is compared with the video generated from it; so nothing here
+is stored as 4:2:0. The official case layout asks for `*.mp4`, every FFmpeg reads such a file, and decoding is
+bit-identical; FFV1 would need another container, and browsers do not play it either. Sound is given as samples.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 SAMPLE_RATE = 48_000
-_TICKS = 90_000  # a second, where the frame rate varies
+_TICKS = 90_000  # per second, if the frame rate varies
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:

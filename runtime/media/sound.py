@@ -1,4 +1,4 @@
-"""The sound of a part of a video, as samples, for whoever wants no file."""
+"""The sound of a part of a video, as samples."""
 
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,13 +1,18 @@
-"""What a run that did not end has left beside its output: the partial video, and what is needed to go on.
+"""The files of an unfinished run beside its output: the partial video, and the state to resume from.
 
-`NAME.partial.mp4` grows by one *part* a finished segment: a movie fragment (moof and mdat box) appended in one write.
-Its header comes with the first. `NAME.resume-K.safetensors` (`runtime.session.resume`) holds the state after part K. It
-is written before part K is appended and removed after part K+1: whenever a run is killed, the state that fits the
-partial file is there. No PyTorch here: the command line looks for unfinished runs before anything loads.
+`NAME.partial.mp4` grows by one *part* per finished segment: a movie fragment (moof and mdat box) appended in one write.
+The header comes with the first part. `NAME.resume-K.safetensors` (`runtime.session.resume`) holds the state after part
+K. It is written before part K is appended and removed after part K+1: whenever a run is killed, the state that fits the
+partial file is there. This module does not import PyTorch: the command line looks for unfinished runs before it loads.
 """
 
 import struct
 from pathlib import Path
+
+
+def is_there(output: Path) -> bool:
+    """Whether something would be replaced: a file, or a folder that is not empty."""
+    return any(output.iterdir()) if output.is_dir() else output.exists()
 
 
 def partial_path(output: Path) -> Path:
@@ -21,7 +26,7 @@ def sidecar_path(output: Path, part: int) -> Path:
 
 
 def resumable(output: Path) -> int:
-    """How many parts an unfinished run can be continued after; 0 when there is none."""
+    """The number of parts after which an unfinished run can be resumed; 0 if there is none."""
     partial = partial_path(output)
     parts = len(part_ends(partial)) if partial.is_file() else 0
     return parts if parts and sidecar_path(output, parts).is_file() else 0
@@ -36,7 +41,7 @@ def clear_sidecars(output: Path) -> None:
 
 
 def part_ends(partial: Path) -> list[int]:
-    """Where each complete part of a partial video ends, in bytes; what is behind the last was cut off by a crash."""
+    """The byte offsets at which the complete parts of a partial video end; bytes behind the last are half a part."""
     ends, position, fragment = [], 0, False
     size = partial.stat().st_size
     with partial.open("rb") as file:
@@ -55,7 +60,7 @@ def part_ends(partial: Path) -> list[int]:
 
 
 def split_fragment(data: bytes, first_tick: int) -> tuple[bytes, bytes]:
-    """Cuts a one-segment file into its header (ftyp, moov) and its fragment, and sets when the fragment begins.
+    """Cuts a file of one segment into its header (ftyp, moov) and its fragment, and sets the fragment's start time.
 
     A muxer starts every file at time 0; the decode time of a track fragment (`tfdt`, ISO/IEC 14496-12 §8.8.12,
     version 1: 64 bit) is what places it in the whole video.

@@ -1,9 +1,10 @@
 """Writing the result while it is being made.
 
-Each segment is encoded by an encoder of its own into a fragment in memory; `segment_done` appends the fragment to
+Each segment is encoded by a separate encoder into a fragment in memory; `segment_done` appends the fragment to
 `NAME.partial.mp4` (fragmented mp4) in one write. Whatever stops the program, the partial file therefore holds finished
-segments only and plays. `finish` copies the encoded video, unchanged, with the driving video's audio into a temporary
-file and moves it into place. Frames are queued to a thread, so the caller goes on decoding while it encodes.
+segments only and plays. `finish` copies the encoded video, unchanged, with the driving clip's audio into a temporary
+file of the output's format and moves it into place. A GIF and a folder of PNG files are made from a partial file that
+is lossless (H.264 in RGB). Frames are queued to a thread, so the caller goes on decoding while it encodes.
 
 There are no B frames: decode order is display order, presentation times are stored as they are, and fragments of
 separate encoders join without an edit list. Colours are BT.709 limited range, converted and tagged.
@@ -19,7 +20,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,12 +32,13 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.containers import CONTAINERS, DEFAULT_CRF, container_of
 from scail2_rt.runtime.media.audio import open_audio, remux
+from scail2_rt.runtime.media.frame_files import is_frame_folder, remove, replace_output, write_gif, write_images
 from scail2_rt.runtime.media.unfinished import part_ends, partial_path, split_fragment
 
 _BT709 = 1  # matrix, primaries and transfer share this number (ITU-T H.273)
 _QUEUED_FRAMES = 32
-_CONTAINERS = (".mp4", ".m4v", ".mov")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +51,17 @@ class Codec:
 
 
 CODECS: Final = {
-    # with its macroblock tree x264 does not repeat itself: of small clips, up to one in twelve differs in some bits
+    # with its macroblock tree x264 is not deterministic: of small clips, up to one in twelve differs in some bits
     "h264": Codec("libx264", 51, (("x264-params", "mbtree=0"),)),
     "hevc": Codec("libx265", 51, (("x265-params", "bframes=0:log-level=error"),)),
     "av1": Codec("libsvtav1", 63, (("preset", "8"),)),
     "vp9": Codec("libvpx-vp9", 63, (("b", "0"), ("row-mt", "1"))),
 }
+_LOSSLESS = Codec("libx264rgb", 0, (("x264-params", "mbtree=0"), ("preset", "veryfast")))
 
 
 def check_codec(name: str, crf: int) -> Codec:
-    """The codec called `name` if this installation can encode it at this crf, else `InputError`."""
+    """The codec called `name`. Raises InputError if this installation cannot encode it at this crf."""
     if name not in CODECS:
         raise InputError(f"The codec {name!r} is not offered: use one of {', '.join(CODECS)}.")
     codec = CODECS[name]
@@ -69,20 +72,32 @@ def check_codec(name: str, crf: int) -> Codec:
     return codec
 
 
-def check_writable(path: Path, expected_bytes: int = 0) -> None:
-    """Raises `InputError` unless a video can be written at `path` and its disk has `expected_bytes` to spare.
+def check_writable(path: Path, expected_bytes: int = 0, endings: Collection[str] = tuple(CONTAINERS)) -> None:
+    """Raises InputError unless an output of one of these endings can be written at `path` and its disk has
+    `expected_bytes` to spare.
 
     The folder need not exist, and is not created here; nothing stays behind.
     """
-    if path.suffix.lower() not in _CONTAINERS:
-        raise InputError(f"The output {path} must end in {', '.join(_CONTAINERS[:-1])} or {_CONTAINERS[-1]}.")
-    check_place(path, expected_bytes)
+    if path.suffix.lower() not in endings:
+        *others, last = endings
+        raise InputError(f"The output {path} must end in {', '.join(others)} or {last}.")
+    if container_of(path).muxer:
+        check_place(path, expected_bytes)
+        return
+    if path.exists() and not is_frame_folder(path):
+        what = "holds other files than frames" if path.is_dir() else "is a file"
+        raise InputError(f"The output {path} {what}, and a folder of PNG files would replace it: choose another name.")
+    _check_parent(path, expected_bytes)
 
 
 def check_place(path: Path, expected_bytes: int = 0) -> None:
-    """`check_writable` for a file of any kind."""
+    """`check_writable` for one file of any kind."""
     if path.is_dir():
         raise InputError(f"The output {path} is a folder: give a file name.")
+    _check_parent(path, expected_bytes)
+
+
+def _check_parent(path: Path, expected_bytes: int) -> None:
     folder = path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -105,21 +120,28 @@ def check_place(path: Path, expected_bytes: int = 0) -> None:
 @dataclass(frozen=True, slots=True)
 class VideoFormat:
     """How a video's pictures are stored: sides in pixels, rate, a name of `CODECS`, its quality (smaller is better).
+    Without a codec frames are stored without loss, for an output that is made from them.
 
-    InputError: odd sides, or a codec or crf that cannot be encoded here."""
+    Raises InputError for odd sides, and for a codec or crf that cannot be encoded here."""
 
     width: int
     height: int
     frame_rate: Fraction
-    codec: str = "h264"
-    crf: int = 18
+    codec: str | None = "h264"
+    crf: int | None = DEFAULT_CRF
+
+    @property
+    def encoder(self) -> Codec:
+        return _LOSSLESS if self.codec is None else CODECS[self.codec]
 
     def __post_init__(self) -> None:
+        if self.codec is None:
+            return
         if self.width % 2 or self.height % 2:
             raise InputError(
                 f"A video of {self.width}×{self.height} pixels cannot be stored as 4:2:0: both sides must be even."
             )
-        check_codec(self.codec, self.crf)
+        check_codec(self.codec, DEFAULT_CRF if self.crf is None else self.crf)
 
 
 class VideoWriter:
@@ -127,8 +149,8 @@ class VideoWriter:
 
     `timestamps`: presentation times (seconds, increasing) of the output frames when the rate is variable, at least as
     many as frames are written; None means the format's constant rate. `audio_from`: a video whose audio, from `start_s`
-    seconds after its first frame on, goes into the result. `after`: frames that the partial file of an interrupted run
-    holds already; new ones follow them.
+    seconds after its first frame on, goes into the result if files of its kind hold audio. `after`: frames that the
+    partial file of an interrupted run holds already; new ones follow them. `comment`: text to store in the result.
     """
 
     def __init__(
@@ -139,9 +161,10 @@ class VideoWriter:
         start_s: Fraction | float = 0,
         timestamps: Sequence[Fraction] | None = None,
         after: int = 0,
+        comment: str | None = None,
     ) -> None:
         check_writable(path)
-        self.path, self.partial = path, partial_path(path)
+        self.path, self.partial, self._comment = path, partial_path(path), comment
         self.frames = after  # accepted so far
         self._audio_from, self._start_s = audio_from, Fraction(start_s).limit_denominator(10**9)
         if audio_from is not None:
@@ -181,9 +204,10 @@ class VideoWriter:
             self._raise()
 
     def finish(self) -> Path:
-        """Writes what is left, adds the audio and moves the result into place; the partial file goes. Returns the path.
+        """Writes the remaining frames, makes the output of them and moves it into place; the partial file goes. Returns
+        the path.
 
-        If adding the audio or moving fails, the partial file stays and the error names it.
+        If making the output or moving it fails, the partial file stays and the error names it.
         """
         self._put(_Segment())
         self._put(None)
@@ -194,19 +218,10 @@ class VideoWriter:
             raise Scail2Error(f"No frame was made, so {self.path} was not written.")
         temporary = self.path.with_name(f".{self.path.stem}.tmp{self.path.suffix}")
         try:
-            remux(
-                self.partial,
-                temporary,
-                self._clock.ticks,
-                self._clock.end_s(self.frames),
-                self._audio_from,
-                self._start_s,
-            )
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            self._make(temporary)
+            replace_output(temporary, self.path)
         except BaseException as error:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
             if isinstance(error, (OSError, av.FFmpegError)):
                 reason = error.strerror or error
                 raise Scail2Error(
@@ -215,6 +230,19 @@ class VideoWriter:
             raise
         self.partial.unlink(missing_ok=True)
         return self.path
+
+    def _make(self, target: Path) -> None:
+        """The output, of the frames in the partial file."""
+        muxer, end_s = container_of(self.path).muxer, self._clock.end_s(self.frames)
+        if muxer == "gif":
+            write_gif(self.partial, target, end_s, self._comment)
+        elif not muxer:
+            write_images(self.partial, target, self._comment)
+        else:
+            rate, ticks = self._clock.frame_rate, self._clock.ticks
+            remux(self.partial, target, rate, ticks, end_s, self._audio_from, self._start_s, self._comment)
+            with target.open("rb+") as file:
+                os.fsync(file.fileno())
 
     def abort(self) -> Path | None:
         """Stops, keeping the finished segments: returns the partial file, or None when no segment was finished."""
@@ -292,7 +320,7 @@ _Item = tuple[int, np.ndarray] | _Segment | None  # a numbered frame, the end of
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Presentation times as whole ticks; `ticks` a second make every time exact."""
+    """Presentation times as whole ticks; with `ticks` per second every time is exact."""
 
     ticks: int
     frame_rate: Fraction
@@ -334,7 +362,7 @@ class _Encoder:
         self._first = 0  # tick of the segment's first frame
 
     def go_on(self) -> None:
-        """Append to the parts of an interrupted run; half a part behind them goes."""
+        """Append to the parts of an interrupted run; half a part behind them is removed."""
         ends = part_ends(self._partial)
         os.truncate(self._partial, ends[-1])
         self.segments = len(ends)
@@ -353,34 +381,38 @@ class _Encoder:
             "fragment_index": str(self.segments + 1),
         }
         self._container = av.open(self._memory, "w", format="mp4", options=options)
-        video, codec = self.video, CODECS[self.video.codec]
+        video, codec = self.video, self.video.encoder
         stream = self._container.add_stream(
-            codec.encoder, rate=video.frame_rate, options={"crf": str(video.crf), **dict(codec.options)}
+            codec.encoder, rate=video.frame_rate, options={"crf": str(video.crf or 0), **dict(codec.options)}
         )
+        self._stream = stream
         context = stream.codec_context
-        context.width, context.height, context.pix_fmt = video.width, video.height, "yuv420p"
+        context.width, context.height = video.width, video.height
+        context.pix_fmt = "rgb24" if codec is _LOSSLESS else "yuv420p"
         context.time_base = stream.time_base = Fraction(1, self._clock.ticks)
         context.max_b_frames = 0
+        if codec is _LOSSLESS:
+            return
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = ColorRange.MPEG
         if codec.encoder == "libx265":
             context.codec_tag = "hvc1"  # the tag that Apple's players ask for
-        self._stream = stream
 
     def _encode(self, number: int, frame: np.ndarray) -> None:
         tick = self._clock.tick(number)
         if self._container is None:
             self._first = tick
             self._begin_segment()
-        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = self._reformatter.reformat(
-            rgb,
-            format="yuv420p",
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
-        )
-        picture.color_primaries = picture.color_trc = _BT709
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        if self.video.encoder is not _LOSSLESS:
+            picture = self._reformatter.reformat(
+                picture,
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+            )
+            picture.color_primaries = picture.color_trc = _BT709
         picture.pts, picture.time_base = tick - self._first, Fraction(1, self._clock.ticks)
         self._container.mux(self._stream.encode(picture))
 
@@ -397,7 +429,7 @@ class _Encoder:
         self.segments += 1
 
     def _append(self, data: bytes) -> None:
-        """One write for the whole segment; a failed one is taken back: the file never ends in half a segment."""
+        """Writes a segment at once. A write that fails is undone, so that the file never ends in half a segment."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         with self._partial.open("ab" if self.segments else "wb") as file:
             size = file.tell()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.containers import MP4_ENDINGS
 from scail2_rt.runtime.core.progress import Listener, Progress
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.run import Job, Outcome, single_job, summary
@@ -36,7 +37,18 @@ OPERATORS = (
 )
 LOCAL = ("dry_run", "resume")
 SAME = (
-    *("mode", "fit", "fit_reference", "allow_mask_problems", "start", "frames", "negative_prompt", "codec", "crf"),
+    *(
+        "mode",
+        "fit",
+        "fit_reference",
+        "allow_mask_problems",
+        "start",
+        "frames",
+        "negative_prompt",
+        "codec",
+        "crf",
+        "metadata",
+    ),
     *("preset", "scheduler", "steps", "shift", "guidance", "seed", "noise_device", "segment_length", "segment_overlap"),
     *("overlap_blend", "anchor_color"),
 )
@@ -120,6 +132,10 @@ def _refuse_local(options: GenerateOptions) -> None:
 def _generate(wire: Wire, job: Job, options: GenerateOptions, listener: Listener) -> Fetched:
     if job.request is None or job.output is None:
         raise job.error or InputError(f"{job.name} holds no request.")
+    if job.output.path.suffix.lower() not in MP4_ENDINGS:
+        raise InputError(
+            f"The service makes mp4 videos: end the output {job.output.path} in .mp4, or leave --server out."
+        )
     refuse_second(job.output.path)
     check_output(job.output, job.request)
     files = _files_of(job, options.makes_masks)

@@ -45,6 +45,7 @@ ABOUT = {
     "allow_mask_problems": "Go on with masks that the check calls unusable.",
     "codec": "h264, hevc, av1 or vp9.",
     "crf": "Constant rate factor, 0 is lossless.",
+    "metadata": "Store the settings and the hashes of the inputs in the video; by default none are stored.",
 }
 
 

@@ -27,7 +27,7 @@ REFERENCES = {
 }
 WHOLE = ("start", "frames", "steps", "seed", "segment_length", "segment_overlap", "overlap_blend", "crf")
 NUMBERS = ("shift", "guidance")
-FLAGS = ("fit_reference", "allow_mask_problems")
+FLAGS = ("fit_reference", "allow_mask_problems", "metadata")
 TEXTS = (*("prompt", "negative_prompt", "mode", "fit", "preset", "scheduler", "anchor_color", "noise_device", "codec"),)
 OPTIONS = (*WHOLE, *NUMBERS, *FLAGS, *TEXTS)
 MASKING = ("mask_prompt", "max_characters", "sort", "points", "boxes", "pairs", "one_to_many")

@@ -137,7 +137,7 @@ def generate(session: "Session", plan: "Plan", job: Mapping[str, Any], heard: "T
     """The video, going on where an earlier attempt ended. What such an attempt left that does not fit (the program was
     updated in between, say) is made again."""
     given = job["options"]
-    chosen = {name: given[name] for name in ("codec", "crf") if name in given}
+    chosen = {"metadata": False} | {name: given[name] for name in ("codec", "crf", "metadata") if name in given}
     output = Output(Path(job["folder"]) / "video.mp4", **chosen, resume=True)
     wait_for_lock(output.path)
     try:

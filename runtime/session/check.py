@@ -1,8 +1,8 @@
 """Every check that needs no weights: a request becomes a plan, or one sentence says why not.
 
-`check_request` reads the media (not the engines) from cheap to dear; the driving video and its mask are decoded once
-each. `check_output` is about the file that is to be written. Nothing is written, except that a clip whose frames can be
-read once only is kept in a temporary file.
+`check_request` reads the media (not the engines), the cheapest first; the driving clip and its mask are decoded once
+each. `check_output` checks where the result will be written. Nothing is written, except that a clip whose frames can be
+read only once is kept in a temporary file.
 """
 
 from dataclasses import replace
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.request import Output, Request
-from scail2_rt.runtime.media.unfinished import part_ends, partial_path, resumable, sidecar_path
+from scail2_rt.runtime.media.unfinished import is_there, part_ends, partial_path, resumable, sidecar_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +114,7 @@ def _names(request: Request) -> list[tuple[str, str]]:
 
 
 def _prepared(request: Request) -> Request:
-    """Prompts cleaned; clips that can be read again and again."""
+    """The request with cleaned prompts and with clips that can be read repeatedly."""
     from scail2_rt.runtime.media.clips import rereadable
     from scail2_rt.runtime.pipeline.text import clean_prompt
 
@@ -166,9 +167,9 @@ def _trimmed(request: Request, total: int) -> int:
 
 
 def check_output(output: Output, request: Request) -> None:
-    """What can be said about the output before the request's media are read. InputError for a place that cannot be
-    written, and for files there that would be lost: an input, another result, an interrupted run's segments, a file
-    that is no report of this program."""
+    """Checks the output before the request's media are read. Raises InputError for a place that cannot be written, and
+    for files there that would be lost: an input, another result, an interrupted run's segments, a file that is not a
+    report of this program."""
     from scail2_rt.runtime.media.video_writer import check_codec, check_writable
     from scail2_rt.runtime.session.report import is_report, report_path
 
@@ -179,33 +180,43 @@ def check_output(output: Output, request: Request) -> None:
         )
     _check_unfinished(output)
     for label, path in request.inputs.items():
-        if isinstance(path, Path) and path.resolve() == output.path.resolve():
-            raise InputError(f"The output {output.path} is the {label}: choose another name with -o.")
-    check_codec(output.codec, output.crf)
-    if output.codec in ("av1", "vp9") and output.path.suffix.lower() == ".mov":
-        raise InputError(f"A .mov file cannot hold {output.codec} video: name the output .mp4, or use --codec hevc.")
+        if isinstance(path, Path) and output.path.resolve() in (path.resolve(), path.resolve().parent):
+            verb = "is" if path.resolve() == output.path.resolve() else "holds"
+            raise InputError(f"The output {output.path} {verb} the {label}: choose another name with -o.")
+    if output.codec is not None and output.crf is not None:
+        check_codec(output.codec, output.crf)
     check_writable(output.path)
-    if output.path.exists() and not (output.overwrite or output.resume):
+    if is_there(output.path) and not (output.overwrite or output.resume):
         raise InputError(
             f"The output {output.path} exists: choose another name with -o, or replace it with --overwrite."
         )
 
 
-def check_room(output: Output, plan: Plan) -> None:
-    """InputError when the disk has too little room for the video.
+def fit_output(plan: Plan, output: Output) -> Plan:
+    """The plan with a warning about what the output cannot hold."""
+    kind = container_of(output.path)
+    if kind.audio or not plan.audio:
+        return plan
+    lost = f"{kind.what} holds no audio: {output.path} is without the driving clip's. Use .mp4 to keep it."
+    return replace(plan, warnings=tuple(dict.fromkeys([*plan.warnings, lost])))
 
-    H.264 at crf 18 takes about a tenth of a byte per pixel, without loss about one and a half; both files are there for
-    a moment when the audio is added. Two saved states hold the overlap in fp32, decoded and as seen."""
+
+def check_room(output: Output, plan: Plan) -> None:
+    """Raises InputError if the disk has too little room for the video.
+
+    H.264 at crf 18 takes about a tenth of a byte per pixel, without loss about one and a half, as do PNG and GIF; the
+    partial video and the result are there together for a moment. Two saved states hold the overlap in fp32, decoded and
+    as seen."""
     from scail2_rt.runtime.media.video_writer import check_writable
 
     pixels = plan.height * plan.width
     states = 2 * 2 * 12 * plan.request.segment_overlap * pixels
-    video = int(plan.frames * pixels * (3 if output.crf == 0 else 0.3))
+    video = int(plan.frames * pixels * (0.3 if output.crf else 3))
     check_writable(output.path, video + states + OUTPUT_MARGIN)
 
 
 def _check_unfinished(output: Output) -> None:
-    """Hours of work in an interrupted run's files are not thrown away unasked."""
+    """Raises InputError if files of an interrupted run would be deleted without --overwrite."""
     partial_video = partial_path(output.path)
     if output.overwrite or not partial_video.is_file():
         return
@@ -215,7 +226,7 @@ def _check_unfinished(output: Output) -> None:
             f"{partial_video} holds {parts} finished segment(s) of an interrupted run: go on with --resume, or start "
             "again with --overwrite."
         )
-    if output.resume and not parts and (lost := len(part_ends(partial_video))) and not output.path.exists():
+    if output.resume and not parts and (lost := len(part_ends(partial_video))) and not is_there(output.path):
         raise InputError(
             f"{partial_video} holds {lost} finished segment(s), but the state to go on from, "
             f"{sidecar_path(output.path, lost).name}, is not beside it: move the video away, or start again with "

@@ -1,8 +1,8 @@
-"""One run an output: a second one would cut into the same partial video, state and report, and is refused at once.
+"""One run per output: a second one would write to the same partial video, state and report, and is refused at once.
 
-The lock is a hidden file beside the output, `.NAME.lock`, under the name that partial video and report have too, so
-that `out.mp4` and `out.mov` exclude each other. An output that is a symbolic link is locked at both its ends, and paths
-are compared as the file system resolves them: no other name of the same place leads past the lock.
+The lock is a hidden file beside the output, `.NAME.lock`. Its name has no ending, like those of the partial video and
+the report, so that `out.mp4` and `out.mov` exclude each other. For a symbolic link, both the link and its target are
+locked, and paths are resolved first: another name of the same file has the same lock.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ LOCK_WAIT_S = 60.0
 
 
 def lock_files(output: Path) -> tuple[Path, ...]:
-    """Where the locks of an output are, in an order that is the same for all its names."""
+    """The lock files of an output, in an order that is the same for all its names."""
     places = {output.parent.resolve() / output.name, output.resolve()}
     return tuple(sorted({place.with_name(f".{place.stem}.lock") for place in places}))
 
 
 def refuse_second(output: Path) -> None:
-    """InputError when a run is writing this output now. Nothing is made or changed."""
+    """Raises InputError if a run is writing this output now. Nothing is created or changed."""
     for path in lock_files(output):
         refuse_if_held(path, _refusal(output))
 
 
 def wait_for_lock(output: Path) -> None:
-    """Until a run that was killed, or cut off, is gone too. InputError when it still writes after `LOCK_WAIT_S`."""
+    """Waits until no run writes this output. Raises InputError if one still does after `LOCK_WAIT_S`."""
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
@@ -42,8 +42,8 @@ def wait_for_lock(output: Path) -> None:
 
 @contextlib.contextmanager
 def sole_writer(output: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Hold the locks of an output, whose folder is made if need be. InputError when another run holds one; `note` hears
-    one sentence when the output cannot be locked."""
+    """Hold the locks of an output; its folder is created if needed. Raises InputError if another run holds one. `note`
+    is called with one sentence if the output cannot be locked."""
     reasons: list[str] = []
     with contextlib.ExitStack() as locks:
         output.parent.mkdir(parents=True, exist_ok=True)

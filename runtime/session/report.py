@@ -1,4 +1,4 @@
-"""The JSON report beside a video: everything needed to repeat the run, and what it cost.
+"""The JSON report beside an output: everything needed to repeat the run, and its time and memory.
 
 Written once, atomically, when a run ends in whatever way: `complete`, `partial` (stopped, finished segments kept) or
 `failed`. Hashes are SHA-256. Memory peaks are the process's own: resident host memory by the operating system, device
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ from scail2_rt.runtime.core.request import Clip, ClipSource, ImageSource, Output
 
 if TYPE_CHECKING:
     from scail2_rt.engines.engine_set import EngineSet
+    from scail2_rt.engines.folder.manifest import Identity
 
 REPORT_VERSION = 2
-OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume")
+OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume", "metadata")
 PACKAGES = (
     "scail2-rt",
     "torch",
@@ -48,7 +50,7 @@ def report_path(output: Path) -> Path:
 
 
 def is_report(path: Path) -> bool:
-    """Was this file written by `write_report`? Anything else of that name is the user's and must be kept."""
+    """Whether `write_report` wrote this file. Any other file of that name belongs to the user and must be kept."""
     try:
         return "report_version" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -56,7 +58,10 @@ def is_report(path: Path) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file, read in pieces; of a folder, of the names and hashes of its files."""
+    if path.is_dir():
+        files = [(file.name, file_hash(file)) for file in sorted(path.iterdir()) if file.is_file()]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
@@ -89,7 +94,7 @@ def _option(value: Any) -> Any:
     """An option as JSON can hold it; what is in memory by its kind."""
     if isinstance(value, tuple):
         return [_option(item) for item in value]
-    if isinstance(value, Path | str | int | float) or value is None:
+    if isinstance(value, Path | str | int | float | Fraction) or value is None:
         return plain(value)
     return f"{type(value).__name__} in memory"
 
@@ -161,6 +166,12 @@ def describe_device(engines: "EngineSet", gpus: int = 1) -> dict[str, Any]:
     return device | {"system": platform.platform(), "cpu_count": os.cpu_count()}
 
 
+def engine_digest(identity: "Identity") -> str:
+    """SHA-256 of what decides the weights of an engine folder: sizes, precision, checkpoint files and LoRAs."""
+    parts = (identity.config, identity.precision, identity.sources, [lora.identity for lora in identity.loras])
+    return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()
+
+
 def describe_engines(engines: "EngineSet") -> dict[str, Any]:
     """What the engine folder was made of: enough to tell two folders apart."""
     from scail2_rt.export.models.precision import FP8_ACCUMULATION  # imports torch
@@ -170,6 +181,7 @@ def describe_engines(engines: "EngineSet") -> dict[str, Any]:
     return {
         "directory": str(engines.directory),
         "manifest_sha256": file_hash(manifest_file),
+        "digest": engine_digest(identity),
         "precision": engines.manifest.precision,
         "config": plain(engines.config),
         "sources": plain(identity.sources),
@@ -208,14 +220,14 @@ def describe_end(
 ) -> dict[str, Any]:
     """How it ended. `output` is the video that is there to watch: the result, or the partial file."""
     end: dict[str, Any] = {"status": status, "error": error, "output": None, "output_sha256": None}
-    if output.is_file():
+    if output.exists():
         end |= {"output": str(output), "output_sha256": file_hash(output)}
     end["timings_s"] = {name: round(seconds, 4) for name, seconds in timings.items()}
     return end | {"memory": memory_peaks(), "warnings": list(warnings)}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report so that a reader sees all of it or nothing."""
+    """Write the report atomically."""
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".json", delete=False

@@ -1,11 +1,11 @@
-"""Going on with an interrupted run: the state after its last finished segment, and the proof that it is the same run.
+"""Resuming an interrupted run: the state after its last finished segment, and the check that it is the same run.
 
 The state is one safetensors file beside the partial video (`runtime.media.unfinished` says when it is written): the
 history in the fp32 values that the next segment starts from, the colour anchor, the noise generator's
 state, and as metadata the identity of the request: every option, the hashes of the input files, what the engines were
-made of and are run by, and the versions of the packages that compute. What goes on after equal identities is the
-uninterrupted run: bit by bit on a CPU, on a GPU as far as its kernels repeat themselves. A difference is refused by
-naming it.
+made of and are run by, and the versions of the packages that compute. If the identities are equal, the result is
+bit-identical to an uninterrupted run: always on a CPU, on a GPU if its kernels are deterministic. A difference raises
+an error that names it.
 """
 
 import json
@@ -24,12 +24,13 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.case_folder import FILES
 from scail2_rt.runtime.media.unfinished import clear_sidecars, resumable, sidecar_path
 from scail2_rt.runtime.pipeline.history import Carry
+from scail2_rt.runtime.session.settings import COMPUTING
 
 FORMAT = "2"
 # Options that say where things are or whether to begin, not what comes out; input files count by their hashes.
-_NO_MATTER = ("overwrite", "resume", "allow_mask_problems", "output", *FILES, "extra_refs")
-_WHERE = ("directory", "manifest_sha256")  # another executor built into the folder changes its manifest, not this one
-_COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "triton", "av")
+_NO_MATTER = ("overwrite", "resume", "metadata", "allow_mask_problems", "output", *FILES, "extra_refs")
+# Another executor built into the folder changes its manifest, not this one; the digest repeats other fields.
+_WHERE = ("directory", "manifest_sha256", "digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def identity(about: Mapping[str, Any]) -> dict[str, str]:
         **{name: about[name] for name in ("mode", "height", "width", "frames")},
         "engines": engines,
         "device": {name: about["device"][name] for name in ("backend", "device", "name")},
-        "versions": {name: about["versions"][name] for name in _COMPUTING if name in about["versions"]},
+        "versions": {name: about["versions"][name] for name in COMPUTING if name in about["versions"]},
     }
     return dict(_flat(fields))
 

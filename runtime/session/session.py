@@ -146,7 +146,7 @@ class Session:
     ) -> "Result":
         """Write the plan's video, with the driving video's sound, and a JSON report beside it.
 
-        output        a path, or an `Output` with codec, crf, overwrite and resume
+        output        a path, or an `Output` with codec, crf, overwrite, resume and metadata
         on_progress, cancel   as in `animate`
 
         However a run ends, finished segments are kept as `NAME.partial.mp4`, and the report is written. InputError for

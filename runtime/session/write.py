@@ -1,7 +1,7 @@
-"""A generation written to a file: the video as it is made, the state to go on from, and the report beside it.
+"""A generation written to its output: the frames while they are made, the state to resume from, and the run report.
 
-Whatever ends a run, what was finished is kept and the report says how it ended. With `resume`, a complete result stays,
-an interrupted one is continued, and what was not begun begins.
+However a run ends, finished segments are kept and the report says how it ended. With `resume`, a complete result stays,
+an interrupted run is resumed, and a run that was not started is started.
 """
 
 import contextlib
@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.core.request import Output
 from scail2_rt.runtime.core.warnings import collecting
-from scail2_rt.runtime.media.unfinished import clear_sidecars, partial_path, resumable
+from scail2_rt.runtime.media.unfinished import clear_sidecars, is_there, partial_path, resumable
 from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.session import report
-from scail2_rt.runtime.session.check import check_output, check_room
+from scail2_rt.runtime.session.check import check_output, check_room, fit_output
 from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
 from scail2_rt.runtime.session.resume import Saved, Sidecar, first_difference, identity, noise_generator
+from scail2_rt.runtime.session.settings import settings_text
 
 if TYPE_CHECKING:
     from scail2_rt.runtime.session.session import Session
@@ -54,6 +56,7 @@ def write_video(session: "Session", plan: Plan, output: Output, progress: RunPro
     refuse_second(output.path)
     check_output(output, plan.request)
     check_room(output, plan)
+    plan = fit_output(plan, output)
     notes: list[str] = []
     with session.claimed(), sole_writer(output.path, notes.append):
         check_output(output, plan.request)  # what was there may have changed until the lock was held
@@ -71,7 +74,7 @@ def _write_alone(session: "Session", plan: Plan, output: Output, progress: RunPr
     }
     sidecar = Sidecar(output.path, identity(about))
     saved = sidecar.load() if output.resume else None
-    if output.resume and output.path.exists() and not output.overwrite:
+    if output.resume and is_there(output.path) and not output.overwrite:
         return _complete_already(output.path, about, unfinished=saved is not None)
     placement = session.place(plan)
     about |= {"resumed_after_segments": saved.carry.finished if saved else 0}
@@ -133,9 +136,11 @@ class _Run:
 
     def writer(self, after: int) -> VideoWriter:
         plan, output = self.plan, self.output
-        audio = plan.request.driving if plan.audio and isinstance(plan.request.driving, Path) else None
+        sound = plan.audio and container_of(output.path).audio
+        audio = plan.request.driving if sound and isinstance(plan.request.driving, Path) else None
         picture = VideoFormat(plan.width, plan.height, plan.frame_rate, output.codec, output.crf)
-        return VideoWriter(output.path, picture, audio, plan.start_s, plan.timestamps, after=after)
+        comment = settings_text(self.about) if output.metadata else None
+        return VideoWriter(output.path, picture, audio, plan.start_s, plan.timestamps, after, comment)
 
     def complete(self, resumed: int) -> Result:
         document, beside = self._write_report("complete", self.output.path)

@@ -164,7 +164,7 @@ def test_a_file_in_the_place_of_the_report_is_kept(scail2: Run, engines: Path, c
     [
         ("file/a.mp4", "is a file"),
         ("folder.mp4", "is a folder"),
-        ("a.gif", "must end in .mp4"),
+        ("a.avi", "must end in .mp4"),
         ("/proc/a.mp4", "written"),
     ],
 )

@@ -32,7 +32,7 @@ def alone(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest.TempP
     for steps in ("2", STEPS):
         output = tmp_path_factory.mktemp("alone") / "out.mp4"
         words = ["generate", engines, "--case", case, "-o", output, *SMALL, "--steps", steps, "--prompt", "a man walks"]
-        result = scail2(*words)
+        result = scail2(*words, "--no-metadata")  # as the service does
         assert result.returncode == 0, result.stderr
         made[steps] = output.read_bytes()
     return made
@@ -43,7 +43,17 @@ def test_a_batch_is_what_one_machine_makes(
 ) -> None:
     lines = [f"a man walks@@{case}", f"a man walks@@{case}", f"x@@{tmp_path / 'none'}"]
     (tmp_path / "b.txt").write_text("\n".join(lines) + "\n")
-    words = ["generate", engines, "--batch", tmp_path / "b.txt", "-o", tmp_path / "out", *SMALL, "--json"]
+    words = [
+        "generate",
+        engines,
+        "--batch",
+        tmp_path / "b.txt",
+        "-o",
+        tmp_path / "out",
+        *SMALL,
+        "--json",
+        "--no-metadata",
+    ]
     first = installed(*words, "--ray", cluster.address)
     assert first.returncode == 1
     report = one_json(first)
@@ -64,6 +74,7 @@ def test_a_case_of_a_batch_goes_on_when_its_process_is_killed(
 
     (tmp_path / "b.txt").write_text(f"a man walks@@{case}\n")
     words = ["generate", engines, "--batch", tmp_path / "b.txt", "-o", tmp_path, *SMALL, "--steps", STEPS, "--json"]
+    words.append("--no-metadata")
     run = subprocess.Popen(
         [SCAIL2_RT, *map(str, words), "--ray", cluster.address],
         stdout=subprocess.PIPE,

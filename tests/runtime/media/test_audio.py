@@ -7,7 +7,7 @@ from scail2_rt.runtime.media.audio import _blocks, _Timeline
 
 def laid_out(*pieces: tuple[int, list[float]]) -> tuple[int, list[float]]:
     """(first position, samples) after `_blocks` with a tolerance of 2 samples."""
-    blocks = list(_blocks(((position, np.array([samples])) for position, samples in pieces), 2))
+    blocks = list(_blocks(((position, np.array([samples])) for position, samples in pieces), 2, 1024))
     return blocks[0][0], np.concatenate([samples for _, samples in blocks], axis=1)[0].tolist()
 
 

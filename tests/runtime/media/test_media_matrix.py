@@ -219,7 +219,7 @@ BAD = [
         then(animated_webp, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])),
         ("driving.webp is a damaged animation", "export it again as mp4"),
     ),
-    Bad("vp9 in mov", clip("mp4"), (".mov file cannot hold vp9", "--codec hevc"), arguments=("--codec", "vp9")),
+    Bad("vp9 in mov", clip("mp4"), (".mov file cannot hold vp9", "--codec h264 or hevc"), arguments=("--codec", "vp9")),
 ]
 
 

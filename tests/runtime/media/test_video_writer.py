@@ -15,12 +15,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.containers import MP4_ENDINGS
+from scail2_rt.runtime.core.warnings import collecting
 from scail2_rt.runtime.media import video_writer
 from scail2_rt.runtime.media.unfinished import part_ends
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
 from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter, check_codec, check_writable
+from scail2_rt.runtime.session.report import file_hash
 from tests.support.clips import clicks_s, flat, number_of, ramp, write_clip
 from tests.support.command import unmeasured
 
@@ -30,6 +34,8 @@ SMALL = VideoFormat(64, 48, NTSC)
 
 def write(path: Path, frames: np.ndarray, segment: int = 8, **options: object) -> Path:
     video = {name: options.pop(name) for name in ("codec", "crf") if name in options}
+    if path.suffix in ("", ".gif"):
+        video = {"codec": None, "crf": None}
     form = VideoFormat(64, 48, options.pop("rate", Fraction(25)), **video)  # type: ignore[arg-type]
     with VideoWriter(path, form, **options) as writer:  # type: ignore[arg-type]
         for begin in range(0, len(frames), segment):
@@ -204,6 +210,128 @@ class TestAudio:
         source.write_text("nothing")
         with pytest.raises(InputError, match=r"audio of .*in\.mp4 cannot be read"):
             VideoWriter(tmp_path / "other.mp4", VideoFormat(64, 48, Fraction(25)), audio_from=source)
+
+
+class TestOtherKinds:
+    """.mkv, .webm, .gif and folders of PNG files."""
+
+    @pytest.mark.parametrize(
+        ("name", "codec"), [("out.mkv", "h264"), ("out.mkv", "hevc"), ("out.webm", "vp9"), ("out.webm", "av1")]
+    )
+    def test_matroska_keeps_frames_times_and_comment(self, tmp_path: Path, name: str, codec: str) -> None:
+        path = tmp_path / name
+        made = {write(path, ramp(21), rate=NTSC_FILM, codec=codec, comment='{"a": 1}').read_bytes() for _ in range(2)}
+        assert len(made) == 1  # Matroska's random identifiers are left out
+        assert numbers(path) == list(range(21))
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.codec.canonical_name == codec
+            assert (stream.average_rate, stream.start_time) == (NTSC_FILM, 0)
+            assert container.duration == pytest.approx(1e6 * float(21 / NTSC_FILM), abs=1000)
+            assert container.metadata["COMMENT"] == '{"a": 1}'
+        times = [Fraction(sum(range(i)), 100) for i in range(2, 12)]
+        written = write(path, ramp(10), codec=codec, timestamps=times)
+        assert probe_video(written).timestamps == tuple(t - times[0] for t in times)
+        assert only(tmp_path, name)
+
+    @pytest.mark.parametrize("name", ["out.mkv", "out.webm"])
+    @pytest.mark.parametrize(("codec", "rate"), [("aac", 44100), ("pcm_s16le", 22050)])
+    @pytest.mark.parametrize(("start", "count"), [(0, 40), (9, 20)])
+    def test_matroska_audio_is_opus_heard_at_the_same_time(
+        self, tmp_path: Path, name: str, codec: str, rate: int, start: int, count: int
+    ) -> None:
+        source = write_clip(tmp_path / "in.mov", ramp(20).repeat(2, 0), NTSC_FILM, audio=[(codec, rate, "mono")])
+        begin, duration = start / NTSC_FILM, count / NTSC_FILM
+        frames = ramp(20).repeat(2, 0)[:count]
+        path = write(tmp_path / name, frames, rate=NTSC_FILM, codec="vp9", audio_from=source, start_s=begin)
+        heard = [second - float(begin) for second in clicks_s(source)]
+        heard = [second for second in heard if 0 <= second + 1e-3 < duration]
+        assert len(heard) > 1
+        result = [second for second in clicks_s(path) if second < float(duration) - 0.001]
+        assert np.abs(np.array(result) - heard).max() < 2e-3
+        with av.open(str(path)) as container:
+            track = container.streams.audio[0]
+            assert (track.codec_context.name, track.rate, track.channels) == ("opus", 48000, 1)
+            assert container.streams.video[0].start_time == 0
+
+    def test_a_gif_has_one_good_palette_exact_times_and_a_comment(self, tmp_path: Path) -> None:
+        colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (250, 250, 250), (0, 0, 0), (90, 120, 60)]
+        path = write(tmp_path / "out.gif", flat(colours), 3, rate=Fraction(16), comment="c" * 600)
+        with VideoReader(path) as reader:
+            assert np.abs(reader.read(9).astype(int) - flat(colours)).max() <= 6
+        with Image.open(path) as image:
+            assert (image.n_frames, image.info["loop"], image.info["comment"]) == (6, 0, b"c" * 600)
+            shown_ms = []
+            for number in range(6):
+                image.seek(number)
+                shown_ms.append(image.info["duration"])
+        assert shown_ms == [60, 60, 70, 60, 60, 70]  # 1/16 s in hundredths; the last one to the end
+        again = write(tmp_path / "again.gif", flat(colours), 3, rate=Fraction(16), comment="c" * 600)
+        assert again.read_bytes() == path.read_bytes()
+
+    def test_a_gif_leaves_out_frames_that_players_would_slow_down(self, tmp_path: Path) -> None:
+        said: list[str] = []
+        with collecting(said):
+            path = write(tmp_path / "out.gif", ramp(24), rate=Fraction(100))
+        assert numbers(path) == list(range(0, 24, 2))
+        assert said == [
+            "GIF players show at most 50 frames per second: 12 of 24 frames are left out. Use .webm to keep them."
+        ]
+
+    def test_png_files_hold_every_bit(self, tmp_path: Path) -> None:
+        frames = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), dtype=np.uint8)
+        folder = write(tmp_path / "frames", frames, 4, comment="ü")
+        assert only(folder, *(f"{number:06d}.png" for number in range(9)))
+        for number, frame in enumerate(frames):
+            with Image.open(folder / f"{number:06d}.png") as image:
+                assert np.array_equal(np.asarray(image), frame)
+                assert image.info["comment"] == "ü"
+        assert only(tmp_path, "frames")
+
+    def test_an_older_folder_survives_until_the_new_one_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = write(tmp_path / "frames", ramp(5))
+        old = {path.name: path.read_bytes() for path in folder.iterdir()}
+        move, moves = os.replace, list[Path]()
+
+        def fails_at_the_second(source: Path, target: Path) -> None:
+            moves.append(Path(source))
+            if len(moves) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            move(source, target)
+
+        monkeypatch.setattr(os, "replace", fails_at_the_second)
+        with pytest.raises(Scail2Error, match="No space left"):
+            write(folder, ramp(3))
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
+        assert only(tmp_path, "frames", "frames.partial.mp4")
+        monkeypatch.undo()
+        write(folder, ramp(3))
+        assert len(list(folder.iterdir())) == 3
+        assert only(tmp_path, "frames")
+
+    @pytest.mark.parametrize("name", ["out.mkv", "out.webm", "out.gif", "frames"])
+    def test_a_partial_file_is_continued(self, tmp_path: Path, name: str) -> None:
+        codec = {".mkv": "h264", ".webm": "vp9"}.get(Path(name).suffix)
+        form, path = VideoFormat(64, 48, Fraction(25), codec), tmp_path / name
+
+        def made(parts: tuple[int, ...], after: int = 0) -> VideoWriter:
+            with VideoWriter(path, form, after=after) as writer:
+                for begin in parts:
+                    writer.write(ramp(24)[begin : begin + 6])
+                    writer.segment_done(wait=True)
+                if parts[-1] == 18:
+                    writer.finish()
+            return writer
+
+        made((0, 6, 12, 18))
+        whole = file_hash(path)
+        (shutil.rmtree if path.is_dir() else os.unlink)(path)
+        made((0, 6))
+        assert only(tmp_path, f"{path.stem}.partial.mp4")
+        made((12, 18), after=12)
+        assert file_hash(path) == whole
 
 
 class TestEndings:
@@ -390,7 +518,16 @@ class TestChecks:
         with pytest.raises(InputError, match="is a folder"):
             check_writable(tmp_path / "folder.mp4")
         with pytest.raises(InputError, match=r"must end in \.mp4, \.m4v or \.mov"):
-            check_writable(tmp_path / "out.gif")
+            check_writable(tmp_path / "out.gif", endings=MP4_ENDINGS)
+        with pytest.raises(InputError, match="is a file, and a folder of PNG files would replace it"):
+            check_writable(tmp_path / "file")
+        (tmp_path / "mine").mkdir()
+        check_writable(tmp_path / "mine")
+        (tmp_path / "mine" / "000000.png").write_text("")
+        check_writable(tmp_path / "mine")
+        (tmp_path / "mine" / "notes.txt").write_text("")
+        with pytest.raises(InputError, match="holds other files than frames"):
+            check_writable(tmp_path / "mine")
         with pytest.raises(InputError, match="cannot be written"):
             check_writable(Path("/proc/out.mp4"))
 

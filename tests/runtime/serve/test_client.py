@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json
+from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video
 from tests.support.served import LONG, Served, serving, wait_for
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -31,7 +32,20 @@ def files(folder: Path) -> set[str]:
 def test_the_files_are_those_of_a_local_run(
     served: Served, engines: Path, case: Path, scail2: Run, tmp_path: Path
 ) -> None:
-    words = ("--case", case, *SMALL, "--prompt", "a man", "--seed", "4", "--frames", "9", "--crf", "20")
+    words = (
+        "--case",
+        case,
+        *SMALL,
+        "--prompt",
+        "a man",
+        "--seed",
+        "4",
+        "--frames",
+        "9",
+        "--crf",
+        "20",
+        "--no-metadata",
+    )
     made = {}
     for name, where in (("local", (engines,)), ("served", ("--server", served.url))):
         folder = tmp_path / name
@@ -56,6 +70,19 @@ def test_the_files_are_those_of_a_local_run(
     assert result.returncode == 0, result.stderr
     assert len(served.ask("GET", "/v1/files").json["data"]) == before
     assert "9 frames of 64x96 at 16 fps, 1 segment in" in result.stdout
+
+
+def test_a_served_video_holds_its_settings_when_the_client_asks(
+    served: Served, engines: Path, case: Path, scail2: Run, tmp_path: Path
+) -> None:
+    words = ("--case", case, *SMALL, "--seed", "4", "--frames", "5")
+    assert scail2("generate", "--server", served.url, *words, "-o", tmp_path / "a.mp4").returncode == 0
+    result = scail2("generate", engines, "--from-video", tmp_path / "a.mp4", "-o", tmp_path / "b.mp4")
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (read_video(tmp_path / name) for name in ("a.mp4", "b.mp4"))
+    assert np.array_equal(ours.pixels, theirs.pixels)
+    message = error_of(scail2("generate", "--server", served.url, *words, "-o", tmp_path / "a.gif"))
+    assert "end the output" in message
 
 
 def test_errors_are_those_of_a_local_run(
