@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from scail2_rt.benchmarks.sprites.quality.command import quality
+from scail2_rt.runtime.cli.config import config_option
 from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
@@ -108,7 +109,7 @@ def _add_section(name: str) -> None:
         _run(name, **options)
 
     decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(SERVE_OPTIONS(RESULT_OPTIONS(command))))
-    bench.command(name, cls=SectionCommand, help=ABOUT[name])(decorated)
+    bench.command(name, cls=SectionCommand, help=ABOUT[name])(config_option(decorated, "--config-file"))
 
 
 for _name in (*SECTIONS, "all"):

@@ -23,6 +23,7 @@ holds one JSON object and nothing else; an error is one too.
 import importlib
 import importlib.metadata
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,16 +34,17 @@ import click
 
 from scail2_rt.runtime.cli import options as o
 from scail2_rt.runtime.cli.comfyui_commands import comfyui
+from scail2_rt.runtime.cli.config import config_file, config_option
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.cli.serve_command import serve
+from scail2_rt.runtime.cli.start import INTERRUPTED, interrupt
 
 if TYPE_CHECKING:
     from scail2_rt.engines.build.build import BuildReport
 
-INTERRUPTED = 130
 HIGHER = {  # commands of the floor above, imported when they are asked for
     "bench": "scail2_rt.benchmarks.command:bench",
     "demo": "scail2_rt.benchmarks.command:demo",
@@ -83,6 +85,7 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command(cls=SectionCommand)
+@config_option
 @click.argument("checkpoint", type=PATH)
 @o.BUILD_OPTIONS
 @o.COMPONENT_OPTIONS
@@ -126,6 +129,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command(cls=SectionCommand)
+@config_option
 @click.argument("engines", type=PATH, required=False, metavar="ENGINES", callback=o.engines_or_server)
 @o.INPUT_OPTIONS
 @o.MAKING_OPTIONS
@@ -148,7 +152,7 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.run import run_single
 
-    given = GenerateOptions(engines=engines or Path(), **options)
+    given = GenerateOptions(engines=engines or Path(), config=config_file(), **options)
     if ray_address is not None and (server is not None or given.batch is None):
         raise click.UsageError("--ray spreads a batch over a cluster: give --batch FILE with it, and no --server")
     if server is None and ray_address is None:
@@ -290,13 +294,15 @@ def lora_lines(loras: Sequence[Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script: runs a command and turns what goes wrong into one line and an exit code."""
+    """Run a command and turn what goes wrong into one line and an exit code. (The console script is `start.main`.)"""
     flags: dict[str, bool] = {}
     try:
         code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
         sys.exit(code if isinstance(code, int) else 0)
     except (Exception, KeyboardInterrupt) as error:
         message, code = explain(error)
+        if code == INTERRUPTED and signal.getsignal(signal.SIGINT) in (interrupt, signal.default_int_handler):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends what is still being closed
         if flags.get("debug"):
             traceback.print_exc()
         click.echo(f"error: {message}", err=True)
@@ -307,17 +313,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def explain(error: BaseException) -> tuple[str, int]:
     """(one line for the user, exit code)."""
-    from scail2_rt.kernels.errors import Scail2Error
-
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return "interrupted", INTERRUPTED
+    from scail2_rt.kernels.errors import Scail2Error
+
     if isinstance(error, click.ClickException):
         ctx = getattr(error, "ctx", None)
         hint = f" (see {ctx.command_path} --help)" if ctx is not None else ""
         return one_line(error.format_message()) + hint, 2
     if isinstance(error, Scail2Error):
         return one_line(str(error)), error.exit_code
+    if _was_interrupted(error):
+        return "interrupted", INTERRUPTED
     return f"{type(error).__name__}: {one_line(str(error))} (a fault of the program: run with --debug for details)", 1
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Did Ctrl-C cause this? A library that was being imported may raise an error of its own instead."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def one_line(text: str) -> str:

@@ -7,6 +7,7 @@ behind them define (a test compares them), because importing those would load Py
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import MAKING
@@ -237,8 +238,13 @@ ENGINE_OPTIONS = in_section(
 
 
 def engines_or_server(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """One of the two does the work of `generate`."""
+    """One of the two does the work of `generate`; one from a configuration file gives way to the command line's."""
     server = ctx.params.get("server")
+    if value is not None and server is not None:
+        if ctx.get_parameter_source("engines") is ParameterSource.DEFAULT_MAP:
+            return None
+        if ctx.get_parameter_source("server") is ParameterSource.DEFAULT_MAP:
+            server = ctx.params["server"] = None
     if value is None and server is None:
         raise click.MissingParameter(ctx=ctx, param=parameter)
     if value is not None and server is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from scail2_rt.runtime.cli.config import config_option
 from scail2_rt.runtime.cli.options import BACKEND, NO_GRAPHS, SELF_ATTENTION, VRAM_LIMIT
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import SEGMENTERS
@@ -169,7 +170,8 @@ def serve_options(function: Any) -> Any:
 
 
 @click.command(cls=SectionCommand)
-@click.argument("engines")
+@config_option
+@click.argument("engines", type=click.Path())
 @serve_options
 @debug_option
 def serve(engines: str, ray_address: str | None, **options: Any) -> None:

@@ -244,13 +244,15 @@ class Output:
     path        .mp4, .m4v or .mov
     codec, crf  h264, hevc, av1 or vp9; constant rate factor, 0 is lossless
     overwrite   an existing output, or an interrupted run, may be replaced
-    resume      continue an interrupted run of the same request where there is one"""
+    resume      continue an interrupted run of the same request where there is one
+    config      the file of `--config` that options come from; for the report alone"""
 
     path: Path
     codec: str = "h264"
     crf: int = 18
     overwrite: bool = False
     resume: bool = False
+    config: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))

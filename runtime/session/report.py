@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scail2_rt.engines.engine_set import EngineSet
 
 REPORT_VERSION = 2
-OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume")
+OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume", "config")
 PACKAGES = (
     "scail2-rt",
     "torch",
@@ -187,7 +187,9 @@ def describe_plan(plan: Plan, output: Output) -> dict[str, Any]:
     options = {field.name: _option(getattr(request, field.name)) for field in fields(request)}
     return {
         "report_version": REPORT_VERSION,
-        "options": options | {"output": str(output.path)} | {name: getattr(output, name) for name in OUTPUT_OPTIONS},
+        "options": options
+        | {"output": str(output.path)}
+        | {name: _option(getattr(output, name)) for name in OUTPUT_OPTIONS},
         "mode": plan.mode,
         "seed": request.seed,
         "height": plan.height,
