@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from scail2_rt.benchmarks.sprites.quality.command import quality
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.cli.config import config_option
 from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
 from scail2_rt.runtime.cli.output import show, stdout_for
@@ -207,7 +208,7 @@ def merge(files: tuple[Path, ...], output: Path) -> None:
 
     results = merged([load(file) for file in files])
     results.save(output)
-    click.echo(f"{output}: {len(results.rows)} rows of {len(results.runs)} runs")
+    click.echo(f"{output}: {counted(len(results.rows), 'row')} of {counted(len(results.runs), 'run')}")
 
 
 @bench.command("report", cls=SectionCommand)

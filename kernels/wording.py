@@ -2,6 +2,6 @@
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 frame`, `2 frames`, `2 passes`, `2 boxes`, `1,234 tensors`; the noun is given in the singular."""
+    """`1 frame`, `2 frames`, `2 passes`, `2 boxes`; the noun is given in the singular."""
     plural = f"{noun}es" if noun.endswith(("s", "x", "ch")) else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
+    return f"{number} {noun if number == 1 else plural}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from scail2_rt.benchmarks.sprites.world.cases import SpriteCase
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.masks.make.figures import LEAST_AREA, area, box_iou, iou
 from scail2_rt.runtime.masks.make.folders import open_folder
 from scail2_rt.runtime.masks.make.follow import masks_of
@@ -66,7 +67,7 @@ def found_boxes(picture: np.ndarray, segmenter: Segmenter, count: int = 1) -> li
     """Boxes of the `count` figures that the detector is surest of. InputError where it finds fewer."""
     masks = figure_masks(picture, segmenter)
     if len(masks) < count:
-        raise InputError(f"The detector of drawn figures found {len(masks)} of {count} figures.")
+        raise InputError(f"The detector of drawn figures found {len(masks)} of {counted(count, 'figure')}.")
     return [box_of(mask) for mask in masks[:count]]
 
 

@@ -49,6 +49,7 @@ from scail2_rt.engines.registry import BACKENDS, backend, gpu
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.spec import StageDefinition
+from scail2_rt.kernels.wording import counted
 
 if TYPE_CHECKING:
     from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
@@ -167,7 +168,7 @@ class _Assembly:
         continued = self.journal.begin(_fingerprint(self.identity, plan.layout), afresh=replaced)
         resumed = len(self.journal.done)
         if resumed:
-            self.observer.note(f"continuing an interrupted build: {resumed} steps are done already")
+            self.observer.note(f"continuing an interrupted build: {counted(resumed, 'step')} done already")
         if previous is None:
             if not continued:
                 self._clear()

@@ -30,6 +30,7 @@ def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> 
 
     Nothing in ComfyUI's Python is changed: the commands that add what is missing are printed; what is too old is listed
     and refused."""
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.comfyui.installing import NAME
     from scail2_rt.runtime.comfyui.installing import install as run
 
@@ -37,7 +38,8 @@ def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> 
         installed = run(folder, python)
         if sprites:
             shipped = importlib.import_module(SHIPPED)
-            shipped.make_engines(shipped.shipped_checkpoint(), installed.found.folder / "models" / NAME / "sprites")
+            folder = installed.found.folder / "models" / NAME / "sprites"
+            shipped.make_engines(shipped.shipped_checkpoint(), folder, observer=BuildLines())
     show(installed, installed.text, as_json)
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.cli import options as o
 from scail2_rt.runtime.cli.comfyui_commands import comfyui
 from scail2_rt.runtime.cli.config import config_file, config_option
@@ -119,7 +120,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     with stdout_for(as_json):
         report = build(request, open_checkpoint(checkpoint, **parts), BuildLines())
     text = (
-        f"{report.directory}: {what_was_done(report)}; {report.stages} stages in {report.precision}, "
+        f"{report.directory}: {what_was_done(report)}; {counted(report.stages, 'stage')} in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
     ours = any(backend(name).compiles_kernels for name in report.added)
@@ -221,7 +222,7 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
             options["check"],
         )
     text = (
-        f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
+        f"{report.directory}: {counted(len(report.graphs), 'graph')} in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
         f"{f'; {report.taken_by} takes every node' if report.taken_by else ''}"
     )
@@ -249,8 +250,8 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     parts = parts_apart(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)
-        report = run_verify(request, opened, lambda line: click.echo(line, err=True), BuildLines())
-        text = report.text
+        report = run_verify(request, opened, lambda line: click.echo(line, err=as_json), BuildLines())
+        text = report.summary
         if block := block_for_report(report):
             text += f"\n\nTo report this, paste:\n{block}"
     show(report, text, as_json)

@@ -39,7 +39,7 @@ class SectionOption(click.Option):
 
 
 class SectionCommand(click.Command):
-    """A command whose help lists its options by section, in the order in which the sections first occur, `Other` last."""
+    """A command whose help lists its options by section, in the order of their first options, `Other` last."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
@@ -159,7 +160,7 @@ def _trimmed(request: Request, total: int) -> int:
     left = total - request.start
     if request.frames is not None and request.frames > left:
         raise InputError(
-            f"--frames {request.frames} is more than the {left} frames that the driving video has from frame "
+            f"--frames {request.frames} is more than the {counted(left, 'frame')} that the driving video has from frame "
             f"{request.start} on: leave --frames out to go to the end."
         )
     return request.frames or left
@@ -212,12 +213,12 @@ def _check_unfinished(output: Output) -> None:
     parts = resumable(output.path)
     if parts and not output.resume:
         raise InputError(
-            f"{partial_video} holds {parts} finished segment(s) of an interrupted run: go on with --resume, or start "
+            f"{partial_video} holds {counted(parts, 'finished segment')} of an interrupted run: go on with --resume, or start "
             "again with --overwrite."
         )
     if output.resume and not parts and (lost := len(part_ends(partial_video))) and not output.path.exists():
         raise InputError(
-            f"{partial_video} holds {lost} finished segment(s), but the state to go on from, "
+            f"{partial_video} holds {counted(lost, 'finished segment')}, but the state to go on from, "
             f"{sidecar_path(output.path, lost).name}, is not beside it: move the video away, or start again with "
             "--overwrite."
         )

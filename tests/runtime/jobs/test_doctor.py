@@ -69,13 +69,14 @@ class TestEngines:
         (tmp_path / "e" / "tables.safetensors").unlink()
         found = diagnose(tmp_path / "e")
         assert found.engines_open is False
-        assert "does not open" in str(found.engines)
+        assert "cannot be opened" in str(found.engines)
         assert "tables.safetensors" in str(found.engines)
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        found = diagnose(tmp_path / "none")
-        assert found.engines_open is False
-        assert "\n" not in str(found.engines)
+        with pytest.raises(InputError, match=r"nothing at .*none; give the path of an engine folder"):
+            diagnose(tmp_path / "none")
+        with pytest.raises(InputError, match="no engine folder.*build-engines"):
+            diagnose(tmp_path)
 
 
 class Broken(ModuleType):
@@ -101,6 +102,7 @@ def test_no_library_is_needed(monkeypatch: pytest.MonkeyPatch, module: str, kind
 def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     failed = Library("PyTorch", "2.0", "broken: OSError: libcudart.so.13: cannot open", False)
     monkeypatch.setattr(doctor, "_torch", lambda: failed)
+    (tmp_path / "manifest.json").write_text("{}")
     found = diagnose(tmp_path)
     assert (found.backend, found.engines_open) == (None, False)
     assert "broken: OSError" in found.text
