@@ -171,7 +171,8 @@ def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
         names = list(source.keys())
         raise InputError(
             f"{group[0]} holds no SCAIL-2 network: it has {counted(len(names), 'tensor')}, such as "
-            f"{', '.join(names[:3])}; SAT keys (model.diffusion_model.transformer.layers.0...) or Wan keys (blocks.0.self_attn...) are needed"
+            f"{', '.join(names[:3])}; SAT keys (model.diffusion_model.transformer.layers.0...) or Wan keys "
+            "(blocks.0.self_attn...) are needed"
         )
     _refuse_other_model(group[0], found)
     return found.component, found.source

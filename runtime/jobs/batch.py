@@ -87,7 +87,6 @@ def gathered(jobs: Sequence[Job], results: Mapping[str, Outcome | dict[str, Any]
         else:
             in_order.append(result)
     lost = sum(result["status"] == "failed" for result in in_order)
-    texts.append(
-        f"{len(in_order) - lost} of {counted(len(in_order), 'case')} done" + (f", {lost} failed" if lost else "")
-    )
+    cases = counted(len(in_order), "case")
+    texts.append(f"{len(in_order) - lost} of {cases} done" + (f", {lost} failed" if lost else ""))
     return Outcome({"cases": in_order, "failed": lost}, "\n".join(texts), lost)

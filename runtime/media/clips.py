@@ -71,9 +71,8 @@ class ClipReader:
         else:
             skipped = min(start, len(self._slices))
         if skipped < start:
-            raise InputError(
-                f"{self.name} has {counted(skipped, 'frame')}, so it cannot start at frame {start}: start earlier."
-            )
+            has = counted(skipped, "frame")
+            raise InputError(f"{self.name} has {has}, so it cannot start at frame {start}: start earlier.")
 
     def read(self, count: int) -> np.ndarray:
         """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""

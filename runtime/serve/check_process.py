@@ -81,7 +81,7 @@ def _limited(facts: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     """The facts, if the video is one that this service makes."""
     if facts["frames"] > limits["frames"]:
         raise TooMuch(
-            f"The video would have {counted(facts['frames'], 'frame')}, and this service makes up to {limits['frames']}."
+            f"The video would have {counted(facts['frames'], 'frame')}; this service makes up to {limits['frames']}."
         )
     if facts["height"] * facts["width"] > limits["pixels"]:
         size = f"{facts['width']}x{facts['height']}"

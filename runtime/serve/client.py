@@ -97,9 +97,8 @@ def _run_batch(wire: Wire, options: GenerateOptions, listener: Listener) -> Outc
             results.append({"case": job.name, **_document(fetched)})
             texts.append(summary(cast(Any, fetched)))
     lost = sum(result["status"] == "failed" for result in results)
-    texts.append(
-        f"{len(results) - lost} of {counted(len(results), 'case')} done" + (f", {lost} failed" if lost else "")
-    )
+    cases = counted(len(results), "case")
+    texts.append(f"{len(results) - lost} of {cases} done" + (f", {lost} failed" if lost else ""))
     return Outcome({"cases": results, "failed": lost}, "\n".join(texts), lost)
 
 

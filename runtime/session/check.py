@@ -160,8 +160,8 @@ def _trimmed(request: Request, total: int) -> int:
     left = total - request.start
     if request.frames is not None and request.frames > left:
         raise InputError(
-            f"--frames {request.frames} is more than the {counted(left, 'frame')} that the driving video has from frame "
-            f"{request.start} on: leave --frames out to go to the end."
+            f"--frames {request.frames} is more than the {counted(left, 'frame')} that the driving video has from "
+            f"frame {request.start} on: leave --frames out to go to the end."
         )
     return request.frames or left
 
@@ -213,8 +213,8 @@ def _check_unfinished(output: Output) -> None:
     parts = resumable(output.path)
     if parts and not output.resume:
         raise InputError(
-            f"{partial_video} holds {counted(parts, 'finished segment')} of an interrupted run: go on with --resume, or start "
-            "again with --overwrite."
+            f"{partial_video} holds {counted(parts, 'finished segment')} of an interrupted run: go on with --resume, "
+            "or start again with --overwrite."
         )
     if output.resume and not parts and (lost := len(part_ends(partial_video))) and not output.path.exists():
         raise InputError(

@@ -10,6 +10,7 @@ import pytest
 
 from scail2_rt.engines.registry import FP8_CAPABILITY, choose_backend
 from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.jobs import doctor
 from scail2_rt.runtime.jobs.doctor import GPU, Library, diagnose
@@ -75,7 +76,7 @@ class TestEngines:
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"nothing at .*none; give the path of an engine folder"):
             diagnose(tmp_path / "none")
-        with pytest.raises(InputError, match="no engine folder.*build-engines"):
+        with pytest.raises(InputError, match=r"no engine folder.*build-engines"):
             diagnose(tmp_path)
 
 
