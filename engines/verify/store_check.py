@@ -103,7 +103,7 @@ def check_weights(
         listed = _listed([f"{name} ({detail})" for name, detail in comparer.wrong.items()])
         return (
             False,
-            f"{counted(len(comparer.wrong), 'tensor')} of the weight store differ from the checkpoint: {listed}",
+            f"{counted(len(comparer.wrong), 'tensor')} of the weight store not as in the checkpoint: {listed}",
         )
     stages = counted(len(plan), "stage")
     return True, f"{comparer.values:,} values of {stages} equal the checkpoint's in {manifest.precision}"

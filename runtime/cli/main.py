@@ -102,7 +102,6 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
-    from scail2_rt.runtime.session.warm import warm_kernels
 
     parts = parts_apart(options)
     request = BuildRequest(
@@ -124,8 +123,8 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
     ours = any(backend(name).compiles_kernels for name in report.added)
-    if ours and (compiled := warm_kernels(Path(report.directory))):
-        text += f"\n{compiled}"
+    if ours:
+        text += "".join(f"\n{line}" for line in compiled_kernels(Path(report.directory)))
     show(report, text + lora_lines(report.loras), as_json)
 
 
@@ -276,6 +275,19 @@ def doctor(engines: Path | None, as_json: bool) -> None:
 
 for command in (comfyui, convert, download, inspect, masks, serve):
     cli.add_command(command)
+
+
+def compiled_kernels(directory: Path) -> list[str]:
+    """Compile the GPU's kernels → a line about it; none without a GPU."""
+    import torch
+
+    from scail2_rt.runtime.session.warm import warm_kernels
+
+    if not torch.cuda.is_available():
+        return []
+    click.echo("compiling the GPU's kernels; this takes longest the first time", err=True)
+    compiled = warm_kernels(directory)
+    return [compiled] if compiled else []
 
 
 def what_was_done(report: "BuildReport") -> str:

@@ -136,6 +136,8 @@ def diagnose(engines: Path | None = None, observer: "BuildObserver | None" = Non
             f"{engines.absolute()} is no engine folder, since it has no manifest.json; build one with: scail2-rt "
             "build-engines CHECKPOINT -o ENGINES"
         )
+    if observer is not None:
+        observer.note("looking at the libraries of this machine, which takes a few seconds")
     libraries = (_torch(), _triton(), _tensorrt(), _tensorrt_rtx(), _onnxruntime(), _pyav())
     by_name = {library.name: library for library in libraries}
     cuda, torch_sees_gpu = _cuda(by_name["PyTorch"])

@@ -124,7 +124,7 @@ class TestDamage:
         assert verdicts(report)["files"] is True
         (check,) = [check for check in report.checks if check.passed is False]
         assert check.name == "weights"
-        assert "dit.blocks.1.ffn.up.weight (1 values, the first at 777" in check.detail
+        assert "dit.blocks.1.ffn.up.weight (1 value, the first at 777" in check.detail
         assert report.text.splitlines()[-1].startswith(f"FAIL {tmp_path / 'e'}: weights")
 
     @pytest.mark.parametrize("precision", PRECISIONS)

@@ -189,7 +189,7 @@ class TestAdvice:
         card = GPU("NVIDIA GeForce RTX 4090", (8, 9), 23.1, 24.0, "580.65")
         (line,) = doctor._advice((card,), libraries(tensorrt=False, rtx=False), True)
         assert '"scail2-rt[tensorrt-rtx]"' in line
-        assert "then verify" in line
+        assert "then scail2-rt verify ENGINES" in line
         assert doctor._advice((card,), libraries(tensorrt=False), True) == ("nothing is missing",)
         assert TENSORRT_RTX.targets == doctor.RTX_TARGETS
 
