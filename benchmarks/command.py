@@ -247,7 +247,7 @@ DEMO_OPTIONS = in_section(
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="Executor to run. auto is torch here, on a CPU too: ONNX Runtime's first graphs take minutes to trace.",
+        help="Executor to run; auto is torch, since the first graphs of ONNX Runtime take minutes to trace.",
     ),
 )
 
@@ -256,9 +256,10 @@ DEMO_OPTIONS = in_section(
 @DEMO_OPTIONS
 @reporting
 def demo(output: Path, backend: str, as_json: bool) -> None:
-    """Show the whole way on any machine: a small trained checkpoint, a drawn case with sound, engines, a video.
+    """Try the program on any machine: build engines of a small trained model and animate a drawn case with sound.
 
-    The right answer is known: the demo prints how close the video came, and writes a contact sheet."""
+    Since the right answer is known, the demo prints how close the video came. It also writes a contact sheet, and
+    prints the `generate` command that makes the same video again."""
     from scail2_rt.benchmarks.sprites.demo import run_demo
 
     with stdout_for(as_json):

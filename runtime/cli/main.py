@@ -50,6 +50,28 @@ HIGHER = {  # commands of the floor above, imported when they are asked for
     "bench": "scail2_rt.benchmarks.command:bench",
     "demo": "scail2_rt.benchmarks.command:demo",
 }
+SECTIONS = {  # of `--help`: command → what it does
+    "Make videos": {
+        "demo": "Try the program with a small model that comes with it.",
+        "generate": "Generate a video from a reference image and a driving video.",
+        "masks": "Make, check, show and repair colour masks.",
+        "serve": "Serve videos over HTTP.",
+        "comfyui": "Install the nodes into ComfyUI.",
+    },
+    "Checkpoints and engines": {
+        "download": "Download the official checkpoint, or a segmenter.",
+        "build-engines": "Build an engine folder from a checkpoint.",
+        "inspect": "Say what a file or folder is.",
+        "verify": "Test an engine folder against its checkpoint.",
+        "convert": "Write the transformer of a checkpoint as one safetensors file.",
+        "export-onnx": "Write the networks of a checkpoint as ONNX files.",
+        "make-checkpoint": "Write a small checkpoint of random weights, for trials.",
+    },
+    "This machine": {
+        "doctor": "Show what this machine has and which backend it would use.",
+        "bench": "Measure speed, memory and error.",
+    },
+}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -58,6 +80,11 @@ class CommandGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *HIGHER})
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section, commands in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl(list(commands.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in HIGHER:
@@ -73,13 +100,14 @@ class CommandGroup(click.Group):
 @debug_option
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Animate characters with SCAIL-2: build engines from a checkpoint once, then turn a reference image and a driving
+    """Animate characters with SCAIL-2. Build engines from a checkpoint once, then turn a reference image and a driving
     video into a new video.
 
     \b
     Start here:  scail2-rt demo
     Then:        scail2-rt build-engines SCAIL-2/ -o engines/
                  scail2-rt generate engines/ --case my_case/ -o out.mp4
+    Help:        scail2-rt COMMAND --help
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -92,9 +120,9 @@ def cli(ctx: click.Context) -> None:
 @o.COMPONENT_OPTIONS
 @reporting
 def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
-    """Turn CHECKPOINT (a SCAIL-2 folder or a *.safetensors file) into an engine folder.
+    """Build an engine folder from CHECKPOINT, a SCAIL-2 folder or a *.safetensors file.
 
-    A second call with the same options checks the folder and repairs what is damaged; an interrupted build continues.
+    A second call with the same options checks the folder and repairs what is damaged. An interrupted build continues.
     """
     from scail2_rt.engines.build.build import BuildRequest, build
     from scail2_rt.engines.registry import backend
@@ -143,9 +171,9 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 def generate(engines: Path | None, server: str | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
-    An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
-    made first and kept beside the output. A report (<output>.json) is written beside the video. With --server a warm
-    service does the work."""
+    An image and a driving video are enough when a segmenter is installed (`scail2-rt download --segmenter sam2`): their
+    masks are made first and kept beside the output. A report, <output>.json, is written beside the video. With --server
+    a running service does the work."""
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
@@ -180,7 +208,7 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> None:
     """Write a small checkpoint of random weights to DIRECTORY, in the official folder layout.
 
-    Its videos are coloured noise; it is for trying the program and for tests."""
+    Its videos are coloured noise. Use it to try the program, and in tests."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint as make
 
     with stdout_for(as_json):
@@ -199,8 +227,8 @@ def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> N
 def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Write the networks of CHECKPOINT as ONNX files, for other tools.
 
-    stages: one file for each engine stage. monolithic: the whole transformer as one graph with Attention and
-    RotaryEmbedding (opset 23). All weights are in one file beside them."""
+    With --layout stages there is one file per engine stage. With --layout monolithic the transformer is one graph with
+    Attention and RotaryEmbedding (opset 23). All weights are in one file beside the graphs."""
     from scail2_rt.engines.build.onnx_folder import export_onnx as export
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
@@ -234,10 +262,11 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @o.COMPONENT_OPTIONS
 @reporting
 def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> None:
-    """Test the engine folder ENGINES against the checkpoint that it was built from. Exit code 1 when something fails.
+    """Test the engine folder ENGINES against the checkpoint that it was built from.
 
-    Checksums and hashes of files, every stored value, every stage of every executor against the fp32 stage on random
-    inputs, its time, and on a GPU its CUDA graph."""
+    Checks the checksums and hashes of all files and every stored value. Runs every stage of every executor on random
+    inputs, compares it with the fp32 stage, and times it; on a GPU also as a CUDA graph. Exit code 1 when something
+    fails; the last lines say how to repair it."""
     from scail2_rt.engines.verify.verify import VerifyRequest, open_for
     from scail2_rt.engines.verify.verify import verify as run_verify
     from scail2_rt.runtime.cli.progress import BuildLines
@@ -262,9 +291,9 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
 @click.argument("engines", type=PATH, required=False)
 @reporting
 def doctor(engines: Path | None, as_json: bool) -> None:
-    """Show what this machine has, which backend auto would take and why, and what would make it faster.
+    """Show what this machine has, which backend it would use and why, and what would make it faster.
 
-    With ENGINES, also whether that engine folder opens here and has the checksums that the build gave it."""
+    With ENGINES, also open that engine folder and compare it with the checksums of its build."""
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.doctor import diagnose
 
