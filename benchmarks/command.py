@@ -27,7 +27,7 @@ ABOUT = {
     "load": "Engine folder to first denoising step, in a fresh process.",
     "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
     "serve": "The service: request to first step, its videos, polling clients, a long queue.",
-    "all": "Every section, each in a process of its own, merged.",
+    "all": "All sections, each in its own process, merged into one result.",
 }
 MODELS = ("14b", "1.3b", "tiny")  # benchmarks.speed.models.MODELS
 WORK = Path(tempfile.gettempdir()) / "scail2-rt-bench"
@@ -35,13 +35,26 @@ WORK = Path(tempfile.gettempdir()) / "scail2-rt-bench"
 RUN_OPTIONS = in_section(
     "What to measure",
     option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
-    option("--weights", default="random", show_default=True, metavar="random|DIR", help="Random, or an engine folder."),
+    option(
+        "--weights",
+        default="random",
+        show_default=True,
+        metavar="random|DIR",
+        help="Random weights, or those of an engine folder.",
+    ),
     option(
         "--sizes",
         metavar="LIST",
         help="Token counts of standard sizes, or HxWxT, separated by commas.  [default: 48832,95920; tiny: 64x96x13]",
     ),
-    option("--runs", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Timed runs of each."),
+    option(
+        "--runs",
+        type=click.IntRange(min=1),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="Timed runs per measurement.",
+    ),
     option(
         "--attention",
         type=click.Choice(ATTENTION),
@@ -61,7 +74,7 @@ RUN_OPTIONS = in_section(
         default=1,
         show_default=True,
         metavar="N",
-        help="Section generate: segments of the clip, to see what each costs beyond its steps.",
+        help="Section generate: number of segments of the clip, which shows what a segment costs beyond its steps.",
     ),
     option(
         "--gpus",
@@ -69,19 +82,31 @@ RUN_OPTIONS = in_section(
         default=1,
         show_default=True,
         metavar="N|all",
-        help="Sections forward, generate: GPUs that share the work. Against one GPU: bench scaling.",
+        help="Sections forward, generate: GPUs that share the work; `bench scaling` compares with one GPU.",
     ),
 )
 SERVE_OPTIONS = in_section(
     "Section serve",
     option(
-        "--clients", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Polling clients."
+        "--clients",
+        type=click.IntRange(min=1),
+        default=200,
+        show_default=True,
+        metavar="N",
+        help="Number of polling clients.",
     ),
-    option("--queued", type=click.IntRange(min=1), default=2000, show_default=True, metavar="N", help="Waiting jobs."),
+    option(
+        "--queued",
+        type=click.IntRange(min=1),
+        default=2000,
+        show_default=True,
+        metavar="N",
+        help="Number of waiting jobs.",
+    ),
 )
 RESULT_OPTIONS = in_section(
     "Results",
-    option("--json", "output", type=PATH, metavar="FILE", help="Save there, after every measurement."),
+    option("--json", "output", type=PATH, metavar="FILE", help="Save the result there after every measurement."),
     option("--report", "html_page", type=PATH, metavar="FILE.html", help="Write an HTML page with plots."),
     option("--summary", "summary_file", type=PATH, metavar="FILE", help="Write the flat summary."),
     option(

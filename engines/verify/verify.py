@@ -224,10 +224,8 @@ def _remedy(directory: Path, manifest: Manifest, checks: Sequence[Check], health
     rebuild = describe_command(manifest, directory)
     if "checksums" in failed:
         return health.remedy
-    if failed == {"sources"} or failed >= {"sources", "weights"}:
-        return (
-            f"give --checkpoint {shlex.quote(manifest.checkpoint)} as it was, or build from the files of now: {rebuild}"
-        )
+    if "sources" in failed:
+        return f"restore the files of {shlex.quote(manifest.checkpoint)}, or rebuild from the current ones: {rebuild}"
     return rebuild
 
 

@@ -29,14 +29,22 @@ class Duration(click.ParamType):
 
 SERVE_OPTIONS = (
     in_section(
-        "Where",
+        "Address and data",
         option(
             "--host",
             default="127.0.0.1",
+            metavar="ADDRESS",
             show_default=True,
             help="Address to listen on; one that other machines reach needs --api-key-file.",
         ),
-        option("--port", type=int, default=8000, show_default=True, help="Port to listen on; 0 takes a free one."),
+        option(
+            "--port",
+            type=int,
+            default=8000,
+            show_default=True,
+            metavar="N",
+            help="Port to listen on; 0 takes a free one.",
+        ),
         option(
             "--data",
             metavar="DIR|URL",
@@ -60,7 +68,7 @@ SERVE_OPTIONS = (
         ),
     ),
     in_section(
-        "Who",
+        "Access",
         option(
             "--api-key-file",
             "key_file",
@@ -85,7 +93,7 @@ SERVE_OPTIONS = (
         ),
     ),
     in_section(
-        "How much",
+        "Limits",
         option("--keep", "keep_s", type=Duration(), default="7d", show_default=True, help="How long results are kept."),
         option(
             "--disk-limit",
