@@ -249,8 +249,12 @@ class _Assembly:
         again = {file for name in made for file in backend(name).files(self.plan.definitions)}
         files = {} if before is None else {path: value for path, value in before.files.items() if path not in again}
         store = f"{STAGES}/{STORE_NAME}"
-        for path in (artefact.path for artefact in artefacts if artefact.path not in (store, *files)):
+        sizes = {a.path: a.size for a in artefacts if a.path not in (store, *files)}
+        phase = Phase(self.observer, "seal", sizes)
+        for path in sizes:
+            step = phase.start(path)
             files[path] = sum_of_file(self.plan.directory / path)
+            phase.finish(step)
         if missing := [name for name in self.plan.layout.names if name not in tensors]:  # by a version without sums
             reader = StoreReader(self.plan.store)
             tensors = {**tensors, **{name: joined(reader.pieces(name)) for name in missing}}
