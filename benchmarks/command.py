@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from scail2_rt.benchmarks.sprites.quality.command import quality
+from scail2_rt.kernels.wording import counted
+from scail2_rt.runtime.cli.config import config_option
 from scail2_rt.runtime.cli.options import ATTENTION, BACKENDS
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option, reporting
@@ -25,7 +27,7 @@ ABOUT = {
     "load": "Engine folder, or request to a warm session, to the first denoising step.",
     "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
     "serve": "The service: request to first step, its videos, polling clients, a long queue.",
-    "all": "Every section, each in a process of its own, merged.",
+    "all": "All sections, each in its own process, merged into one result.",
 }
 MODELS = ("14b", "1.3b", "tiny")  # benchmarks.speed.models.MODELS
 WORK = Path(tempfile.gettempdir()) / "scail2-rt-bench"
@@ -33,13 +35,26 @@ WORK = Path(tempfile.gettempdir()) / "scail2-rt-bench"
 RUN_OPTIONS = in_section(
     "What to measure",
     option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
-    option("--weights", default="random", show_default=True, metavar="random|DIR", help="Random, or an engine folder."),
+    option(
+        "--weights",
+        default="random",
+        show_default=True,
+        metavar="random|DIR",
+        help="Random weights, or those of an engine folder.",
+    ),
     option(
         "--sizes",
         metavar="LIST",
         help="Token counts of standard sizes, or HxWxT, separated by commas.  [default: 48832,95920; tiny: 64x96x13]",
     ),
-    option("--runs", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Timed runs of each."),
+    option(
+        "--runs",
+        type=click.IntRange(min=1),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="Timed runs per measurement.",
+    ),
     option(
         "--attention",
         type=click.Choice(ATTENTION),
@@ -59,7 +74,7 @@ RUN_OPTIONS = in_section(
         default=1,
         show_default=True,
         metavar="N",
-        help="Section generate: segments of the clip, to see what each costs beyond its steps.",
+        help="Section generate: number of segments of the clip, which shows what a segment costs beyond its steps.",
     ),
     option(
         "--gpus",
@@ -67,19 +82,31 @@ RUN_OPTIONS = in_section(
         default=1,
         show_default=True,
         metavar="N|all",
-        help="Sections forward, generate: GPUs that share the work. Against one GPU: bench scaling.",
+        help="Sections forward, generate: GPUs that share the work; `bench scaling` compares with one GPU.",
     ),
 )
 SERVE_OPTIONS = in_section(
     "Section serve",
     option(
-        "--clients", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Polling clients."
+        "--clients",
+        type=click.IntRange(min=1),
+        default=200,
+        show_default=True,
+        metavar="N",
+        help="Number of polling clients.",
     ),
-    option("--queued", type=click.IntRange(min=1), default=2000, show_default=True, metavar="N", help="Waiting jobs."),
+    option(
+        "--queued",
+        type=click.IntRange(min=1),
+        default=2000,
+        show_default=True,
+        metavar="N",
+        help="Number of waiting jobs.",
+    ),
 )
 RESULT_OPTIONS = in_section(
     "Results",
-    option("--json", "output", type=PATH, metavar="FILE", help="Save there, after every measurement."),
+    option("--json", "output", type=PATH, metavar="FILE", help="Save the result there after every measurement."),
     option("--report", "html_page", type=PATH, metavar="FILE.html", help="Write an HTML page with plots."),
     option("--summary", "summary_file", type=PATH, metavar="FILE", help="Write the flat summary."),
     option(
@@ -108,7 +135,7 @@ def _add_section(name: str) -> None:
         _run(name, **options)
 
     decorated: Callable[..., Any] = debug_option(RUN_OPTIONS(SERVE_OPTIONS(RESULT_OPTIONS(command))))
-    bench.command(name, cls=SectionCommand, help=ABOUT[name])(decorated)
+    bench.command(name, cls=SectionCommand, help=ABOUT[name])(config_option(decorated, "--config-file"))
 
 
 for _name in (*SECTIONS, "all"):
@@ -240,7 +267,7 @@ def merge(files: tuple[Path, ...], output: Path) -> None:
 
     results = merged([load(file) for file in files])
     results.save(output)
-    click.echo(f"{output}: {len(results.rows)} rows of {len(results.runs)} runs")
+    click.echo(f"{output}: {counted(len(results.rows), 'row')} of {counted(len(results.runs), 'run')}")
 
 
 @bench.command("report", cls=SectionCommand)
@@ -279,7 +306,7 @@ DEMO_OPTIONS = in_section(
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="Executor to run. auto is torch here, on a CPU too: ONNX Runtime's first graphs take minutes to trace.",
+        help="Executor to run; auto is torch, since the first graphs of ONNX Runtime take minutes to trace.",
     ),
 )
 
@@ -288,9 +315,10 @@ DEMO_OPTIONS = in_section(
 @DEMO_OPTIONS
 @reporting
 def demo(output: Path, backend: str, as_json: bool) -> None:
-    """Show the whole way on any machine: a small trained checkpoint, a drawn case with sound, engines, a video.
+    """Try the program on any machine: build engines of a small trained model and animate a drawn case with sound.
 
-    The right answer is known: the demo prints how close the video came, and writes a contact sheet."""
+    Since the right answer is known, the demo prints how close the video came. It also writes a contact sheet, and
+    prints the `generate` command that makes the same video again."""
     from scail2_rt.benchmarks.sprites.demo import run_demo
 
     with stdout_for(as_json):

@@ -266,6 +266,10 @@ class Backend(ABC):
         """InputError when its artefacts cannot be built on this machine."""
         return
 
+    def option_words(self, directory: Path, record: ExecutorRecord) -> list[str]:
+        """The command line's options with which its artefacts in this folder were built."""
+        return []
+
     def check_place(self, record: ExecutorRecord, remedy: str) -> None:
         """InputError when artefacts of this record cannot run here. `remedy`: the command that builds them again."""
         return

@@ -30,7 +30,7 @@ from scail2_rt.engines.folder.store import STORE_NAME, StoreReader, WeightStore
 from scail2_rt.engines.folder.sums import SumChecker
 from scail2_rt.engines.folder.weights import EMBEDDING
 from scail2_rt.engines.registry import backend as backend_named
-from scail2_rt.engines.registry import choose_backend
+from scail2_rt.engines.registry import choose_backend, refuse_unbuildable
 from scail2_rt.engines.vae_stream import Part, VAEStream
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Numerics
@@ -263,8 +263,12 @@ def _choose(directory: Path, manifest: Manifest, requested: str, device: str | N
     """The backend for a folder, checked against the folder and this machine."""
     records = {record.backend: record for record in manifest.executors}
     obstacles = {name: backend_named(name).auto_obstacle(directory, manifest) for name in records}
-    name, reason = choose_backend(requested, tuple(records), {n: text for n, text in obstacles.items() if text})
+    stopped = {n: text for n, text in obstacles.items() if text}
+    name, reason = choose_backend(
+        requested, tuple(records), stopped, describe_command(manifest, directory, backend="torch")
+    )
     if name not in records:
+        refuse_unbuildable([name])
         raise InputError(
             f"{directory} holds no {name} engines (it holds {', '.join(records)}); add them with: "
             f"{describe_command(manifest, directory, backend=name)}"

@@ -55,10 +55,13 @@ def device_of(name: str) -> str:
 
 
 def choose_backend(
-    requested: str = "auto", built: Collection[str] | None = None, obstacles: Mapping[str, str] | None = None
+    requested: str = "auto",
+    built: Collection[str] | None = None,
+    obstacles: Mapping[str, str] | None = None,
+    remedy: str = "scail2-rt build-engines CHECKPOINT -o ENGINES --backend torch",
 ) -> tuple[str, str]:
     """(backend, reason). `built`: the backends that an engine folder holds; None when a build is still to come;
-    `obstacles`: backend → why `auto` must not take it, in words.
+    `obstacles`: backend → why `auto` must not take it, in words; `remedy`: adds one that runs anywhere.
 
     `auto` takes, of those that are installed and built, TensorRT on a GPU, then torch, then ONNX Runtime; on a CPU
     ONNX Runtime before torch. A named backend that cannot be used is an InputError."""
@@ -80,7 +83,7 @@ def choose_backend(
     told = "".join(f" {text}." for text in (obstacles or {}).values())
     raise InputError(
         f"none of the executors in the engine folder ({', '.join(sorted(built or ())) or 'none'}) can run on this "
-        f"machine.{told} Add one with scail2-rt build-engines CHECKPOINT -o DIR --backend torch."
+        f"machine.{told} Add one with: {remedy}"
     )
 
 
@@ -94,6 +97,17 @@ def _why_not(name: str, built: Collection[str] | None, obstacles: Mapping[str, s
     if not installed(name):
         return f" and {name} is not installed"
     return f" and {name} is not built into the folder" if built is not None and name not in built else ""
+
+
+def buildable(name: str) -> bool:
+    """Can artefacts of this backend be built on this machine?"""
+    if name not in _MODULES or not installed(name):
+        return False
+    try:
+        backend(name).check_machine()
+    except InputError:
+        return False
+    return True
 
 
 def refuse_unbuildable(names: Sequence[str]) -> None:

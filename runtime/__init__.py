@@ -9,8 +9,8 @@ with Session.open("engines/") as session:
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # `typing` is not imported: the command line can say that it was interrupted only after this file
 if TYPE_CHECKING:
     from scail2_rt.engines.backend import Execution
     from scail2_rt.kernels.errors import InputError, Scail2Error
@@ -61,7 +61,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"scail2_rt.{_MODULES[name]}"), name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from scail2_rt.benchmarks.report.record import Results, Row
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 
 LEAST_NOISE = 0.03
 ERROR_NOISE = 0.10
@@ -57,7 +58,7 @@ class Comparison:
         lines += [f"{name}: measured before, failed now: REGRESSION" for name in self.broken]
         lines += [f"{name}: only in the first" for name in self.absent]
         count = len(self.regressions)
-        return "\n".join([*lines, f"{count} regression(s)" if count else "no regression"])
+        return "\n".join([*lines, counted(count, "regression") if count else "no regression"])
 
     def document(self) -> dict[str, Any]:
         changes = [{**asdict(change), "ratio": change.ratio, "verdict": change.verdict} for change in self.changes]

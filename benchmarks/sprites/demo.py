@@ -3,9 +3,10 @@
 Takes the small trained networks that come with the package, draws a picture and a clip that training never saw (one
 figure drives another, with a tone that follows the motion), makes their masks, builds engines and generates. The right
 answer is known, so the demo says how close the video came, and shows it, with the masks, beside the truth on a contact
-sheet. Engines and masks are reused the next time.
+sheet. It prints the `generate` command that makes the same video again. Engines and masks are reused the next time.
 """
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,11 @@ from scail2_rt.benchmarks.sprites.quality.trials import BASELINES, OURS, Answer,
 from scail2_rt.benchmarks.sprites.segmenting import replace_masks
 from scail2_rt.benchmarks.sprites.shipped import BACKEND, make_engines, shipped_checkpoint
 from scail2_rt.benchmarks.sprites.world.case_files import write_case
+from scail2_rt.benchmarks.sprites.world.cases import SIZE
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.cli.progress import BuildLines, open_progress
 from scail2_rt.runtime.core.as_json import plain
-from scail2_rt.runtime.core.request import Output
+from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.run import generate, summary
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
 from scail2_rt.runtime.session.session import Session
@@ -38,11 +41,13 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     reused = "are there already" if built.up_to_date else f"took {built.wall_s:.1f} s"
     case = held_out_case(TASK, SEED)
     write_case(case, folder, masks=False)
-    masks, mask_iou = replace_masks(case, folder)
+    print("masks: a small SAM 2 finds and follows the figure", file=sys.stderr)
+    with open_progress() as listener:
+        masks, mask_iou = replace_masks(case, folder, listener)
     how = "are there already" if masks.reused else f"took {masks.seconds:.1f} s"
     said = [
         f"checkpoint  {checkpoint}: a small SCAIL-2, trained on drawn figures",
-        f"engines     {engines} ({built.stages} stages for {', '.join(built.backends)}) {reused}",
+        f"engines     {engines} ({counted(built.stages, 'stage')} for {', '.join(built.backends)}) {reused}",
         f"case        {folder}: a picture and a clip; {case.scene.prompt}; held out from training, figures and motion",
         f"masks       made of these by a small SAM 2 {how}; mean IoU with the true ones {mask_iou['mask_iou']:.3f}",
     ]
@@ -50,6 +55,7 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
     with Session.open(engines, backend=backend) as session, open_progress() as listener:
         print(f"engines: {session.choice}", file=sys.stderr)
         result = generate(session.check(request), Output(output / "demo.mp4", overwrite=True), session, listener)
+    again = repeat_command(request, engines, folder, backend, output / "again.mp4")
     video = probe_video(output / "demo.mp4")
     with VideoReader(output / "demo.mp4") as reader:
         made = reader.read(video.frames)
@@ -58,24 +64,44 @@ def run_demo(output: Path, backend: str = "auto") -> tuple[dict[str, Any], str]:
         rows = {"masks made": reader.read(video.frames), OURS: made}
     write_sheet(sheet, [case_block(f"{TASK}: {case.scene.prompt}", case, rows)])
     scores, comparison = _judge(Answer.of(case), made)
+    shape = f"{counted(video.frames, 'frame')}, {float(video.frame_rate):g} fps"
     said += [
         "video       " + summary(result).replace("\n", f"\n{'':12}"),
-        f"            {video.frames} frames, {float(video.frame_rate):g} fps, {'with' if video.audio else 'no'} audio",
+        f"            {shape}, {'with' if video.audio else 'no'} audio",
         f"sheet       {sheet}: reference, driving video, masks, ours, truth",
         f"quality     {comparison}",
-        "With a real checkpoint and a segmenter the same two commands animate:",
+        "This command makes the same video again:",
+        f"  {again}",
+        "With a real checkpoint and a segmenter, two commands are enough:",
         "  scail2-rt build-engines SCAIL-2/ -o engines/",
         '  scail2-rt generate engines/ --image photo.jpg --driving clip.mp4 --prompt "…" -o out.mp4',
     ]
     seconds = time.perf_counter() - started
     said.append(f"The demo took {seconds:.1f} s.")
-    facts = {"frames": video.frames, "frame_rate": str(video.frame_rate), "audio": video.audio, "seconds": seconds}
+    facts = {
+        "repeat": again,
+        "frames": video.frames,
+        "frame_rate": str(video.frame_rate),
+        "audio": video.audio,
+        "seconds": seconds,
+    }
     found = {
         "demo": {**facts, "scores": scores, "sheet": str(sheet), "masks": mask_iou},
         "build": plain(built),
         "run": dict(result.report),
     }
     return found, "\n".join(said)
+
+
+def repeat_command(request: Request, engines: Path, case: Path, backend: str, output: Path) -> str:
+    """The `generate` command of a request for a case folder, quoted for a shell and good in every folder."""
+    height, width = request.size or SIZE
+    words = ["scail2-rt", "generate", engines.absolute(), "--case", case.absolute()]
+    words += ["--prompt-file", (case / "prompt.txt").absolute(), "--size", f"{height}x{width}", "--seed", request.seed]
+    words += ["--scheduler", request.scheduler, "--steps", request.steps, "--shift", f"{request.shift:g}"]
+    words += ["--guidance", f"{request.guidance:g}", "--segment-length", request.segment_length]
+    words += ["--segment-overlap", request.segment_overlap, "--backend", backend, "-o", output.absolute()]
+    return shlex.join(map(str, words))
 
 
 def _judge(answer: Answer, made: np.ndarray) -> tuple[dict[str, dict[str, float]], str]:

@@ -10,6 +10,8 @@ import numpy as np
 
 from scail2_rt.benchmarks.sprites.world.cases import SpriteCase
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
+from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.masks.make.figures import LEAST_AREA, area, box_iou, iou
 from scail2_rt.runtime.masks.make.folders import open_folder
 from scail2_rt.runtime.masks.make.follow import masks_of
@@ -66,7 +68,7 @@ def found_boxes(picture: np.ndarray, segmenter: Segmenter, count: int = 1) -> li
     """Boxes of the `count` figures that the detector is surest of. InputError where it finds fewer."""
     masks = figure_masks(picture, segmenter)
     if len(masks) < count:
-        raise InputError(f"The detector of drawn figures found {len(masks)} of {count} figures.")
+        raise InputError(f"The detector of drawn figures found {len(masks)} of {counted(count, 'figure')}.")
     return [box_of(mask) for mask in masks[:count]]
 
 
@@ -87,7 +89,9 @@ def case_boxes(case: SpriteCase, segmenter: Segmenter) -> tuple[str, ...]:
     return tuple(found)
 
 
-def case_masks(case: SpriteCase, image: Path, driving: Path, directory: Path) -> Masks:
+def case_masks(
+    case: SpriteCase, image: Path, driving: Path, directory: Path, listener: Listener | None = None
+) -> Masks:
     """Masks for a drawn case, made by the small SAM 2 from boxes that the detector finds."""
     folder = shipped_segmenter()
     segmenter = open_segmenter(open_folder(folder), "cpu")
@@ -96,13 +100,13 @@ def case_masks(case: SpriteCase, image: Path, driving: Path, directory: Path) ->
     options = MaskOptions(
         mode="replace" if case.scene.mode == "replace" else "animate", weights=folder, boxes=boxes, max_characters=3
     )
-    return make_masks(image, driving, directory, options, device="cpu")
+    return make_masks(image, driving, directory, options, device="cpu", on_progress=listener)
 
 
-def replace_masks(case: SpriteCase, folder: Path) -> tuple[Masks, dict[str, float]]:
+def replace_masks(case: SpriteCase, folder: Path, listener: Listener | None = None) -> tuple[Masks, dict[str, float]]:
     """Make the masks of a case whose picture and clip `write_case` wrote, in place of the true ones → them, and
     `mask_scores`."""
-    masks = case_masks(case, folder / "ref.png", folder / "rendered_v2.mp4", folder)
+    masks = case_masks(case, folder / "ref.png", folder / "rendered_v2.mp4", folder, listener)
     with open_video(masks.mask_video) as reader:
         return masks, mask_scores(reader.read(len(case.driving)), case.driving_mask)
 

@@ -49,6 +49,7 @@ from scail2_rt.engines.registry import BACKENDS, backend, gpu
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.spec import StageDefinition
+from scail2_rt.kernels.wording import counted
 
 if TYPE_CHECKING:
     from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
@@ -167,7 +168,7 @@ class _Assembly:
         continued = self.journal.begin(_fingerprint(self.identity, plan.layout), afresh=replaced)
         resumed = len(self.journal.done)
         if resumed:
-            self.observer.note(f"continuing an interrupted build: {resumed} steps are done already")
+            self.observer.note(f"continuing an interrupted build: {counted(resumed, 'step')} done already")
         if previous is None:
             if not continued:
                 self._clear()
@@ -248,8 +249,12 @@ class _Assembly:
         again = {file for name in made for file in backend(name).files(self.plan.definitions)}
         files = {} if before is None else {path: value for path, value in before.files.items() if path not in again}
         store = f"{STAGES}/{STORE_NAME}"
-        for path in (artefact.path for artefact in artefacts if artefact.path not in (store, *files)):
+        sizes = {a.path: a.size for a in artefacts if a.path not in (store, *files)}
+        phase = Phase(self.observer, "seal", sizes)
+        for path in sizes:
+            step = phase.start(path)
             files[path] = sum_of_file(self.plan.directory / path)
+            phase.finish(step)
         if missing := [name for name in self.plan.layout.names if name not in tensors]:  # by a version without sums
             reader = StoreReader(self.plan.store)
             tensors = {**tensors, **{name: joined(reader.pieces(name)) for name in missing}}

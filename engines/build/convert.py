@@ -34,6 +34,7 @@ from scail2_rt.export.checkpoint.open import Checkpoint
 from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 
 if TYPE_CHECKING:
     from scail2_rt.export.checkpoint.lora import LoRAReport
@@ -72,7 +73,8 @@ class ConvertReport:
         for file in self.files:
             dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in file.dtypes.items())
             done = "is there already" if file.up_to_date else "written"
-            lines.append(f"{file.component}, {file.tensors} tensors ({dtypes}), {file.size / 2**20:.1f} MiB, {done}:")
+            tensors = counted(file.tensors, "tensor")
+            lines.append(f"{file.component}, {tensors} ({dtypes}), {file.size / 2**20:.1f} MiB, {done}:")
             lines.append(f"{file.sha256}  {file.path}")
         if self.tokenizer is None:
             lines.append(

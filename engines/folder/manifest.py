@@ -195,16 +195,25 @@ def _loras(loras: Iterable[LoRARecord]) -> str:
 
 
 def describe_command(manifest: Manifest, directory: Path, backend: str | None = None) -> str:
-    """The command that rebuilds this folder, or that adds `backend` to it."""
+    """The command that rebuilds this folder for those of its executors that this machine can build (all of them if it
+    can build none), or that adds `backend` to it. Options of plans are named where one command can hold them."""
+    from scail2_rt.engines.registry import backend as registered
+    from scail2_rt.engines.registry import buildable
+
+    names = (backend,) if backend else tuple(filter(buildable, manifest.backends)) or manifest.backends
+    planned = [r for r in manifest.executors if r.backend in names and registered(r.backend).build_options]
     return BuildCommand(
         manifest.checkpoint,
         directory,
         manifest.precision,
-        (backend,) if backend else manifest.backends,
+        names,
         tuple((lora.file.path, lora.strength) for lora in manifest.loras),
         manifest.lora_partial,
         manifest.overrides,
         rebuild=backend is None,
+        plan_words=registered(planned[0].backend).option_words(directory, planned[0])
+        if len(planned) == 1 and backend is None
+        else (),
     ).line
 
 
@@ -298,10 +307,9 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         document = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{directory} is not a finished engine folder: it has no {MANIFEST}; build it with "
-            f"scail2-rt build-engines CHECKPOINT -o {shlex.quote(str(directory))}"
+            f"{directory} is not a finished engine folder: it has no {MANIFEST}; {_build_hint(directory)}"
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}; {_rebuild_hint(directory)}") from error
@@ -321,8 +329,16 @@ def _reason(error: Exception) -> str:
     return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
+def _build_hint(directory: Path) -> str:
+    """How to make a folder that has no manifest. A folder with other files in it would be refused."""
+    other = directory.is_dir() and any(directory.iterdir()) and not (directory / ".build.json").exists()
+    place = "ENGINES" if other or directory.is_file() else shlex.quote(str(directory.absolute()))
+    return f"build {'one' if place == 'ENGINES' else 'it'} with: scail2-rt build-engines CHECKPOINT -o {place}"
+
+
 def _rebuild_hint(directory: Path) -> str:
-    return f"rebuild with scail2-rt build-engines CHECKPOINT -o {shlex.quote(str(directory))} --rebuild"
+    place = shlex.quote(str(directory.absolute()))
+    return f"rebuild with: scail2-rt build-engines CHECKPOINT -o {place} --rebuild"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ The class serves every library of TensorRT's family: what differs between them i
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,10 +24,12 @@ from scail2_rt.engines.tensorrt_backend.preflight import (
     find_gpu,
     resident_bytes,
 )
+from scail2_rt.engines.tensorrt_backend.profiles import PlanOptions
 from scail2_rt.engines.tensorrt_backend.session import TensorRTSession
 from scail2_rt.engines.tensorrt_backend.trust import obstacle, remember
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 
 
 class TensorRTExecutor(Executor):
@@ -85,6 +88,10 @@ class TensorRTBackend(Backend):
     def check_machine(self, precision: Precision | None = None) -> None:
         check_machine(self.library, precision)
 
+    def option_words(self, directory: Path, record: ExecutorRecord) -> list[str]:
+        options = PlanLedger(directory / STAGES, self.library).options or PlanOptions()
+        return replace(options, targets=record.targets).words
+
     def check_place(self, record: ExecutorRecord, remedy: str) -> None:
         check_place(self.library, record, remedy)
 
@@ -140,8 +147,8 @@ class TensorRTBackend(Backend):
         missing = [file for file in files if not file.is_file()]
         if missing:
             observer.note(
-                f"{len(files) - len(missing)} of {len(files)} files of the {self.library.title} stages are there; the "
-                "same command without --stages makes the others"
+                f"{len(files) - len(missing)} of {counted(len(files), 'file')} of the {self.library.title} stages are "
+                "there; the same command without --stages makes the others"
             )
         return not missing
 

@@ -6,6 +6,7 @@ weights in host memory while it builds.
 """
 
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from scail2_rt.engines.tensorrt_backend.plans import Environment
 from scail2_rt.engines.tensorrt_backend.targets import BF16_CAPABILITY, FP8_CAPABILITY, target_of
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 
 HOST_FACTOR = 4
 PROCESS_BYTES = 256 << 20  # of a compiling process beside the weights
@@ -109,13 +111,22 @@ def check_place(library: Library, record: ExecutorRecord, remedy: str) -> None:
     if library.targets and card not in record.targets:
         raise InputError(
             f"{field}.targets: the plans were built for {', '.join(record.targets)}, and this is {gpu.text}. Build "
-            f"them again with: {remedy} --target {','.join((*record.targets, card))}"
+            f"them again with: {_for_targets(remedy, (*record.targets, card))}"
         )
     if library.compiles_here and record.gpu != gpu.text:
         raise InputError(
             f"{field}.gpu: the plans were built with {record.gpu}, and this machine has {gpu.text}; plans run only "
             f"where they were built. Build them again with: {remedy}"
         )
+
+
+def _for_targets(command: str, targets: tuple[str, ...]) -> str:
+    """A build command with these targets in place of its own."""
+    words = shlex.split(command)
+    if "--target" in words:
+        place = words.index("--target")
+        words = words[:place] + words[place + 2 :]
+    return shlex.join([*words, "--target", ",".join(targets)])
 
 
 def build_memory(weights: int) -> int:
@@ -145,7 +156,7 @@ def check_resources(library: Library, stage_bytes: Mapping[str, int], directory:
     while not place.exists():
         place = place.parent
     _enough(
-        f"the plans of {len(stage_bytes)} stages need",
+        f"the plans of {counted(len(stage_bytes), 'stage')} need",
         disk,
         shutil.disk_usage(place).free,
         f"on the disk of {directory}",

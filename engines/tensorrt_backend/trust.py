@@ -7,6 +7,7 @@ record says nothing.
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def obstacle(library: Library, directory: Path, manifest: Manifest, files: Itera
     """Why `auto` must not take these plans, in words; None when they have passed here."""
     if _here(library, manifest, files) in _read(directory).get(library.name, []):
         return None
-    return f"{library.name} waits until scail2-rt verify has passed for its plans on this card"
+    words = ["scail2-rt", "verify", str(directory.absolute()), "--checkpoint", manifest.checkpoint]
+    command = shlex.join([*words, "--backend", library.name])
+    return f"{library.name} waits until its plans have passed on this card: {command}"
 
 
 def remember(library: Library, directory: Path, manifest: Manifest, files: Iterable[str], passed: bool) -> None:

@@ -7,6 +7,7 @@ value may differ by one rounding step.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scail2_rt.engines.build.assemble import EMBEDDING_SOURCE
+from scail2_rt.engines.folder.damage import CHECK
 from scail2_rt.engines.folder.manifest import TABLES, TOKENIZER, Manifest
 from scail2_rt.engines.folder.sources import LORA_PART, TOKENIZER_PART, file_groups, hash_file, hash_sources
 from scail2_rt.engines.folder.store import WeightStore
 from scail2_rt.engines.folder.weights import EMBEDDING, planned_tensors, runtime_tables, write_stage
-from scail2_rt.engines.observer import SilentObserver
+from scail2_rt.engines.observer import BuildObserver, Phase
 from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 
 if TYPE_CHECKING:
     from scail2_rt.export.checkpoint.open import Checkpoint
@@ -31,15 +34,22 @@ Verdict = tuple[bool, str]
 _LISTED = 5
 
 
-def check_files(directory: Path, manifest: Manifest) -> Verdict:
+def check_files(directory: Path, manifest: Manifest, observer: BuildObserver) -> Verdict:
     """SHA-256 of every file of the folder against the manifest's."""
-    wrong = [a.path for a in manifest.artefacts if hash_file(directory / a.path) != a.sha256]
+    phase = Phase(observer, CHECK, {artefact.path: artefact.size for artefact in manifest.artefacts})
+    wrong = []
+    for artefact in manifest.artefacts:
+        step = phase.start(artefact.path)
+        if hash_file(directory / artefact.path, partial(observer.advanced, step)) != artefact.sha256:
+            wrong.append(artefact.path)
+        phase.finish(step)
+    count = counted(len(manifest.artefacts), "file")
     if wrong:
-        return False, f"{len(wrong)} of {len(manifest.artefacts)} have another hash than the manifest: {_listed(wrong)}"
-    return True, f"{len(manifest.artefacts)} files have the hashes of the manifest"
+        return False, f"{len(wrong)} of {count} differ from the hash in the manifest: {_listed(wrong)}"
+    return True, f"{count} checked against the hashes of the manifest"
 
 
-def check_sources(manifest: Manifest, checkpoint: "Checkpoint") -> Verdict:
+def check_sources(manifest: Manifest, checkpoint: "Checkpoint", observer: BuildObserver) -> Verdict:
     """The checkpoint's files and the LoRAs against the manifest's hashes. Files that have not changed since the build
     are not read again; the tokenizer's copy in the folder must be the checkpoint's."""
     identity = manifest.identity
@@ -49,7 +59,7 @@ def check_sources(manifest: Manifest, checkpoint: "Checkpoint") -> Verdict:
         tokenizer = tokenizer / "tokenizer.json"
     groups = file_groups(plain, tokenizer, [tuple(Path(f.path) for f in lora.files) for lora in identity.loras])
     known = [*identity.files, *(file for lora in identity.loras for file in lora.files)]
-    records = hash_sources(groups, plain, known, SilentObserver(), lambda record: None)
+    records = hash_sources(groups, plain, known, observer, lambda record: None)
     have: dict[str, tuple[str, ...]] = {}
     for record in records:
         have[record.component] = (*have.get(record.component, ()), record.sha256)
@@ -70,12 +80,16 @@ def check_weights(
     definitions: Mapping[str, StageDefinition],
     sources: "Mapping[str, TensorSource]",
     store: WeightStore,
+    observer: BuildObserver,
 ) -> Verdict:
     """Every value of the store against a new conversion of the checkpoint."""
     plan = planned_tensors(manifest.config, definitions, manifest.precision)
     touched: frozenset[str] = getattr(sources.get("dit"), "touched", frozenset())
     comparer = _Comparer(store)
+    sizes = {stage: sum(tensor.nbytes for tensor in tensors.values()) for stage, tensors in plan.items()}
+    phase = Phase(observer, CHECK, sizes)
     for stage, tensors in plan.items():
+        step = phase.start(stage)
         weights = {"weight": (EMBEDDING_SOURCE,)} if stage == EMBEDDING else definitions[stage].weights
         comparer.inexact = {f"{stage}.{key}" for key, names in weights.items() if touched & set(names)}
         comparer.inexact |= {name.removesuffix("weight") + "scale" for name in comparer.inexact}
@@ -84,10 +98,15 @@ def check_weights(
             write_stage(comparer, stage, tensors, weights, source, manifest.precision)
         except (InputError, Scail2Error) as error:  # a tensor that is missing, or cannot be held
             comparer.wrong[stage] = str(error)
+        phase.finish(step)
     if comparer.wrong:
         listed = _listed([f"{name} ({detail})" for name, detail in comparer.wrong.items()])
-        return False, f"{len(comparer.wrong)} of the store's tensors are not the checkpoint's: {listed}"
-    return True, f"{comparer.values:,} values of {len(plan)} stages are the checkpoint's in {manifest.precision}"
+        return (
+            False,
+            f"{counted(len(comparer.wrong), 'tensor')} of the weight store not as in the checkpoint: {listed}",
+        )
+    stages = counted(len(plan), "stage")
+    return True, f"{comparer.values:,} values of {stages} equal the checkpoint's in {manifest.precision}"
 
 
 class _Comparer:
@@ -120,14 +139,15 @@ class _Comparer:
         if not different.any():
             return
         first = int(different.nonzero()[0])
-        text = f"{int(different.sum())} values, the first at {start + first}: {have[first]:.9g}, not {want[first]:.9g}"
+        how_many = counted(int(different.sum()), "value")
+        text = f"{how_many}, the first at {start + first}: {have[first]:.9g}, not {want[first]:.9g}"
         self.wrong.setdefault(name, text)
 
 
 def not_numbers(stored: Tensor, start: int = 0) -> str:
     """What to say of stored values of which some are not finite; `start`: the first one's place. Empty if all are."""
     lost = (~stored.float().isfinite()).nonzero()
-    return f"{len(lost)} values are NaN or infinite, the first at {start + int(lost[0])}" if len(lost) else ""
+    return f"{counted(len(lost), 'NaN or infinite value')}, the first at {start + int(lost[0])}" if len(lost) else ""
 
 
 def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | None") -> Verdict:
@@ -141,11 +161,11 @@ def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | No
     names = sorted(have.keys() | want.keys())
     lost = [f"{n} ({fault})" for n in names if n in have and (fault := not_numbers(have[n].reshape(-1)))]
     if lost:
-        return False, f"{len(lost)} of {len(names)} tables are not of numbers: {_listed(lost)}"
+        return False, f"{len(lost)} of {len(names)} tables hold NaN or infinite values: {_listed(lost)}"
     wrong = [n for n in names if n not in have or n not in want or not _same(have[n], want[n], 1e-5 * touched)]
     if wrong:
-        return False, f"{len(wrong)} of {len(names)} tables are not the checkpoint's: {_listed(wrong)}"
-    return True, f"{len(names)} tables are the checkpoint's"
+        return False, f"{len(wrong)} of {counted(len(names), 'table')} differ from the checkpoint: {_listed(wrong)}"
+    return True, f"{counted(len(names), 'table')} equal the checkpoint's"
 
 
 def _same(have: Tensor, want: Tensor, tolerance: float) -> bool:

@@ -9,6 +9,7 @@ stage, one in memory at a time, so that a 14B folder needs no more memory than i
 """
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,17 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from scail2_rt.engines.engine_set import EngineSet, open_engines
-from scail2_rt.engines.folder.damage import check_health
-from scail2_rt.engines.folder.manifest import Identity, Manifest, check_folder, differences, read_manifest
+from scail2_rt.engines.folder.damage import CHECK, Health, check_health
+from scail2_rt.engines.folder.manifest import (
+    Identity,
+    Manifest,
+    check_folder,
+    describe_command,
+    differences,
+    read_manifest,
+)
 from scail2_rt.engines.folder.sums import DamagedError
-from scail2_rt.engines.observer import BuildObserver
+from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.engines.tensorrt_backend.builder import fp8_linears
 from scail2_rt.engines.tensorrt_backend.layers import fault as operand_fault
 from scail2_rt.engines.tensorrt_backend.layers import layers_of_json
@@ -39,6 +47,7 @@ from scail2_rt.engines.verify.store_check import check_files, check_sources, che
 from scail2_rt.export.checkpoint.lora import LoRASpec, apply_loras
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 
 if TYPE_CHECKING:
     from scail2_rt.export.checkpoint.open import Checkpoint
@@ -106,6 +115,7 @@ class VerifyReport:
     checks: tuple[Check, ...]
     stages: tuple[StageResult, ...]
     wall_s: float
+    remedy: str = ""
     tolerances: dict[str, float] = field(default_factory=lambda: dict(TOLERANCES))
 
     @property
@@ -115,24 +125,30 @@ class VerifyReport:
         by_stage: dict[str, list[StageResult]] = {}
         for result in self.stages:
             by_stage.setdefault(result.stage, []).append(result)
-        for stage, results in by_stage.items():
-            word = _word(all(result.passed for result in results))
-            lines.append(f"{word} {stage}: {' | '.join(map(str, results))}")
-        return "\n".join([*lines, *self._summary()])
+        lines += [stage_line(results) for results in by_stage.values()]
+        return "\n".join([*lines, self.summary])
 
-    def _summary(self) -> list[str]:
+    @property
+    def summary(self) -> str:
+        """A line for each executor, what to do when something failed, and the verdict."""
         lines = []
         for key in dict.fromkeys((result.backend, result.level) for result in self.stages):
             group = [result for result in self.stages if (result.backend, result.level) == key]
             error, stage = max((result.error or 0.0, result.stage) for result in group)
             lines.append(
-                f"{key[0]} in {key[1]}: {len(group)} stages, worst error {error:.2g} ({stage}), tolerance "
+                f"{key[0]} in {key[1]}: {counted(len(group), 'stage')}, worst error {error:.2g} ({stage}), tolerance "
                 f"{group[0].tolerance:g}, {sum(result.median_s for result in group) * 1e3:.3g} ms in all"
             )
         failed = [check.name for check in self.checks if check.passed is False]
         failed += [f"{result.stage} in {result.backend}" for result in self.stages if not result.passed]
         verdict = f"FAIL {self.directory}: {', '.join(failed)}" if failed else f"PASS {self.directory}"
-        return [*lines, verdict]
+        lines += [f"To repair: {self.remedy}"] if self.remedy else []
+        return "\n".join([*lines, verdict])
+
+
+def stage_line(results: Sequence[StageResult]) -> str:
+    """One stage with its executors side by side."""
+    return f"{_word(all(r.passed for r in results))} {results[0].stage}: {' | '.join(map(str, results))}"
 
 
 def _word(passed: bool | None) -> str:
@@ -147,11 +163,12 @@ def verify(
 ) -> VerifyReport:
     """Test the folder; what is wrong with its contents is in the report, not raised.
 
-    progress hears a line as soon as it is known, observer how far the check of the sums is. InputError: no engine
+    progress hears each line of `VerifyReport.text` but the summary as soon as it is known, observer how far the checks
+    of files and weights are. InputError: no engine
     folder, a damaged header of its store, a checkpoint of another model, a LoRA of the manifest that is not there, an
     executor that cannot run here.
     """
-    started = time.monotonic()
+    started, observer = time.monotonic(), observer or SilentObserver()
     manifest = read_manifest(request.directory)
     definitions = stage_definitions(manifest.config)
     check_folder(request.directory, manifest, definitions)
@@ -173,15 +190,18 @@ def verify(
 
     try:
         add("checksums", not health.damages if health.checked else None, health.text)
-        add("files", *check_files(request.directory, manifest))
-        add("sources", *check_sources(manifest, checkpoint))
-        add("weights", *check_weights(manifest, definitions, sources, store))
+        add("files", *check_files(request.directory, manifest, observer))
+        add("sources", *check_sources(manifest, checkpoint, observer))
+        add("weights", *check_weights(manifest, definitions, sources, store, observer))
         add("tables", *check_tables(request.directory, manifest, sources.get("dit")))
         stages = []
+        phase = Phase(observer, CHECK, {stage.name: stage.weight_bytes for stage in manifest.stages})
         for definition in definitions.values():
+            step = phase.start(definition.name)
             results = _check_stage(definition, manifest, sources[definition.component], sets, twin, request)
             stages += results
-            progress(f"{_word(all(r.passed for r in results))} {definition.name}: {' | '.join(map(str, results))}")
+            progress(stage_line(results))
+            phase.finish(step)
         add("graph against eager", *_graph_verdict(sets.values(), stages))
         add("operand types", *_operand_verdict(sets, stages))
     finally:
@@ -192,7 +212,21 @@ def verify(
         if engines.device.type == "cuda":
             engines.executor.backend.remember(request.directory, manifest, passed)
     wall_s = time.monotonic() - started
-    return VerifyReport(str(request.directory), manifest.precision, passed, tuple(checks), tuple(stages), wall_s)
+    remedy = _remedy(request.directory, manifest, checks, health) if not passed else ""
+    return VerifyReport(
+        str(request.directory), manifest.precision, passed, tuple(checks), tuple(stages), wall_s, remedy
+    )
+
+
+def _remedy(directory: Path, manifest: Manifest, checks: Sequence[Check], health: Health) -> str:
+    """What to do about what failed, the command included."""
+    failed = {check.name for check in checks if check.passed is False}
+    rebuild = describe_command(manifest, directory)
+    if "checksums" in failed:
+        return health.remedy
+    if "sources" in failed:
+        return f"restore the files of {shlex.quote(manifest.checkpoint)}, or rebuild from the current ones: {rebuild}"
+    return rebuild
 
 
 def open_for(directory: Path, checkpoint: Path, parts: Mapping[str, Path] | None = None) -> "Checkpoint":
@@ -222,7 +256,7 @@ def _fused(manifest: Manifest, checkpoint: "Checkpoint") -> "dict[str, TensorSou
         for lora in manifest.loras:
             if not Path(lora.file.path).is_file():
                 raise InputError(
-                    f"the folder was built with the LoRA {lora.file.path}, which is not there; put it back."
+                    f"The engine folder was built with the LoRA {lora.file.path}, which is not there; put it back."
                 )
         specs = [LoRASpec(Path(lora.file.path), lora.strength) for lora in manifest.loras]
         sources["dit"] = apply_loras(sources["dit"], specs, manifest.lora_partial)
@@ -239,7 +273,7 @@ def _open(request: VerifyRequest, manifest: Manifest) -> dict[str, EngineSet]:
         for engines in sets.values():
             engines.close()
         others = [name for name in manifest.backends if name != backend]
-        hint = f" To test the others only: --backend {' --backend '.join(others)}" if others else ""
+        hint = f" To test the others, use --backend {' --backend '.join(others)}." if others else ""
         raise InputError(f"{error}{hint}") from error
     return sets
 
@@ -326,7 +360,7 @@ def _graph_verdict(sets: Iterable[EngineSet], stages: Sequence[StageResult]) -> 
         return None, "not applicable: no CUDA graphs on cpu"
     count = sum(result.backend in tested for result in stages)
     failed = [result.stage for result in stages if result.fault is not None and "CUDA graph" in result.fault]
-    return not failed, f"{count - len(failed)} of {count} stages give the same numbers when replayed"
+    return not failed, f"{count - len(failed)} of {counted(count, 'stage')} give the same numbers when replayed"
 
 
 def _operand_verdict(sets: Mapping[str, EngineSet], stages: Sequence[StageResult]) -> tuple[bool | None, str]:
@@ -335,4 +369,4 @@ def _operand_verdict(sets: Mapping[str, EngineSet], stages: Sequence[StageResult
         return None, "not applicable: no TensorRT plans were tested"
     fp8 = [result for result in stages if result.backend in planned and result.level == "fp8"]
     failed = [result.stage for result in fp8 if result.fault is not None]
-    return not failed, f"{len(fp8) - len(failed)} of {len(fp8)} fp8 stages multiply fp8 operands"
+    return not failed, f"{len(fp8) - len(failed)} of {counted(len(fp8), 'fp8 stage')} multiply fp8 operands"

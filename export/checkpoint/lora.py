@@ -20,6 +20,7 @@ from scail2_rt.export.checkpoint.lora_names import ModuleIndex, by_module
 from scail2_rt.export.checkpoint.lora_scale import CONFIG, config_of, read_training
 from scail2_rt.export.checkpoint.tensors import Derived, TensorSource, open_weights
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 
 _LISTED = 8
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -61,7 +62,7 @@ class LoRAReport:
     @property
     def text(self) -> str:
         """For people, on one line; what was left out on a line each."""
-        facts = [f"{self.applied} tensors applied"]
+        facts = [f"{counted(self.applied, 'tensor')} applied"]
         facts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         facts += [f"alpha: {self.alpha}"] if self.alpha else []
         facts += [f"step-distilled (told by its {self.distilled})"] if self.distilled else []

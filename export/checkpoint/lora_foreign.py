@@ -11,6 +11,7 @@ from pathlib import Path
 
 from scail2_rt.export.checkpoint.lora_names import ModuleTensors, has_lora_tensors
 from scail2_rt.export.checkpoint.tensors import TensorSource
+from scail2_rt.kernels.wording import counted
 
 _ADAPTERS: tuple[tuple[str, re.Pattern[str]], ...] = (  # one such name tells the file
     (
@@ -58,7 +59,7 @@ def foreign_kind(source: TensorSource) -> str | None:
     if not has_lora_tensors(names):
         networks = sum(name.endswith((".weight", ".bias", ".modulation")) for name in names)
         what = "a checkpoint" if names and 2 * networks >= len(names) else "a file without LoRA tensors"
-        return f"{what}, not a LoRA: its {len(names)} tensors begin with {', '.join(names[:3])}"
+        return f"{what}, not a LoRA: it has {counted(len(names), 'tensor')}, such as {', '.join(names[:3])}"
     return None
 
 

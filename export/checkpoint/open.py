@@ -31,6 +31,7 @@ from scail2_rt.export.checkpoint.tensors import Rows, TensorSource, View, shapes
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 
 COMPONENTS: tuple[Component, ...] = ("dit", "vae", "umt5", "clip")
 OPTIONS: dict[Component, str] = {"vae": "--vae", "umt5": "--t5", "clip": "--clip"}  # of the command line
@@ -169,8 +170,9 @@ def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
     if found is None:
         names = list(source.keys())
         raise InputError(
-            f"{group[0]} holds no SCAIL-2 network: its {len(names)} tensors begin with {', '.join(names[:3])}; "
-            "SAT keys (model.diffusion_model.transformer.layers.0...) or Wan keys (blocks.0.self_attn...) are needed"
+            f"{group[0]} holds no SCAIL-2 network: it has {counted(len(names), 'tensor')}, such as "
+            f"{', '.join(names[:3])}; SAT keys (model.diffusion_model.transformer.layers.0...) or Wan keys "
+            "(blocks.0.self_attn...) are needed"
         )
     _refuse_other_model(group[0], found)
     return found.component, found.source

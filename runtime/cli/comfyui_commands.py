@@ -9,12 +9,17 @@ from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 
 SHIPPED = "scail2_rt.benchmarks.sprites.shipped"  # of the floor above
-PYTHON_OPTION = option("--python", type=PATH, metavar="FILE", help="The Python that runs ComfyUI.  [default: found]")
+PYTHON_OPTION = option(
+    "--python",
+    type=PATH,
+    metavar="FILE",
+    help="The Python that runs ComfyUI.  [default: the one that is found beside it]",
+)
 
 
 @click.group()
 def comfyui() -> None:
-    """Put the nodes into ComfyUI, see what is there, take them away."""
+    """Install the nodes into ComfyUI, check them, or remove them."""
 
 
 @comfyui.command(cls=SectionCommand)
@@ -22,14 +27,15 @@ def comfyui() -> None:
 @in_section(
     "Install",
     PYTHON_OPTION,
-    option("--sprites", is_flag=True, help="Also build the engines of the small drawn world, for the examples."),
+    option("--sprites", is_flag=True, help="Also build the engines of the small model, for the example workflows."),
 )
 @reporting
 def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> None:
-    """Put nodes and example workflows into the ComfyUI in FOLDER.
+    """Install the nodes and the example workflows into the ComfyUI in FOLDER.
 
-    Nothing in ComfyUI's Python is changed: the commands that add what is missing are printed; what is too old is listed
-    and refused."""
+    ComfyUI's Python is not changed: commands that install missing packages are printed, and packages that are too old
+    are listed and refused."""
+    from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.comfyui.installing import NAME
     from scail2_rt.runtime.comfyui.installing import install as run
 
@@ -37,7 +43,8 @@ def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> 
         installed = run(folder, python)
         if sprites:
             shipped = importlib.import_module(SHIPPED)
-            shipped.make_engines(shipped.shipped_checkpoint(), installed.found.folder / "models" / NAME / "sprites")
+            folder = installed.found.folder / "models" / NAME / "sprites"
+            shipped.make_engines(shipped.shipped_checkpoint(), folder, observer=BuildLines())
     show(installed, installed.text, as_json)
 
 
@@ -46,7 +53,7 @@ def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> 
 @in_section("Check", PYTHON_OPTION)
 @reporting
 def check(folder: Path, python: Path | None, as_json: bool) -> None:
-    """Say what the ComfyUI in FOLDER has: its version and Python, the nodes, what they lack, engines, checkpoints."""
+    """Show what the ComfyUI in FOLDER has: version, Python, the nodes and what they lack, engines, checkpoints."""
     from scail2_rt.runtime.comfyui.installing import look
 
     found = look(folder, python)
@@ -57,7 +64,7 @@ def check(folder: Path, python: Path | None, as_json: bool) -> None:
 @click.argument("folder", type=PATH)
 @reporting
 def remove(folder: Path, as_json: bool) -> None:
-    """Take the nodes and the example pictures out of the ComfyUI in FOLDER. Engines and results stay."""
+    """Remove the nodes and the example pictures from the ComfyUI in FOLDER. Engines and results are kept."""
     from scail2_rt.runtime.comfyui.installing import remove as run
 
     removed = run(folder)

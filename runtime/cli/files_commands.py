@@ -20,25 +20,27 @@ CONVERT_OPTIONS = in_section(
         "--dtype",
         type=click.Choice(DTYPES),
         help="Type of the transformer's matrices; norms, modulation, time embedding and head stay fp32.  [default: "
-        "16-bit ones as they are, others bf16]",
+        "16-bit matrices keep their type, others become bf16]",
     ),
     option(
         "--all",
         "everything",
         is_flag=True,
-        help="Write VAE, umT5, CLIP and tokenizer beside it too: the folder is then a whole checkpoint.",
+        help="Also write VAE, umT5, CLIP and tokenizer beside it, so that the folder is a complete checkpoint.",
     ),
     *LORA_OPTIONS,
-    option("--overwrite", is_flag=True, help="Replace an output, or unfinished work, of something else."),
+    option("--overwrite", is_flag=True, help="Replace an existing output, or an unfinished one of another input."),
 )
 DOWNLOAD_OPTIONS = in_section(
     "Download",
-    option("--repo", default=REPOSITORY, show_default=True, metavar="NAME", help="Repository on the hub."),
+    option("--repo", default=REPOSITORY, show_default=True, metavar="NAME", help="Repository on the Hugging Face hub."),
     option(
         "--segmenter",
         type=click.Choice(["sam2", "sam3"]),
-        help="What makes masks instead of the checkpoint: SAM 2.1 with Grounding DINO, or SAM 3 for those with access. "
-        "Into DIRECTORY, or into the cache folder, where `generate` and `masks make` look.",
+        help="Download a segmenter, which makes masks, instead of the checkpoint: SAM 2.1 with Grounding DINO, or "
+        "SAM 3 "
+        "(access must be granted by its owner). It goes into DIRECTORY, or into the cache folder, where `generate` and "
+        "`masks make` look.",
     ),
     option("--revision", default="main", show_default=True, metavar="NAME", help="Branch, tag or commit."),
 )
@@ -52,7 +54,7 @@ DOWNLOAD_OPTIONS = in_section(
 def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Write the transformer of CHECKPOINT (any layout that build-engines reads) as one safetensors file with Wan names.
 
-    Little memory, whatever the size; an interrupted conversion continues; a second call does nothing."""
+    It needs little memory, whatever the size. An interrupted conversion continues; a second call does nothing."""
     from scail2_rt.engines.build.convert import convert as run
     from scail2_rt.engines.build.convert_target import ConvertRequest
     from scail2_rt.export.checkpoint.lora import parse_lora
@@ -62,7 +64,9 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     parts = parts_apart(options)
     everything = options["everything"]
     if parts and not everything:
-        raise click.UsageError("--vae, --t5, --clip and --tokenizer are for --all: else only the transformer is read")
+        raise click.UsageError(
+            "--vae, --t5, --clip and --tokenizer need --all: otherwise only the transformer is read."
+        )
     request = ConvertRequest(
         options["output"],
         options["dtype"],
@@ -82,10 +86,10 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @DOWNLOAD_OPTIONS
 @reporting
 def download(directory: Path | None, repo: str, segmenter: str | None, revision: str, as_json: bool) -> None:
-    """Download the official checkpoint to DIRECTORY: the files that build-engines needs, each checked by its hash.
-    Or a segmenter, which makes masks.
+    """Download the official checkpoint to DIRECTORY, or a segmenter, which makes masks.
 
-    An interrupted download continues; files that are there already are only checked."""
+    Only the files that are needed are fetched, and each is checked by its hash. An interrupted download continues;
+    files that are already there are only checked."""
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.download import HuggingFace
     from scail2_rt.runtime.jobs.download import download as run
@@ -97,7 +101,7 @@ def download(directory: Path | None, repo: str, segmenter: str | None, revision:
         show(found, found.text, as_json)
         return
     if directory is None:
-        raise click.UsageError("name the folder for the checkpoint, or what to fetch with --segmenter")
+        raise click.UsageError("Give the folder for the checkpoint, or --segmenter to fetch a segmenter.")
     with stdout_for(as_json):
         report = run(directory, HuggingFace(), repo, revision, BuildLines())
     show(report, report.text, as_json)
@@ -109,8 +113,8 @@ def download(directory: Path | None, repo: str, segmenter: str | None, revision:
 def inspect(path: Path, as_json: bool) -> None:
     """Say what PATH is: a checkpoint (folder or file), one network of it, a LoRA or an engine folder.
 
-    Layout, types, sizes and what is missing, from the headers alone; an engine folder is read whole and compared with
-    its checksums."""
+    Prints layout, types, sizes and what is missing. Of weights only the headers are read; all of an engine folder is
+    read and compared with its checksums."""
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.inspection import inspect as run
 

@@ -23,6 +23,7 @@ holds one JSON object and nothing else; an error is one too.
 import importlib
 import importlib.metadata
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,22 +32,46 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.cli import options as o
 from scail2_rt.runtime.cli.comfyui_commands import comfyui
+from scail2_rt.runtime.cli.config import config_file, config_option
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
 from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.repeating import repeated
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.cli.serve_command import serve
+from scail2_rt.runtime.cli.start import INTERRUPTED, interrupt
 
 if TYPE_CHECKING:
     from scail2_rt.engines.build.build import BuildReport
 
-INTERRUPTED = 130
 HIGHER = {  # commands of the floor above, imported when they are asked for
     "bench": "scail2_rt.benchmarks.command:bench",
     "demo": "scail2_rt.benchmarks.command:demo",
+}
+SECTIONS = {  # of `--help`: command → what it does
+    "Make videos": {
+        "demo": "Try the program with a small model that comes with it.",
+        "generate": "Generate a video from a reference image and a driving video.",
+        "masks": "Make, check, show and repair colour masks.",
+        "serve": "Serve videos over HTTP.",
+        "comfyui": "Install the nodes into ComfyUI.",
+    },
+    "Checkpoints and engines": {
+        "download": "Download the official checkpoint, or a segmenter.",
+        "build-engines": "Build an engine folder from a checkpoint.",
+        "inspect": "Say what a file or folder is.",
+        "verify": "Test an engine folder against its checkpoint.",
+        "convert": "Write the transformer of a checkpoint as one safetensors file.",
+        "export-onnx": "Write the networks of a checkpoint as ONNX files.",
+        "make-checkpoint": "Write a small checkpoint of random weights, for trials.",
+    },
+    "This machine": {
+        "doctor": "Show what this machine has and which backend it would use.",
+        "bench": "Measure speed, memory and error.",
+    },
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -56,6 +81,11 @@ class CommandGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *HIGHER})
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section, commands in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl(list(commands.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in HIGHER:
@@ -71,27 +101,29 @@ class CommandGroup(click.Group):
 @debug_option
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Animate characters with SCAIL-2: build engines from a checkpoint once, then turn a reference image and a driving
+    """Animate characters with SCAIL-2. Build engines from a checkpoint once, then turn a reference image and a driving
     video into a new video.
 
     \b
     Start here:  scail2-rt demo
     Then:        scail2-rt build-engines SCAIL-2/ -o engines/
                  scail2-rt generate engines/ --case my_case/ -o out.mp4
+    Help:        scail2-rt COMMAND --help
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
 @cli.command(cls=SectionCommand)
+@config_option
 @click.argument("checkpoint", type=PATH)
 @o.BUILD_OPTIONS
 @o.COMPONENT_OPTIONS
 @reporting
 def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
-    """Turn CHECKPOINT (a SCAIL-2 folder or a *.safetensors file) into an engine folder.
+    """Build an engine folder from CHECKPOINT, a SCAIL-2 folder or a *.safetensors file.
 
-    A second call with the same options checks the folder and repairs what is damaged; an interrupted build continues.
+    A second call with the same options checks the folder and repairs what is damaged. An interrupted build continues.
     """
     from scail2_rt.engines.build.build import BuildRequest, build
     from scail2_rt.engines.registry import backend
@@ -99,7 +131,6 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
-    from scail2_rt.runtime.session.warm import warm_kernels
 
     parts = parts_apart(options)
     request = BuildRequest(
@@ -117,16 +148,17 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     with stdout_for(as_json):
         report = build(request, open_checkpoint(checkpoint, **parts), BuildLines())
     text = (
-        f"{report.directory}: {what_was_done(report)}; {report.stages} stages in {report.precision}, "
+        f"{report.directory}: {what_was_done(report)}; {counted(report.stages, 'stage')} in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
     ours = any(backend(name).compiles_kernels for name in report.added)
-    if ours and (compiled := warm_kernels(Path(report.directory))):
-        text += f"\n{compiled}"
+    if ours:
+        text += "".join(f"\n{line}" for line in compiled_kernels(Path(report.directory)))
     show(report, text + lora_lines(report.loras), as_json)
 
 
 @cli.command(cls=SectionCommand)
+@config_option
 @click.argument("engines", type=PATH, required=False, metavar="ENGINES", callback=o.engines_or_server)
 @o.INPUT_OPTIONS
 @o.MAKING_OPTIONS
@@ -140,9 +172,9 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 def generate(engines: Path | None, server: str | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
 
-    An image and a driving video are enough where a segmenter is there (`download --segmenter sam2`): their masks are
-    made first and kept beside the output. A report (<output>.json) is written beside the video. With --server a warm
-    service does the work."""
+    An image and a driving video are enough when a segmenter is installed (`scail2-rt download --segmenter sam2`): their
+    masks are made first and kept beside the output. A report, <output>.json, is written beside the video. With --server
+    a running service does the work."""
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
@@ -151,7 +183,7 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 
     if options["from_video"] is not None:
         options = repeated(options)
-    given = GenerateOptions(engines=engines or Path(), **options)
+    given = GenerateOptions(engines=engines or Path(), config=config_file(), **options)
     if ray_address is not None and (server is not None or given.batch is None):
         raise click.UsageError("--ray spreads a batch over a cluster: give --batch FILE with it, and no --server")
     if server is None and ray_address is None:
@@ -179,7 +211,7 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> None:
     """Write a small checkpoint of random weights to DIRECTORY, in the official folder layout.
 
-    Its videos are coloured noise; it is for trying the program and for tests."""
+    Its videos are coloured noise. Use it to try the program, and in tests."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint as make
 
     with stdout_for(as_json):
@@ -198,8 +230,8 @@ def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> N
 def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Write the networks of CHECKPOINT as ONNX files, for other tools.
 
-    stages: one file for each engine stage. monolithic: the whole transformer as one graph with Attention and
-    RotaryEmbedding (opset 23). All weights are in one file beside them."""
+    With --layout stages there is one file per engine stage. With --layout monolithic the transformer is one graph with
+    Attention and RotaryEmbedding (opset 23). All weights are in one file beside the graphs."""
     from scail2_rt.engines.build.onnx_folder import export_onnx as export
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
@@ -220,7 +252,7 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
             options["check"],
         )
     text = (
-        f"{report.directory}: {len(report.graphs)} graph(s) in {report.precision}, "
+        f"{report.directory}: {counted(len(report.graphs), 'graph')} in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
         f"{f'; {report.taken_by} takes every node' if report.taken_by else ''}"
     )
@@ -233,10 +265,11 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @o.COMPONENT_OPTIONS
 @reporting
 def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> None:
-    """Test the engine folder ENGINES against the checkpoint that it was built from. Exit code 1 when something fails.
+    """Test the engine folder ENGINES against the checkpoint that it was built from.
 
-    Checksums and hashes of files, every stored value, every stage of every executor against the fp32 stage on random
-    inputs, its time, and on a GPU its CUDA graph."""
+    Checks the checksums and hashes of all files and every stored value. Runs every stage of every executor on random
+    inputs, compares it with the fp32 stage, and times it; on a GPU also as a CUDA graph. Exit code 1 when something
+    fails; the last lines say how to repair it."""
     from scail2_rt.engines.verify.verify import VerifyRequest, open_for
     from scail2_rt.engines.verify.verify import verify as run_verify
     from scail2_rt.runtime.cli.progress import BuildLines
@@ -248,8 +281,8 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     parts = parts_apart(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)
-        report = run_verify(request, opened, lambda line: click.echo(line, err=True), BuildLines())
-        text = report.text
+        report = run_verify(request, opened, lambda line: click.echo(line, err=as_json), BuildLines())
+        text = report.summary
         if block := block_for_report(report):
             text += f"\n\nTo report this, paste:\n{block}"
     show(report, text, as_json)
@@ -261,9 +294,9 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
 @click.argument("engines", type=PATH, required=False)
 @reporting
 def doctor(engines: Path | None, as_json: bool) -> None:
-    """Show what this machine has, which backend auto would take and why, and what would make it faster.
+    """Show what this machine has, which backend it would use and why, and what would make it faster.
 
-    With ENGINES, also whether that engine folder opens here and has the checksums that the build gave it."""
+    With ENGINES, also open that engine folder and compare it with the checksums of its build."""
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.doctor import diagnose
 
@@ -274,6 +307,19 @@ def doctor(engines: Path | None, as_json: bool) -> None:
 
 for command in (comfyui, convert, download, inspect, masks, serve):
     cli.add_command(command)
+
+
+def compiled_kernels(directory: Path) -> list[str]:
+    """Compile the GPU's kernels → a line about it; none without a GPU."""
+    import torch
+
+    from scail2_rt.runtime.session.warm import warm_kernels
+
+    if not torch.cuda.is_available():
+        return []
+    click.echo("compiling the GPU's kernels; this takes longest the first time", err=True)
+    compiled = warm_kernels(directory)
+    return [compiled] if compiled else []
 
 
 def what_was_done(report: "BuildReport") -> str:
@@ -293,13 +339,15 @@ def lora_lines(loras: Sequence[Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script: runs a command and turns what goes wrong into one line and an exit code."""
+    """Run a command and turn what goes wrong into one line and an exit code. (The console script is `start.main`.)"""
     flags: dict[str, bool] = {}
     try:
         code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
         sys.exit(code if isinstance(code, int) else 0)
     except (Exception, KeyboardInterrupt) as error:
         message, code = explain(error)
+        if code == INTERRUPTED and signal.getsignal(signal.SIGINT) in (interrupt, signal.default_int_handler):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends what is still being closed
         if flags.get("debug"):
             traceback.print_exc()
         click.echo(f"error: {message}", err=True)
@@ -310,17 +358,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def explain(error: BaseException) -> tuple[str, int]:
     """(one line for the user, exit code)."""
-    from scail2_rt.kernels.errors import Scail2Error
-
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return "interrupted", INTERRUPTED
+    from scail2_rt.kernels.errors import Scail2Error
+
     if isinstance(error, click.ClickException):
         ctx = getattr(error, "ctx", None)
         hint = f" (see {ctx.command_path} --help)" if ctx is not None else ""
         return one_line(error.format_message()) + hint, 2
     if isinstance(error, Scail2Error):
         return one_line(str(error)), error.exit_code
+    if _was_interrupted(error):
+        return "interrupted", INTERRUPTED
     return f"{type(error).__name__}: {one_line(str(error))} (a fault of the program: run with --debug for details)", 1
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Did Ctrl-C cause this? A library that was being imported may raise an error of its own instead."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def one_line(text: str) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from scail2_rt.runtime.cli.config import config_option
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 from scail2_rt.runtime.cli.segmenter_options import MAKING
@@ -11,6 +12,7 @@ from scail2_rt.runtime.cli.types import MemorySize
 
 
 @click.command(cls=SectionCommand)
+@config_option
 @in_section(
     "Inputs",
     option("--image", type=PATH, required=True, metavar="FILE", help="Reference image: the character."),

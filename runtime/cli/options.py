@@ -7,6 +7,7 @@ behind them define (a test compares them), because importing those would load Py
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import MAKING
@@ -57,17 +58,19 @@ SIZE = option(
     "--size",
     type=SizeType(),
     metavar="HxW",
-    help="Height and width of the output, multiples of 32, taken as given.  [default: 512x896, turned to the "
-    "orientation of the scene that is shown: the reference image's in animate, the driving video's in replace mode]",
+    help="Height and width of the output, multiples of 32.  [default: 512x896 or 896x512, as the reference image is "
+    "oriented in animate mode, the driving video in replace mode]",
 )
 FIT = option(
     "--fit",
     type=click.Choice(FITS),
     default="auto",
     show_default=True,
-    help="How pictures of another shape lie in the frame. official: scaled to cover it, the middle shown, as the "
-    "public code does. crop: one window a clip, on the characters. pad: the whole picture, with hidden margins. auto: "
-    "the first of these that keeps the characters. With official the default size follows the reference image.",
+    help="How inputs of another shape are fitted into the frame. official: scale to cover it and show the middle, as "
+    "the "
+    "public code does. crop: show one window per clip, placed on the characters. pad: show everything, with hidden "
+    "margins. auto: the first of these that keeps the characters. With official the default size follows the reference "
+    "image.",
 )
 INPUT_OPTIONS = in_section(
     "Inputs (a case folder, a batch file, the four files, or image and driving video)",
@@ -76,7 +79,9 @@ INPUT_OPTIONS = in_section(
         "--batch",
         type=PATH,
         metavar="FILE",
-        help="Lines of prompt@@case_dir; engines load once, one bad case does not stop the others. -o names a folder.",
+        help="File with one prompt@@case_dir per line. Engines load once, and a bad case does not stop the others; "
+        "-o names "
+        "a folder.",
     ),
     *FILES,
     MODE,
@@ -84,23 +89,29 @@ INPUT_OPTIONS = in_section(
     option(
         "--fit-reference",
         is_flag=True,
-        help="Replace mode: inside that frame, scale and pad the reference so that its character is as tall as the "
-        "driving one.",
+        help="In replace mode, scale and pad the reference image so that its character is as tall as the driving one.",
     ),
     option(
         "--allow-mask-problems",
         is_flag=True,
-        help="Go on with masks that `masks check` calls unusable; what is wrong is printed and recorded in the report.",
+        help="Continue with masks that `scail2-rt masks check` calls unusable. The findings are printed and recorded "
+        "in "
+        "the report.",
     ),
     option("--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use."),
     option("--frames", type=int, metavar="N", help="Number of driving frames to use.  [default: to the end]"),
 )
-MAKING_OPTIONS = in_section("Masks made inside (an image and a driving video without masks)", *MAKING)
+MAKING_OPTIONS = in_section("Making masks (for an image and a driving video without masks)", *MAKING)
 PROMPT_OPTIONS = in_section(
     "Prompt",
     option("--prompt", metavar="TEXT", help="What the generated video shows (a description, not an instruction)."),
     option("--prompt-file", type=PATH, metavar="FILE", help="Read the prompt from a text file."),
-    option("--negative-prompt", default="", metavar="TEXT", help="What it should not show (used when guidance > 1)."),
+    option(
+        "--negative-prompt",
+        default="",
+        metavar="TEXT",
+        help="What the video should not show; used when the guidance is above 1.",
+    ),
 )
 OUTPUT_OPTIONS = in_section(
     "Output",
@@ -136,7 +147,9 @@ OUTPUT_OPTIONS = in_section(
         "given here.",
     ),
     option(
-        "--dry-run", is_flag=True, help="Check everything and print segments, tokens, memory and time; load nothing."
+        "--dry-run",
+        is_flag=True,
+        help="Check everything and print segments, tokens, memory and time, without loading weights.",
     ),
 )
 SAMPLING_OPTIONS = in_section(
@@ -147,13 +160,27 @@ SAMPLING_OPTIONS = in_section(
         default="quality",
         show_default=True,
         help="quality: 40 UniPC steps, shift 3, guidance 5. fast (needs a step-distilled LoRA): 6 Euler steps, "
-        "shift 5, guidance 1. The options below override it.",
+        "shift 5, guidance 1. Options given beside it override it.",
     ),
-    option("--scheduler", "--solver", "scheduler", type=click.Choice(SCHEDULERS), help="Flow-matching scheduler."),
-    option("--steps", type=int, metavar="N", help="Denoising steps of each segment."),
-    option("--shift", type=float, metavar="X", help="Shift of the noise schedule towards high noise."),
     option(
-        "--guidance", type=float, metavar="X", help="Guidance scale; 1 or less runs one pass per step instead of two."
+        "--scheduler",
+        "--solver",
+        "scheduler",
+        type=click.Choice(SCHEDULERS),
+        help="Flow-matching scheduler.  [default: the preset's]",
+    ),
+    option("--steps", type=int, metavar="N", help="Denoising steps per segment.  [default: the preset's]"),
+    option(
+        "--shift",
+        type=float,
+        metavar="X",
+        help="Shift of the noise schedule towards high noise.  [default: the preset's]",
+    ),
+    option(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="Guidance scale; 1 or less runs one pass per step instead of two.  [default: the preset's]",
     ),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the noise."),
     option(
@@ -161,21 +188,20 @@ SAMPLING_OPTIONS = in_section(
         type=click.Choice(["cpu", "cuda"]),
         default="cpu",
         show_default=True,
-        help="Where noise is drawn. cpu: equal seeds give equal noise on any machine; cuda: as the official pipeline.",
+        help="Where the noise is drawn. cpu: a seed gives the same noise on every machine. cuda: as the official "
+        "pipeline does.",
     ),
 )
 LONG_CLIP_OPTIONS = in_section(
     "Long clips",
-    option(
-        "--segment-length", type=int, default=81, show_default=True, metavar="N", help="Frames denoised together, 4n+1."
-    ),
+    option("--segment-length", type=int, default=81, show_default=True, metavar="N", help="Frames per segment, 4n+1."),
     option(
         "--segment-overlap",
         type=int,
         default=5,
         show_default=True,
         metavar="N",
-        help="Frames that a segment takes over from the one before, 4n+1.",
+        help="Frames that a segment shares with the one before, 4n+1.",
     ),
     option(
         "--overlap-blend",
@@ -183,21 +209,21 @@ LONG_CLIP_OPTIONS = in_section(
         default=0,
         show_default=True,
         metavar="N",
-        help="Fade the last N frames of the overlap from one segment into the next; 0 shows them as the earlier one.",
+        help="Fade from one segment to the next over the last N frames of the overlap; 0 shows the earlier segment's.",
     ),
     option(
         "--anchor-color",
         type=click.Choice(ANCHORS),
         default="off",
         show_default=True,
-        help="Hold the colours of later segments to those of the first or of the previous one, measured on the "
-        "background.",
+        help="Match the background colours of a segment to those of the first or of the previous one.",
     ),
     option(
         "--resume",
         is_flag=True,
-        help="Continue an interrupted run after its last finished segment: the same command and this flag. What is "
-        "complete stays; what was not begun begins.",
+        help="Continue an interrupted run after its last finished segment: repeat the command with this flag. A "
+        "complete "
+        "output is kept.",
     ),
 )
 GPUS = option(
@@ -206,30 +232,31 @@ GPUS = option(
     default=1,
     show_default=True,
     metavar="N|all",
-    help="GPUs of this machine that share a generation (on a CPU, processes); CUDA_VISIBLE_DEVICES says which.",
+    help="GPUs of this machine that share one generation (on a CPU, processes); CUDA_VISIBLE_DEVICES chooses them.",
 )
 BACKEND = option(
     "--backend",
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="Executor to run; one that is named is used or refused, never replaced.",
+    help="Executor to run; a named one is used or refused, never replaced.",
 )
 SELF_ATTENTION = option(
     "--attention",
     type=click.Choice(ATTENTION),
     default="auto",
     show_default=True,
-    help="Self-attention of the torch executor. auto: 8 bit with fp8 engines, else the fastest 16-bit one; a named "
+    help="Self-attention of the torch executor. auto: 8 bit with fp8 engines, else the fastest 16-bit one. A named "
     "one is used or refused.",
 )
 VRAM_LIMIT = option(
     "--vram-limit",
     type=MemorySize(),
     metavar="SIZE",
-    help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.",
+    help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.  [default: no "
+    "limit]",
 )
-NO_GRAPHS = option("--no-graphs", is_flag=True, help="Disable CUDA graphs: launch every kernel of every step.")
+NO_GRAPHS = option("--no-graphs", is_flag=True, help="Disable CUDA graphs.")
 ENGINE_OPTIONS = in_section(
     "Engines",
     BACKEND,
@@ -239,7 +266,7 @@ ENGINE_OPTIONS = in_section(
         default=16384,
         show_default=True,
         metavar="N",
-        help="Most tokens a stage sees at once: fewer need less memory.",
+        help="Most rows (tokens) that a stage computes at once; fewer need less memory.",
     ),
     SELF_ATTENTION,
     VRAM_LIMIT,
@@ -249,8 +276,13 @@ ENGINE_OPTIONS = in_section(
 
 
 def engines_or_server(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """One of the two does the work of `generate`."""
+    """One of the two does the work of `generate`; one from a configuration file gives way to the command line's."""
     server = ctx.params.get("server")
+    if value is not None and server is not None:
+        if ctx.get_parameter_source("engines") is ParameterSource.DEFAULT_MAP:
+            return None
+        if ctx.get_parameter_source("server") is ParameterSource.DEFAULT_MAP:
+            server = ctx.params["server"] = None
     if value is None and server is None:
         raise click.MissingParameter(ctx=ctx, param=parameter)
     if value is not None and server is not None:
@@ -264,14 +296,15 @@ SERVER_OPTIONS = in_section(
         "--server",
         metavar="URL",
         is_eager=True,
-        help="Let the service at this address (`scail2-rt serve`) do the work: same options, same files, no start. Its "
-        "key, if it wants one, is read from $SCAIL2_RT_API_KEY.",
+        help="Let the service at this address (`scail2-rt serve`) do the work, with the same options and files. Its "
+        "key, "
+        "if it asks for one, is read from $SCAIL2_RT_API_KEY.",
     ),
     option(
         "--ray",
         "ray_address",
         metavar="ADDRESS",
-        help="Spread a --batch over the Ray cluster at this address (HOST:PORT, or auto on one of its machines).",
+        help="Spread a --batch over the Ray cluster at this address: HOST:PORT, or auto on one of its machines.",
     ),
 )
 LORA_OPTIONS = (
@@ -280,13 +313,13 @@ LORA_OPTIONS = (
         "loras",
         multiple=True,
         metavar="PATH[:STRENGTH]",
-        help="LoRA, LoKr, LoHa or DoRA to fuse: a file or a PEFT folder; may be repeated.",
+        help="LoRA, LoKr, LoHa or DoRA to fuse, a file or a PEFT folder; may be repeated.",
     ),
-    option("--lora-partial", is_flag=True, help="Apply the modules that fit of a LoRA that does not fit wholly."),
+    option("--lora-partial", is_flag=True, help="Accept a LoRA of which only some modules fit, and apply those."),
 )
 BUILD_OPTIONS = in_section(
     "Build",
-    option("-o", "--output", type=PATH, required=True, metavar="DIR", help="The engine folder to make or complete."),
+    option("-o", "--output", type=PATH, required=True, metavar="DIR", help="The engine folder to build or complete."),
     option(
         "--backend",
         "backends",
@@ -299,43 +332,48 @@ BUILD_OPTIONS = in_section(
     option(
         "--precision",
         type=click.Choice(PRECISIONS),
-        help="Precision of weights and arithmetic.  [default: fp8 on a "
-        "GPU that has it, bf16 on another GPU, fp32 on a CPU]",
+        help="Precision of weights and arithmetic.  [default: fp8 on a GPU that has it, bf16 on another GPU, fp32 on a "
+        "CPU]",
     ),
     *LORA_OPTIONS,
     option(
         "--stages",
         multiple=True,
         metavar="PATTERN",
-        help="TensorRT: make only the plans of these stages, e.g. 'dit.blocks.*.ffn'; may be repeated.",
+        help="TensorRT: build only the plans of these stages, as in 'dit.blocks.*.ffn'; may be repeated.",
     ),
     option(
         "--max-picture",
         type=SizeType(),
         metavar="HxW",
-        help="TensorRT: the largest picture that the VAE's plans take, either way round.  [default: 704x1280]",
+        help="TensorRT: the largest picture that the VAE's plans take, in either orientation.  [default: 704x1280]",
     ),
     option(
         "--workspace-gib",
         type=click.FloatRange(min=0.01),
         metavar="GIB",
-        help="TensorRT: limit for the scratch memory of one layer.  [default: 8]",
+        help="TensorRT: limit for the scratch memory of one layer, in GiB.  [default: 8]",
     ),
     option(
         "--target",
         "targets",
         metavar="SM,...",
-        help="TensorRT for RTX: cards to build for, e.g. sm89,sm120 (RTX 40 and 50).  [default: this machine's card, "
-        "else all that the precision allows]",
+        help="TensorRT for RTX: architectures to build for, as in sm89,sm120 (RTX 40 and 50).  [default: this "
+        "machine's "
+        "card, else all that the precision allows]",
     ),
-    option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
+    option(
+        "--rebuild",
+        is_flag=True,
+        help="Replace the engines in the folder when they were built from other weights or options.",
+    ),
 )
 COMPONENT_OPTIONS = in_section(
-    "Parts of the checkpoint that lie elsewhere",
-    option("--vae", type=PATH, metavar="FILE", help="Wan 2.1 VAE."),
-    option("--t5", "--umt5", "umt5", type=PATH, metavar="FILE", help="umT5 encoder."),
-    option("--clip", type=PATH, metavar="FILE", help="CLIP visual tower."),
-    option("--tokenizer", type=PATH, metavar="PATH", help="tokenizer.json, or its folder."),
+    "Parts of the checkpoint in other places",
+    option("--vae", type=PATH, metavar="FILE", help="The Wan 2.1 VAE."),
+    option("--t5", "--umt5", "umt5", type=PATH, metavar="FILE", help="The umT5 encoder."),
+    option("--clip", type=PATH, metavar="FILE", help="The CLIP visual tower."),
+    option("--tokenizer", type=PATH, metavar="PATH", help="The file tokenizer.json, or its folder."),
 )
 CHECKPOINT_OPTIONS = in_section(
     "Options",
@@ -350,17 +388,18 @@ EXPORT_OPTIONS = in_section(
         type=click.Choice(LAYOUTS),
         default="stages",
         show_default=True,
-        help="One file for each engine stage, or the transformer as one graph.",
+        help="One file per engine stage, or the transformer as one graph.",
     ),
     option(
         "--precision",
         type=click.Choice(PRECISIONS),
         default="fp32",
         show_default=True,
-        help="Types of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16; bf16, fp8 are for TensorRT.",
+        help="Precision of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16; bf16 and fp8 are for "
+        "TensorRT.",
     ),
     option(
-        "--check", is_flag=True, help="Ask the parser of TensorRT for RTX, or of TensorRT, whether it takes every node."
+        "--check", is_flag=True, help="Check that the parser of TensorRT for RTX, or of TensorRT, accepts every node."
     ),
     *LORA_OPTIONS,
 )
@@ -376,12 +415,12 @@ VERIFY_OPTIONS = in_section(
         multiple=True,
         help="Executor to test; may be repeated.  [default: all that the folder holds]",
     ),
-    option("--repeats", type=int, default=3, show_default=True, metavar="N", help="Timed runs of a stage, at least 3."),
+    option("--repeats", type=int, default=3, show_default=True, metavar="N", help="Timed runs per stage, at least 3."),
     option(
         "--against",
         type=click.Choice(("onnxruntime",)),
-        help="Compare every stage with this executor of the folder too, by Polygraphy.",
+        help="Also compare every stage with this executor of the folder, with Polygraphy.",
     ),
-    option("--rows", type=int, default=64, show_default=True, metavar="N", help="Tokens of a token-wise stage."),
+    option("--rows", type=int, default=64, show_default=True, metavar="N", help="Rows (tokens) of a token-wise stage."),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random inputs."),
 )

@@ -11,7 +11,8 @@ from scail2_rt.runtime.core.progress import Listener, Progress
 if TYPE_CHECKING:
     from scail2_rt.engines.observer import BuildStep
 
-LINE_INTERVAL_S = 10.0
+FIRST_LINE_S, LINE_INTERVAL_S = 2.0, 10.0
+QUIET = ("seal", "check")  # phases of a build and of a check that read what was written: most steps take no time
 
 
 class ProgressLines:
@@ -81,24 +82,28 @@ def open_progress() -> Iterator[Listener]:
 
 class BuildLines:
     """What `build-engines` and the like show on stderr: a line for each finished step, with its size, its time and what
-    is left; for a long one (a large file) also how far it is, every `LINE_INTERVAL_S` seconds."""
+    is left. Of a long step, and of steps that only read what was written, a line tells how far they are: after
+    `FIRST_LINE_S` seconds, then every `LINE_INTERVAL_S`."""
 
     def __init__(self) -> None:
-        self.printed = 0.0
+        self.phase = ""
+        self.due = 0.0  # when the next line about something unfinished is due
         self.base: tuple[float, int] | None = None  # when the current step was heard of first, and how far it was
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def started(self, step: "BuildStep") -> None:
-        self.printed, self.base = time.monotonic(), None
+        self.base = None
+        if step.phase != self.phase or step.index == 1 or step.phase not in QUIET:
+            self.phase, self.due = step.phase, time.monotonic() + FIRST_LINE_S
 
     def advanced(self, step: "BuildStep", done_bytes: int) -> None:
         now = time.monotonic()
         since, before = self.base = self.base or (now, done_bytes)
-        if now - self.printed < LINE_INTERVAL_S:
+        if now < self.due:
             return
-        self.printed = now
+        self.due = now + LINE_INTERVAL_S
         left = ""
         if done_bytes > before:
             seconds = (now - since) / (done_bytes - before) * (step.size_bytes - done_bytes)
@@ -107,8 +112,10 @@ class BuildLines:
         print(f"{step.phase} {step.name}: {done:.1f} of {size:.1f} GiB{left}", file=sys.stderr, flush=True)
 
     def done(self, step: "BuildStep") -> None:
-        if step.phase in ("seal", "check"):
-            return  # reading what was written: quick, and nothing to learn from
+        now = time.monotonic()
+        if step.phase in QUIET and now < self.due:
+            return
+        self.due = now + LINE_INTERVAL_S
         left = "" if step.remaining_s is None or step.remaining_s < 1 else f", about {step.remaining_s:.0f} s left"
         size = f"{step.size_bytes / 2**20:.1f} MiB, {step.seconds:.1f} s"
         print(f"{step.phase} {step.index}/{step.total} {step.name}: {size}{left}", file=sys.stderr, flush=True)

@@ -1,14 +1,19 @@
 """How the commands declare their options: in sections, which `--help` shows as headings in the order of declaration.
 
 `option` makes an option's factory, `in_section` applies some of them under one heading; `reporting` adds `--json` and
-`--debug`, which the error handler in `cli.py` looks for. Only click is imported here, so that `--help` answers at once.
+`--debug`, which the error handler in `main.py` looks for. Only click is imported here, so that `--help` answers at
+once.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -20,22 +25,43 @@ class SectionOption(click.Option):
         super().__init__(*args, **attributes)
         self.section = section
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        """Values of the type, else paths where the option takes one (`PATH[:STRENGTH]`, `random|DIR`)."""
+        from click.shell_completion import CompletionItem
+
+        words = path_words(self)
+        if not words:
+            return super().shell_complete(ctx, incomplete)
+        fixed = [word for word in words if incomplete and word.islower() and word.startswith(incomplete)]
+        if fixed:
+            return [CompletionItem(word) for word in fixed]
+        return [CompletionItem(incomplete, type="dir" if words == ["DIR"] else "file")]
+
 
 class SectionCommand(click.Command):
-    """A command whose help lists its options by section, in the order in which the sections first occur."""
+    """A command whose help lists its options by section, in the order of their first options, `Other` last."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
-        for section, records in sections.items():
+                sections.setdefault(getattr(parameter, "section", OTHER), []).append(record)
+        for section, records in sorted(sections.items(), key=lambda item: item[0] == OTHER):
             with formatter.section(section):
                 formatter.write_dl(records)
 
 
 PATH = click.Path(path_type=Path)
+OTHER = "Other"  # the section of options that every command has
+
+
+def path_words(parameter: click.Parameter) -> list[str]:
+    """What a parameter takes, if paths are among it: the words of its metavar ("random", "DIR"); else none."""
+    words = re.findall(r"\w+", parameter.metavar or "")
+    inner = getattr(parameter.type, "types", [parameter.type])
+    named = any(isinstance(kind, click.Path) for kind in inner) or {"PATH", "DIR", "FILE", "ENGINES"} & set(words)
+    return (words or ["PATH"]) if named else []
 
 
 def in_section(section: str, *options: Callable[..., Decorator]) -> Decorator:
@@ -70,7 +96,7 @@ def debug_option(function: Callable[..., Any]) -> Callable[..., Any]:
         is_eager=True,
         callback=_remember,
         cls=SectionOption,
-        section="Other",
+        section=OTHER,
         help="Show the traceback of an error.",
     )(function)
 
@@ -84,7 +110,7 @@ def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
         is_eager=True,
         callback=_remember,
         cls=SectionOption,
-        section="Other",
+        section=OTHER,
         help="Print one JSON object on stdout and nothing else there.",
     )
     return json_option(debug_option(function))

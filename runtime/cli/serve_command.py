@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from scail2_rt.runtime.cli.config import config_option
 from scail2_rt.runtime.cli.options import BACKEND, NO_GRAPHS, SELF_ATTENTION, VRAM_LIMIT
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import SEGMENTERS
@@ -28,70 +29,78 @@ class Duration(click.ParamType):
 
 SERVE_OPTIONS = (
     in_section(
-        "Where",
+        "Address and data",
         option(
             "--host",
             default="127.0.0.1",
+            metavar="ADDRESS",
             show_default=True,
-            help="Address to listen on; beyond this machine a key is demanded.",
+            help="Address to listen on; one that other machines reach needs --api-key-file.",
         ),
-        option("--port", type=int, default=8000, show_default=True, help="Port; 0 takes a free one, which is printed."),
+        option(
+            "--port",
+            type=int,
+            default=8000,
+            show_default=True,
+            metavar="N",
+            help="Port to listen on; 0 takes a free one.",
+        ),
         option(
             "--data",
             metavar="DIR|URL",
-            help="Folder for jobs, files and the database; with --ray one that all nodes share, or a URL as "
+            help="Folder for jobs, files and the database; with --ray one that all nodes share, or a URL such as "
             "s3://BUCKET/FOLDER.  [default: ~/.local/share/scail2-rt/serve]",
         ),
         option(
             "--ray",
             "ray_address",
             metavar="ADDRESS",
-            help="Deploy the service on the Ray cluster at this address (HOST:PORT, or auto on one of its machines).",
+            help="Deploy the service on the Ray cluster at this address: HOST:PORT, or auto on one of its machines.",
         ),
-        option("--gpus", default="all", show_default=True, metavar="N|all", help="GPUs to use, one worker each."),
+        option("--gpus", default="all", show_default=True, metavar="N|all", help="GPUs to use, one worker per GPU."),
         option(
             "--gpus-per-video",
             type=click.IntRange(min=1),
             default=1,
             show_default=True,
             metavar="N",
-            help="GPUs that work on one video together.",
+            help="GPUs that work together on one video.",
         ),
     ),
     in_section(
-        "Who",
+        "Access",
         option(
             "--api-key-file",
             "key_file",
             type=PATH,
             metavar="FILE",
-            help="Keys, one per line; each client sees its own jobs and files only.",
+            help="File of API keys, one per line; each client sees only its own jobs and files.",
         ),
         option(
             "--allow-host",
             "allow_hosts",
             multiple=True,
             metavar="NAME",
-            help="A name by which clients call the service, beside --host; may be repeated.",
+            help="Host name that clients may use beside --host; may be repeated.",
         ),
         option(
             "--allow-fetch",
             "fetch_hosts",
             multiple=True,
             metavar="HOST",
-            help="A host from which inputs may be "
-            "fetched by URL, *.example.com for all below; may be repeated.  [default: none]",
+            help="Host from which inputs may be fetched by URL, as in files.example.com or *.example.com; may be "
+            "repeated.  [default: none]",
         ),
     ),
     in_section(
-        "How much",
-        option("--keep", "keep_s", type=Duration(), default="7d", show_default=True, help="How long results stay."),
+        "Limits",
+        option("--keep", "keep_s", type=Duration(), default="7d", show_default=True, help="How long results are kept."),
         option(
             "--disk-limit",
             "disk_bytes",
             type=MemorySize(),
             metavar="SIZE",
-            help="What the data folder may take; the oldest results go first.",
+            help="Most disk space for the data folder; the oldest results are removed first.  [default: no limit]",
         ),
         option(
             "--max-upload",
@@ -99,7 +108,7 @@ SERVE_OPTIONS = (
             default="1GiB",
             show_default=True,
             metavar="SIZE",
-            help="Largest request.",
+            help="Largest size of one request.",
         ),
         option(
             "--max-frames",
@@ -107,7 +116,7 @@ SERVE_OPTIONS = (
             default=3000,
             show_default=True,
             metavar="N",
-            help="Longest video.",
+            help="Most frames of one video.",
         ),
         option(
             "--max-queue",
@@ -115,7 +124,7 @@ SERVE_OPTIONS = (
             default=2000,
             show_default=True,
             metavar="N",
-            help="Jobs that wait or run at once.",
+            help="Most jobs that wait or run at the same time.",
         ),
         option(
             "--max-queue-per-key",
@@ -123,7 +132,7 @@ SERVE_OPTIONS = (
             default=500,
             show_default=True,
             metavar="N",
-            help="The same for one client.",
+            help="Most jobs of one client that wait or run at the same time.",
         ),
         option(
             "--file-quota",
@@ -131,12 +140,12 @@ SERVE_OPTIONS = (
             default="20GiB",
             show_default=True,
             metavar="SIZE",
-            help="What one client may keep as files.",
+            help="Most disk space for the files of one client.",
         ),
     ),
     in_section(
         "Engines",
-        option("--model", default="scail-2", show_default=True, metavar="NAME", help="Name that clients see."),
+        option("--model", default="scail-2", show_default=True, metavar="NAME", help="Name of the model in the API."),
         BACKEND,
         option(
             "--max-rows",
@@ -144,7 +153,7 @@ SERVE_OPTIONS = (
             default=16384,
             show_default=True,
             metavar="N",
-            help="Most tokens a stage sees at once.",
+            help="Most rows (tokens) that a stage computes at once.",
         ),
         SELF_ATTENTION,
         VRAM_LIMIT,
@@ -154,10 +163,10 @@ SERVE_OPTIONS = (
             type=click.Choice(SEGMENTERS),
             default="auto",
             show_default=True,
-            help="What makes the masks of requests without masks.",
+            help="Segmenter for requests without masks.",
         ),
-        option("--segmenter-weights", type=PATH, metavar="DIR", help="A folder that holds a segmenter."),
-        option("--no-warm", is_flag=True, help="Load weights with the first job instead of at the start."),
+        option("--segmenter-weights", type=PATH, metavar="DIR", help="Folder with the segmenter's weights."),
+        option("--no-warm", is_flag=True, help="Load the weights with the first job instead of at the start."),
     ),
 )
 
@@ -169,21 +178,22 @@ def serve_options(function: Any) -> Any:
 
 
 @click.command(cls=SectionCommand)
-@click.argument("engines")
+@config_option
+@click.argument("engines", type=click.Path())
 @serve_options
 @debug_option
 def serve(engines: str, ray_address: str | None, **options: Any) -> None:
-    """Serve videos over HTTP: the interface of OpenAI's videos, a page at /, and `generate --server`.
+    """Serve videos over HTTP: the API of OpenAI's videos, a page at /, and `scail2-rt generate --server`.
 
-    Jobs live in --data: what a client was told is taken survives a kill of worker, server or machine. The address is
-    printed on stdout when the service is ready. With --ray the service runs in the cluster, and the command ends."""
+    Jobs are kept in --data: an accepted job survives a crash of worker, server or machine. The address is printed on
+    stdout when the service is ready. With --ray the service runs in the cluster, and the command ends."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise click.UsageError(f"serve needs {error.name}: pip install 'scail2-rt[serve]'") from error
+        raise click.UsageError(f"serve needs the package {error.name}: pip install 'scail2-rt[serve]'") from error
     from scail2_rt.runtime.serve.launch import settings_of
     from scail2_rt.runtime.serve.server import run
 

@@ -18,7 +18,7 @@ from scail2_rt.runtime.cluster.joining import joined, share_of_node
 from scail2_rt.runtime.cluster.ledger import APPS, open_ledger
 from scail2_rt.runtime.cluster.objects import Objects
 from scail2_rt.runtime.serve.launch import SAME, limits_of
-from scail2_rt.runtime.serve.settings import Settings, is_loopback
+from scail2_rt.runtime.serve.settings import Settings, address_of, is_loopback
 
 FRONT = "scail2-rt"  # of the front end's application
 DRAIN_S = 600.0  # how long a replica that must go may finish its job in
@@ -115,12 +115,11 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
         _run({name: (application, None)}, wait=not old)
         _run({FRONT: (front_app(settings, data, digest), "/")}, wait=True)
         Objects(data).put("current", digest.encode())  # from here on nobody asks for older ones
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(
         f"engines: {digest[:12]}, at most {wanted} at once; `serve status` tells, `serve shutdown` ends",
         file=sys.stderr,
     )
-    return f"http://{host}:{settings.port}"
+    return f"http://{address_of(settings.host, settings.port)}"
 
 
 def _run(apps: Mapping[str, tuple[Any, str | None]], wait: bool) -> None:

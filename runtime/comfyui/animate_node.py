@@ -13,6 +13,7 @@ import torch
 from comfy_api.latest import InputImpl, Types, io
 
 from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.comfyui import host
 from scail2_rt.runtime.comfyui.clip_inputs import driving_clip, sound_of
 from scail2_rt.runtime.comfyui.frames import ImageBatch
@@ -185,9 +186,8 @@ class Shown:
 def said_of(plan: Plan) -> list[str]:
     """What the node says while it works."""
     expected = "" if plan.estimate is None else f", about {plan.estimate.total_s:.0f} s"
-    first = (
-        f"{plan.frames} frames of {plan.height}x{plan.width}, {plan.mode}, {len(plan.segments)} segment(s){expected}"
-    )
+    frames, segments = counted(plan.frames, "frame"), counted(len(plan.segments), "segment")
+    first = f"{frames} of {plan.height}x{plan.width}, {plan.mode}, {segments}{expected}"
     framing = [plan.framing.line] if plan.framing is not None and plan.framing.line else []
     return [first, *framing, *plan.warnings]
 

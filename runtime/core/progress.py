@@ -46,7 +46,7 @@ class Progress:
         return f"segment {self.segment}/{self.segments}, step {self.step}/{self.steps}" if self.segment else ""
 
     def __str__(self) -> str:
-        left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
+        left = "" if self.seconds_left is None or self.fraction == 1 else f", about {self.seconds_left:.0f} s left"
         return f"{100 * self.fraction:3.0f} %  {', '.join(part for part in (self.position, self.phase) if part)}{left}"
 
 

@@ -248,6 +248,7 @@ class Output:
     overwrite   an existing output, or an interrupted run, may be replaced
     resume      continue an interrupted run of the same request where there is one
     metadata    store the settings of the run in the output
+    config      the file of `--config` that options come from; for the report alone
 
     Raises InputError for another ending, and for a codec that files of this ending cannot hold."""
 
@@ -257,6 +258,7 @@ class Output:
     overwrite: bool = False
     resume: bool = False
     metadata: bool = True
+    config: Path | None = None
 
     def __post_init__(self) -> None:
         path = Path(self.path)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.case_folder import FILES, flags, read_batch
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
@@ -86,5 +87,6 @@ def gathered(jobs: Sequence[Job], results: Mapping[str, Outcome | dict[str, Any]
         else:
             in_order.append(result)
     lost = sum(result["status"] == "failed" for result in in_order)
-    texts.append(f"{len(in_order) - lost} of {len(in_order)} cases done" + (f", {lost} failed" if lost else ""))
+    cases = counted(len(in_order), "case")
+    texts.append(f"{len(in_order) - lost} of {cases} done" + (f", {lost} failed" if lost else ""))
     return Outcome({"cases": in_order, "failed": lost}, "\n".join(texts), lost)

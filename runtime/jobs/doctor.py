@@ -20,6 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
+
 if TYPE_CHECKING:
     from scail2_rt.engines.observer import BuildObserver
 
@@ -88,7 +91,7 @@ class Diagnosis:
     @property
     def text(self) -> str:
         """One screen."""
-        rows = [("Python", f"{self.python} on {self.system}, {self.cpu_count} CPU cores")]
+        rows = [("Python", f"{self.python} on {self.system}, {counted(self.cpu_count, 'CPU core')}")]
         rows.append(("memory", _of(self.ram_free_gib, self.ram_total_gib, "available")))
         rows.append(("disk", f"{_gib(self.disk_free_gib)} free at {self.disk}"))
         for gpu in self.gpus:
@@ -125,7 +128,16 @@ def _of(free: float | None, total: float | None, word: str) -> str:
 
 def diagnose(engines: Path | None = None, observer: "BuildObserver | None" = None) -> Diagnosis:
     """Look at this machine, and at an engine folder if one is named, which is read whole: `observer` hears how far that
-    is. Raises nothing."""
+    is. InputError for a folder that is not there, or holds no engines; whatever else is wrong is in the answers."""
+    if engines is not None and not engines.exists():
+        raise InputError(f"There is nothing at {engines.absolute()}; give the path of an engine folder.")
+    if engines is not None and not (engines / "manifest.json").is_file():
+        raise InputError(
+            f"{engines.absolute()} is no engine folder, since it has no manifest.json; build one with: scail2-rt "
+            "build-engines CHECKPOINT -o ENGINES"
+        )
+    if observer is not None:
+        observer.note("looking at the libraries of this machine, which takes a few seconds")
     libraries = (_torch(), _triton(), _tensorrt(), _tensorrt_rtx(), _onnxruntime(), _pyav())
     by_name = {library.name: library for library in libraries}
     cuda, torch_sees_gpu = _cuda(by_name["PyTorch"])
@@ -285,7 +297,7 @@ def _cuda(torch_library: Library) -> tuple[str, bool]:
 
         if not torch.cuda.is_available():
             return "PyTorch finds no CUDA GPU", False
-        return f"{torch.version.cuda}, {torch.cuda.device_count()} GPU(s) seen by PyTorch", True
+        return f"{torch.version.cuda}, PyTorch sees {counted(torch.cuda.device_count(), 'GPU')}", True
 
     return _attempt(ask) or ("PyTorch fails when it is asked", False)
 
@@ -311,7 +323,7 @@ def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu
     if not gpus and not torch_sees_gpu:
         if not runtime.usable:
             lines.append('ONNX Runtime is the fastest backend on a CPU: pip install "scail2-rt[cpu]"')
-        lines.append("a video of usable size needs an NVIDIA GPU; without one this machine can try and test only")
+        lines.append("a video of usable size needs an NVIDIA GPU; without one this machine is for trials and tests")
         return tuple(lines)
     if torch.usable and not torch_sees_gpu:
         lines.append(
@@ -320,11 +332,15 @@ def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu
     if any(f"sm{major}{minor}" in RTX_TARGETS for major, minor in (gpu.capability for gpu in gpus)):
         if not libraries["TensorRT for RTX"].usable:
             lines.append(
-                'TensorRT for RTX plans: pip install "scail2-rt[tensorrt-rtx]", then build-engines --backend '
-                "tensorrt-rtx, then verify (docs/tensorrt-rtx.md)"
+                'TensorRT for RTX plans: pip install "scail2-rt[tensorrt-rtx]", then scail2-rt build-engines '
+                "CHECKPOINT -o ENGINES --backend tensorrt-rtx, then scail2-rt verify ENGINES --checkpoint CHECKPOINT "
+                "(docs/tensorrt-rtx.md)"
             )
     elif not libraries["TensorRT"].usable:
-        lines.append('TensorRT plans: pip install "scail2-rt[tensorrt]", then build-engines --backend tensorrt')
+        lines.append(
+            'TensorRT plans: pip install "scail2-rt[tensorrt]", then scail2-rt build-engines CHECKPOINT -o ENGINES '
+            "--backend tensorrt"
+        )
     if not libraries["Triton"].usable:
         lines.append('Triton kernels: pip install "scail2-rt[gpu]"')
     if gpus and max(gpu.capability for gpu in gpus) < FP8_CAPABILITY:
@@ -351,7 +367,7 @@ def _segmenters() -> tuple[str, ...]:
                 f"{found.memory_bytes / GIB:.1f} GiB in memory (an estimate)"
             )
     if not lines:
-        lines.append("no segmenter: `scail2-rt download --segmenter sam2` gets one")
+        lines.append("no segmenter is there: get one with: scail2-rt download --segmenter sam2")
     if version is None:
         lines.append('transformers is not installed: pip install "scail2-rt[masks]"')
     return tuple(lines)
@@ -375,7 +391,7 @@ def _opens(directory: Path, torch_library: Library, observer: "BuildObserver | N
             text = f"{directory} opens: {engines.choice}; {health.text}"
             return "; ".join([text, *(note for note in notes if note)]), True
     except Exception as error:
-        return f"{directory} does not open: {' '.join(str(error).split())}", False
+        return f"{directory} cannot be opened: {' '.join(str(error).split())}", False
 
 
 def _memory() -> tuple[float | None, float | None]:

@@ -24,6 +24,7 @@ from scail2_rt.engines.folder.manifest import SourceFile
 from scail2_rt.engines.folder.sources import hash_file
 from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 
 REPOSITORY = "zai-org/SCAIL-2"
 LATEST = "model/latest"
@@ -121,7 +122,7 @@ class DownloadReport:
     @property
     def text(self) -> str:
         lines = [
-            f"{self.directory}: {len(self.files)} files of {self.repository} at {self.commit[:12]}, "
+            f"{self.directory}: {counted(len(self.files), 'file')} of {self.repository} at {self.commit[:12]}, "
             f"{self.size / 2**30:.2f} GiB, all verified; {self.fetched / 2**30:.2f} GiB fetched in {self.wall_s:.0f} s"
         ]
         lines += [f"  {digest}  {path}" for path, digest in self.files.items()]
@@ -223,7 +224,7 @@ class Fetching:
                     self.observer.advanced(step, output.tell())
                 output.flush()
                 os.fsync(output.fileno())
-            if _digest(unfinished, file) != file.digest:
+            if self._digest(unfinished, file) != file.digest:
                 unfinished.unlink()
                 raise Scail2Error(
                     f"{file.path} arrived damaged: its hash is not {file.digest}, as {self.repository} states; it was "
@@ -243,7 +244,7 @@ class Fetching:
         if key in {(f.path, f.size, f.mtime_ns, f.sha256) for f in self.journal.hashed}:
             return True
         self.observer.note(f"checking {path}, which is there already")
-        if _digest(path, file) != file.digest:
+        if self._digest(path, file) != file.digest:
             self.observer.note(f"{path} is not what {self.repository} has; it will be replaced")
             return False
         self._remember(file)
@@ -254,6 +255,17 @@ class Fetching:
         path = self.directory / file.path
         state = path.stat()
         self.journal.remember(SourceFile("checkpoint", str(path), state.st_size, state.st_mtime_ns, file.digest))
+
+    def _digest(self, path: Path, file: RemoteFile) -> str:
+        """SHA-256, or git's hash of a small file that the hub has no other of."""
+        if file.sha256 is None:
+            data = path.read_bytes()
+            return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        phase = Phase(self.observer, "check", {file.path: file.size})
+        step = phase.start(file.path)
+        digest = hash_file(path, partial(self.observer.advanced, step))
+        phase.finish(step)
+        return digest
 
     def _partial(self, file: RemoteFile) -> Path:
         path = self.directory / file.path
@@ -275,7 +287,8 @@ class Fetching:
                 piece = future.result()
                 if len(piece) != size:
                     raise Scail2Error(
-                        f"The hub sent {len(piece)} bytes of {file.path} where {size} were asked for; try again."
+                        f"The hub sent {counted(len(piece), 'byte')} of {file.path} instead of {size:,}; run the same "
+                        "command again."
                     )
                 yield piece
         finally:
@@ -296,13 +309,6 @@ class Fetching:
                 f"{needed / 2**30:.1f} GiB are still to come, but the disk of {self.directory} has "
                 f"{free / 2**30:.1f} GiB free; free some space or name another folder."
             )
-
-
-def _digest(path: Path, file: RemoteFile) -> str:
-    if file.sha256 is not None:
-        return hash_file(path)
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _unreachable(error: Exception, repository: str) -> Scail2Error:

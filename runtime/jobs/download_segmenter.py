@@ -13,6 +13,7 @@ from pathlib import Path
 from scail2_rt.engines.folder.journal import Journal
 from scail2_rt.engines.observer import BuildObserver, SilentObserver
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.jobs.download import RECORD, Fetching, Hub
 from scail2_rt.runtime.masks.make.folders import DETECTOR, segmenter_cache
 
@@ -43,7 +44,7 @@ class SegmenterReport:
     def text(self) -> str:
         from_where = ", ".join(f"{name} at {commit[:12]}" for name, commit in self.repositories.items())
         lines = [
-            f"{self.directory}: {self.segmenter}, {len(self.files)} files of {from_where}, "
+            f"{self.directory}: {self.segmenter}, {counted(len(self.files), 'file')} of {from_where}, "
             f"{self.size / 2**30:.2f} GiB, all verified; {self.fetched / 2**30:.2f} GiB fetched in {self.wall_s:.0f} s"
         ]
         return "\n".join([*lines, *(f"  {digest}  {path}" for path, digest in self.files.items())])

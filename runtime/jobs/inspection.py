@@ -27,6 +27,7 @@ from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.export.models.precision import Component
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 
 MIB = 2**20
 _LISTED = 8
@@ -101,8 +102,8 @@ def _file(path: Path) -> Inspection:
         return Inspection("lora", str(path), f"{facts.kind}, {facts.names} names", size, lora=facts)
     names = list(source.keys())
     raise InputError(
-        f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: its {len(names)} tensors begin with "
-        f"{', '.join(names[:3])}. Give a file of a checkpoint or a LoRA."
+        f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: it has "
+        f"{counted(len(names), 'tensor')}, such as {', '.join(names[:3])}. Give a file of a checkpoint or a LoRA."
     )
 
 
@@ -236,7 +237,7 @@ def _unfinished(path: Path) -> Inspection:
     journal = Journal.load(path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     problem = "the build was interrupted; the same build-engines command continues it"
-    done = f"{len(journal.done)} steps done"
+    done = f"{counted(len(journal.done), 'step')} done"
     return Inspection("unfinished engines", str(path), done, size, problems=(problem,))
 
 
@@ -258,9 +259,9 @@ def _lines(found: Inspection) -> Iterator[str]:
 
 def _part_lines(part: Part) -> Iterator[str]:
     dtypes = ", ".join(f"{dtype} {count / sum(part.dtypes.values()):.0%}" for dtype, count in part.dtypes.items())
-    formats = "".join(f", {count} weights in {name}" for name, count in part.formats.items())
+    formats = "".join(f", {counted(count, 'weight')} in {name}" for name, count in part.formats.items())
     yield (
-        f"  {part.component}: {part.parameters:,} parameters in {part.tensors} tensors, {part.names}, "
+        f"  {part.component}: {part.parameters:,} parameters in {counted(part.tensors, 'tensor')}, {part.names}, "
         f"{dtypes}{formats}, {_size(part.size)}"
     )
     yield f"    {', '.join(part.files)}"
@@ -271,14 +272,15 @@ def _part_lines(part: Part) -> Iterator[str]:
 
 
 def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
-    yield f"  {lora.tensors} tensors, {_pairs(lora.dtypes)}; {_pairs(lora.kinds)}; {lora.blocks} blocks"
+    blocks = counted(lora.blocks, "block")
+    yield f"  {counted(lora.tensors, 'tensor')}, {_pairs(lora.dtypes)}; {_pairs(lora.kinds)}; {blocks}"
     if lora.ranks:
-        yield f"  rank: {', '.join(f'{rank} ({pairs} pairs)' for rank, pairs in lora.ranks.items())}"
+        yield f"  rank: {_by_pairs(lora.ranks)}"
     if lora.scales:
-        alphas = "".join(f"{alpha:g} ({pairs} pairs), " for alpha, pairs in lora.alphas.items())
+        alphas = f"{_by_pairs(lora.alphas)}, " if lora.alphas else ""
         yield f"  alpha: {alphas}{lora.alpha_from}"
         scale = "alpha/√rank (rsLoRA)" if lora.rslora else "alpha/rank"
-        yield f"  {scale}: {', '.join(f'{scale:g} ({pairs} pairs)' for scale, pairs in lora.scales.items())}"
+        yield f"  {scale}: {_by_pairs(lora.scales)}"
     told = f"yes, told by its {lora.distilled}: use --preset fast" if lora.distilled else "not as far as can be told"
     yield f"  step-distilled: {told}"
     yield f"  targets: {_pairs(lora.targets) or 'none of SCAIL-2'}"
@@ -294,7 +296,8 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
         place = executor["gpu"] or ", ".join(executor["targets"])
         gpu = f", for {place}" if place else ""
         yield f"  {executor['backend']}: {_pairs(executor['versions'])}{gpu}"
-    yield f"  {engines['stages']} stages, {_size(engines['weight_bytes'])} of weights, made by {engines['created_by']}"
+    size, stages = _size(engines["weight_bytes"]), counted(engines["stages"], "stage")
+    yield f"  {stages}, {size} of weights, made by {engines['created_by']}"
     if engines["checksums"] and not engines["damages"]:
         yield f"  checksums: {engines['checksums']}"
     for lora in engines["loras"]:
@@ -305,6 +308,11 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
         yield f"    {file['component']}: {file['path']} ({file['state']}), sha256 {file['sha256'][:12]}"
     for part, sizes in engines["config"].items():
         yield f"  {LABELS.get(part, part)}: {_pairs(sizes)}"
+
+
+def _by_pairs(values: Mapping[Any, int]) -> str:
+    """`16 (2 pairs), 32 (1 pair)` of number → pairs of tensors that have it."""
+    return ", ".join(f"{value:g} ({counted(pairs, 'pair')})" for value, pairs in values.items())
 
 
 def _pairs(values: Mapping[Any, Any]) -> str:

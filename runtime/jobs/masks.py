@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -140,7 +141,8 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
     lines += [f"{finding.severity} ({finding.rule}): {finding.says}" for finding in check.findings]
     part = f" --start {asked.start}" if asked.start else ""
     part += f" --frames {asked.frames}" if asked.frames is not None else ""
-    lines.append(f"case: {folder}; run it with `scail2-rt generate ENGINES --case {folder}{part} -o out.mp4`")
+    quoted = shlex.quote(str(folder.absolute()))
+    lines.append(f"case: {folder}; run it with `scail2-rt generate ENGINES --case {quoted}{part} -o out.mp4`")
     return MadeCase({"case": str(folder), "masks": plain(masks), "check": check.as_json}, "\n".join(lines))
 
 

@@ -91,6 +91,7 @@ class GenerateOptions:
     vram_limit: int | None = None
     no_graphs: bool = False
     gpus: int | str = 1
+    config: Path | None = None  # the file that some of these come from
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
@@ -141,7 +142,7 @@ class GenerateOptions:
         return self.request(files.image, files.mask_image, files.driving, files.mask_video, mode=files.mode, **changes)
 
     def output_to(self, path: Path) -> Output:
-        return Output(path, self.codec, self.crf, self.overwrite, self.resume, self.metadata)
+        return Output(path, self.codec, self.crf, self.overwrite, self.resume, self.metadata, self.config)
 
     def read_prompt(self) -> str:
         """The prompt of `--prompt` or `--prompt-file`, else empty."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.case_folder import FILES, flags
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
@@ -175,7 +176,6 @@ def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions,
 def generate(plan: Plan, output: Output, session: "Session", listener: Listener) -> "Result":
     """Write the video, and say on stderr what a person wants to know on the way."""
     from scail2_rt.runtime.media.unfinished import is_there, resumable
-    from scail2_rt.runtime.session.estimate import counted
     from scail2_rt.runtime.session.write import what_is_left
 
     for warning in plan.warnings:
@@ -213,7 +213,6 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
 
 def summary(result: "Result") -> str:
     """One complete run for people: the file, what it is, how long it took and what for."""
-    from scail2_rt.runtime.session.estimate import counted
 
     document, segments = result.report, len(result.report["segments"])
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.timings.items() if seconds >= 0.05)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.request import Clip, ClipSource
 from scail2_rt.runtime.media.images import as_pixels
 from scail2_rt.runtime.media.lossless import write_video
@@ -70,7 +71,8 @@ class ClipReader:
         else:
             skipped = min(start, len(self._slices))
         if skipped < start:
-            raise InputError(f"{self.name} has {skipped} frames, so it cannot start at frame {start}: start earlier.")
+            has = counted(skipped, "frame")
+            raise InputError(f"{self.name} has {has}, so it cannot start at frame {start}: start earlier.")
 
     def read(self, count: int) -> np.ndarray:
         """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""

@@ -28,6 +28,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.media.animated_webp import as_matroska, is_animated_webp
 from scail2_rt.runtime.media.images import check_file
 
@@ -121,10 +122,14 @@ def _length_warnings(path: Path, stream: Any, frames: int, times: tuple[Fraction
         ends_early = times[-1] + 2 * longest < declared_s
     if stream.frames > frames and (ends_early or declared_s is None or times is None):
         return [
-            f"{path} says it holds {stream.frames} frames but {frames} can be decoded: it may be damaged or cut short."
+            f"{path} says it holds {counted(stream.frames, 'frame')} but {frames} can be decoded: it may be damaged or "
+            "cut short."
         ]
     if 0 < stream.frames < frames:
-        return [f"{path} says it holds {stream.frames} frames but has {frames}: its header is wrong, all are used."]
+        return [
+            f"{path} says it holds {counted(stream.frames, 'frame')} but has {frames}: its header is wrong, all are "
+            "used."
+        ]
     if not stream.frames and frames > 1 and ends_early and declared_s is not None and times is not None:
         return [
             f"{path} says it lasts {float(declared_s):.2f} s but its last frame ({frames - 1}) is at "
@@ -168,7 +173,8 @@ class VideoReader:
         for _ in range(count):
             if self._next() is None:
                 raise InputError(
-                    f"{self.path} has {self.position} frames, so it cannot start at frame {count}: start earlier."
+                    f"{self.path} has {counted(self.position, 'frame')}, so it cannot start at frame {count}: start "
+                    "earlier."
                 )
 
     def _next(self) -> av.VideoFrame | None:

@@ -5,6 +5,7 @@ few numbers travel to the CPU behind the work itself and are read when that has 
 step late, a decoded group's with its frames. So nothing stalls, and a pass over the latent is all that it costs.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,8 +71,9 @@ def _not_finite(what: str, where: str, engines: EngineSet) -> NotFinite:
     loras = ", ".join(f"{Path(lora.file.path).name} at strength {lora.strength:g}" for lora in manifest.loras)
     fused = f"these engines hold {loras}: build them with less" if loras else "none is fused into these engines"
     fp16 = "build with --precision bf16 or fp8" if manifest.precision == "fp16" else f"these are {manifest.precision}"
+    verify = ["scail2-rt", "verify", str(engines.directory.absolute()), "--checkpoint", manifest.checkpoint]
     return NotFinite(
         f"{what} has NaN or infinite values {where}, so the run ends there. Usual causes: a LoRA strength that is too "
-        f"large ({fused}); engines in fp16, which overflow ({fp16}); a damaged engine folder (scail2-rt verify "
-        f"{engines.directory} --checkpoint CHECKPOINT tells)."
+        f"large ({fused}); engines in fp16, which overflow ({fp16}); a damaged engine folder, which this "
+        f"command finds: {shlex.join(verify)}"
     )

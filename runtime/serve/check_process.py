@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.serve import made_masks
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _limited(facts: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     """The facts, if the video is one that this service makes."""
     if facts["frames"] > limits["frames"]:
         raise TooMuch(
-            f"The video would have {facts['frames']} frames, and this service makes up to {limits['frames']}."
+            f"The video would have {counted(facts['frames'], 'frame')}; this service makes up to {limits['frames']}."
         )
     if facts["height"] * facts["width"] > limits["pixels"]:
         size = f"{facts['width']}x{facts['height']}"

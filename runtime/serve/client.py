@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.containers import MP4_ENDINGS
 from scail2_rt.runtime.core.progress import Listener, Progress
 from scail2_rt.runtime.jobs.options import GenerateOptions
@@ -108,7 +109,8 @@ def _run_batch(wire: Wire, options: GenerateOptions, listener: Listener) -> Outc
             results.append({"case": job.name, **_document(fetched)})
             texts.append(summary(cast(Any, fetched)))
     lost = sum(result["status"] == "failed" for result in results)
-    texts.append(f"{len(results) - lost} of {len(results)} cases done" + (f", {lost} failed" if lost else ""))
+    cases = counted(len(results), "case")
+    texts.append(f"{len(results) - lost} of {cases} done" + (f", {lost} failed" if lost else ""))
     return Outcome({"cases": results, "failed": lost}, "\n".join(texts), lost)
 
 

@@ -42,7 +42,7 @@ class Doors:
     def __init__(self, app: App, settings: Settings, refused: Callable[[int], None]) -> None:
         self._app, self._refused = app, refused
         self._keys = [hashlib.sha256(key.encode()).digest() for key in read_keys(settings.key_file)]
-        self._hosts = {settings.host.strip("[]").lower(), *(name.lower() for name in settings.allow_hosts)}
+        self._hosts = {settings.host.lower(), *(name.lower() for name in settings.allow_hosts)}
         if is_loopback(settings.host):
             self._hosts |= {"localhost", "127.0.0.1", "::1"}
 

@@ -21,7 +21,9 @@ def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
     """InputError for a folder that holds no engines, a segmenter that is named and not there, and for more GPUs than
     there are."""
     if not (engines / "manifest.json").is_file():
-        raise InputError(f"{engines} is no engine folder: make one with scail2-rt build-engines.")
+        from scail2_rt.engines.folder.manifest import read_manifest
+
+        read_manifest(engines)  # raises, with the command that makes one
     if options["segmenter_weights"] is not None or options["segmenter"] != "auto":
         from scail2_rt.runtime.masks.make.folders import find_segmenter
 

@@ -17,7 +17,8 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.serve.api import make_app
 from scail2_rt.runtime.serve.doors import Doors, PatientProtocol
 from scail2_rt.runtime.serve.service import Service
-from scail2_rt.runtime.serve.settings import Settings
+from scail2_rt.runtime.serve.settings import Settings, address_of
+from scail2_rt.runtime.serve.starting import told
 from scail2_rt.runtime.serve.store import Store
 
 CONNECTIONS = 1000
@@ -63,11 +64,12 @@ def _listen(settings: Settings) -> socket.socket:
     listener = socket.socket(family)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host.strip("[]"), settings.port))
+        listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
         raise InputError(
-            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}): give another --port or --host."
+            f"The service cannot listen on {address_of(settings.host, settings.port)} ({error.strerror}): give another "
+            "--port or --host."
         ) from error
     return listener
 
@@ -79,7 +81,8 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         try:
-            await service.start()
+            async with told(settings.data, settings.engines):
+                await service.start()
             yield
         except InputError as error:
             failure.append(error)
@@ -137,5 +140,4 @@ def _greet(settings: Settings, service: Service, listener: socket.socket) -> Non
     print(f"engines: {about.get('choice')}", file=sys.stderr)
     if hosting := about.get("hosting"):
         print(f"licence: {hosting}", file=sys.stderr)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
+    print(f"http://{address_of(settings.host, listener.getsockname()[1])}", flush=True)

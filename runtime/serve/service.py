@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.serve import made_masks, plans
 from scail2_rt.runtime.serve.checking import Checker
 from scail2_rt.runtime.serve.errors import Refusal, not_found, wrong
@@ -160,7 +161,7 @@ class Service:
             (self.store.unfinished(owner), limits.queued_per_key, "of yours"),
         ):
             if count >= most:
-                raise Refusal(429, f"{most} jobs {whose} are waiting already: try later.", "queue_full", retry_s=30)
+                raise Refusal(429, f"{counted(most, 'job')} {whose} already wait: try later.", "queue_full", retry_s=30)
 
     async def _checked(self, asked: Asked, folder: Path, masking: dict[str, Any] | None) -> dict[str, Any]:
         """What is stored of a request; masking: of masks that are made. Refusal when it cannot work."""

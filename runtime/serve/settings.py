@@ -76,12 +76,18 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "host", self.host.strip("[]"))  # an IPv6 address may be given as in a URL
         if not 0 <= self.port <= 65_535:
             raise InputError(f"--port must be 0 to 65535, not {self.port}.")
         if not is_loopback(self.host) and self.key_file is None:
             raise InputError(
                 f"--host {self.host} is reached from other machines: give --api-key-file FILE, or leave --host out."
             )
+
+
+def address_of(host: str, port: int) -> str:
+    """`127.0.0.1:8000`, `[::1]:8000`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
@@ -160,8 +161,8 @@ def _trimmed(request: Request, total: int) -> int:
     left = total - request.start
     if request.frames is not None and request.frames > left:
         raise InputError(
-            f"--frames {request.frames} is more than the {left} frames that the driving video has from frame "
-            f"{request.start} on: leave --frames out to go to the end."
+            f"--frames {request.frames} is more than the {counted(left, 'frame')} that the driving video has from "
+            f"frame {request.start} on: leave --frames out to go to the end."
         )
     return request.frames or left
 
@@ -223,12 +224,12 @@ def _check_unfinished(output: Output) -> None:
     parts = resumable(output.path)
     if parts and not output.resume:
         raise InputError(
-            f"{partial_video} holds {parts} finished segment(s) of an interrupted run: go on with --resume, or start "
-            "again with --overwrite."
+            f"{partial_video} holds {counted(parts, 'finished segment')} of an interrupted run: go on with --resume, "
+            "or start again with --overwrite."
         )
     if output.resume and not parts and (lost := len(part_ends(partial_video))) and not is_there(output.path):
         raise InputError(
-            f"{partial_video} holds {lost} finished segment(s), but the state to go on from, "
+            f"{partial_video} holds {counted(lost, 'finished segment')}, but the state to go on from, "
             f"{sidecar_path(output.path, lost).name}, is not beside it: move the video away, or start again with "
             "--overwrite."
         )

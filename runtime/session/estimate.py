@@ -14,6 +14,7 @@ from typing import Any
 from scail2_rt.engines.engine_set import EngineSet
 from scail2_rt.engines.folder.manifest import write_json
 from scail2_rt.engines.registry import gpu
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.core.geometry import forward_flops, vae_decode_flops, vae_encode_flops
 from scail2_rt.runtime.core.plan import Estimate, Plan
@@ -207,12 +208,6 @@ def as_text(plan: Plan, expected: Estimate) -> str:
         *(f"warning: {sentence}" for sentence in plan.warnings),
     ]
     return "\n".join(lines)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 frame`, `2 frames`, `2 passes`."""
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from scail2_rt.engines.folder.manifest import Identity
 
 REPORT_VERSION = 2
-OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume", "metadata")
+OUTPUT_OPTIONS = ("codec", "crf", "overwrite", "resume", "metadata", "config")
 PACKAGES = (
     "scail2-rt",
     "torch",
@@ -199,7 +199,9 @@ def describe_plan(plan: Plan, output: Output) -> dict[str, Any]:
     options = {field.name: _option(getattr(request, field.name)) for field in fields(request)}
     return {
         "report_version": REPORT_VERSION,
-        "options": options | {"output": str(output.path)} | {name: getattr(output, name) for name in OUTPUT_OPTIONS},
+        "options": options
+        | {"output": str(output.path)}
+        | {name: _option(getattr(output, name)) for name in OUTPUT_OPTIONS},
         "mode": plan.mode,
         "seed": request.seed,
         "height": plan.height,

@@ -1,5 +1,6 @@
 """`scail2-rt demo` through the installed command: a drawn picture and clip, masks, engines, a video, a sheet."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,14 @@ from tests.support.command import Run, one_json, read_video
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
 
+def command_after(line: str, text: str) -> str:
+    """What follows `scail2-rt` in the line below."""
+    return text.partition(f"{line}\n  scail2-rt ")[2].splitlines()[0]
+
+
 @pytest.mark.slow
 def test_demo_animates_with_sound_and_reuses_its_engines(scail2: Run, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "an out"
     first = scail2("demo", "-o", out)
     assert first.returncode == 0, first.stderr
     video = read_video(out / "demo.mp4")
@@ -26,6 +32,10 @@ def test_demo_animates_with_sound_and_reuses_its_engines(scail2: Run, tmp_path: 
     assert "made of these by a small SAM 2 took" in first.stdout
     assert {path.name for path in (out / "case").iterdir()} >= {"ref.png", "rendered_v2.mp4", "masks.png"}
     assert Image.open(out / "contact_sheet.png").width > 6 * 128
+    (tmp_path / "elsewhere").mkdir()
+    repeated = scail2(*shlex.split(command_after("same video again:", first.stdout)), cwd=tmp_path / "elsewhere")
+    assert repeated.returncode == 0, repeated.stderr
+    assert (out / "again.mp4").read_bytes() == (out / "demo.mp4").read_bytes()
     reply = one_json(scail2("demo", "-o", out, "--json"))
     assert reply["build"]["up_to_date"] is True
     assert reply["demo"]["masks"]["mask_iou"] > 0.9

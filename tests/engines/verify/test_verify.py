@@ -124,7 +124,7 @@ class TestDamage:
         assert verdicts(report)["files"] is True
         (check,) = [check for check in report.checks if check.passed is False]
         assert check.name == "weights"
-        assert "dit.blocks.1.ffn.up.weight (1 values, the first at 777" in check.detail
+        assert "dit.blocks.1.ffn.up.weight (1 value, the first at 777" in check.detail
         assert report.text.splitlines()[-1].startswith(f"FAIL {tmp_path / 'e'}: weights")
 
     @pytest.mark.parametrize("precision", PRECISIONS)
@@ -160,7 +160,7 @@ class TestDamage:
         report = run(tmp_path / "e", small_checkpoint())
         (check,) = [check for check in report.checks if check.passed is False]
         assert check.name == "weights"
-        assert f"{name} (1 values are NaN or infinite, the first at 7)" in check.detail
+        assert f"{name} (1 NaN or infinite value, the first at 7)" in check.detail
         assert failed(report) == {("dit.blocks.1.ffn", "torch")}
 
     def test_a_table_that_is_not_of_numbers(self, small: Path) -> None:
@@ -169,7 +169,7 @@ class TestDamage:
         save_file(tables, small / "tables.safetensors")
         rewrite_hash(small, "tables.safetensors")
         (check,) = [check for check in run(small, small_checkpoint()).checks if check.passed is False]
-        assert "blocks.1.norm_q (1 values are NaN or infinite, the first at 3)" in check.detail
+        assert "blocks.1.norm_q (1 NaN or infinite value, the first at 3)" in check.detail
 
     def test_the_hash_alone(self, small: Path) -> None:
         change_value(small, "dit.head.linear.bias", 0, 1)

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,7 +21,7 @@ from scail2_rt.export.checkpoint.random_checkpoint import CLIP_FILE, SAT_FILE, V
 from scail2_rt.export.models.precision import PRECISIONS
 from scail2_rt.kernels.attention.variants import VARIANTS
 from scail2_rt.runtime.cli import options
-from scail2_rt.runtime.cli.main import cli, explain
+from scail2_rt.runtime.cli.main import SECTIONS, cli, explain
 from scail2_rt.runtime.core.request import ANCHORS, SCHEDULERS
 from scail2_rt.runtime.core.window import FITS
 from scail2_rt.runtime.jobs.options import PRESETS
@@ -94,6 +95,32 @@ def test_help_names_every_command(scail2: Run, words: tuple[str, ...]) -> None:
     result = scail2(*words)
     assert result.returncode == 0
     assert all(command in result.stdout for command in COMMANDS)
+
+
+def every_command(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    """A command and all below it, with their names."""
+    yield name, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for word in command.list_commands(context):
+            inner = command.get_command(context, word)
+            assert inner is not None
+            yield from every_command(inner, f"{name} {word}")
+
+
+def test_every_command_is_in_a_section_of_the_help() -> None:
+    listed = [name for commands in SECTIONS.values() for name in commands]
+    assert sorted(listed) == cli.list_commands(click.Context(cli))
+
+
+def test_every_command_and_option_is_described_in_sentences() -> None:
+    bad = []
+    for name, command in every_command(cli, "scail2-rt"):
+        texts = {name: (command.help or "").partition("\n\n")[0]}
+        options = (option for option in command.params if isinstance(option, click.Option))
+        texts |= {f"{name} {option.opts[-1]}": (option.help or "").partition("  [")[0] for option in options}
+        bad += [what for what, text in texts.items() if not text or not text.rstrip().endswith(".")]
+    assert bad == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -324,7 +351,8 @@ def test_an_interrupted_json_error_is_parseable() -> None:
 def test_a_long_step_says_how_far_it_is_and_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """10 s between lines; the rate is that of this call: what an earlier one had fetched (20 GiB) does not count."""
+    """After 2 s, then every 10 s; the rate is that of this call: what an earlier one had fetched (20 GiB) does not
+    count."""
     from scail2_rt.engines.observer import BuildStep
     from scail2_rt.runtime.cli import progress
 
@@ -337,8 +365,9 @@ def test_a_long_step_says_how_far_it_is_and_what_is_left(
         clock[0] = float(second)
         lines.advanced(step, (20 + second) * 2**30)
     assert capsys.readouterr().err.splitlines() == [
-        "download large.pt: 30.0 of 60.0 GiB, about 30 s left",
-        "download large.pt: 40.0 of 60.0 GiB, about 20 s left",
+        "download large.pt: 22.0 of 60.0 GiB, about 38 s left",
+        "download large.pt: 32.0 of 60.0 GiB, about 28 s left",
+        "download large.pt: 42.0 of 60.0 GiB, about 18 s left",
     ]
     lines.started(step)
     clock[0] += 20

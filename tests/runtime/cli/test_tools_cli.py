@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import onnx
+import pytest
 
-from tests.support.command import Run
+from tests.support.command import Run, sabotage
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
@@ -41,6 +42,26 @@ def test_verify_passes_and_finds_one_changed_value(
     assert bad.returncode == 1
     assert "FAIL weights" in bad.stdout
     assert "PASS files" in bad.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("verify", "--rows", "1"), ["check 1/", "dit.blocks.1.ffn", "stages/weights.safetensors"]),
+        (("inspect",), ["of 0.0 GiB"]),
+        (("doctor",), ["looking at the libraries", "of 0.0 GiB"]),
+    ],
+)
+def test_what_takes_long_says_how_far_it_is(
+    installed: Run, engines: Path, tiny_checkpoint: Path, tmp_path: Path, words: tuple[str, ...], says: list[str]
+) -> None:
+    """As if every line was due at once; usually the first one is after two seconds."""
+    code = "from scail2_rt.runtime.cli import progress\nprogress.FIRST_LINE_S = progress.LINE_INTERVAL_S = 0\n"
+    command, *options = words
+    options += ["--checkpoint", str(tiny_checkpoint)] if command == "verify" else []
+    result = installed(command, engines, *options, **sabotage(tmp_path, code))
+    assert result.returncode == 0, result.stderr
+    assert [text for text in says if text not in result.stderr] == []
 
 
 def test_verify_against_the_other_executor(scail2: Run, engines: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from scail2_rt.engines.registry import FP8_CAPABILITY, choose_backend
 from scail2_rt.engines.tensorrt_backend.library import TENSORRT_RTX
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.jobs import doctor
 from scail2_rt.runtime.jobs.doctor import GPU, Library, diagnose
@@ -69,13 +70,14 @@ class TestEngines:
         (tmp_path / "e" / "tables.safetensors").unlink()
         found = diagnose(tmp_path / "e")
         assert found.engines_open is False
-        assert "does not open" in str(found.engines)
+        assert "cannot be opened" in str(found.engines)
         assert "tables.safetensors" in str(found.engines)
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        found = diagnose(tmp_path / "none")
-        assert found.engines_open is False
-        assert "\n" not in str(found.engines)
+        with pytest.raises(InputError, match=r"nothing at .*none; give the path of an engine folder"):
+            diagnose(tmp_path / "none")
+        with pytest.raises(InputError, match=r"no engine folder.*build-engines"):
+            diagnose(tmp_path)
 
 
 class Broken(ModuleType):
@@ -101,6 +103,7 @@ def test_no_library_is_needed(monkeypatch: pytest.MonkeyPatch, module: str, kind
 def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     failed = Library("PyTorch", "2.0", "broken: OSError: libcudart.so.13: cannot open", False)
     monkeypatch.setattr(doctor, "_torch", lambda: failed)
+    (tmp_path / "manifest.json").write_text("{}")
     found = diagnose(tmp_path)
     assert (found.backend, found.engines_open) == (None, False)
     assert "broken: OSError" in found.text
@@ -186,7 +189,7 @@ class TestAdvice:
         card = GPU("NVIDIA GeForce RTX 4090", (8, 9), 23.1, 24.0, "580.65")
         (line,) = doctor._advice((card,), libraries(tensorrt=False, rtx=False), True)
         assert '"scail2-rt[tensorrt-rtx]"' in line
-        assert "then verify" in line
+        assert "then scail2-rt verify ENGINES" in line
         assert doctor._advice((card,), libraries(tensorrt=False), True) == ("nothing is missing",)
         assert TENSORRT_RTX.targets == doctor.RTX_TARGETS
 

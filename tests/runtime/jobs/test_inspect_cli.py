@@ -236,7 +236,7 @@ def _damaged_manifest(folder: Path, checkpoint: Path) -> Path:
     ("make", "said"),
     [
         (_truncated, "is truncated: it has 5000 bytes"),
-        (_other_model, "neither a network of SCAIL-2 nor a LoRA: its 1 tensors begin with double_blocks.0"),
+        (_other_model, "neither a network of SCAIL-2 nor a LoRA: it has 1 tensor, such as double_blocks.0"),
         (_text_file, "is no weights file"),
         (_pickle, "is truncated or damaged"),
         (_damaged_manifest, "is damaged: field 'precision' is missing"),

@@ -233,4 +233,4 @@ def test_one_nan_in_the_store(
     verified = scail2("verify", folder, "--checkpoint", tiny_checkpoint, "--json")
     assert verified.returncode == 1
     (check,) = [check for check in one_json(verified)["checks"] if check["name"] == "weights"]
-    assert f"{name} (1 values are NaN or infinite" in check["detail"]
+    assert f"{name} (1 NaN or infinite value" in check["detail"]

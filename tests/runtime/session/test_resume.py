@@ -155,7 +155,7 @@ def test_a_changed_file_is_refused_and_a_new_run_asks_first(
     shutil.copytree(interrupted, folder)
     words = ("generate", engines, "--case", folder / "case", "-o", folder / "a.mp4", *SMALL)
     message = error_of(scail2(*words))
-    assert "1 finished segment(s) of an interrupted run" in message
+    assert "1 finished segment of an interrupted run" in message
     assert "--resume" in message
     state = sidecar_path(folder / "a.mp4", 1)
     state.rename(folder / "away")
