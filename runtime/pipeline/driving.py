@@ -38,8 +38,9 @@ def read_clips(plan: Plan, first: int = 0) -> Iterator[DrivingClip]:
     segments = plan.segments[first:]
     if not segments:
         return
-    start = plan.request.start + segments[0].start
-    with open_video(plan.request.driving, start) as driving, open_video(plan.request.mask_video, start) as masks:
+    start = segments[0].start + (plan.request.start if plan.chosen is None else 0)
+    sources = plan.request.driving, plan.request.mask_video
+    with open_video(sources[0], start, plan.chosen) as driving, open_video(sources[1], start, plan.chosen) as masks:
         tails: list[Tensor | None] = [None, None]
         read_to = segments[0].start
         for segment in segments:

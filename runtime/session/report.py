@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +75,11 @@ def describe_inputs(request: Request) -> dict[str, dict[str, str | None]]:
 
 
 def _described(source: "ImageSource | ClipSource") -> dict[str, str | None]:
-    from scail2_rt.runtime.media.clips import clip_hash
+    from scail2_rt.runtime.media.clips import clip_hash, is_folder
     from scail2_rt.runtime.media.images import load_image
 
     if isinstance(source, Path):
-        return {"path": str(source), "sha256": file_hash(source)}
+        return {"path": str(source), "sha256": clip_hash(source) if is_folder(source) else file_hash(source)}
     if isinstance(source, Clip):
         return {"path": None, "sha256": clip_hash(source)}
     pixels = load_image(source, background=(0, 0, 0))
@@ -89,7 +90,7 @@ def _option(value: Any) -> Any:
     """An option as JSON can hold it; what is in memory by its kind."""
     if isinstance(value, tuple):
         return [_option(item) for item in value]
-    if isinstance(value, Path | str | int | float) or value is None:
+    if isinstance(value, Path | Fraction | str | int | float) or value is None:
         return plain(value)
     return f"{type(value).__name__} in memory"
 
@@ -194,6 +195,7 @@ def describe_plan(plan: Plan, output: Output) -> dict[str, Any]:
         "width": plan.width,
         "frame_rate": str(plan.frame_rate),
         "frames": plan.frames,
+        "notes": list(plan.notes),
         "segments": plain(plan.segments),
         "tokens": plan.layout.tokens,
         "inputs": describe_inputs(request),
