@@ -162,6 +162,7 @@ SAMPLING_OPTIONS = in_section(
     option(
         "--seeds",
         type=SeedList(),
+        default=(),
         metavar="N,N,...",
         help="Make one video per seed, NAME-seedN.mp4 each, with engines that load once.",
     ),

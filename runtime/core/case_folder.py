@@ -243,7 +243,7 @@ def read_text(what: str, file: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
             f"The {what} {file} is not {encoding.removesuffix('-sig').upper()} text (byte 0x{data[error.start]:02x} in "
-            f"line {line}): save it as UTF-8, or convert it with `iconv -f LATIN1 -t UTF-8` if it is Latin-1."
+            f"line {line}): save it as UTF-8. If it is Latin-1, `iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW` does so."
         ) from error
     if "\0" in text:
         raise InputError(
@@ -254,9 +254,12 @@ def read_text(what: str, file: Path) -> str:
 
 
 def refuse_url(what: str, source: Path | str) -> None:
-    """Raise InputError for a URL, also for one that lost a slash when it became a path."""
+    """Raise InputError for a URL that is given as an input."""
+    if url := url_of(source):
+        raise InputError(f"The {what} {url} is a URL: download it first, then give its path.")
+
+
+def url_of(source: Path | str) -> str | None:
+    """The URL that a source is, also if it lost a slash when it became a path; None for a path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", str(source))
-    if match and not Path(source).exists():
-        raise InputError(
-            f"The {what} {match[1]}://{match[2]} is a URL: download it first, then give the path of the file."
-        )
+    return f"{match[1]}://{match[2]}" if match and not Path(source).exists() else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.case_folder import refuse_url
+from scail2_rt.runtime.core.case_folder import refuse_url, url_of
 from scail2_rt.runtime.core.geometry import check_size, plan_segments
 from scail2_rt.runtime.core.window import FITS, Fit
 
@@ -261,6 +261,8 @@ class Output:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if url := url_of(self.path):
+            raise InputError(f"The output {url} is a URL: give a path on this machine.")
         object.__setattr__(self, "path", Path(self.path))
 
     @classmethod

@@ -53,7 +53,8 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
             if line.error is not None:
                 raise line.error
             given = _line_options(line, options, taken)
-            label += f", {given.case or given.driving}"
+            if named := given.case or given.driving:
+                label += f", {named}"
             each_seed = [replace(single_job(each), name=_with_seed(label, each)) for each in given.per_seed]
         except Scail2Error as error:
             jobs.append(Job(label, None, None, None, error))
