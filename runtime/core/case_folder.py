@@ -243,7 +243,8 @@ def read_text(what: str, file: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
             f"The {what} {file} is not {encoding.removesuffix('-sig').upper()} text (byte 0x{data[error.start]:02x} in "
-            f"line {line}): save it as UTF-8. If it is Latin-1, `iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW` does so."
+            f"line {line}): save it as UTF-8. If it is Latin-1, "
+            f"`iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW` does so."
         ) from error
     if "\0" in text:
         raise InputError(

@@ -15,6 +15,7 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.case_folder import FILES, BatchLine, flags
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
+from scail2_rt.runtime.jobs.masks import MAKING, masks_of
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.run import (
     Job,
@@ -56,6 +57,8 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
             if named := given.case or given.driving:
                 label += f", {named}"
             each_seed = [replace(single_job(each), name=_with_seed(label, each)) for each in given.per_seed]
+            if set(MAKING) & set(line.options) and not _makes_masks(each_seed[0]):
+                masks_of(given)  # raises: those of the command are for the lines that need them
         except Scail2Error as error:
             jobs.append(Job(label, None, None, None, error))
             continue
@@ -63,6 +66,10 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
             print(f"note: line {line.number}: {note}", file=sys.stderr)
         jobs += each_seed
     return jobs
+
+
+def _makes_masks(job: Job) -> bool:
+    return job.options is not None and job.options.makes_masks
 
 
 def _with_seed(label: str, options: GenerateOptions) -> str:
@@ -109,7 +116,8 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
     for job in jobs:
 
         def check(job: Job = job) -> tuple[Job, Plan] | Outcome:
-            ready = with_made_masks(job, listener()) if job.options is not None else job
+            asked = options.batch is None or _makes_masks(job)
+            ready = with_made_masks(job, listener()) if asked else job
             return ready if isinstance(ready, Outcome) else (ready, check_job(ready))
 
         found = check() if options.batch is None else attempt(job, check)
