@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.case_folder import official_files
 from scail2_rt.runtime.core.request import Clip, ClipSource
 from scail2_rt.runtime.media.images import as_pixels, images_in, load_image
 from scail2_rt.runtime.media.lossless import write_video
@@ -88,6 +89,8 @@ class _FolderFrames:
     """The images of a folder in the order of the numbers in their names, transparent pixels black."""
 
     def __init__(self, folder: Path) -> None:
+        if any(path.stem.lower() in ("driving", "rendered_v2") for path in official_files(folder)):
+            raise InputError(f"{folder} is a case folder: give it with --case, or one of its videos.")
         self._files = images_in(folder)
         if not self._files:
             raise InputError(f"The folder {folder} holds no image: give a video, or a folder of frames.")
@@ -123,12 +126,23 @@ def nearest_frames(video: VideoInfo, rate: Fraction) -> tuple[int, ...]:
 
 def own_span(source: ClipSource, rate: Fraction | None, start: int, frames: int | None) -> tuple[int, int | None]:
     """`start` and `frames`, counted at another rate, in the video's own frames. Of a folder of images, whose rate is
-    the one that is given, and without a rate they are unchanged."""
+    the one that is given, and without a rate they are unchanged. Raises InputError if `start` is beyond the end."""
     if rate is None or is_folder(source):
         return start, frames
-    video = probe(source)
-    chosen = nearest_frames(video, rate)[start:][:frames]
-    return (chosen[0], chosen[-1] - chosen[0] + 1) if chosen else (video.frames, None)
+    chosen = nearest_frames(probe(source), rate)
+    check_start(start, len(chosen), rate)
+    chosen = chosen[start:][:frames]
+    return chosen[0], chosen[-1] - chosen[0] + 1
+
+
+def check_start(start: int, total: int, rate: Fraction | None) -> None:
+    """Raise InputError if a driving clip of `total` frames, counted at `rate` if that is given, has no frame `start`."""
+    if start >= total:
+        at = "" if rate is None else f" at {float(rate):.6g} fps"
+        raise InputError(
+            f"--start {start} is beyond the end of the driving video, whose frames are 0 to {total - 1}{at}: start "
+            "earlier."
+        )
 
 
 class _ChosenFrames:

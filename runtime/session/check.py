@@ -163,23 +163,16 @@ def _fitted(
 
 def _trimmed(request: Request, total: int) -> int:
     """Frames of the output."""
-    if request.start >= total:
-        raise InputError(
-            f"--start {request.start} is beyond the end of the driving video, whose frames are 0 to {total - 1}"
-            f"{_at(request)}: start earlier."
-        )
+    from scail2_rt.runtime.media.clips import check_start
+
+    check_start(request.start, total, request.fps)
     left = total - request.start
     if request.frames is not None and request.frames > left:
         raise InputError(
             f"--frames {request.frames} is more than the {left} that the driving video has from frame {request.start} "
-            f"on{_at(request)}: leave --frames out to go to the end."
+            f"on{'' if request.fps is None else ' at --fps'}: leave --frames out to go to the end."
         )
     return request.frames or left
-
-
-def _at(request: Request) -> str:
-    """The rate at which frames are counted, if it was given."""
-    return "" if request.fps is None else f" at {float(request.fps):.6g} fps"
 
 
 def check_output(output: Output, request: Request) -> None:

@@ -60,7 +60,8 @@ def test_a_span_at_another_rate_in_own_frames() -> None:
     clip = Clip(numbered(12), Fraction(24))
     assert own_span(clip, Fraction(8), 1, 2) == (3, 4)
     assert own_span(clip, None, 1, 2) == (1, 2)
-    assert own_span(clip, Fraction(8), 99, None) == (12, None)
+    with pytest.raises(InputError, match="--start 9 is beyond the end .* 0 to 3 at 8 fps"):
+        own_span(clip, Fraction(8), 9, None)
 
 
 def test_a_folder_of_images_is_a_clip_in_the_order_of_numbers(tmp_path: Path) -> None:
@@ -75,6 +76,13 @@ def test_a_folder_of_images_is_a_clip_in_the_order_of_numbers(tmp_path: Path) ->
         assert reader.read(9)[:, 0, 0, 0].tolist() == [1, 2]
     Image.fromarray(numbered(1)[0, :16]).save(tmp_path / "f11.png")
     with pytest.raises(InputError, match=r"f11.png is 16x32, but f1.png is 32x32 .*one size"):
+        probe(tmp_path)
+
+
+def test_a_case_folder_is_no_clip(tmp_path: Path) -> None:
+    for name in ("ref.png", "driving.mp4"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="is a case folder: give it with --case"):
         probe(tmp_path)
 
 
