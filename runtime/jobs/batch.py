@@ -38,7 +38,8 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
     on stderr. A line that is wrong is a job with an error. Raises InputError for options that contradict `--batch`."""
     if options.batch is None:
         jobs = [replace(single_job(each), name=str(each.video)) for each in options.per_seed]
-        say_notes(jobs[0])
+        if not _makes_masks(jobs[0]):
+            say_notes(jobs[0])
         return jobs
     others = [name for name in ("case", *FILES, "extra_refs", "prompt", "prompt_file") if getattr(options, name)]
     if others:
@@ -62,8 +63,8 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
         except Scail2Error as error:
             jobs.append(Job(label, None, None, None, error))
             continue
-        for note in each_seed[0].options.notes if each_seed[0].options is not None else ():
-            print(f"note: line {line.number}: {note}", file=sys.stderr)
+        if not _makes_masks(each_seed[0]):
+            say_notes(each_seed[0])
         jobs += each_seed
     return jobs
 

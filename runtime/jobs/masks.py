@@ -155,9 +155,8 @@ def _case_names(image: Path, driving: Path) -> tuple[str, str]:
     """The official names, with the files' own endings."""
     ending = image.suffix.lower()
     if f"ref{ending}" not in IMAGES:
-        raise InputError(
-            f"{image} ends in {ending or 'nothing'}, and a case's image in .png, .jpg, .jpeg, .webp, .heic, .heif or .avif."
-        )
+        known = ", ".join(name.removeprefix("ref") for name in IMAGES if name.startswith("ref."))
+        raise InputError(f"{image} ends in {ending or 'nothing'}, and a case's image in {known}: save it as one.")
     if driving.suffix.lower() not in VIDEO_ENDINGS:
         known = ", ".join(VIDEO_ENDINGS)
         raise InputError(f"{driving} ends in {driving.suffix or 'nothing'}, and a case's driving video in {known}.")

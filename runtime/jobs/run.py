@@ -73,6 +73,7 @@ def with_made_masks(job: Job, listener: Listener) -> "Job | Outcome":
     asked = masks_of(job.options)
     if asked is None:
         return job
+    say_notes(job)
     if job.options.dry_run and asked.there is None:
         later = "the rest of the estimate needs them: run without --dry-run, or make them with `scail2-rt masks make`"
         return Outcome({"masks": {"text": asked.text, "frames": asked.frames}}, f"{asked.text}\n{later}")
@@ -137,11 +138,13 @@ def preset_hint(request: Request, loras: "Sequence[LoRARecord]", preset: str) ->
 def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
     """One case, or its estimate."""
     job = single_job(options)
-    say_notes(job)
     ready = with_made_masks(job, listener)
     if isinstance(ready, Outcome):
         return ready
-    job, plan = ready, check_job(ready)
+    plan = check_job(ready)
+    if ready is job:
+        say_notes(job)
+    job = ready
     with open_session(options) as session:
         fitting = fit_plan(plan, session, options)
         say_engines(session, options)

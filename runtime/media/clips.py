@@ -136,7 +136,7 @@ def own_span(source: ClipSource, rate: Fraction | None, start: int, frames: int 
 
 
 def check_start(start: int, total: int, rate: Fraction | None) -> None:
-    """Raise InputError if a driving clip of `total` frames, counted at `rate` if that is given, has no frame `start`."""
+    """Raise InputError if a driving clip of `total` frames, counted at `rate` if given, has no frame `start`."""
     if start >= total:
         at = "" if rate is None else f" at {float(rate):.6g} fps"
         raise InputError(

@@ -255,7 +255,9 @@ def test_batch_files_that_cannot_work(scail2: Run, engines: Path, case: Path, tm
     words = ("generate", engines, "--batch", batch, "-o", tmp_path / "out")
     assert "cannot be read" in error_of(scail2(*words))
     batch.write_text("a prompt without a folder\n")
-    assert "Line 1" in error_of(scail2(*words))
+    wrong = scail2(*words)
+    assert wrong.returncode == 1
+    assert "error: line 1: 'a prompt without a folder' is neither" in wrong.stderr
     batch.write_text(f"a prompt@@{case}\n")
     assert "--batch and --prompt" in error_of(scail2(*words, "--prompt", "b"))
     (tmp_path / "out").write_text("")

@@ -285,7 +285,7 @@ def test_a_case_folder_without_masks_gets_them(
     boxes = ("--box", "image:20,5,80,60", "--box", "2:20,5,80,60", "--fps", "8", "--start", "1")
     result = scail2("generate", engines, *words, *boxes, "--segmenter-weights", sam2)
     assert result.returncode == 0, result.stderr
-    assert f"note: line 1: {bare} holds no masks: they are made first." in result.stderr
+    assert f"note: {bare} holds no masks: they are made first." in result.stderr
     assert (tmp_path / "out" / "bare.masks" / "ref_mask.png").is_file()
     report = json.loads((tmp_path / "out" / "bare.json").read_text())
     assert (report["frames"], report["frame_rate"]) == (3, "8")

@@ -60,7 +60,7 @@ def test_a_span_at_another_rate_in_own_frames() -> None:
     clip = Clip(numbered(12), Fraction(24))
     assert own_span(clip, Fraction(8), 1, 2) == (3, 4)
     assert own_span(clip, None, 1, 2) == (1, 2)
-    with pytest.raises(InputError, match="--start 9 is beyond the end .* 0 to 3 at 8 fps"):
+    with pytest.raises(InputError, match=r"--start 9 is beyond the end .* 0 to 3 at 8 fps"):
         own_span(clip, Fraction(8), 9, None)
 
 
