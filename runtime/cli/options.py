@@ -71,8 +71,8 @@ FIT = option(
     default="auto",
     show_default=True,
     help="How pictures of another shape lie in the frame. official: scaled to cover it, the middle shown, as the "
-    "public code does. crop: one window a clip, on the characters. pad: the whole picture, with hidden margins. auto: "
-    "the first of these that keeps the characters. With official the default size follows the reference image.",
+    "public code does. crop: one window per clip, on the characters. pad: all of the picture, with hidden margins. "
+    "auto: the first of these that keeps the characters. With official the default size follows the reference image.",
 )
 INPUT_OPTIONS = in_section(
     "Inputs (a case folder, a batch file, the four files, or image and driving video)",
@@ -338,7 +338,7 @@ BUILD_OPTIONS = in_section(
         help="TensorRT for RTX: cards to build for, e.g. sm89,sm120 (RTX 40 and 50).  [default: this machine's card, "
         "else all that the precision allows]",
     ),
-    option("--rebuild", is_flag=True, help="Build anew where the folder holds engines of other weights or options."),
+    option("--rebuild", is_flag=True, help="Build again if the folder holds engines of other weights or options."),
 )
 COMPONENT_OPTIONS = in_section(
     "Parts of the checkpoint that lie elsewhere",

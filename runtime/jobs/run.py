@@ -141,14 +141,13 @@ def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
     ready = with_made_masks(job, listener)
     if isinstance(ready, Outcome):
         return ready
-    plan = check_job(ready)
-    if ready is job:
-        say_notes(job)
-    job = ready
+    plan, masks_given = check_job(ready), ready is job
     with open_session(options) as session:
         fitting = fit_plan(plan, session, options)
+        if masks_given:
+            say_notes(job)
         say_engines(session, options)
-        return run_plan(fitting, job, session, options, listener)
+        return run_plan(fitting, ready, session, options, listener)
 
 
 def say_notes(job: Job) -> None:

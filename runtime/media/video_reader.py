@@ -63,7 +63,7 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Decodes the whole file without converting pixels. Raises `InputError` for a file that holds no usable video."""
+    """Decode all of the file without converting pixels. Raises `InputError` for a file that holds no usable video."""
     with _open(path) as (container, stream):
         pts: list[int | None] = []
         size, hdr, interlaced, damaged = (0, 0), False, False, []

@@ -169,8 +169,8 @@ def _trimmed(request: Request, total: int) -> int:
     left = total - request.start
     if request.frames is not None and request.frames > left:
         raise InputError(
-            f"--frames {request.frames} is more than the {left} that the driving video has from frame {request.start} "
-            f"on{'' if request.fps is None else ' at --fps'}: leave --frames out to go to the end."
+            f"--frames {request.frames} is more than the {left} frames that the driving video has from frame "
+            f"{request.start} on{'' if request.fps is None else ' at --fps'}: leave --frames out to go to the end."
         )
     return request.frames or left
 

@@ -69,8 +69,8 @@ SEVEN = (RED, GREEN, (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), O
 
 BAD = [
     Bad("no reference image", ("ref.jpg", "lacks the reference image"), remove("ref.png")),
-    Bad("no driving video", ("lacks the driving video",), remove("rendered_v2.mp4")),
-    Bad("no mask video", ("lacks the driving mask video",), remove("rendered_mask_v2.mp4")),
+    Bad("no driving video", ("lacks the driving clip",), remove("rendered_v2.mp4")),
+    Bad("no mask video", ("lacks the mask video",), remove("rendered_mask_v2.mp4")),
     Bad("empty image", ("ref.png", "empty"), cut("ref.png", 0)),
     Bad("empty video", ("rendered_v2.mp4", "empty"), cut("rendered_v2.mp4", 0)),
     Bad("truncated image", ("ref.png", "damaged"), cut("ref.png", 200)),
