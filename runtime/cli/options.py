@@ -281,7 +281,7 @@ SERVER_OPTIONS = in_section(
         "--ray",
         "ray_address",
         metavar="ADDRESS",
-        help="Spread --batch or --seeds over the Ray cluster at this address (HOST:PORT, or auto on one of its machines).",
+        help="Spread --batch or --seeds over the Ray cluster at this address: HOST:PORT, or auto on one of its nodes.",
     ),
 )
 LORA_OPTIONS = (
