@@ -175,6 +175,7 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
     An image and a driving video are enough when a segmenter is installed (`scail2-rt download --segmenter sam2`): their
     masks are made first and kept beside the output. A report, <output>.json, is written beside the video. With --server
     a running service does the work."""
+    from scail2_rt.runtime.cli.batch_lines import typed_lines
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.distributed.torchrun import lead_or_follow
     from scail2_rt.runtime.jobs.batch import run_batch
@@ -183,9 +184,13 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 
     if options["from_video"] is not None:
         options = repeated(options)
+        options["seed"] = 0 if options["seeds"] else options["seed"]
+    if options["batch"] is not None:
+        options["lines"] = typed_lines(click.get_current_context(), options["batch"])
     given = GenerateOptions(engines=engines or Path(), config=config_file(), **options)
-    if ray_address is not None and (server is not None or given.batch is None):
-        raise click.UsageError("--ray spreads a batch over a cluster: give --batch FILE with it, and no --server")
+    many = given.batch is not None or bool(given.seeds)
+    if ray_address is not None and (server is not None or not many):
+        raise click.UsageError("--ray spreads videos over a cluster: give --batch FILE or --seeds, and no --server")
     if server is None and ray_address is None:
         lead_or_follow()
     with stdout_for(as_json), open_progress() as listener:
@@ -198,7 +203,7 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 
             outcome = run_batch_on_ray(given, ray_address)
         else:
-            outcome = run_single(given, listener) if given.batch is None else run_batch(given, lambda: listener)
+            outcome = run_batch(given, lambda: listener) if many else run_single(given, listener)
     show(outcome.document, outcome.text, as_json)
     if outcome.failed:
         raise click.exceptions.Exit(1)

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from scail2_rt.runtime.cli.sections import PATH, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import MAKING
-from scail2_rt.runtime.cli.types import GpuCount, MemorySize, SizeType
+from scail2_rt.runtime.cli.types import GpuCount, MemorySize, RateType, SeedList, SizeType
 
 LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -29,14 +29,19 @@ CASE = option(
     "--case",
     type=PATH,
     metavar="DIR",
-    help="Folder in the official layout: ref.*, ref_mask.*, rendered_v2.mp4, "
-    "and rendered_mask_v2.mp4 (animate) or replace_mask.mp4 (replace).",
+    help="Folder in the official layout: ref.*, ref_mask.*, rendered_v2.mp4, and rendered_mask_v2.mp4 (animate) or "
+    "replace_mask.mp4 (replace). Its prompt.txt is the prompt if none is given.",
 )
 FILES = (
     option("--image", type=PATH, metavar="FILE", help="Reference image: the character."),
     option("--mask-image", type=PATH, metavar="FILE", help="Colour mask of the reference image."),
-    option("--driving", type=PATH, metavar="FILE", help="Driving video: the motion, its frame rate and its audio."),
-    option("--mask-video", type=PATH, metavar="FILE", help="Colour mask of the driving video."),
+    option(
+        "--driving",
+        type=PATH,
+        metavar="PATH",
+        help="Driving clip: the motion, its frame rate and its audio. A video, or a folder of images.",
+    ),
+    option("--mask-video", type=PATH, metavar="PATH", help="Colour mask of the driving clip, frame by frame."),
     option(
         "--extra-ref",
         "extra_refs",
@@ -67,10 +72,9 @@ FIT = option(
     default="auto",
     show_default=True,
     help="How inputs of another shape are fitted into the frame. official: scale to cover it and show the middle, as "
-    "the "
-    "public code does. crop: show one window per clip, placed on the characters. pad: show everything, with hidden "
-    "margins. auto: the first of these that keeps the characters. With official the default size follows the reference "
-    "image.",
+    "the public code does. crop: show one window per clip, placed on the characters. pad: show everything, with hidden "
+    "margins. auto: the first of these that keeps the characters. With official the default size follows the "
+    "reference image.",
 )
 INPUT_OPTIONS = in_section(
     "Inputs (a case folder, a batch file, the four files, or image and driving video)",
@@ -79,9 +83,8 @@ INPUT_OPTIONS = in_section(
         "--batch",
         type=PATH,
         metavar="FILE",
-        help="File with one prompt@@case_dir per line. Engines load once, and a bad case does not stop the others; "
-        "-o names "
-        "a folder.",
+        help="Cases, one per line, as prompt@@case_dir or as a JSON object of these options. Engines load once, and a "
+        "bad line does not stop the others. -o names a folder.",
     ),
     *FILES,
     MODE,
@@ -98,14 +101,23 @@ INPUT_OPTIONS = in_section(
         "in "
         "the report.",
     ),
-    option("--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use."),
-    option("--frames", type=int, metavar="N", help="Number of driving frames to use.  [default: to the end]"),
+    option(
+        "--fps",
+        type=RateType(),
+        metavar="RATE",
+        help="Sample the driving clip at this rate, which the output has too: 16, 23.976 or 30000/1001. Of a folder of "
+        "images it is the rate.  [default: the clip's own; 16 for a folder]",
+    ),
+    option(
+        "--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use, at --fps."
+    ),
+    option("--frames", type=int, metavar="N", help="Number of driving frames to use, at --fps.  [default: to the end]"),
 )
 MAKING_OPTIONS = in_section("Making masks (for an image and a driving video without masks)", *MAKING)
 PROMPT_OPTIONS = in_section(
     "Prompt",
     option("--prompt", metavar="TEXT", help="What the generated video shows (a description, not an instruction)."),
-    option("--prompt-file", type=PATH, metavar="FILE", help="Read the prompt from a text file."),
+    option("--prompt-file", type=PATH, metavar="FILE", help="Read the prompt from a text file (UTF-8 or UTF-16)."),
     option(
         "--negative-prompt",
         default="",
@@ -183,6 +195,13 @@ SAMPLING_OPTIONS = in_section(
         help="Guidance scale; 1 or less runs one pass per step instead of two.  [default: the preset's]",
     ),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the noise."),
+    option(
+        "--seeds",
+        type=SeedList(),
+        default=(),
+        metavar="N,N,...",
+        help="Make one video per seed, NAME-seedN.mp4 each, with engines that load once.",
+    ),
     option(
         "--noise-device",
         type=click.Choice(["cpu", "cuda"]),
@@ -304,7 +323,7 @@ SERVER_OPTIONS = in_section(
         "--ray",
         "ray_address",
         metavar="ADDRESS",
-        help="Spread a --batch over the Ray cluster at this address: HOST:PORT, or auto on one of its machines.",
+        help="Spread --batch or --seeds over the Ray cluster at this address: HOST:PORT, or auto on one of its nodes.",
     ),
 )
 LORA_OPTIONS = (

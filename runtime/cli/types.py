@@ -71,6 +71,20 @@ class ColourMap(click.ParamType):
         return tuple(levels), target.strip()
 
 
+class SeedList(click.ParamType):
+    """`1,2,3` → (1, 2, 3)."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+            self.fail(f"{value!r} is not a list of different seeds: write it as in 1,2,3", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
 class RateType(click.ParamType):
     """`25`, `23.976`, `30000/1001` → a fraction."""
 

@@ -42,8 +42,9 @@ class Runner:
         try:
             assert job.output is not None
             wait_for_lock(job.output.path)
-            fitting = fit_plan(plan, self._session, self._options)
-            return run_plan(fitting, job, self._session, self._options, lambda event: None)
+            options = job.options or self._options
+            fitting = fit_plan(plan, self._session, options)
+            return run_plan(fitting, job, self._session, options, lambda event: None)
         except Exception as error:
             return failure(job, error)
 
@@ -56,6 +57,8 @@ def failure(job: Job, error: Exception) -> Failure:
 def checked(job: Job) -> Plan | Failure:
     """A task: the plan of a case, or what is wrong with it."""
     try:
+        if job.options is not None and job.options.makes_masks:
+            raise InputError("It has no masks, and --ray makes none: make them first with `scail2-rt masks make`.")
         return check_job(job)
     except Exception as error:
         return failure(job, error)

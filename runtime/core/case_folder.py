@@ -1,21 +1,26 @@
-"""Case folders and batch files as people have them on disk (MODEL §1).
+"""Case folders, batch files and prompt files as people have them on disk (MODEL §1).
 
-A case folder holds a reference image, its mask, a driving video and its mask video under the official names; where
-several names are possible the first of the list wins, and `replace_mask.mp4` means replace mode. A batch file names one
-case a line, `prompt@@case_dir`. A video may end in .mov, .mkv and so on as well. Only names are looked at here: whether
-a file can be read is found out when it is read.
+A case folder holds a reference image, its mask, a driving clip and its mask video under the official names; where
+several names are possible the first in the list is taken, and `replace_mask.mp4` means replace mode. A video may also
+end in .mov, .mkv and so on. `prompt.txt` is the prompt when none is given. A batch file has one case per line, as
+`prompt@@case_dir` or as a JSON object of options. Images and videos are only looked up by name here: whether one can
+be read is found out when it is read.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import codecs
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from scail2_rt.kernels.errors import InputError
 
 Mode = Literal["animate", "replace"]
 
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif", ".avif")
 IMAGES = tuple(stem + ending for stem in ("ref", "ref_image") for ending in _IMAGE_ENDINGS)
 MASK_IMAGES = tuple(
     stem + ending for stem in ("ref_mask", "ref_image_mask") for ending in (".png", ".jpg", ".jpeg", ".webp")
@@ -24,28 +29,45 @@ VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".gif",
 DRIVING = ("rendered_v2.mp4", "rendered_aligned.mp4", "rendered.mp4", "driving.mp4")
 ANIMATE_MASKS = ("rendered_mask_v2.mp4", "rendered_mask.mp4")
 REPLACE_MASKS = ("replace_mask.mp4",)
+PROMPT = "prompt.txt"
 SEPARATOR = "@@"
 FILES = ("image", "mask_image", "driving", "mask_video")  # fields of `CaseFiles`, and options where each is named
 
 
 @dataclass(frozen=True, slots=True)
 class CaseFiles:
-    """The files of one case and the mode that its folder says."""
+    """The files of one case and the mode that its folder says.
+
+    prompt_file   `prompt.txt`, if the folder has one
+    choices       what was taken where several files were possible, as "ref.png (not ref.jpg)"; else empty"""
 
     image: Path
     mask_image: Path
     driving: Path
     mask_video: Path
     mode: Mode
+    prompt_file: Path | None = None
+    choices: str = ""
+
+
+class UnmaskedCase(NamedTuple):
+    """The files of a case folder without masks; fields as those of `CaseFiles`."""
+
+    image: Path
+    driving: Path
+    prompt_file: Path | None
+    choices: str
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """One line of a batch file: the prompt ("" for `None`), the case folder and the line's number from 1."""
+    """One line of a batch file: its number from 1 and the options that it gives by name, or what is wrong with it.
 
-    prompt: str
-    directory: Path
+    A line `prompt@@case_dir` gives `case`, and `prompt` unless nothing precedes the `@@`; `None` is an empty prompt."""
+
     number: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    error: InputError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,39 +108,72 @@ def flags(names: Iterable[str]) -> str:
 
 
 def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
-    """Finds the files of a case folder; `mode` overrides what the presence of `replace_mask.mp4` says.
+    """Find the files of a case folder; `mode` overrides what the presence of `replace_mask.mp4` says.
 
-    With an overriding mode that mode's mask is preferred and the other one is taken when it is the only one. Raises
-    `InputError` that lists every missing file with the names it may have.
-    """
+    With an overriding mode that mode's mask is preferred, and the other one is taken when it is the only one. Raises
+    InputError that lists every missing file with the names it may have."""
+    masks = {"replace": REPLACE_MASKS + ANIMATE_MASKS, "animate": ANIMATE_MASKS + REPLACE_MASKS}[mode or "replace"]
+    wanted: dict[str, Sequence[str]] = {
+        "the reference image (ref.png, ref.jpg, ref_image.png or ref_image.jpg)": IMAGES,
+        "the reference mask (ref_mask.png or ref_mask.jpg)": MASK_IMAGES,
+        f"the driving clip ({' or '.join(DRIVING)})": DRIVING,
+        f"the mask video ({' or '.join(masks)})": masks,
+    }
+    there = _files_of(directory)
+    found = {what: _candidates(there, names) for what, names in wanted.items()}
+    if missing := [what for what, paths in found.items() if not paths]:
+        holds = ", ".join(path.name for path in list(there.values())[:20]) or "no file"
+        remedy = "Add what is missing."
+        if all("mask" in what for what in missing):
+            words = [shlex.quote(str(paths[0])) for what, paths in found.items() if "mask" not in what]
+            remedy = f"Make masks with `scail2-rt masks make --image {words[0]} --driving {words[1]} -o NEW_CASE`."
+        raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}. {remedy}")
+    image, mask_image, driving, mask_video = (paths[0] for paths in found.values())
+    says: Mode = "replace" if _is_replace_mask(mask_video) else "animate"
+    # Mask videos of the two modes are no alternatives: the mode decides between them.
+    alike = [
+        [path for path in paths if _is_replace_mask(path) == _is_replace_mask(paths[0])] for paths in found.values()
+    ]
+    return CaseFiles(image, mask_image, driving, mask_video, mode or says, there.get(PROMPT), _choices(alike))
+
+
+def _is_replace_mask(path: Path) -> bool:
+    return path.name.lower() in _with_other_endings(REPLACE_MASKS)
+
+
+def read_unmasked_case(directory: Path) -> UnmaskedCase | None:
+    """The files of a case folder that holds a reference image, a driving clip and no mask; of another one None."""
+    there = _files_of(directory)
+    if any(_candidates(there, names) for names in (MASK_IMAGES, ANIMATE_MASKS + REPLACE_MASKS)):
+        return None
+    images, clips = found = _candidates(there, IMAGES), _candidates(there, DRIVING)
+    return UnmaskedCase(images[0], clips[0], there.get(PROMPT), _choices(found)) if images and clips else None
+
+
+def _files_of(directory: Path) -> dict[str, Path]:
+    """Name in lower case → file of a case folder."""
+    refuse_url("case folder", directory)
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise InputError(
-            f"The case folder {directory} {what}: give a folder that holds a reference and a driving video."
+            f"The case folder {directory} {what}: give a folder that holds a reference image and a driving clip."
         )
-    masks = {"replace": REPLACE_MASKS + ANIMATE_MASKS, "animate": ANIMATE_MASKS + REPLACE_MASKS}[mode or "replace"]
-    wanted: dict[str, Sequence[str]] = {
-        "the reference image (ref.jpg, ref.png, ref_image.jpg or ref_image.png)": IMAGES,
-        "the reference mask (ref_mask.png or ref_mask.jpg)": MASK_IMAGES,
-        f"the driving video ({' or '.join(DRIVING)})": DRIVING,
-        f"the driving mask video ({' or '.join(masks)})": masks,
-    }
-    there = {path.name.lower(): path for path in sorted(directory.iterdir()) if path.is_file()}
-    found = {
-        what: next((there[name] for name in _with_other_endings(names) if name in there), None)
-        for what, names in wanted.items()
-    }
-    missing = [what for what, path in found.items() if path is None]
-    if missing:
-        holds = ", ".join(path.name for path in list(there.values())[:20]) or "no file"
-        raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}.")
-    image, mask_image, driving, mask_video = (path for path in found.values() if path is not None)
-    says: Mode = "replace" if mask_video.name.lower() in _with_other_endings(REPLACE_MASKS) else "animate"
-    return CaseFiles(image, mask_image, driving, mask_video, mode or says)
+    return {path.name.lower(): path for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def _candidates(there: Mapping[str, Path], names: Sequence[str]) -> list[Path]:
+    """Files that may play one part, in the order of preference."""
+    return [there[name] for name in _with_other_endings(names) if name in there]
+
+
+def _choices(found: Iterable[Sequence[Path]]) -> str:
+    """`ref.png (not ref.jpg), rendered.mp4 (not driving.mp4)` of candidates of which the first is taken."""
+    several = (paths for paths in found if paths[1:])
+    return ", ".join(f"{paths[0].name} (not {', '.join(path.name for path in paths[1:])})" for paths in several)
 
 
 def official_files(directory: Path) -> list[Path]:
-    """What lies in a folder under one of the official names."""
+    """Files of a folder that have one of the official names."""
     names = set(_with_other_endings((*IMAGES, *MASK_IMAGES, *DRIVING, *ANIMATE_MASKS, *REPLACE_MASKS)))
     return sorted(path for path in directory.glob("*") if path.name.lower() in names)
 
@@ -133,26 +188,79 @@ def _with_other_endings(names: Sequence[str]) -> list[str]:
 
 
 def read_batch(file: Path) -> list[BatchLine]:
-    """Lines of a batch file; blank lines and lines that start with `#` are skipped, folders are relative to the file.
+    """Lines of a batch file without blank lines and lines that start with `#`; a malformed line carries its error.
 
-    Raises `InputError` with the line's number for a line without `@@` or without a folder, and for a file without
-    cases. Whether a folder exists is not checked: one bad case must not stop the others.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"The batch file {file} cannot be read ({error.strerror}): give a text file.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"The batch file {file} is not UTF-8 text: save it as UTF-8.") from error
-    lines = []
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if not stripped or stripped.startswith("#"):
-            continue
-        prompt, separator, folder = (part.strip() for part in stripped.rpartition(SEPARATOR))
-        if not separator or not folder:
-            raise InputError(f"Line {number} of {file} is not `prompt@@case_dir`: {stripped[:80]!r}.")
-        lines.append(BatchLine("" if prompt == "None" else prompt, file.parent / Path(folder).expanduser(), number))
+    Raises InputError for a file that cannot be read or holds no case. Whether a folder exists is not checked here."""
+    lines = [
+        _batch_line(number, stripped)
+        for number, line in enumerate(re.split(r"\r\n?|\n", read_text("batch file", file)), 1)
+        if (stripped := line.strip()) and not stripped.startswith("#")
+    ]
     if not lines:
-        raise InputError(f"The batch file {file} holds no case: write one `prompt@@case_dir` a line.")
+        raise InputError(f"The batch file {file} holds no case: write one `prompt@@case_dir` or JSON object per line.")
     return lines
+
+
+def _batch_line(number: int, line: str) -> BatchLine:
+    if line.startswith("{"):
+        try:
+            return BatchLine(number, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            wrong = f'it is not valid JSON ({error}): write one object per line, such as {{"case": "walk"}}.'
+            return BatchLine(number, error=InputError(wrong))
+    prompt, separator, folder = (part.strip() for part in line.rpartition(SEPARATOR))
+    if not separator or not folder:
+        wrong = f"{line[:80]!r} is neither `prompt@@case_dir` nor a JSON object of options: write one of the two."
+        return BatchLine(number, error=InputError(wrong))
+    given = {"case": folder}
+    if prompt:
+        given["prompt"] = "" if prompt == "None" else prompt
+    return BatchLine(number, given)
+
+
+_BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(what: str, file: Path) -> str:
+    """The text of a file: UTF-8, or UTF-16 or UTF-32 with a byte order mark. Other encodings cannot be told apart.
+
+    Raises InputError, with `what` as the file's name in messages, for a file that cannot be read or is not such
+    text."""
+    refuse_url(what, file)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"The {what} {file} cannot be read ({error.strerror}): give a text file.") from error
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"The {what} {file} is not {encoding.removesuffix('-sig').upper()} text (byte 0x{data[error.start]:02x} in "
+            f"line {line}): save it as UTF-8. If it is Latin-1, "
+            f"`iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW` does so."
+        ) from error
+    if "\0" in text:
+        raise InputError(
+            f"The {what} {file} holds zero bytes, so it is UTF-16 without a byte order mark or no text: save it as "
+            "UTF-8."
+        )
+    return text
+
+
+def refuse_url(what: str, source: Path | str) -> None:
+    """Raise InputError for a URL that is given as an input."""
+    if url := url_of(source):
+        raise InputError(f"The {what} {url} is a URL: download it first, then give its path.")
+
+
+def url_of(source: Path | str) -> str | None:
+    """The URL that a source is, also if it lost a slash when it became a path; None for a path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", str(source))
+    return f"{match[1]}://{match[2]}" if match and not Path(source).exists() else None

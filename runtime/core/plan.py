@@ -51,6 +51,8 @@ class Plan:
     audio        whether the driving video has any
     masks        what the mask check found, errors among it if they are allowed
     framing, fit what the frame shows of the characters, and how the reference is scaled if that was asked for
+    chosen       with `fps`: for each frame of the output, the number of the driving clip's frame that it shows
+    notes        sentences about where inputs came from, for the report
     estimate     what it will cost with the engines of the session that checked it; None before a session has"""
 
     request: Request
@@ -69,6 +71,8 @@ class Plan:
     masks: tuple[Finding, ...] = ()
     framing: Framing | None = None
     fit: ReferenceFit | None = None
+    chosen: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
     estimate: Estimate | None = None
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.case_folder import refuse_url, url_of
 from scail2_rt.runtime.core.containers import resolve_encoding
 from scail2_rt.runtime.core.geometry import check_size, plan_segments
 from scail2_rt.runtime.core.window import FITS, Fit
@@ -51,15 +52,7 @@ class Clip:
     name: str = "clip"
 
     def __post_init__(self) -> None:
-        try:
-            rate = Fraction(_plain(self.rate)).limit_denominator(100_000)
-        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-            rate = Fraction(0)
-        if not 0 < rate <= 1000:
-            raise InputError(
-                f"The rate of the {self.name} must be above 0 and at most 1000 frames per second, not {self.rate}."
-            )
-        object.__setattr__(self, "rate", rate)
+        object.__setattr__(self, "rate", _rate(f"The rate of the {self.name}", self.rate))
 
     def __str__(self) -> str:
         return self.name
@@ -70,7 +63,7 @@ class Request:
     """One generation.
 
     image, mask_image     the character and its colour mask: a path, an array uint8 [H, W, 3], or a PIL image
-    driving, mask_video   the motion and its colour mask: a path or a `Clip`
+    driving, mask_video   the motion and its colour mask: a path (of a video or a folder of images) or a `Clip`
     extra_refs            (image, mask) pairs in the order in which the model sees them
     mode                  `auto` reads it from the driving mask's background
     size                  (H, W) in pixels, taken as given; None: 512×896 turned to the orientation of the scene that is
@@ -79,7 +72,10 @@ class Request:
                           crop moves one window per clip onto the characters; pad shows the whole picture with margins;
                           auto takes the first of the three that keeps the characters. With official the default size
                           follows the reference in both modes
-    start, frames         first driving frame; how many, None to the end
+    fps                   frames per second (whole number, float, Fraction or text like "30000/1001") at which the
+                          driving clip is sampled: each frame is the one nearest in time. None: the clip's own rate. Of
+                          a folder of images it is the rate itself, 16 by default
+    start, frames         first driving frame and how many, None to the end; both count frames at the rate `fps`
     scheduler, steps, shift, guidance
                           how the noise is removed; guidance ≤ 1 runs one pass per step instead of two
     segment_length, segment_overlap
@@ -102,6 +98,7 @@ class Request:
     negative_prompt: str = ""
     size: tuple[int, int] | None = None
     fit: Fit = "auto"
+    fps: Fraction | None = None
     start: int = 0
     frames: int | None = None
     scheduler: str = "unipc"
@@ -158,6 +155,8 @@ class Request:
     def _check_kinds(self) -> None:
         """Inputs are paths, pictures or clips; numbers of other libraries become Python's."""
         for label, source in self.inputs.items():
+            if isinstance(source, Path):
+                refuse_url(label, source)
             if label.startswith("driving"):
                 fits, offered = isinstance(source, Path | Clip), "a path or a Clip(frames, rate)"
             else:
@@ -174,6 +173,8 @@ class Request:
             value = getattr(self, name)
             if value is not None or name != "frames":
                 object.__setattr__(self, name, _whole(name, value))
+        if self.fps is not None:
+            object.__setattr__(self, "fps", _rate("--fps", self.fps))
         for name in ("shift", "guidance"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         if self.size is not None:
@@ -216,9 +217,16 @@ def _as_path(source: Any) -> Any:
     return Path(source) if isinstance(source, str | os.PathLike) else source
 
 
-def _plain(number: Any) -> Any:
-    """A number of NumPy as one of Python."""
-    return number.item() if hasattr(number, "item") else number
+def _rate(name: str, given: Any) -> Fraction:
+    """Frames per second as a fraction. Raises InputError for what is no number above 0 and at most 1000."""
+    try:
+        plain = given.item() if hasattr(given, "item") else given  # NumPy's numbers
+        rate = Fraction(plain).limit_denominator(100_000)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise InputError(f"{name} must be above 0 and at most 1000 frames per second, not {given}.")
+    return rate
 
 
 def _whole(name: str, value: Any) -> int:
@@ -261,6 +269,8 @@ class Output:
     config: Path | None = None
 
     def __post_init__(self) -> None:
+        if url := url_of(self.path):
+            raise InputError(f"The output {url} is a URL: give a path on this machine.")
         path = Path(self.path)
         codec, crf = resolve_encoding(path, self.codec, self.crf)
         for name, value in {"path": path, "codec": codec, "crf": crf}.items():

@@ -1,56 +1,111 @@
-"""Many cases through one set of engines: `scail2-rt generate --batch FILE`.
+"""Many videos through one set of engines: `scail2-rt generate --batch FILE`, and `--seeds N,N,...`.
 
-Every case is checked before the engines load once for all of them. What is wrong with one case is reported, and the
+Every case is checked before the engines load once for all of them. A line or case that is wrong is reported, and the
 others run. With `--resume`, a complete result stays, an interrupted one is continued and what was not begun begins.
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.kernels.wording import counted
-from scail2_rt.runtime.core.case_folder import FILES, flags, read_batch
+from scail2_rt.runtime.core.case_folder import FILES, BatchLine, flags
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
+from scail2_rt.runtime.jobs.masks import MAKING, masks_of
 from scail2_rt.runtime.jobs.options import GenerateOptions
-from scail2_rt.runtime.jobs.run import Job, Outcome, check_job, fit_plan, open_session, run_plan, say_engines
+from scail2_rt.runtime.jobs.run import (
+    Job,
+    Outcome,
+    check_job,
+    fit_plan,
+    open_session,
+    run_plan,
+    say_engines,
+    say_notes,
+    single_job,
+    with_made_masks,
+)
 
 T = TypeVar("T")
 
 
 def batch_jobs(options: GenerateOptions) -> list[Job]:
-    """The jobs of `--batch FILE`, each writing `<case folder>.mp4` into the output folder; names are made unique."""
+    """The jobs of `--batch FILE`, a video each in the output folder, or of `--seeds`; which inputs were chosen is told
+    on stderr. A line that is wrong is a job with an error. Raises InputError for options that contradict `--batch`."""
+    if options.batch is None:
+        jobs = [replace(single_job(each), name=str(each.video)) for each in options.per_seed]
+        if not _makes_masks(jobs[0]):
+            say_notes(jobs[0])
+        return jobs
     others = [name for name in ("case", *FILES, "extra_refs", "prompt", "prompt_file") if getattr(options, name)]
     if others:
         raise InputError(f"--batch and {flags(others)} were both given: a batch file names its cases and prompts.")
-    folder = options.output
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"The output {folder} is a file, but --batch writes a video per case: give a folder with -o.")
-    assert options.batch is not None
-    jobs: list[Job] = []
-    taken: set[str] = set()
-    for line in read_batch(options.batch):
-        name = line.directory.resolve().name
-        unique = next(n for i in range(len(taken) + 1) if (n := f"{name}-{i + 1}" if i else name) not in taken)
-        taken.add(unique)
-        label = f"line {line.number}, {line.directory}"
+    if options.output.exists() and not options.output.is_dir():
+        raise InputError(
+            f"The output {options.output} is a file, but --batch writes a video per case: give a folder with -o."
+        )
+    jobs, taken = list[Job](), set[str]()
+    for line in options.lines:
+        label = f"line {line.number}"
         try:
-            request = options.folder_request(line.directory, prompt=line.prompt)
-            jobs.append(Job(label, request, options.output_to(folder / f"{unique}.mp4")))
+            if line.error is not None:
+                raise line.error
+            given = _line_options(line, options, taken)
+            if named := given.case or given.driving:
+                label += f", {named}"
+            each_seed = [replace(single_job(each), name=_with_seed(label, each)) for each in given.per_seed]
+            if set(MAKING) & set(line.options) and not _makes_masks(each_seed[0]):
+                masks_of(given)  # raises: those of the command are for the lines that need them
         except Scail2Error as error:
-            jobs.append(Job(label, None, None, error))
+            jobs.append(Job(label, None, None, None, error))
+            continue
+        if not _makes_masks(each_seed[0]):
+            say_notes(each_seed[0])
+        jobs += each_seed
     return jobs
 
 
+def _makes_masks(job: Job) -> bool:
+    return job.options is not None and job.options.makes_masks
+
+
+def _with_seed(label: str, options: GenerateOptions) -> str:
+    return f"{label}, seed {options.seed}" if options.seeds else label
+
+
+def _line_options(line: BatchLine, options: GenerateOptions, taken: set[str]) -> GenerateOptions:
+    """The options of a line, with those of the command for what it does not say. taken: names of outputs, to which its
+    own is added."""
+    given = dict(line.options)
+    if "seeds" in given:
+        given.setdefault("seed", 0)
+    elif "seed" in given:
+        given["seeds"] = ()
+    case, image, driving = (given.get(name) for name in ("case", "image", "driving"))
+    if "output" in given:
+        name = str(given["output"])
+        if name in taken:
+            raise InputError(f"The output {name} is that of an earlier line, too: give each line its own.")
+    else:
+        stem = Path(case).resolve().name if case else "-".join(Path(path).stem for path in (image, driving) if path)
+        stem = stem or f"line-{line.number}"
+        names = (f"{stem}-{count}.mp4" if count > 1 else f"{stem}.mp4" for count in range(1, len(taken) + 2))
+        name = next(name for name in names if name not in taken)
+    taken.add(name)
+    return replace(options, **{**given, "batch": None, "lines": (), "output": options.output / name})
+
+
 def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Outcome:
-    """All cases; `listener` makes one listener per case."""
+    """All cases; `listener` makes one listener per case. Without a batch file, what is wrong with the inputs raises."""
     jobs, results = batch_jobs(options), dict[str, Outcome | dict[str, Any]]()
 
     def attempt(job: Job, work: Callable[[], T]) -> T | None:
-        """What `work` returns; whatever is wrong with one case is reported, and the others run."""
+        """What `work` returns; what is wrong with one case is reported, and the others run."""
         try:
             return work()
         except Exception as error:
@@ -59,8 +114,19 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
             results[job.name] = {"case": job.name, "status": "failed", "error": reason}
             return None
 
-    checked = [(job, attempt(job, partial(check_job, job))) for job in jobs]
-    plans = [(job, plan) for job, plan in checked if plan is not None]
+    plans = list[tuple[Job, Plan]]()
+    for job in jobs:
+
+        def check(job: Job = job) -> tuple[Job, Plan] | Outcome:
+            asked = options.batch is None or _makes_masks(job)
+            ready = with_made_masks(job, listener()) if asked else job
+            return ready if isinstance(ready, Outcome) else (ready, check_job(ready))
+
+        found = check() if options.batch is None else attempt(job, check)
+        if isinstance(found, Outcome):
+            results[job.name] = found
+        elif found is not None:
+            plans.append(found)
     with open_session(options) if plans else nullcontext() as session:
         if session is not None:
             say_engines(session, options)
@@ -69,7 +135,8 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
 
             def work(job: Job = job, plan: Plan = plan) -> Outcome:
                 assert session is not None
-                return run_plan(fit_plan(plan, session, options), job, session, options, listener())
+                assert job.options is not None
+                return run_plan(fit_plan(plan, session, job.options), job, session, job.options, listener())
 
             if done := attempt(job, work):
                 results[job.name] = done
@@ -77,7 +144,7 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
 
 
 def gathered(jobs: Sequence[Job], results: Mapping[str, Outcome | dict[str, Any]]) -> Outcome:
-    """One report of all cases, in their order; `results` by name: what came of a case, or how it failed."""
+    """One report of all cases, in their order; `results` by name: the outcome of a case, or how it failed."""
     in_order, texts = list[dict[str, Any]](), list[str]()
     for job in jobs:
         result = results[job.name]
@@ -86,7 +153,7 @@ def gathered(jobs: Sequence[Job], results: Mapping[str, Outcome | dict[str, Any]
             texts.append(result.text)
         else:
             in_order.append(result)
-    lost = sum(result["status"] == "failed" for result in in_order)
-    cases = counted(len(in_order), "case")
-    texts.append(f"{len(in_order) - lost} of {cases} done" + (f", {lost} failed" if lost else ""))
-    return Outcome({"cases": in_order, "failed": lost}, "\n".join(texts), lost)
+    lost = [result["case"] for result in in_order if result.get("status") == "failed"]
+    failed = f", {len(lost)} failed: {'; '.join(lost)}" if lost else ""
+    texts.append(f"{len(in_order) - len(lost)} of {counted(len(in_order), 'case')} done{failed}")
+    return Outcome({"cases": in_order, "failed": len(lost)}, "\n".join(texts), len(lost))

@@ -8,18 +8,20 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.as_json import plain
-from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files
+from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files, refuse_url
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.masks.check import check_case
 from scail2_rt.runtime.masks.make.make import MaskPlan, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
+from scail2_rt.runtime.media.clips import own_span
 from scail2_rt.runtime.session.check import check_output
 from scail2_rt.runtime.session.output_lock import refuse_second
 
@@ -45,12 +47,17 @@ def mask_options(given: Mapping[str, Any]) -> MaskOptions:
 
 
 def _asked_of(options: GenerateOptions) -> MaskOptions:
-    return mask_options({name: getattr(options, name) for name in _ASKED})
+    given = {name: getattr(options, name) for name in _ASKED}
+    if options.driving is not None and options.fps is not None:  # masks are made of the clip's own frames
+        rate = Fraction(options.fps)
+        given["start"], given["frames"] = own_span(options.driving, rate, options.start, options.frames)
+    return mask_options(given)
 
 
 def _check_there(image: Path, driving: Path) -> None:
     for label, path in (("reference image", image), ("driving video", driving)):
-        if not path.is_file():
+        refuse_url(label, path)
+        if not path.exists():
             raise InputError(f"The {label} {path} does not exist.")
 
 
@@ -70,9 +77,9 @@ def masks_of(options: GenerateOptions) -> MaskPlan | None:
     assert options.driving is not None
     folder = masks_folder(options.output)
     _check_there(options.image, options.driving)
-    refuse_second(options.output)
+    refuse_second(options.video)
     request = options.request(options.image, folder / "ref_mask.png", options.driving, folder / "mask.mp4")
-    check_output(options.output_to(options.output), request)
+    check_output(options.to_video(), request)
     return plan_masks(options.image, options.driving, folder, _asked_of(options))
 
 
@@ -150,7 +157,8 @@ def _case_names(image: Path, driving: Path) -> tuple[str, str]:
     """The official names, with the files' own endings."""
     ending = image.suffix.lower()
     if f"ref{ending}" not in IMAGES:
-        raise InputError(f"{image} ends in {ending or 'nothing'}, and a case's image in .png, .jpg, .jpeg or .webp.")
+        known = ", ".join(name.removeprefix("ref") for name in IMAGES if name.startswith("ref."))
+        raise InputError(f"{image} ends in {ending or 'nothing'}, and a case's image in {known}: save it as one.")
     if driving.suffix.lower() not in VIDEO_ENDINGS:
         known = ", ".join(VIDEO_ENDINGS)
         raise InputError(f"{driving} ends in {driving.suffix or 'nothing'}, and a case's driving video in {known}.")

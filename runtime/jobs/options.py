@@ -1,15 +1,24 @@
-"""Everything that `scail2-rt generate` was given, as a typed record from the first line on.
+"""Everything that `scail2-rt generate` was given, as a typed record.
 
 The field names are those of the command's parameters, so that a search follows an option from the command line to the
 request, the output and the engines.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.case_folder import CaseInputs, read_case
+from scail2_rt.runtime.core.case_folder import (
+    BatchLine,
+    CaseFiles,
+    CaseInputs,
+    UnmaskedCase,
+    read_case,
+    read_text,
+    read_unmasked_case,
+)
 from scail2_rt.runtime.core.request import Mode, Output, Request
 from scail2_rt.runtime.core.window import Fit
 
@@ -29,7 +38,10 @@ PRESETS = {"quality": Preset("unipc", 40, 3.0, 5.0), "fast": Preset("euler", 6, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """The options of `generate`, by the names of its parameters."""
+    """The options of `generate`, by the names of its parameters.
+
+    lines   of the file `batch`, with their options by the same names
+    notes   sentences about inputs that were found rather than given"""
 
     engines: Path
     output: Path
@@ -37,6 +49,8 @@ class GenerateOptions:
     # inputs
     case: Path | None = None
     batch: Path | None = None
+    lines: tuple[BatchLine, ...] = ()
+    notes: tuple[str, ...] = ()
     image: Path | None = None
     mask_image: Path | None = None
     driving: Path | None = None
@@ -46,6 +60,7 @@ class GenerateOptions:
     fit: Fit = "auto"
     fit_reference: bool = False
     allow_mask_problems: bool = False
+    fps: Fraction | str | None = None
     start: int = 0
     frames: int | None = None
     prompt: str | None = None
@@ -79,6 +94,7 @@ class GenerateOptions:
     shift: float | None = None
     guidance: float | None = None
     seed: int = 0
+    seeds: tuple[int, ...] = ()
     noise_device: str = "cpu"
     segment_length: int = 81
     segment_overlap: int = 5
@@ -96,6 +112,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.max_rows < 1:
             raise InputError(f"--max-rows must be 1 or more, not {self.max_rows}.")
+        if self.seeds and self.seed not in (0, *self.seeds):
+            raise InputError("--seed and --seeds were both given: use one of them.")
 
     @property
     def inputs(self) -> CaseInputs:
@@ -104,9 +122,43 @@ class GenerateOptions:
 
     @property
     def makes_masks(self) -> bool:
-        """An image and a clip are given, and no masks."""
+        """Are an image and a clip given, and no masks?"""
         others = (self.case, self.batch, self.mask_image, self.mask_video)
         return self.image is not None and self.driving is not None and not any(others)
+
+    @property
+    def video(self) -> Path:
+        """The video to write: `output`, or with one of `seeds` `NAME-seedN.mp4`."""
+        output = self.output
+        return output.with_name(f"{output.stem}-seed{self.seed}{output.suffix}") if self.seeds else output
+
+    @property
+    def per_seed(self) -> "list[GenerateOptions]":
+        """The options of each of `seeds`, of which they have one; these options when there are none."""
+        return [replace(self, seed=seed, seeds=(seed,)) for seed in self.seeds] or [self]
+
+    def unfolded(self) -> "GenerateOptions":
+        """The options with the files of the case folder in place of the folder, and its prompt if none was given; notes
+        tell what was chosen. Raises InputError when files of it are missing; masks may be, if all of them are."""
+        if self.case is None:
+            return self
+        self.inputs.files("")
+        notes, found = list[str](), dict[str, Any]()
+        case: UnmaskedCase | CaseFiles | None = read_unmasked_case(self.case)
+        if case is None:
+            case = read_case(self.case, None if self.mode == "auto" else self.mode)
+            found = {"mask_image": case.mask_image, "mask_video": case.mask_video, "mode": case.mode}
+        else:
+            notes.append(f"{self.case} holds no masks: they are made first.")
+        if case.choices:
+            notes.append(f"{self.case} holds several files for one part; taken: {case.choices}.")
+        prompt = self.prompt
+        if prompt is None and self.prompt_file is None and case.prompt_file is not None:
+            prompt = read_text("prompt file", case.prompt_file)
+            notes.append(f"The prompt is that of {case.prompt_file}: {' '.join(prompt.split())[:60]!r}.")
+        return replace(
+            self, case=None, image=case.image, driving=case.driving, prompt=prompt, notes=tuple(notes), **found
+        )
 
     def request(self, image: Path, mask_image: Path, driving: Path, mask_video: Path, **changes: Any) -> Request:
         """The request for these files; `changes` are fields of `Request` that the batch file or the folder knows
@@ -119,6 +171,7 @@ class GenerateOptions:
             "negative_prompt": self.negative_prompt,
             "size": self.size,
             "fit": self.fit,
+            "fps": self.fps,
             "start": self.start,
             "frames": self.frames,
             "scheduler": preset.scheduler if self.scheduler is None else self.scheduler,
@@ -136,13 +189,9 @@ class GenerateOptions:
         }
         return Request(image, mask_image, driving, mask_video, **{**fields, **changes})
 
-    def folder_request(self, directory: Path, **changes: Any) -> Request:
-        """The request for a case folder. InputError when files of it are missing."""
-        files = read_case(directory, None if self.mode == "auto" else self.mode)
-        return self.request(files.image, files.mask_image, files.driving, files.mask_video, mode=files.mode, **changes)
-
-    def output_to(self, path: Path) -> Output:
-        return Output(path, self.codec, self.crf, self.overwrite, self.resume, self.metadata, self.config)
+    def to_video(self) -> Output:
+        """The video to write, with the options of its file."""
+        return Output(self.video, self.codec, self.crf, self.overwrite, self.resume, self.metadata, self.config)
 
     def read_prompt(self) -> str:
         """The prompt of `--prompt` or `--prompt-file`, else empty."""
@@ -150,7 +199,4 @@ class GenerateOptions:
             return self.prompt or ""
         if self.prompt is not None:
             raise InputError("--prompt and --prompt-file were both given: use one of them.")
-        try:
-            return self.prompt_file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"The prompt file {self.prompt_file} cannot be read ({error}).") from error
+        return read_text("prompt file", self.prompt_file)

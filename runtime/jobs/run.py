@@ -18,7 +18,7 @@ from scail2_rt.runtime.core.case_folder import FILES, flags
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Output, Request
-from scail2_rt.runtime.jobs.masks import masks_of, with_masks
+from scail2_rt.runtime.jobs.masks import masks_folder, masks_of, with_masks
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.session.check import check_output, check_request, check_room, fit_output
@@ -35,11 +35,12 @@ MANY_STEPS = 10  # from here on steps and guidance are those of a model that was
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request and its output, or the error that prevents it."""
+    """One piece of work: a request, its output and the options that they come from, or why there is none."""
 
     name: str
     request: Request | None
     output: Output | None
+    options: GenerateOptions | None = None
     error: Scail2Error | None = None
 
 
@@ -53,26 +54,43 @@ class Outcome:
 
 
 def single_job(options: GenerateOptions) -> Job:
-    """The job of `--case DIR`, or of the four files."""
+    """The job of `--case DIR`, of the four files, or of an image and a clip, whose masks are named and not there."""
+    name, options = options.case or options.driving, options.unfolded()
+    if options.makes_masks:
+        folder = masks_folder(options.output)
+        options_files = replace(options, mask_image=folder / "ref_mask.png", mask_video=folder / "mask.mp4")
+    else:
+        options_files = options
     instead = f"give --case DIR, --batch FILE, or all of {flags(FILES)}"
-    files = options.inputs.files(instead)
-    output, prompt = options.output_to(options.output), options.read_prompt()
-    if options.case is not None:
-        return Job(str(options.case), options.folder_request(options.case, prompt=prompt), output)
+    files = options_files.inputs.files(instead)
     if files is None:
         raise InputError(f"There is nothing to animate: {instead}.")
-    return Job(str(files.driving), options.request(*files, prompt=prompt), output)
+    request = options.request(*files, prompt=options.read_prompt())
+    return Job(str(name), request, options.to_video(), options)
+
+
+def with_made_masks(job: Job, listener: Listener) -> "Job | Outcome":
+    """The job with masks, which are made if it brings none; with `--dry-run`, what making them would take."""
+    assert job.options is not None
+    asked = masks_of(job.options)
+    if asked is None:
+        return job
+    say_notes(job)
+    if job.options.dry_run and asked.there is None:
+        later = "the rest of the estimate needs them: run without --dry-run, or make them with `scail2-rt masks make`"
+        return Outcome({"masks": {"text": asked.text, "frames": asked.frames}}, f"{asked.text}\n{later}")
+    return replace(single_job(with_masks(job.options, listener)), name=job.name)
 
 
 def check_job(job: Job) -> Plan:
-    """The plan of a job, without engines; InputError when it cannot work."""
+    """The plan of a job, without engines. Raises InputError when it cannot work."""
     if job.request is None or job.output is None:
         raise job.error or InputError(f"{job.name} holds no request.")
     refuse_second(job.output.path)
     check_output(job.output, job.request)
     plan = check_request(job.request)
     check_room(job.output, plan)
-    return plan
+    return replace(plan, notes=job.options.notes) if job.options is not None else plan
 
 
 @contextmanager
@@ -140,18 +158,23 @@ def preset_hint(request: Request, loras: "Sequence[LoRARecord]", preset: str) ->
 
 def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
     """One case, or its estimate."""
-    asked = masks_of(options)
-    if asked is not None and options.dry_run and asked.there is None:
-        later = "the rest of the estimate needs them: run without --dry-run, or make them with `scail2-rt masks make`"
-        return Outcome({"masks": {"text": asked.text, "frames": asked.frames}}, f"{asked.text}\n{later}")
-    if asked is not None:
-        options = with_masks(options, listener)
     job = single_job(options)
-    plan = check_job(job)
+    ready = with_made_masks(job, listener)
+    if isinstance(ready, Outcome):
+        return ready
+    plan, masks_given = check_job(ready), ready is job
     with open_session(options) as session:
         fitting = fit_plan(plan, session, options)
+        if masks_given:
+            say_notes(job)
         say_engines(session, options)
-        return run_plan(fitting, job, session, options, listener)
+        return run_plan(fitting, ready, session, options, listener)
+
+
+def say_notes(job: Job) -> None:
+    """Which inputs were chosen for the user, on stderr."""
+    for note in job.options.notes if job.options is not None else ():
+        print(f"note: {note}", file=sys.stderr)
 
 
 def say_engines(session: "Session", options: GenerateOptions) -> None:

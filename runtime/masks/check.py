@@ -23,8 +23,8 @@ from scail2_rt.runtime.masks.lint import (
 )
 from scail2_rt.runtime.masks.stats import image_stats, video_stats
 from scail2_rt.runtime.masks.windows import Pictures
+from scail2_rt.runtime.media.clips import probe
 from scail2_rt.runtime.media.images import is_image, load_image, load_mask_image
-from scail2_rt.runtime.media.video_reader import probe_video
 
 Pairs = Sequence[tuple[Path, Path]]
 
@@ -115,8 +115,8 @@ def check_case(
     findings: list[Finding] = []
     for (image, mask), image_size, pixels in zip(pairs, images, masks, strict=True):
         findings += image_pair(str(image), image_size, str(mask), pixels.shape[:2])
-    driving = probe_video(case.driving)
-    findings += video_pair(driving, probe_video(case.mask_video))
+    driving = probe(case.driving)
+    findings += video_pair(driving, probe(case.mask_video))
     pictures = Pictures(images, (driving.height, driving.width), fit, size)
     names = [str(mask) for _, mask in pairs]
     report = check_masks(masks, case.mask_video, mode, names=names, start=start, frames=frames, pictures=pictures)

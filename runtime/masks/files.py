@@ -8,7 +8,6 @@ when it is complete.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.containers import MP4_ENDINGS
 from scail2_rt.runtime.masks.palette import CLEAR_LABEL, PALETTE, codes
+from scail2_rt.runtime.media.images import images_in as _images
 from scail2_rt.runtime.media.images import is_image
 from scail2_rt.runtime.media.lossless import write_image, write_video
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
@@ -81,16 +81,6 @@ def frames_of(source: Source, load: Callable[[Path], np.ndarray]) -> Iterator[np
         with VideoReader(source.path) as reader:
             while len(frames := reader.read(_FRAMES_AT_ONCE)):
                 yield from frames
-
-
-def _images(folder: Path) -> list[Path]:
-    """By the numbers in their names: frame 2 comes before frame 10."""
-
-    def order(path: Path) -> list[tuple[int, str]]:
-        parts = re.split(r"(\d+)", path.name)
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-    return sorted((file for file in folder.iterdir() if is_image(file)), key=order)
 
 
 def check_output(output: Path, source: Source, overwrite: bool) -> None:

@@ -1,18 +1,21 @@
-"""Videos wherever they are: a file, or frames in memory, read in the same way.
+"""Videos wherever they are: a file, a folder of images, or frames in memory, read in the same way.
 
 `probe` tells what a video is and `open_video` reads its frames; both take a path or a `Clip`. Equal frames in a file
-and in memory give equal results. A clip whose frames can be read once only is written to a temporary file first
-(`rereadable`), in H.264 RGB at crf 0, which comes back to the bit.
+and in memory give equal results. A clip whose frames can be read only once is written to a temporary file first
+(`rereadable`), in H.264 RGB at crf 0, which is bit-identical when it is read. A clip is resampled by choosing frames:
+`nearest_frames` says which, and `open_video` reads only those.
 """
 
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import tempfile
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -21,12 +24,14 @@ import numpy as np
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.kernels.wording import counted
+from scail2_rt.runtime.core.case_folder import official_files
 from scail2_rt.runtime.core.request import Clip, ClipSource
-from scail2_rt.runtime.media.images import as_pixels
+from scail2_rt.runtime.media.images import as_pixels, images_in, load_image
 from scail2_rt.runtime.media.lossless import write_video
 from scail2_rt.runtime.media.video_reader import VideoInfo, VideoReader, probe_video
 
 HASHED_AT_ONCE = 8  # frames
+FOLDER_RATE = Fraction(16)  # frames per second of a folder of images, unless another rate is given: the model's own
 
 
 class FrameReader(Protocol):
@@ -39,6 +44,10 @@ class FrameReader(Protocol):
         """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
         ...
 
+    def skip(self, count: int) -> None:
+        """Pass over frames, at most to the end."""
+        ...
+
     def close(self) -> None: ...
 
     def __enter__(self) -> "FrameReader": ...
@@ -48,31 +57,151 @@ class FrameReader(Protocol):
     ) -> None: ...
 
 
-def open_video(source: ClipSource, start: int = 0) -> FrameReader:
-    """The frames of a file or of a clip from frame `start` on. InputError when it cannot be read or ends before."""
+def open_video(source: ClipSource, start: int = 0, chosen: Sequence[int] | None = None) -> FrameReader:
+    """The frames of a file, a folder of images or a clip. Raises InputError when it cannot be read or ends too early.
+
+    start    number of the first frame, counted in `chosen` if that is given
+    chosen   numbers of the frames to read, never falling (`nearest_frames`); None: all of them"""
+    if chosen is not None:
+        return _ChosenFrames(open_video(source, chosen[start]), chosen[start:])
+    source = _folder_as_clip(source)
     return ClipReader(source, start) if isinstance(source, Clip) else VideoReader(Path(source), start)
 
 
-def probe(source: ClipSource) -> VideoInfo:
-    """What reading a video from end to end shows. InputError for what is no usable video."""
+def probe(source: ClipSource, folder_rate: Fraction | None = None) -> VideoInfo:
+    """What a video is, by reading it to its end; `folder_rate` is the rate of a folder of images. Raises InputError for
+    what is no usable video."""
+    source = _folder_as_clip(source, folder_rate or FOLDER_RATE)
     return probe_clip(source) if isinstance(source, Clip) else probe_video(Path(source))
+
+
+def is_folder(source: ClipSource) -> bool:
+    """Is it a folder of images, whose frames have no times?"""
+    return not isinstance(source, Clip) and Path(source).is_dir()
+
+
+def _folder_as_clip(source: ClipSource, rate: Fraction = FOLDER_RATE) -> ClipSource:
+    if isinstance(source, Clip) or not is_folder(source):
+        return source
+    return Clip(_FolderFrames(Path(source)), rate, str(source))
+
+
+class _FolderFrames:
+    """The images of a folder in the order of the numbers in their names, transparent pixels black."""
+
+    def __init__(self, folder: Path) -> None:
+        if any(path.stem.lower() in ("driving", "rendered_v2") for path in official_files(folder)):
+            raise InputError(f"{folder} is a case folder: give it with --case, or one of its videos.")
+        self._files = images_in(folder)
+        if not self._files:
+            raise InputError(f"The folder {folder} holds no image: give a video, or a folder of frames.")
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        shape: tuple[int, ...] | None = None
+        for file in self._files:
+            pixels = load_image(file, background=(0, 0, 0))
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                raise InputError(
+                    f"{file} is {pixels.shape[0]}x{pixels.shape[1]}, but {self._files[0].name} is "
+                    f"{shape[0]}x{shape[1]} (height x width): make all images of the folder one size."
+                )
+            yield pixels
+
+
+def nearest_frames(video: VideoInfo, rate: Fraction) -> tuple[int, ...]:
+    """For each frame of the video at another rate, the number of its own frame that is nearest in time.
+
+    Output frame k is at k / rate seconds. It exists if the video lasts that long, where a last frame lasts 1 / its
+    rate. Of two frames that are equally near, the earlier one is taken. Times are exact fractions."""
+    times = video.timestamps or [number / video.frame_rate for number in range(video.frames)]
+    lasts_s = times[-1] + 1 / video.frame_rate
+    chosen, number = list[int](), 0
+    for k in range(math.ceil(lasts_s * rate)):
+        time = k / rate
+        while number + 1 < len(times) and times[number + 1] - time < time - times[number]:
+            number += 1
+        chosen.append(number)
+    return tuple(chosen)
+
+
+def own_span(source: ClipSource, rate: Fraction | None, start: int, frames: int | None) -> tuple[int, int | None]:
+    """`start` and `frames`, counted at another rate, in the video's own frames. Of a folder of images, whose rate is
+    the one that is given, and without a rate they are unchanged. Raises InputError if `start` is beyond the end."""
+    if rate is None or is_folder(source):
+        return start, frames
+    chosen = nearest_frames(probe(source), rate)
+    check_start(start, len(chosen), rate)
+    chosen = chosen[start:][:frames]
+    return chosen[0], chosen[-1] - chosen[0] + 1
+
+
+def check_start(start: int, total: int, rate: Fraction | None) -> None:
+    """Raise InputError if a driving clip of `total` frames, counted at `rate` if given, has no frame `start`."""
+    if start >= total:
+        at = "" if rate is None else f" at {float(rate):.6g} fps"
+        raise InputError(
+            f"--start {start} is beyond the end of the driving video, whose frames are 0 to {total - 1}{at}: start "
+            "earlier."
+        )
+
+
+class _ChosenFrames:
+    """Frames of another reader by their numbers: some are passed over, others come several times."""
+
+    def __init__(self, reader: FrameReader, chosen: Sequence[int]) -> None:
+        self.name, self.position = reader.name, 0
+        self._reader, self._chosen = reader, iter(chosen)
+        self._frame = np.empty((0, 0, 0, 3), np.uint8)  # the last one that was read
+
+    def read(self, count: int) -> np.ndarray:
+        """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
+        frames = list[np.ndarray]()
+        for number in itertools.islice(self._chosen, count):
+            if number >= self._reader.position:
+                self._reader.skip(number - self._reader.position)
+                self._frame = self._reader.read(1)
+                if not len(self._frame):
+                    break
+            frames.append(self._frame)
+        self.position += len(frames)
+        return np.concatenate(frames) if frames else self._frame[:0]
+
+    def skip(self, count: int) -> None:
+        """Pass over frames, at most to the end."""
+        self.position += sum(1 for _ in itertools.islice(self._chosen, count))
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __enter__(self) -> "_ChosenFrames":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class ClipReader:
     """Frames of a clip in memory. Of what can be sliced only the slices that are read are made."""
 
     def __init__(self, clip: Clip, start: int = 0) -> None:
-        self.name, self.position = clip.name, start
+        self.name, self.position = clip.name, 0
         frames: Any = clip.frames
         self._slices = frames if sliceable(frames) else None
         self._frames = _checked_frames(clip)
+        self.skip(start)
+        if self.position < start:
+            raise InputError(
+                f"{self.name} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: start "
+                "earlier."
+            )
+
+    def skip(self, count: int) -> None:
+        """Pass over frames, at most to the end."""
         if self._slices is None:
-            skipped = sum(1 for _ in itertools.islice(self._frames, start))
+            self.position += sum(1 for _ in itertools.islice(self._frames, count))
         else:
-            skipped = min(start, len(self._slices))
-        if skipped < start:
-            has = counted(skipped, "frame")
-            raise InputError(f"{self.name} has {has}, so it cannot start at frame {start}: start earlier.")
+            self.position = min(self.position + count, len(self._slices))
 
     def read(self, count: int) -> np.ndarray:
         """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
@@ -114,7 +243,7 @@ def _checked_frames(clip: Clip) -> Generator[np.ndarray, None, None]:
 
 
 def probe_clip(clip: Clip) -> VideoInfo:
-    """What a clip in memory is; every frame is looked at. InputError when it holds none, or a wrong one."""
+    """What a clip in memory is; every frame is looked at. Raises InputError if it holds none or a wrong one."""
     frames: Any = clip.frames
     if isinstance(frames, np.ndarray) and frames.ndim != 4:
         raise InputError(
@@ -178,8 +307,10 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def clip_hash(clip: Clip) -> str:
-    """SHA-256 of rate, size and frames."""
+def clip_hash(clip: ClipSource) -> str:
+    """SHA-256 of rate, size and frames of a clip, or of a folder of images."""
+    clip = _folder_as_clip(clip)
+    assert isinstance(clip, Clip)
     digest = hashlib.sha256(str(clip.rate).encode())
     with ClipReader(clip) as reader:
         while len(frames := reader.read(HASHED_AT_ONCE)):

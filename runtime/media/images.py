@@ -1,7 +1,11 @@
-"""Reading images, with Pillow, as a viewer shows them: RGB 8-bit, upright, without transparency."""
+"""Reading images, with Pillow, as a viewer shows them: RGB 8-bit, upright, without transparency.
+
+HEIC needs the package `pillow-heif` (extra `heic`); AVIF is read by Pillow.
+"""
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.case_folder import refuse_url
 from scail2_rt.runtime.core.request import ImageSource
 from scail2_rt.runtime.media.animated_webp import is_animated_webp
 
 if TYPE_CHECKING:
     import PIL.Image
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # of an ISO media file's first box
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 
 
 def load_image(source: ImageSource, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
@@ -61,6 +67,17 @@ def is_image(path: Path) -> bool:
     return ending in _ENDINGS and not (ending == ".webp" and path.is_file() and is_animated_webp(path))
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder by the numbers in their names (frame 2 before frame 10), hidden files left out."""
+
+    def order(path: Path) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", path.name)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+    shown = (file for file in folder.iterdir() if not file.name.startswith("."))  # "._1.png" is not the image 1.png
+    return sorted((file for file in shown if is_image(file) and file.is_file()), key=order)
+
+
 @contextmanager
 def _opened(source: Path | str | PIL.Image.Image) -> Iterator[Any]:
     """The Pillow image, turned as its EXIF data say."""
@@ -71,6 +88,8 @@ def _opened(source: Path | str | PIL.Image.Image) -> Iterator[Any]:
         return
     path = Path(source)
     check_file(path)
+    if _is_heic(path):
+        _register_heic(path)
     try:
         with Image.open(path) as opened:
             yield ImageOps.exif_transpose(opened)
@@ -78,6 +97,24 @@ def _opened(source: Path | str | PIL.Image.Image) -> Iterator[Any]:
         raise InputError(f"{path} is not an image that can be read: give a PNG, JPEG or WebP file.") from error
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is a damaged or unusable image ({error}): save it again as PNG or JPEG.") from error
+
+
+def _is_heic(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in _HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    """Let Pillow read HEIC. Raises InputError with the command that installs what it needs."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise InputError(
+            f"{path} is a HEIC image, which needs the package pillow-heif: pip install 'scail2-rt[heic]', or save the "
+            "image as PNG or JPEG."
+        ) from error
+    register_heif_opener()
 
 
 def as_pixels(picture: Any, name: str) -> np.ndarray:
@@ -110,6 +147,7 @@ def _grey_to_rgb(levels: np.ndarray) -> np.ndarray:
 
 def check_file(path: Path) -> None:
     """Raises `InputError` for what is no readable file with content."""
+    refuse_url("file", path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give a file.")
     if not path.exists():

@@ -64,7 +64,7 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Decodes the whole file without converting pixels. Raises `InputError` for a file that holds no usable video."""
+    """Decode all of the file without converting pixels. Raises `InputError` for a file that holds no usable video."""
     with _open(path) as (container, stream):
         pts: list[int | None] = []
         size, hdr, interlaced, damaged = (0, 0), False, False, []
@@ -164,18 +164,21 @@ class VideoReader:
         self._first_pts: int | None = None
         self._size: tuple[int, int] | None = None
         try:
-            self._skip(start)
+            self.skip(start)
+            if self.position < start:
+                raise InputError(
+                    f"{self.path} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: "
+                    "start earlier."
+                )
         except InputError:
             self.close()
             raise
 
-    def _skip(self, count: int) -> None:
+    def skip(self, count: int) -> None:
+        """Pass over frames without converting their pixels, at most to the end."""
         for _ in range(count):
             if self._next() is None:
-                raise InputError(
-                    f"{self.path} has {counted(self.position, 'frame')}, so it cannot start at frame {count}: start "
-                    "earlier."
-                )
+                return
 
     def _next(self) -> av.VideoFrame | None:
         frame = next(self._frames, None)

@@ -7,7 +7,7 @@ repeating its last frame.
 
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +42,17 @@ class DrivingClip:
 def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
     """`read_clips`. Where both sources are files, a thread begins to read the first segment at once, and each further
     one while the one before is used; a caller's own frames are asked for in the caller's thread."""
-    clips = read_clips(plan, first)
-    if not all(isinstance(source, Path) for source in (plan.request.driving, plan.request.mask_video)):
-        yield clips
-        clips.close()
-        return
+    files = all(isinstance(source, Path) for source in (plan.request.driving, plan.request.mask_video))
+    with closing(read_clips(plan, first)) as clips:
+        if not files:
+            yield clips
+            return
+        with _read_ahead(clips) as ahead:
+            yield ahead
+
+
+@contextmanager
+def _read_ahead(clips: Iterator[DrivingClip]) -> Iterator[Iterator[DrivingClip]]:
     with ThreadPoolExecutor(1, thread_name_prefix="read") as thread:
 
         def read() -> DrivingClip | None:
@@ -64,7 +70,6 @@ def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
             yield ahead()
         finally:
             coming.cancel()
-    clips.close()
 
 
 def read_clips(plan: Plan, first: int = 0) -> Generator[DrivingClip, None, None]:
@@ -72,8 +77,9 @@ def read_clips(plan: Plan, first: int = 0) -> Generator[DrivingClip, None, None]
     segments = plan.segments[first:]
     if not segments:
         return
-    start = plan.request.start + segments[0].start
-    with open_video(plan.request.driving, start) as driving, open_video(plan.request.mask_video, start) as masks:
+    start = segments[0].start + (plan.request.start if plan.chosen is None else 0)
+    sources = plan.request.driving, plan.request.mask_video
+    with open_video(sources[0], start, plan.chosen) as driving, open_video(sources[1], start, plan.chosen) as masks:
         tails: list[Tensor | None] = [None, None]
         read_to = segments[0].start
         for segment in segments:

@@ -55,7 +55,8 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
     seconds, extra = options.pop("seconds", None), options.pop("extra_refs", 0)
     masking = options.pop("masking", None)
     if seconds is not None and options.get("frames") is None:
-        options["frames"] = _frames_of(folder / "video_reference", Fraction(seconds), options.get("start", 0))
+        rate = Fraction(options["fps"]) if "fps" in options else None
+        options["frames"] = _frames_of(folder / "video_reference", Fraction(seconds), options.get("start", 0), rate)
     if masking is not None:
         return _limited(made_masks.look(folder, options, masking), limits) | {"asked_frames": options.get("frames")}
     plan = check_request(request_of(options, folder, extra))
@@ -113,12 +114,13 @@ def limit_sizes(folder: Path, limits: dict[str, Any]) -> None:
             raise TooMuch(f"{path.name} has {width}x{height} pixels, more than the {limits['pixels']} that are read.")
 
 
-def _frames_of(path: Path, seconds: Fraction, start: int) -> int:
-    """How many frames of a clip make so many seconds, at most what it has."""
-    from scail2_rt.runtime.media.clips import probe
+def _frames_of(path: Path, seconds: Fraction, start: int, rate: Fraction | None) -> int:
+    """How many frames of a clip, at its own rate or another one, make so many seconds; at most what it has."""
+    from scail2_rt.runtime.media.clips import nearest_frames, probe
 
     info = probe(path)
-    return max(1, min(round(seconds * info.frame_rate), info.frames - start))
+    total = info.frames if rate is None else len(nearest_frames(info, rate))
+    return max(1, min(round(seconds * (rate or info.frame_rate)), total - start))
 
 
 def answer_of(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:

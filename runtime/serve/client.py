@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
-from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.containers import MP4_ENDINGS
 from scail2_rt.runtime.core.progress import Listener, Progress
+from scail2_rt.runtime.jobs.batch import batch_jobs, gathered
 from scail2_rt.runtime.jobs.options import GenerateOptions
-from scail2_rt.runtime.jobs.run import Job, Outcome, single_job, summary
+from scail2_rt.runtime.jobs.run import Job, Outcome, say_notes, single_job, summary
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.fields import MASKING, REFERENCES
 from scail2_rt.runtime.serve.wire import Wire
@@ -76,46 +76,22 @@ def run_remote(options: GenerateOptions, server: str, listener: Listener) -> Out
     wire = Wire(server, os.environ.get(KEY))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if options.batch is None:
-        fetched = _generate(wire, _single(options), options, listener)
-        return Outcome(_document(fetched), summary(cast(Any, fetched)))
+    if options.batch is None and not options.seeds:
+        job = single_job(options)
+        say_notes(job)
+        return _generate(wire, job, listener)
     return _run_batch(wire, options, listener)
 
 
-def _single(options: GenerateOptions) -> Job:
-    """The job of the options; without masks, the service makes them, and they come to where a local run keeps them."""
-    if not options.makes_masks:
-        return single_job(options)
-    assert options.image is not None
-    assert options.driving is not None
-    folder = options.output.with_name(f"{options.output.stem}.masks")
-    files = (options.image, folder / "ref_mask.png", options.driving, folder / MASK_VIDEOS["animate"])
-    return Job(
-        str(options.driving), options.request(*files, prompt=options.read_prompt()), options.output_to(options.output)
-    )
-
-
 def _run_batch(wire: Wire, options: GenerateOptions, listener: Listener) -> Outcome:
-    from scail2_rt.runtime.jobs.batch import batch_jobs
-
-    results, texts = list[dict[str, Any]](), list[str]()
-    for job in batch_jobs(options):
+    jobs, results = batch_jobs(options), dict[str, Outcome | dict[str, Any]]()
+    for job in jobs:
         try:
-            fetched = _generate(wire, job, options, listener)
+            results[job.name] = _generate(wire, job, listener)
         except Scail2Error as error:
             print(f"error: {job.name}: {error}", file=sys.stderr)
-            results.append({"case": job.name, "status": "failed", "error": str(error)})
-        else:
-            results.append({"case": job.name, **_document(fetched)})
-            texts.append(summary(cast(Any, fetched)))
-    lost = sum(result["status"] == "failed" for result in results)
-    cases = counted(len(results), "case")
-    texts.append(f"{len(results) - lost} of {cases} done" + (f", {lost} failed" if lost else ""))
-    return Outcome({"cases": results, "failed": lost}, "\n".join(texts), lost)
-
-
-def _document(fetched: Fetched) -> dict[str, Any]:
-    return {**fetched.report, "report": fetched.report_path and str(fetched.report_path)}
+            results[job.name] = {"case": job.name, "status": "failed", "error": str(error)}
+    return gathered(jobs, results)
 
 
 def _refuse_local(options: GenerateOptions) -> None:
@@ -131,25 +107,30 @@ def _refuse_local(options: GenerateOptions) -> None:
         raise InputError(f"{flag} {why}: leave it or --server out.")
 
 
-def _generate(wire: Wire, job: Job, options: GenerateOptions, listener: Listener) -> Fetched:
-    if job.request is None or job.output is None:
+def _generate(wire: Wire, job: Job, listener: Listener) -> Outcome:
+    """The outcome of one job; masks that the service makes come to where a local run keeps them."""
+    options = job.options
+    if job.request is None or job.output is None or options is None:
         raise job.error or InputError(f"{job.name} holds no request.")
     if job.output.path.suffix.lower() not in MP4_ENDINGS:
         raise InputError(
             f"The service makes mp4 videos: end the output {job.output.path} in .mp4, or leave --server out."
         )
+    _refuse_local(options)
     refuse_second(job.output.path)
     check_output(job.output, job.request)
     files = _files_of(job, options.makes_masks)
     try:
         with sole_writer(job.output.path, lambda note: print(f"warning: {note}", file=sys.stderr)):
-            return _through(wire, job, options, files, listener)
+            fetched = _through(wire, job, options, files, listener)
     except Scail2Error as error:
         raise type(error)(_own_names(str(error), files)) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
         raise Scail2Error(f"The service at {wire.url} cannot be reached ({error}): is it running?") from error
+    document = {**fetched.report, "report": fetched.report_path and str(fetched.report_path)}
+    return Outcome(document, summary(cast(Any, fetched)))
 
 
 def _files_of(job: Job, made: bool) -> dict[str, Path]:
@@ -203,6 +184,8 @@ def _post(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str, Pa
     if options.makes_masks:
         body |= {name: value for name in MASKING if (value := getattr(options, name))}
     body |= {"prompt": request.prompt, "mode": request.mode}
+    if request.fps is not None:
+        body["fps"] = str(request.fps)
     if request.size is not None:
         body["size"] = f"{request.size[1]}x{request.size[0]}"
     for name, path in files.items():
@@ -298,6 +281,7 @@ def _fetch(wire: Wire, video_id: str, job: Job, files: Mapping[str, Path]) -> Fe
     if made_masks.INPUTS[0] not in files:
         files = {**files, **_fetch_masks(wire, content, output, report["mode"])}
     _localise(report, output, files)
+    report["notes"] = list(job.options.notes) if job.options is not None else []
     report |= {"server": wire.url, "video_id": video_id}
     write_report(report_path(output), report)
     return Fetched(

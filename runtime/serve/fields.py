@@ -27,9 +27,10 @@ REFERENCES = {
 }
 WHOLE = ("start", "frames", "steps", "seed", "segment_length", "segment_overlap", "overlap_blend", "crf")
 NUMBERS = ("shift", "guidance")
+RATES = ("fps",)
 FLAGS = ("fit_reference", "allow_mask_problems", "metadata")
 TEXTS = (*("prompt", "negative_prompt", "mode", "fit", "preset", "scheduler", "anchor_color", "noise_device", "codec"),)
-OPTIONS = (*WHOLE, *NUMBERS, *FLAGS, *TEXTS)
+OPTIONS = (*WHOLE, *NUMBERS, *RATES, *FLAGS, *TEXTS)
 MASKING = ("mask_prompt", "max_characters", "sort", "points", "boxes", "pairs", "one_to_many")
 OPERATORS = (
     *("output", "overwrite", "resume", "case", "batch", "prompt_file", "engines", "backend", "attention", "max_rows"),
@@ -136,6 +137,8 @@ def _typed(name: str, value: Any) -> Any:
         return _whole(name, value)
     if name in NUMBERS:
         return _number(name, value)
+    if name in RATES:
+        return _rate(name, value)
     if name in FLAGS:
         return _flag(name, value)
     if not isinstance(value, str):
@@ -175,6 +178,13 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise wrong(f"--{name.replace('_', '-')} must be a number, not {str(value)[:80]!r}.", name) from None
+
+
+def _rate(name: str, value: Any) -> str:
+    """Frames per second as text that a fraction can be made of."""
+    if isinstance(value, bool) or not re.fullmatch(r"\d{1,4}(\.\d{1,6}|/\d{1,6})?|\d{5,6}/\d{1,6}", str(value).strip()):
+        raise wrong(f"--{name} must be a number such as 16, 23.976 or 30000/1001, not {str(value)[:80]!r}.", name)
+    return str(value).strip()
 
 
 def _flag(name: str, value: Any) -> bool:

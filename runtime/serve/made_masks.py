@@ -6,6 +6,7 @@ under the names that inputs have. What can be said without a network is said by 
 
 import os
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -40,20 +41,25 @@ def look(folder: Path, options: Mapping[str, Any], masking: Mapping[str, Any]) -
     from scail2_rt.runtime.core.geometry import oriented, plan_segments
     from scail2_rt.runtime.core.request import DEFAULT_SIZE
     from scail2_rt.runtime.masks.make.make import plan_masks
+    from scail2_rt.runtime.media.clips import nearest_frames
     from scail2_rt.runtime.media.images import load_image
 
-    asked = mask_options(masking, options)
     image, clip = folder / "input_reference", folder / "video_reference"
+    rate = _rate(options)
+    asked = mask_options(masking, _own_frames(options, clip))
     plan = plan_masks(image, clip, folder / FOLDER, asked)
     scene = load_image(image).shape[:2] if asked.mode != "replace" else (plan.video.height, plan.video.width)
     height, width = options.get("size") or oriented(DEFAULT_SIZE, *scene)
     given = [options.get("segment_length", 81), options.get("segment_overlap", 5)]
+    frames = plan.frames
+    if rate is not None:
+        frames = len(nearest_frames(plan.video, rate)[options.get("start", 0) :][: options.get("frames")])
     return {
-        "frames": plan.frames,
+        "frames": frames,
         "height": height,
         "width": width,
-        "frame_rate": str(plan.video.frame_rate),
-        "segments": len(plan_segments(plan.frames, *given)),
+        "frame_rate": str(rate or plan.video.frame_rate),
+        "segments": len(plan_segments(frames, *given)),
         "mode": "animate" if asked.mode == "auto" else asked.mode,
         "warnings": list(plan.video.warnings),
         "framing": "",
@@ -65,13 +71,25 @@ def make(session: "Session", job: Mapping[str, Any], folder: Path, heard: Listen
     from scail2_rt.runtime.masks.make.make import make_masks
 
     _make_room(session)
-    asked = mask_options(job["masking"], job["options"])
     image, clip = folder / "input_reference", folder / "video_reference"
+    asked = mask_options(job["masking"], _own_frames(job["options"], clip))
     masks = make_masks(image, clip, folder / FOLDER, asked, on_progress=heard, cancel=cancel)
     for made, name in zip((masks.mask_image, masks.mask_video), INPUTS, strict=True):
         (folder / name).unlink(missing_ok=True)
         os.link(made, folder / name)
     return masks
+
+
+def _rate(options: Mapping[str, Any]) -> Fraction | None:
+    return Fraction(options["fps"]) if options.get("fps") is not None else None
+
+
+def _own_frames(options: Mapping[str, Any], clip: Path) -> dict[str, Any]:
+    """Options whose `start` and `frames` count the clip's own frames, as masks are made of these."""
+    from scail2_rt.runtime.media.clips import own_span
+
+    start, frames = own_span(clip, _rate(options), options.get("start", 0), options.get("frames"))
+    return {**options, "start": start, "frames": frames}
 
 
 def _make_room(session: "Session") -> None:

@@ -30,23 +30,33 @@ def check_request(request: Request) -> Plan:
     """The plan of a request. Raises InputError with one sentence for the first thing that is wrong."""
     from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
     from scail2_rt.runtime.masks.windows import Pictures
-    from scail2_rt.runtime.media.clips import probe
+    from scail2_rt.runtime.media.clips import is_folder, nearest_frames, probe
 
     _check_files(request)
     images, masks, findings = _load_references(request)
     request = _prepared(request)
-    driving, mask_video = probe(request.driving), probe(request.mask_video)
+    driving, mask_video = probe(request.driving, request.fps), probe(request.mask_video)
+    if is_folder(request.driving) or is_folder(request.mask_video):  # images have no rate that could differ
+        mask_video = replace(mask_video, frame_rate=driving.frame_rate)
     findings += video_pair(driving, mask_video)
     refuse(findings, request.allow_mask_problems)
-    frames = _trimmed(request, min(driving.frames, mask_video.frames))
+    total, chosen = min(driving.frames, mask_video.frames), None
+    if request.fps is not None and not is_folder(request.driving):
+        chosen = tuple(number for number in nearest_frames(driving, request.fps) if number < total)
+        driving, total = replace(driving, frame_rate=request.fps, timestamps=None), len(chosen)
+    frames = _trimmed(request, total)
+    checked = range(request.start, request.start + frames)  # of the mask video's frames
+    if chosen is not None:
+        chosen = chosen[request.start : request.start + frames]
+        checked = range(chosen[0], chosen[-1] + 1)
     segments = plan_segments(frames, request.segment_length, request.segment_overlap)
     report = check_masks(
         masks,
         request.mask_video,
         request.mode,
         names=[mask for _, mask in _names(request)],
-        start=request.start,
-        frames=frames,
+        start=checked.start,
+        frames=len(checked),
         pictures=Pictures(
             [image.shape[:2] for image in images], (driving.height, driving.width), request.fit, request.size
         ),
@@ -76,6 +86,7 @@ def check_request(request: Request) -> Plan:
         masks=tuple(findings),
         framing=report.framing,
         fit=fit,
+        chosen=chosen,
     )
 
 
@@ -85,7 +96,7 @@ def _check_files(request: Request) -> None:
             continue
         if not path.exists():
             raise InputError(f"The {label} {path} does not exist.")
-        if not path.is_file():
+        if not path.is_file() and not (label.startswith("driving") and path.is_dir()):
             raise InputError(f"The {label} {path} is not a file.")
         if path.stat().st_size == 0:
             raise InputError(f"The {label} {path} is empty (0 bytes): copy it again.")
@@ -154,15 +165,15 @@ def _fitted(
 
 def _trimmed(request: Request, total: int) -> int:
     """Frames of the output."""
-    if request.start >= total:
-        raise InputError(
-            f"--start {request.start} is beyond the end of the driving video, whose frames are 0 to {total - 1}."
-        )
+    from scail2_rt.runtime.media.clips import check_start
+
+    check_start(request.start, total, request.fps)
     left = total - request.start
     if request.frames is not None and request.frames > left:
         raise InputError(
             f"--frames {request.frames} is more than the {counted(left, 'frame')} that the driving video has from "
-            f"frame {request.start} on: leave --frames out to go to the end."
+            f"frame {request.start} on{'' if request.fps is None else ' at --fps'}: leave --frames out to go to the "
+            "end."
         )
     return request.frames or left
 

@@ -79,11 +79,11 @@ def describe_inputs(request: Request) -> dict[str, dict[str, str | None]]:
 
 
 def _described(source: "ImageSource | ClipSource") -> dict[str, str | None]:
-    from scail2_rt.runtime.media.clips import clip_hash
+    from scail2_rt.runtime.media.clips import clip_hash, is_folder
     from scail2_rt.runtime.media.images import load_image
 
     if isinstance(source, Path):
-        return {"path": str(source), "sha256": file_hash(source)}
+        return {"path": str(source), "sha256": clip_hash(source) if is_folder(source) else file_hash(source)}
     if isinstance(source, Clip):
         return {"path": None, "sha256": clip_hash(source)}
     pixels = load_image(source, background=(0, 0, 0))
@@ -94,7 +94,7 @@ def _option(value: Any) -> Any:
     """An option as JSON can hold it; what is in memory by its kind."""
     if isinstance(value, tuple):
         return [_option(item) for item in value]
-    if isinstance(value, Path | str | int | float | Fraction) or value is None:
+    if isinstance(value, Path | Fraction | str | int | float) or value is None:
         return plain(value)
     return f"{type(value).__name__} in memory"
 
@@ -208,6 +208,7 @@ def describe_plan(plan: Plan, output: Output) -> dict[str, Any]:
         "width": plan.width,
         "frame_rate": str(plan.frame_rate),
         "frames": plan.frames,
+        "notes": list(plan.notes),
         "segments": plain(plan.segments),
         "tokens": plan.layout.tokens,
         "inputs": describe_inputs(request),

@@ -69,8 +69,8 @@ SEVEN = (RED, GREEN, (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), O
 
 BAD = [
     Bad("no reference image", ("ref.jpg", "lacks the reference image"), remove("ref.png")),
-    Bad("no driving video", ("lacks the driving video",), remove("rendered_v2.mp4")),
-    Bad("no mask video", ("lacks the driving mask video",), remove("rendered_mask_v2.mp4")),
+    Bad("no driving video", ("lacks the driving clip",), remove("rendered_v2.mp4")),
+    Bad("no mask video", ("lacks the mask video",), remove("rendered_mask_v2.mp4")),
     Bad("empty image", ("ref.png", "empty"), cut("ref.png", 0)),
     Bad("empty video", ("rendered_v2.mp4", "empty"), cut("rendered_v2.mp4", 0)),
     Bad("truncated image", ("ref.png", "damaged"), cut("ref.png", 200)),
@@ -255,7 +255,9 @@ def test_batch_files_that_cannot_work(scail2: Run, engines: Path, case: Path, tm
     words = ("generate", engines, "--batch", batch, "-o", tmp_path / "out")
     assert "cannot be read" in error_of(scail2(*words))
     batch.write_text("a prompt without a folder\n")
-    assert "Line 1" in error_of(scail2(*words))
+    wrong = scail2(*words)
+    assert wrong.returncode == 1
+    assert "error: line 1: 'a prompt without a folder' is neither" in wrong.stderr
     batch.write_text(f"a prompt@@{case}\n")
     assert "--batch and --prompt" in error_of(scail2(*words, "--prompt", "b"))
     (tmp_path / "out").write_text("")

@@ -41,7 +41,8 @@ def alone(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest.TempP
 def test_a_batch_is_what_one_machine_makes(
     cluster: "Cluster", installed: Run, alone: dict[str, bytes], engines: Path, case: Path, tmp_path: Path
 ) -> None:
-    lines = [f"a man walks@@{case}", f"a man walks@@{case}", f"x@@{tmp_path / 'none'}"]
+    options = {"case": str(case), "prompt": "a man walks", "steps": 2}
+    lines = [f"a man walks@@{case}", json.dumps(options), f"x@@{tmp_path / 'none'}"]
     (tmp_path / "b.txt").write_text("\n".join(lines) + "\n")
     words = [
         "generate",

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 
 from scail2_rt.runtime.media.lossless import write_video
-from tests.support.command import SMALL, Run, one_json, read_video, signal_at
+from scail2_rt.runtime.media.video_reader import VideoReader
+from tests.support.command import SMALL, Run, error_of, one_json, read_video, sabotage, signal_at
+from tests.support.tiny_segmenters import write_sam2
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
@@ -135,30 +138,172 @@ def test_dry_run_after_a_run_uses_its_speed(scail2: Run, engines: Path, case: Pa
     assert after["seconds"]["denoise"] == pytest.approx(run["timings_s"]["denoise"], rel=0.01)
 
 
-def test_batch_runs_the_good_cases_and_reports_the_bad_one(
+def test_batch_runs_the_good_lines_and_names_the_bad_ones(
     scail2: Run, engines: Path, replace_case: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "more").mkdir()
-    shutil.copytree(replace_case, tmp_path / "more" / replace_case.name)
-    lines = [f"first@@{replace_case}", "# a comment", "None@@missing", f"second@@more/{replace_case.name}"]
-    (tmp_path / "batch.txt").write_text("\n".join(lines))
+    name = replace_case.name
+    shutil.copytree(replace_case, tmp_path / "more" / name)
+    changed = {"case": f"more/{name}", "prompt": "second", "frames": 5, "fps": "8", "seeds": [3, 4], "crf": 20}
+    lines = [
+        f"first@@{replace_case}",
+        "# a comment",
+        "None@@missing",
+        json.dumps(changed),
+        "a prompt alone",
+        json.dumps({"case": "x", "sed": 3}),
+        json.dumps({"case": "x", "steps": 1.5}),
+        json.dumps({"case": "x", "backend": "torch"}),
+    ]
+    (tmp_path / "batch.txt").write_text("\n".join(lines), encoding="utf-16")
     words = ("--batch", tmp_path / "batch.txt", "-o", tmp_path / "out", *SMALL, "--steps", "1", "--json")
     result = scail2("generate", engines, *words)
     assert result.returncode == 1
     reply = one_json(result)
-    assert reply["failed"] == 1
-    assert sorted(entry["status"] for entry in reply["cases"]) == ["complete", "complete", "failed"]
-    assert "error: line 3" in result.stderr
-    assert "case 2/2: line 4" in result.stderr
+    assert reply["failed"] == 5
+    assert [entry["status"] for entry in reply["cases"]] == ["complete", "failed", *["complete"] * 2, *["failed"] * 4]
+    for said in (
+        f"error: line 3, {tmp_path}/missing: The case folder",
+        "error: line 5: 'a prompt alone' is neither",
+        "error: line 6: 'sed' is no option of generate: did you mean 'seed'?",
+        "error: line 7: Invalid value for '--steps': '1.5' is not a valid integer",
+        "error: line 8: 'backend' holds for all lines",
+        f"case 3/3: line 4, {tmp_path}/more/{name}, seed 4",
+    ):
+        assert said in result.stderr
     assert result.stderr.count("engines:") == 1
-    name = replace_case.name
+    stems = (f"{name}-2-seed3", f"{name}-2-seed4", name)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"{name}-2.json",
-        f"{name}-2.mp4",
-        f"{name}.json",
-        f"{name}.mp4",
+        f"{stem}.{ending}" for stem in stems for ending in ("json", "mp4")
     ]
-    assert json.loads((tmp_path / "out" / f"{name}-2.json").read_text())["options"]["prompt"] == "second"
+    options = json.loads((tmp_path / "out" / f"{stems[1]}.json").read_text())["options"]
+    assert [options[name] for name in ("prompt", "frames", "fps", "seed", "crf")] == ["second", 5, "8", 4, 20]
+    assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["options"]["frames"] is None
+
+
+def test_seeds_make_a_video_each_and_resume(scail2: Run, engines: Path, replace_case: Path, tmp_path: Path) -> None:
+    words = ("generate", engines, "--case", replace_case, *SMALL, "--steps", "1", "--frames", "5")
+    words = (*words, "-o", tmp_path / "s.mp4", "--json")
+    result = scail2(*words, "--seeds", "1,22")
+    first = one_json(result)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("engines:") == 1
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"s-seed1.mp4", "s-seed22.mp4"}
+    hashes = [entry["output_sha256"] for entry in first["cases"]]
+    assert [entry["seed"] for entry in first["cases"]] == [1, 22]
+    assert hashes[0] != hashes[1]
+    more = scail2(*words, "--seeds", "1,3", "--resume")
+    assert "s-seed1.mp4 is complete: nothing to resume" in more.stderr
+    assert [entry["seed"] for entry in one_json(more)["cases"]] == [1, 3]
+    assert "use one of them" in error_of_json(scail2(*words, "--seeds", "1,2", "--seed", "4"))
+    assert "is not a list of different seeds" in error_of_json(scail2(*words, "--seeds", "1,1"))
+    (tmp_path / "none").mkdir()
+    assert "lacks" in error_of_json(scail2(*words[:2], "--case", tmp_path / "none", *words[4:], "--seeds", "1,2"))
+
+
+def error_of_json(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2
+    return one_json(result)["error"]
+
+
+def test_the_case_folder_has_the_prompt_and_what_was_chosen_is_told(
+    scail2: Run, engines: Path, case: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(case, tmp_path / "case")
+    (tmp_path / "case" / "prompt.txt").write_text("ein Spaziergang über Land", encoding="utf-16")
+    shutil.copy(case / "rendered_v2.mp4", tmp_path / "case" / "driving.mp4")
+    words = ("generate", engines, "--case", tmp_path / "case", *SMALL, "--steps", "1", "--frames", "5")
+    result = scail2(*words, "-o", tmp_path / "p.mp4")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "p.json").read_text())
+    assert report["options"]["prompt"] == "ein Spaziergang über Land"
+    chosen, prompt = report["notes"]
+    assert chosen.endswith("taken: rendered_v2.mp4 (not driving.mp4).")
+    assert "The prompt is that of" in prompt
+    assert f"note: {chosen}\nnote: {prompt}\n" in result.stderr
+    given = scail2(*words, "--prompt", "", "-o", tmp_path / "q.mp4", "--dry-run")
+    assert "The prompt is that of" not in given.stderr
+    (tmp_path / "case" / "prompt.txt").write_text("über", encoding="latin-1")
+    said = error_of(scail2(*words, "-o", tmp_path / "q.mp4", "--dry-run"))
+    assert "prompt.txt is not UTF-8 text (byte 0xfc in line 1): save it as UTF-8" in said
+
+
+def test_fps_samples_clip_and_mask_and_keeps_the_sound(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    """A clip of 21 frames at 16 fps: from frame 2 at 8 fps on, that is from 0.25 s on."""
+    words = (*SMALL, "--steps", "1", "--fps", "8", "--start", "2", "--frames", "6", "--prompt", "", "--json")
+    reply = one_json(scail2("generate", engines, "--case", case, "-o", tmp_path / "f.mp4", *words))
+    video = read_video(tmp_path / "f.mp4")
+    assert (video.frames, video.frame_rate) == (6, 8)
+    assert video.audio_s == pytest.approx(6 / 8, abs=0.05)
+    assert (reply["options"]["fps"], reply["frame_rate"], reply["frames"]) == ("8", "8", 6)
+    with VideoReader(case / "rendered_v2.mp4") as driving, VideoReader(case / "rendered_mask_v2.mp4") as mask:
+        clips = driving.read(99)[4:15:2], mask.read(99)[4:15:2]
+    for name, frames in zip(("d", "m"), clips, strict=True):
+        write_video(tmp_path / f"{name}.mp4", iter(frames), Fraction(8))
+    files = ("--image", case / "ref.png", "--mask-image", case / "ref_mask.png")
+    files = (*files, "--driving", tmp_path / "d.mp4", "--mask-video", tmp_path / "m.mp4")
+    assert scail2("generate", engines, *files, "-o", tmp_path / "g.mp4", *SMALL, "--steps", "1").returncode == 0
+    assert np.array_equal(video.pixels, read_video(tmp_path / "g.mp4").pixels)
+    late = scail2("generate", engines, "--case", case, "-o", tmp_path / "h.mp4", "--fps", "8", "--start", "11")
+    assert "whose frames are 0 to 10 at 8 fps" in error_of(late)
+
+
+def test_folders_of_images_and_a_heic_reference(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    for name in ("rendered_v2", "rendered_mask_v2"):
+        (tmp_path / name).mkdir()
+        with VideoReader(case / f"{name}.mp4") as reader:
+            for number, frame in enumerate(reader.read(12)):
+                Image.fromarray(frame).save(tmp_path / name / f"{number}.png")
+    pillow_heif.from_pillow(Image.open(case / "ref.png").convert("RGB")).save(tmp_path / "ref.heic")
+    files = ("--image", tmp_path / "ref.heic", "--mask-image", case / "ref_mask.png")
+    files = (*files, "--driving", tmp_path / "rendered_v2", "--mask-video", tmp_path / "rendered_mask_v2")
+    words = ("generate", engines, *files, *SMALL, "--steps", "1", "-o", tmp_path / "v.mp4")
+    result = scail2(*words, "--fps", "24")
+    assert result.returncode == 0, result.stderr
+    video = read_video(tmp_path / "v.mp4")
+    assert (video.frames, video.frame_rate) == (12, 24)
+    assert json.loads((tmp_path / "v.json").read_text())["inputs"]["driving"]["path"] == str(tmp_path / "rendered_v2")
+    assert "12 frames at 16 fps" in scail2(*words, "--overwrite", "--dry-run").stdout
+    without = scail2(*words, "--overwrite", **sabotage(tmp_path, "import sys; sys.modules['pillow_heif'] = None"))
+    assert "needs the package pillow-heif: pip install 'scail2-rt[heic]'" in error_of(without)
+    (tmp_path / "rendered_v2" / "5.png").unlink()
+    assert "has 11 frames but its mask" in error_of(scail2(*words, "--overwrite"))
+
+
+def test_a_case_folder_without_masks_gets_them(
+    scail2: Run, engines: Path, case: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In a batch with a case that has masks."""
+    sam2 = write_sam2(tmp_path_factory.mktemp("sam2"), image=64)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("ref.png", "rendered_v2.mp4"):
+        shutil.copy(case / name, bare)
+    (tmp_path / "b.txt").write_text(f"@@bare\n@@{case}\n")
+    words = ("--batch", tmp_path / "b.txt", "-o", tmp_path / "out", *SMALL, "--steps", "1", "--frames", "3")
+    boxes = ("--box", "image:20,5,80,60", "--box", "2:20,5,80,60", "--fps", "8", "--start", "1")
+    result = scail2("generate", engines, *words, *boxes, "--segmenter-weights", sam2)
+    assert result.returncode == 0, result.stderr
+    assert f"note: {bare} holds no masks: they are made first." in result.stderr
+    assert (tmp_path / "out" / "bare.masks" / "ref_mask.png").is_file()
+    report = json.loads((tmp_path / "out" / "bare.json").read_text())
+    assert (report["frames"], report["frame_rate"]) == (3, "8")
+    lonely = scail2("generate", engines, "--case", bare, "-o", tmp_path / "a.mp4", SCAIL2_RT_CACHE=str(tmp_path))
+    assert "get one with `scail2-rt download --segmenter sam2`" in error_of(lonely)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--image", "https://host/ref.png", "--driving", "d.mp4"), "The reference image https://host/ref.png"),
+        (("--case", "s3://bucket/case"), "The case folder s3://bucket/case"),
+        (("--batch", "https://host/b.txt"), "The batch file https://host/b.txt"),
+    ],
+)
+def test_a_url_is_called_one(scail2: Run, tmp_path: Path, words: tuple[str, ...], what: str) -> None:
+    said = error_of(scail2("generate", tmp_path, *words, "-o", tmp_path / "a.mp4"))
+    assert said == f"{what} is a URL: download it first, then give its path."
 
 
 def test_a_long_prompt_warns(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:

@@ -139,11 +139,14 @@ def test_addresses_that_are_none(engines: Path, case: Path, scail2: Run, tmp_pat
 
 def test_a_batch_and_a_failure_in_it(served: Served, case: Path, scail2: Run, tmp_path: Path) -> None:
     batch = tmp_path / "batch.txt"
-    batch.write_text(f"None@@{case}\na man@@{tmp_path / 'none'}\na man@@{case}\n")
+    line = json.dumps({"case": str(case), "prompt": "a man", "fps": 8, "seed": 4})
+    batch.write_text(f"None@@{case}\na man@@{tmp_path / 'none'}\n{line}\n")
     result = scail2("generate", "--server", served.url, "--batch", batch, *SMALL, "--frames", "5", "-o", tmp_path / "o")
     assert result.returncode == 1, result.stderr
-    assert result.stdout.splitlines()[-1] == "2 of 3 cases done, 1 failed"
+    assert result.stdout.splitlines()[-1] == f"2 of 3 cases done, 1 failed: line 2, {tmp_path / 'none'}"
     assert files(tmp_path / "o") == {"walk.mp4", "walk.json", "walk-2.mp4", "walk-2.json"}
+    reports = [json.loads((tmp_path / "o" / f"{name}.json").read_text()) for name in ("walk", "walk-2")]
+    assert [(report["frame_rate"], report["seed"]) for report in reports] == [("16", 0), ("8", 4)]
 
 
 def test_ctrl_c_ends_the_job(served: Served, case: Path, cache: Path, tmp_path: Path) -> None:

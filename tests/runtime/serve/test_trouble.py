@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scail2_rt.runtime.serve import pool
-from scail2_rt.runtime.serve.errors import DiskFull
+from scail2_rt.runtime.serve.errors import DiskFull, Refusal
 from scail2_rt.runtime.serve.fields import read_fields
 from scail2_rt.runtime.serve.pool import Pool
 from scail2_rt.runtime.serve.service import Service
@@ -121,6 +121,14 @@ def test_records_name_no_place_of_this_machine(tmp_path: Path) -> None:
 def test_points_may_come_one_by_one() -> None:
     asked = read_fields([("points", "image:1,2"), ("points", "3,4"), ("boxes", "1,2,3,4;5,6,7,8")])
     assert asked.masking == {"points": ["image:1,2", "3,4"], "boxes": ["1,2,3,4", "5,6,7,8"]}
+
+
+def test_a_rate_is_a_short_fraction() -> None:
+    for given, read in ((16, "16"), (23.976, "23.976"), (" 30000/1001 ", "30000/1001")):
+        assert read_fields([("fps", given)]).options == {"fps": read}
+    for wrong in ("1e999999999", "x", True, "", "-3"):
+        with pytest.raises(Refusal, match="--fps must be a number such as 16"):
+            read_fields([("fps", wrong)])
 
 
 def test_head_answers_as_get_without_a_body(served: Served) -> None:
