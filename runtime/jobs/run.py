@@ -62,13 +62,13 @@ def single_job(options: GenerateOptions) -> Job:
     return Job(str(files.driving), options.request(*files, prompt=prompt), output)
 
 
-def check_job(job: Job) -> Plan:
+def check_job(job: Job, listener: Listener | None = None) -> Plan:
     """The plan of a job, without engines; InputError when it cannot work."""
     if job.request is None or job.output is None:
         raise job.error or InputError(f"{job.name} holds no request.")
     refuse_second(job.output.path)
     check_output(job.output, job.request)
-    plan = check_request(job.request)
+    plan = check_request(job.request, listener)
     check_room(job.output, plan)
     return plan
 
@@ -126,7 +126,7 @@ def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
     if asked is not None:
         options = with_masks(options, listener)
     job = single_job(options)
-    plan = check_job(job)
+    plan = check_job(job, listener)
     with open_session(options) as session:
         fitting = fit_plan(plan, session, options)
         say_engines(session, options)

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.core.window import Part
+from scail2_rt.runtime.masks.areas import Shape, shapes
 from scail2_rt.runtime.masks.palette import (
     BLACK,
     CHARACTERS,
@@ -25,6 +27,7 @@ from scail2_rt.runtime.masks.palette import (
     CODES,
     COLOURS,
     EXACT,
+    MODEL_LABEL,
     OFF_BELOW,
     ON_ABOVE,
     RGB,
@@ -39,8 +42,10 @@ from scail2_rt.runtime.media.clips import open_video
 REGION = 0.002  # share of a frame that a flat colour outside the palette must cover to count as meant
 SAME_COLOUR = 40  # largest difference in a channel up to which two flat colours are one
 _SATURATED = 64  # spread between the channels from which a colour is one, and not a grey
-_SHORT_GAP = 8  # frames: a character that is away no longer than this did not walk out of the picture
+SHORT_GAP = 8  # frames: a character that is away no longer than this did not walk out of the picture
 _ROW_SHARE = 0.006  # of a frame's width that a character must cover for a row to count as its own
+JUMP = 0.35  # of a character's area that it gains or loses from one frame to the next
+_BACKGROUND = [0, BLACK, UNCLEAR]  # labels
 FRAMES_AT_ONCE = 8
 
 
@@ -89,6 +94,15 @@ class ColourChange:
     frame: int
     before: str
     after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """In `frame` a character covers the share `after` of the frame, one frame earlier the share `before`."""
+
+    frame: int
+    before: float
+    after: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +160,9 @@ class MaskStats:
     def __init__(self) -> None:
         self._histograms: list[np.ndarray] = []
         self._profiles: list[dict[int, tuple[np.ndarray, np.ndarray]]] = []  # label → pixels by row, by column
+        self._shapes: list[dict[int, Shape]] = []  # by label
+        self._net: list[np.ndarray] = []  # share of the frame that each character took from the background, [6]
+        self.step = 1  # every step-th row and column is looked at
         self._last: np.ndarray | None = None
         self._edges = (np.zeros(1), np.zeros(1))  # of the rows and of the columns looked at
         self.shape = (0, 0)  # of the frames, (H, W)
@@ -158,12 +175,17 @@ class MaskStats:
             self.shape = frame.shape[:2]
             for colour, share in flat_strangers(frame):
                 self._meet(colour, share)
-            step = max(1, min(self.shape) // 256)
+            step = self.step = max(1, min(self.shape) // 256)
             seen = codes(frame[::step, ::step])
             labels = CLEAR_LABEL[seen]
+            moved = np.diag(np.bincount(labels.ravel(), minlength=9))
             if self._last is not None and self._last.shape == labels.shape:
-                self.changes += _changes(self._last, labels, self.frames)
+                moved = np.bincount(self._last.astype(np.intp).ravel() * 9 + labels.ravel(), minlength=81).reshape(9, 9)
+                self.changes += _changes(moved, self.frames)
             self._last = labels
+            taken = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
+            self._net.append(taken / labels.size)
+            self._shapes.append(shapes(MODEL_LABEL[seen]))
             sides = zip(labels.shape, self.shape, strict=True)
             rows, columns = (np.minimum(np.arange(count + 1) * step / side, 1) for count, side in sides)
             self._edges = rows, columns
@@ -232,23 +254,47 @@ class MaskStats:
     def characters(self) -> tuple[str, ...]:
         return tuple(name for name in CHARACTERS if name in self.first_frames)
 
+    def shapes(self, character: str) -> dict[int, Shape]:
+        """Frame → shape of the character, where it covers more than a speck."""
+        label = list(COLOURS).index(character)
+        shown = np.flatnonzero(self.shares[:, label] >= SPECK).tolist()
+        return {frame: self._shapes[frame][label] for frame in shown if label in self._shapes[frame]}
+
+    def jumps(self, character: str) -> list[Jump]:
+        """Frames where the character's area changes suddenly at the expense or in favour of the background.
+
+        The change is held against the area before and after, and against what the character usually covers: who walks
+        in at the border is a sliver first. What another character covers or uncovers does not count, nor what a moving
+        character itself uncovers of another."""
+        label = list(COLOURS).index(character)
+        share = self.shares[:, label]
+        shown = share >= SPECK
+        net = np.array(self._net)[:, label - 1]
+        there = shown.copy()
+        there[1:] &= shown[:-1]
+        there[:1] = False
+        before = np.roll(share, 1)
+        usual = np.maximum(np.maximum(share, before), np.median(share[shown]) if shown.any() else 1)
+        least = np.minimum(np.sign(net) * (share - before), np.abs(net))
+        found = np.flatnonzero(there & (least > JUMP * usual)).tolist()
+        return [Jump(frame, float(share[frame - 1]), float(share[frame])) for frame in found]
+
     def short_gaps(self, colour: str) -> list[int]:
-        """Frames where a character is away for at most `_SHORT_GAP` frames between two that show it."""
+        """Frames where a character is away for at most `SHORT_GAP` frames between two that show it."""
         present = np.flatnonzero(self.shares[:, list(COLOURS).index(colour)] >= SPECK)
-        gaps = [range(a + 1, b) for a, b in itertools.pairwise(present) if 1 < b - a <= _SHORT_GAP + 1]
+        gaps = [range(a + 1, b) for a, b in itertools.pairwise(present) if 1 < b - a <= SHORT_GAP + 1]
         return [int(frame) for gap in gaps for frame in gap]
 
 
-def _changes(before: np.ndarray, after: np.ndarray, frame: int) -> list[ColourChange]:
-    """Characters whose region has turned into another colour from one frame's labels to the next's.
+def _changes(pairs: np.ndarray, frame: int) -> list[ColourChange]:
+    """Characters whose region has turned into another colour. pairs: pixels by label one frame earlier and now, [9, 9].
 
     More than half of the region has turned, and it is no occlusion: the other colour has grown by as much, or has
     itself turned into this one."""
     n = len(CHARACTERS)
-    pairs = np.bincount(before.astype(np.intp).ravel() * 9 + after.ravel(), minlength=81).reshape(9, 9)
     moved = pairs[1 : n + 1, 1 : n + 1]  # pixels of character a that are now character b
     old, new = pairs.sum(1)[1 : n + 1], pairs.sum(0)[1 : n + 1]
-    least = SPECK * before.size
+    least = SPECK * pairs.sum()
     found = []
     for a in np.flatnonzero(old >= least):
         b = int(np.argmax(np.where(np.arange(n) == a, -1, moved[a])))
@@ -287,10 +333,13 @@ def image_stats(mask: np.ndarray) -> MaskStats:
     return stats
 
 
-def video_stats(source: ClipSource, start: int = 0, frames: int | None = None) -> tuple[MaskStats, Mode]:
-    """Of a mask video, or of a part of it, and the mode that its first frames were made for. Reads it once."""
+def video_stats(
+    source: ClipSource, start: int = 0, frames: int | None = None, tell: Tell = untold
+) -> tuple[MaskStats, Mode]:
+    """Statistics of a mask video, or of a part of it, and the mode that its first frames were made for. Reads it
+    once."""
     stats, mode = MaskStats(), None
-    with open_video(source, start) as reader:
+    with open_video(source, start, tell) as reader:
         while frames is None or stats.frames < frames:
             chunk = reader.read(FRAMES_AT_ONCE if frames is None else min(FRAMES_AT_ONCE, frames - stats.frames))
             if not len(chunk):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import Clip, ClipSource
 from scail2_rt.runtime.media.images import as_pixels
 from scail2_rt.runtime.media.lossless import write_video
@@ -47,14 +48,15 @@ class FrameReader(Protocol):
     ) -> None: ...
 
 
-def open_video(source: ClipSource, start: int = 0) -> FrameReader:
-    """The frames of a file or of a clip from frame `start` on. InputError when it cannot be read or ends before."""
-    return ClipReader(source, start) if isinstance(source, Clip) else VideoReader(Path(source), start)
+def open_video(source: ClipSource, start: int = 0, tell: Tell = untold) -> FrameReader:
+    """Open a file or a clip at frame `start`; `tell` is called with the share of a file that is read. Raises InputError
+    if it cannot be read or ends before `start`."""
+    return ClipReader(source, start) if isinstance(source, Clip) else VideoReader(Path(source), start, tell)
 
 
-def probe(source: ClipSource) -> VideoInfo:
-    """What reading a video from end to end shows. InputError for what is no usable video."""
-    return probe_clip(source) if isinstance(source, Clip) else probe_video(Path(source))
+def probe(source: ClipSource, tell: Tell = untold) -> VideoInfo:
+    """What reading a video from end to end shows. Raises InputError if it is no usable video."""
+    return probe_clip(source) if isinstance(source, Clip) else probe_video(Path(source), tell)
 
 
 class ClipReader:

@@ -13,6 +13,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.progress import Listener, Work, within
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.media.unfinished import part_ends, partial_path, resumable, sidecar_path
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 
 
-def check_request(request: Request) -> Plan:
+def check_request(request: Request, on_progress: Listener | None = None) -> Plan:
     """The plan of a request. Raises InputError with one sentence for the first thing that is wrong."""
     from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
     from scail2_rt.runtime.masks.windows import Pictures
@@ -33,7 +34,9 @@ def check_request(request: Request) -> Plan:
     _check_files(request)
     images, masks, findings = _load_references(request)
     request = _prepared(request)
-    driving, mask_video = probe(request.driving), probe(request.mask_video)
+    work = Work("mask check", on_progress)
+    driving = probe(request.driving, within(work, 0, 0.4))
+    mask_video = probe(request.mask_video, within(work, 0.4, 0.65))
     findings += video_pair(driving, mask_video)
     refuse(findings, request.allow_mask_problems)
     frames = _trimmed(request, min(driving.frames, mask_video.frames))
@@ -48,6 +51,8 @@ def check_request(request: Request) -> Plan:
         pictures=Pictures(
             [image.shape[:2] for image in images], (driving.height, driving.width), request.fit, request.size
         ),
+        driving_clip=request.driving,
+        tell=within(work, 0.65, 1),
     )
     fit = None
     if request.fit_reference:
