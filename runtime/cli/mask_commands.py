@@ -52,8 +52,8 @@ _PURPOSE = (
         "--mode",
         type=click.Choice(["animate", "replace"]),
         required=True,
-        help="What the mask is for. A background that shows becomes white (the reference's in animate mode, the driving "
-        "clip's in replace mode); one that does not becomes black.",
+        help="What the mask is for. A background that shows becomes white (the reference's in animate mode, the "
+        "driving clip's in replace mode); one that does not becomes black.",
     ),
     option(
         "--role",

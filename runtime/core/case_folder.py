@@ -6,6 +6,7 @@ case a line, `prompt@@case_dir`. A video may end in .mov, .mkv and so on as well
 a file can be read is found out when it is read.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,10 @@ class CaseInputs:
         if not given:
             return None
         if lacking := [name for name in FILES if name not in given]:
-            raise InputError(f"{flags(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: {instead}.")
+            made = ""
+            if all("mask" in name for name in lacking):
+                made = "; `scail2-rt masks make --image FILE --driving FILE -o DIR` makes a case folder with both masks"
+            raise InputError(f"{flags(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: {instead}{made}.")
         return NamedFiles(*(getattr(self, name) for name in FILES))
 
 
@@ -111,10 +115,18 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
     missing = [what for what, path in found.items() if path is None]
     if missing:
         holds = ", ".join(path.name for path in list(there.values())[:20]) or "no file"
-        raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}.")
+        makes = _makes_masks(found.values()) if any("mask" in what for what in missing) else ""
+        raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}.{makes}")
     image, mask_image, driving, mask_video = (path for path in found.values() if path is not None)
     says: Mode = "replace" if mask_video.name.lower() in _with_other_endings(REPLACE_MASKS) else "animate"
     return CaseFiles(image, mask_image, driving, mask_video, mode or says)
+
+
+def _makes_masks(found: Iterable[Path | None]) -> str:
+    """How to get masks of the image and the driving video among the files of a case, in the order of `FILES`."""
+    image, _, driving, _ = (path and shlex.quote(str(path)) for path in found)
+    words = f"scail2-rt masks make --image {image or 'IMAGE'} --driving {driving or 'VIDEO'} -o DIR"
+    return f" Make both masks with `{words}`."
 
 
 def official_files(directory: Path) -> list[Path]:

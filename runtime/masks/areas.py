@@ -11,6 +11,7 @@ import numpy as np
 
 from scail2_rt.runtime.masks.palette import BLACK
 
+_CHARACTERS = sum(1 << label for label in range(1, BLACK))  # bits
 _LEAST = 3  # grid points; smaller pieces and holes are what sampling leaves of thin limbs
 
 
@@ -19,7 +20,8 @@ class Shape:
     """One character in one frame, in grid points.
 
     area: all of it; main, second: its two largest pieces; pieces: how many it has; holes: how many background areas it
-    encloses without another character; hole_area: their sum; largest_hole: the largest of them"""
+    encloses without another character; hole_area: their sum; largest_hole: the largest of them; beside: it touches
+    another character"""
 
     area: int
     main: int
@@ -28,6 +30,7 @@ class Shape:
     holes: int
     hole_area: int
     largest_hole: int
+    beside: bool
 
     @property
     def scattered(self) -> float:
@@ -65,6 +68,7 @@ def shapes(labels: np.ndarray) -> dict[int, Shape]:
             holes=len(holes),
             hole_area=int(holes.sum()),
             largest_hole=int(holes.max(initial=0)),
+            beside=bool((around[kind == label] & (_CHARACTERS ^ (1 << label))).any()),
         )
     return found
 

@@ -62,9 +62,9 @@ _FRAMES_AT_ONCE = 8
 _STRIPED, _OUTLINED = 9, 10
 _KIND = np.where((CLEAR_LABEL == UNCLEAR) & (MODEL_LABEL == BLACK), UNCLEAR, MODEL_LABEL).astype(np.uint8)  # by code
 _FACTOR = np.array(  # of the picture, in 256ths
-    [256, *[256 * _TINT] * 6, 256 * _DIM, 0, 256 * _DIM, *[0] * 7]
+    [256, *[256 * (1 - _TINT)] * 6, 256 * _DIM, 0, 256 * _DIM, *[0] * 7]
 ).astype(np.uint16)
-_TINTED = (1 - _TINT) * PALETTE_RGB[1:BLACK]
+_TINTED = _TINT * PALETTE_RGB[1:BLACK]
 _ADDED = np.array([[0] * 3, *_TINTED, [0] * 3, ORANGE, [255 * _STRIPE] * 3, [0] * 3, *PALETTE_RGB[1:BLACK]]).astype(
     np.uint16
 )

@@ -56,10 +56,10 @@ def _alpha(path: Path) -> np.ndarray:
 
 def masks_from_grey(source: Source, matte: Matte, tell: Tell = untold) -> Iterator[np.ndarray]:
     """Masks of a grey image, video or folder of images: the character is where it is bright (dark with `invert`)."""
-    return _matted(source, (_grey(frame, source.path) for frame in frames_of(source, load_image, tell)), matte)
+    return _matted(source, (grey_levels(frame, source.path) for frame in frames_of(source, load_image, tell)), matte)
 
 
-def _grey(frame: np.ndarray, path: Path) -> np.ndarray:
+def grey_levels(frame: np.ndarray, path: Path) -> np.ndarray:
     """Levels uint8 [H, W] of a frame that is grey but for what lossy coding does."""
     r, g, b = (frame[..., i] for i in range(3))  # reductions over an axis of three are ten times slower
     low, high = np.minimum(r, g), np.maximum(r, g)
@@ -123,7 +123,7 @@ def masks_from_labels(
     tolerance = min(_LOSSY, (gap - 1) // 2) if source.kind == "video" else 0
     found = False
     for number, frame in enumerate(frames_of(source, _labels, tell)):
-        values = _grey(frame, source.path) if source.kind == "video" else frame
+        values = grey_levels(frame, source.path) if source.kind == "video" else frame
         numbers, at = _distinct(values)
         nearest = np.abs(numbers[:, None] - known).argmin(-1)
         off = np.abs(numbers - known[nearest])

@@ -45,6 +45,7 @@ _SATURATED = 64  # spread between the channels from which a colour is one, and n
 SHORT_GAP = 8  # frames: a character that is away no longer than this did not walk out of the picture
 _ROW_SHARE = 0.006  # of a frame's width that a character must cover for a row to count as its own
 JUMP = 0.35  # of a character's area that it gains or loses from one frame to the next
+JUMP_AT_EDGE = 0.6  # the same at a side of the picture or beside another character, where a runner loses 40 %
 _BACKGROUND = [0, BLACK, UNCLEAR]  # labels
 FRAMES_AT_ONCE = 8
 
@@ -276,8 +277,16 @@ class MaskStats:
         before = np.roll(share, 1)
         usual = np.maximum(np.maximum(share, before), np.median(share[shown]) if shown.any() else 1)
         least = np.minimum(np.sign(net) * (share - before), np.abs(net))
-        found = np.flatnonzero(there & (least > JUMP * usual)).tolist()
+        at_edge = np.array([self._at_edge(frame, label) for frame in range(self.frames)])
+        at_edge[1:] |= at_edge[:-1]
+        found = np.flatnonzero(there & (least > np.where(at_edge, JUMP_AT_EDGE, JUMP) * usual)).tolist()
         return [Jump(frame, float(share[frame - 1]), float(share[frame])) for frame in found]
+
+    def _at_edge(self, frame: int, label: int) -> bool:
+        """Whether a character touches the left or right side of the picture, or another character."""
+        shape, profile = self._shapes[frame].get(label), self._profiles[frame].get(label)
+        sides = profile is not None and bool(profile[1][0] or profile[1][-1])
+        return sides or (shape is not None and shape.beside)
 
     def short_gaps(self, colour: str) -> list[int]:
         """Frames where a character is away for at most `SHORT_GAP` frames between two that show it."""

@@ -35,15 +35,18 @@ def shape_findings(stats: MaskStats, name: str, start: int | None, clean: CleanC
     for colour, shapes in shown.items():
         if broken := {t: s for t, s in shapes.items() if s.pieces >= PIECES and s.scattered >= SCATTERED}:
             worst = max(broken.values(), key=lambda shape: shape.scattered)
-            says = f"is in fragments{_where(broken, start)}: up to {max(s.pieces for s in broken.values())} pieces"
-            says += f", with up to {percent(worst.scattered)} of it outside the largest one."
+            up_to = "" if start is None else "up to "
+            count = max(s.pieces for s in broken.values())
+            says = f"is in fragments{_where(broken, start)}: {up_to}{count} pieces, with {up_to}"
+            says += f"{percent(worst.scattered)} of its area outside the largest one."
             mended = worst.scattered < 0.5
             remedy = _remedy(stats, name, max(s.second for s in broken.values()) if mended else keep, keep, clean)
             found.append(_finding("fragments", colour, name, says, remedy, broken, start))
         if hollow := {t: s for t, s in shapes.items() if _is_hollow(s)}:
             worst = max(hollow.values(), key=lambda shape: shape.hollow)
-            count = max(s.holes for s in hollow.values())
-            says = f"has holes{_where(hollow, start)}: up to {count}, which take up to {percent(worst.hollow)} of it."
+            count, up_to = max(s.holes for s in hollow.values()), "" if start is None else "up to "
+            says = f"has {up_to}{count} hole{'' if count == 1 else 's'}{_where(hollow, start)}: {up_to}"
+            says += f"{percent(worst.hollow)} of its filled outline."
             remedy = _remedy(stats, name, max(s.largest_hole for s in hollow.values()), keep, clean)
             found.append(_finding("holes", colour, name, says, remedy, hollow, start))
     return found
@@ -90,8 +93,9 @@ def jump_findings(
         if not frames:
             continue
         worst = max((jump for jump in kept if jump.frame in frames), key=lambda jump: abs(jump.after - jump.before))
-        says = f"jumps in area at {ranges_text(ranges(frames, start))}: from {_area(worst.before)} to"
-        says += f" {_area(worst.after)} of the picture at frame {worst.frame + start}"
+        says = f"jumps in area at {ranges_text(ranges(frames, start))}, from {_area(worst.before)} to"
+        says += f" {_area(worst.after)} of the picture"
+        says += f" at frame {worst.frame + start}" if len(frames) > 1 else ""
         says += ", where the driving clip has no cut." if driving is not None else "."
         remedy = "Look at these frames with `scail2-rt masks preview`, then paint them or make the mask again"
         remedy += " (`scail2-rt masks make`)."
@@ -106,10 +110,14 @@ def _area(share: float) -> str:
 def _jumping(jumps: Sequence[Jump], alone: bool) -> list[int]:
     """Frames between a jump and the one that takes it back; with `alone`, also those of other jumps."""
     frames: list[int] = []
+    taken_back = 0
     for number, jump in enumerate(jumps):
+        if jump.frame == taken_back:
+            continue
         back = next((k for k in jumps[number + 1 :] if (k.after > k.before) != (jump.after > jump.before)), None)
         if back is not None and back.frame - jump.frame <= SHORT_GAP:
             frames += range(jump.frame, back.frame)
+            taken_back = back.frame
         elif alone:
             frames.append(jump.frame)
     return frames

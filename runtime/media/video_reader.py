@@ -37,6 +37,7 @@ _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273
 _DEFAULT_RATE = Fraction(25)
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave out the alpha plane
 _BESIDE = "matroska_block_additional"
+_UPRIGHT = (1, 0, 0, 1)  # display matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,12 @@ def probe_video(path: Path, tell: Tell = untold) -> VideoInfo:
     `InputError` if it holds no usable video."""
     with _open(path) as (container, stream):
         pts: list[int | None] = []
-        size, hdr, interlaced, damaged = (0, 0), False, False, []
+        size, hdr, interlaced, damaged, matrix = (0, 0), False, False, [], _UPRIGHT
         for number, frame in enumerate(_decode(container, stream, path, tell)):
             if not pts:
-                size, hdr = _upright_size(frame, stream), int(frame.color_trc) in _HDR_TRANSFERS
-            elif _upright_size(frame, stream) != size:
+                matrix = _display_matrix(frame)
+                size, hdr = _upright_size(frame, stream, matrix), int(frame.color_trc) in _HDR_TRANSFERS
+            elif _upright_size(frame, stream, matrix) != size:
                 raise _size_changes(path, number)
             interlaced |= frame.interlaced_frame
             if frame.is_corrupt:
@@ -146,6 +148,10 @@ def _declared_s(stream: Any) -> Fraction | None:
     return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3]) - start_s
 
 
+class NoAlphaError(InputError):
+    """The alpha channel of a video that has none was asked for."""
+
+
 class VideoReader:
     """Frames of a video in order, a few at a time. `start` frames are decoded and thrown away, so it is exact."""
 
@@ -162,6 +168,7 @@ class VideoReader:
         self._reformatter = VideoReformatter()
         self._first_pts: int | None = None
         self._size: tuple[int, int] | None = None
+        self._matrix = _UPRIGHT
         try:
             self._skip(start)
         except InputError:
@@ -180,7 +187,8 @@ class VideoReader:
         if frame is None:
             return None
         if self._size is None:
-            self._size, self._first_pts = _upright_size(frame, self._stream), frame.pts
+            self._matrix = _display_matrix(frame)
+            self._size, self._first_pts = _upright_size(frame, self._stream, self._matrix), frame.pts
         self.position += 1
         return frame
 
@@ -204,14 +212,14 @@ class VideoReader:
         width, height = _square_size(frame, self._stream)
         alpha = any(component.is_alpha for component in frame.format.components)
         if self._alpha and not alpha:
-            raise InputError(
+            raise NoAlphaError(
                 f"{self.path} has no alpha channel: export it with one (ProRes 4444, PNG or QuickTime Animation in "
                 ".mov, VP9 in .webm), or make a mask from a black and white matte with `scail2-rt masks from-grey`."
             )
         layout = "rgba" if alpha else "rgb24"
         rgb = self._reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BICUBIC).to_ndarray()
         shown = rgb[..., 3] if self._alpha else _on_black(rgb) if alpha else rgb
-        pixels = _upright(shown, _display_matrix(frame))
+        pixels = _upright(shown, self._matrix)
         if pixels.shape[1::-1] != self._size:
             raise _size_changes(self.path, self.position - 1)
         return pixels
@@ -233,6 +241,15 @@ class VideoReader:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def has_transparency(path: Path) -> bool:
+    """Whether the first frame of a video has pixels that are not opaque."""
+    with VideoReader(path, alpha=True) as reader:
+        try:
+            return bool(reader.read(1).min(initial=255) < 255)
+        except NoAlphaError:
+            return False
 
 
 def _on_black(rgba: np.ndarray) -> np.ndarray:
@@ -319,10 +336,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
-    """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards."""
+    """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards.
+
+    Ask the first frame only: a frame and its side data refer to each other, so each frame that is asked stays in memory
+    until Python's garbage collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440)."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
-        return 1, 0, 0, 1
+        return _UPRIGHT
     matrix = struct.unpack("9i", bytes(side))
     return matrix[0], matrix[1], matrix[3], matrix[4]
 
@@ -347,9 +367,9 @@ def _square_size(frame: Any, stream: Any) -> tuple[int, int]:
     return max(1, round(frame.width * ratio)), frame.height
 
 
-def _upright_size(frame: Any, stream: Any) -> tuple[int, int]:
+def _upright_size(frame: Any, stream: Any, matrix: tuple[int, int, int, int]) -> tuple[int, int]:
     width, height = _square_size(frame, stream)
-    a, b, c, d = _display_matrix(frame)
+    a, b, c, d = matrix
     return (height, width) if a == d == 0 and b and c else (width, height)
 
 

@@ -87,7 +87,10 @@ def _check_files(request: Request) -> None:
         if not isinstance(path, Path):
             continue
         if not path.exists():
-            raise InputError(f"The {label} {path} does not exist.")
+            made = (
+                ": give a file that exists, or make both masks with `scail2-rt masks make`" if "mask" in label else ""
+            )
+            raise InputError(f"The {label} {path} does not exist{made}.")
         if not path.is_file():
             raise InputError(f"The {label} {path} is not a file.")
         if path.stat().st_size == 0:
