@@ -12,7 +12,7 @@ import numpy as np
 from scail2_rt.runtime.masks.palette import BLACK
 
 _CHARACTERS = sum(1 << label for label in range(1, BLACK))  # bits
-_LEAST = 3  # grid points; smaller pieces and holes are what sampling leaves of thin limbs
+_LEAST, _LEAST_SHARE = 3, 1 / 40_000  # points, and share of the picture, that a piece or a hole has at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,14 @@ def shapes(labels: np.ndarray) -> dict[int, Shape]:
     """Label of each character in uint8 labels [H, W] (0 to 7, `palette.MODEL_LABEL`) → its shape."""
     ids = connected(labels)
     sizes = np.bincount(ids.ravel())
+    least = max(_LEAST, labels.size * _LEAST_SHARE)
     kind = np.empty(len(sizes), np.uint8)
     kind[ids] = labels
     around = _around(ids, labels, len(sizes))
     at_border = np.zeros(len(sizes), bool)
     for edge in (ids[0], ids[-1], ids[:, 0], ids[:, -1]):
         at_border[edge] = True
-    enclosed = ~at_border & ((kind == 0) | (kind == BLACK)) & (sizes >= _LEAST)
+    enclosed = ~at_border & ((kind == 0) | (kind == BLACK)) & (sizes >= least)
     found = {}
     for label in range(1, BLACK):
         own = np.sort(sizes[kind == label])
@@ -64,7 +65,7 @@ def shapes(labels: np.ndarray) -> dict[int, Shape]:
             area=int(own.sum()),
             main=int(own[-1]),
             second=int(own[-2]) if len(own) > 1 else 0,
-            pieces=int(np.count_nonzero(own >= _LEAST)),
+            pieces=int(np.count_nonzero(own >= least)),
             holes=len(holes),
             hole_area=int(holes.sum()),
             largest_hole=int(holes.max(initial=0)),

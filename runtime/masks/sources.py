@@ -67,7 +67,7 @@ def grey_levels(frame: np.ndarray, path: Path) -> np.ndarray:
     if np.count_nonzero(spread > _COLOURFUL) > _COLOUR_SHARE * spread.size:
         raise InputError(
             f"{path} is in colour, and a matte is grey: if its colours stand for characters, use "
-            "`scail2-rt masks clean` with --map R,G,B=COLOUR."
+            "`scail2-rt masks clean` with --map R,G,B=COLOUR; if it has an alpha channel, `scail2-rt masks from-alpha`."
         )
     median: np.ndarray = np.maximum(low, np.minimum(high, b))
     return median

@@ -5,7 +5,8 @@ colour outside the palette counts only where it is a flat region (edges are neve
 (255, 128, 0) passes the model's threshold as red and would silently bind two characters to one.
 
 `MaskStats` takes frames as they come, so a mask video is read once, a few frames at a time, at its own size. Every
-step-th pixel is enough for shares, boxes and changes of colour: about 256 rows or columns are looked at.
+step-th pixel is enough for shares, boxes and changes of colour: about 256 rows or columns are looked at, and about 512
+for shapes.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class MaskStats:
         self._profiles: list[dict[int, tuple[np.ndarray, np.ndarray]]] = []  # label → pixels by row, by column
         self._shapes: list[dict[int, Shape]] = []  # by label
         self._net: list[np.ndarray] = []  # share of the frame that each character took from the background, [6]
-        self.step = 1  # every step-th row and column is looked at
+        self.shape_step = 1  # every so-many-th row and column is looked at for shapes
         self._last: np.ndarray | None = None
         self._edges = (np.zeros(1), np.zeros(1))  # of the rows and of the columns looked at
         self.shape = (0, 0)  # of the frames, (H, W)
@@ -176,7 +177,7 @@ class MaskStats:
             self.shape = frame.shape[:2]
             for colour, share in flat_strangers(frame):
                 self._meet(colour, share)
-            step = self.step = max(1, min(self.shape) // 256)
+            step, self.shape_step = (max(1, min(self.shape) // rows) for rows in (256, 512))
             seen = codes(frame[::step, ::step])
             labels = CLEAR_LABEL[seen]
             moved = np.diag(np.bincount(labels.ravel(), minlength=9))
@@ -186,7 +187,8 @@ class MaskStats:
             self._last = labels
             taken = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
             self._net.append(taken / labels.size)
-            self._shapes.append(shapes(MODEL_LABEL[seen]))
+            # Finer than the rest: a gap of two pixels between an arm and the body makes no hole of what is behind it.
+            self._shapes.append(shapes(MODEL_LABEL[codes(frame[:: self.shape_step, :: self.shape_step])]))
             sides = zip(labels.shape, self.shape, strict=True)
             rows, columns = (np.minimum(np.arange(count + 1) * step / side, 1) for count, side in sides)
             self._edges = rows, columns

@@ -21,6 +21,7 @@ from scail2_rt.runtime.media.clips import open_video
 PIECES, SCATTERED = 10, 0.1  # least number of pieces, and share outside the largest one, of a fragmented character
 HOLES, HOLLOW = 8, 0.05  # least number of holes, and their share of the filled outline, of a perforated character
 HOLLOW_ALONE = 0.2  # the same for fewer holes; arms on the hips enclose up to 7 %
+_MENDED = 0.25  # share in pieces or holes up to which `masks clean` is advised
 _MARGIN = 1.25  # of the area that `masks clean --speck` is told to remove over the largest one seen
 _AGAIN = "make it again (`scail2-rt masks make`)"
 
@@ -39,15 +40,16 @@ def shape_findings(stats: MaskStats, name: str, start: int | None, clean: CleanC
             count = max(s.pieces for s in broken.values())
             says = f"is in fragments{_where(broken, start)}: {up_to}{count} pieces, with {up_to}"
             says += f"{percent(worst.scattered)} of its area outside the largest one."
-            mended = worst.scattered < 0.5
-            remedy = _remedy(stats, name, max(s.second for s in broken.values()) if mended else keep, keep, clean)
+            area = max(s.second for s in broken.values()) if worst.scattered < _MENDED else keep
+            remedy = _remedy(stats, name, area, keep, clean)
             found.append(_finding("fragments", colour, name, says, remedy, broken, start))
         if hollow := {t: s for t, s in shapes.items() if _is_hollow(s)}:
             worst = max(hollow.values(), key=lambda shape: shape.hollow)
             count, up_to = max(s.holes for s in hollow.values()), "" if start is None else "up to "
             says = f"has {up_to}{count} hole{'' if count == 1 else 's'}{_where(hollow, start)}: {up_to}"
             says += f"{percent(worst.hollow)} of its filled outline."
-            remedy = _remedy(stats, name, max(s.largest_hole for s in hollow.values()), keep, clean)
+            area = max(s.largest_hole for s in hollow.values()) if worst.hollow < _MENDED else keep
+            remedy = _remedy(stats, name, area, keep, clean)
             found.append(_finding("holes", colour, name, says, remedy, hollow, start))
     return found
 
@@ -63,7 +65,7 @@ def _where(frames: Iterable[int], start: int | None) -> str:
 def _remedy(stats: MaskStats, name: str, area: int, keep: int, clean: CleanCommand) -> str:
     """How to remove areas up to `area` grid points while pieces of `keep` stay."""
     if area * _MARGIN < keep / 2:
-        speck = round(area * _MARGIN * stats.step**2) + 1
+        speck = round(area * _MARGIN * stats.shape_step**2) + 1
         mends = clean(name, f"--speck {speck}")
         return f"{mends} gives areas below {speck} pixels the colour around them; where that is too much, {_AGAIN}."
     return f"No character can follow that: {_AGAIN}, or repaint it."
