@@ -168,7 +168,6 @@ class VideoReader:
         self._reformatter = VideoReformatter()
         self._first_pts: int | None = None
         self._size: tuple[int, int] | None = None
-        self._matrix = _UPRIGHT
         try:
             self._skip(start)
         except InputError:
@@ -187,8 +186,7 @@ class VideoReader:
         if frame is None:
             return None
         if self._size is None:
-            self._matrix = _display_matrix(frame)
-            self._size, self._first_pts = _upright_size(frame, self._stream, self._matrix), frame.pts
+            self._size, self._first_pts = _upright_size(frame, self._stream, _display_matrix(frame)), frame.pts
         self.position += 1
         return frame
 
@@ -219,7 +217,7 @@ class VideoReader:
         layout = "rgba" if alpha else "rgb24"
         rgb = self._reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BICUBIC).to_ndarray()
         shown = rgb[..., 3] if self._alpha else _on_black(rgb) if alpha else rgb
-        pixels = _upright(shown, self._matrix)
+        pixels = _upright(shown, _display_matrix(frame))
         if pixels.shape[1::-1] != self._size:
             raise _size_changes(self.path, self.position - 1)
         return pixels
@@ -338,8 +336,9 @@ def _reason(error: BaseException) -> str:
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards.
 
-    Ask the first frame only: a frame and its side data refer to each other, so each frame that is asked stays in memory
-    until Python's garbage collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440)."""
+    A frame and its side data refer to each other, so each frame that is asked stays in memory until Python's garbage
+    collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440). `probe_video` asks the first only; the reader asks
+    all, because FFmpeg patches a damaged frame with what a reused buffer holds."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return _UPRIGHT
