@@ -336,9 +336,9 @@ def _reason(error: BaseException) -> str:
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards.
 
-    A frame and its side data refer to each other, so each frame that is asked stays in memory until Python's garbage
-    collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440). `probe_video` asks the first only; the reader asks
-    all, because FFmpeg patches a damaged frame with what a reused buffer holds."""
+    A frame and its side data refer to each other, so a frame that is asked stays in memory until the garbage
+    collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440). `probe_video` asks the first frame only; the
+    reader asks all, because FFmpeg patches a damaged frame with what a reused buffer holds."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return _UPRIGHT
