@@ -3,10 +3,10 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from scail2_rt.runtime.core.progress import Listener, Progress
+from scail2_rt.runtime.core.progress import WORK_PHASES, Listener, Progress
 
 if TYPE_CHECKING:
     from scail2_rt.engines.observer import BuildStep
@@ -16,15 +16,15 @@ QUIET = ("seal", "check")  # phases of a build and of a check that read what was
 
 
 class ProgressLines:
-    """Plain lines on stderr for logs: each segment's start, and a step, or the share of the masks that is made, every
-    `LINE_INTERVAL_S` seconds."""
+    """Plain lines on stderr for logs: each segment's start, and every `LINE_INTERVAL_S` seconds a step or the share of
+    the work on masks that is done."""
 
     def __init__(self) -> None:
         self._printed = 0.0
         self._last: tuple[int, int] = (0, 0)
 
     def __call__(self, event: Progress) -> None:
-        if event.fraction and not event.segments:  # before the run: masks are made
+        if event.phase in WORK_PHASES:
             self._share(event)
             return
         now, here = time.perf_counter(), (event.segment, event.step)
@@ -78,6 +78,20 @@ def open_progress() -> Iterator[Listener]:
             yield show
     else:
         yield ProgressLines()
+
+
+@contextmanager
+def patient_progress() -> Iterator[Listener]:
+    """`open_progress` for commands that are mostly quick: it opens at the first event."""
+    with ExitStack() as opened:
+        shown: list[Listener] = []
+
+        def show(event: Progress) -> None:
+            if not shown:
+                shown.append(opened.enter_context(open_progress()))
+            shown[0](event)
+
+        yield show
 
 
 class BuildLines:

@@ -32,7 +32,8 @@ def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit 
     ]
     findings += video_pair(driving, probe(clip))
     pictures = Pictures([images.size] * len(images), (driving.height, driving.width), fit, size)
-    report = check_masks([masks[i] for i in range(len(masks))], clip, mode, names=names, pictures=pictures)  # type: ignore[arg-type]
+    stills = [masks[i] for i in range(len(masks))]
+    report = check_masks(stills, clip, mode, names=names, pictures=pictures, driving_clip=given.driving)  # type: ignore[arg-type]
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 
 

@@ -89,7 +89,10 @@ class CaseInputs:
         if not given:
             return None
         if lacking := [name for name in FILES if name not in given]:
-            raise InputError(f"{flags(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: {instead}.")
+            made = ""
+            if all("mask" in name for name in lacking):
+                made = "; `scail2-rt masks make --image FILE --driving FILE -o DIR` makes a case folder with both masks"
+            raise InputError(f"{flags(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: {instead}{made}.")
         return NamedFiles(*(getattr(self, name) for name in FILES))
 
 
@@ -124,9 +127,10 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
     if missing := [what for what, paths in found.items() if not paths]:
         holds = ", ".join(path.name for path in list(there.values())[:20]) or "no file"
         remedy = "Add what is missing."
-        if all("mask" in what for what in missing):
-            words = [shlex.quote(str(paths[0])) for what, paths in found.items() if "mask" not in what]
-            remedy = f"Make masks with `scail2-rt masks make --image {words[0]} --driving {words[1]} -o NEW_CASE`."
+        if any("mask" in what for what in missing):
+            picture, _, clip, _ = (shlex.quote(str(paths[0])) if paths else "" for paths in found.values())
+            words = f"scail2-rt masks make --image {picture or 'IMAGE'} --driving {clip or 'VIDEO'} -o DIR"
+            remedy = f"Make both masks with `{words}`."
         raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}. {remedy}")
     image, mask_image, driving, mask_video = (paths[0] for paths in found.values())
     says: Mode = "replace" if _is_replace_mask(mask_video) else "animate"

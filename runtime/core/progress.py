@@ -22,11 +22,15 @@ class Cancelled(Scail2Error):
     exit_code = 130
 
 
+WORK_PHASES = ("masks", "mask check", "mask preview")
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """One event of a run.
 
-    phase                text, clip, reference, context, read, driving, denoise, decode or finish
+    phase                text, clip, reference, context, read, driving, denoise, decode or finish; one of `WORK_PHASES`
+                         outside the run
     segment, segments    number of the current segment from 1 (0 before the first), and how many there are
     step, steps          denoising steps of this segment that are done, and how many it has
     fraction             of the whole run's work that is done, 0 to 1
@@ -51,6 +55,32 @@ class Progress:
 
 
 Listener = Callable[[Progress], object]
+Tell = Callable[[float], object]  # called with the share of some work that is done, 0 to 1
+
+
+def untold(_share: float) -> None:
+    """The `Tell` of work that nobody follows."""
+
+
+def within(tell: Tell, begin: float, end: float) -> Tell:
+    """The `Tell` of the part of some work between two shares of it."""
+    return lambda share: tell(begin + min(share, 1.0) * (end - begin))
+
+
+class Work:
+    """A `Tell` that tells a listener of work without segments (checking and writing masks), after `SILENT_S` seconds.
+
+    phase: one of `WORK_PHASES`, which the commands show in lines of their own."""
+
+    SILENT_S = 2.0
+
+    def __init__(self, phase: str, listener: Listener | None) -> None:
+        self._phase, self._listener, self._began = phase, listener, time.perf_counter()
+
+    def __call__(self, share: float) -> None:
+        seconds = time.perf_counter() - self._began
+        if self._listener is not None and seconds >= self.SILENT_S and 0 < share < 1:
+            self._listener(Progress(self._phase, fraction=share, seconds_left=seconds / share * (1 - share)))
 
 
 class RunProgress:

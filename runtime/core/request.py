@@ -162,6 +162,8 @@ class Request:
             else:
                 fits = isinstance(source, Path) or hasattr(source, "convert") or hasattr(source, "__array_interface__")
                 offered = "a path, a PIL image or an array"
+            if source is None and "mask" in label:
+                raise InputError(f"The {label} is None: give {offered}, or make both masks with `masks make`.")
             if not fits:
                 raise InputError(f"The {label} must be {offered}, not a {type(source).__name__}.")
         for name in ("prompt", "negative_prompt"):

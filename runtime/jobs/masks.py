@@ -15,7 +15,7 @@ from typing import Any
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files, refuse_url
-from scail2_rt.runtime.core.progress import Listener
+from scail2_rt.runtime.core.progress import Listener, Work
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
 from scail2_rt.runtime.masks.check import check_case
@@ -143,7 +143,7 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
         if file.name not in made and not any(file.samefile(source) for source in (image, driving)):
             file.unlink()
     case = CaseFiles(folder / names[0], masks.mask_image, folder / names[1], masks.mask_video, masks.mode)
-    check = check_case(case, start=asked.start, frames=asked.frames)
+    check = check_case(case, start=asked.start, frames=asked.frames, tell=Work("mask check", listener))
     lines = [masks.text, *(f"note: {note}" for note in masks.notes)]
     lines += [f"{finding.severity} ({finding.rule}): {finding.says}" for finding in check.findings]
     part = f" --start {asked.start}" if asked.start else ""

@@ -82,13 +82,13 @@ def with_made_masks(job: Job, listener: Listener) -> "Job | Outcome":
     return replace(single_job(with_masks(job.options, listener)), name=job.name)
 
 
-def check_job(job: Job) -> Plan:
+def check_job(job: Job, listener: Listener | None = None) -> Plan:
     """The plan of a job, without engines. Raises InputError when it cannot work."""
     if job.request is None or job.output is None:
         raise job.error or InputError(f"{job.name} holds no request.")
     refuse_second(job.output.path)
     check_output(job.output, job.request)
-    plan = check_request(job.request)
+    plan = check_request(job.request, listener)
     check_room(job.output, plan)
     return replace(plan, notes=job.options.notes) if job.options is not None else plan
 
@@ -162,7 +162,7 @@ def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
     ready = with_made_masks(job, listener)
     if isinstance(ready, Outcome):
         return ready
-    plan, masks_given = check_job(ready), ready is job
+    plan, masks_given = check_job(ready, listener), ready is job
     with open_session(options) as session:
         fitting = fit_plan(plan, session, options)
         if masks_given:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from scail2_rt.runtime.core.case_folder import CaseFiles, CaseInputs, read_case
 from scail2_rt.runtime.core.findings import Finding, Framing, ranges_text
+from scail2_rt.runtime.core.progress import Tell, untold, within
 from scail2_rt.runtime.core.window import Fit, Size
 from scail2_rt.runtime.masks.lint import (
     MaskFacts,
@@ -107,32 +108,46 @@ def check_case(
     fit: Fit = "auto",
     start: int = 0,
     frames: int | None = None,
+    tell: Tell = untold,
 ) -> CheckResult:
-    """Everything about the masks of one case, in the driving frames from `start` on, `frames` of them or all."""
+    """Check the masks of one case in the driving frames from `start` on, `frames` of them or all. `tell` is called with
+    the share that is done."""
     pairs = ((case.image, case.mask_image), *extra_refs)
     images = [load_image(image).shape[:2] for image, _ in pairs]
     masks = [load_mask_image(mask) for _, mask in pairs]
     findings: list[Finding] = []
     for (image, mask), image_size, pixels in zip(pairs, images, masks, strict=True):
         findings += image_pair(str(image), image_size, str(mask), pixels.shape[:2])
-    driving = probe(case.driving)
-    findings += video_pair(driving, probe(case.mask_video))
+    driving = probe(case.driving, tell=within(tell, 0, 0.4))
+    findings += video_pair(driving, probe(case.mask_video, tell=within(tell, 0.4, 0.65)))
     pictures = Pictures(images, (driving.height, driving.width), fit, size)
     names = [str(mask) for _, mask in pairs]
-    report = check_masks(masks, case.mask_video, mode, names=names, start=start, frames=frames, pictures=pictures)
+    report = check_masks(
+        masks,
+        case.mask_video,
+        mode,
+        names=names,
+        start=start,
+        frames=frames,
+        pictures=pictures,
+        driving_clip=case.driving,
+        tell=within(tell, 0.65, 1),
+    )
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 
 
-def check_file(path: Path) -> CheckResult:
-    """One mask file by itself: an image or a video."""
+def check_file(path: Path, tell: Tell = untold) -> CheckResult:
+    """Check one mask file without its case: an image or a video."""
     if is_image(path):
         stats = image_stats(load_mask_image(path))
         return CheckResult((MaskFacts.of(stats, str(path)),), tuple(image_findings(stats, str(path))))
-    stats, _ = video_stats(path)
+    stats, _ = video_stats(path, tell=tell)
     return CheckResult((MaskFacts.of(stats, str(path)),), tuple(video_findings(stats, str(path))))
 
 
-def check_files(paths: Sequence[Path]) -> CheckResult:
-    results = [check_file(path) for path in paths]
+def check_files(paths: Sequence[Path], tell: Tell = untold) -> CheckResult:
+    """Check several mask files without their case."""
+    count = len(paths)
+    results = [check_file(path, within(tell, i / count, (i + 1) / count)) for i, path in enumerate(paths)]
     facts = tuple(fact for result in results for fact in result.facts)
     return CheckResult(facts, tuple(finding for result in results for finding in result.findings))

@@ -7,8 +7,7 @@ that is clear (all channels near off or on) keeps its colour if it belongs to an
 it, flat grey becomes black, as the model reads it; other flat colours are refused, because which character they stand
 for is for the user to say. Last, areas of less than `speck` pixels take the colour around them.
 
-A mask that is exact already is left as it is but for specks. Connected areas are found with runs and a union of minima
-in NumPy, 30 lines, where SciPy would be a dependency for one function.
+A mask that is exact already is left as it is but for specks.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.masks.areas import connected
 from scail2_rt.runtime.masks.palette import (
     BLACK,
     CLEAR_LABEL,
@@ -34,6 +34,7 @@ from scail2_rt.runtime.masks.stats import SAME_COLOUR, Stranger, flat_strangers
 
 SNAP = 80  # largest distance in a channel at which a flat colour counts as the palette colour it is closest to
 SPECK_SHARE = 0.0001  # of a frame: areas below it are specks; 46 pixels at 512×896
+_SPECK_PASSES = 8  # a speck in a speck takes two
 _REACH = 16  # pixels; 4 loses half of the fingers that coding has left without one clear pixel, 32 gains nothing
 _CHROMA = 0.15  # weight of squared chroma differences against luma's; 0.05 to 0.25 are as good, 1 is a third worse
 _TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]).T  # BT.601
@@ -69,10 +70,12 @@ def clean_frame(frame: np.ndarray, cleaning: Cleaning, name: str) -> np.ndarray:
         settle(labels, lambda y, x: _colour_distances(frame[y, x]))
     speck = round(SPECK_SHARE * labels.size) if cleaning.speck is None else cleaning.speck
     if speck > 1:
-        _remove_specks(labels, speck)
+        for _ in range(_SPECK_PASSES):
+            if not _remove_specks(labels, speck):
+                break
     if cleaning.background is not None:
         labels[labels == (BLACK if cleaning.background == "white" else 0)] = list(PALETTE).index(cleaning.background)
-    return PALETTE_RGB[labels]
+    return np.take(PALETTE_RGB, labels, axis=0)
 
 
 def _near(levels: np.ndarray, colour: Sequence[int]) -> np.ndarray:
@@ -148,12 +151,13 @@ def _within_reach(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray
     return found
 
 
-def _remove_specks(labels: np.ndarray, least: int) -> None:
-    """Areas of fewer than `least` pixels take the most frequent label around them."""
+def _remove_specks(labels: np.ndarray, least: int) -> bool:
+    """Give areas of fewer than `least` pixels the most frequent label of larger areas around them. Return whether some
+    are left because they have small areas around them only."""
     ids = connected(labels)
     small = np.bincount(ids.ravel()) < least
     if not small.any() or small.all():
-        return
+        return False
     around = np.zeros((len(small), len(PALETTE_RGB)), np.int64)
     for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
         other_ids = _shifted(_shifted(ids, 0, dy), 1, dx)
@@ -163,28 +167,4 @@ def _remove_specks(labels: np.ndarray, least: int) -> None:
     surrounded = small & around.any(1)
     replaced = surrounded[ids]
     labels[replaced] = around.argmax(1)[ids[replaced]]
-
-
-def connected(labels: np.ndarray) -> np.ndarray:
-    """Number of each pixel's area of equal label, diagonal neighbours included; int [H, W], numbers from 0."""
-    starts = np.ones(labels.shape, bool)
-    starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    runs = starts.ravel().cumsum().reshape(labels.shape) - 1
-    joined = []
-    width = labels.shape[1]
-    for shift in (-1, 0, 1):
-        above, below = slice(max(-shift, 0), width - max(shift, 0)), slice(max(shift, 0), width - max(-shift, 0))
-        equal = labels[:-1, above] == labels[1:, below]
-        upper, lower = runs[:-1, above][equal], runs[1:, below][equal]
-        new = np.r_[True, (upper[1:] != upper[:-1]) | (lower[1:] != lower[:-1])][: len(upper)]
-        joined.append((upper[new], lower[new]))
-    parent = np.arange(runs[-1, -1] + 1)
-    a, b = (np.concatenate(ends) for ends in zip(*joined, strict=True))
-    while True:
-        low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
-        if (low == high).all():
-            break
-        np.minimum.at(parent, high, low)
-        while (parent[parent] != parent).any():
-            parent = parent[parent]
-    return np.unique(parent, return_inverse=True)[1][runs]
+    return bool((small & ~surrounded).any())

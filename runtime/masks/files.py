@@ -20,6 +20,7 @@ import numpy as np
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.containers import MP4_ENDINGS
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.masks.palette import CLEAR_LABEL, PALETTE, codes
 from scail2_rt.runtime.media.images import images_in as _images
 from scail2_rt.runtime.media.images import is_image
@@ -28,6 +29,7 @@ from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
 from scail2_rt.runtime.media.video_writer import check_place, check_writable
 
 _FRAMES_AT_ONCE = 8
+_LOOKED_AT = 256  # rows or columns of a mask, of which the shares of its colours are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class WrittenMask:
         return f"{self.output}: {frames}{self.height}x{self.width}, {shares}"
 
 
-def open_source(path: Path, frame_rate: Fraction | None = None) -> Source:
+def open_source(path: Path, frame_rate: Fraction | None = None, tell: Tell = untold) -> Source:
     """`frame_rate` is that of a folder of images; a video has its own."""
     if path.is_dir():
         if not _images(path):
@@ -67,18 +69,24 @@ def open_source(path: Path, frame_rate: Fraction | None = None) -> Source:
         raise InputError(f"--fps is for a folder of images, and {path} is a file.")
     if is_image(path):
         return Source(path, "image")
-    video = probe_video(path)
+    video = probe_video(path, tell)
     return Source(path, "video", video.frame_rate, video.timestamps)
 
 
-def frames_of(source: Source, load: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
-    """Frames in order: RGB uint8 [H, W, 3] of a video, else what `load` makes of each image file."""
+def frames_of(
+    source: Source, load: Callable[[Path], np.ndarray], tell: Tell = untold, alpha: bool = False
+) -> Iterator[np.ndarray]:
+    """Frames in order: of a video RGB uint8 [H, W, 3], or with `alpha` its alpha channel [H, W]; of images what `load`
+    makes of each file."""
     if source.kind == "image":
         yield load(source.path)
     elif source.kind == "folder":
-        yield from (load(file) for file in _images(source.path))
+        files = _images(source.path)
+        for number, file in enumerate(files, 1):
+            yield load(file)
+            tell(number / len(files))
     else:
-        with VideoReader(source.path) as reader:
+        with VideoReader(source.path, tell=tell, alpha=alpha) as reader:
             while len(frames := reader.read(_FRAMES_AT_ONCE)):
                 yield from frames
 
@@ -117,7 +125,9 @@ def write_mask(output: Path, source: Source, masks: Iterable[np.ndarray]) -> Wri
                     f"{shape[0]}x{shape[1]} (height x width): all must have one size."
                 )
             shape = mask.shape[:2]
-            totals = totals + np.bincount(CLEAR_LABEL[codes(mask)].ravel(), minlength=len(PALETTE)) / mask[..., 0].size
+            step = max(1, min(shape) // _LOOKED_AT)
+            seen = np.bincount(CLEAR_LABEL[codes(mask[::step, ::step])].ravel(), minlength=len(PALETTE))
+            totals = totals + seen / seen.sum()
             frames += 1
             yield mask
 

@@ -18,12 +18,14 @@ import numpy as np
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.core.findings import TOLERANCE, Finding, Framing, Ranges, ranges, ranges_text
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.core.window import Size
 from scail2_rt.runtime.masks.cleaning import snapped
 from scail2_rt.runtime.masks.framing import heights
 from scail2_rt.runtime.masks.palette import CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
 from scail2_rt.runtime.masks.stats import MaskStats, image_stats, video_stats
+from scail2_rt.runtime.masks.useless import jump_findings, shape_findings
 from scail2_rt.runtime.masks.windows import Pictures, cropped_findings, cure_of, frame_picture
 from scail2_rt.runtime.media.images import is_image
 from scail2_rt.runtime.media.video_reader import VideoInfo
@@ -79,21 +81,24 @@ def check_masks(
     start: int = 0,
     frames: int | None = None,
     pictures: Pictures | None = None,
+    driving_clip: ClipSource | None = None,
+    tell: Tell = untold,
 ) -> MaskReport:
     """Reads the driving mask once and holds it against the reference masks (uint8 [H, W, 3], the primary one first).
 
     `names` are the reference masks' names for messages; `pictures` what the masks belong to, by default pictures of
-    their own sizes. The findings tell all that is wrong; `refuse` raises for those that are errors."""
+    their own sizes; `driving_clip` is read for cuts if a character's area jumps. `refuse` raises for findings that are
+    errors."""
     names = tuple(names) or tuple(f"reference mask {i + 1}" for i in range(len(reference_masks)))
     references = [image_stats(mask) for mask in reference_masks]
-    driving, guessed = video_stats(driving_mask, start, frames)
+    driving, guessed = video_stats(driving_mask, start, frames, tell)
     mode = guessed if mode == "auto" else mode
     pictures = pictures or Pictures([stats.shape for stats in references], driving.shape)
     known = dict(zip(names, references, strict=True))
     framing, cropped = _laid_out(driving, references, pictures, mode, (str(driving_mask), *names), start)
     findings = [
         *itertools.chain(*(image_findings(stats, name) for name, stats in known.items())),
-        *video_findings(driving, str(driving_mask), start),
+        *video_findings(driving, str(driving_mask), start, driving_clip),
         *_identities(driving, str(driving_mask), known, start),
         *_conventions(driving, str(driving_mask), known, mode),
         *cropped,
@@ -159,8 +164,12 @@ def clean_command(name: str, options: str = "") -> str:
 
 
 def image_findings(stats: MaskStats, name: str) -> list[Finding]:
-    """Of one mask image for itself."""
-    found = [*_strangers(stats, name, None), *_edges(stats, name, None)]
+    """Findings about one mask image."""
+    found = [
+        *_strangers(stats, name, None),
+        *_edges(stats, name, None),
+        *shape_findings(stats, name, None, clean_command),
+    ]
     if not stats.first_frames:
         remedy = "Paint the character in its colour and the background white or black"
         if any(stranger.is_grey for stranger in stats.strangers):
@@ -170,8 +179,10 @@ def image_findings(stats: MaskStats, name: str) -> list[Finding]:
     return found
 
 
-def video_findings(stats: MaskStats, name: str, start: int = 0) -> list[Finding]:
-    """Of one mask video for itself."""
+def video_findings(
+    stats: MaskStats, name: str, start: int = 0, driving: ClipSource | None = None, tell: Tell = untold
+) -> list[Finding]:
+    """Findings about one mask video; with its driving clip, cuts are told from areas that jump."""
     found = [*_strangers(stats, name, start), *_edges(stats, name, start)]
     if not stats.characters:
         says = f"{name} shows no character in any of its {stats.frames} frames."
@@ -185,6 +196,10 @@ def video_findings(stats: MaskStats, name: str, start: int = 0) -> list[Finding]
             says = f"The {colour} character of {name} vanishes for moments ({ranges_text(gaps)})."
             remedy = "Repair these frames in the tool that tracked it, or paint them; a lost mask makes the body blink."
             found.append(Finding("warning", "flicker", name, says, remedy, gaps))
+    found += [
+        *shape_findings(stats, name, start, clean_command),
+        *jump_findings(stats, name, start, driving, tell),
+    ]
     if changes := stats.changes:
         where = ranges((change.frame for change in changes), start)
         kinds = sorted({f"{change.before} to {change.after}" for change in changes})

@@ -46,6 +46,7 @@ _FRAMES_AT_ONCE = 8
 
 _LEVELS = np.digitize(np.arange(256), (1, OFF_BELOW + 1, ON_ABOVE + 1, 255)).astype(np.uint8)  # 0 to 4
 CODES = 125
+_CODE_OF = [place * _LEVELS for place in (25, 5, 1)]  # by channel: what an 8-bit value adds to the code
 _DIGITS = np.stack(np.unravel_index(np.arange(CODES), (5, 5, 5)), axis=-1)  # [125, 3] levels of r, g, b
 _LABEL_OF_ON = np.array([BLACK, 3, 2, 6, 1, 5, 4, 0], np.uint8)  # by 4r + 2g + b, channels on or off
 MODEL_LABEL = _LABEL_OF_ON[(_DIGITS >= 3) @ np.array([4, 2, 1])]  # as the model reads it: what is no class is `BLACK`
@@ -55,8 +56,10 @@ EXACT = np.asarray(np.isin(_DIGITS, (0, 4)).all(1))
 
 def codes(frame: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] → uint8 [H, W]: 25 r + 5 g + b of the channels' levels 0 to 4."""
-    r, g, b = (_LEVELS[frame[..., i]] for i in range(3))
-    return 25 * r + 5 * g + b
+    r, g, b = (np.take(table, frame[..., i]) for i, table in enumerate(_CODE_OF))
+    r += g
+    r += b
+    return r
 
 
 def background_of(mode: Mode, role: Role) -> RGB:

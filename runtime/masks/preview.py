@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.window import Window
+from scail2_rt.runtime.masks.make.figures import stretched
 from scail2_rt.runtime.masks.palette import (
     BLACK,
     CHARACTERS,
@@ -48,9 +51,23 @@ if TYPE_CHECKING:
 ORANGE: RGB = (255, 120, 0)
 _PAPER, _INK, _ALARM = (250, 250, 248), (30, 30, 30), (205, 0, 0)
 _TINT, _DIM, _STRIPE, _FADE = 0.5, 0.35, 0.22, 0.35
+_FADED = (_FADE * np.arange(256) + (1 - _FADE) * _PAPER[0]).astype(np.uint8)
+_LARGEST = 1280  # pixels of a side of the video: reading, drawing and coding 2K takes six times as long
 _BARE = 150  # level of the grey that a mask without a picture is laid over
 _CELL, _GAP, _LINE, _FONT, _ENTRY = 420, 14, 26, 16, 330  # pixels
 _FRAMES_AT_ONCE = 8
+
+
+# What is drawn where: labels 0 to 8 (7 hidden, 8 in no class), then stripes of what is hidden, then outlines 11 to 16.
+_STRIPED, _OUTLINED = 9, 10
+_KIND = np.where((CLEAR_LABEL == UNCLEAR) & (MODEL_LABEL == BLACK), UNCLEAR, MODEL_LABEL).astype(np.uint8)  # by code
+_FACTOR = np.array(  # of the picture, in 256ths
+    [256, *[256 * (1 - _TINT)] * 6, 256 * _DIM, 0, 256 * _DIM, *[0] * 7]
+).astype(np.uint16)
+_TINTED = _TINT * PALETTE_RGB[1:BLACK]
+_ADDED = np.array([[0] * 3, *_TINTED, [0] * 3, ORANGE, [255 * _STRIPE] * 3, [0] * 3, *PALETTE_RGB[1:BLACK]]).astype(
+    np.uint16
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +101,25 @@ class Clip:
 def overlay(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3], of the mask's size; the picture is stretched to it, as their shapes are compared elsewhere."""
     base = np.full(mask.shape, _BARE, np.uint8) if picture is None else _resized(picture, mask.shape[:2])
-    seen = codes(mask)
-    labels = np.where((CLEAR_LABEL[seen] == UNCLEAR) & (MODEL_LABEL[seen] == BLACK), UNCLEAR, MODEL_LABEL[seen])
-    shown = base.astype(np.float32)
+    kinds = np.take(_KIND, codes(mask))
     y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
     period = max(6, mask.shape[0] // 32)
     stripes = (y + x) % period < max(1, period // 6)
-    hidden = labels == BLACK
-    shown[hidden] *= _DIM
-    shown[hidden & stripes] += 255 * _STRIPE
-    characters = (labels > 0) & (labels < BLACK)
-    shown[characters] = _TINT * PALETTE_RGB[labels[characters]] + (1 - _TINT) * shown[characters]
-    shown[labels == UNCLEAR] = ORANGE
-    edge = np.zeros(labels.shape, bool)
+    kinds[stripes & (kinds == BLACK)] = _STRIPED
+    edge = np.zeros(kinds.shape, bool)
     width = max(1, mask.shape[0] // 256)
-    for axis in (0, 1):
-        for shift in (-width, width):
-            edge |= labels != np.roll(labels, shift, axis)
-    edge &= characters
-    shown[edge] = PALETTE_RGB[labels[edge]]
-    return shown.clip(0, 255).astype(np.uint8)
+    areas = np.where(kinds == _STRIPED, np.uint8(BLACK), kinds)
+    for part, other in ((areas, edge), (areas.T, edge.T)):
+        different = part[width:] != part[:-width]
+        other[width:] |= different
+        other[:-width] |= different
+    edge &= (kinds > 0) & (kinds < BLACK)
+    kinds[edge] += _OUTLINED
+    shown = base.astype(np.uint16)
+    shown *= np.take(_FACTOR, kinds)[..., None]
+    shown >>= 8
+    shown += np.take(_ADDED, kinds, axis=0)
+    return shown.astype(np.uint8)
 
 
 def draw_window(laid: np.ndarray, window: Window) -> np.ndarray:
@@ -116,19 +132,25 @@ def draw_window(laid: np.ndarray, window: Window) -> np.ndarray:
     right = round((own.frame[1] - own.left) * column_scale)
     above, beside = max(0, -top), max(0, -left)
     size = (above + max(height, bottom), beside + max(width, right))
-    hidden = overlay(None, np.zeros((*size, 3), np.uint8))
+    hidden = _hidden(size).copy()
     hidden[above : above + height, beside : beside + width] = laid
     rows, columns = slice(top + above, bottom + above), slice(left + beside, right + beside)
-    picture = (_FADE * hidden + (1 - _FADE) * np.array(_PAPER)).astype(np.uint8)
-    picture[rows, columns] = hidden[rows, columns]
+    picture = hidden
+    if (bottom - top, right - left) != size:
+        picture = np.take(_FADED, hidden)
+        picture[rows, columns] = hidden[rows, columns]
     thick = max(1, min(height, width) // 150)
     for inset, colour in ((0, _INK), (thick, _PAPER)):
-        border = np.zeros(size, bool)
-        border[rows.start + inset : rows.stop - inset, columns.start + inset : columns.stop - inset] = True
-        deeper = inset + thick
-        border[rows.start + deeper : rows.stop - deeper, columns.start + deeper : columns.stop - deeper] = False
-        picture[border] = colour
+        box = picture[rows.start + inset : rows.stop - inset, columns.start + inset : columns.stop - inset]
+        for side in (box[:thick], box[-thick:], box[:, :thick], box[:, -thick:]):
+            side[:] = colour
     return picture
+
+
+@lru_cache(maxsize=2)
+def _hidden(size: tuple[int, int]) -> np.ndarray:
+    """A hidden picture, the same for each frame of a clip; not to be written to."""
+    return overlay(None, np.zeros((*size, 3), np.uint8))
 
 
 def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -173,13 +195,15 @@ def clip_of(files: Sequence[Path], case: CaseFiles | None, result: CheckResult) 
     return Clip(videos[0], case.driving if case else None, marked, window)
 
 
-def write_preview(folder: Path, references: Sequence[Still], clip: Clip | None, count: int) -> tuple[Path, Path | None]:
-    """→ the sheet, `masks.png`, of the references and `count` frames, and `masks.mp4`, which is there for a clip."""
+def write_preview(
+    folder: Path, references: Sequence[Still], clip: Clip | None, count: int, tell: Tell = untold
+) -> tuple[Path, Path | None]:
+    """Write the sheet, `masks.png`, of the references and `count` frames, and for a clip the video `masks.mp4`."""
     folder.mkdir(parents=True, exist_ok=True)
     stills, video = list(references), None
     if clip is not None:
         video = folder / "masks.mp4"
-        stills += _write_overlay_video(video, clip, count)
+        stills += _write_overlay_video(video, clip, count, tell)
     sheet = folder / "masks.png"
     write_image(sheet, contact_sheet(stills))
     return sheet, video
@@ -199,23 +223,32 @@ def _spread(total: int, count: int) -> list[int]:
     return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
 
 
-def _write_overlay_video(output: Path, clip: Clip, count: int) -> list[Still]:
-    """All frames of the clip with the mask over them; returns those for the sheet."""
+def _write_overlay_video(output: Path, clip: Clip, count: int, tell: Tell) -> list[Still]:
+    """Write all frames of the clip with the mask over them; return those for the sheet."""
     info = probe_video(clip.mask)
     wanted = set(chosen_frames(info.frames, count, clip.marked))
     stills: list[Still] = []
-    empty = Still("", None, np.zeros((info.height, info.width, 3), np.uint8), window=clip.window)
+    size = _fitting(info.height, info.width)
+    empty = Still("", None, np.zeros((*size, 3), np.uint8), window=clip.window)
     height, width = (max(2, side // 2 * 2) for side in empty.drawn.shape[:2])  # 4:2:0 needs even sides
     video = VideoFormat(width, height, info.frame_rate or Fraction(25))
     with VideoWriter(output, video, timestamps=info.timestamps) as writer:
-        for number, (picture, mask) in enumerate(_pairs(clip)):
+        for number, (picture, full) in enumerate(_pairs(clip)):
+            mask = stretched(full, size)
             still = Still(f"frame {number}", picture, mask, number in clip.marked, clip.window)
             if number in wanted:
                 stills.append(still)
             writer.write(_resized(still.drawn, (height, width))[None])
+            tell((number + 1) / info.frames)
         writer.segment_done()
         writer.finish()
     return stills
+
+
+def _fitting(height: int, width: int) -> tuple[int, int]:
+    """The size at which a mask is drawn: its own, or smaller with sides of at most `_LARGEST`."""
+    scale = min(1.0, _LARGEST / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _pairs(clip: Clip) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:

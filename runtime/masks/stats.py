@@ -5,7 +5,8 @@ colour outside the palette counts only where it is a flat region (edges are neve
 (255, 128, 0) passes the model's threshold as red and would silently bind two characters to one.
 
 `MaskStats` takes frames as they come, so a mask video is read once, a few frames at a time, at its own size. Every
-step-th pixel is enough for shares, boxes and changes of colour: about 256 rows or columns are looked at.
+step-th pixel is enough for shares, boxes and changes of colour: about 256 rows or columns are looked at, and about 512
+for shapes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.core.window import Part
+from scail2_rt.runtime.masks.areas import Shape, shapes
 from scail2_rt.runtime.masks.palette import (
     BLACK,
     CHARACTERS,
@@ -25,6 +28,7 @@ from scail2_rt.runtime.masks.palette import (
     CODES,
     COLOURS,
     EXACT,
+    MODEL_LABEL,
     OFF_BELOW,
     ON_ABOVE,
     RGB,
@@ -39,8 +43,11 @@ from scail2_rt.runtime.media.clips import open_video
 REGION = 0.002  # share of a frame that a flat colour outside the palette must cover to count as meant
 SAME_COLOUR = 40  # largest difference in a channel up to which two flat colours are one
 _SATURATED = 64  # spread between the channels from which a colour is one, and not a grey
-_SHORT_GAP = 8  # frames: a character that is away no longer than this did not walk out of the picture
+SHORT_GAP = 8  # frames: a character that is away no longer than this did not walk out of the picture
 _ROW_SHARE = 0.006  # of a frame's width that a character must cover for a row to count as its own
+JUMP = 0.35  # of a character's area that it gains or loses from one frame to the next
+JUMP_AT_EDGE = 0.6  # the same at a side of the picture or beside another character, where a runner loses 40 %
+_BACKGROUND = [0, BLACK, UNCLEAR]  # labels
 FRAMES_AT_ONCE = 8
 
 
@@ -89,6 +96,15 @@ class ColourChange:
     frame: int
     before: str
     after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """In `frame` a character covers the share `after` of the frame, one frame earlier the share `before`."""
+
+    frame: int
+    before: float
+    after: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +162,9 @@ class MaskStats:
     def __init__(self) -> None:
         self._histograms: list[np.ndarray] = []
         self._profiles: list[dict[int, tuple[np.ndarray, np.ndarray]]] = []  # label → pixels by row, by column
+        self._shapes: list[dict[int, Shape]] = []  # by label
+        self._net: list[np.ndarray] = []  # share of the frame that each character took from the background, [6]
+        self.shape_step = 1  # every so-many-th row and column is looked at for shapes
         self._last: np.ndarray | None = None
         self._edges = (np.zeros(1), np.zeros(1))  # of the rows and of the columns looked at
         self.shape = (0, 0)  # of the frames, (H, W)
@@ -158,12 +177,18 @@ class MaskStats:
             self.shape = frame.shape[:2]
             for colour, share in flat_strangers(frame):
                 self._meet(colour, share)
-            step = max(1, min(self.shape) // 256)
+            step, self.shape_step = (max(1, min(self.shape) // rows) for rows in (256, 512))
             seen = codes(frame[::step, ::step])
             labels = CLEAR_LABEL[seen]
+            moved = np.diag(np.bincount(labels.ravel(), minlength=9))
             if self._last is not None and self._last.shape == labels.shape:
-                self.changes += _changes(self._last, labels, self.frames)
+                moved = np.bincount(self._last.astype(np.intp).ravel() * 9 + labels.ravel(), minlength=81).reshape(9, 9)
+                self.changes += _changes(moved, self.frames)
             self._last = labels
+            taken = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
+            self._net.append(taken / labels.size)
+            # Finer than the rest: a gap of two pixels between an arm and the body makes no hole of what is behind it.
+            self._shapes.append(shapes(MODEL_LABEL[codes(frame[:: self.shape_step, :: self.shape_step])]))
             sides = zip(labels.shape, self.shape, strict=True)
             rows, columns = (np.minimum(np.arange(count + 1) * step / side, 1) for count, side in sides)
             self._edges = rows, columns
@@ -232,23 +257,55 @@ class MaskStats:
     def characters(self) -> tuple[str, ...]:
         return tuple(name for name in CHARACTERS if name in self.first_frames)
 
+    def shapes(self, character: str) -> dict[int, Shape]:
+        """Frame → shape of the character, where it covers more than a speck."""
+        label = list(COLOURS).index(character)
+        shown = np.flatnonzero(self.shares[:, label] >= SPECK).tolist()
+        return {frame: self._shapes[frame][label] for frame in shown if label in self._shapes[frame]}
+
+    def jumps(self, character: str) -> list[Jump]:
+        """Frames where the character's area changes suddenly at the expense or in favour of the background.
+
+        The change is held against the area before and after, and against what the character usually covers: who walks
+        in at the border is a sliver first. What another character covers or uncovers does not count, nor what a moving
+        character itself uncovers of another."""
+        label = list(COLOURS).index(character)
+        share = self.shares[:, label]
+        shown = share >= SPECK
+        net = np.array(self._net)[:, label - 1]
+        there = shown.copy()
+        there[1:] &= shown[:-1]
+        there[:1] = False
+        before = np.roll(share, 1)
+        usual = np.maximum(np.maximum(share, before), np.median(share[shown]) if shown.any() else 1)
+        least = np.minimum(np.sign(net) * (share - before), np.abs(net))
+        at_edge = np.array([self._at_edge(frame, label) for frame in range(self.frames)])
+        at_edge[1:] |= at_edge[:-1]
+        found = np.flatnonzero(there & (least > np.where(at_edge, JUMP_AT_EDGE, JUMP) * usual)).tolist()
+        return [Jump(frame, float(share[frame - 1]), float(share[frame])) for frame in found]
+
+    def _at_edge(self, frame: int, label: int) -> bool:
+        """Whether a character touches the left or right side of the picture, or another character."""
+        shape, profile = self._shapes[frame].get(label), self._profiles[frame].get(label)
+        sides = profile is not None and bool(profile[1][0] or profile[1][-1])
+        return sides or (shape is not None and shape.beside)
+
     def short_gaps(self, colour: str) -> list[int]:
-        """Frames where a character is away for at most `_SHORT_GAP` frames between two that show it."""
+        """Frames where a character is away for at most `SHORT_GAP` frames between two that show it."""
         present = np.flatnonzero(self.shares[:, list(COLOURS).index(colour)] >= SPECK)
-        gaps = [range(a + 1, b) for a, b in itertools.pairwise(present) if 1 < b - a <= _SHORT_GAP + 1]
+        gaps = [range(a + 1, b) for a, b in itertools.pairwise(present) if 1 < b - a <= SHORT_GAP + 1]
         return [int(frame) for gap in gaps for frame in gap]
 
 
-def _changes(before: np.ndarray, after: np.ndarray, frame: int) -> list[ColourChange]:
-    """Characters whose region has turned into another colour from one frame's labels to the next's.
+def _changes(pairs: np.ndarray, frame: int) -> list[ColourChange]:
+    """Characters whose region has turned into another colour. pairs: pixels by label one frame earlier and now, [9, 9].
 
     More than half of the region has turned, and it is no occlusion: the other colour has grown by as much, or has
     itself turned into this one."""
     n = len(CHARACTERS)
-    pairs = np.bincount(before.astype(np.intp).ravel() * 9 + after.ravel(), minlength=81).reshape(9, 9)
     moved = pairs[1 : n + 1, 1 : n + 1]  # pixels of character a that are now character b
     old, new = pairs.sum(1)[1 : n + 1], pairs.sum(0)[1 : n + 1]
-    least = SPECK * before.size
+    least = SPECK * pairs.sum()
     found = []
     for a in np.flatnonzero(old >= least):
         b = int(np.argmax(np.where(np.arange(n) == a, -1, moved[a])))
@@ -287,10 +344,13 @@ def image_stats(mask: np.ndarray) -> MaskStats:
     return stats
 
 
-def video_stats(source: ClipSource, start: int = 0, frames: int | None = None) -> tuple[MaskStats, Mode]:
-    """Of a mask video, or of a part of it, and the mode that its first frames were made for. Reads it once."""
+def video_stats(
+    source: ClipSource, start: int = 0, frames: int | None = None, tell: Tell = untold
+) -> tuple[MaskStats, Mode]:
+    """Statistics of a mask video, or of a part of it, and the mode that its first frames were made for. Reads it
+    once."""
     stats, mode = MaskStats(), None
-    with open_video(source, start) as reader:
+    with open_video(source, start, tell=tell) as reader:
         while frames is None or stats.frames < frames:
             chunk = reader.read(FRAMES_AT_ONCE if frames is None else min(FRAMES_AT_ONCE, frames - stats.frames))
             if not len(chunk):

@@ -25,6 +25,7 @@ import numpy as np
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.case_folder import official_files
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import Clip, ClipSource
 from scail2_rt.runtime.media.images import as_pixels, images_in, load_image
 from scail2_rt.runtime.media.lossless import write_video
@@ -57,22 +58,25 @@ class FrameReader(Protocol):
     ) -> None: ...
 
 
-def open_video(source: ClipSource, start: int = 0, chosen: Sequence[int] | None = None) -> FrameReader:
+def open_video(
+    source: ClipSource, start: int = 0, chosen: Sequence[int] | None = None, tell: Tell = untold
+) -> FrameReader:
     """The frames of a file, a folder of images or a clip. Raises InputError when it cannot be read or ends too early.
 
     start    number of the first frame, counted in `chosen` if that is given
-    chosen   numbers of the frames to read, never falling (`nearest_frames`); None: all of them"""
+    chosen   numbers of the frames to read, never falling (`nearest_frames`); None: all of them
+    tell     called with the share of a file that is read"""
     if chosen is not None:
         return _ChosenFrames(open_video(source, chosen[start]), chosen[start:])
     source = _folder_as_clip(source)
-    return ClipReader(source, start) if isinstance(source, Clip) else VideoReader(Path(source), start)
+    return ClipReader(source, start) if isinstance(source, Clip) else VideoReader(Path(source), start, tell)
 
 
-def probe(source: ClipSource, folder_rate: Fraction | None = None) -> VideoInfo:
-    """What a video is, by reading it to its end; `folder_rate` is the rate of a folder of images. Raises InputError for
-    what is no usable video."""
+def probe(source: ClipSource, folder_rate: Fraction | None = None, tell: Tell = untold) -> VideoInfo:
+    """What a video is, by reading it to its end; `folder_rate` is the rate of a folder of images, `tell` is called with
+    the share of a file that is read. Raises InputError for what is no usable video."""
     source = _folder_as_clip(source, folder_rate or FOLDER_RATE)
-    return probe_clip(source) if isinstance(source, Clip) else probe_video(Path(source))
+    return probe_clip(source) if isinstance(source, Clip) else probe_video(Path(source), tell)
 
 
 def is_folder(source: ClipSource) -> bool:

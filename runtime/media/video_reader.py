@@ -29,6 +29,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.wording import counted
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.media.animated_webp import as_matroska, is_animated_webp
 from scail2_rt.runtime.media.images import check_file
 
@@ -37,6 +38,7 @@ _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273
 _DEFAULT_RATE = Fraction(25)
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave out the alpha plane
 _BESIDE = "matroska_block_additional"
+_UPRIGHT = (1, 0, 0, 1)  # display matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +65,17 @@ class VideoInfo:
         return self.timestamps is not None
 
 
-def probe_video(path: Path) -> VideoInfo:
-    """Decode all of the file without converting pixels. Raises `InputError` for a file that holds no usable video."""
+def probe_video(path: Path, tell: Tell = untold) -> VideoInfo:
+    """Decode a file to its end without converting pixels; `tell` is called with the share that is read. Raises
+    `InputError` if it holds no usable video."""
     with _open(path) as (container, stream):
         pts: list[int | None] = []
-        size, hdr, interlaced, damaged = (0, 0), False, False, []
-        for number, frame in enumerate(_decode(container, stream, path)):
+        size, hdr, interlaced, damaged, matrix = (0, 0), False, False, [], _UPRIGHT
+        for number, frame in enumerate(_decode(container, stream, path, tell)):
             if not pts:
-                size, hdr = _upright_size(frame, stream), int(frame.color_trc) in _HDR_TRANSFERS
-            elif _upright_size(frame, stream) != size:
+                matrix = _display_matrix(frame)
+                size, hdr = _upright_size(frame, stream, matrix), int(frame.color_trc) in _HDR_TRANSFERS
+            elif _upright_size(frame, stream, matrix) != size:
                 raise _size_changes(path, number)
             interlaced |= frame.interlaced_frame
             if frame.is_corrupt:
@@ -149,17 +153,23 @@ def _declared_s(stream: Any) -> Fraction | None:
     return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3]) - start_s
 
 
+class NoAlphaError(InputError):
+    """The alpha channel of a video that has none was asked for."""
+
+
 class VideoReader:
     """Frames of a video in order, a few at a time. `start` frames are decoded and thrown away, so it is exact."""
 
-    def __init__(self, path: Path, start: int = 0) -> None:
-        """Raises `InputError` when the file is no video or ends before `start`."""
+    def __init__(self, path: Path, start: int = 0, tell: Tell = untold, alpha: bool = False) -> None:
+        """`tell` is called with the share of the file that is read. With `alpha`, `read` gives the alpha channel, uint8
+        [n, H, W], 255 where it is opaque. Raises `InputError` if the file is no video or ends before `start`."""
         self.path, self.name = path, str(path)
         self.position = 0  # number of the next frame
         self.timestamps: list[Fraction] = []  # of the frames read so far, in seconds from the file's first frame
         self._opened = _open(path)
         container, self._stream = self._opened.__enter__()
-        self._frames = _decode(container, self._stream, path)
+        self._alpha = alpha
+        self._frames = _decode(container, self._stream, path, tell)
         self._reformatter = VideoReformatter()
         self._first_pts: int | None = None
         self._size: tuple[int, int] | None = None
@@ -185,7 +195,7 @@ class VideoReader:
         if frame is None:
             return None
         if self._size is None:
-            self._size, self._first_pts = _upright_size(frame, self._stream), frame.pts
+            self._size, self._first_pts = _upright_size(frame, self._stream, _display_matrix(frame)), frame.pts
         self.position += 1
         return frame
 
@@ -202,15 +212,21 @@ class VideoReader:
             n += 1
         if batch is None:
             width, height = self._size or (0, 0)
-            return np.empty((0, height, width, 3), np.uint8)
+            return np.empty((0, height, width) if self._alpha else (0, height, width, 3), np.uint8)
         return batch[:n]
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         width, height = _square_size(frame, self._stream)
         alpha = any(component.is_alpha for component in frame.format.components)
+        if self._alpha and not alpha:
+            raise NoAlphaError(
+                f"{self.path} has no alpha channel: export it with one (ProRes 4444, PNG or QuickTime Animation in "
+                ".mov, VP9 in .webm), or make a mask from a black and white matte with `scail2-rt masks from-grey`."
+            )
         layout = "rgba" if alpha else "rgb24"
         rgb = self._reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BICUBIC).to_ndarray()
-        pixels = _upright(_on_black(rgb) if alpha else rgb, _display_matrix(frame))
+        shown = rgb[..., 3] if self._alpha else _on_black(rgb) if alpha else rgb
+        pixels = _upright(shown, _display_matrix(frame))
         if pixels.shape[1::-1] != self._size:
             raise _size_changes(self.path, self.position - 1)
         return pixels
@@ -234,8 +250,19 @@ class VideoReader:
         self.close()
 
 
+def has_transparency(path: Path) -> bool:
+    """Whether the first frame of a video has pixels that are not opaque."""
+    with VideoReader(path, alpha=True) as reader:
+        try:
+            return bool(reader.read(1).min(initial=255) < 255)
+        except NoAlphaError:
+            return False
+
+
 def _on_black(rgba: np.ndarray) -> np.ndarray:
-    """RGBA uint8 (straight alpha) over black: what players show, and in a mask no class."""
+    """Lay RGBA uint8 (straight alpha) over black, as players do; in a mask black is no class."""
+    if rgba[..., 3].min() == 255:
+        return rgba[..., :3]
     levels, opacity = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
     return ((levels * opacity + 127) // 255).astype(np.uint8)
 
@@ -263,13 +290,15 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _decode(container: Any, stream: Any, path: Path) -> Generator[Any, None, None]:
+def _decode(container: Any, stream: Any, path: Path, tell: Tell) -> Generator[Any, None, None]:
     """All frames of the stream. Packets that cannot be decoded end it when nothing decodable follows (a file cut short,
     or its last part never written); otherwise they are an error that names the frame."""
     count, failure, decode = 0, None, None
     try:
         for packet in container.demux(stream):
             decode = decode or _decoder(stream, packet, path)
+            if packet.pos and container.size > 0:
+                tell(packet.pos / container.size)
             try:
                 frames = decode(packet)
             except (av.FFmpegError, OSError, ValueError) as error:
@@ -314,19 +343,23 @@ def _reason(error: BaseException) -> str:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
-    """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards."""
+    """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards.
+
+    A frame and its side data refer to each other, so a frame that is asked stays in memory until the garbage
+    collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440). `probe_video` asks the first frame only; the
+    reader asks all, because FFmpeg patches a damaged frame with what a reused buffer holds."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
-        return 1, 0, 0, 1
+        return _UPRIGHT
     matrix = struct.unpack("9i", bytes(side))
     return matrix[0], matrix[1], matrix[3], matrix[4]
 
 
 def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """Turns and mirrors [H, W, 3] by multiples of 90°, which is all that cameras write; other angles stay."""
+    """Turn and mirror [H, W, ...] by multiples of 90°, which is all that cameras write; other angles stay."""
     a, b, c, d = matrix
     if a == d == 0 and b and c:
-        pixels, horizontal, vertical = pixels.transpose(1, 0, 2), c, b
+        pixels, horizontal, vertical = pixels.swapaxes(0, 1), c, b
     elif b == c == 0 and a and d:
         horizontal, vertical = a, d
     else:
@@ -342,9 +375,9 @@ def _square_size(frame: Any, stream: Any) -> tuple[int, int]:
     return max(1, round(frame.width * ratio)), frame.height
 
 
-def _upright_size(frame: Any, stream: Any) -> tuple[int, int]:
+def _upright_size(frame: Any, stream: Any, matrix: tuple[int, int, int, int]) -> tuple[int, int]:
     width, height = _square_size(frame, stream)
-    a, b, c, d = _display_matrix(frame)
+    a, b, c, d = matrix
     return (height, width) if a == d == 0 and b and c else (width, height)
 
 

@@ -15,6 +15,7 @@ from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.progress import Listener, Work, within
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.media.unfinished import is_there, part_ends, partial_path, resumable, sidecar_path
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 
 
-def check_request(request: Request) -> Plan:
+def check_request(request: Request, on_progress: Listener | None = None) -> Plan:
     """The plan of a request. Raises InputError with one sentence for the first thing that is wrong."""
     from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
     from scail2_rt.runtime.masks.windows import Pictures
@@ -35,7 +36,9 @@ def check_request(request: Request) -> Plan:
     _check_files(request)
     images, masks, findings = _load_references(request)
     request = _prepared(request)
-    driving, mask_video = probe(request.driving, request.fps), probe(request.mask_video)
+    work = Work("mask check", on_progress)
+    driving = probe(request.driving, request.fps, within(work, 0, 0.4))
+    mask_video = probe(request.mask_video, tell=within(work, 0.4, 0.65))
     if is_folder(request.driving) or is_folder(request.mask_video):  # images have no rate that could differ
         mask_video = replace(mask_video, frame_rate=driving.frame_rate)
     findings += video_pair(driving, mask_video)
@@ -60,6 +63,8 @@ def check_request(request: Request) -> Plan:
         pictures=Pictures(
             [image.shape[:2] for image in images], (driving.height, driving.width), request.fit, request.size
         ),
+        driving_clip=request.driving,
+        tell=within(work, 0.65, 1),
     )
     fit = None
     if request.fit_reference:
@@ -95,7 +100,10 @@ def _check_files(request: Request) -> None:
         if not isinstance(path, Path):
             continue
         if not path.exists():
-            raise InputError(f"The {label} {path} does not exist.")
+            made = (
+                ": give a file that exists, or make both masks with `scail2-rt masks make`" if "mask" in label else ""
+            )
+            raise InputError(f"The {label} {path} does not exist{made}.")
         if not path.is_file() and not (label.startswith("driving") and path.is_dir()):
             raise InputError(f"The {label} {path} is not a file.")
         if path.stat().st_size == 0:

@@ -99,11 +99,12 @@ class Session:
         """One printable line: what runs, where, and why."""
         return self.engines.choice + (f"; shared by {self.gpus} processes" if self.team is not None else "")
 
-    def check(self, request: Request) -> Plan:
+    def check(self, request: Request, on_progress: Listener | None = None) -> Plan:
         """What the request would do, with `plan.warnings` and `plan.estimate`. Media are read, weights are not.
+        `on_progress` is called when that takes more than two seconds.
 
         InputError with one sentence for the first thing that is wrong: the sentence that the command line prints."""
-        return self.fit(check_request(request))
+        return self.fit(check_request(request, on_progress))
 
     def fit(self, plan: Plan) -> Plan:
         """A plan of `check_request` with what depends on these engines: the estimate, warnings about the prompt and, in

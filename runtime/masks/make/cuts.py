@@ -12,7 +12,7 @@ SIDE = 32  # pixels of the small pictures that are compared
 LEVELS = 30.0  # mean difference, of 255, that a cut makes at least
 SUDDEN = 3.0  # as many times the usual difference of neighbours
 COLOURS_SHARED = 0.7  # of their histograms: neighbours of one scene share more
-_USUAL = 8  # frames that "usual" is taken from
+USUAL = 8  # frames that "usual" is taken from
 
 
 class CutFinder:
@@ -20,7 +20,7 @@ class CutFinder:
 
     def __init__(self) -> None:
         self._small: np.ndarray | None = None
-        self._differences: deque[float] = deque(maxlen=_USUAL)
+        self._differences: deque[float] = deque(maxlen=USUAL)
 
     def cut_before(self, frame: np.ndarray) -> bool:
         """Whether a new scene begins with this frame, uint8 [H, W, 3]."""

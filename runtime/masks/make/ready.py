@@ -16,7 +16,9 @@ import numpy as np
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.masks.files import frames_of, open_source
 from scail2_rt.runtime.masks.make.figures import LEAST_AREA, area, ordered
+from scail2_rt.runtime.masks.sources import grey_levels
 from scail2_rt.runtime.media.images import is_image, load_alpha, load_image
+from scail2_rt.runtime.media.video_reader import has_transparency
 
 TRACKS = (".pt", ".pth", ".npz", ".safetensors")
 ON = 128  # 8-bit level from which on a matte shows the figure
@@ -115,15 +117,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _mattes(path: Path) -> Iterator[np.ndarray]:
-    """Where the figure is: opaque, if an image has an alpha channel that is not full, else bright."""
+    """Where the character is: opaque, if there is an alpha channel that is not full (in a video's first frame), else
+    bright."""
     source = open_source(path)
     found = False
-    for frame in frames_of(source, _levels):
-        mask = (frame if frame.ndim == 2 else np.median(frame, axis=-1)) >= ON
-        if frame.ndim == 3 and (np.ptp(frame.astype(np.int16), axis=-1) > 24).mean() > 0.01:
-            raise InputError(
-                f"{path} is in colour, and a matte is grey: make a mask of it with `scail2-rt masks clean`."
-            )
+    alpha = source.kind == "video" and has_transparency(path)
+    for frame in frames_of(source, _levels, alpha=alpha):
+        mask = (frame if frame.ndim == 2 else grey_levels(frame, path)) >= ON
         found = found or bool(mask.any())
         yield mask
     if not found:

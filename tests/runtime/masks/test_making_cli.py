@@ -3,6 +3,7 @@
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,9 +136,42 @@ def test_from_alpha_of_what_has_none(scail2: Run, tmp_path: Path) -> None:
     assert "has no alpha channel" in error_of(scail2("masks", "from-alpha", "rgb.png", *words, cwd=tmp_path))
     video(tmp_path / "v.mp4", *[blocks("white", "red")] * 2)
     message = error_of(scail2("masks", "from-alpha", "v.mp4", "-o", "m.mp4", "--mode", "animate", cwd=tmp_path))
-    assert "is no image" in message
+    assert "v.mp4 has no alpha channel" in message
     assert "from-grey" in message
     assert "Missing option '--mode'" in error_of(scail2("masks", "from-alpha", "rgb.png", "-o", "m.png", cwd=tmp_path))
+
+
+ALPHA_CODECS: dict[str, dict[str, Any]] = {
+    "prores.mov": {"codec": "prores_ks", "pixel_format": "yuva444p10le", "options": {"profile": "4444"}},
+    "animation.mov": {"codec": "qtrle", "pixel_format": "argb", "options": {}},
+    "png.mov": {"codec": "png", "pixel_format": "rgba", "options": {}},
+    "vp8.webm": {"codec": "libvpx", "pixel_format": "yuva420p", "options": {"auto-alt-ref": "0", "b": "1000000"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "pixel_format": "yuva420p", "options": {"auto-alt-ref": "0", "b": "1000000"}},
+    "a.webp": {},
+    "a.gif": {},
+}
+
+
+@pytest.mark.parametrize("name", ALPHA_CODECS)
+def test_from_alpha_of_a_video(scail2: Run, tmp_path: Path, name: str) -> None:
+    """Opaque, transparent, and on both sides of the threshold, over colours that must not matter."""
+    layers = np.full((4, HEIGHT, WIDTH, 4), (250, 10, 250, 0), np.uint8)
+    for frame, left in zip(layers, (8, 16, 24, 32), strict=True):
+        frame[12:52, left : left + 40] = (40, 200, 90, 255)
+        if name != "a.gif":  # whose pixels are opaque or not
+            frame[12:52, left : left + 8, 3], frame[12:52, left + 8 : left + 16, 3] = 100, 160
+    stills = [Image.fromarray(frame) for frame in layers]
+    if options := ALPHA_CODECS[name]:
+        write_clip(tmp_path / name, layers, 16, **options)
+    elif name == "a.webp":
+        stills[0].save(tmp_path / name, save_all=True, append_images=stills[1:], duration=60, lossless=True)
+    else:
+        stills[0].save(tmp_path / name, save_all=True, append_images=stills[1:], duration=60, disposal=2)
+    result = scail2("masks", "from-alpha", tmp_path / name, "-o", tmp_path / "m.mp4", "--mode", "animate")
+    assert result.returncode == 0, result.stderr
+    expected = np.where(layers[..., 3:] >= 128, PALETTE["red"], PALETTE["black"])
+    wrong = (pixels_of(tmp_path / "m.mp4") != expected).any(-1)
+    assert float(wrong.mean()) <= (0.002 if name.endswith(".webm") else 0)
 
 
 def test_from_alpha_of_a_folder(scail2: Run, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from scail2_rt.runtime.masks.palette import PALETTE
 from scail2_rt.runtime.media.clips import open_video
 from scail2_rt.runtime.media.images import load_image
 from scail2_rt.runtime.media.lossless import write_image, write_video
+from tests.support.clips import write_clip
 
 SIZE, FRAMES = (60, 100), 5
 PICTURE = np.full((*SIZE, 3), 90, np.uint8)
@@ -94,6 +95,15 @@ def test_a_matte_video_and_an_image_with_alpha(tmp_path: Path) -> None:
     assert ((reference == PALETTE["blue"]).all(-1) == (rgba[..., 3] == 255)).all()
     assert ((driving == PALETTE["blue"]).all(-1) == (matte[..., 0] == 255)).all()
     assert tuple(driving[0, 0, 0]) == PALETTE["white"]
+
+
+def test_a_video_with_alpha(tmp_path: Path) -> None:
+    layers = np.full((FRAMES, *SIZE, 4), (200, 40, 90, 0), np.uint8)
+    layers[:, 10:50, 20:60, 3] = 255
+    clip = write_clip(tmp_path / "cut.mov", layers, 16, codec="qtrle", pixel_format="argb", options={})
+    Image.fromarray(layers[0]).save(tmp_path / "cut.png")
+    _, _, driving = made(tmp_path, image_from=tmp_path / "cut.png", driving_from=clip)
+    assert ((driving == PALETTE["blue"]).all(-1) == (layers[..., 3] == 255)).all()
 
 
 @pytest.mark.parametrize(
