@@ -1,7 +1,7 @@
-"""Inputs fetched by URL, from hosts that the operator named, and never from an address that is not public.
+"""Fetch inputs by URL, only from hosts that the operator allows and only from public addresses.
 
-The address is looked up once, must be public whatever the host's name, and is the one that is connected to, so that no
-second look-up can lead elsewhere. Every redirection is judged like the first URL.
+The host is resolved once. All its addresses must be public, and the connection uses the resolved address, so a second
+resolution cannot lead elsewhere (DNS rebinding). Every redirect is checked like the first URL.
 """
 
 import http.client
@@ -14,15 +14,15 @@ from urllib.parse import urljoin, urlsplit
 from scail2_rt.runtime.serve.errors import wrong
 from scail2_rt.runtime.serve.multipart import Receiver, Upload, too_large
 
-REDIRECTS, SILENCE_S, WHOLE_S = 3, 10.0, 120.0
+REDIRECTS, SILENCE_S, TOTAL_S = 3, 10.0, 120.0
 PIECE = 1 << 16
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def fetch(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name: str) -> Upload:
-    """The file at a URL, written to `receiver`. Refusal (400) for a host that is not allowed and for whatever goes
-    wrong, (413) for more than `limit` bytes."""
-    deadline = time.monotonic() + WHOLE_S
+    """Fetch a URL into `receiver`. hosts: allowed hosts; name: the field, for messages. Raises Refusal: 400 for a host
+    that is not allowed and for any failure, 413 for more than `limit` bytes."""
+    deadline = time.monotonic() + TOTAL_S
     try:
         for _ in range(REDIRECTS + 1):
             moved = _get(url, receiver, hosts, limit, name, deadline)
@@ -39,12 +39,12 @@ def fetch(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name
 
 
 def _get(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name: str, deadline: float) -> str | None:
-    """Where the URL redirects to; None when its content was written."""
+    """Request a URL once: return the redirect's target, or None after the content was written."""
     parts = urlsplit(url)
     host = (parts.hostname or "").rstrip(".").lower()
     if parts.scheme not in ("http", "https") or parts.username is not None or not allowed(host, hosts):
-        offered = f"from {', '.join(hosts)} only" if hosts else "not at all: the operator gave no --allow-fetch"
-        raise wrong(f"{name}: inputs are fetched {offered}.", name, "url_not_allowed")
+        offered = f"only from {', '.join(hosts)}" if hosts else "from no host (its operator set no --allow-fetch)"
+        raise wrong(f"{name}: the service fetches inputs {offered}. Upload the file.", name, "url_not_allowed")
     connection = _connect(host, parts.port, parts.scheme == "https", name)
     try:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -60,7 +60,7 @@ def _get(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name:
             if received > limit:
                 raise too_large(limit)
             if time.monotonic() > deadline:
-                raise wrong(f"{name}: fetching the URL takes longer than {WHOLE_S:g} s.", name)
+                raise wrong(f"{name}: fetching the URL takes longer than {TOTAL_S:g} s. Upload the file.", name)
             receiver.write(piece)
         return None
     finally:
@@ -68,21 +68,23 @@ def _get(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name:
 
 
 def allowed(host: str, hosts: tuple[str, ...]) -> bool:
-    """`*.example.com` stands for every host below example.com."""
+    """Whether `host` is one of `hosts`; `*.example.com` matches every subdomain of example.com."""
     return any(host == offer or (offer.startswith("*.") and host.endswith(offer[1:])) for offer in hosts)
 
 
 def public_address(host: str, port: int, name: str) -> str:
-    """The first address of a host. Refusal (400) when any of its addresses is not public."""
+    """Resolve a host and return its first address. Raises Refusal (400) if any of its addresses is not public."""
     found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for text in found:
         if not is_public(ipaddress.ip_address(str(text).partition("%")[0])):
-            raise wrong(f"{name}: the host of the URL has an address that is not public.", name, "url_not_allowed")
+            said = f"{name}: the host of the URL has an address that is not public. Upload the file."
+            raise wrong(said, name, "url_not_allowed")
     return str(found[0])
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Also of an IPv4 address that an IPv6 one carries: mapped, 6to4, NAT64."""
+    """Whether an address is global unicast. If an IPv6 address embeds an IPv4 address (mapped, 6to4, NAT64), that one
+    is checked."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:

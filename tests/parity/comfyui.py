@@ -253,11 +253,11 @@ async def check_broken(server: Server, check: Checks, prompt: dict[str, Any]) ->
         return said_of(run)
 
     said = await error_of(Scail2Engines={"folder": "the path below", "path": "/nowhere"})
-    check("broken: no engines", "/nowhere holds no engines" in said, said)
+    check("broken: no engines", "/nowhere has no engines" in said, said)
     said = await error_of(Scail2Animate={"start": 500})
     check("broken: start beyond the end", said.startswith("start 500 is beyond the end"), said)
     said = await error_of(Scail2Animate={"width": 100, "height": 0})
-    check("broken: half a size", "give both" in said, said)
+    check("broken: half a size", "Give both" in said, said)
     other = json.loads(json.dumps(prompt))
     for node in other.values():
         if node["inputs"].get("file", "").endswith("driving_mask.mp4"):

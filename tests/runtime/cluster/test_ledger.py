@@ -208,5 +208,5 @@ def test_engines_are_brought_to_a_node_once_and_told_by_their_manifest(
     objects.remove("weights/a")
     assert local_engines(url, digest) == folder
     (folder / "manifest.json").write_text("{ }")
-    with pytest.raises(InputError, match="holds other engines on this node"):
+    with pytest.raises(InputError, match="on this node has other engines"):
         local_engines(str(folder), digest)

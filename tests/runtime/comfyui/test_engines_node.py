@@ -59,7 +59,7 @@ def test_a_folder_that_was_built_again_is_another_one(nodes: ModuleType, listed:
     ("folder", "path", "said"),
     [
         ("the path below", "", "path is empty"),
-        ("the path below", "/nowhere", "/nowhere holds no engines"),
+        ("the path below", "/nowhere", "/nowhere has no engines"),
         ("gone", "", "no engine folder gone"),
     ],
 )

@@ -66,7 +66,7 @@ def test_from_a_photo_and_a_clip_to_a_video(served: Served, case: Path, page: An
     page.goto(served.url)
     page.wait_for_selector("body[data-ready]")
     page.click("#go")
-    assert page.inner_text("#said") == "Choose a photo and a driving clip first."
+    assert page.inner_text("#said") == "Choose a reference image and a driving clip first."
     fill(page, case, "a man walks")
     shot(page, "filled")
     page.click("#go")
@@ -105,7 +105,7 @@ def test_progress_queue_cancel_and_refusals(served: Served, case: Path, page: An
     page.fill("#steps", "2")
     page.click("#go")
     second = page.locator("#videos li", has_text="second").first
-    second.locator(".status", has_text="waiting, 1 before it").wait_for()
+    second.locator(".status", has_text="queued, position 2").wait_for()
     shot(page, "queue")
     first.locator(".delete", has_text="Cancel").click()
     second.locator(".status", has_text="done in").wait_for(timeout=60_000)
@@ -157,7 +157,7 @@ def test_keys_on_the_page_and_its_documentation(engines: Path, cache: Path, tmp_
         page.goto(f"{own.url}/docs")
         page.wait_for_selector("body[data-ready]")
         text = page.inner_text("body")
-        for said in ("POST /v1/videos/sync", "video_mask_reference", "Denoising steps of each segment."):
+        for said in ("POST /v1/videos/sync", "video_mask_reference", "Denoising steps per segment."):
             assert said in text
         shot(page, "docs")
 
@@ -219,7 +219,7 @@ def test_masks_on_the_page(engines: Path, case: Path, cache: Path, tmp_path: Pat
         assert "; 0:" in clicks
         assert page.evaluate("document.querySelector('#clip').paused")
         page.click("#make-masks")
-        until(page, "document.querySelector('#mask-state').textContent.startsWith('Masks of')")
+        until(page, "document.querySelector('#mask-state').textContent.startsWith('Masks for')")
         until(page, "document.querySelector('#photo-mask').naturalWidth == 96")
         until(page, "document.querySelector('#clip-mask').videoWidth == 96")
         shot(page, "masks")

@@ -77,7 +77,7 @@ def test_what_is_fetched_and_what_is_not(tmp_path: Path) -> None:
         path.unlink()
     for url, said in {
         f"http://{HOST}/no": "answers with 404",
-        f"http://{HOST}/much": "larger than",
+        f"http://{HOST}/much": "exceeds the limit of",
         f"http://{HOST}:8080/a": "ports 80 and 443",
         f"http://{HOST}/to/http://inside.example/a": "not public",
         f"http://{HOST}/to/http://other.example/a": "from files.example",

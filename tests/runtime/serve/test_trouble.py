@@ -148,7 +148,7 @@ def test_headers_that_are_no_address(served: Served, headers: dict[str, str]) ->
 
 def test_a_mask_alone_is_told_that_both_can_be_made(served: Served, body: dict[str, Any]) -> None:
     lone = {name: value for name, value in body.items() if name != "video_mask_reference"}
-    assert served.ask("POST", "/v1/videos", lone).error.endswith("Without either mask both are made here.")
+    assert served.ask("POST", "/v1/videos", lone).error.endswith("If you send no mask at all, the service makes both.")
 
 
 def test_a_data_folder_that_cannot_be(scail2: Run, engines: Path, tmp_path: Path) -> None:
