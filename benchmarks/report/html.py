@@ -1,4 +1,4 @@
-"""A result as one HTML file: goals, time by kind of work, roofline, every row, and where and when it was measured."""
+"""A result as one HTML file: goals, time by kind of work, roofline, all rows, and device and date of the runs."""
 
 import json
 from html import escape
@@ -45,7 +45,7 @@ def html(results: Results) -> str:
 
 
 def _roofline(results: Results) -> list[str]:
-    """What has both FLOP and bytes."""
+    """The roofline of all rows with both FLOP and bytes."""
     points = {
         name: (row.values["flops"] / row.values["bytes"], row.values["tflops"])
         for name, row in results.rows.items()

@@ -1,9 +1,9 @@
-"""Section `attention`: every variant of self-attention, its speed at full length and its error on every input family.
+"""Section `attention`: speed of every self-attention variant at full length, and error on every input family.
 
-Speed is `self_attention` alone on prepared N(0,1) operands, variants taking turns; the preparation has its rows in
-section `kernels`. Error covers preparation and attention together, against exact attention in fp64 on the same bf16
-inputs, for evenly spaced query rows. A family's q and k pass through the RMS norm that belongs to the preparation with
-one constant weight each, which leaves them what they are but for row norms that differ by a per cent or so.
+Speed is that of `self_attention` on prepared N(0, 1) operands; the variants alternate. The preparation is measured in
+section `kernels`. Error covers preparation and attention, against exact attention in fp64 on the same bf16 inputs, for
+evenly spaced query rows. The preparation applies an RMS norm to q and k. Here its weight is one constant per tensor, so
+the norm changes only the lengths of rows, by about 1 %.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope
 from scail2_rt.kernels.rows.ops import rms_norm
 
-LIBRARIES = ("cudnn", "flash", "sage", "sdpa")  # the variants that are not ours: baselines
+LIBRARIES = ("cudnn", "flash", "sage", "sdpa")  # variants of other libraries: baselines
 REFERENCE_ROWS = 256
 CPU_ERROR_TOKENS = 512
 
@@ -38,12 +38,12 @@ def run(bench: Bench) -> None:
 
 
 def _usable(bench: Bench) -> list[str]:
-    """The variants that run here; the others become rows that say why not."""
+    """The variants that this machine supports. For each other variant, a row with the reason is added."""
     named = bench.options.attention
     usable = []
     for variant in VARIANTS if named == "auto" else (named,):
         if bench.on_gpu and variant == "sdpa" and named == "auto":
-            continue  # PyTorch's own choice is one of the others
+            continue  # PyTorch would choose one of the other variants
         try:
             usable.append(choose_attention(variant, "bf16", bench.device, bench.dit.head_dim)[0].name)
         except InputError as error:
@@ -53,7 +53,7 @@ def _usable(bench: Bench) -> list[str]:
 
 
 def identity_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:
-    """Multipliers that turn nothing."""
+    """RoPE multipliers for a rotation by 0: cos 1 and sin 0, fp32 [tokens, head_dim / 2]."""
     shape = (tokens, head_dim // 2)
     return Rope(torch.ones(shape, device=device), torch.zeros(shape, device=device))
 
@@ -67,7 +67,7 @@ def _speed(bench: Bench, variants: list[str], tokens: int) -> None:
     for variant in variants:
         with bench.attempt(f"attention/{variant}/{tokens}"):
             prepared = prepare_qkv(qkv, weight, weight, rope, VARIANTS[variant])
-            self_attention(prepared)  # compiles, and fails here if it does
+            self_attention(prepared)  # compiles here, so that a failure is attributed to this row
             synchronise(device)
             calls[variant] = partial(self_attention, prepared)
     times = time_calls(calls, device, bench.options.runs)
@@ -106,7 +106,7 @@ def _error(bench: Bench, variants: list[str], family: str, tokens: int) -> None:
 
 
 def _as_the_op_sees_them(qkv: Tensor, weights: list[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 q and k after the norm of the preparation, and v: [H, L, D]."""
+    """q and k after the preparation's RMS norm, and v, each fp32 [H, L, D]."""
     q, k, v = qkv.chunk(3, dim=1)
     normed = (rms_norm(q, weights[0], EPS), rms_norm(k, weights[1], EPS), v.float())
     q, k, v = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in normed)

@@ -1,10 +1,10 @@
-"""Section `load`: from an engine folder on disk to the first denoising step, in a fresh process each time.
+"""Section `load`: the time from an engine folder on disk to the first denoising step, in a fresh process.
 
-Counted is everything from the start of the process to the end of the first step, less the time of a step that has
-nothing left to load: imports, checks, opening, encoding of references and driving clip, context keys and values, and
-the weights of the transformer. The folder's files are in the page cache, the prompt's encoding in the prompt cache.
-Processes that compare no checksum take turns with the others. Since a process varies by more than checking costs, the
-transformer's weights are also loaded in this process, with sums and without: all that the loader can, nothing else.
+The time runs from the start of the process to the end of the first step, minus the time of a later step. It covers
+imports, checks, opening the folder, encoding references and driving clip, context keys and values, and loading the
+transformer's weights. The folder's files are in the page cache and the prompt's encoding in the prompt cache. Processes
+that verify no checksums alternate with the others. Times of processes vary more than verification costs, so the
+transformer's weights are also loaded repeatedly in this process, with and without checksums.
 """
 
 import json
@@ -28,7 +28,7 @@ from scail2_rt.engines.torch_backend.loading import Loading, WeightLoader
 from scail2_rt.kernels.errors import Scail2Error
 
 LIMIT_S = 600
-AHEAD = 16  # stages on their way at a time, so that the readers never wait
+AHEAD = 16  # stages loading concurrently, so that the readers never wait
 DETAILS = ("import_s", "checked_s", "opened_s", "first_step_done_s", "warm_step_s")
 
 
@@ -52,11 +52,11 @@ def first_step(bench: Bench) -> None:
         middle = sorted(found, key=to_first_step)[len(found) // 2]
         phases = {name.removeprefix("phase_"): value for name, value in middle.items() if name.startswith("phase_")}
         timing, without = Timing.of(map(to_first_step, found)), Timing.of(map(to_first_step, unchecked))
-        bench.add("load/first-step-unchecked", without, "baseline", note="no checksum compared")
+        bench.add("load/first-step-unchecked", without, "baseline", note="checksums not verified")
         bench.add(
             "load/first-step",
             timing,
-            note=f"fresh process, {folder_gib(folder):.1f} GiB, page cache warm",
+            note=f"fresh process, {folder_gib(folder):.1f} GiB, files in page cache",
             breakdown=phases,
             check_percent=100 * (timing.median_s / without.median_s - 1),
             **details(middle),
@@ -64,7 +64,8 @@ def first_step(bench: Bench) -> None:
 
 
 def weights(bench: Bench) -> None:
-    """The transformer's weights from the page cache to the device, with checksums and without, in turns."""
+    """Measure loading the transformer's weights from the page cache to the device, alternately with and without
+    checksums."""
     with open_engines(engine_folder(bench), "torch", device=bench.device.type) as engines:
         stages = [name for name in engines.definitions if name.startswith("dit.")]
         names = {True: "load/weights", False: "load/weights-unchecked"}
@@ -74,14 +75,14 @@ def weights(bench: Bench) -> None:
         timings = time_calls(calls, bench.device, bench.options.runs)
         size = sum(engines.store.layout.stage_bytes(stage) for stage in stages)
     whole, without = (timings[name] for name in names.values())
-    bench.add(names[False], without, "baseline", "no checksum compared", gb_s=size / without.median_s / 1e9)
+    bench.add(names[False], without, "baseline", "checksums not verified", gb_s=size / without.median_s / 1e9)
     share = 100 * (whole.median_s / without.median_s - 1)
-    note = f"{size / 2**30:.1f} GiB, page cache warm"
+    note = f"{size / 2**30:.1f} GiB, files in page cache"
     bench.add(names[True], whole, note=note, gb_s=size / whole.median_s / 1e9, check_percent=share)
 
 
 def load_all(engines: EngineSet, stages: Sequence[str], checked: bool) -> None:
-    """Load stages and let them go, a few on their way at a time."""
+    """Load stages and drop them, `AHEAD` concurrently. checked: verify checksums."""
     store = engines.store
     assert isinstance(store, StoreReader)
     checker, store.checker = store.checker, store.checker if checked else None
@@ -120,7 +121,7 @@ def fresh_process(folder: Path, workload: Workload, checked: bool = True) -> dic
     result = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise Scail2Error(f"the process that loads the engines failed: {last[0]}")
+        raise Scail2Error(f"The process that loads the engines failed: {last[0]}")
     times: dict[str, float] = json.loads(result.stdout.strip().splitlines()[-1])
     return times
 
