@@ -182,7 +182,9 @@ def test_mistakes_are_one_line(tmp_path: Path, scail2: Run) -> None:
     wrong = scail2("bench", "stages", "--config", "tiny", "--weights", tmp_path, "--work", tmp_path)
     assert "engine folder" in error_of(wrong)
     (tmp_path / "x.json").write_text("{}")
-    assert "not a result of scail2-rt bench" in error_of(scail2("bench", "compare", tmp_path / "x.json", tmp_path / "x.json"))
+    assert "not a result of scail2-rt bench" in error_of(
+        scail2("bench", "compare", tmp_path / "x.json", tmp_path / "x.json")
+    )
 
 
 def test_goals_are_judged_by_value() -> None:

@@ -254,7 +254,7 @@ def test_a_sheet_has_room_for_long_names_and_titles(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(scail2: Run, engines: Path, tmp_path: Path) -> None:
     words = ("bench", "quality", "--engines", engines, "--work", tmp_path)
     assert "no task fly" in error_of(scail2(*words, "--tasks", "fly"))
-    assert "leave out --tasks" in error_of(scail2(*words, "--tasks", "two", "--long"))
+    assert "Leave out --tasks" in error_of(scail2(*words, "--tasks", "two", "--long"))
 
 
 def test_a_comparison_with_nothing_in_common_fails(made: Made, scail2: Run, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def last_line(log: Path) -> dict[str, float]:
         (("--minutes", "0"), "0.0 is not in the range"),
         (("--vae-from", "nothing.pt"), "does not exist"),
         (("--from", str(Path(__file__).parent)), "is no SCAIL-2 checkpoint"),
-        (("--from", str(CHECKPOINT), "--only", "vae"), "leave out --only vae"),
+        (("--from", str(CHECKPOINT), "--only", "vae"), "Leave out --only vae"),
         (("--from", str(CHECKPOINT), "--vae-from", __file__), "and --vae-from"),
     ],
 )
@@ -104,7 +104,7 @@ def test_mistakes_are_said_before_the_training(words: tuple[str, ...], says: str
 
 
 def test_a_checkpoint_of_other_sizes_is_not_trained_on(tiny_checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="is not of the sprite world"):
+    with pytest.raises(InputError, match="is not a sprite checkpoint"):
         weights_of(tiny_checkpoint)
 
 
@@ -123,7 +123,7 @@ def small_fit(folder: Path, steps: int, identity: str = "") -> tuple[dict[str, t
 
 def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
     small_fit(tmp_path, 3, "vae a")
-    with pytest.raises(InputError, match="vae a, this one is vae b"):
+    with pytest.raises(InputError, match="vae a; this one is vae b"):
         small_fit(tmp_path, 5, "vae b")
 
 
