@@ -1,4 +1,4 @@
-"""What is in the wheel, and that it works from where pip puts it."""
+"""The content of the wheel, and the installed wheel."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def pip(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves a build folder, from which an older file would come into the next wheel."""
+    """Built from a copy, because setuptools leaves a build folder whose old files would get into the next wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns("__pycache__", "results")
     for floor in FLOORS:
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(wheel: Path) -> set[str]:
-    """In the wheel, without what describes it."""
+    """The files in the wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
@@ -55,7 +55,8 @@ def test_every_module_is_in_it_but_those_of_training(files: set[str]) -> None:
 
 
 def test_every_folder_of_modules_is_a_package(files: set[str]) -> None:
-    """setuptools takes what it is told; a folder without `__init__.py` would work here and be missing elsewhere."""
+    """setuptools packs only listed packages; a folder without `__init__.py` works in the checkout but would be missing
+    in the wheel."""
     folders = {name.rpartition("/")[0] for name in files if name.endswith(".py")}
     assert {f"{folder}/__init__.py" for folder in folders} <= files
 
@@ -70,7 +71,8 @@ def test_kernels_and_the_sprite_checkpoint_are_in_it(files: set[str]) -> None:
 
 
 def test_it_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
-    """In a folder of its own, before the checkout on the path; the dependencies are this environment's."""
+    """Install the wheel in a separate folder that precedes the checkout on the path, with this environment's
+    dependencies."""
     pip("install", "--no-deps", "--target", tmp_path / "there", wheel)
     environment = unmeasured({**os.environ, "PYTHONPATH": str(tmp_path / "there")})
 

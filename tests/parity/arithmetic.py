@@ -76,7 +76,7 @@ def check_preprocess(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 
 def check_threshold(golden: Golden, path: Path) -> Iterator[Row]:
-    """Which 8-bit levels are on, along the video's route and along the image's."""
+    """The 8-bit levels that count as on, for videos and for images."""
     recorded = golden.json(path)
     levels = torch.arange(257).clamp_max(255).to(torch.uint8)  # 4n+1 frames, one a level
     for route, normalise in (("video", normalise_video), ("image", normalise_image)):
@@ -118,7 +118,7 @@ def check_segments(golden: Golden, path: Path) -> Iterator[Row]:
 
 
 def check_solver(golden: Golden, fixture: Fixture) -> Iterator[Row]:
-    """The file does not say whose trajectories it holds; the schedule does."""
+    """The scheduler of a file is identified by its schedule, because the file does not name it."""
     k = float(fixture.metadata["k"])
     for case in fixture.metadata["cases"]:
         key, timesteps = case["key"], fixture[f"{case['key']}.timesteps"]
@@ -144,7 +144,7 @@ def check_solver(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 
 def check_lora(golden: Golden, fixture: Fixture) -> Iterator[Row]:
-    """`X` fused into the base of `X_expected`: the expectations of the full rule."""
+    """`X` fused into the base of `X_expected`, compared with the results of the full formula."""
     expected = golden.load(fixture.path.with_name(f"{fixture.path.stem}_expected.safetensors").relative_to(golden.root))
     base = dit_fixture(golden, expected.metadata["base"])
     spec = LoRASpec(fixture.path, float(expected.metadata["strength"]))

@@ -25,7 +25,7 @@ MASK, SIGMAS = 1e-6, 1e-7
 
 
 def check_pipeline(golden: Golden, fixture: Fixture) -> Iterator[Row]:
-    """The whole video, then every later segment by itself from the recorded history."""
+    """The complete video, then every later segment separately from the recorded history."""
     case = fixture.metadata["case"]
     engines = golden.engines(
         dit=dit_fixture(golden, fixture.metadata["dit_weights"]), vae=golden.load(fixture.metadata["vae_weights"])

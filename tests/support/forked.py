@@ -1,8 +1,8 @@
-"""The installed command without its start: one process imports what commands import, then forks a child a call.
+"""The installed command without its start-up time: one process imports all modules, then forks a child per call.
 
-A command spends more time on importing PyTorch than on the tiny model, and tests give some two hundred of them. A child
-runs what the console script runs (`main()` as the whole of a process of its own, with its own environment, folder,
-standard streams and exit code); only the imports are the parent's. `test_cli.py` runs the script itself.
+Importing PyTorch takes longer than running the tiny model, and the tests run about two hundred commands. A child runs
+`main()` as the console script does, in its own process, with its own environment, working folder, standard streams and
+exit code; only the imports are the parent's. `test_cli.py` runs the real script.
 """
 
 import atexit
@@ -104,7 +104,7 @@ def become(call: dict[str, object]) -> None:
 
 
 def preload() -> None:
-    """Import what commands import. What cannot be imported here is left to the command."""
+    """Import the modules that commands import. Modules that cannot be imported are skipped."""
     names = list(HEAVY)
     for room in ROOMS:
         package = importlib.import_module(f"scail2_rt.{room}")
@@ -118,7 +118,7 @@ def preload() -> None:
 
 
 def finish(code: object) -> NoReturn:
-    """End this process as `sys.exit(code)` does, without taking apart what the parent imported: that takes a second."""
+    """End this process like `sys.exit(code)`, but without the interpreter's clean-up, which takes a second."""
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1

@@ -1,5 +1,5 @@
-"""Quantised files as people have them, made from a checkpoint's tensors with the formats' own libraries: what is
-stored, and what it stands for by the library's own dequantiser. Names, types and notes are those of published files."""
+"""Quantised files as published, made from a checkpoint's tensors with the formats' own libraries: the stored tensors,
+and their values by the library's dequantiser. Names, types and metadata are those of published files."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def comfy_nvfp4(tensors: Tensors) -> Made:
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 and one scale a row, [R, 1] fp32."""
+    """int8 with one fp32 scale per row, [R, 1]."""
     scale = weight.float().abs().amax(1, keepdim=True) / 127
     return (weight.float() / scale).round().to(torch.int8), scale
 

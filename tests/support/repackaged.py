@@ -1,5 +1,5 @@
-"""Files as ComfyUI's repackaged ones are, made from a checkpoint's Wan tensors by the inverse of what the reader does:
-Hugging Face's names for umT5 and CLIP, and 8-bit weights with scales in every form that is read."""
+"""Files like ComfyUI's repackaged ones, made from a checkpoint's Wan tensors by inverting the reader's conversion:
+Hugging Face's names for umT5 and CLIP, and 8-bit weights with scales in every supported form."""
 
 import json
 import re

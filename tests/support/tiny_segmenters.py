@@ -1,4 +1,4 @@
-"""Folders of segmenters with random weights: the true classes of `transformers`, as small as they get."""
+"""Folders of segmenters with random weights: the real classes of `transformers`, with minimal sizes."""
 
 import json
 from pathlib import Path

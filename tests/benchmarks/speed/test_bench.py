@@ -1,6 +1,6 @@
 """`scail2-rt bench` through the installed command with the tiny model: every section, saving, merging, comparing.
 
-Figures of a CPU say nothing; what is tested is that each section measures what it names, against what it names, and
+Times on a CPU are not meaningful. The tests check that each section measures the rows and baselines that it names, and
 that results survive a killed run, a merge and a comparison."""
 
 import json
@@ -81,7 +81,8 @@ def test_all_sections_measure_and_merge(everything: tuple[dict[str, Any], str], 
 
 @pytest.mark.slow
 def test_errors_are_those_of_the_arithmetic(everything: tuple[dict[str, Any], str]) -> None:
-    """Not zero, since fp8 is not fp32, and small, since fast paths and references have the same weights and inputs."""
+    """Errors are not zero, because fp8 differs from fp32, and small, because fast path and reference share weights and
+    inputs."""
     rows = rows_of(everything[0])
 
     def error(name: str) -> float:

@@ -1,4 +1,4 @@
-"""LoRA files as people report them, through the installed command: fused weights, what is said, what is remembered."""
+"""LoRA files from users' reports, through the installed command: fused weights, messages, and the manifest."""
 
 import json
 import math
@@ -173,7 +173,8 @@ class TestReports:
 
 
 def remembers_distilled(scail2: Run, checkpoint: Path, folder: Path, case: Path, lora: Path) -> None:
-    """Builds engines, which know what they hold; `generate` with a distilled LoRA hints at the preset, at 40 steps."""
+    """The manifest of built engines lists the LoRA; `generate` with 40 steps and a distilled LoRA suggests the
+    preset."""
     words = ("--backend", "torch", "--precision", "fp32", "--lora", lora)
     result = scail2("build-engines", checkpoint, "-o", folder / "e", *words)
     assert result.returncode == 0, result.stderr

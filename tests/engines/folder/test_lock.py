@@ -1,4 +1,4 @@
-"""The lock of a folder: one writer, none that blocks after its death, and a file system that has no locks."""
+"""The lock of a folder: one writer at a time, no lock left by a dead process, and file systems without locks."""
 
 import errno
 import signal

@@ -66,7 +66,7 @@ def test_bf16_storage_in_fp32_arithmetic(name: str, tmp_path: Path) -> None:
     ["dit.blocks.0.mid", "clip", *(p for p in VAE_STAGES if p.values[0] in ("vae.encode_step", "vae.decode_step"))],
 )
 def test_fp16_is_as_near_to_fp32_as_pytorch(name: str, tmp_path: Path) -> None:
-    """On the same fp16 weights and inputs; a decoder rounds some thirty times, in another order in each library."""
+    """With the same fp16 weights and inputs. A decoder rounds about thirty times, in a different order per library."""
     assert onnxruntime_numerics(FP16) == FP16
     case = make_case(STAGES[name], FP16, tmp_path)
     exact = on_meta(case.definition, FP16.in_arithmetic(torch.float32))
@@ -228,7 +228,7 @@ def test_element_types_are_those_of_onnx() -> None:
 
 
 def test_a_provider_that_does_not_start_is_refused(head: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime warns and goes on with the next one; the CUDA one is asked for exact fp32."""
+    """ONNX Runtime warns and falls back to the next provider; exact fp32 is requested from the CUDA provider."""
     import onnxruntime
 
     asked: list[object] = []

@@ -1,4 +1,4 @@
-"""Weights in the background: what arrives is what the store holds, in any order and while buffers are shared."""
+"""Loading weights in the background: they equal those of the store, in any order and with shared buffers."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every layout of a checkpoint opens to the same tensors, lazily; every broken one is refused with one sentence."""
+"""Every checkpoint layout gives the same tensors, read lazily; every broken checkpoint is refused with one sentence."""
 
 import dataclasses
 import itertools

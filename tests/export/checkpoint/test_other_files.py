@@ -1,5 +1,5 @@
-"""Files that are whole but are not what is needed: named for what they are, with what to get instead. Nobody is told to
-download again what came as it is. What has diffusers' names is read."""
+"""Intact files of the wrong kind: the error names their kind and the file to get instead, and does not suggest to
+download them again. Files with diffusers' names are read."""
 
 import gzip
 import json

@@ -42,7 +42,7 @@ SMALLEST, USUAL, LARGEST = sizes(1, 4, 4, 0), sizes(21, 64, 112, 0), sizes(21, 8
 
 
 def compiled(folder: Path, config: DiTConfig, clip_tokens: int, fp8_products: int) -> None:
-    """The plan of the one-graph transformer in `folder`, which must come out."""
+    """Build the plan of the one-graph transformer in `folder`."""
     inputs = signature(config, clip_tokens)[0]
     profile = {
         spec.name: tuple(

@@ -58,8 +58,8 @@ def test_shared_attention_equals_attention_in_one_process(variant: str, tokens: 
 
 @pytest.mark.parametrize(("tokens", "size"), [(1000, 2), (1000, 4), (520, 4)])
 def test_operands_of_8_bit_are_those_of_one_process(tokens: int, size: int) -> None:
-    """What differs is the order in which means over tokens are summed: in their last bits, and by that here and there a
-    value of 8 bits by one step."""
+    """Means over tokens are summed in another order, so their last bits differ, and a few 8-bit values differ by one
+    step."""
     heads = 4
     qkv, q_weight, k_weight, rope = inputs(tokens, heads)
     variant = VARIANTS["8bit"]

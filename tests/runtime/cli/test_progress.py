@@ -1,4 +1,4 @@
-"""What the commands show while they work."""
+"""The progress display of the commands."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""On a real cluster of this machine: a batch, the service, and what is killed."""
+"""A batch and the service on a real cluster on this machine, and recovery after kills."""
 
 import json
 import os

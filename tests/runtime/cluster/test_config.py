@@ -1,4 +1,4 @@
-"""The files of examples/ray: Ray reads them, and what they name is there."""
+"""The files of examples/ray: Ray can read them, and the objects that they name exist."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `--ray` refuses, in one sentence and at once."""
+"""The errors of `--ray`: one sentence, without delay."""
 
 from pathlib import Path
 

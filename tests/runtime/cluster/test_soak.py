@@ -1,5 +1,5 @@
-"""What takes long (`make soak`): kills at random moments on a cluster, a replica that is stopped and comes back, and a
-new cluster on the data of an old one. `SCAIL2_SOAK_RAY_KILLS` shortens it for a try."""
+"""Long tests (`make soak`): kills at random times on a cluster, a replica that is paused and continued, and a new
+cluster with the data of an old one. `SCAIL2_SOAK_RAY_KILLS` shortens them."""
 
 import json
 import os
@@ -38,7 +38,8 @@ def kill(pids: list[int]) -> None:
 
 
 def test_kills_at_random_moments(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """Of replicas, nodes, front end and ledger: every job is done once, whole, and as without kills."""
+    """Kill replicas, nodes, the front end and the ledger: every job completes once, with the same result as without
+    kills."""
     jobs, seeds, rng = max(2, KILLS // 2), 4, random.Random(11)
     with nodes(2, command_environment(cache)) as cluster:
         own = Deployed(str(tmp_path / "data"), cache, cluster.address).deploy(engines)

@@ -1,4 +1,4 @@
-"""Engines: choosing a folder, the session that stays warm, ComfyUI's memory, building from ComfyUI's files."""
+"""Engines: selecting a folder, the open session, ComfyUI's memory management, building from ComfyUI's files."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def warm(nodes: ModuleType) -> Any:
 
 @pytest.fixture
 def listed(host: Host, engines: Path) -> Path:
-    """The tiny engines where ComfyUI's page lists them."""
+    """The tiny engines in the folder that ComfyUI's page lists."""
     folder = host.models / "scail2_rt" / "tiny"
     if not folder.exists():
         shutil.copytree(engines, folder)

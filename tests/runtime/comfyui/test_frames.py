@@ -1,4 +1,4 @@
-"""Tensors of a graph as frames, and frames as such a tensor."""
+"""Conversion between a graph's tensors and frames."""
 
 import numpy as np
 import pytest

@@ -30,7 +30,7 @@ def comfyui(tmp_path: Path) -> Path:
 
 
 def python_with(folder: Path, **packages: str) -> Path:
-    """A Python that says it has these packages."""
+    """A stand-in for a Python that reports these packages."""
     answer = json.dumps({"python": [3, 12, 1], "packages": packages})
     path = folder / "python"
     path.write_text(f"#!/bin/sh\necho '{answer}'\n")

@@ -1,4 +1,4 @@
-"""Masks of tracks, mattes and coloured pictures; what the Masks node and the Preview window say and show."""
+"""Masks from tracks, mattes and colour-coded images; the text and sheets of the Masks node and the Preview window."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +172,7 @@ def test_a_replace_case(nodes: ModuleType, replace_case: Path) -> None:
 
 
 class TestMadeInside:
-    """Graphs without masks: the segmenter makes them. Here one that makes no mistakes on flat figures."""
+    """Graphs without masks: the segmenter makes them. The test uses one that is exact for flat figures."""
 
     @pytest.fixture
     def flat(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run tells: phases, positions, fractions, cancelling."""
+"""Progress events of a run: phases, positions, fractions; and cancelling."""
 
 import threading
 import time

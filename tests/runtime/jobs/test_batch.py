@@ -1,4 +1,4 @@
-"""Batch files become jobs with outputs of their own."""
+"""Batch files become jobs with one output each."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Masks made inside through the installed command: a photo and a clip to a case and to a video, and what is refused."""
+"""Making masks through the installed command: from an image and a clip to a case and to a video, and errors."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def sam2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def given(case: Path, sam2: Path) -> tuple[object, ...]:
-    """A photo, a clip, and a segmenter."""
+    """An image, a clip, and a segmenter."""
     return ("--image", case / "ref.png", "--driving", case / "rendered_v2.mp4", "--segmenter-weights", sam2)
 
 
@@ -160,7 +160,7 @@ def test_masks_make_writes_a_case_that_runs(
 def test_one_sentence_for_what_cannot_be(
     scail2: Run, given: tuple[object, ...], tmp_path: Path, words: tuple[str, ...], told: str
 ) -> None:
-    """Before engines are opened: there are none."""
+    """The error comes before engines are opened, so none are needed."""
     output = tmp_path / "a.mp4"
     assert told in error_of(scail2("generate", tmp_path / "no engines", *given, *words, "-o", output))
     assert not list(tmp_path.iterdir())

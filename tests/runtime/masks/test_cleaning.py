@@ -1,4 +1,4 @@
-"""Repairing masks: how much of a damaged mask is as it was, on drawn figures after real H.264 and JPEG coding."""
+"""Repairing masks: the restored share of damaged masks, on drawn figures after real H.264 and JPEG coding."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How tall the reference character is beside the driving one, and `--fit-reference`; with the installed command too."""
+"""The heights of reference and driving character, and `--fit-reference`; also through the installed command."""
 
 import json
 from dataclasses import replace

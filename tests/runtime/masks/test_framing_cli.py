@@ -1,6 +1,6 @@
 """Characters that the frame would cut, through the installed command: check, dry run, generate, report and preview.
 
-The cases are those of public reports, drawn here; where the files of the reports are, they are run too."""
+The cases are redrawn from public reports; the files of the reports are tested too if they are present."""
 
 import json
 from fractions import Fraction
@@ -66,7 +66,7 @@ def edge(tmp_path: Path) -> Path:
 
 
 def test_a_phone_clip_with_a_landscape_reference(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
-    """Check, dry run, run and report say one thing."""
+    """Check, dry run, run and report give the same result."""
     case = ("--case", tall, "--size", "64x96")
     line = "framing (auto): driving video: whole, with black margins left and right (the middle crop keeps 4"
     checked = scail2("masks", "check", *case)
@@ -113,7 +113,8 @@ def test_official_is_refused_with_the_option_that_cures_it(
 
 
 def test_replacing_somebody_at_the_edge_keeps_the_scene(scail2: Run, engines: Path, edge: Path, tmp_path: Path) -> None:
-    """By default in the clip's shape; the official rule takes the reference's and finds nobody there."""
+    """The default frame has the clip's shape. The official rule uses the reference's shape, in which no character is
+    visible."""
     checked = one_json(scail2("masks", "check", "--case", edge, "--json"))
     driving, reference = checked["framing"]["inputs"]
     assert driving["frame"] == reference["frame"] == [512, 896]

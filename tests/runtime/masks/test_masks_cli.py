@@ -158,7 +158,7 @@ def test_an_occlusion_is_no_change_of_colour(scail2: Run, tmp_path: Path) -> Non
 
 
 def test_the_remedy_of_a_wrong_colour_works(scail2: Run, tmp_path: Path) -> None:
-    """What the check says is done, word for word, and mends the case."""
+    """The command in the check's remedy is run literally and repairs the case."""
     case = make_case(tmp_path / "case", ref=blocks("white", "red", ORANGE))
     remedy = findings(scail2, "--case", case, code=2)["wrong colour"]["remedy"]
     words = remedy.split("`")[1].replace("COLOUR", "green").split()

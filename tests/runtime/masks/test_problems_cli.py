@@ -1,4 +1,4 @@
-"""`generate` and masks that cannot work: refused with the command that mends them, or allowed and recorded."""
+"""`generate` with unusable masks: refused with the command that repairs them, or allowed and recorded."""
 
 import shutil
 from fractions import Fraction

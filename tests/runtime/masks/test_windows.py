@@ -1,4 +1,4 @@
-"""Which window a picture gets, what it leaves of the characters, and what the pipeline reads through it."""
+"""The window of a picture, the visible part of the characters in it, and the frames that the pipeline reads."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -53,7 +53,7 @@ def way(stats: MaskStats, frame: tuple[int, int], fit: str = "auto") -> str:
 @pytest.mark.parametrize("source", [(64, 96), (120, 66), (48, 130), (75, 101), (64, 64)])
 @pytest.mark.parametrize("frame", [(64, 96), (96, 64), (64, 64)])
 def test_the_official_window_is_the_official_resize(source: tuple[int, int], frame: tuple[int, int]) -> None:
-    """Bit by bit, in 8 bit and in float; a crop at the same place is the same picture."""
+    """Bit-identical in 8 bits and in float; a crop at the same place gives the same picture."""
     levels = torch.randint(0, 256, (3, 3, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     official = Window.official(source, frame)
     same = replace(official, way="crop")
@@ -84,7 +84,7 @@ def test_a_padded_window_shows_all_and_black(source: tuple[int, int], frame: tup
 @pytest.mark.parametrize("size", [(224, 126), (560, 315), (720, 405)])
 @pytest.mark.parametrize("frame", [(64, 96), (96, 64), (64, 64)])
 def test_shares_are_those_of_the_pixels(size: tuple[int, int], frame: tuple[int, int]) -> None:
-    """Against counting the pixels of the resized mask, at every scale that is looked at."""
+    """Compared with counting the pixels of the resized mask, at every scale used."""
     masks = [
         drawn(size, (0, 0, 0), red=(0.1 + t, 0.7 + t, 0.2, 0.5), cyan=(0.05, 0.3, 0.6, 0.95)) for t in (0, 0.1, 0.25)
     ]
@@ -150,7 +150,8 @@ def test_somebody_who_walks_in_calls_for_nothing() -> None:
 
 
 def test_a_small_figure_is_measured_like_a_large_one() -> None:
-    """It stands far away, outside the window, in two frames, and comes near: no border of the clip cuts it."""
+    """A figure that is far away and outside the window in two frames and then comes near; no border of the clip cuts
+    it."""
     far = drawn((128, 224), (0, 0, 0), red=(0.4, 0.5, 0.05, 0.1))
     near = drawn((128, 224), (0, 0, 0), red=STANDING)
     stats = stats_of(far, far, *[near] * 8)
@@ -255,7 +256,7 @@ def test_only_the_frames_that_are_used_count() -> None:
 @pytest.mark.parametrize("fit", ["auto", "crop", "pad"])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)])
 def test_the_reference_is_scaled_inside_its_window(fit: str, size: tuple[int, int]) -> None:
-    """`--fit-reference` with every way: as tall as the driving figure in the frame, and wholly there."""
+    """`--fit-reference` with every fit: as tall as the driving figure in the frame, and fully visible."""
     request = request_of("replace", ((200, 100), STANDING), ((128, 224), LEFT), size=size, fit=fit)
     plan = check_request(replace(request, fit_reference=True))
     assert plan.fit is not None

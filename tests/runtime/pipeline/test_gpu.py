@@ -1,5 +1,5 @@
-"""The torch executor on a GPU: graphs, streamed weights, row chunks and every attention against eager, resident, whole
-and fp32. Skipped without a GPU."""
+"""The torch backend on a GPU: CUDA graphs, streamed weights, chunks and every attention variant, compared with eager,
+resident, unchunked and fp32 runs. Skipped without a GPU."""
 
 from pathlib import Path
 

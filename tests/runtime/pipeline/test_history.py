@@ -1,4 +1,4 @@
-"""How segments meet: histories, the fade of the overlap, and frames without loss whatever the joins."""
+"""The joins of segments: histories, the fade of the overlap, and no lost frames for any segmentation."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -143,7 +143,7 @@ def test_ctrl_c_ends_the_job(served: Served, case: Path, cache: Path, tmp_path: 
 
 
 def test_a_service_that_is_killed_and_comes_back(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """On another port it would not be found: it gets the one that it had. With a key from the environment."""
+    """A restarted service keeps its port, so that the client finds it. The API key comes from the environment."""
     keys = tmp_path / "keys"
     keys.write_text("a-key-of-the-command-line\n")
     options = ("--api-key-file", str(keys))

@@ -1,4 +1,4 @@
-"""Kept files: as OpenAI's client uses them, within quotas, and never a job's only copy."""
+"""Uploaded files: used by OpenAI's client, quotas, and jobs that survive the deletion of their files."""
 
 import hashlib
 from pathlib import Path

@@ -41,7 +41,8 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 def until(page: Any, true: str) -> None:
-    """Wait until this is true in the page (playwright's own way needs eval, which the page's policy forbids)."""
+    """Wait until an expression is true in the page (playwright's function needs eval, which the page's policy
+    forbids)."""
     wait_for(lambda: bool(page.evaluate(true)), 60)
 
 
@@ -163,7 +164,7 @@ def test_keys_on_the_page_and_its_documentation(engines: Path, cache: Path, tmp_
 
 
 def test_a_page_of_another_origin_reaches_nothing(served: Served, page: Any, tmp_path: Path) -> None:
-    """Fetches, forms and pictures of a page elsewhere that its visitor's browser sends to the service."""
+    """Fetches, forms and images that a foreign page makes its visitor's browser send to the service."""
 
     class Elsewhere(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -201,7 +202,7 @@ def test_a_page_of_another_origin_reaches_nothing(served: Served, page: Any, tmp
 
 
 def test_masks_on_the_page(engines: Path, case: Path, cache: Path, tmp_path: Path, page: Any) -> None:
-    """Made, seen over photo and clip, corrected by clicks, and used."""
+    """Masks are made, shown over image and clip, corrected by clicks, and used."""
     sam2 = write_sam2(tmp_path / "sam2", image=64)
     with serving(engines, tmp_path / "data", cache, "--segmenter-weights", str(sam2), measured=True) as own:
         page.goto(own.url)

@@ -38,7 +38,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`files.example` is a server of this machine; what is asked for at port 80 goes to it."""
+    """`files.example` is a server on this machine, to which requests for port 80 are redirected."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connect, find = socket.create_connection, socket.getaddrinfo
@@ -52,7 +52,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket, "create_connection", to_site)
     monkeypatch.setattr(socket, "getaddrinfo", names)
-    # 203.0.113.0/24 is for documentation: here it stands for the public.
+    # 203.0.113.0/24 is reserved for documentation; here it stands for a public address.
     monkeypatch.setattr(remote_files, "is_public", lambda address: str(address) == "203.0.113.9")
     yield
     server.shutdown()

@@ -1,4 +1,4 @@
-"""What went wrong when the service was tried by hand, each once more."""
+"""Regression tests for problems found by using the service manually."""
 
 import asyncio
 import http.client
@@ -25,7 +25,7 @@ pytest_plugins = ["tests.support.runtime_fixtures"]
 
 
 class Full:
-    """A connection whose disk is full as long as `block` is there."""
+    """A connection whose disk is full while the file `block` exists."""
 
     def __init__(self, connection: sqlite3.Connection, block: Path) -> None:
         self._connection, self._block = connection, block
@@ -155,7 +155,7 @@ def test_a_data_folder_that_cannot_be(scail2: Run, engines: Path, tmp_path: Path
     (tmp_path / "file").touch()
     result = scail2("serve", engines, "--data", tmp_path / "file" / "data", "--port", "0")
     assert result.returncode == 2
-    assert "cannot be made" in result.stderr
+    assert "cannot be created" in result.stderr
 
 
 def test_a_segmenter_that_is_not_there(scail2: Run, engines: Path, tmp_path: Path) -> None:

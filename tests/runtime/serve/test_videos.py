@@ -1,4 +1,4 @@
-"""The videos interface with OpenAI's own client: a job, its states, its results, and sentences of refusals."""
+"""The videos interface with OpenAI's client: a job, its states, its results, and error sentences."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ PATHS = {"input_reference": "--image", "mask_reference": "--mask-image", "video_
 def test_the_openai_client_works_unchanged(
     served: Served, case: Path, scail2: Run, engines: Path, tmp_path: Path
 ) -> None:
-    """Create and poll, download, list, delete; and the video is the command line's, to the byte."""
+    """Create and poll, download, list, delete; the video is bit-identical to that of the command line."""
     client = served.client()
     kept = {name: {"file_id": served.upload(case / file)} for name, file in INPUTS.items() if name != "input_reference"}
     with (case / "ref.png").open("rb") as image:
@@ -62,7 +62,7 @@ def test_the_openai_client_works_unchanged(
 
 
 def test_files_fields_and_urls_give_the_same_video(served: Served, case: Path, body: dict[str, Any]) -> None:
-    """Multipart with all files and strings, JSON with kept files, and data: URLs."""
+    """Multipart with files and strings, JSON with uploaded files, and data: URLs."""
     parts = [(name, (case / file).read_bytes()) for name, file in INPUTS.items()]
     text = [
         (name, value.encode()) for name, value in {**SMALL, "prompt": "a man walks", "fit_reference": "false"}.items()

@@ -1,4 +1,4 @@
-"""What a plan is expected to cost, and how it is told."""
+"""The estimate of a plan's time and memory, and its text."""
 
 import json
 import math

@@ -40,7 +40,7 @@ ENTRY_POINTS = {
 
 
 class Unavailable(Exception):
-    """The bindings cannot be had on this machine; the message says why."""
+    """The bindings are not available on this machine, with the reason as message."""
 
 
 def cache_folder() -> Path:

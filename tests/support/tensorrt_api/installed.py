@@ -1,4 +1,4 @@
-"""A pretended installation of a TensorRT library, and small stages to build and run with it."""
+"""A simulated installation of a TensorRT library, and small stages to build and run with it."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def forget_logger(library: ModuleType) -> None:
 
 
 class Picture(nn.Module):
-    """A VAE-like stage: picture [1, 3, 8h, 8w] and one cell a 8x8 square [1, 1, h, w], both doubled and joined."""
+    """A VAE-like stage: picture [1, 3, 8h, 8w] and one cell per 8x8 square [1, 1, h, w], both doubled and joined."""
 
     def __init__(self, numerics: Numerics) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ PICTURE = StageDefinition("vae.picture", Picture, _picture_io, {"weight": ("weig
 
 
 def small_stages() -> dict[str, StageDefinition]:
-    """Stages that are traced in a moment: rows, two fixed contexts, a text, two picture profiles."""
+    """Stages that are traced quickly: rows, two fixed contexts, a text, two picture profiles."""
     names = ("dit.head", "dit.context", "umt5.final")
     return {**{name: STAGES[name] for name in names}, PICTURE.name: PICTURE}
 

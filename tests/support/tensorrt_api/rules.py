@@ -4,7 +4,7 @@ ALIGNMENT = 256  # bytes; what TensorRT asks of scratch memory, and what we hold
 
 
 class Violation(AssertionError):
-    """Our code did with TensorRT what must not be done."""
+    """The tested code used TensorRT in a forbidden way."""
 
 
 def demand(condition: bool, broken: str) -> None:

@@ -1,4 +1,4 @@
-"""The training command on a CPU: a few steps make a checkpoint that opens, and a second call goes on."""
+"""The training command on a CPU: a few steps make a checkpoint that can be opened, and a second call resumes."""
 
 import json
 import runpy
@@ -72,7 +72,7 @@ def test_a_few_steps_make_a_checkpoint_and_more_go_on(tmp_path: Path) -> None:
     gone_on = last_line(tmp_path / "work" / "dit.jsonl")
     assert gone_on["step"] == 8
     assert gone_on["seconds"] > begun["seconds"]
-    assert log.read_text() == vae_lines  # what is finished is not done again
+    assert log.read_text() == vae_lines  # finished parts are not trained again
     later = weights_of(trained(tmp_path, "other", 1, "--from", str(first), "--slower", "1000"))
     assert not (tmp_path / "other" / "vae.jsonl").exists()
     for part, weights in weights_of(first).items():
@@ -139,7 +139,7 @@ def test_training_learns_and_a_spent_budget_is_not_spent_again(tmp_path: Path) -
 
 
 def test_the_learning_rate_goes_on_falling_after_an_interruption(tmp_path: Path) -> None:
-    """What a step uses follows from the share of the budget that is spent, however many runs spent it."""
+    """The learning rate of a step depends only on the used share of the budget, not on the number of runs."""
     _, alone = small_fit(tmp_path, 10)
     (tmp_path / "two").mkdir()
     small_fit(tmp_path / "two", 4)
@@ -184,7 +184,7 @@ def test_folded_padding_changes_no_velocity() -> None:
 
 
 def test_gradients_flow_after_an_inference_of_the_same_layout() -> None:
-    """The rotary table is kept between calls; a tensor made under inference mode could not be differentiated with."""
+    """The RoPE table is cached between calls and must not be an inference tensor, which gradients could not use."""
     dit, inputs, times = folded_padding(weights_of(CHECKPOINT)["dit"]), two_inputs(), torch.tensor([900.0, 300.0])
     with torch.inference_mode():
         dit(inputs, times)
