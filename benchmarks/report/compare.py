@@ -32,10 +32,12 @@ class Change:
 
     @property
     def ratio(self) -> float:
+        """After divided by before."""
         return self.after / self.before if self.before else float("inf") if self.after else 1.0
 
     @property
     def verdict(self) -> str:
+        """REGRESSION, slower baseline, better or same."""
         if self.ratio > 1 + self.noise:
             return "REGRESSION" if self.counted else "slower baseline"
         return "better" if self.ratio < 1 / (1 + self.noise) else "same"
@@ -51,10 +53,12 @@ class Comparison:
 
     @property
     def regressions(self) -> tuple[str, ...]:
+        """Names of the rows that became worse or fail now."""
         return (*(c.name for c in self.changes if c.verdict == "REGRESSION"), *self.broken)
 
     @property
     def text(self) -> str:
+        """The comparison as text, one line per value."""
         width = max((len(change.name) for change in self.changes), default=10)
         lines = [
             f"{c.name:{width}s}  {c.figure:7s} {c.before:12.6g} → {c.after:12.6g}  {100 * (c.ratio - 1):+7.1f} % "
@@ -67,6 +71,7 @@ class Comparison:
         return "\n".join([*lines, f"{count} regression(s)" if count else "no regression"])
 
     def document(self) -> dict[str, Any]:
+        """The comparison as a JSON object."""
         changes = [{**asdict(change), "ratio": change.ratio, "verdict": change.verdict} for change in self.changes]
         return {"regressions": list(self.regressions), "absent": list(self.absent), "changes": changes}
 

@@ -32,6 +32,7 @@ class Goal:
     larger: bool = False
 
     def status(self, value: float | None) -> str:
+        """PASS, FAIL, aim reached or missed, or not measured."""
         if value is None:
             return "not measured"
         if self.must is not None and not self._reached(value, self.must):
@@ -44,6 +45,7 @@ class Goal:
         return value >= bound if self.larger else value <= bound
 
     def bound(self, value: float | None) -> str:
+        """A bound as text."""
         return "" if value is None else f"{'≥' if self.larger else '≤'} {value:g}"
 
 
@@ -161,6 +163,7 @@ def judged(results: Results) -> list[tuple[Goal, float | None, str]]:
 
 
 def goals_table(results: Results) -> str:
+    """All goals as a text table."""
     rows = judged(results)
     if not rows:
         return f"Goals are set for the {JUDGED_MODEL} model; this is {results.config}."

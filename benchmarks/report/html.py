@@ -16,11 +16,13 @@ _STYLE = (
 
 
 def write_page(results: Results, path: Path) -> None:
+    """Write the HTML page of a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html(results), encoding="utf-8")
 
 
 def html(results: Results) -> str:
+    """The HTML page of a result, without external resources."""
     parts = [f"<h1>scail2-rt bench: {escape(results.config)}</h1>"]
     for run in results.runs:
         about = (str(run.get(key, "")) for key in ("date", "device", "command"))

@@ -10,10 +10,12 @@ BAR, GAP = 26, 12
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", size: int = 12) -> str:
+    """An SVG text element."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{escape(content)}</text>'
 
 
 def svg(width: int, height: int, parts: Sequence[str]) -> str:
+    """An SVG document of these elements."""
     style = 'font-family="sans-serif" style="background:#fff;max-width:100%"'
     inner = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>\n{inner}\n</svg>'

@@ -30,6 +30,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> "Timing":
+        """The timing from samples in seconds per call."""
         ordered = sorted(seconds)
         last = len(ordered) - 1
         middle = (ordered[last // 2] + ordered[(last + 1) // 2]) / 2
@@ -64,10 +65,12 @@ class Row:
 
     @property
     def section(self) -> str:
+        """The section of the row: the first part of its name."""
         return self.name.partition("/")[0]
 
     @property
     def measured(self) -> bool:
+        """Whether the row has a time or values and did not fail."""
         return not self.failure and (self.timing is not None or bool(self.values))
 
 
@@ -80,6 +83,7 @@ class Results:
     rows: Mapping[str, Row]
 
     def with_row(self, row: Row) -> "Results":
+        """The results with a row added or replaced."""
         return dataclasses.replace(self, rows={**self.rows, row.name: row})
 
     def value(self, name: str, key: str = "median_s") -> float | None:
@@ -92,6 +96,7 @@ class Results:
         return row.values.get(key)
 
     def document(self) -> dict[str, Any]:
+        """The results as a JSON object."""
         rows = [dataclasses.asdict(row) for row in self.rows.values()]
         return {"format": FORMAT, "config": self.config, "runs": list(self.runs), "rows": rows}
 

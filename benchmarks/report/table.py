@@ -18,6 +18,7 @@ _HIDDEN = {"flops", "bytes", "mean_cosine"}  # used only by the report's plots
 
 
 def seconds(value: float) -> str:
+    """A time as text, in s or ms."""
     return f"{value:.3f} s" if value >= 1 else f"{1000 * value:.3f} ms"
 
 

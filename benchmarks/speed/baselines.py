@@ -42,6 +42,7 @@ def block_weights(config: DiTConfig, dtype: torch.dtype, device: torch.device) -
 
 
 def linear(x: Tensor, w: Weights, name: str) -> Tensor:
+    """The linear layer `name` of a block."""
     return F.linear(x, w[f"{name}.w"], w[f"{name}.b"])
 
 

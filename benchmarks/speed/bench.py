@@ -89,11 +89,13 @@ class Bench:
 
     @property
     def dit(self) -> DiTConfig:
+        """The transformer's configuration."""
         assert self.model.dit is not None
         return self.model.dit
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the measurements run on a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -105,6 +107,7 @@ class Bench:
 
     @property
     def failures(self) -> tuple[str, ...]:
+        """Names of the failed rows."""
         return tuple(self._failures)
 
     def wants(self, name: str) -> bool:
@@ -130,6 +133,7 @@ class Bench:
         self._store(Row(name, kind, timing, kept, breakdown, note))
 
     def skip(self, name: str, reason: str = NEEDS_GPU, kind: Kind = "ours") -> None:
+        """Add a row that was not measured, with the reason."""
         self._store(Row(name, kind, note=reason))
 
     @contextmanager
@@ -151,6 +155,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def peaks(self) -> Any:
+        """`harness.memory_peaks` of this device."""
         return memory_peaks(self.device)
 
     def finish(self) -> None:

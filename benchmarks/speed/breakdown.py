@@ -22,6 +22,7 @@ OTHER = "other"
 
 
 def group_of(kernel: str) -> str:
+    """The group of a kernel by its name."""
     for group, pattern in GROUPS:
         if re.search(pattern, kernel, re.IGNORECASE):
             return group

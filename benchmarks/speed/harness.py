@@ -29,6 +29,7 @@ _SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "po
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait for all work on a GPU; no effect on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -49,6 +50,7 @@ def time_calls(calls: Mapping[str, Call], device: torch.device, runs: int, warm_
 
 
 def time_call(call: Call, device: torch.device, runs: int, warm_up: int = 2) -> Timing:
+    """Time one call, as `time_calls`."""
     return time_calls({"": call}, device, runs, warm_up)[""]
 
 

@@ -101,6 +101,7 @@ def load_all(engines: EngineSet, stages: Sequence[str], checked: bool) -> None:
 
 
 def to_first_step(times: Mapping[str, float]) -> float:
+    """Seconds to the end of the first step, minus a step without loading."""
     return times["first_step_done_s"] - times["warm_step_s"]
 
 
@@ -109,6 +110,7 @@ def details(times: Mapping[str, float]) -> dict[str, Any]:
 
 
 def fresh_process(folder: Path, workload: Workload, checked: bool = True) -> dict[str, float]:
+    """Run `first_step` in a fresh process and return its times in seconds. Raises Scail2Error if it fails."""
     words = [
         sys.executable,
         "-m",
@@ -127,4 +129,5 @@ def fresh_process(folder: Path, workload: Workload, checked: bool = True) -> dic
 
 
 def folder_gib(folder: Path) -> float:
+    """The size of a folder in GiB."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30

@@ -75,4 +75,5 @@ def parse_sizes(text: str) -> tuple[Work, ...]:
 
 
 def default_sizes(config: str) -> tuple[Work, ...]:
+    """The clip sizes to measure for a model."""
     return (SMALL,) if config == "tiny" else STANDARD[:2]

@@ -116,6 +116,7 @@ def _compiled(job: PlanJob) -> tuple[Outcome, int]:
 
 
 def families(built: Iterable[Built]) -> list[Family]:
+    """The plans grouped by the form of their stage."""
     groups: dict[str, list[Built]] = {}
     for one in built:
         groups.setdefault(one.family, []).append(one)
@@ -134,6 +135,7 @@ def families(built: Iterable[Built]) -> list[Family]:
 
 
 def table(rows: Iterable[Family]) -> str:
+    """The families as a text table."""
     lines = [
         f"{'family':<24}{'stages':>7}{'median s':>10}{'longest s':>11}{'sum s':>9}{'peak GiB':>10}{'plans GiB':>11}"
     ]

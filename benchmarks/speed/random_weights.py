@@ -46,6 +46,7 @@ class RandomWeights:
             self.shapes["clip"] = clip_shapes(config.clip)
 
     def draw(self, component: str, name: str) -> Tensor:
+        """One tensor, fp32, drawn with a seed derived from its name."""
         shape = self.shapes[component][name]
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}/{component}/{name}".encode()))
         mean, deviation = distribution(component, name, shape)

@@ -40,6 +40,7 @@ class Runner:
         return self._session.choice
 
     def run(self, job: Job, plan: Plan) -> Outcome | Failure:
+        """Run one case and return its outcome, or its failure. Does not raise."""
         try:
             assert job.output is not None
             wait_for_lock(job.output.path)
@@ -50,6 +51,7 @@ class Runner:
 
 
 def failure(job: Job, error: Exception) -> Failure:
+    """The record of a failed case."""
     reason = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
     return {"case": job.name, "status": "failed", "error": reason}
 
@@ -91,13 +93,16 @@ class Crew:
     calls: dict[Any, tuple[Any, Case | None]] = field(default_factory=dict)
 
     def hire(self) -> None:
+        """Start another actor."""
         runner = self.actor.remote(self.options)
         self.calls[runner.open.remote()] = (runner, None)
 
     def give(self, runner: Any, case: Case) -> None:
+        """Give a case to an idle actor."""
         self.calls[runner.run.remote(case.job, case.plan)] = (runner, case)
 
     def dismiss(self) -> None:
+        """Kill all actors."""
         import ray
 
         for runner, _ in self.calls.values():

@@ -51,6 +51,7 @@ class Replicas(Pool):
         return self._busy
 
     def told(self, overview: dict[str, int]) -> None:
+        """Record the ledger's overview: running jobs and lost replicas."""
         self._busy, self.deaths, self._heard_of = overview["busy"], overview["deaths"], True
 
 

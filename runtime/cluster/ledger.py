@@ -52,6 +52,7 @@ class Index(Store):
         self._writer.execute("PRAGMA synchronous=OFF")
 
     def load(self, table: str, documents: Any) -> None:
+        """Insert rows. table: jobs or files; documents: dictionaries of column values."""
         row = JobRow if table == "jobs" else FileRow
         names = [field.name for field in fields(row)]
         sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
@@ -72,6 +73,7 @@ class Index(Store):
         return [JobRow.of(row) for row in rows]
 
     def running(self) -> list[str]:
+        """Ids of the running jobs."""
         return [row["id"] for row in self._read("SELECT id FROM jobs WHERE state='running'")]
 
     def wanted(self) -> set[str]:

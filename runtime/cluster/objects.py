@@ -53,6 +53,7 @@ class Objects:
         self._fs.use_listings_cache = False
 
     def put(self, name: str, data: bytes) -> None:
+        """Write an object atomically."""
         path = f"{self._root}/{name}"
         if not self._folder:
             self._fs.pipe_file(path, data)
@@ -61,6 +62,7 @@ class Objects:
             file.write(data)
 
     def put_file(self, file: Path, name: str) -> None:
+        """Copy a local file to an object, atomically."""
         path = f"{self._root}/{name}"
         if not self._folder:
             self._fs.put_file(str(file), path)
@@ -69,6 +71,7 @@ class Objects:
             shutil.copyfileobj(source, copy, 1 << 20)
 
     def put_json(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a JSON object atomically."""
         self.put(name, json.dumps(document).encode())
 
     def get(self, name: str) -> bytes | None:

@@ -39,6 +39,7 @@ class RemoteStore(Store):
     def add_job(
         self, job_id: str, owner: str, request: Mapping[str, Any], idempotency: str | None, digest: str
     ) -> JobRow:
+        """Store the inputs of a job and queue it. Raises Refusal (409) for a reused Idempotency-Key."""
         for file in self.folder(job_id).iterdir():
             self.objects.put_file(file, f"jobs/{job_id}/inputs/{file.name}")
         row: JobRow = self.ask("add_job", job_id, owner, dict(request), idempotency, digest)
@@ -64,6 +65,7 @@ class RemoteStore(Store):
         return row
 
     def upload(self, row: FileRow) -> Path:
+        """The local path of an upload, fetched if necessary."""
         file = self.files / row.id
         if not file.is_file():
             self.objects.fetch(f"uploads/{row.id}", file)

@@ -66,6 +66,7 @@ def execution_inputs() -> list[Any]:
 
 
 def execution_of(inputs: Mapping[str, Any]) -> Execution:
+    """The execution options from a node's inputs."""
     limit = round(inputs["vram_limit_gib"] * 2**30) or None
     return Execution(attention=inputs["attention"], vram_limit=limit)
 

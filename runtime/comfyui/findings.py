@@ -43,6 +43,7 @@ def masks_alone(result: CheckResult) -> CheckResult:
 
 
 def reference_names(count: int) -> list[str]:
+    """The names of the reference masks in messages."""
     return [f"mask of reference {number + 1}" if count > 1 else "reference mask" for number in range(count)]
 
 

@@ -118,9 +118,9 @@ class Removed:
 def look(folder: Path, python: Path | None = None) -> Found:
     """Inspect a ComfyUI folder. python: the Python that runs it, if not found beside it. Raises InputError for another
     folder, for a ComfyUI without the V3 node interface and for a Python that does not run."""
-    folder = whole(folder)
+    folder = absolute(folder)
     version = comfyui_version(folder)
-    chosen, how = (whole(python), "given by --python") if python is not None else find_python(folder)
+    chosen, how = (absolute(python), "given by --python") if python is not None else find_python(folder)
     answer = ask(chosen)
     packages = {canonicalize_name(name): value for name, value in answer["packages"].items()}
     lacking, too_old = compare(packages)
@@ -141,7 +141,8 @@ def look(folder: Path, python: Path | None = None) -> Found:
     )
 
 
-def whole(path: Path) -> Path:
+def absolute(path: Path) -> Path:
+    """The absolute path, with ~ expanded and symbolic links kept."""
     return Path(os.path.abspath(path.expanduser()))
 
 
@@ -180,6 +181,7 @@ def ask(python: Path) -> dict[str, Any]:
 
 
 def own_version() -> str:
+    """The version of this package."""
     return importlib.metadata.version("scail2-rt")
 
 
@@ -306,7 +308,7 @@ def _remove_pack(nodes: Path) -> list[Path]:
 def remove(folder: Path) -> Removed:
     """Remove the nodes and the unchanged example inputs. Engines, results and the user's files stay. Raises InputError
     if the nodes are not installed, Scail2Error if they cannot be removed."""
-    folder = whole(folder)
+    folder = absolute(folder)
     comfyui_version(folder)
     nodes, engines = folder / "custom_nodes" / NAME, folder / "models" / NAME
     if installed_version(nodes) is None:
@@ -357,4 +359,5 @@ def source_of_package() -> str:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

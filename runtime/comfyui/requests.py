@@ -48,6 +48,7 @@ class Given:
 
 
 def rate_of(clip: ClipSource) -> Fraction:
+    """The frame rate of a clip."""
     return clip.rate if isinstance(clip, Clip) else probe(clip).frame_rate
 
 

@@ -41,6 +41,7 @@ class Checker:
             self._reading = asyncio.create_task(self._read(self._process))
 
     async def close(self) -> None:
+        """Stop the process; kill it if it still runs after five seconds."""
         process = self._process
         if process is None or process.stdin is None:
             return

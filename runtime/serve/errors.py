@@ -26,6 +26,7 @@ class Refusal(Scail2Error):
 
     @property
     def headers(self) -> dict[str, str]:
+        """The HTTP headers of the response."""
         return {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
 
 

@@ -39,6 +39,7 @@ def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
 
 
 def limits_of(options: Mapping[str, Any]) -> Limits:
+    """The limits for clients from the options of `serve`."""
     return Limits(
         upload_bytes=options["max_upload"],
         frames=options["max_frames"],

@@ -51,6 +51,7 @@ class Metrics(Collector):
         self._rate.observe(result["frames"] / max(result["inference_s"], 1e-6))
 
     def collect(self) -> "Iterable[Metric]":
+        """Yield the gauges; called by Prometheus' registry."""
         service = self._service
         counts = service.store.counts()
         for name, about, value in (
@@ -68,4 +69,5 @@ class Metrics(Collector):
 
     @property
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

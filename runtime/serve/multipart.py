@@ -62,6 +62,7 @@ class Receiver:
         self._digest, self._bytes = hashlib.sha256(), 0
 
     def write(self, data: bytes) -> None:
+        """Append data. Raises Refusal (507) if the disk is full."""
         try:
             self._file.write(data)
         except OSError as error:
@@ -70,6 +71,7 @@ class Receiver:
         self._bytes += len(data)
 
     def done(self) -> Upload:
+        """Sync and close the file. Raises Refusal (507) if the disk is full."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -80,6 +82,7 @@ class Receiver:
         return Upload(self.path, self.name, self._bytes, self._digest.hexdigest())
 
     def abort(self) -> None:
+        """Close and delete the file."""
         with contextlib.suppress(OSError):
             self._file.close()
         self.path.unlink(missing_ok=True)

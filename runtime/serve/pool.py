@@ -86,6 +86,7 @@ class Pool:
 
     @property
     def ready(self) -> bool:
+        """Whether a worker has opened its engines."""
         return any(worker.ready for worker in self.workers)
 
     @property
@@ -94,6 +95,7 @@ class Pool:
         return sum(worker.job is not None for worker in self.workers)
 
     def running(self, job_id: str) -> Worker | None:
+        """The worker that runs a job; None if there is none."""
         return next((worker for worker in self.workers if worker.job is not None and worker.job.id == job_id), None)
 
     async def dispatch(self) -> None:

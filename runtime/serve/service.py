@@ -48,6 +48,7 @@ class Live:
     listeners: set["asyncio.Queue[tuple[str, dict[str, Any]]]"] = field(default_factory=set)
 
     def tell(self, kind: str, document: dict[str, Any]) -> None:
+        """Send an event to all open event streams; a stream whose queue is full misses it."""
         for listener in self.listeners:
             with contextlib.suppress(asyncio.QueueFull):
                 listener.put_nowait((kind, document))
@@ -75,6 +76,7 @@ class Service:
         self._sweeper = asyncio.create_task(self._sweep_for_ever())
 
     async def close(self) -> None:
+        """End the event streams and stop all processes."""
         if self._sweeper is not None:
             self._sweeper.cancel()
         for live in self.live.values():
@@ -190,12 +192,14 @@ class Service:
     # describing jobs and files
 
     def job(self, job_id: str, owner: str) -> JobRow:
+        """A client's job. Raises Refusal (404) if it does not exist."""
         row = self.store.job(job_id, owner)
         if row is None:
             raise not_found("masks" if job_id.startswith("masks_") else "video", job_id)
         return row
 
     def file(self, file_id: str, owner: str) -> FileRow:
+        """A client's file. Raises Refusal (404) if it does not exist."""
         row = self.store.file(file_id, owner)
         if row is None:
             raise not_found("file", file_id)

@@ -79,6 +79,7 @@ class JobRow:
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> "JobRow":
+        """The job of a database row."""
         fields = dict(row)
         fields["request"] = json.loads(fields["request"])
         fields["result"] = None if fields["result"] is None else json.loads(fields["result"])
@@ -142,6 +143,7 @@ class Store:
             connection.close()
 
     def folder(self, job_id: str) -> Path:
+        """The folder of a job."""
         return self.jobs / job_id
 
     def result(self, row: JobRow, name: str) -> Path:
@@ -308,6 +310,7 @@ class Store:
         self._remember(self._write("DELETE FROM jobs WHERE id=? AND state='deleted' RETURNING id, owner, seq", job_id))
 
     def deleted(self) -> list[str]:
+        """Ids of deleted jobs whose folder is not yet removed."""
         return [row["id"] for row in self._read("SELECT id FROM jobs WHERE state='deleted'")]
 
     def finished_before(self, moment: float) -> list[str]:
@@ -319,6 +322,7 @@ class Store:
         return [row["id"] for row in rows]
 
     def job_ids(self) -> set[str]:
+        """Ids of all jobs, including deleted ones."""
         return {row["id"] for row in self._read("SELECT id FROM jobs")}
 
     # files
@@ -329,12 +333,14 @@ class Store:
         return FileRow(**self._write(f"{sql} RETURNING *", file_id, owner, name, size, sha256, purpose, time.time())[0])
 
     def file(self, file_id: str, owner: str) -> FileRow | None:
+        """A client's upload; None if it does not exist."""
         rows = self._read("SELECT * FROM files WHERE id=? AND owner=?", file_id, owner)
         return FileRow(**rows[0]) if rows else None
 
     def list_files(
         self, owner: str, after: str | None, limit: int, order: Order, sha256: str | None = None
     ) -> list[FileRow]:
+        """At most `limit` of a client's uploads, like `list_jobs`; with `sha256`, only uploads with this hash."""
         if sha256 is not None:
             rows: Sequence[sqlite3.Row] = self._read(
                 "SELECT * FROM files WHERE owner=? AND sha256=? LIMIT ?", owner, sha256, limit
@@ -344,14 +350,17 @@ class Store:
         return [FileRow(**row) for row in rows]
 
     def delete_file(self, file_id: str, owner: str) -> bool:
+        """Delete the row of an upload. False if it does not exist."""
         rows = self._write("DELETE FROM files WHERE id=? AND owner=? RETURNING id, owner, seq", file_id, owner)
         self._remember(rows)
         return bool(rows)
 
     def file_bytes(self, owner: str) -> int:
+        """The total bytes of a client's uploads."""
         return self._read("SELECT COALESCE(SUM(bytes), 0) FROM files WHERE owner=?", owner)[0][0]
 
     def file_ids(self) -> set[str]:
+        """Ids of all uploads."""
         return {row["id"] for row in self._read("SELECT id FROM files")}
 
 

@@ -84,6 +84,7 @@ class Wire:
                 return str(json.loads(response.read())["id"])
 
     def download(self, path: str, file: IO[bytes]) -> None:
+        """Write a response's body to a file. Raises ConnectionError for an incomplete body."""
         with self.open("GET", path) as response:
             expected, received = int(response.headers["Content-Length"]), 0
             while piece := response.read(PIECE):

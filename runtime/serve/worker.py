@@ -46,6 +46,7 @@ class Messages:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def say(self, **message: Any) -> None:
+        """Send one message to the server, as a JSON line."""
         with self._lock:
             print(json.dumps(message), file=self._answers, flush=True)
 
@@ -232,6 +233,7 @@ def stamp(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def memory() -> dict[str, float]:
+    """Peak memory of this process in GiB, by kind."""
     from scail2_rt.runtime.session.report import memory_peaks
 
     return memory_peaks()

@@ -58,6 +58,7 @@ def key_of(row: Row) -> tuple[str, str, str, int]:
 
 
 def means(rows: Iterable[Row]) -> Means:
+    """The means of all values over the cases."""
     gathered: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
         if row.measured:
@@ -126,6 +127,7 @@ def differences(before: Results, after: Results) -> list[Difference]:
 
 
 def difference_table(found: Iterable[Difference], tolerance: float) -> str:
+    """Differences as a text table. tolerance: largest accepted change, dB."""
     lines = [["", "figure", "before", "after", "change", "cases", ""]]
     for d in found:
         verdict = "same" if abs(d.change) <= tolerance else "DIFFERENT"

@@ -122,6 +122,7 @@ class Answer:
 
     @classmethod
     def of(cls, case: SpriteCase) -> "Answer":
+        """The case with the references for its metrics."""
         empty = Picture(case.scene.truth.parts[:, :0], case.scene.truth.background)
         bare, _ = draw_picture(empty, *case.truth.shape[1:3])
         return cls(case, bare, metrics.silhouette(case.truth, bare), case.labels > 0)

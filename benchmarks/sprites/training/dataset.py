@@ -64,6 +64,7 @@ class Samples:
 
     @classmethod
     def join(cls, parts: Sequence["Samples"]) -> "Samples":
+        """Concatenate samples of one layout."""
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def recoloured(self, order: Tensor) -> "Samples":
@@ -108,6 +109,7 @@ class Encoding:
 
     @torch.no_grad()
     def samples(self, scenes: Sequence[Scene]) -> Samples:
+        """Draw and encode scenes of one layout; the tensors are bf16."""
         truth, labels = draw_pictures([scene.truth for scene in scenes], self.device)
         driving, driving_mask = self._view([scene.driving for scene in scenes])
         reference, reference_mask = self._view([scene.reference for scene in scenes])

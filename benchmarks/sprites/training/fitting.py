@@ -54,6 +54,7 @@ class Workers:
 
     @classmethod
     def here(cls) -> "Workers":
+        """This process, from torchrun's environment; initialises the process group."""
         rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():

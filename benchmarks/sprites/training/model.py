@@ -57,6 +57,7 @@ def initial(component: str, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 
 def make_dit(weights: Weights | None = None) -> DiT:
+    """The transformer. weights: None for random initial weights."""
     dit = DiT(DIT)
     dit.load_state_dict(initial("dit", dit_shapes(DIT)) if weights is None else weights)
     return dit

@@ -45,6 +45,7 @@ class Moments:
         self.square += x.T @ x
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """(mean [C], covariance [C, C]) of the rows, fp64."""
         mean = self.sum / self.rows
         return mean, self.square / self.rows - mean[:, None] * mean
 

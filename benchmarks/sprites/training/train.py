@@ -86,6 +86,7 @@ def provide_vae(options: TrainOptions, begun: dict[Component, Weights] | None, w
 
 
 def make_trained_vae(options: TrainOptions, workers: Workers) -> Weights:
+    """Train the VAE and print its PSNR. Returns fp32 weights."""
     scenes = list(make_scenes(train_vae.vae_requests(options.vae_cases), frames=options.frames))
     start = torch.load(options.vae_from, weights_only=True) if options.vae_from else None
     budget = Budget(options.vae_minutes, options.vae_steps)
@@ -128,6 +129,7 @@ def pieces(scenes: Iterator[Scene], size: int) -> Iterator[list[Scene]]:
 
 
 def make_encoding(vae: Weights, workers: Workers) -> Encoding:
+    """The encoders with this VAE."""
     with TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"
         write_tokenizer(tokenizer, UMT5.vocab)
@@ -135,6 +137,7 @@ def make_encoding(vae: Weights, workers: Workers) -> Encoding:
 
 
 def check_new(output: Path) -> None:
+    """Raises UsageError if the output exists."""
     if output.exists():
         raise click.UsageError(f"{output} exists. Give another name for the checkpoint.")
 

@@ -85,6 +85,7 @@ class Answers:
 
     @classmethod
     def join(cls, parts: Sequence["Answers"]) -> "Answers":
+        """Concatenate outputs of one layout."""
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def windows(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,6 +76,7 @@ class Batches:
         return min(int(torch.searchsorted(self.bounds, step * TURN % 1)), len(self.kinds) - 1)
 
     def draw(self, kind: Kind, generator: torch.Generator) -> Batch:
+        """A random batch of a kind."""
         device = generator.device
         batch = kind.samples.take(torch.randint(len(kind.samples), (kind.size,), generator=generator, device=device))
 
@@ -104,6 +105,7 @@ class Batches:
         return Batch(inputs, TRAINING_STEPS * sigma.flatten(), noise - clean, weight)
 
     def loss(self, dit: DiT, kind: Kind, generator: torch.Generator) -> Tensor:
+        """The mean squared error of the velocity, weighted, on a random batch of a kind."""
         batch = self.draw(kind, generator)
         with torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"):
             velocity = dit(batch.inputs, batch.times)

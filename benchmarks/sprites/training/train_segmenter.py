@@ -55,6 +55,7 @@ def training_picture(number: int, frames: int) -> Picture:
 
 
 def held_out_picture(group: str, number: int, frames: int) -> Picture:
+    """A picture of a held-out group, which training does not use."""
     if group == "crossing":
         return make_crossing(number, "test", frames)
     return make_scene(group, number, "test", frames).driving.picture
@@ -86,6 +87,7 @@ def segmenter_loss(out: Unrolled, target: Tensor) -> Tensor:
 
 
 def clip_loss(model: Any, clips: SegmenterClips, size: int, frames: int, boxes: bool, draw: torch.Generator) -> Tensor:
+    """The loss on a random batch. draw: the random generator."""
     batch = clips.batch(size, frames, boxes, draw)
     with torch.autocast(draw.device.type, torch.bfloat16, enabled=draw.device.type == "cuda"):
         out = unroll(model, batch.frames, batch.points, batch.labels)
@@ -147,6 +149,7 @@ class Watch:
             self.last = time.monotonic()
 
     def look(self, step: int) -> dict[str, dict[str, float]]:
+        """Evaluate all groups, print the result and save the model."""
         found = {name: held_out_iou(self.model, clips, self.at_once) for name, clips in self.groups.items()}
         print(json.dumps({"step": step, "held out": found}), flush=True)
         save_segmenter(self.model, self.output)

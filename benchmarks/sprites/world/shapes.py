@@ -46,6 +46,7 @@ SHAPES: Mapping[str, Shapes] = {
 
 
 def units_wide(size: Size) -> float:
+    """The width in units of a picture of `size` (H, W) that is 128 units high."""
     return UNITS * size[1] / size[0]
 
 
