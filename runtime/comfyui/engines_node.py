@@ -60,7 +60,7 @@ def execution_inputs() -> list[Any]:
             min=0.0,
             max=1024.0,
             step=0.5,
-            tooltip="GPU memory limit in GiB; weights that do not fit are streamed from host memory. 0: no limit.",
+            tooltip="GPU memory limit in GiB; other weights are streamed from host memory. 0: all free memory.",
         ),
     ]
 

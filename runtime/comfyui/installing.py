@@ -167,7 +167,8 @@ def find_python(folder: Path) -> tuple[Path, str]:
     for pattern in PYTHONS:
         path = Path(pattern.format(folder))
         if path.is_file():
-            return path.parent.resolve() / path.name, "beside ComfyUI"  # not resolved: a virtual environment has a link
+            # the last part may be a link, which must stay: it selects the virtual environment
+            return path.parent.resolve() / path.name, "beside ComfyUI"
     return Path(sys.executable), "this command's Python, because none is beside ComfyUI; choose another with --python"
 
 

@@ -41,7 +41,7 @@ def wrong(sentence: str, param: str | None = None, code: str = "invalid_value") 
 
 def no_room(reason: str) -> Refusal:
     """507: the disk is full. Existing jobs are intact; nothing of this request was kept."""
-    return Refusal(507, f"The service's disk is full ({reason}). Try again later.", "disk_full", retry_s=60)
+    return Refusal(507, f"The service cannot store more data ({reason}). Try again later.", "disk_full", retry_s=60)
 
 
 def fault(error: Exception) -> Refusal:

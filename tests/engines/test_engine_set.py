@@ -95,7 +95,7 @@ def test_row_chunks_change_nothing(engines: EngineSet, rows: int) -> None:
             assert one.shape == other.shape
             assert (one - other).norm() <= 1e-6 * one.norm()
         cut += 1
-    assert cut == 3 + 3 * DIT.layers  # embed, time, head; qkv, mid, ffn a block
+    assert cut == 3 + 3 * DIT.layers  # embed, time, head; qkv, mid, ffn per block
 
 
 @pytest.mark.parametrize(("rows", "limit", "expected"), [(10, 10, (1, 10)), (11, 10, (2, 6)), (101, 16, (7, 15))])
@@ -133,7 +133,7 @@ def test_chunks_use_static_buffers_and_repeat_the_last_row() -> None:
     assert len(set(addresses)) == 1
     before = x.data_ptr()
     chunks.run(call, "f", specs, (x[:4], table))
-    assert addresses[-1][0] == before  # what fits is not copied
+    assert addresses[-1][0] == before  # tensors that fit are not copied
     chunks.keep({"f"})
     chunks.run(call, "f", specs, (x, table))
     assert addresses[-1] == addresses[0]

@@ -157,7 +157,7 @@ def check_lora(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 
 def check_checkpoint_folder(golden: Golden, path: Path) -> Iterator[Row]:
-    """A SAT folder: after the key mapping it holds one of the transformers of `dit/`, exactly."""
+    """A SAT folder: after the key mapping it equals one of the transformers of `dit/`."""
     source = open_checkpoint(path, components=("dit",)).sources["dit"]
     keys = set(source.keys())
     for weights in sorted((golden.root / "dit").glob("*_weights.safetensors")):
@@ -178,7 +178,7 @@ _NETWORKS = (
 
 
 def check_keys(golden: Golden, path: Path) -> Iterator[Row]:
-    """Names and shapes of a real network: derived sizes give back the very same list."""
+    """Names and shapes of a real network: the sizes derived from them give the same list."""
     name = str(path.relative_to(golden.root))
     listed = {key: tuple(shape) for key, shape in golden.json(path).items()}
     for marker, derive, shapes in _NETWORKS:
@@ -201,7 +201,7 @@ def _as_wan(listed: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 
 
 def check_counts(golden: Golden, path: Path) -> Iterator[Row]:
-    """Numbers of tensors and parameters of the key lists beside the file, whichever list has that number."""
+    """The numbers of tensors and parameters, for each key list beside the file with that number."""
     lists = [json.loads(other.read_text()) for other in path.parent.glob("*.json") if other != path]
     counts = {len(keys) for keys in lists} | {sum(prod(shape) for shape in keys.values()) for keys in lists}
     for key, value in golden.json(path).items():

@@ -367,7 +367,7 @@ async def check_page(server: Server, check: Checks, shots: Path) -> None:
                     break
                 await asyncio.sleep(0.5)
             await page.wait_for_timeout(2500)
-            await page.keyboard.press(".")  # the whole graph in the window
+            await page.keyboard.press(".")  # fit the complete graph in the window
             await page.wait_for_timeout(1500)
             await page.screenshot(path=shots / f"{mode}.png")
             errors = await page.evaluate("Object.keys(app.lastNodeErrors ?? {}).length")
@@ -376,14 +376,14 @@ async def check_page(server: Server, check: Checks, shots: Path) -> None:
 
 
 def made_equal(made: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """The page adds inputs for what it shows in nodes."""
+    """The page adds inputs for the widgets that it shows in nodes."""
     if set(made) != set(expected):
         return False
     return all(made[key]["inputs"].items() >= node["inputs"].items() for key, node in expected.items())
 
 
 def chromium() -> str | None:
-    """Debian's Chromium, where playwright has none of its own."""
+    """Debian's Chromium, if playwright has not installed one."""
     return next((str(path) for path in (Path("/usr/bin/chromium"),) if path.exists()), None)
 
 

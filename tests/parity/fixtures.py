@@ -117,7 +117,7 @@ class Golden:
         return json.loads(path.read_text())
 
     def with_tensor(self, folder: str, tensor: str) -> Fixture:
-        """The file of a folder that holds the named tensor."""
+        """The file of a folder that contains the named tensor."""
         for path in sorted((self.root / folder).glob("*.safetensors")):
             if tensor in self.names(path):
                 return self.load(path.relative_to(self.root))

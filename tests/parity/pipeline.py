@@ -85,7 +85,7 @@ def _run(
     segments: tuple[Segment, ...],
     first: int = 0,
 ) -> Iterator[dict[str, list[Any]]]:
-    """What was seen of each segment; `first` is the number of the first one in the fixture."""
+    """The recorded values of each segment. first: the number of the first one in the fixture."""
     case = fixture.metadata["case"]
     mode: Literal["animate", "replace"] = "replace" if case["replace"] else "animate"
     sampling = Sampling(case["solver"], case["steps"], case["shift"], case["guide"], mode, case["overlap"])

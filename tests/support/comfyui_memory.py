@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def status(name: str) -> float:
-    """GiB of a line of /proc/self/status."""
+    """The value, in GiB, of a line of /proc/self/status."""
     match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) / 2**20

@@ -23,7 +23,7 @@ MODULES = (*MODULES, "server", "comfy_execution", "comfy_execution.utils", "fold
 
 
 def signature_of(name: str) -> inspect.Signature:
-    """The recorded signature; KeyError for what is not recorded."""
+    """The recorded signature. Raises KeyError if there is none."""
     namespace: dict[str, Any] = {}
     exec(f"def f({RECORD['signatures'][name].replace('=', '=None')}): ...", namespace)
     return inspect.signature(namespace["f"])

@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 SCAIL2_RT = Path(sys.executable).with_name("scail2-rt")
-SMALL = ("--size", "64x96", "--steps", "2", "--segment-length", "13", "--guidance", "1")  # 64x96, one pass a step
+SMALL = ("--size", "64x96", "--steps", "2", "--segment-length", "13", "--guidance", "1")  # 64x96, one pass per step
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -99,7 +99,7 @@ class FlatSegmenter:
 
 
 def flat_folder(folder: Path, detector: bool = True) -> Path:
-    """What looks like a SAM 2 with Grounding DINO."""
+    """A folder that looks like SAM 2 with Grounding DINO."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "sam2_video", "image_size": 64}')
     (folder / "model.safetensors").write_bytes(b"0" * 1000)

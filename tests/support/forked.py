@@ -23,13 +23,13 @@ from typing import NoReturn
 
 from tests.support.command import SCAIL2_RT
 
-# Not onnxruntime, whose import starts a thread: a lock that it holds while the parent forks is never free in the child.
+# Not onnxruntime, whose import starts a thread: a lock that it has at the fork would never be released in the child.
 HEAVY = ("av", "numpy", "onnx", "PIL.Image", "rich.console", "rich.table", "tokenizers", "torch")
 ROOMS = ("engines", "export", "runtime")
 
 
 class CommandServer:
-    """The parent, as a process beside the tests. Its environment is that of every command of a test session."""
+    """The parent process, started by the tests. All commands of a test session inherit its environment."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -74,7 +74,7 @@ class CommandServer:
 def serve() -> None:
     """Answer each line of stdin, a call, with the exit code of its child. Returns in a child that is to run a call."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a child inherits until it has its own
+    os.dup2(2, 1)  # inherited by a child until it sets its own
     for line in sys.stdin:
         call = json.loads(line)
         child = os.fork()
@@ -88,7 +88,7 @@ def serve() -> None:
 
 
 def become(call: dict[str, object]) -> None:
-    """Take a call's folder, streams, arguments and environment."""
+    """Set this process's folder, streams, arguments and environment for a call."""
     words, environment, cwd, streams = (call[name] for name in ("words", "environment", "cwd", "streams"))
     os.chdir(str(cwd))
     os.environ.clear()

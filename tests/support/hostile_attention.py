@@ -82,7 +82,7 @@ def operands(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def exact(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, rows: Tensor) -> Tensor:
-    """Attention in fp64 of the queries `rows` → [n, C]; what is not finite stays so."""
+    """Attention in fp64 for the queries `rows` → [n, C]; non-finite values are kept."""
     q, k, v = (part.double() for part in qkv.chunk(3, dim=-1))
     q, k = (x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * w for x, w in ((q, q_weight), (k, k_weight)))
     q, k, v = (x.unflatten(-1, (-1, rope.head_dim)).transpose(0, 1) for x in (q, k, v))
@@ -93,7 +93,7 @@ def exact(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, rows: Ten
 
 
 def error(out: Tensor, want: Tensor) -> float:
-    """Relative, of what is finite in both."""
+    """The relative error over values that are finite in both."""
     both = out.isfinite() & want.isfinite()
     out, want = out.double()[both], want.double()[both]
     return ((out - want).norm() / want.norm().clamp_min(1e-30)).item() if both.any() else 0.0

@@ -23,7 +23,7 @@ from tests.support.clips import (
 )
 
 FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
-RATE = Fraction(25, 2)  # 13 frames, one segment, last a second
+RATE = Fraction(25, 2)  # 13 frames, one segment, last one second
 BLACK = (0, 0, 0)
 LOSSLESS = {"codec": "ffv1", "options": {}}
 INDEX_IN_FRONT = {"movflags": "faststart"}
@@ -128,7 +128,7 @@ def mask_of(frames: int, shape: tuple[int, int], rate: Fraction = RATE) -> Make:
 
 
 def with_mask(make: Make, mask: Make) -> Make:
-    """A driving video with a mask video of its own, which is written last."""
+    """A driving clip with its own mask video, which is written last."""
 
     def both(folder: Path) -> None:
         make(folder)

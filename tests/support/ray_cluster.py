@@ -33,7 +33,7 @@ SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "
 
 @contextlib.contextmanager
 def nodes(count: int, environment: Mapping[str, str], head_cpus: int = 0) -> Iterator[Cluster]:
-    """`count` nodes of one CPU beside the head. environment: of every process of the cluster."""
+    """A cluster with a head node and `count` nodes of one CPU. environment: of every process of the cluster."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update({**unmeasured(environment), **QUIET})

@@ -178,7 +178,7 @@ def serving(engines: Path, data: Path, cache: Path, *options: str, measured: boo
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (not as a zombie that nobody has waited for)."""
+    """Whether a process runs; a zombie does not count."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

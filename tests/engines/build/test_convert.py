@@ -65,7 +65,7 @@ def small(path: Path, seed: int = 0) -> Checkpoint:
 
 
 class Stop(Steps):
-    """Interrupts when a step begins."""
+    """An observer that interrupts when a step begins."""
 
     def __init__(self, step: str) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def base(tiny_checkpoint: Path) -> Tensors:
 
 @pytest.fixture
 def fused(scail2: Run, tiny_checkpoint: Path, tmp_path: Path):
-    """Converts with LoRAs → the weights, and what the command said."""
+    """Convert with LoRAs. Returns the weights and the command's output."""
 
     def convert(*loras: object, partial: bool = False) -> tuple[Tensors, str]:
         words = [word for lora in loras for word in ("--lora", lora)] + ["--lora-partial"] * partial
@@ -259,7 +259,7 @@ class TestDrawn:
 
     @pytest.mark.parametrize("channels", [16, 36, 48])
     def test_patch_embedding_of_another_model(self, base: Tensors, tmp_path: Path, channels: int) -> None:
-        """As a pair too, in diffusers' names; what else the module holds goes with it."""
+        """Also as a pair, in diffusers' names; other tensors of the module are handled with it."""
         tensors = pair(f"transformer.{Q}", 256, 256)
         expected = pairs_added(base, tensors, 1.0)
         tensors["transformer.patch_embedding.lora_A.weight"] = torch.ones(4, channels, 1, 2, 2)

@@ -132,7 +132,7 @@ def test_weights_stay_in_the_mapping(stored: Numerics, tmp_path: Path) -> None:
     case = make_case(stage, onnxruntime_numerics(stored), tmp_path, stored=stored)
     inputs = case.inputs({"rows": 4})
     kept, grown = [], []
-    for _ in range(3):  # copies would show every time; what the process happens to allocate beside them does not
+    for _ in range(3):  # copies would appear every time, unlike other allocations of the process
         before = anonymous_mib()
         kept.append(engine_of(case))
         kept[-1](*inputs)
@@ -141,7 +141,7 @@ def test_weights_stay_in_the_mapping(stored: Numerics, tmp_path: Path) -> None:
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that no file backs, without what is free already."""
+    """Anonymous memory of this process, without memory that the allocator has free."""
     with contextlib.suppress(AttributeError):  # another libc than glibc
         ctypes.CDLL(None).malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

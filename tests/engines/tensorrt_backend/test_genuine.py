@@ -149,7 +149,7 @@ def compilers_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-# One plan at a time: what can go wrong
+# Failures of a single plan
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_a_stream_changes_its_size_only_between_videos() -> None:
 
 
 def test_large_sums_stay_finite_in_fp16() -> None:
-    """Sums of several 10^5 between blocks, more than fp16 holds: stored times 2^-6."""
+    """Sums of several 10^5 between blocks exceed fp16's range, so they are stored times 2^-6."""
     config = CONFIGS["wan"]
     latent = noise(16, 2, 2, 3)
     vae = random_vae(config)

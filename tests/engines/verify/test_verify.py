@@ -132,7 +132,7 @@ class TestDamage:
         build_small(tmp_path / "e", precision)
         tensor = "dit.blocks.0.qkv.linear.weight"
         width = StoreLayout.read(tmp_path / "e" / STORE).location(tensor).dtype.itemsize
-        if precision == "fp8":  # one weight has too little room there; a column's scale times or by 2
+        if precision == "fp8":  # scale a column by 2 or 1/2: one weight alone cannot change enough
             change_value(tmp_path / "e", "dit.blocks.0.qkv.linear.scale", 4 * 5 + 2, 0x80)
         else:
             change_value(tmp_path / "e", tensor, 5 * width + width - 1, 0x40)  # the highest bit of the exponent
@@ -379,7 +379,7 @@ def test_progress_hears_every_line(small: Path) -> None:
 
 
 def test_a_graph_that_differs_fails_the_stage(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the report makes of a CUDA graph's difference; the recording itself needs a GPU."""
+    """The report of a CUDA graph's difference; recording a graph needs a GPU."""
     monkeypatch.setattr("scail2_rt.engines.verify.verify.has_graphs", lambda engines: True)
     differences = {"dit.time": 0.25}
     running: list[str] = []

@@ -27,7 +27,7 @@ CLIP = "clip_vision/clip_vision_h.safetensors"
 
 @pytest.fixture
 def models(opened: Checkpoint, tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """`ComfyUI/models` with the parts of the tiny checkpoint among files of other models; a tokenizer beside umT5."""
+    """`ComfyUI/models` with the tiny checkpoint's components and files of other models; a tokenizer beside umT5."""
     models = tmp_path / "ComfyUI/models"
     for name in ("diffusion_models/SCAIL", "unet", "vae", "text_encoders", "clip_vision", "loras", "upscale_models"):
         (models / name).mkdir(parents=True)

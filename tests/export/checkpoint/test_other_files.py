@@ -86,7 +86,7 @@ class TestNoWeights:
 
 class TestOtherModels:
     def cases(self, dit: Tensors) -> list[tuple[Tensors, str]]:
-        """(tensors, what they are)."""
+        """(tensors, their description)."""
         wan = {name: tensor for name, tensor in dit.items() if not name.startswith("patch_embedding_")}
         text = {name: tensor for name, tensor in wan.items() if "img" not in name}
         pose = {

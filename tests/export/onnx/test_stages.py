@@ -77,7 +77,7 @@ def check_weights(model: onnx.ModelProto, stage: str, layout: StoreLayout) -> No
     parameters = set(layout.names)
     skipped = {n for n in parameters if n.removeprefix(f"{stage}.") not in used}
     assert references == len(parameters) - len(skipped)
-    assert not skipped or stage in ("vae.encode_first", "vae.decode_first")  # the first frame skips what mixes time
+    assert not skipped or stage in ("vae.encode_first", "vae.decode_first")  # no mixing in the first frame
 
 
 @pytest.mark.parametrize(("name", "numerics"), list(variants()))

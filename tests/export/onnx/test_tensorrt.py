@@ -87,7 +87,7 @@ def test_one_block_of_the_14b_model_in_one_graph(tmp_path: Path, precision: Prec
     }
     layout = plan_store(tensors)
     with (tmp_path / STORE_NAME).open("wb") as file:
-        file.truncate(layout.size)  # zeros: what the compiler makes of the graph does not depend on the weights
+        file.truncate(layout.size)  # zeros, because the plan does not depend on the values of the weights
     made = transformer_model(config, lambda definition: definition.numerics(precision), layout)
     (tmp_path / TRANSFORMER).write_bytes(made.SerializeToString())
     check_capability([tmp_path / TRANSFORMER])

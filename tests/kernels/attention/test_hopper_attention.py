@@ -122,7 +122,7 @@ def test_agrees_with_twin(tokens: int, heads: int, shift: float) -> None:
     operands = prepared(tokens, heads, "cuda", shift=shift)
     out, expected = run(operands), attention_8bit(operands).float()
     assert torch.isfinite(out).all()
-    if tokens == 1:  # V has no mean left: what remains is the shift
+    if tokens == 1:  # V has mean 0, so only the shift remains
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-3)
         return
     # e4m3 P is the difference; bf16 output adds 2^-9 of the shift, which is large against a mean of many values

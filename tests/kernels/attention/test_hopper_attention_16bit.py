@@ -125,7 +125,7 @@ def test_the_choice_leaves_its_kernel_in_the_engine_folder(
     """Stand-ins for the GPU and for NVRTC: opening a folder, as `build-engines` does at its end, compiles the variant
     of `auto` into the cache that the next process uses."""
     for variable in ("SCAIL2_RT_KERNELS", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(variable, "")  # so that what `use_kernel_cache` sets is undone
+        monkeypatch.setenv(variable, "")  # so that the change by `use_kernel_cache` is undone
         monkeypatch.delenv(variable)
     use_kernel_cache(tmp_path)
     for name, stand_in in {

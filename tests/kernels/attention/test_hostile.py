@@ -66,7 +66,7 @@ def test_one_token_is_prepared_as_numbers(tokens: int) -> None:
         found, want = getattr(made, field).float(), getattr(twin, field).float()
         assert found.isfinite().all(), field
         assert want.isfinite().all(), field
-        if field != "k_scale" or tokens > 1:  # what rounding leaves of a key without its mean
+        if field != "k_scale" or tokens > 1:  # the rounding error of a key without its mean
             assert error(found, want) < 2e-2, field
 
 
@@ -102,7 +102,7 @@ def test_a_key_outside_the_sample_carries_nan_too(name: str) -> None:
 
 @each_attention
 def test_every_row_of_a_tile_can_be_lost(name: str) -> None:
-    """Queries that are NaN beside others that are not, at both ends of tiles."""
+    """NaN queries next to finite ones, at both ends of tiles."""
     tokens, lost = 193, [0, 63, 64, 127, 128, 191, 192]
     qkv, *others = operands(*make("outlier_channels", tokens, HEADS, WIDTH), dtype_of(name))
     qkv[lost, WIDTH] = float("nan")

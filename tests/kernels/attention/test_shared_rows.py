@@ -1,4 +1,4 @@
-"""Attention over rows that several ranks hold equals attention in one process."""
+"""Attention over rows distributed over several ranks equals attention in one process."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_shared_attention_equals_attention_in_one_process(variant: str, tokens: 
 
     def rank(peers: ThreadPeers) -> torch.Tensor:
         share = RowShare.of(peers, tokens, chosen.eight_bit)
-        padded = F.pad(qkv, (0, 0, 0, size * share.rows - tokens), value=7.0)  # padding may hold anything
+        padded = F.pad(qkv, (0, 0, 0, size * share.rows - tokens), value=7.0)  # padding may have any values
         mine = padded[share.first : share.first + share.rows]
         prepared = prepare_qkv(mine, q_weight, k_weight, share.rope(rope), chosen, share)
         exchange = HeadExchange(share)

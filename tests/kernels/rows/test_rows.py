@@ -77,7 +77,7 @@ def test_norm(count: int, c: int, offset: float, dtype: torch.dtype | None) -> N
 @pytest.mark.parametrize(("count", "c"), SHAPES[1:3])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_residual_and_norm(count: int, c: int, in_place: bool, gated: bool, config: rows_triton.Config) -> None:
-    """On a slice of rows, whose neighbours must stay as they are."""
+    """On a slice of rows; the neighbouring rows must not change."""
     whole, y = random(count + 2, c), random(count, c, seed=1, dtype=torch.bfloat16)
     before, x = whole.clone(), whole[1:-1]
     gate = random(c, seed=2) if gated else None

@@ -107,7 +107,7 @@ def test_a_new_cluster_goes_on(engines: Path, case: Path, cache: Path, tmp_path:
         for made in (video_id, waiting):
             own.done(made)
         assert json.loads(own.content(video_id, "report"))["resumed_after_segments"] == 1
-        assert own.post(body)["id"]  # kept files are still there
+        assert own.post(body)["id"]  # uploads still exist
 
 
 def test_a_prompt_goes_where_it_was_before(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:

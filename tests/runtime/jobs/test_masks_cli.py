@@ -43,7 +43,7 @@ def test_the_lists_of_the_command_are_those_of_the_module() -> None:
 def test_a_photo_and_a_clip_become_a_video(
     scail2: Run, engines: Path, given: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """The masks are kept beside the output; the next run, with another seed, takes them."""
+    """The masks are kept beside the output and used by the next run, with another seed."""
     output = tmp_path / "out" / "a.mp4"
     words = ("generate", engines, *given, *BOXES, "--prompt", "a walk", "-o", output, *SMALL, "--json")
     first = scail2(*words)
@@ -229,7 +229,7 @@ def hub(hub_files: dict[str, bytes]) -> Iterator[FakeHub]:
 def test_a_segmenter_arrives_and_is_found(
     scail2: Run, hub: FakeHub, case: Path, tmp_path: Path, installed: Callable[..., Any]
 ) -> None:
-    """Into the cache folder, where `masks make` and `doctor` look; needed files only; a second call fetches nothing."""
+    """Only needed files, into the cache folder that `masks make` and `doctor` search; a second call fetches nothing."""
     env = {
         "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1,localhost",
         "SCAIL2_RT_CACHE": str(tmp_path / "cache"),

@@ -166,7 +166,7 @@ def test_some_frames_of_the_clip_warn(scail2: Run, engines: Path, tmp_path: Path
 
 
 def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_path: Path) -> None:
-    """A border around what the frame shows; margins make the picture larger, in the sheet and in the video."""
+    """A border around the visible part; margins enlarge the picture, in the sheet and in the video."""
     shapes = {}
     for name, words in {
         "pad": ("--case", tall, "--size", "64x96"),
@@ -179,7 +179,7 @@ def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_p
         video = read_video(tmp_path / name / "masks.mp4")
         shapes[name] = (video.height, video.width)
         assert load_image(tmp_path / name / "masks.png").std() > 5
-        if name == "crop":  # what the frame leaves out, the right of the clip, is faded to paper
+        if name == "crop":  # the part outside the frame, at the right of the clip, is faded to white
             assert video.pixels[0, 60, 160:].min() > 190
             assert video.pixels[0, 60, 60:80].max() < 245
     assert shapes == {"pad": (224, 336), "official": (224, 126), "crop": (126, 224)}

@@ -1,4 +1,4 @@
-"""`scail2-rt masks check` and `preview` through the installed command: what they find and show, and bad input."""
+"""`scail2-rt masks check` and `preview` through the installed command: findings, sheets, and bad input."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_four_files_and_an_extra_reference(scail2: Run, tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], int, str, Any]] = {
-    # name: (what is changed, exit code, rule, frames); the remedy's command is tested below
+    # name: (change, exit code, rule, frames); the remedy's command is tested below
     "wrong colour": ({"ref": blocks("white", "red", ORANGE)}, 2, "wrong colour", []),
     "wrong colour in a video": (
         {"driving": [*[blocks("black", "red")] * 3, *[blocks("black", "red", ORANGE)] * 2, blocks("black", "red")]},

@@ -29,7 +29,7 @@ SHIRT, SKY = (40, 90, 200), (150, 200, 235)
 
 
 def drawn(size: tuple[int, int], background: tuple[int, int, int], **figures: Box) -> np.ndarray:
-    """A mask: a block for each colour, its sides as shares of the frame's."""
+    """A mask with one block per colour; its sides are shares of the frame's."""
     frame = np.full((*size, 3), background, np.uint8)
     for colour, (top, bottom, left, right) in figures.items():
         rows, columns = (
@@ -140,7 +140,7 @@ def test_one_window_holds_the_whole_clip() -> None:
 
 
 def test_somebody_who_walks_in_calls_for_nothing() -> None:
-    """16:9 in a frame of 7:4: a sliver at the border is outside for a moment; a cut body is another matter."""
+    """16:9 in a frame of 7:4: a sliver that is briefly outside is accepted; a cut body is not."""
     sliver = drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0, 0.006))
     whole = [drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0.1 * t, 0.1 * t + 0.2)) for t in range(1, 6)]
     assert way(stats_of(sliver, *whole), (512, 896)) == "official"
@@ -174,7 +174,7 @@ def test_default_size_is_that_of_the_scene_that_is_shown(mode: str, fit: str, ex
         replace(pictures, size=(60, 64)).frame(mode)  # type: ignore[arg-type]
 
 
-# Requests in memory, and what the pipeline reads.
+# Requests in memory, and the frames that the pipeline reads.
 
 
 def request_of(

@@ -71,7 +71,7 @@ def write_case(case: Path, folder: Path, make: Make, mask: Make) -> Path:
 def results(
     scail2: Run, engines: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """Name of a row → the report of its run. One command for each size."""
+    """Name of a row → the report of its run. One command per size."""
     reports = {}
     for size in sorted({row.size for row in ROWS}):
         names = [row.name for row in ROWS if row.size == size]

@@ -61,7 +61,7 @@ class TestProbe:
     def test_animated_webp_keeps_times_and_alpha(self, tmp_path: Path) -> None:
         pictures = np.full((3, 32, 48, 4), (200, 100, 50, 255), np.uint8)
         pictures[1:, :16, :, 3] = 0
-        pictures[2, 30:] = (0, 0, 250, 255)  # the encoder joins frames that are equal
+        pictures[2, 30:] = (0, 0, 250, 255)  # the encoder merges equal frames
         first, *others = [Image.fromarray(picture) for picture in pictures]
         path = tmp_path / "a.webp"
         first.save(path, save_all=True, append_images=others, duration=[40, 300, 90], lossless=True, exact=True)

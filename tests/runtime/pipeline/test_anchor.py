@@ -139,7 +139,7 @@ def test_previous_follows_the_segment_before_and_first_does_not() -> None:
     assert states["first"]["count"].max() == FRAMES
     assert states["previous"]["count"].max() == FRAMES
     difference = states["first"]["total"] - states["previous"]["total"]
-    assert 0 < difference.abs().max() / FRAMES < 1  # corrected frames are what the next is held to
+    assert 0 < difference.abs().max() / FRAMES < 1  # the next segment is matched to corrected frames
 
 
 def test_without_background_nothing_is_corrected() -> None:

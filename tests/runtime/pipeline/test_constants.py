@@ -136,5 +136,5 @@ def test_a_step_runs_eagerly_then_is_recorded_then_replayed() -> None:
 
     graph = StepGraph(Pool())
     results = [graph.call(double, torch.tensor([float(i)]))[0] for i in range(4)]
-    assert [result.item() for result in results] == [0, 2, 4, 6]  # each result is a copy that stays
+    assert [result.item() for result in results] == [0, 2, 4, 6]  # each result is a copy, which is not overwritten
     assert calls == ["call", "record", "call", "call", "call", "call"]

@@ -47,7 +47,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def velocities(engines: EngineSet, passes: int = 2, steps: int = 3) -> Tensor:
-    """[steps · passes, 16, F, H, W] from inputs that are the same at every call."""
+    """The velocities [steps · passes, 16, F, H, W] for fixed inputs."""
     references = References(
         noise(16, 1, H, W, seed=1),
         noise(28, 1, H, W, seed=2).abs(),

@@ -47,7 +47,7 @@ def test_the_files_are_those_of_a_local_run(
     remote = json.loads(text)
     assert set(remote) == set(local)
     for options in (local["options"], remote["options"]):
-        options.pop("resume")  # the service always goes on
+        options.pop("resume")  # the service always resumes
     place = Path(local["engines"].pop("directory"))  # where a service's engines are is its operator's
     assert remote["engines"].pop("directory") == place.name
     assert remote == local

@@ -115,7 +115,7 @@ def test_three_kills_and_the_video_is_the_same(
         assert left == inputs | {"plan", "video.json", "video.mp4"}
 
 
-# By the seed of a job: what goes wrong in it, after its first step.
+# The fault in a job, after its first step, by the job's seed.
 FAULTS = """
 import os
 from scail2_rt.runtime.core import progress

@@ -17,7 +17,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
 pytest_plugins = ["tests.support.runtime_fixtures"]
-SHOTS = os.environ.get("SCAIL2_SCREENSHOTS")  # a folder, to look at what the tests saw
+SHOTS = os.environ.get("SCAIL2_SCREENSHOTS")  # folder for screenshots
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.soak
 KILLS = int(os.environ.get("SCAIL2_SOAK_KILLS", "500"))
 SECONDS = float(os.environ.get("SCAIL2_SOAK_S", "1800"))
 
-# Every run that comes to its end leaves a line: the folder of its job.
+# Every completed run appends a line: the folder of its job.
 COUNT = """
 import os
 from scail2_rt.runtime.session import write

@@ -98,7 +98,7 @@ def test_a_killed_writer_never_loses_a_finished_segment(tmp_path: Path) -> None:
     for number, said in enumerate(finished):
         output = tmp_path / str(number) / "out.mp4"
         partial = partial_path(output)
-        if output.exists():  # moved into place whole, perhaps before it could say so
+        if output.exists():  # renamed into place, perhaps before the process could report it
             assert said.startswith("p" * PARTS)
             assert numbers(output) == list(range(PARTS * PART_FRAMES))
         else:

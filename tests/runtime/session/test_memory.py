@@ -80,7 +80,7 @@ def test_phases_hold_what_they_run() -> None:
     streamed = choose_placement(model, 127)
     assert (streamed.kind, streamed.resident_blocks) == ("streamed", 0)
     assert model.phases(streamed)["denoise"] == 1 + 20 + 17 + 80
-    assert model.phases(streamed)["decode"] == 1 + 17 + 60  # blocks and recorded steps are gone
+    assert model.phases(streamed)["decode"] == 1 + 17 + 60  # blocks and recorded graphs were dropped
 
 
 def test_activations_grow_with_tokens_passes_and_width() -> None:

@@ -224,7 +224,7 @@ def test_one_nan_in_the_store(
         file.seek(place.offset + place.length - 4)
         file.write(b"\x00\x00\xc0\x7f")
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["sums"]  # with checksums the damage would be told before anything is computed
+    del manifest["sums"]  # with checksums the damage would be reported before any computation
     (folder / "manifest.json").write_text(json.dumps(manifest))
     words = ("generate", folder, "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
     unused = {"SCAIL2_RT_CACHE": str(tmp_path / "cache")}  # a prompt's encoding that is kept does not show the damage

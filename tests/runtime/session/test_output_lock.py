@@ -183,7 +183,7 @@ class TestCommand:
             stderr=subprocess.PIPE,
         )
         assert process.stderr is not None
-        for line in process.stderr:  # the first step is told
+        for line in process.stderr:  # the first step is reported
             if b"segment 1/" in line:
                 return process
         raise AssertionError("the run ended before its first step")

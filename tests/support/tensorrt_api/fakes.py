@@ -471,7 +471,7 @@ class IExecutionContext(Fake):
         self._changed()
         demand(memory > 0 and memory % ALIGNMENT == 0, f"scratch at {memory} is not aligned to {ALIGNMENT} bytes")
         demand(size >= self._plan["scratch"], f"scratch has {size} bytes, the engine needs {self._plan['scratch']}")
-        ctypes.memset(memory, 0xAB, size)  # it must really be there
+        ctypes.memset(memory, 0xAB, size)  # it must exist
         self._memory = memory, size
 
     def set_tensor_address(self, name: str, memory: int) -> bool:

@@ -39,7 +39,7 @@ def installed(version: str) -> Iterator[Recorder]:
     gpu, name = preflight.GpuFacts(*card(version), GPU_BYTES), recorder.library.module
     with ExitStack() as stack:
         before = sys.modules.get(name)
-        sys.modules[name] = recorder.module  # this entry alone: what is imported meanwhile must stay
+        sys.modules[name] = recorder.module  # only this entry: modules imported meanwhile must stay
         stack.callback(lambda: sys.modules.pop(name) if before is None else sys.modules.update({name: before}))
         for module in (backend, builder, preflight, trust):
             stack.enter_context(mock.patch.object(module, "find_gpu", return_value=gpu))
@@ -55,7 +55,7 @@ def card(version: str) -> tuple[str, tuple[int, int]]:
 
 
 def in_process(compiling: ModuleType) -> type:
-    """Stands in for the compiling process: does the job here, as it would arrive there."""
+    """Stand-in for the compiling process: does the job in this process, after the same serialisation."""
 
     class Child:
         def __init__(self, job: Any, environment: object) -> None:

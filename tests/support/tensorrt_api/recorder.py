@@ -112,7 +112,7 @@ class Recorder:
         self.module = types.ModuleType(self.library.module)
         self.module.__spec__ = importlib.machinery.ModuleSpec(
             self.library.module, None
-        )  # others ask whether there is one
+        )  # other modules check whether there is one
         members: Mapping[str, Any] = {**self._enums, **self._classes, "__version__": self.surface.version}
         for name, value in members.items():
             if "." not in name:
@@ -148,7 +148,7 @@ class Recorder:
         demand(handle == self.device.handle and self.device.open, f"work went to the stream {handle}")
 
     def compute(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What the plan's ONNX file gives, by ONNX Runtime."""
+        """The results of the plan's ONNX file in ONNX Runtime."""
         import onnxruntime
 
         if graph not in self._sessions:
@@ -222,7 +222,7 @@ class Recorder:
 
     def _guarded_set(self, owner: str) -> Callable[..., None]:
         def set_attribute(this: Any, name: str, value: Any) -> None:
-            if name.startswith("_") or type(this).__name__ != owner:  # ours, or of a class derived by us
+            if name.startswith("_") or type(this).__name__ != owner:  # from our code, or of a class that it derives
                 object.__setattr__(this, name, value)
                 return
             demand(self.surface.settable(owner, name) is True, f"{owner}.{name} cannot be set")

@@ -1,6 +1,6 @@
 """How a broken rule is reported."""
 
-ALIGNMENT = 256  # bytes; what TensorRT asks of scratch memory, and what we hold for every address
+ALIGNMENT = 256  # bytes: TensorRT's requirement for scratch memory, and ours for every address
 
 
 class Violation(AssertionError):

@@ -35,7 +35,7 @@ FIGURES = {"psnr", "ssim", "character_psnr", "colour_error", "shape_error", "mot
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What one call left behind."""
+    """The files and output of one call."""
 
     words: tuple[object, ...]
     file: Path
@@ -191,7 +191,7 @@ def test_variants_change_one_thing_each() -> None:
 
 
 def test_what_cannot_run_here_is_said_and_the_rest_runs(engines: Path, tmp_path: Path) -> None:
-    """The folder holds fp32; a named attention that needs a GPU; an option of another version."""
+    """A folder of another precision, an attention variant that needs a GPU, an unknown option."""
     options = quality.QualityOptions(None, engines, tmp_path, 1, output=tmp_path / "q.json")
     runner = quality._Runner(options, debug=False)
     runner.run_variant(Variant("fp8", "fp8"), ("animate",))
@@ -200,7 +200,7 @@ def test_what_cannot_run_here_is_said_and_the_rest_runs(engines: Path, tmp_path:
         runner.run_variant(Variant("flash", attention="flash"), ("animate",))
     assert not [row.name for row in runner.results.rows.values() if row.measured]
     notes = [row.note for row in runner.results.rows.values()]
-    assert "holds fp32" in notes[0]
+    assert "has the precision fp32" in notes[0]
     assert "no_such_option" in notes[1]
     assert all("GPU" in note for note in notes[2:])
 

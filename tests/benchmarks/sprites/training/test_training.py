@@ -61,7 +61,7 @@ def test_commands_start_as_modules(
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_set")
 def test_a_few_steps_make_a_checkpoint_and_more_go_on(tmp_path: Path) -> None:
-    """In the same work folder, and from the checkpoint alone, whose VAE then stays."""
+    """Resumed in the same work folder, and from a checkpoint, whose VAE is not changed."""
     first = trained(tmp_path, "work", 4)
     checkpoint = open_checkpoint(first)
     assert (checkpoint.config.dit, checkpoint.config.vae) == (DIT, VAE_SIZES)

@@ -49,7 +49,7 @@ def bare(picture: Picture) -> np.ndarray:
 
 
 def away_from(*masks: np.ndarray) -> np.ndarray:
-    """bool: pixels that are none of the masks' (bool [T, H, W], T may be 1) and not near them: no soft edge."""
+    """bool: pixels outside the masks (bool [T, H, W], T may be 1) and not near them, without soft edges."""
     touched = np.logical_or.reduce(np.broadcast_arrays(*masks))
     return F.max_pool2d(torch.from_numpy(touched).float()[:, None], 5, 1, 2)[:, 0].numpy() == 0
 
@@ -231,7 +231,7 @@ def test_a_label_is_as_large_as_its_part(height: int) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_can_be_drawn_at_another_size(task: str) -> None:
-    """A wider picture shows more of the scene; what is in the square is at the same place in it."""
+    """A wider picture shows more of the scene; the square part of it is unchanged."""
     scene = make_scene(task, 1, frames=2)
     wide, square = render_case(scene, (96, 160)), render_case(scene, (96, 96))
     assert wide.driving.shape == wide.truth.shape == wide.driving_mask.shape == (2, 96, 160, 3)
@@ -289,7 +289,7 @@ def test_recoloured_samples_are_those_of_repainted_masks() -> None:
         """Label 7 is black."""
         return dataset.mask_channels(normalise_video(paint(labels, [(*palette, (0, 0, 0)) for palette in palettes])))
 
-    # plane 1 + i shows what was in plane 1 + order[i]: what had that colour gets the i-th
+    # plane 1 + i has the content of plane 1 + order[i]: its character gets the i-th colour
     inverse = order.argsort(1)
     painted = channels([[colours[0], *(colours[1 + i] for i in row)] for row in inverse.tolist()])
     usual, none = channels([colours] * 2), torch.zeros(2, 28, 0, 4, 4)

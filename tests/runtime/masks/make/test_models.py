@@ -85,7 +85,7 @@ def test_the_tracker_forgets_what_no_memory_reads(folders: Path, frames: np.ndar
 
 
 def _held(session: Any) -> int:
-    """Bytes of the tensors that a session holds."""
+    """The bytes of a session's tensors."""
     outputs = [
         each for figure in session.output_dict_per_obj.values() for kind in figure.values() for each in kind.values()
     ]

@@ -114,7 +114,7 @@ def test_backgrounds_by_mode(make: Callable[..., Made], mode: str, reference: st
 def test_a_figure_below_one_percent_of_the_first_frame_is_none(make: Callable[..., Made]) -> None:
     """60 of 6,000 pixels are one per cent."""
     made = make(picture({ANN: LEFT, BEN: (80, 10, 86, 20)}), still({CLEO: RIGHT, BEN: (10, 10, 15, 21)}))
-    assert made.reference_colour(BEN) == "white"  # a figure, whom nobody drives
+    assert made.reference_colour(BEN) == "white"  # a figure without a driving figure
     assert any("Nobody in the clip drives figure 2" in note for note in made.masks.notes)
     assert made.masks.characters == ("blue",)
     assert made.driving_colour(CLEO) == "blue"
