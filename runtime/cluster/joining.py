@@ -45,7 +45,7 @@ def _knock(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise InputError(f"--ray takes HOST:PORT or auto, not {address}.")
+        raise InputError(f"--ray must be HOST:PORT or auto, not {address}.")
     socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 

@@ -176,7 +176,7 @@ def _add_results(app: FastAPI, service: Service) -> None:
                 await asyncio.to_thread(_draw, variant, service.store.result(row, "video.mp4").with_name(name))
         path = await asyncio.to_thread(service.store.result, row, name)
         if not path.is_file():
-            raise Refusal(404, f"{row.id} has no {variant}.", "not_found", param="variant")
+            raise Refusal(404, f"{row.id} has no {variant}. Ask for another variant.", "not_found", param="variant")
         headers = {"cache-control": "private, no-store"}
         if media_type == "application/json":
             headers["content-disposition"] = f'attachment; filename="{row.id}.json"'

@@ -131,7 +131,7 @@ def _generate(wire: Wire, job: Job, options: GenerateOptions, listener: Listener
         raise type(error)(_own_names(str(error), files)) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError):
-            raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}). Check path and rights.") from error
         raise Scail2Error(
             f"The service at {wire.url} cannot be reached ({error}). Check the URL and that the service runs."
         ) from error

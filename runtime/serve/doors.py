@@ -26,6 +26,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LOCAL = "local"  # the owner of every job if the service has no keys
 OPEN = ("/health", "/ready", "/", "/docs")
 HEADER_WAIT_S = 15.0
+OTHER_ORIGIN = "Pages of other origins may not call this service. Open the service's own page."
 SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -68,10 +69,10 @@ class Doors:
     def _check_origin(self, headers: dict[str, str], scope: Scope) -> None:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if origin is not None and _parts(origin).netloc != headers.get("host"):
-            raise Refusal(403, "Pages of other origins may not call this service.", "origin_not_allowed")
+            raise Refusal(403, OTHER_ORIGIN, "origin_not_allowed")
         visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET" and scope["path"] == "/"
         if site not in ("none", "same-origin") and not visit:
-            raise Refusal(403, "Pages of other origins may not call this service.", "origin_not_allowed")
+            raise Refusal(403, OTHER_ORIGIN, "origin_not_allowed")
 
     def _owner(self, headers: dict[str, str], path: str) -> str:
         if not self._keys:

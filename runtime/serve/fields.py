@@ -242,7 +242,7 @@ def _pairs(value: Any) -> tuple[tuple[Any, Any], ...]:
             raise wrong("Extra references must be pairs: extra_refs=[[image, mask], …].", "extra_refs")
         pairs.append((_reference("extra_refs", pair[0]), _reference("extra_refs", pair[1])))
     if len(pairs) > 8:
-        raise wrong("A request has at most 8 extra references.", "extra_refs")
+        raise wrong("A request has at most 8 extra references. Leave some out.", "extra_refs")
     return tuple(pairs)
 
 

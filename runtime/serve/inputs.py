@@ -120,7 +120,7 @@ def _decode_data(url: str, receiver: Receiver, name: str) -> Upload:
     except BaseException as error:
         receiver.abort()
         if isinstance(error, binascii.Error | ValueError):
-            raise wrong(f"{name}: the data: URL cannot be decoded ({error}).", name) from None
+            raise wrong(f"{name}: the data: URL cannot be decoded ({error}). Encode it again.", name) from None
         raise
 
 

@@ -148,9 +148,9 @@ def _fields_of(body: bytes, json_body: bool) -> list[tuple[str, Any]]:
         document = json.loads(body) if body.strip() else {}
         json.dumps(document, ensure_ascii=False).encode()  # raises for a lone surrogate such as "\ud800"
     except RecursionError:
-        raise wrong("The body cannot be read: it is nested too deeply.", code="invalid_body") from None
+        raise wrong("The body is nested too deeply. Send one flat JSON object.", code="invalid_body") from None
     except ValueError as error:
-        raise wrong(f"The body cannot be read: {error}.", code="invalid_body") from None
+        raise wrong(f"The body cannot be read ({error}). Send one JSON object.", code="invalid_body") from None
     if not isinstance(document, dict):
         raise wrong("The body must be one JSON object.", code="invalid_body")
     return list(document.items())
@@ -183,7 +183,7 @@ class _Parts:
     def on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         if b"name" not in options:
-            raise wrong("A part of the multipart body has no name.", code="invalid_body")
+            raise wrong("A part of the multipart body has no name. Name every part.", code="invalid_body")
         self._field = options[b"name"].decode("utf-8", "replace")[:200]
         if b"filename" in options:
             if len(self.form.files) >= FILES or self._field in self.form.files:
@@ -192,7 +192,7 @@ class _Parts:
             self.receiver = Receiver(self._folder, options[b"filename"].decode("utf-8", "replace"))
         else:
             if len(self.form.fields) >= FIELDS:
-                raise wrong(f"A request has at most {FIELDS} fields.", code="invalid_body")
+                raise wrong(f"A request has at most {FIELDS} fields. Send fewer.", code="invalid_body")
             self._text = bytearray()
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -212,7 +212,7 @@ class _Parts:
             try:
                 self.form.fields.append((self._field, self._text.decode("utf-8")))
             except UnicodeDecodeError:
-                raise wrong(f"The field {self._field} is not UTF-8 text.", self._field) from None
+                raise wrong(f"The field {self._field} is not UTF-8 text. Encode it as UTF-8.", self._field) from None
             self._text = None
 
 
@@ -228,7 +228,7 @@ async def _receive_multipart(request: Request, boundary: bytes, folder: Path, li
     callbacks: Any = {f"on_{name}": getattr(parts, f"on_{name}") for name in names} | {"on_end": on_end}
     try:
         if not boundary:
-            raise wrong("The multipart body has no boundary.", code="invalid_body")
+            raise wrong("The Content-Type of the multipart body has no boundary. Add it.", code="invalid_body")
         parser = MultipartParser(boundary, callbacks)
         async for piece in body_of(request, limits.upload_bytes, limits.body_wait_s):
             if len(piece) > 1 << 16:
@@ -243,5 +243,5 @@ async def _receive_multipart(request: Request, boundary: bytes, folder: Path, li
             parts.receiver.abort()
         parts.form.discard()
         if isinstance(error, FormParserError):
-            raise wrong(f"The multipart body cannot be read: {error}.", code="invalid_body") from None
+            raise wrong(f"The multipart body is malformed ({error}). Check the client.", code="invalid_body") from None
         raise

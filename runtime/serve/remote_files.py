@@ -29,10 +29,10 @@ def fetch(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name
             if moved is None:
                 return receiver.done()
             url = urljoin(url, moved)
-        raise wrong(f"{name}: the URL redirects more than {REDIRECTS} times.", name)
+        raise wrong(f"{name}: the URL redirects more than {REDIRECTS} times. Give the final URL.", name)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         receiver.abort()
-        raise wrong(f"{name}: the URL cannot be fetched ({type(error).__name__}).", name) from None
+        raise wrong(f"{name}: the URL cannot be fetched ({type(error).__name__}). Upload the file.", name) from None
     except BaseException:
         receiver.abort()
         raise
@@ -53,7 +53,7 @@ def _get(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name:
         if response.status in (301, 302, 303, 307, 308):
             return response.headers.get("Location") or ""
         if response.status != 200:
-            raise wrong(f"{name}: the URL answers with {response.status}.", name)
+            raise wrong(f"{name}: the URL answers with {response.status}. Check it, or upload the file.", name)
         received = 0
         while piece := response.read1(PIECE):
             received += len(piece)
@@ -97,7 +97,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def _connect(host: str, port: int | None, secure: bool, name: str) -> http.client.HTTPConnection:
     port = port or (443 if secure else 80)
     if port not in (80, 443):
-        raise wrong(f"{name}: only URLs on ports 80 and 443 are fetched.", name, "url_not_allowed")
+        raise wrong(f"{name}: only URLs on ports 80 and 443 are fetched. Upload the file.", name, "url_not_allowed")
     address = public_address(host, port, name)
     connection = http.client.HTTPConnection(host, port, timeout=SILENCE_S)
     connected = socket.create_connection((address, port), SILENCE_S)

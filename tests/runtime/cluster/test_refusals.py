@@ -18,7 +18,7 @@ def test_a_batch(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None
     assert "give --batch FILE" in error_of(scail2(*words, "--case", case, "--ray", NOBODY))
     batch = [*words, "--batch", tmp_path / "b.txt"]
     assert "No Ray cluster answers at 127.0.0.1:1" in error_of(scail2(*batch, "--ray", NOBODY))
-    assert "takes HOST:PORT or auto, not here" in error_of(scail2(*batch, "--ray", "here"))
+    assert "must be HOST:PORT or auto, not here" in error_of(scail2(*batch, "--ray", "here"))
     assert "--dry-run and --ray" in error_of(scail2(*batch, "--ray", NOBODY, "--dry-run"))
     assert "Give the number of GPUs per case" in error_of(scail2(*batch, "--ray", NOBODY, "--gpus", "all"))
     assert not (tmp_path / "out").exists()
