@@ -148,7 +148,9 @@ def _fields_of(body: bytes, json_body: bool) -> list[tuple[str, Any]]:
         document = json.loads(body) if body.strip() else {}
         json.dumps(document, ensure_ascii=False).encode()  # raises for a lone surrogate such as "\ud800"
     except RecursionError:
-        raise wrong("The body is nested too deeply. Send one flat JSON object.", code="invalid_body") from None
+        raise wrong(
+            "The body cannot be read (nested too deeply). Send one flat JSON object.", code="invalid_body"
+        ) from None
     except ValueError as error:
         raise wrong(f"The body cannot be read ({error}). Send one JSON object.", code="invalid_body") from None
     if not isinstance(document, dict):
