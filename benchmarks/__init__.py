@@ -1,1 +1,1 @@
-"""`scail2-rt bench`: how fast, how close to the hardware's ceilings, how exact, and against whom, in one run."""
+"""`scail2-rt bench`: measures speed, share of the hardware's ceilings, error and baselines, in one run."""

@@ -19,54 +19,47 @@ from scail2_rt.runtime.cli.types import GpuCount
 SECTIONS = ("attention", "kernels", "stages", "forward", "vae", "load", "generate", "serve")
 SCALING = ("forward-fp8", "generate", "golden", "forward-bf16", "failures")  # benchmarks.speed.scaling.PARTS
 ABOUT = {
-    "attention": "Self-attention: every variant, its speed at full length and its error on six input families.",
-    "kernels": "Preparation, cross-attention and row operations, against the copy ceiling and their PyTorch twins.",
-    "stages": "The stages of a transformer block, with embed and head, in every precision.",
-    "forward": "One pass of the denoising network, against the official dataflow and a compiled one.",
-    "vae": "Decoding a segment and encoding its driving clip, against the plain layers.",
-    "load": "Engine folder, or request to a warm session, to the first denoising step.",
-    "generate": "A whole generation from files to mp4, resident and under a memory limit of 12 GiB.",
-    "serve": "The service: request to first step, its videos, polling clients, a long queue.",
-    "all": "All sections, each in its own process, merged into one result.",
+    "attention": "Self-attention: speed of every variant and installed peer, and error on six input families.",
+    "kernels": "Preparation, cross-attention and row operations: share of the copy ceiling, error against PyTorch.",
+    "stages": "The stages of a transformer block, embed and head: speed and error in every precision.",
+    "forward": "One forward pass of the transformer, compared with the official code and with torch.compile.",
+    "vae": "Decoding a segment and encoding its driving clip, compared with the plain PyTorch layers.",
+    "load": "Time from an engine folder, or from a request to an open session, to the first denoising step.",
+    "generate": "A complete generation from files to mp4, with resident weights and with a GPU memory limit of 12 GiB.",
+    "serve": "The service: time to the first step, time of a video, polling clients, a long queue.",
+    "all": "All sections, each in a separate process, merged into one result.",
 }
 MODELS = ("14b", "1.3b", "tiny")  # benchmarks.speed.models.MODELS
 WORK = Path(tempfile.gettempdir()) / "scail2-rt-bench"
 
 RUN_OPTIONS = in_section(
     "What to measure",
-    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
+    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Model size."),
     option(
         "--weights",
         default="random",
         show_default=True,
         metavar="random|DIR",
-        help="Random weights, or those of an engine folder.",
+        help="Random weights, or an engine folder.",
     ),
     option(
         "--sizes",
         metavar="LIST",
-        help="Token counts of standard sizes, or HxWxT, separated by commas.  [default: 48832,95920; tiny: 64x96x13]",
+        help="Token counts of standard sizes, or HxWxT, comma-separated.  [default: 48832,95920; tiny: 64x96x13]",
     ),
-    option(
-        "--runs",
-        type=click.IntRange(min=1),
-        default=5,
-        show_default=True,
-        metavar="N",
-        help="Timed runs per measurement.",
-    ),
+    option("--runs", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Timed runs per row."),
     option(
         "--attention",
         type=click.Choice(ATTENTION),
         default="auto",
         show_default=True,
-        help="One variant instead of all (section attention) or of the default.",
+        help="Attention variant to measure. auto: all (section attention) or the default variant (other sections).",
     ),
     option(
         "--only",
         multiple=True,
         metavar="PATTERN",
-        help="Sections forward, vae, load: only rows of these names, as in 'forward/fp8/*'; may be repeated.",
+        help="Sections forward, vae, load: measure only rows that match, as in 'forward/fp8/*'. Repeatable.",
     ),
     option(
         "--segments",
@@ -74,7 +67,7 @@ RUN_OPTIONS = in_section(
         default=1,
         show_default=True,
         metavar="N",
-        help="Section generate: number of segments of the clip, which shows what a segment costs beyond its steps.",
+        help="Section generate: segments of the clip, to measure the overhead per segment.",
     ),
     option(
         "--gpus",
@@ -82,7 +75,7 @@ RUN_OPTIONS = in_section(
         default=1,
         show_default=True,
         metavar="N|all",
-        help="Sections forward, generate: GPUs that share the work; `bench scaling` compares with one GPU.",
+        help="Sections forward, generate: number of GPUs. To compare with one GPU, use bench scaling.",
     ),
 )
 SERVE_OPTIONS = in_section(
@@ -95,26 +88,19 @@ SERVE_OPTIONS = in_section(
         metavar="N",
         help="Number of polling clients.",
     ),
-    option(
-        "--queued",
-        type=click.IntRange(min=1),
-        default=2000,
-        show_default=True,
-        metavar="N",
-        help="Number of waiting jobs.",
-    ),
+    option("--queued", type=click.IntRange(min=1), default=2000, show_default=True, metavar="N", help="Queued jobs."),
 )
 RESULT_OPTIONS = in_section(
     "Results",
-    option("--json", "output", type=PATH, metavar="FILE", help="Save the result there after every measurement."),
+    option("--json", "output", type=PATH, metavar="FILE", help="Write the results, updated after every row."),
     option("--report", "html_page", type=PATH, metavar="FILE.html", help="Write an HTML page with plots."),
-    option("--summary", "summary_file", type=PATH, metavar="FILE", help="Write the flat summary."),
+    option("--summary", "summary_file", type=PATH, metavar="FILE", help="Write the summary as JSON."),
     option(
         "--work",
         type=PATH,
         default=WORK,
         metavar="DIR",
-        help="Folder for random engines, the drawn case and its video; kept, since the engines take long to write.  "
+        help="Folder for random engines, the drawn case and its video; kept, because the engines take long to write.  "
         f"[default: {WORK}]",
     ),
 )
@@ -122,7 +108,7 @@ RESULT_OPTIONS = in_section(
 
 @click.group()
 def bench() -> None:
-    """Measure speed, memory and error on this machine, against baselines in the same run.
+    """Measure speed, memory and error on this machine, with baselines in the same run.
 
     \b
     scail2-rt bench all --config 14b --weights random --json r.json --report r.html
@@ -177,7 +163,7 @@ def grid(**options: Any) -> None:
 
 
 def _run(section: str, sizes: str | None, html_page: Path | None, summary_file: Path | None, **given: Any) -> None:
-    """`given`: the other fields of `speed.bench.Options`."""
+    """Measure a section, print and write the results. given: the other fields of `speed.bench.Options`."""
     from scail2_rt.benchmarks.speed.bench import Options
     from scail2_rt.benchmarks.speed.models import default_sizes, parse_sizes
     from scail2_rt.benchmarks.speed.sections import last_line, run_all, run_section, text_of
@@ -214,23 +200,44 @@ def _write_outputs(results: Any, html_page: Path | None, summary_file: Path | No
 @bench.command(cls=SectionCommand)
 @in_section(
     "What to measure",
-    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Sizes of the networks."),
-    option("--gpus", type=click.IntRange(min=2), default=2, show_default=True, metavar="N", help="Compared with one."),
+    option("--config", type=click.Choice(MODELS), default="14b", show_default=True, help="Model size."),
     option(
-        "--part", "parts", type=click.Choice(SCALING), multiple=True, help="May be repeated.  [default: all, in order]"
+        "--gpus",
+        type=click.IntRange(min=2),
+        default=2,
+        show_default=True,
+        metavar="N",
+        help="GPUs to compare with one.",
     ),
-    option("--limit", "limit_s", type=float, default=540.0, show_default=True, metavar="S", help="Seconds for all."),
+    option(
+        "--part",
+        "parts",
+        type=click.Choice(SCALING),
+        multiple=True,
+        help="Part to run. Repeatable.  [default: all, in order]",
+    ),
+    option(
+        "--limit", "limit_s", type=float, default=540.0, show_default=True, metavar="S", help="Time limit in seconds."
+    ),
 )
 @in_section(
     "Results",
-    option("--json", "output", type=PATH, metavar="FILE", required=True, help="Save there, after every part."),
-    option("--summary", type=PATH, metavar="FILE", help="Write the flat summary."),
+    option(
+        "--json",
+        "output",
+        type=PATH,
+        metavar="FILE",
+        required=True,
+        help="Write the results, updated after every part.",
+    ),
+    option("--summary", type=PATH, metavar="FILE", help="Write the summary as JSON."),
     option("--work", type=PATH, default=WORK, metavar="DIR", help=f"Folder for random engines.  [default: {WORK}]"),
 )
 @debug_option
 def scaling(parts: tuple[str, ...], **options: Any) -> None:
-    """One generation on several GPUs of this host against one GPU: forward passes, guidance, whole generations, the
-    golden fixtures (SCAIL2_GOLDEN names their folder), and failures. On a CPU, processes; figures say nothing there."""
+    """Compare several GPUs of this host with one GPU: forward passes, guidance, complete generations, the golden
+    fixtures (SCAIL2_GOLDEN names their folder) and failures. Without a GPU it runs CPU processes, as a test only; the
+    times are not meaningful then."""
     from scail2_rt.benchmarks.speed.scaling import ScalingOptions, run
 
     document = run(ScalingOptions(parts=parts or SCALING, **options))
@@ -244,8 +251,8 @@ def scaling(parts: tuple[str, ...], **options: Any) -> None:
 @click.argument("after", type=PATH)
 @debug_option
 def compare(before: Path, after: Path) -> None:
-    """Compare two results row by row. Exit code 1 when AFTER is worse by more than the noise: 3 % or twice the spread
-    of the runs, whichever is larger; for an error, 10 %."""
+    """Compare two results row by row. Exit code 1 if AFTER is worse by more than the noise: for a time 3 % or twice the
+    spread of the runs, whichever is larger; for an error 10 %."""
     from scail2_rt.benchmarks.report.compare import compare_results
     from scail2_rt.benchmarks.report.record import load
 
@@ -261,7 +268,7 @@ def compare(before: Path, after: Path) -> None:
 @click.option("-o", "--output", type=PATH, required=True, help="The merged result.")
 @debug_option
 def merge(files: tuple[Path, ...], output: Path) -> None:
-    """Put several results of one model into one; of rows with the same name the last measured one is kept."""
+    """Merge several results of one model. Of rows with the same name, the last measured one is kept."""
     from scail2_rt.benchmarks.report.record import load
     from scail2_rt.benchmarks.report.record import merge as merged
 
@@ -273,10 +280,10 @@ def merge(files: tuple[Path, ...], output: Path) -> None:
 @bench.command("report", cls=SectionCommand)
 @click.argument("file", type=PATH)
 @click.option("-o", "--output", "html_page", type=PATH, help="HTML page with plots.")
-@click.option("--summary", "summary_file", type=PATH, help="Flat summary as JSON.")
+@click.option("--summary", "summary_file", type=PATH, help="Summary as JSON.")
 @debug_option
 def report_command(file: Path, html_page: Path | None, summary_file: Path | None) -> None:
-    """Print a saved result with its goals; write its HTML page and its flat summary where asked."""
+    """Print a saved result with its goals. Optionally write its HTML page and its summary."""
     from scail2_rt.benchmarks.report.record import load
     from scail2_rt.benchmarks.speed.sections import last_line, text_of
 

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: the golden folder (skipped when absent) and one tiny checkpoint a session."""
+"""Fixtures that several test files share: the golden folder (skipped if absent) and one tiny checkpoint per session."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# Before PyTorch is imported: the threads of processes that share a busy core spend their time waiting for one another.
+# Set before PyTorch is imported: with more threads than free cores, threads mostly wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c() -> None:
-    """A shell starts background jobs deaf to SIGINT, and children inherit that; the tests of Ctrl-C must not."""
+    """Restore SIGINT, which a shell disables for background jobs and their children, for the tests of Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -34,7 +34,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def reports() -> Path:
-    """Folder of the files that people's reports describe: `SCAIL2_REPORTS`, or `../shared/reports`."""
+    """Folder of the files described by users' reports: `SCAIL2_REPORTS`, or `../shared/reports`."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "reports"
     folder = Path(os.environ.get("SCAIL2_REPORTS", beside))
     if not (folder / "README.md").is_file():
@@ -44,7 +44,7 @@ def reports() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the `tiny` preset in the official folder layout. Read only: copy it before changing it."""
+    """A checkpoint of the `tiny` preset in the official folder layout. Copy it before changing it."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint
 
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"

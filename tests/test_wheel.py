@@ -1,4 +1,4 @@
-"""What is in the wheel, and that it works from where pip puts it, in an environment that has nothing else of ours."""
+"""The content of the wheel, and the installed wheel in an environment that has nothing else of ours."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def pip(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves a build folder, from which an older file would come into the next wheel."""
+    """Built from a copy, because setuptools leaves a build folder whose old files would get into the next wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns("__pycache__", "results")
     for floor in FLOORS:
@@ -64,7 +64,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(wheel: Path) -> set[str]:
-    """In the wheel, without what describes it."""
+    """The files in the wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
@@ -81,7 +81,8 @@ def test_every_module_is_in_it_but_those_of_training(files: set[str]) -> None:
 
 
 def test_every_folder_of_modules_is_a_package(files: set[str]) -> None:
-    """setuptools takes what it is told; a folder without `__init__.py` would work here and be missing elsewhere."""
+    """setuptools packs only listed packages; a folder without `__init__.py` works in the checkout but would be missing
+    in the wheel."""
     folders = {name.rpartition("/")[0] for name in files if name.endswith(".py")}
     assert {f"{folder}/__init__.py" for folder in folders} <= files
 

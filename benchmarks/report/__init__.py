@@ -1,1 +1,1 @@
-"""Results of benchmarks: rows and their file, tables, comparison, goals, the HTML page."""
+"""Benchmark results: rows and their JSON file, tables, comparison, goals, HTML page."""

@@ -1,7 +1,8 @@
-"""Two results, row by row: what became slower or less exact beyond the noise.
+"""Compare two results row by row: find rows that became slower or less exact by more than the noise.
 
-Noise of a time is 3 % or twice the larger of the two spreads. Baselines and ceilings are listed too, but only our own
-rows can be regressions: a slower baseline is a slower machine. What failed now and did not before is a regression.
+The noise of a time is 3 % or twice the larger spread of the two, whichever is larger. Baselines and ceilings are listed
+too, but only rows of kind "ours" can be regressions, because a slower baseline means a slower machine. A row that was
+measured before and fails now is a regression.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +18,11 @@ ERROR_NOISE = 0.10
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A figure of one row: `time_s` or `error`, before and after; `noise` relative to before."""
+    """One value of one row before and after.
+
+    figure    `time_s` or `error`
+    noise     tolerated relative change
+    counted   the row is of kind "ours", so it can be a regression"""
 
     name: str
     figure: str
@@ -28,10 +33,12 @@ class Change:
 
     @property
     def ratio(self) -> float:
+        """After divided by before."""
         return self.after / self.before if self.before else float("inf") if self.after else 1.0
 
     @property
     def verdict(self) -> str:
+        """REGRESSION, slower baseline, better or same."""
         if self.ratio > 1 + self.noise:
             return "REGRESSION" if self.counted else "slower baseline"
         return "better" if self.ratio < 1 / (1 + self.noise) else "same"
@@ -39,16 +46,20 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
+    """changes: rows measured in both; broken: names of rows that fail now; absent: names of rows only in the first."""
+
     changes: tuple[Change, ...]
     broken: tuple[str, ...]
     absent: tuple[str, ...]
 
     @property
     def regressions(self) -> tuple[str, ...]:
+        """Names of the rows that became worse or fail now."""
         return (*(c.name for c in self.changes if c.verdict == "REGRESSION"), *self.broken)
 
     @property
     def text(self) -> str:
+        """The comparison as text, one line per value."""
         width = max((len(change.name) for change in self.changes), default=10)
         lines = [
             f"{c.name:{width}s}  {c.figure:7s} {c.before:12.6g} → {c.after:12.6g}  {100 * (c.ratio - 1):+7.1f} % "
@@ -61,14 +72,17 @@ class Comparison:
         return "\n".join([*lines, counted(count, "regression") if count else "no regression"])
 
     def document(self) -> dict[str, Any]:
+        """The comparison as a JSON object."""
         changes = [{**asdict(change), "ratio": change.ratio, "verdict": change.verdict} for change in self.changes]
         return {"regressions": list(self.regressions), "absent": list(self.absent), "changes": changes}
 
 
 def compare_results(before: Results, after: Results) -> Comparison:
-    """InputError for results of different models."""
+    """Compare two results. Raises InputError for results of different models."""
     if before.config != after.config:
-        raise InputError(f"results of different models cannot be compared: {before.config} and {after.config}.")
+        raise InputError(
+            f"The results are of different models, {before.config} and {after.config}. Compare results of one model."
+        )
     changes: list[Change] = []
     broken, absent = [], []
     for name, old in before.rows.items():

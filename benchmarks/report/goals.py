@@ -1,7 +1,7 @@
-"""What the fast path must reach on one H200 and what it aims at, and the flat summary that it is judged by.
+"""The goals for the fast path on one H200, and the flat summary from which they are judged.
 
-The summary is a plain dictionary, written as `summary.json`: README and change logs quote it. Goals are judged for the
-14B model alone; a figure that is absent is `not measured`, never passed.
+The summary is a dictionary, written as `summary.json`; README and docs quote it. Goals apply to the 14B model only. A
+missing value is `not measured`, never passed.
 """
 
 from collections.abc import Mapping
@@ -11,14 +11,19 @@ from scail2_rt.benchmarks.report.record import Results, Timing
 
 JUDGED_MODEL = "14b"
 STANDARD_TOKENS = 48_832
-# what the baselines take on an H200 at 48,832 tokens; more than 10 % above it needs an explanation
+# seconds of the baselines on an H200 at 48,832 tokens; more than 10 % above needs an explanation
 EXPECTED_S = {"official": 6.5, "compile": 5.4, "vae-decode-official-fp32": 3.2, "vae-decode-official-bf16": 1.9}
 TOLERATED = 1.10
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`key` of the summary; larger or smaller is better; `must` or `aim` None: not set."""
+    """A bound for one value of the summary.
+
+    text        name in the table
+    key         key in the summary
+    must, aim   bound that has to be met, bound that is aimed at; None: not set
+    larger      larger values are better (default: smaller)"""
 
     text: str
     key: str
@@ -27,6 +32,7 @@ class Goal:
     larger: bool = False
 
     def status(self, value: float | None) -> str:
+        """PASS, FAIL, aim reached or missed, or not measured."""
         if value is None:
             return "not measured"
         if self.must is not None and not self._reached(value, self.must):
@@ -39,6 +45,7 @@ class Goal:
         return value >= bound if self.larger else value <= bound
 
     def bound(self, value: float | None) -> str:
+        """A bound as text."""
         return "" if value is None else f"{'≥' if self.larger else '≤'} {value:g}"
 
 
@@ -60,13 +67,13 @@ GOALS = (
     Goal("  error against fp32", "vae_decode_error", 0.01),
     Goal("VAE encode 81×256×448, s", "vae_encode_s", 0.2, 0.11),
     Goal("81 frames, 6 steps, inputs to mp4, s", "generate_81f_6steps_s", 21.3, 20.5),
-    Goal("  its peak VRAM by the driver, GiB", "generate_peak_vram_gib", 24, 20),
+    Goal("  peak GPU memory by the driver, GiB", "generate_peak_vram_gib", 24, 20),
     Goal("engine folder to first denoising step, s", "load_to_first_step_s", 7.5, 5),
-    Goal("  kernels never compiled on this machine, s", "cold_kernels_first_step_s", 25, 12),
-    Goal("warm session, new reference: to first step, s", "warm_request_first_step_s", 4.3, 3.9),
-    Goal("a later segment beyond its steps, s", "segment_overhead_s", 1.4, 0.8),
+    Goal("  with no compiled kernel in any cache, s", "cold_kernels_first_step_s", 25, 12),
+    Goal("open session, new reference: first step, s", "warm_request_first_step_s", 4.3, 3.9),
+    Goal("overhead of a further segment, s", "segment_overhead_s", 1.4, 0.8),
     Goal("service: request to first denoising step, s", "serve_first_step_s", 1.7),
-    Goal("  its video, % over a session's", "serve_percent_over_session", 3),
+    Goal("  time of a video, % above a session", "serve_percent_over_session", 3),
     Goal("  `generate --server` to first step, s", "serve_command_first_step_s", 2.5),
     Goal("  status requests of 200 clients, p99, ms", "serve_status_p99_ms", 50),
     Goal("  memory of 2,000 waiting jobs, MB", "serve_queue_growth_mb", 50),
@@ -75,7 +82,7 @@ GOALS = (
 
 
 def summary(results: Results) -> dict[str, float]:
-    """The flat figures of a result: what was not measured is not in it."""
+    """The flat summary of a result. Values that were not measured are left out."""
     found: dict[str, float | None] = {}
     for row in results.rows.values():
         if row.measured and row.timing and row.section == "forward":
@@ -109,7 +116,7 @@ def summary(results: Results) -> dict[str, float]:
 
 
 def _speedups(results: Results) -> dict[str, float | None]:
-    """At the standard size, or the only one where baselines were run."""
+    """Speed-ups over the baselines at 48,832 tokens, or else at the smallest size at which they were measured."""
     tokens = [int(name.split("/")[2]) for name, row in results.rows.items() if name.startswith("forward/official/")]
     size = STANDARD_TOKENS if STANDARD_TOKENS in tokens or not tokens else min(tokens)
 
@@ -125,7 +132,8 @@ def _speedups(results: Results) -> dict[str, float | None]:
 
 
 def _times_as_fast(results: Results, ours: str, baseline: str) -> float | None:
-    """Only rows of one run are held against each other: clocks differ from run to run."""
+    """Baseline time divided by our time; None if the rows are not of one run, because GPU clocks differ between
+    runs."""
     fast, slow = results.value(ours), results.value(baseline)
     if not fast or not slow or results.rows[ours].run != results.rows[baseline].run:
         return None
@@ -157,7 +165,7 @@ def _attention(results: Results) -> dict[str, float | None]:
 
 
 def judged(results: Results) -> list[tuple[Goal, float | None, str]]:
-    """Every goal with its value and status; nothing for a model that goals are not set for."""
+    """(goal, value, status) of every goal; empty for a model without goals."""
     if results.config != JUDGED_MODEL:
         return []
     values = summary(results)
@@ -165,6 +173,7 @@ def judged(results: Results) -> list[tuple[Goal, float | None, str]]:
 
 
 def goals_table(results: Results) -> str:
+    """All goals as a text table."""
     rows = judged(results)
     if not rows:
         return f"Goals are set for the {JUDGED_MODEL} model; this is {results.config}."
@@ -176,21 +185,17 @@ def goals_table(results: Results) -> str:
 
 
 def slow_baseline(what: str, timing: Timing, model: str, tokens: int) -> str:
-    """A sentence when a baseline is more than 10 % slower than it is known to be; empty otherwise."""
+    """A note if a baseline is more than 10 % slower than `EXPECTED_S`; empty otherwise."""
     expected = EXPECTED_S.get(what)
     comparable = model == JUDGED_MODEL and tokens == STANDARD_TOKENS
     if not comparable or expected is None:
         return ""
     factor = timing.median_s / expected
-    return (
-        f"{100 * (factor - 1):.0f} % slower than the {expected} s it is known for: explain"
-        if factor > TOLERATED
-        else ""
-    )
+    return f"{100 * (factor - 1):.0f} % slower than the expected {expected} s: explain" if factor > TOLERATED else ""
 
 
 def summary_document(results: Results) -> Mapping[str, object]:
-    """`summary.json`: the figures, and where they come from."""
+    """The content of `summary.json`: the summary, and the runs and versions that it comes from."""
     about = [{key: run[key] for key in ("command", "date", "device", "section") if key in run} for run in results.runs]
     versions = results.runs[-1].get("versions", {}) if results.runs else {}
     return {**summary(results), "config": results.config, "measured": about, "versions": versions}

@@ -1,4 +1,4 @@
-"""A result as one HTML file: goals, time by kind of work, roofline, every row, and where and when it was measured."""
+"""A result as one HTML file: goals, time by kind of work, roofline, all rows, and device and date of the runs."""
 
 import json
 from html import escape
@@ -16,11 +16,13 @@ _STYLE = (
 
 
 def write_page(results: Results, path: Path) -> None:
+    """Write the HTML page of a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html(results), encoding="utf-8")
 
 
 def html(results: Results) -> str:
+    """The HTML page of a result, without external resources."""
     parts = [f"<h1>scail2-rt bench: {escape(results.config)}</h1>"]
     for run in results.runs:
         about = (str(run.get(key, "")) for key in ("date", "device", "command"))
@@ -45,7 +47,7 @@ def html(results: Results) -> str:
 
 
 def _roofline(results: Results) -> list[str]:
-    """What has both FLOP and bytes."""
+    """The roofline of all rows with both FLOP and bytes."""
     points = {
         name: (row.values["flops"] / row.values["bytes"], row.values["tflops"])
         for name, row in results.rows.items()

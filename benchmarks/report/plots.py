@@ -1,4 +1,4 @@
-"""The two plots of the HTML page as SVG text: stacked bars of time, and a roofline. No plotting library is needed."""
+"""The two plots of the HTML page as SVG text: stacked bars of time, and a roofline. Needs no plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,19 @@ BAR, GAP = 26, 12
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", size: int = 12) -> str:
+    """An SVG text element."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{escape(content)}</text>'
 
 
 def svg(width: int, height: int, parts: Sequence[str]) -> str:
+    """An SVG document of these elements."""
     style = 'font-family="sans-serif" style="background:#fff;max-width:100%"'
     inner = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>\n{inner}\n</svg>'
 
 
 def stacked_bars(bars: Mapping[str, Mapping[str, float]]) -> str:
-    """Bar name → seconds by part. Bars share one scale; the total stands at the end of each."""
+    """Stacked bars as SVG. bars: bar name → part → seconds. All bars share one scale; each ends with its total."""
     names = sorted({part for parts in bars.values() for part in parts}, key=lambda part: _rank(part, bars))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     longest = max((sum(parts.values()) for parts in bars.values()), default=1.0) or 1.0
@@ -51,7 +53,9 @@ def _rank(part: str, bars: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def roofline(points: Mapping[str, tuple[float, float]], tops: Mapping[str, float], tbytes_s: float | None) -> str:
-    """points: name → (FLOP per byte, TFLOP/s); tops: name → TFLOP/s of a matrix-product ceiling; memory in TB/s."""
+    """A roofline as SVG, both axes logarithmic. points: name → (FLOP per byte, TFLOP/s); tops: name → TFLOP/s of a
+    matrix-product ceiling; tbytes_s: memory ceiling in TB/s. The model: Williams, Waterman, Patterson, "Roofline",
+    CACM 52(4), 2009."""
     height, left, top, right, bottom = 520, 70, 20, 930, 470
     xs = [x for x, _ in points.values()] + ([value / tbytes_s for value in tops.values()] if tbytes_s else [])
     ys = [y for _, y in points.values()] + list(tops.values())
@@ -92,7 +96,7 @@ def roofline(points: Mapping[str, tuple[float, float]], tops: Mapping[str, float
 
 
 def _decades(values: Sequence[float]) -> tuple[int, int]:
-    """Whole powers of ten around the values."""
+    """The exponents of the powers of ten below and above all positive values."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     return low, max(high, low + 1)

@@ -1,8 +1,8 @@
-"""Results: rows, the document that holds them, and its life on disk.
+"""Benchmark results: rows, the document that contains them, and reading, writing and merging it.
 
-A row is one measured thing under a name that does not change (`forward/fp8/48832`), so that two documents can be
-compared and merged row by row. The document is written again, atomically, after every row: a run that is killed keeps
-what it had. Each row names the run (command, date, machine, versions) that it comes from.
+Each row has a stable name (`forward/fp8/48832`), so that documents can be compared and merged row by row. The document
+is rewritten atomically after every row, so a killed run keeps its rows. Each row refers to its run (command, date,
+machine, versions).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Kind = Literal["ours", "baseline", "ceiling"]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Median of `runs` repetitions with the 10th and 90th percentile; seconds of one call."""
+    """Median, 10th and 90th percentile of `runs` repetitions, in seconds per call."""
 
     median_s: float
     low_s: float
@@ -30,6 +30,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> "Timing":
+        """The timing from samples in seconds per call."""
         ordered = sorted(seconds)
         last = len(ordered) - 1
         middle = (ordered[last // 2] + ordered[(last + 1) // 2]) / 2
@@ -43,9 +44,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One result. name: `section/what/size`. values: figures beside the time, units in their names (`tflops`,
-    `error`, `allocator_peak_gib`); breakdown: seconds by kind of work. A row without time and values says in
-    `note` why it was not measured, or in `failure` what went wrong."""
+    """One result.
+
+    name        `section/what/size`
+    kind        ours, baseline or ceiling
+    values      further values, with units in their names (`tflops`, `error`, `allocator_peak_gib`)
+    breakdown   kind of work → seconds
+    note        a remark; for a row without time and values, why it was not measured
+    failure     the error, if the measurement failed
+    run         index of its run in `Results.runs`"""
 
     name: str
     kind: Kind = "ours"
@@ -58,26 +65,29 @@ class Row:
 
     @property
     def section(self) -> str:
+        """The section of the row: the first part of its name."""
         return self.name.partition("/")[0]
 
     @property
     def measured(self) -> bool:
+        """Whether the row has a time or values and did not fail."""
         return not self.failure and (self.timing is not None or bool(self.values))
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """`config`: the model that was measured; `runs`: what each run was; `rows` by name."""
+    """A result document. config: name of the measured model; runs: description of each run; rows: by name."""
 
     config: str
     runs: tuple[Mapping[str, Any], ...]
     rows: Mapping[str, Row]
 
     def with_row(self, row: Row) -> "Results":
+        """The results with a row added or replaced."""
         return dataclasses.replace(self, rows={**self.rows, row.name: row})
 
     def value(self, name: str, key: str = "median_s") -> float | None:
-        """A figure of a row, or None when it was not measured. `median_s` is its time."""
+        """A value of a row; `median_s` is its time in seconds. None if it was not measured."""
         row = self.rows.get(name)
         if row is None or not row.measured:
             return None
@@ -86,11 +96,12 @@ class Results:
         return row.values.get(key)
 
     def document(self) -> dict[str, Any]:
+        """The results as a JSON object."""
         rows = [dataclasses.asdict(row) for row in self.rows.values()]
         return {"format": FORMAT, "config": self.config, "runs": list(self.runs), "rows": rows}
 
     def save(self, path: Path) -> None:
-        """Replace the file in one step."""
+        """Write the document, replacing the file atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(self.document(), indent=1) + "\n")
@@ -98,7 +109,7 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """InputError when the file is no result of `scail2-rt bench`."""
+    """Read a result document. Raises InputError if the file is not a result of `scail2-rt bench`."""
     try:
         document = json.loads(path.read_text())
         if document["format"] != FORMAT:
@@ -106,7 +117,9 @@ def load(path: Path) -> Results:
         rows = [_row(row) for row in document["rows"]]
         return Results(document["config"], tuple(document["runs"]), {row.name: row for row in rows})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no result file of scail2-rt bench ({error}).") from error
+        raise InputError(
+            f"{path} is not a result of scail2-rt bench ({error}). Give a file written by its --json."
+        ) from error
 
 
 def _row(fields: dict[str, Any]) -> Row:
@@ -115,7 +128,8 @@ def _row(fields: dict[str, Any]) -> Row:
 
 
 def merge(parts: Iterable[Results]) -> Results:
-    """All rows of the parts; where two have a row of the same name, the later part's, unless that one failed."""
+    """Merge results of one model. Of rows with the same name, the last measured one is kept. Raises InputError for
+    results of different models."""
     runs: list[Mapping[str, Any]] = []
     rows: dict[str, Row] = {}
     configs = []
@@ -126,5 +140,6 @@ def merge(parts: Iterable[Results]) -> Results:
                 rows[name] = dataclasses.replace(row, run=row.run + len(runs))
         runs += part.runs
     if len(set(configs)) != 1:
-        raise InputError(f"results of different models cannot be merged: {', '.join(sorted(set(configs))) or 'none'}.")
+        found = ", ".join(sorted(set(configs))) or "none"
+        raise InputError(f"The results are of different models ({found}). Merge results of one model.")
     return Results(configs[0], tuple(runs), rows)

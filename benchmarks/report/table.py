@@ -1,10 +1,10 @@
-"""Results as text: one line per row."""
+"""Results as text, one line per row."""
 
 from collections.abc import Iterable, Sequence
 
 from scail2_rt.benchmarks.report.record import Row
 
-_COLUMNS = (  # value, heading, format
+_COLUMNS = (  # key in `Row.values`, heading, format
     ("tflops", "TFLOP/s", "{:.0f}"),
     ("tbytes_s", "TB/s", "{:.2f}"),
     ("percent_of_ceiling", "% ceiling", "{:.0f}"),
@@ -14,15 +14,16 @@ _COLUMNS = (  # value, heading, format
     ("driver_peak_gib", "driver GiB", "{:.1f}"),
 )
 _SHOWN = {name for name, _, _ in _COLUMNS}
-_HIDDEN = {"flops", "bytes", "mean_cosine"}  # for the report's plots
+_HIDDEN = {"flops", "bytes", "mean_cosine"}  # used only by the report's plots
 
 
 def seconds(value: float) -> str:
+    """A time as text, in s or ms."""
     return f"{value:.3f} s" if value >= 1 else f"{1000 * value:.3f} ms"
 
 
 def line(row: Row) -> str:
-    """A row on its own, for the log of a running benchmark."""
+    """One row as text, for the log of a running benchmark."""
     if row.failure:
         return f"{row.name:44s} FAILED: {row.failure}"
     parts = []
@@ -40,7 +41,7 @@ def line(row: Row) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns: the first on the left, the last as it is, those between on the right."""
+    """Align cells in columns: the first left, the last not at all, all others right."""
     widths = [max(len(cells[i]) for cells in lines) for i in range(len(lines[0]) - 1)]
     text = []
     for first, *middle, last in lines:
@@ -50,7 +51,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """All rows, aligned, grouped by section; values without a column of their own follow as text."""
+    """All rows as an aligned table. Values without a column follow as text."""
     rows = list(rows)
     used = [column for column in _COLUMNS if any(column[0] in row.values for row in rows)]
     lines = [["", "median", "spread", *(heading for _, heading, _ in used), ""]]

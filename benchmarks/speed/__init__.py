@@ -1,1 +1,1 @@
-"""What `scail2-rt bench` measures: one file per section, and the models, baselines and timing that sections share."""
+"""The measurements of `scail2-rt bench`: one file per section, and shared models, baselines and timing."""

@@ -1,10 +1,10 @@
-"""Section `attention`: every variant of self-attention and every installed peer (`peers`), its speed at full length and
-its error on every input family.
+"""Section `attention`: speed of every self-attention variant and installed peer (`peers`) at full length, and error on
+every input family.
 
-Speed is the attention alone on prepared N(0,1) operands, variants taking turns; the preparation has its rows in
-section `kernels`. Error covers preparation and attention together, against exact attention in fp64 on the same bf16
-inputs, for evenly spaced query rows. A family's q and k pass through the RMS norm that belongs to the preparation with
-one constant weight each, which leaves them what they are but for row norms that differ by a per cent or so.
+Speed is that of the attention alone on prepared N(0, 1) operands; the variants alternate. The preparation is measured
+in section `kernels`. Error covers preparation and attention, against exact attention in fp64 on the same bf16 inputs,
+for evenly spaced query rows. The preparation applies an RMS norm to q and k. Here its weight is one constant per
+tensor, so the norm changes only the lengths of rows, by about 1 %.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rope import Rope
 from scail2_rt.kernels.rows.ops import rms_norm
 
-LIBRARIES = ("cudnn", "flash", "sage", "sdpa")  # the variants that are not ours: baselines
+LIBRARIES = ("cudnn", "flash", "sage", "sdpa")  # variants of other libraries: baselines
 REFERENCE_ROWS = 256
 CPU_ERROR_TOKENS = 512
 
@@ -59,12 +59,12 @@ def run(bench: Bench) -> None:
 
 
 def _usable(bench: Bench) -> dict[str, Contestant]:
-    """The variants and peers that run here; the others become rows that say why not."""
+    """The variants and peers that this machine supports. For each other one, a row with the reason is added."""
     named = bench.options.attention
     usable = {}
     for name in VARIANTS if named == "auto" else (named,):
         if bench.on_gpu and name == "sdpa" and named == "auto":
-            continue  # PyTorch's own choice is one of the others
+            continue  # PyTorch would choose one of the other variants
         kind: Kind = "baseline" if name in LIBRARIES else "ours"
         try:
             variant, _ = choose_attention(name, "bf16", bench.device, bench.dit.head_dim)
@@ -94,7 +94,7 @@ def _prepare_peer(peer: Peer, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, r
 
 
 def identity_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:
-    """Multipliers that turn nothing."""
+    """RoPE multipliers for a rotation by 0: cos 1 and sin 0, fp32 [tokens, head_dim / 2]."""
     shape = (tokens, head_dim // 2)
     return Rope(torch.ones(shape, device=device), torch.zeros(shape, device=device))
 
@@ -108,7 +108,7 @@ def _speed(bench: Bench, contestants: Mapping[str, Contestant], tokens: int) -> 
     for name, contestant in contestants.items():
         with bench.attempt(f"attention/{name}/{tokens}"):
             call = contestant.prepare(qkv, weight, weight, rope)
-            call()  # compiles, and fails here if it does
+            call()  # compiles here, so that a failure is attributed to this row
             synchronise(device)
             calls[name] = call
     times = time_calls(calls, device, bench.options.runs)
@@ -150,7 +150,7 @@ def _error(bench: Bench, contestants: Mapping[str, Contestant], family: str, tok
 
 
 def _as_the_op_sees_them(qkv: Tensor, weights: list[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 q and k after the norm of the preparation, and v: [H, L, D]."""
+    """q and k after the preparation's RMS norm, and v, each fp32 [H, L, D]."""
     q, k, v = qkv.chunk(3, dim=1)
     normed = (rms_norm(q, weights[0], EPS), rms_norm(k, weights[1], EPS), v.float())
     q, k, v = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in normed)

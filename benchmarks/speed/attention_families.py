@@ -1,13 +1,14 @@
-"""Input families that tell accurate attention from fast attention.
+"""Input families for measuring the error of attention kernels.
 
-Zero-mean Gaussian inputs hide most mistakes of 8-bit attention; the others are the ones that count.
+Zero-mean Gaussian inputs hide most errors of 8-bit attention; the other families show them.
 
     normal      q, k, v ~ N(0, 1)
-    shifted     normal, V shifted by ±0.5 per channel: catches low-precision accumulation over many keys
-    clustered   tokens in 4 runs, q and k aligned with their run's direction, V coherent inside a run: a global mean
-                does not cure it
-    realistic   Student-t (4 d.o.f.) features, RMS-normed over all heads, channel weights about 1 with 2 % outliers of
-                3…8, a common direction added to every key, V with scale and mean a channel (softmax very peaked)
+    shifted     normal, with V shifted by ±0.5 per channel: shows errors of low-precision accumulation over many keys
+    clustered   tokens in 4 contiguous runs, q and k aligned with one direction per run, V similar within a run:
+                subtracting a global mean does not help
+    realistic   Student-t features (4 degrees of freedom), RMS-normed over all heads, channel weights about 1 with 2 %
+                outliers of 3 to 8, a common direction added to every key, V with its own scale and mean per channel
+                (softmax very peaked)
     flat        realistic with channel weights × 0.45 (softmax as in a trained model's middle layers)
     peaked      every query is aligned with one key (largest probability about 0.8)
 """
@@ -21,7 +22,7 @@ FAMILIES = ("normal", "shifted", "clustered", "realistic", "flat", "peaked")
 
 
 class _Draw:
-    """Random numbers of one family."""
+    """A seeded random number generator on a device."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
@@ -36,7 +37,7 @@ class _Draw:
         return self.normal(*shape).div_(chi.div_(4).sqrt_())
 
     def normed(self, x: Tensor, scale: float) -> Tensor:
-        """RMS norm over all channels with weights of which 2 % are outliers. x [L, C]."""
+        """RMS norm of x [L, C] over all channels, times `scale` and channel weights of which 2 % are outliers."""
         channels = x.shape[1]
         weight = (1 + 0.3 * self.normal(channels)).abs()
         picked = torch.randperm(channels, generator=self.generator, device=self.device)[: max(1, channels // 50)]
@@ -47,7 +48,8 @@ class _Draw:
 def make(
     family: str, tokens: int, heads: int, width: int, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v, each fp32 [H, L, D]. ValueError for an unknown family."""
+    """Draw q, k, v of a family, each fp32 [H, L, D]. width: head dimension D. Raises ValueError for an unknown
+    family."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose from {', '.join(FAMILIES)}")
     draw = _Draw(seed, device)
@@ -80,7 +82,7 @@ def _trained(draw: _Draw, shape: tuple[int, int, int], scale: float) -> tuple[Te
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Exact attention in fp64 for `rows` evenly spaced queries → row indices, fp64 [H, rows, D]."""
+    """Exact attention in fp64 for `rows` evenly spaced queries. Returns (row indices [rows], fp64 [H, rows, D])."""
     index = torch.linspace(0, q.shape[1] - 1, min(rows, q.shape[1]), device=q.device).long()
     out = []
     for head in range(q.shape[0]):
@@ -90,7 +92,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tenso
 
 
 def error(out: Tensor, ref: Tensor) -> tuple[float, float, float]:
-    """Relative Frobenius error, mean row cosine, worst row cosine. What is not finite has infinite error."""
+    """(relative Frobenius error, mean row cosine, worst row cosine); (inf, 0, -1) for non-finite values."""
     out, ref = out.double(), ref.double()
     if not torch.isfinite(out).all():
         return math.inf, 0.0, -1.0

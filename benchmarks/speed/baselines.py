@@ -1,12 +1,12 @@
-"""Baselines of section `forward`: the 40 transformer blocks as others run them, in plain PyTorch.
+"""Baselines of section `forward`: the 40 transformer blocks in plain PyTorch, with random weights.
 
-`official`   the public code's dataflow: fp32 weights under bf16 autocast (every call casts them again), residual stream
-             and modulation in fp32, RoPE in fp64 complex arithmetic, cuDNN attention, cross-attention k and v of every
-             block computed again in every call
-`compile`    the same block with bf16 weights, RoPE in real fp32 arithmetic (inductor knows no complex numbers),
-             compiled once with torch.compile for this one shape, cuDNN attention
+`official`   the dataflow of the official code: fp32 weights under bf16 autocast (cast again in every call), residual
+             stream and modulation in fp32, RoPE in fp64 complex arithmetic, cuDNN attention, cross-attention k and v
+             of every block computed in every call
+`compile`    the same block with bf16 weights, RoPE in real fp32 arithmetic (inductor does not support complex
+             numbers), compiled once with torch.compile for one shape, cuDNN attention
 
-Embeddings and head are left out of both, in the baselines' favour (well below one per cent). Weights are random.
+Both omit embeddings and head, which favours the baselines by well below 1 %.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ Rotate = Callable[[Tensor], Tensor]
 
 
 def block_weights(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Random weights of one block; norms and modulation fp32."""
+    """Random weights of one block: linears in `dtype`, norms and modulation in fp32."""
     c, ffn = config.dim, config.ffn_dim
     shapes = dict.fromkeys(("q", "k", "v", "o", "cq", "ck", "cv", "cki", "cvi", "co"), (c, c))
     shapes |= {"up": (ffn, c), "down": (c, ffn)}
@@ -42,23 +42,25 @@ def block_weights(config: DiTConfig, dtype: torch.dtype, device: torch.device) -
 
 
 def linear(x: Tensor, w: Weights, name: str) -> Tensor:
+    """The linear layer `name` of a block."""
     return F.linear(x, w[f"{name}.w"], w[f"{name}.b"])
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
-    """Normed in fp32, rounded to x's type, times the fp32 weight (which makes the result fp32)."""
+    """RMS norm as in the official code: normalised in fp32, rounded to x's dtype, times the fp32 weight; the result is
+    fp32."""
     full = x.float()
     return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """q [L, C], k and v [M, C] → bf16 [L, C]."""
+    """Multi-head attention: q [L, C], k and v [M, C] → bf16 [L, C]."""
     q, k, v = (x.to(torch.bfloat16).unflatten(-1, (heads, -1)).transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
 
 
 def block(x: Tensor, time: Tensor, text: Tensor, image: Tensor, w: Weights, heads: int, rotate: Rotate) -> Tensor:
-    """x fp32 [L, C], time fp32 [6, C], text [512, C], image [257, C] → fp32 [L, C]."""
+    """One transformer block: x fp32 [L, C], time fp32 [6, C], text [512, C], image [257, C] → fp32 [L, C]."""
     m, c = w["modulation"] + time, x.shape[-1]
     compute = text.dtype
     h = (F.layer_norm(x, (c,), eps=EPS) * (1 + m[1]) + m[0]).to(compute)
@@ -75,7 +77,7 @@ def block(x: Tensor, time: Tensor, text: Tensor, image: Tensor, w: Weights, head
 
 
 def complex_rotation(table: Tensor, heads: int) -> Rotate:
-    """RoPE as the public code does it: x to fp64, complex multiplication, back to fp32. table complex128 [L, D/2]."""
+    """RoPE as in the official code: fp64 complex multiplication, result in fp32. table: complex128 [L, D/2]."""
 
     def rotate(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.double().unflatten(-1, (heads, -1, 2)))
@@ -85,7 +87,7 @@ def complex_rotation(table: Tensor, heads: int) -> Rotate:
 
 
 def real_rotation(cos: Tensor, sin: Tensor, heads: int) -> Rotate:
-    """The same in real fp32 arithmetic. cos, sin fp32 [L, D/2]."""
+    """RoPE in real fp32 arithmetic. cos, sin: fp32 [L, D/2]."""
 
     def rotate(x: Tensor) -> Tensor:
         even, odd = x.float().unflatten(-1, (heads, -1, 2)).unbind(-1)
@@ -97,7 +99,7 @@ def real_rotation(cos: Tensor, sin: Tensor, heads: int) -> Rotate:
 
 @contextmanager
 def cudnn_attention(device: torch.device) -> Iterator[None]:
-    """Attention by cuDNN alone: an error where it cannot. On a CPU PyTorch's own."""
+    """Restrict PyTorch's attention to cuDNN, which raises for unsupported inputs. No effect on a CPU."""
     if device.type != "cuda":
         yield
         return
@@ -108,7 +110,7 @@ def cudnn_attention(device: torch.device) -> Iterator[None]:
 
 
 def official(config: DiTConfig, layout: Layout, device: torch.device) -> Callable[[], Tensor]:
-    """A forward pass through all blocks; 61 GiB of weights for the 14B model."""
+    """A call that runs all blocks as `official`; the 14B model has 61 GiB of weights."""
     weights = [block_weights(config, torch.float32, device) for _ in range(config.layers)]
     rotate = complex_rotation(_table(config, layout, device), config.heads)
 
@@ -119,7 +121,7 @@ def official(config: DiTConfig, layout: Layout, device: torch.device) -> Callabl
 
 
 def compiled(config: DiTConfig, layout: Layout, device: torch.device) -> Callable[[], Tensor]:
-    """The same with bf16 weights and a compiled block (compiled for one shape, shared by all blocks)."""
+    """A call that runs all blocks as `compile`: bf16 weights, one compiled block function for all blocks."""
     weights = [block_weights(config, torch.bfloat16, device) for _ in range(config.layers)]
     table = _table(config, layout, device)
     rotate = real_rotation(table.real.float().contiguous(), table.imag.float().contiguous(), config.heads)

@@ -1,8 +1,7 @@
-"""What a section is given: the model, the device, the options, and a place for its rows.
+"""The context of a section: model, device, options and results.
 
-A section calls `add` for every result, or measures inside `attempt`, which turns whatever goes wrong into a row that
-says so: one kernel that does not run must not cost the other figures of a session on a rented GPU. Results are on disk
-after every row.
+A section calls `add` for every result. Inside `attempt`, an exception becomes a failed row, so that one failing kernel
+does not end a run. The results are saved after every row.
 """
 
 import sys
@@ -28,11 +27,21 @@ NEEDS_GPU = "not measured: needs a GPU"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`weights`: "random" or an engine folder; `attention`: one variant, or "auto" for all (attention section) or the
-    default (elsewhere); `only`: shell patterns of the rows to measure, () for all; `segments`: of the clip that section
-    generate makes; `gpus`: that share a pass or a generation; `clients`, `queued`: of section serve; `steps`, `limits`,
-    `measure`: of section grid, as on the command line; `work`: folder for
-    what is written on the way (random engines, cases, videos); `output`: where results are saved."""
+    """The options of `scail2-rt bench`.
+
+    config            model name
+    weights           "random" or the path of an engine folder
+    sizes             clip sizes to measure
+    runs              timed runs per row
+    attention         one variant; "auto": all (section attention) or the default (other sections)
+    work              folder for random engines, cases and videos
+    output            result file; None: not saved
+    only              shell patterns of the rows to measure; (): all
+    segments          segments of the clip in section generate
+    gpus              GPUs that share a forward pass or a generation
+    clients, queued   polling clients and queued jobs of section serve
+    steps, limits, measure
+                      schedules, memory limits and largest number of steps that section grid runs"""
 
     config: str
     weights: str
@@ -52,12 +61,14 @@ class Options:
 
     @property
     def folder(self) -> Path | None:
-        """The engine folder that was named, if any."""
+        """The engine folder given by `weights`; None for random weights."""
         return None if self.weights == "random" else Path(self.weights)
 
 
 @dataclass(slots=True)
 class Bench:
+    """A running section: its options, model, device and results so far."""
+
     options: Options
     model: ModelConfig
     device: torch.device
@@ -67,7 +78,7 @@ class Bench:
 
     @classmethod
     def start(cls, options: Options, model: ModelConfig, section: str) -> "Bench":
-        """Describe the run and measure the ceilings, which come first in every session."""
+        """Describe the run and measure the ceilings, the first rows of every result."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run = describe_run(device, section=section, weights=options.weights, runs=options.runs)
         bench = cls(options, model, device, Results(options.config, (run,), {}))
@@ -83,51 +94,56 @@ class Bench:
 
     @property
     def dit(self) -> DiTConfig:
+        """The transformer's configuration."""
         assert self.model.dit is not None
         return self.model.dit
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the measurements run on a GPU."""
         return self.device.type == "cuda"
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """What is worth measuring here: fp8 where the GPU has it; on a CPU both, for the sake of the code."""
+        """The precisions to measure: bf16, and fp8 if the GPU supports it. On a CPU both, to test the code."""
         if self.on_gpu and torch.cuda.get_device_capability(self.device) < (8, 9):
             return ("bf16",)
         return ("fp8", "bf16")
 
     @property
     def failures(self) -> tuple[str, ...]:
+        """Names of the failed rows."""
         return tuple(self._failures)
 
     def wants(self, name: str) -> bool:
-        """Was this row asked for?"""
+        """Whether `options.only` selects this row."""
         return not self.options.only or any(fnmatch(name, pattern) for pattern in self.options.only)
 
     def ceiling(self, name: str) -> float | None:
-        """TFLOP/s of `gemm_bf16`, `gemm_fp8`; TB/s of `copy`. A CPU has one GEMM ceiling, that of fp32."""
+        """The measured ceiling: TFLOP/s for `gemm_bf16` and `gemm_fp8`, TB/s for `copy`; None if not measured. On a CPU
+        the fp32 ceiling stands for every GEMM."""
         name = name if self.on_gpu or name == "copy" else "gemm_fp32"
         return self.results.value(f"ceiling/{name}", "tbytes_s" if name == "copy" else "tflops")
 
     def rate(self, timing: Timing, ceiling: str, amount: float) -> dict[str, Any]:
-        """What a call that does `amount` FLOP (bytes for the ceiling `copy`) reaches, and its part of the ceiling."""
+        """The rate of a call and its percentage of a ceiling. amount: FLOP, or bytes for the ceiling `copy`."""
         reached, best = amount / timing.median_s / 1e12, self.ceiling(ceiling)
         unit = "tbytes_s" if ceiling == "copy" else "tflops"
         return {unit: reached, "percent_of_ceiling": 100 * reached / best if best else None}
 
     def add(self, name: str, timing: Timing | None = None, kind: Kind = "ours", note: str = "", **values: Any) -> None:
-        """One result; values that are None are left out."""
+        """Add a row. values: further values, of which None is left out; `breakdown`: seconds by kind of work."""
         breakdown = values.pop("breakdown", {})
         kept = {key: float(value) for key, value in values.items() if value is not None}
         self._store(Row(name, kind, timing, kept, breakdown, note))
 
     def skip(self, name: str, reason: str = NEEDS_GPU, kind: Kind = "ours") -> None:
+        """Add a row that was not measured, with the reason."""
         self._store(Row(name, kind, note=reason))
 
     @contextmanager
     def attempt(self, name: str, kind: Kind = "ours") -> Iterator[None]:
-        """What is raised inside becomes a failed row `name`; Ctrl-C is not caught."""
+        """Turn an exception inside into a failed row `name`. KeyboardInterrupt is not caught."""
         try:
             yield
         except Exception as error:
@@ -139,15 +155,16 @@ class Bench:
         self.free()
 
     def free(self) -> None:
-        """Give cached device memory back, so that the next measurement starts from nothing."""
+        """Release cached GPU memory, so that the next measurement starts with an empty cache."""
         if self.on_gpu:
             torch.cuda.empty_cache()
 
     def peaks(self) -> Any:
+        """`harness.memory_peaks` of this device."""
         return memory_peaks(self.device)
 
     def finish(self) -> None:
-        """Note the state of the card after the hot loops."""
+        """Record the GPU's state after the measurements and save the results."""
         if self.on_gpu:
             run = {**self.results.runs[0], "gpu_state_after": gpu_state()}
             self.results = Results(self.results.config, (run,), self.results.rows)

@@ -1,7 +1,7 @@
-"""Where a call's GPU time goes: kernels by name, put into the groups that the time budget is written in.
+"""The GPU time of a call by group of kernels.
 
-A group is the first whose pattern a kernel's name has. What nothing matches is `other`; its largest names are printed
-so that the patterns can be kept up to date.
+A kernel belongs to the first group whose pattern matches its name, or else to `other`. The largest kernels of `other`
+are printed, so that the patterns can be kept up to date.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-GROUPS = (  # order matters: collectives, then our own kernels, whose names say what they do
+GROUPS = (  # the first match counts: collectives and this package's kernels before the general patterns
     ("collectives", r"nccl"),
     ("cross attention", r"_cross_attention"),
     ("prepare q, k, v", r"_row_rms|_norm_rope|_v_statistics|_key_sample|_finish_statistics|_quantise_|_v_shift"),
@@ -22,6 +22,7 @@ OTHER = "other"
 
 
 def group_of(kernel: str) -> str:
+    """The group of a kernel by its name."""
     for group, pattern in GROUPS:
         if re.search(pattern, kernel, re.IGNORECASE):
             return group
@@ -29,9 +30,8 @@ def group_of(kernel: str) -> str:
 
 
 def gpu_breakdown(call: Callable[[], object]) -> tuple[dict[str, float], str]:
-    """Seconds of GPU time by group in one call, and the largest kernels that no pattern knows.
-
-    Without a profiler (a driver that forbids it) both are empty but for the reason: a profile must not cost a time."""
+    """(group → seconds of GPU time in one call, the largest kernels without a group). If the driver forbids profiling:
+    (empty, the reason), so that a missing profile does not fail a measurement."""
     try:
         return _profiled(call)
     except RuntimeError as error:

@@ -1,10 +1,10 @@
-"""A fresh process that opens an engine folder and generates up to its third denoising step; its times as JSON.
+"""The fresh process of section `load`: opens an engine folder, runs three denoising steps, prints its times as JSON.
 
     python -m scail2_rt.benchmarks.speed.first_step FOLDER WORK HEIGHTxWIDTHxFRAMES START checked|unchecked
 
-START is the wall-clock time at which the parent started this process, so that the interpreter's and PyTorch's own start
-count; with "unchecked" weights are not compared with their checksums. The third step is the first that only replays
-(the first loads and compiles, the second records the graph)."""
+START is the time (seconds since the epoch) at which the parent started this process, so that starting Python and
+importing PyTorch count. With "unchecked" the weights' checksums are not verified. The first step loads and compiles,
+the second records the CUDA graph, the third only replays it."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ STEPS = 3
 
 
 def main(folder: Path, work: Path, size: str, start: float, checked: bool) -> dict[str, float]:
+    """Run three steps. Returns the times in seconds since `start`, and the duration of each phase."""
     from scail2_rt.benchmarks.speed.models import parse_sizes
     from scail2_rt.benchmarks.speed.workload import Workload
     from scail2_rt.engines.folder.store import StoreReader
@@ -24,7 +25,7 @@ def main(folder: Path, work: Path, size: str, start: float, checked: bool) -> di
     from scail2_rt.runtime.session.write import write_video
 
     class Reached(BaseException):
-        """The last step that counts is done; a BaseException, so that nothing on the way takes it for a fault."""
+        """Raised after the last step. A BaseException, so that no handler of exceptions catches it."""
 
     done_s: list[float] = []
 

@@ -1,10 +1,9 @@
-"""Section `forward`: one pass of the denoising network, against the two baselines, with its error beside its speed.
+"""Section `forward`: speed and error of one forward pass of the transformer, compared with two baselines.
 
-Our pass is what a denoising step runs (`Transformer.velocities`, guidance 1, CUDA graph where the engine set uses one).
-At the first size it takes turns with one whose result is looked at for NaN as the denoising loop does (`watched`).
-Error is that of the velocity against our own stages in fp32 with the same underlying weights and PyTorch's attention;
-it is measured with fewer blocks and tokens, because fp32 attention over 48,832 tokens costs minutes. Baselines run at
-the first size.
+The pass is that of a denoising step (`Transformer.velocities`, guidance 1, with CUDA graphs if enabled). At the first
+size it alternates with a pass whose result is checked for NaN as in the denoising loop (`watched`). The error is that
+of the velocity against fp32 stages with the same weights and PyTorch's attention. It is measured with fewer blocks and
+tokens, because fp32 attention over 48,832 tokens takes minutes. Baselines run at the first size.
 """
 
 import itertools
@@ -58,7 +57,7 @@ def run(bench: Bench) -> None:
 
 
 def _precisions(bench: Bench) -> tuple[Precision, ...]:
-    """All worth measuring, or that of the engine folder that was named."""
+    """All precisions to measure, or that of the given engine folder."""
     if bench.options.folder is None:
         return bench.precisions
     from scail2_rt.engines.folder.manifest import read_manifest
@@ -67,7 +66,7 @@ def _precisions(bench: Bench) -> tuple[Precision, ...]:
 
 
 def opened(bench: Bench, precision: Precision, layers: int | None = None) -> EngineSet:
-    """The named engine folder, or random engines."""
+    """Open the given engine folder, or random engines. layers: number of blocks, for random engines; None: all."""
     execution = Execution(attention=bench.options.attention)
     if bench.options.folder is not None and layers is None:
         return open_engines(bench.options.folder, "torch", execution, bench.device.type)
@@ -78,7 +77,13 @@ def opened(bench: Bench, precision: Precision, layers: int | None = None) -> Eng
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """driving: the clip's latent and mask; text [40, text_dim], clip [257, clip_dim], noise [16, F, h, w]."""
+    """The inputs of a step, all fp32.
+
+    references   latent and mask of the reference image
+    driving      latent [16, F, h/2, w/2] and mask of the driving clip
+    text         [40, text_dim]
+    clip         CLIP features [257, clip_dim]
+    noise        [16, F, h, w]"""
 
     references: References
     driving: tuple[Tensor, Tensor]
@@ -88,7 +93,7 @@ class Inputs:
 
 
 def random_inputs(config: DiTConfig, layout: Layout, device: torch.device) -> Inputs:
-    """What a step reads; the same every time."""
+    """Seeded random inputs of a step."""
     generator = torch.Generator(device).manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
@@ -106,8 +111,8 @@ def random_inputs(config: DiTConfig, layout: Layout, device: torch.device) -> In
 def step(
     engines: EngineSet, layout: Layout, constants: Constants | None = None, passes: int = 1
 ) -> Callable[[], list[Tensor]]:
-    """A denoising step of 1 or 2 passes, everything that is constant over the steps done. `constants`: those of
-    processes that share it, say."""
+    """A call that runs a denoising step of 1 or 2 guidance passes; values that are constant over the steps are computed
+    beforehand. constants: for several GPUs, those of the leading process."""
     assert engines.config.dit is not None
     constants = constants or Constants(engines)
     inputs = random_inputs(engines.config.dit, layout, engines.device)
@@ -121,7 +126,7 @@ def step(
 
 @contextmanager
 def sharing(bench: Bench, engines: EngineSet, precision: Precision) -> Iterator[Constants]:
-    """Constants of these engines on as many GPUs as were asked for."""
+    """The constants of these engines on `options.gpus` GPUs; starts and stops the other ranks."""
     gpus, folder, execution = bench.options.gpus, bench.options.folder, engines.execution
     if gpus == 1:
         yield Constants(engines)
@@ -138,7 +143,7 @@ def sharing(bench: Bench, engines: EngineSet, precision: Precision) -> Iterator[
 
 
 def watched(call: Callable[[], list[Tensor]]) -> Callable[[], object]:
-    """The same step with what the denoising loop does to see NaN: one range per step, read one step late."""
+    """The same step with the NaN check of the denoising loop: one value range per step, read one step later."""
     marks, count = StepMarks(lambda step, seen: None), itertools.count()
     return lambda: marks.passed(next(count), value_range(call()[0]))
 
@@ -152,7 +157,7 @@ def _ours(bench: Bench, name: str, precision: Precision, work: Work) -> None:
     flops = float(forward_flops(bench.dit, work.layout))
     with torch.no_grad(), opened(bench, precision) as engines, sharing(bench, engines, precision) as constants:
         call = step(engines, work.layout, constants)
-        call()  # makes the weights and compiles; the next call is recorded in a graph, the one after it replayed
+        call()  # draws weights and compiles; the second call records a CUDA graph, later ones replay it
         calls: dict[str, Callable[[], object]] = {"": call}
         if work == bench.options.sizes[0]:
             calls["watched"] = watched(call)
@@ -190,7 +195,7 @@ def _baseline(
         timing,
         "baseline",
         slow_baseline(name, timing, bench.options.config, work.tokens)
-        or ("eager: compiled on a GPU only" if name == "compile" and not bench.on_gpu else ""),
+        or ("eager mode: compiled only on a GPU" if name == "compile" and not bench.on_gpu else ""),
         tflops=flops / timing.median_s / 1e12,
         flops=flops,
         breakdown=gpu_breakdown(call)[0] if bench.on_gpu else {},
@@ -199,7 +204,7 @@ def _baseline(
 
 
 def _errors(bench: Bench) -> None:
-    """Velocity of each fast path against fp32, at a size and depth that fp32 can be computed at."""
+    """Measure the relative error of the velocity of each fast path against fp32, with few blocks and tokens."""
     layers = min(ERROR_LAYERS, bench.dit.layers)
     layout = (ERROR_WORK if bench.on_gpu else SMALL).layout
 

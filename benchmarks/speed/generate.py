@@ -1,9 +1,8 @@
-"""Section `generate`: a whole generation from files to mp4, engines and prompt cache warm, with and without a memory
-limit.
+"""Section `generate`: a complete generation from files to mp4, with and without a GPU memory limit.
 
-It goes through the session that `scail2-rt generate` uses. A run of one step comes first, which loads, compiles and
-reads; then whole runs are timed. Peak memory covers all of it, loading included. With several segments, a segment costs
-its steps and an overhead: decoding, reading and encoding what the next one starts from, recording a graph.
+It uses a session, as `scail2-rt generate` does. A first run of one step loads weights, compiles and fills the caches;
+then complete runs are timed. Peak memory includes loading. For several segments the overhead per segment is reported:
+the time of a segment minus its steps (decoding, encoding the overlap for the next segment, recording a CUDA graph).
 """
 
 import time
@@ -41,10 +40,10 @@ def run(bench: Bench) -> None:
 
 
 class StepClock:
-    """Listens to a run: when each step was done."""
+    """A progress listener that records the end of each step. done_s: (segment, step), both from 1 → seconds."""
 
     def __init__(self) -> None:
-        self.done_s: dict[tuple[int, int], float] = {}  # (segment, step), both from 1
+        self.done_s: dict[tuple[int, int], float] = {}
 
     def __call__(self, event: Progress) -> None:
         if event.step:
@@ -52,13 +51,13 @@ class StepClock:
 
     @property
     def step_s(self) -> float | None:
-        """Median seconds from one step to the next within a segment."""
+        """Median seconds per step, within segments; None if no segment has two steps."""
         gaps = [b - a for (one, a), (other, b) in pairwise(self.done_s.items()) if one[0] == other[0]]
         return median(gaps) if gaps else None
 
     @property
     def segment_overhead_s(self) -> float | None:
-        """Seconds that a later segment costs beyond its steps; None for a clip of one segment."""
+        """Mean seconds of a segment after the first, minus its steps; None for a clip of one segment."""
         last = {segment: time_s for (segment, _), time_s in self.done_s.items()}
         steps = max((step for _, step in self.done_s), default=0)
         if len(last) < 2 or self.step_s is None:

@@ -1,8 +1,8 @@
-"""Measuring: times, memory, the machine, and the ceilings that everything is held against.
+"""Measure times, memory and ceilings, and describe the machine.
 
-Times are CUDA events around back-to-back calls (a wall clock on a CPU). Calls that are compared take turns, sample by
-sample, because the clocks of a GPU at its power cap drift by ten per cent within seconds. Memory is asked of both the
-allocator (what tensors took) and the driver (what the process took from the card).
+Times are CUDA events around back-to-back calls (a wall clock on a CPU). Compared calls alternate, sample by sample,
+because the clocks of a GPU at its power limit drift by 10 % within seconds. Memory is read from the allocator (memory
+of tensors) and from the driver (all memory in use on the GPU).
 """
 
 import datetime
@@ -22,19 +22,21 @@ from scail2_rt.benchmarks.report.record import Timing
 from scail2_rt.runtime.session.report import processor_name, versions
 
 Call = Callable[[], object]
-SAMPLE_S = 0.25  # a sample lasts at least this long on a GPU: short kernels are repeated within it
-GEMM = (16_384, 5120, 13_824)  # rows, in, out: the feed-forward's first product, one row chunk
+SAMPLE_S = 0.25  # minimum duration of a sample on a GPU; short kernels are repeated
+GEMM = (16_384, 5120, 13_824)  # rows, in, out: the first matrix product of the feed-forward stage, for one chunk
 COPY_BYTES = 2 << 30
 _SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait for all work on a GPU; no effect on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_calls(calls: Mapping[str, Call], device: torch.device, runs: int, warm_up: int = 2) -> dict[str, Timing]:
-    """Each call's time; the calls take turns. On a GPU a sample is as many launches as last `SAMPLE_S`."""
+    """Time several calls alternately. On a GPU, a sample repeats the call for about `SAMPLE_S` seconds, at most 1,000
+    times. runs: samples per call; warm_up: calls before the first sample."""
     repeats = {}
     for name, call in calls.items():
         for _ in range(warm_up):
@@ -48,11 +50,12 @@ def time_calls(calls: Mapping[str, Call], device: torch.device, runs: int, warm_
 
 
 def time_call(call: Call, device: torch.device, runs: int, warm_up: int = 2) -> Timing:
+    """Time one call, as `time_calls`."""
     return time_calls({"": call}, device, runs, warm_up)[""]
 
 
 def time_sample(call: Call, device: torch.device, repeats: int = 1) -> float:
-    """Seconds per call."""
+    """Seconds per call, over `repeats` calls."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -69,10 +72,10 @@ def time_sample(call: Call, device: torch.device, repeats: int = 1) -> float:
 
 @contextmanager
 def memory_peaks(device: torch.device, interval_s: float = 0.02) -> Iterator[dict[str, float]]:
-    """Fills the dictionary, at the end, with the peaks in GiB of what ran inside; empty on a CPU.
+    """Yield a dictionary that is filled at the end with the peaks of GPU memory in GiB; it stays empty on a CPU.
 
-    `driver_peak_gib` is sampled and counts everything on the card; what an earlier measurement left in the allocator's
-    cache is given back first."""
+    `driver_peak_gib` is sampled every `interval_s` seconds and counts all processes on the GPU. The allocator's cache
+    is emptied first."""
     peaks: dict[str, float] = {}
     if device.type != "cuda":
         yield peaks
@@ -103,7 +106,7 @@ def memory_peaks(device: torch.device, interval_s: float = 0.02) -> Iterator[dic
 
 
 def describe_run(device: torch.device, **options: Any) -> dict[str, Any]:
-    """Everything about a run that its figures depend on."""
+    """The description of a run: command, date, device, system, versions, GPU state and `options`."""
     run: dict[str, Any] = {
         "command": " ".join(["scail2-rt", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -123,7 +126,7 @@ def describe_run(device: torch.device, **options: Any) -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, str]:
-    """Clocks, power and temperature at this moment, as nvidia-smi tells them; empty where it is absent."""
+    """Current clocks, power and temperature from nvidia-smi; empty if it is not installed or fails."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader", "-i", "0"]
@@ -135,7 +138,7 @@ def gpu_state() -> dict[str, str]:
 
 
 def ceilings(device: torch.device) -> dict[str, tuple[Call, float]]:
-    """Name → (call, its FLOP or its bytes moved): the best that the libraries reach on this machine."""
+    """Name → (call, its FLOP or bytes moved). The calls measure the best rates of PyTorch's libraries here."""
     if device.type != "cuda":
         a, b = torch.randn(512, 512), torch.randn(512, 512)
         source, target = torch.zeros(1 << 22), torch.empty(1 << 22)

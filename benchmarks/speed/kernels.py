@@ -1,7 +1,7 @@
-"""Section `kernels`: what is not a matrix product, held against the copy ceiling and against its PyTorch twin.
+"""Section `kernels`: kernels other than matrix products, compared with the copy ceiling and their PyTorch twins.
 
-`tbytes_s` counts what a kernel must read and write, each byte once. `error` is the relative difference from the twin
-(the same function on CPU tensors) on a few hundred rows of the same input.
+`tbytes_s` counts the bytes that a kernel must read and write, each once. `error` is the relative Frobenius difference
+from the twin (the same function on CPU tensors) on `CHECKED_ROWS` rows of the same input.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 
 @dataclass(frozen=True, slots=True)
 class RowOperation:
-    """`call(*tensors)`; tensors whose index is in `cut` have one row per token. `moved`: bytes read and written."""
+    """`call(*tensors)`. cut: indices of the tensors with one row per token; moved: bytes read and written."""
 
     name: str
     call: Callable[..., ops.Rows]
@@ -95,7 +95,7 @@ def _measure(bench: Bench, operation: RowOperation, tokens: int) -> None:
 
 
 def difference(out: Tensor | tuple[Tensor, Tensor], twin: Tensor | tuple[Tensor, Tensor]) -> float:
-    """Relative Frobenius difference; a pair is quantised data and its row scales."""
+    """Relative Frobenius difference of two results. A pair is quantised data [L, C] and one scale per row [L]."""
 
     def value(x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         return (x.double() if isinstance(x, Tensor) else x[0].double() * x[1].double().view(-1, 1)).cpu()
@@ -127,8 +127,8 @@ def _cross(bench: Bench, tokens: int) -> None:
 
 
 def _watch(bench: Bench, work: Work) -> None:
-    """What looking for NaN costs: once a step for the latent, and once for each decoded group of four frames. A row's
-    `bytes` are those read; its time is that of the launches, and the copy of the result, behind the work."""
+    """Measure the NaN checks: of the latent, once per step, and of each decoded group of four frames. `bytes` are the
+    bytes read. The time covers the kernels and the asynchronous copy of the result."""
     latent = torch.randn(16, work.layout.frames, work.layout.height, work.layout.width, device=bench.device)
     pixels = torch.randn(3, 4, work.height, work.width, device=bench.device)
     for name, seen, look in (("finite_flag", latent, value_range), ("finite_flag-pixels", pixels, colour_range)):
@@ -159,7 +159,7 @@ def _prepare(bench: Bench, variant: str, tokens: int, rope: Rope) -> None:
     bench.add(
         name,
         timing,
-        note="its error is part of section attention's",
+        note="error: see section attention",
         **bench.rate(timing, "copy", moved),
         bytes=moved,
     )

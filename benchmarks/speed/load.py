@@ -1,14 +1,14 @@
-"""Section `load`: from an engine folder on disk, or from a request, to the first denoising step.
+"""Section `load`: the time from an engine folder on disk, or from a request, to the first denoising step.
 
-Counted is everything from the start of the process to the end of the first step, less the time of a step that has
-nothing left to load: imports, checks, opening, encoding of references and driving clip, context keys and values, and
-the weights of the transformer. The folder's files are in the page cache, the prompt's encoding in the prompt cache.
-Processes that compare no checksum take turns with the others. Since a process varies by more than checking costs, the
-transformer's weights are also loaded in this process, with sums and without: all that the loader can, nothing else.
+The time runs from the start of a fresh process to the end of the first step, minus the time of a later step. It covers
+imports, checks, opening the folder, encoding references and driving clip, context keys and values, and loading the
+transformer's weights. The folder's files are in the page cache and the prompt's encoding in the prompt cache. Processes
+that verify no checksums alternate with the others. Times of processes vary more than verification costs, so the
+transformer's weights are also loaded repeatedly in this process, with and without checksums.
 
-Two more starts are measured. `cold-kernels`: the same fresh process with empty kernel caches (Triton's, NVRTC's and the
-driver's), so that every kernel up to the first step is compiled. `warm-request`: a session that has run before is given
-a reference image that it has not seen, prompt and driving clip as before: from `check` to the end of the first step.
+Two more rows: `cold-kernels` is the same process with empty kernel caches (Triton, NVRTC, driver), so that every kernel
+up to the first step is compiled. `warm-request` is the time from `check` to the end of the first step in a session that
+has run before, with a new reference image and the same prompt and driving clip.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.core.progress import Progress
 
 LIMIT_S = 600
-AHEAD = 16  # stages on their way at a time, so that the readers never wait
+AHEAD = 16  # stages loading concurrently, so that the readers never wait
 DETAILS = ("import_s", "checked_s", "opened_s", "first_step_done_s", "warm_step_s")
 
 
@@ -72,11 +72,11 @@ def first_step(bench: Bench) -> None:
         middle = sorted(found, key=to_first_step)[len(found) // 2]
         phases = {name.removeprefix("phase_"): value for name, value in middle.items() if name.startswith("phase_")}
         timing, without = Timing.of(map(to_first_step, found)), Timing.of(map(to_first_step, unchecked))
-        bench.add("load/first-step-unchecked", without, "baseline", note="no checksum compared")
+        bench.add("load/first-step-unchecked", without, "baseline", note="checksums not verified")
         bench.add(
             "load/first-step",
             timing,
-            note=f"fresh process, {folder_gib(folder):.1f} GiB, page cache warm",
+            note=f"fresh process, {folder_gib(folder):.1f} GiB, files in page cache",
             breakdown=phases,
             check_percent=100 * (timing.median_s / without.median_s - 1),
             **details(middle),
@@ -123,7 +123,8 @@ def warm_request(bench: Bench) -> None:
 
 
 def weights(bench: Bench) -> None:
-    """The transformer's weights from the page cache to the device, with checksums and without, in turns."""
+    """Measure loading the transformer's weights from the page cache to the device, alternately with and without
+    checksums."""
     with open_engines(engine_folder(bench), "torch", device=bench.device.type) as engines:
         stages = [name for name in engines.definitions if name.startswith("dit.")]
         names = {True: "load/weights", False: "load/weights-unchecked"}
@@ -133,14 +134,14 @@ def weights(bench: Bench) -> None:
         timings = time_calls(calls, bench.device, bench.options.runs)
         size = sum(engines.store.layout.stage_bytes(stage) for stage in stages)
     whole, without = (timings[name] for name in names.values())
-    bench.add(names[False], without, "baseline", "no checksum compared", gb_s=size / without.median_s / 1e9)
+    bench.add(names[False], without, "baseline", "checksums not verified", gb_s=size / without.median_s / 1e9)
     share = 100 * (whole.median_s / without.median_s - 1)
-    note = f"{size / 2**30:.1f} GiB, page cache warm"
+    note = f"{size / 2**30:.1f} GiB, files in page cache"
     bench.add(names[True], whole, note=note, gb_s=size / whole.median_s / 1e9, check_percent=share)
 
 
 def load_all(engines: EngineSet, stages: Sequence[str], checked: bool) -> None:
-    """Load stages and let them go, a few on their way at a time."""
+    """Load stages and drop them, `AHEAD` concurrently. checked: verify checksums."""
     store = engines.store
     assert isinstance(store, StoreReader)
     checker, store.checker = store.checker, store.checker if checked else None
@@ -159,6 +160,7 @@ def load_all(engines: EngineSet, stages: Sequence[str], checked: bool) -> None:
 
 
 def to_first_step(times: Mapping[str, float]) -> float:
+    """Seconds to the end of the first step, minus a step without loading."""
     return times["first_step_done_s"] - times["warm_step_s"]
 
 
@@ -169,8 +171,8 @@ def details(times: Mapping[str, float]) -> dict[str, Any]:
 def fresh_process(
     folder: Path, workload: Workload, checked: bool = True, caches: Path | None = None
 ) -> dict[str, float]:
-    """Times of `first_step` in a fresh process; compiled kernels are read from and kept in `caches` where it is given,
-    instead of the engine folder."""
+    """Run `first_step` in a fresh process and return its times in seconds. caches: folder for compiled kernels, instead
+    of the one in the engine folder. Raises Scail2Error if the process fails."""
     names = ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS", "CUDA_CACHE_PATH")
     environment = os.environ | ({} if caches is None else dict.fromkeys(names, str(caches)))
     words = [
@@ -185,10 +187,11 @@ def fresh_process(
     result = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise Scail2Error(f"the process that loads the engines failed: {last[0]}")
+        raise Scail2Error(f"The process that loads the engines failed: {last[0]}")
     times: dict[str, float] = json.loads(result.stdout.strip().splitlines()[-1])
     return times
 
 
 def folder_gib(folder: Path) -> float:
+    """The size of a folder in GiB."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30

@@ -1,4 +1,4 @@
-"""The models and the sizes of work that can be measured without a checkpoint."""
+"""Models and clip sizes for measurements without a checkpoint."""
 
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ MODELS: dict[str, ModelConfig] = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One clip: T pixel frames of H×W with one reference."""
+    """The size of one clip: pixels and frames, with one reference image."""
 
     height: int
     width: int
@@ -38,37 +38,42 @@ class Work:
 
 
 STANDARD = (Work(512, 896, 81), Work(704, 1280, 81), Work(480, 832, 81))  # 48,832, 95,920 and 42,510 tokens
-SMALL = Work(64, 96, 13)  # what a CPU computes with the tiny model
+SMALL = Work(64, 96, 13)  # for the tiny model on a CPU
 
 
 def model(name: str, layers: int | None = None) -> ModelConfig:
-    """The sizes of a named model, with fewer transformer blocks when `layers` is given."""
+    """The configuration of a named model, with at most `layers` transformer blocks. Raises InputError for an unknown
+    name."""
     if name not in MODELS:
-        raise InputError(f"there is no model {name!r}; choose from {', '.join(MODELS)}.")
+        raise InputError(f"There is no model {name!r}. Choose from {', '.join(MODELS)}.")
     config = MODELS[name]
     assert config.dit is not None
     return config if layers is None else replace(config, dit=replace(config.dit, layers=min(layers, config.dit.layers)))
 
 
 def parse_sizes(text: str) -> tuple[Work, ...]:
-    """`48832,480x832x81` → works: token counts of the standard sizes, or height x width x frames."""
+    """Parse sizes such as `48832,480x832x81`: token counts of standard sizes, or height x width x frames. Raises
+    InputError for other texts and impossible sizes."""
     by_tokens = {work.tokens: work for work in (*STANDARD, SMALL)}
     works = []
     for part in text.split(","):
         numbers = part.strip().split("x")
         if not all(number.isdecimal() for number in numbers) or len(numbers) not in (1, 3):
-            raise InputError(f"--sizes: {part!r} is neither a token count nor height x width x frames.")
+            raise InputError(f"--sizes: {part!r} is not a size. Give a token count or HEIGHTxWIDTHxFRAMES.")
         if len(numbers) == 3:
             works.append(Work(*(int(number) for number in numbers)))
         elif int(numbers[0]) in by_tokens:
             works.append(by_tokens[int(numbers[0])])
         else:
             known = ", ".join(f"{tokens} ({work})" for tokens, work in by_tokens.items())
-            raise InputError(f"--sizes: no standard size has {part} tokens; known are {known}; or give 512x896x81.")
+            raise InputError(
+                f"--sizes: no standard size has {part} tokens. Give {known}, or a size such as 512x896x81."
+            )
     for work in works:
-        _ = work.layout  # refuses sizes that cannot be
+        _ = work.layout  # raises for impossible sizes
     return tuple(works)
 
 
 def default_sizes(config: str) -> tuple[Work, ...]:
+    """The clip sizes to measure for a model."""
     return (SMALL,) if config == "tiny" else STANDARD[:2]

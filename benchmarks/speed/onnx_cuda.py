@@ -1,9 +1,9 @@
-"""ONNX Runtime's CUDA provider beside the torch executor: every stage of the tiny and the sprite checkpoint.
+"""Compare ONNX Runtime's CUDA provider with the torch backend: all stages of the tiny and the sprite checkpoint.
 
 `python -m scail2_rt.benchmarks.speed.onnx_cuda prepare DIR` makes the engine folders, in fp32 and fp16 for both
-executors; it needs no GPU, but the packages that trace graphs. `... run DIR`, on a GPU with onnxruntime-gpu, is
-`verify` of each folder: the error of every stage against the plain fp32 stage, and its time in both executors. DIR may
-be carried from one machine to the other. The last line is JSON; exit code 1 when a stage fails.
+backends. It needs the packages that trace graphs, but no GPU. `... run DIR` needs a GPU and onnxruntime-gpu; it runs
+`verify` on each folder and reports the error of every stage against the plain fp32 stage and its time in both backends.
+DIR may be copied from one machine to another. The last line is JSON. Exit code 1 if a stage fails.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def checkpoint_of(directory: Path, model: str) -> Path:
 
 
 def prepare(directory: Path) -> None:
-    """Engine folders `<model>-<precision>` in `directory`."""
+    """Make the engine folders `<model>-<precision>` in `directory`."""
     tiny = checkpoint_of(directory, "tiny")
     if not tiny.exists():
         make_checkpoint(tiny)

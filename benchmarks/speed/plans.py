@@ -1,10 +1,11 @@
-"""What building the plans of a whole model takes: `python -m scail2_rt.benchmarks.speed.plans --precision fp8`.
+"""Measure time and memory for building all TensorRT plans of a model:
+`python -m scail2_rt.benchmarks.speed.plans --precision fp8`.
 
-Every stage of the model, one after another, with seeded random weights of its real shapes: its weights are drawn and
-written, its plan is compiled in a process of its own as `build-engines` does it, and then both are deleted. So it needs
-the disk and the memory of the largest stage only, and no checkpoint. TensorRT for RTX compiles without a GPU. It prints
-a table by family, and one line of JSON last: seconds and peak memory of the compiling process, bytes of plan and
-weights. Drawing weights is not counted.
+For one stage after another, seeded random weights of its real shapes are drawn and written, its plan is compiled in a
+separate process as `build-engines` does, and both are deleted. This needs no checkpoint, and disk and memory only for
+the largest stage. TensorRT for RTX compiles without a GPU. The output is a table by family, then one line of JSON:
+seconds and peak memory of the compiling process, bytes of plan and weights. The time for drawing weights is not
+included.
 """
 
 import argparse
@@ -41,7 +42,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """One stage's plan."""
+    """The plan of one stage. peak_bytes: peak memory of the compiling process."""
 
     stage: str
     family: str
@@ -53,7 +54,7 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Stages of one form; seconds: the median."""
+    """All stages of one form. seconds: median per stage; peak_gib: largest peak; plan_gib: sum of the plans."""
 
     name: str
     stages: int
@@ -65,7 +66,8 @@ class Family:
 
 
 def build_all(config: ModelConfig, precision_name: str, targets: str | None, patterns: tuple[str, ...]) -> list[Built]:
-    """Build and delete the plans of all stages, in a folder of their own."""
+    """Build and delete the plans of all stages that match `patterns`, in a temporary folder. targets: comma-separated
+    architectures; None: all that the precision allows."""
     precision = check_precision(precision_name)
     definitions = stage_definitions(config)
     options = plan_options(None, None, targets) or PlanOptions()
@@ -94,7 +96,7 @@ def build_all(config: ModelConfig, precision_name: str, targets: str | None, pat
 
 
 def _write(store: RandomStore, stage: str, tensors: StageTensors, path: Path) -> int:
-    """The weights of one stage → their bytes."""
+    """Write the weights of one stage; returns their bytes."""
     writer = StoreWriter(path, plan_store({stage: tensors}))
     try:
         for name, tensor in store.stage(stage, tensors).items():
@@ -114,6 +116,7 @@ def _compiled(job: PlanJob) -> tuple[Outcome, int]:
 
 
 def families(built: Iterable[Built]) -> list[Family]:
+    """The plans grouped by the form of their stage."""
     groups: dict[str, list[Built]] = {}
     for one in built:
         groups.setdefault(one.family, []).append(one)
@@ -132,6 +135,7 @@ def families(built: Iterable[Built]) -> list[Family]:
 
 
 def table(rows: Iterable[Family]) -> str:
+    """The families as a text table."""
     lines = [
         f"{'family':<24}{'stages':>7}{'median s':>10}{'longest s':>11}{'sum s':>9}{'peak GiB':>10}{'plans GiB':>11}"
     ]
@@ -147,8 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=MODELS, default="14b")
     parser.add_argument("--precision", default="fp8")
-    parser.add_argument("--target", help="architectures, e.g. sm89,sm120 (all that the precision allows)")
-    parser.add_argument("--stages", action="append", default=[], help="shell pattern, repeatable")
+    parser.add_argument("--target", help="architectures, e.g. sm89,sm120 (default: all that the precision allows)")
+    parser.add_argument("--stages", action="append", default=[], help="shell pattern of stages; repeatable")
     given = parser.parse_args()
     started = time.monotonic()
     built = build_all(model(given.config), given.precision, given.target, tuple(given.stages))
@@ -157,9 +161,9 @@ def main() -> None:
     peak = max(one.peak_bytes for one in built)
     print(table(rows))
     print(
-        f"{given.config} in {given.precision}: {len(built)} plans in {total_s:.0f} s one after another, "
-        f"{plan_bytes / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB; {os.cpu_count()} CPU cores; "
-        f"{time.monotonic() - started:.0f} s with drawing weights"
+        f"{given.config} in {given.precision}: {len(built)} plan(s) in {total_s:.0f} s, built sequentially, "
+        f"{plan_bytes / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB; {os.cpu_count()} CPU core(s); "
+        f"{time.monotonic() - started:.0f} s including drawing weights"
     )
     print(
         json.dumps(

@@ -1,4 +1,4 @@
-"""Many clients that ask one service of this machine for the state of jobs, each over a connection of its own."""
+"""Simulate many clients that poll the state of jobs at a service on this machine, each with its own connection."""
 
 import asyncio
 import time
@@ -11,11 +11,11 @@ POLL_S = 5.0
 
 
 def poll(url: str, paths: Sequence[str], clients: int, seconds: float) -> list[float]:
-    """Seconds that each request took, of `clients` clients that each ask every `POLL_S` seconds and begin one after the
-    other. It ends by itself after `seconds`. Only loopback is asked."""
+    """Poll with `clients` clients, each every `POLL_S` seconds with staggered starts, for `seconds` seconds. Returns
+    the seconds of each request. Raises Scail2Error for a URL that is not on loopback."""
     parts = urlsplit(url)
     if parts.hostname not in ("127.0.0.1", "localhost", "::1") or parts.port is None:
-        raise Scail2Error(f"{url} is not on this machine: load is made for services of this machine alone.")
+        raise Scail2Error(f"{url} is not on this machine. Give the URL of a service on this machine.")
     return asyncio.run(_poll(parts.hostname, parts.port, paths, clients, seconds))
 
 
@@ -32,7 +32,7 @@ async def _poll(host: str, port: int, paths: Sequence[str], clients: int, second
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 200"):
-                raise Scail2Error(f"the service answers {head.splitlines()[0].decode()}.")
+                raise Scail2Error(f"The service answered with {head.splitlines()[0].decode()}. Read its log.")
             length = next(line for line in head.lower().splitlines() if line.startswith(b"content-length:"))
             await reader.readexactly(int(length.split(b":")[1]))
             latencies.append(time.perf_counter() - began)

@@ -1,8 +1,8 @@
-"""A complete engine folder of random weights on disk: what `load` and `generate` measure without a checkpoint.
+"""A complete engine folder with random weights on disk, for sections `load` and `generate` without a checkpoint.
 
-Weights are drawn on the GPU, if there is one, and written by several threads, so that the 32 GiB of the 14B model in
-fp8 take about as long as the disk needs. It opens like a built folder, with checksums; `verify` is not for it, since
-there is no checkpoint and the files are not hashed.
+Weights are drawn on the GPU, if there is one, and written by several threads, so that the disk limits the speed (32 GiB
+for the 14B model in fp8). The folder opens like a built one, with checksums. `verify` does not work on it, because it
+has no checkpoint and its files are not hashed.
 """
 
 import dataclasses
@@ -36,17 +36,18 @@ from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import InputError
 
 WRITERS = 8
-IN_FLIGHT = 32  # stages' tensors that wait for a writer, at most
+IN_FLIGHT = 32  # maximum number of tensors that wait for a writer
 UNHASHED = "random weights, not hashed"
 
 
 def write_random_folder(directory: Path, config_name: str, precision: Precision) -> Path:
-    """Make the folder, or keep one that is there already and fits. → `directory`."""
+    """Make the folder, unless one of this model and precision exists. Returns `directory`. Raises InputError for a
+    folder with other files."""
     config = model(config_name)
     if fits(directory, config_name, precision):
         return directory
     if directory.exists() and not (directory / STAGES).is_dir() and any(directory.iterdir()):
-        raise InputError(f"{directory} has other files in it; name another folder with --work.")
+        raise InputError(f"{directory} contains other files. Give another folder with --work.")
     shutil.rmtree(directory, ignore_errors=True)
     (directory / STAGES).mkdir(parents=True)
     (directory / TOKENIZER).parent.mkdir()
@@ -66,7 +67,7 @@ def write_random_folder(directory: Path, config_name: str, precision: Precision)
 
 
 def fits(directory: Path, config_name: str, precision: Precision) -> bool:
-    """Is there a finished folder of this model and precision?"""
+    """Whether `directory` is a complete folder of this model and precision."""
     if not (directory / MANIFEST).is_file():
         return False
     try:
@@ -79,8 +80,8 @@ def fits(directory: Path, config_name: str, precision: Precision) -> bool:
 
 
 def _write_store(path: Path, store: RandomStore) -> dict[str, str]:
-    """Drawn in this thread, written in others → the sums of all tensors. No fsync: the folder is for measuring from the
-    page cache."""
+    """Draw the tensors in this thread and write them in others. Returns tensor name → checksum. Does not sync, because
+    measurements read from the page cache."""
     writer = StoreWriter(path, store.layout)
     summing = SummingWriter(writer)
     room = threading.Semaphore(IN_FLIGHT)

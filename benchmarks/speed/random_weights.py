@@ -1,8 +1,8 @@
-"""Engines with random weights that are made on the device as they are asked for: no checkpoint, no file, no waiting.
+"""Engines with random weights that are drawn on the device when they are read, without a checkpoint or files.
 
-`RandomStore` answers like the weight store of an engine folder. A value is drawn in fp32 from a seed of its
-checkpoint name, and then rounded as a build would round it: the same weights in every precision, so that fast paths can
-be compared with an fp32 run. A seed gives other numbers on a CPU than on a GPU.
+`RandomStore` has the interface of an engine folder's weight store. Each tensor is drawn in fp32 with a seed derived
+from its checkpoint name and then rounded as in a build. All precisions thus share the same weights, and fast paths can
+be compared with an fp32 run. The same seed gives different numbers on a CPU and on a GPU.
 """
 
 import zlib
@@ -31,7 +31,7 @@ SEED = 0
 
 
 class RandomWeights:
-    """fp32 checkpoint tensors by component and name, drawn on `device`."""
+    """fp32 checkpoint tensors by component (dit, vae, umt5, clip) and name, drawn on `device`."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str, seed: int = SEED) -> None:
         self.device, self.seed = torch.device(device), seed
@@ -46,17 +46,18 @@ class RandomWeights:
             self.shapes["clip"] = clip_shapes(config.clip)
 
     def draw(self, component: str, name: str) -> Tensor:
+        """One tensor, fp32, drawn with a seed derived from its name."""
         shape = self.shapes[component][name]
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}/{component}/{name}".encode()))
         mean, deviation = distribution(component, name, shape)
         return torch.randn(shape, generator=generator, device=self.device).mul_(deviation).add_(mean)
 
     def component(self, component: str) -> dict[str, Tensor]:
-        """All tensors of a component, under their checkpoint names."""
+        """Checkpoint name → tensor, for all tensors of a component."""
         return {name: self.draw(component, name) for name in self.shapes[component]}
 
     def tables(self, config: ModelConfig) -> dict[str, Tensor]:
-        """What the runtime itself needs between stages, as a build writes it to `tables.safetensors`."""
+        """The tensors that the runtime needs between stages, as a build writes them to `tables.safetensors`."""
         assert config.dit is not None
         found = {}
         for name, source in table_sources(config.dit).items():
@@ -66,7 +67,7 @@ class RandomWeights:
 
 
 class RandomStore:
-    """The methods of `engines.folder.store.WeightStore`; tensors are made on the weights' device at every call."""
+    """Has the interface of `engines.folder.store.WeightStore`. Every call draws the tensors on the weights' device."""
 
     def __init__(self, config: ModelConfig, precision: Precision, weights: RandomWeights) -> None:
         definitions = stage_definitions(config)
@@ -83,7 +84,7 @@ class RandomStore:
         return self.stage(stage, (parameter,))[parameter]
 
     def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]:
-        """Parameter name → tensor of one stage; an e4m3 weight and its scale come from one draw."""
+        """Parameter name → tensor of one stage. An e4m3 weight and its scales are quantised from one fp32 tensor."""
         wanted = list(parameters)
         found: dict[str, Tensor] = {}
         for parameter, sources in self._sources[name].items():
@@ -101,10 +102,10 @@ class RandomStore:
         return {parameter: found[parameter] for parameter in wanted}
 
     def check(self, stage: str) -> None:
-        """What is drawn has no sums."""
+        """Nothing to do: random weights have no checksums."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to do: no resources are held."""
 
     def _split(self, name: str) -> tuple[str, str]:
         """`dit.blocks.3.mid.norm3.bias` → (`dit.blocks.3.mid`, `norm3.bias`)."""
@@ -117,7 +118,7 @@ class RandomStore:
 
 
 def random_manifest(config: ModelConfig, precision: Precision, layout: StoreLayout, origin: str) -> Manifest:
-    """The manifest of a folder of random weights, without artefacts."""
+    """The manifest of a folder with random weights, without artefacts. origin: description of the weights."""
     stages = []
     for name, definition in stage_definitions(config).items():
         inputs, outputs = definition.io(definition.numerics(precision))
@@ -134,16 +135,17 @@ def random_engines(
     layers: int | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> EngineSet:
-    """The engines of a named model (`14b`, `tiny`) with random weights, nothing on disk."""
+    """The engines of a named model (such as `14b`) with random weights and nothing on disk. layers: number of
+    transformer blocks; None: all."""
     config, place = model(config_name, layers), torch.device(device)
     weights = RandomWeights(config, place)
     store = RandomStore(config, precision, weights)
     manifest = random_manifest(config, precision, store.layout, f"random weights of {config_name}")
     folder = EngineFolder(Path("random"), manifest, stage_definitions(config), store)
-    choice = BackendChoice(backend("torch"), "random weights were asked for", place)
+    choice = BackendChoice(backend("torch"), "for random weights", place)
     return EngineSet(folder, weights.tables(config), choice, execution)
 
 
 def random_on(config_name: str, precision: Precision, execution: Execution, device: torch.device) -> EngineSet:
-    """`random_engines` for a process that is only told its device."""
+    """`random_engines` with all layers and the device as last argument, for the ranks of a group."""
     return random_engines(config_name, precision, device, None, execution)

@@ -1,10 +1,10 @@
-"""The service on a Ray cluster compared with the service of one machine, and how fast its ledger is.
+"""Measure the service on a Ray cluster against the service on one machine, and the speed of the cluster's ledger.
 
-`python -m scail2_rt.benchmarks.speed.ray_cluster figures ENGINES --case DIR` starts a cluster of a head and two nodes
-of one CPU on this machine, and ends it again. It measures the seconds that a job takes beyond its generation, on one
-machine and in the cluster; from the kill of a node to the next step of its job; and a queue of 2,000 jobs.
-`… throughput URL --case DIR --videos N` measures a running service: videos per hour with N queued at once.
-`… ledger DATA_URL` measures the ledger alone, without a cluster, on a folder or s3://. The last line is JSON.
+`python -m scail2_rt.benchmarks.speed.ray_cluster figures ENGINES --case DIR` starts a cluster on this machine, with a
+head node and two nodes of one CPU each, and stops it at the end. It measures the overhead of a job beyond its
+generation, on one machine and in the cluster; the time from the kill of a node to the next step of its job; and a queue
+of 2,000 jobs. `… throughput URL --case DIR --videos N` measures a running service: videos per hour with N jobs queued.
+`… ledger DATA_URL` measures only the ledger, without a cluster, on a folder or s3://. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from scail2_rt.runtime.serve.wire import Wire
 from scail2_rt.runtime.session.report import file_hash
 
 COMMAND = (sys.executable, "-m", "scail2_rt.runtime.cli.main")
-HOST = "127.0.0.2"  # loopback by a name that Ray does not replace by the address of a network card
+HOST = "127.0.0.2"  # a loopback address that Ray does not replace by that of a network card
 QUEUED = 2000
 NAMES = ("input_reference", "mask_reference", "video_reference", "video_mask_reference")
 SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
@@ -44,7 +44,7 @@ def body_of(wire: Wire, case: Path, options: Mapping[str, str]) -> dict[str, Any
 
 
 def done(wire: Wire, video_id: str) -> dict[str, Any]:
-    """The video when it is completed; events that end before it does are asked for again."""
+    """Wait for a job and return its video object. Reconnects if the event stream ends early."""
     for kind, video in wire.events(f"/v1/videos/{video_id}/events"):
         if kind == "completed":
             return dict(video)
@@ -54,13 +54,13 @@ def done(wire: Wire, video_id: str) -> dict[str, Any]:
 
 
 def beyond(wire: Wire, body: Mapping[str, Any], videos: int) -> list[float]:
-    """Seconds from sending a request to its end, without those of the generation."""
+    """Seconds from the request to the end of a job, minus the generation, for each of `videos` jobs."""
     seconds = []
     for _ in range(videos + 1):
         began = time.perf_counter()
         video = done(wire, wire.ask("POST", "/v1/videos", dict(body))["id"])
         seconds.append(time.perf_counter() - began - video["inference_time_s"])
-    return seconds[1:]  # the first one loads weights
+    return seconds[1:]  # the first job loads weights
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def deploy(engines: Path, data: Path, address: str) -> Wire:
 
 
 def killed_node(cluster: Any, wire: Wire, body: Mapping[str, Any], data: Path) -> float:
-    """Seconds from the kill of a node to the first step of its job on another."""
+    """Seconds from the kill of a node to the first step of its job on another node."""
     objects = Objects(str(data))
     video_id = wire.ask("POST", "/v1/videos", {**body, "steps": "300"})["id"]
     while newest_state(objects, video_id) is None:
@@ -123,7 +123,7 @@ def killed_node(cluster: Any, wire: Wire, body: Mapping[str, Any], data: Path) -
 
 
 def cpu_seconds(title: str) -> float:
-    """Of the process that Ray gave this title."""
+    """The CPU seconds used so far by the process that Ray gave this title."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if path.read_bytes().decode(errors="replace").startswith(title):
@@ -133,7 +133,7 @@ def cpu_seconds(title: str) -> float:
 
 
 def long_queue(cluster: Any, wire: Wire, data: Path) -> dict[str, float]:
-    """2,000 jobs for engines that nobody has, so that they wait."""
+    """Queue 2,000 jobs for engines that no replica has, and measure the ledger's times and CPU use."""
     import ray
 
     ray.init(cluster.address, namespace="scail2-rt", log_to_driver=False, logging_level=logging.ERROR)
@@ -195,7 +195,7 @@ def figures(engines: Path, case: Path, options: Mapping[str, str], videos: int, 
 
 
 def throughput(url: str, case: Path, options: Mapping[str, str], videos: int) -> dict[str, Any]:
-    """Videos per hour of a service, with all of them queued at once."""
+    """Videos per hour of a service with `videos` jobs queued at once."""
     wire = Wire(url, os.environ.get("SCAIL2_RT_API_KEY"))
     body = body_of(wire, case, options)
     done(wire, wire.ask("POST", "/v1/videos", dict(body))["id"])
@@ -207,7 +207,8 @@ def throughput(url: str, case: Path, options: Mapping[str, str], videos: int) ->
 
 
 def ledger_alone(data: str, jobs: int = 300) -> dict[str, float]:
-    """Milliseconds of the ledger's work per call, one at a time and 64 at once; the store's part is in it."""
+    """Milliseconds of the ledger per job and per message, for single jobs and for 64 concurrent ones. The times include
+    the object store."""
 
     async def measure() -> dict[str, float]:
         ledger = Ledger(data)
@@ -253,7 +254,7 @@ def main() -> None:
     parser.add_argument("--case", type=Path)
     parser.add_argument("--videos", type=int, default=10)
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the request")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field of the request")
     given = parser.parse_args()
     options = dict(pair.partition("=")[::2] for pair in given.set)
     if given.what == "figures":

@@ -1,10 +1,10 @@
-"""The service on more GPUs than we have: a simulation with measured service times.
+"""Simulate the service on many GPUs, with measured service times.
 
-`python -m scail2_rt.benchmarks.speed.ray_planning` prints one row per number of GPUs. The queue never runs empty. The
-ledger is one process: its CPU handles one call at a time, and its writes to the store overlap. A job makes these calls:
-it is added, claimed, planned, reports every step, and ends; `RECORD_WRITES` of them write its record. Between two jobs
-a GPU waits until its result is in the store, the end of the job is recorded, Ray Serve has sent the next request, that
-claim is recorded, and the inputs have arrived. docs/ray-planning.md says where each number comes from.
+`python -m scail2_rt.benchmarks.speed.ray_planning` prints one row per number of GPUs. The queue is never empty. The
+ledger is one process: its CPU handles one call at a time, and its writes to the object store overlap. The calls of a
+job are: added, claimed, planned, one report per step, ended; `RECORD_WRITES` of them write its record. Between two jobs
+a GPU waits until its result is stored, the end of the job is recorded, Ray Serve has sent the next request, that claim
+is recorded and the inputs have arrived. docs/ray-planning.md gives the source of each number.
 """
 
 import argparse
@@ -14,19 +14,19 @@ import random
 from dataclasses import asdict, dataclass, fields
 
 END, CLAIM = 0, -1
-RECORD_WRITES = 5  # per job: added, claimed, planned, first step, ended
+RECORD_WRITES = 5  # record writes per job: added, claimed, planned, first step, ended
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds unless said otherwise.
+    """The inputs of the simulation.
 
-    clip_s, steps          of one job on one GPU; one call to the ledger per step
-    call_ms, write_ms      CPU of the ledger: per call, and in addition per call that writes a record
-    store_ms               until a record is in the store: one read and one write there
-    route_ms               of Ray Serve, from a queued request to a replica
-    inputs_mb, result_mb, state_mb   per job; state: of its finished segments (a clip of one segment has none)
-    node_mb_s              what a replica moves from and to the store"""
+    clip_s, steps          seconds and steps of one job on one GPU; one call to the ledger per step
+    call_ms, write_ms      CPU time of the ledger per call, and additional time per call that writes a record
+    store_ms               time to store a record: one read and one write in the object store
+    route_ms               time of Ray Serve from a queued request to a replica
+    inputs_mb, result_mb, state_mb   MB per job; state: of its finished segments (0 for a clip of one segment)
+    node_mb_s              MB/s between a replica and the object store"""
 
     clip_s: float = 22.5
     steps: int = 6
@@ -42,6 +42,8 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Found:
+    """The results for one number of GPUs. gpu_busy, ledger_busy: shares of the time; wait: idle time between jobs."""
+
     gpus: int
     clips_per_s: float
     gpu_busy: float
@@ -54,7 +56,7 @@ class Found:
 
 
 def simulate(gpus: int, costs: Costs, seconds: float = 600.0, seed: int = 0) -> Found:
-    """`gpus` replicas for so many seconds, of which the first tenth is not counted."""
+    """Simulate `gpus` replicas for `seconds` seconds; the first tenth is not counted."""
     rng = random.Random(seed)
     call, write, store = costs.call_ms / 1e3, (costs.call_ms + costs.write_ms) / 1e3, costs.store_ms / 1e3
     move = (costs.inputs_mb + costs.result_mb) / 2 / costs.node_mb_s
@@ -62,14 +64,14 @@ def simulate(gpus: int, costs: Costs, seconds: float = 600.0, seed: int = 0) -> 
     waits: list[float] = []
 
     def ask(now: float, cost: float) -> float:
-        """When the ledger's CPU is done with a call that comes now."""
+        """The time at which the ledger's CPU has finished a call that arrives at `now`. cost: CPU seconds."""
         nonlocal free, busy, calls
         free = max(free, now) + cost
         if now >= warm:
             busy, calls = busy + cost, calls + 1
         return free
 
-    # (time, replica, steps that are left or END or CLAIM, when its last step ended)
+    # (time, replica, number of remaining steps or END or CLAIM, end of its last step)
     events = [(rng.uniform(0, costs.clip_s), number, costs.steps, 0.0) for number in range(gpus)]
     heapq.heapify(events)
     while events and events[0][0] < seconds:
@@ -82,7 +84,7 @@ def simulate(gpus: int, costs: Costs, seconds: float = 600.0, seed: int = 0) -> 
             last = todo == 1
             after = (now + step + move, number, END, now + step) if last else (now + step, number, todo - 1, 0.0)
         elif todo == END:
-            ask(now, write)  # somebody adds the job that comes in its place
+            ask(now, write)  # a client adds the next job
             after = (ask(now, write) + store + costs.route_ms / 1e3, number, CLAIM, since)
         else:
             begun = ask(now, write) + store + move
@@ -103,7 +105,7 @@ def simulate(gpus: int, costs: Costs, seconds: float = 600.0, seed: int = 0) -> 
         waits[len(waits) // 2],
         waits[int(len(waits) * 0.99)],
         calls / measured,
-        rate * (2 * RECORD_WRITES + 5 + 5 + 3),  # a read and a write per record; inputs put and fetched; results
+        rate * (2 * RECORD_WRITES + 5 + 5 + 3),  # read and write per record; inputs stored and fetched; results
         rate * megabytes,
     )
 

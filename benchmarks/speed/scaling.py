@@ -1,9 +1,9 @@
-"""`scail2-rt bench scaling`: one GPU against several of the same host, in one run.
+"""`scail2-rt bench scaling`: compare several GPUs of one host with one GPU.
 
-Each part is a process of its own with a time limit, so that a collective that hangs or a card that fails costs one part
-and not the others; parts are run in the order of their importance until the time is used up. What a part has measured
-is on disk after every figure. The summary holds the ratios; `scaled` works out from the measured parts of a forward
-pass what other numbers of GPUs would give.
+Each part runs in a separate process with a time limit, so that a hanging collective or a failing GPU affects only one
+part. Parts run in the given order until the time limit. A part saves its values after each measurement. The summary
+contains the ratios; `scaled` computes the times for other numbers of GPUs from the measured breakdown of a forward
+pass.
 """
 
 import json
@@ -23,13 +23,20 @@ from scail2_rt.benchmarks.speed.harness import describe_run
 
 PARTS = ("forward-fp8", "generate", "golden", "forward-bf16", "failures")
 LIMITS_S = {"forward-fp8": 240, "generate": 240, "golden": 100, "forward-bf16": 120, "failures": 120}
-TINY_S = 40  # of a part with the tiny model
+TINY_S = 40  # time limit of a part with the tiny model
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingOptions:
-    """config: model; gpus: how many to compare with one; parts: which; work: folder for random engines and videos;
-    limit_s: seconds for everything; output: where all figures are saved; summary: where the ratios go."""
+    """The options of `bench scaling`.
+
+    config    model name
+    gpus      number of GPUs to compare with one
+    parts     parts to run, in order
+    work      folder for random engines and videos
+    limit_s   time limit for all parts, seconds
+    output    file for all values
+    summary   file for the summary; None: not written"""
 
     config: str
     gpus: int
@@ -41,7 +48,7 @@ class ScalingOptions:
 
 
 def run(options: ScalingOptions) -> dict[str, Any]:
-    """Every part; → the document, which is saved after each."""
+    """Run all parts. Returns the document, which is saved after each part."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -49,7 +56,7 @@ def run(options: ScalingOptions) -> dict[str, Any]:
     for part in options.parts:
         left = options.limit_s - (time.monotonic() - started)
         if left < 20:
-            document["parts"][part] = {"failure": "not run: the time was used up"}
+            document["parts"][part] = {"failure": "not run: the time limit was reached"}
         else:
             document["parts"][part] = _run_part(
                 options, part, min(left, LIMITS_S[part] if options.config != "tiny" else TINY_S)
@@ -62,7 +69,7 @@ def run(options: ScalingOptions) -> dict[str, Any]:
 
 
 def _run_part(options: ScalingOptions, part: str, limit_s: float) -> dict[str, Any]:
-    """The figures of one part, and `failure` when it did not end well."""
+    """Run one part. Returns its values, with `failure` if it failed or reached its time limit."""
     figures = options.output.with_name(f"{options.output.stem}.{part}.json")
     figures.unlink(missing_ok=True)
     words = [part, options.config, str(options.gpus), str(options.work), str(figures)]
@@ -88,13 +95,13 @@ def _run_part(options: ScalingOptions, part: str, limit_s: float) -> dict[str, A
     found["wall_s"] = round(time.monotonic() - started, 1)
     if code != 0:
         end = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
-        found["failure"] = f"exit code {code}: {end[-600:]}" if code is not None else f"cut off at {limit_s:.0f} s"
+        found["failure"] = f"exit code {code}: {end[-600:]}" if code is not None else f"stopped after {limit_s:.0f} s"
     print(json.dumps(found, indent=1), file=sys.stderr, flush=True)
     return found
 
 
 def save(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace the file in one step."""
+    """Write a JSON file, replacing it atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
@@ -102,7 +109,7 @@ def save(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def summary(document: Mapping[str, Any], gpus: int) -> dict[str, Any]:
-    """The flat figures; what was not measured is left out."""
+    """The flat summary. Values that were not measured are left out."""
     parts = document["parts"]
     found: dict[str, Any] = {"gpus": gpus}
     for part in ("forward-fp8", "forward-bf16"):
@@ -128,10 +135,11 @@ def summary(document: Mapping[str, Any], gpus: int) -> dict[str, Any]:
 
 
 def scaled(alone: Mapping[str, float], shared: Mapping[str, float], gpus: int, wanted: int) -> dict[str, float]:
-    """Computed, not measured: a forward pass on `wanted` GPUs, from the parts of one on one GPU and on `gpus`.
+    """Compute, without measuring, the time of a forward pass on `wanted` GPUs from its breakdowns on one GPU (`alone`)
+    and on `gpus` GPUs (`shared`), group → seconds.
 
-    What computes is divided; a collective moves 1/N of everything, of which (N-1)/N crosses, at the rate measured; what
-    one GPU does not spend and several do besides (copies around the exchange) is divided too."""
+    Compute time is divided by the number of GPUs N. In an all-to-all each rank holds 1/N of the data and sends (N-1)/N
+    of that, at the measured rate. Further time on several GPUs (copies around the exchange) is divided by N too."""
     compute = sum(alone.values())
     crossing = shared.get("collectives", 0.0) * (wanted - 1) / wanted**2 / ((gpus - 1) / gpus**2)
     others = sum(seconds for name, seconds in shared.items() if name != "collectives")

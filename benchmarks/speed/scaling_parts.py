@@ -1,8 +1,8 @@
 """The parts of `bench scaling`: `python -m scail2_rt.benchmarks.speed.scaling_parts PART CONFIG GPUS WORK FIGURES`.
 
-One GPU and several are measured in turns, in the process that leads the others: while it computes a pass alone, they
-wait. Both have the same weights (drawn from the same seeds) and the same inputs; `difference` is the relative error of
-the shared velocity against that of one GPU.
+One GPU and several are measured alternately in the leading process (rank 0); the other ranks wait while it computes
+alone. Both use the same weights (drawn from the same seeds) and inputs. `difference` is the relative Frobenius error of
+the velocity of several GPUs against that of one.
 """
 
 import json
@@ -44,7 +44,7 @@ COMPUTED = (4, 8)
 
 
 class Figures:
-    """What a part has measured so far, on disk after every `add`."""
+    """The values measured so far by a part; saved after every `add`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.values = path, dict[str, Any]()
@@ -56,7 +56,7 @@ class Figures:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """An error inside becomes the figure `name`, and the part goes on."""
+        """Record an exception inside as the value `name`, so that the part continues."""
         try:
             yield
         except Exception as error:
@@ -64,7 +64,7 @@ class Figures:
 
 
 class Setting:
-    """What the parts are given."""
+    """The context of a part: model, number of GPUs, work folder, device, sizes, steps and runs."""
 
     def __init__(self, config: str, gpus: int, work: Path, figures: Figures) -> None:
         self.config, self.gpus, self.work, self.figures = config, gpus, work, figures
@@ -76,7 +76,7 @@ class Setting:
 
 
 def forward(setting: Setting, precision: Precision) -> None:
-    """A denoising step, alone and shared: one pass; in fp8 also the two passes of guidance and the other sizes."""
+    """Measure a denoising step on one GPU and on several: one pass; in fp8 also two guidance passes and other sizes."""
     opener = partial(random_on, setting.config, precision, Execution())
     with torch.inference_mode(False), torch.no_grad(), opener(setting.device) as engines:
         team = Team(setting.gpus, setting.device, opener)
@@ -99,7 +99,7 @@ def forward(setting: Setting, precision: Precision) -> None:
 def _compare(
     setting: Setting, engines: EngineSet, team: Team, name: str, work: Work, passes: int, thorough: bool
 ) -> None:
-    """One job of `forward`. thorough: `setting.runs` samples instead of one, and on a GPU the time by part."""
+    """Measure one row of `forward`. thorough: `setting.runs` samples instead of one, and on a GPU a breakdown."""
     alone = step(engines, work.layout, Constants(engines), passes)
     shared = step(engines, work.layout, LeadingConstants(engines, team), passes)
     calls = {"alone": alone, "shared": shared}
@@ -107,7 +107,7 @@ def _compare(
     figures: dict[str, Any] = {"difference": _difference(results["shared"], results["alone"])}
     setting.figures.add(name, figures)
     for call in calls.values():
-        call()  # recorded
+        call()  # records the CUDA graph
     seconds: dict[str, list[float]] = {key: [] for key in calls}
     for _ in range(setting.runs if thorough else 1):
         for key, call in calls.items():
@@ -129,15 +129,15 @@ def _compare(
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Relative error of a list of velocities."""
+    """The relative Frobenius error of a list of velocities."""
     error = sum((a - b).square().sum().item() for a, b in zip(ours, theirs, strict=True))
     return (error / sum(b.square().sum().item() for b in theirs)) ** 0.5
 
 
 def _collectives(setting: Setting, team: Team, call: Callable[[], list[Tensor]]) -> dict[str, Any]:
-    """Count, bytes and seconds of each kind of collective in one call. Seconds run from when the stream reaches a
-    collective to its end, and include waiting for the others. The call is not replayed from its CUDA graph here: a
-    graph has no place to take the times."""
+    """Kind of collective → count, bytes and seconds in one call. Seconds are measured on the stream, from the start to
+    the end of a collective, and include waiting for other ranks. CUDA graphs are disabled for this call, because times
+    cannot be taken inside a graph."""
     transformer = call.func.__self__  # type: ignore[attr-defined]
     graph, transformer._graph = transformer._graph, None
     try:
@@ -153,7 +153,8 @@ def _collectives(setting: Setting, team: Team, call: Callable[[], list[Tensor]])
 
 
 def generate(setting: Setting) -> None:
-    """Whole generations from files to mp4, several GPUs first; each session is warmed by a generation of one step."""
+    """Measure complete generations from files to mp4, on several GPUs first. Each session is warmed up with a
+    generation of one step."""
     folder = _folder(setting)
     work = setting.sizes[0]
     for gpus in (setting.gpus, 1):
@@ -177,7 +178,7 @@ def generate(setting: Setting) -> None:
 
 
 def _decoding(setting: Setting, session: Session) -> None:
-    """A clip decoded alone and shared: seconds, and the largest difference of a pixel in -1..1."""
+    """Decode a clip on one GPU and on several: seconds, and the largest absolute pixel difference in -1..1."""
     layout = setting.sizes[0].layout
     latent = torch.randn(16, layout.frames, layout.height, layout.width, device=setting.device)
     decoders: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
@@ -198,7 +199,7 @@ def _decoding(setting: Setting, session: Session) -> None:
 
 
 def failures(setting: Setting) -> None:
-    """A cancel, a process that is killed, and the generation after each."""
+    """Measure a cancellation, the kill of a rank, and the generation after them."""
     folder = _folder(setting)
     workload = Workload(setting.sizes[0], setting.steps[0], setting.work)
     with _session(setting, folder, setting.gpus) as session:
@@ -236,7 +237,7 @@ def failures(setting: Setting) -> None:
 
 
 def golden(setting: Setting) -> None:
-    """The golden pipeline fixtures (`SCAIL2_GOLDEN`), shared by all GPUs."""
+    """Run the golden pipeline fixtures (`SCAIL2_GOLDEN`) on all GPUs."""
     folder = os.environ.get("SCAIL2_GOLDEN")
     if not folder:
         setting.figures.add("skipped", "SCAIL2_GOLDEN names no folder of golden fixtures")
@@ -284,6 +285,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from scail2_rt.benchmarks.speed import scaling_parts  # by this name the other processes find what they open
+    from scail2_rt.benchmarks.speed import scaling_parts  # other ranks import functions under this module name
 
     scaling_parts.main()

@@ -1,7 +1,7 @@
-"""Running sections: one in this process, or all of them, each in a process of its own.
+"""Run one section in this process, or all sections, each in a separate process.
 
-`all` keeps every section's result as a file beside the merged one, so that an interruption, a crash or a full card in
-one section leaves the others as they are.
+`all` keeps the result of each section as a file beside the merged one, so that an interruption, a crash or a full GPU
+in one section does not affect the others.
 """
 
 import importlib
@@ -22,9 +22,9 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 
 
 def run_section(section: str, options: Options, debug: bool = False) -> tuple[Results, tuple[str, ...]]:
-    """Measure; → results and the names of what failed."""
+    """Measure one section. Returns (results, names of failed rows). Raises InputError for a folder without engines."""
     if options.folder is not None and not (options.folder / "manifest.json").is_file():
-        raise InputError(f"--weights {options.folder} is neither `random` nor an engine folder.")
+        raise InputError(f"--weights {options.folder} is not an engine folder. Give an engine folder or `random`.")
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench.start(options, model(options.config), section)
     bench.debug = debug
@@ -34,7 +34,8 @@ def run_section(section: str, options: Options, debug: bool = False) -> tuple[Re
 
 
 def run_all(options: Options) -> tuple[Results, tuple[str, ...]]:
-    """Every section in a fresh process with the same options; the merged file grows with each."""
+    """Measure all sections in fresh processes with the same options; the merged file is updated after each. Returns
+    (results, names of failed sections). Raises Scail2Error if no section has a result."""
     output = options.output or options.work / "results.json"
     parts = output.with_name(f"{output.stem}.sections")
     done: list[Results] = []
@@ -60,12 +61,12 @@ def run_all(options: Options) -> tuple[Results, tuple[str, ...]]:
         if code:
             failed.append(section)
     if not done:
-        raise Scail2Error("no section of the benchmark produced a result; see the messages above.")
+        raise Scail2Error("No section of the benchmark has a result. Read the messages above.")
     return merge(done), tuple(failed)
 
 
 def _words(options: Options) -> list[str]:
-    """The options of `scail2-rt bench SECTION`, but for its output."""
+    """The options as command-line words of `scail2-rt bench SECTION`, except those for output files."""
     words = ["--config", options.config, "--weights", options.weights, "--runs", str(options.runs)]
     words += ["--attention", options.attention, "--work", str(options.work), "--segments", str(options.segments)]
     words += ["--gpus", str(options.gpus)]
@@ -81,7 +82,7 @@ def text_of(results: Results) -> str:
 
 
 def last_line(results: Results, failed: Sequence[str], output: Path | None) -> str:
-    """The JSON object that ends a run's output."""
+    """The JSON object in the last line of a run's output."""
     goals = {goal.key: status for goal, _, status in judged(results)}
     document = {"config": results.config, "summary": summary(results), "goals": goals, "failed": list(failed)}
     if output is not None:

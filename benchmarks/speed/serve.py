@@ -1,10 +1,10 @@
-"""Section `serve`: what the service adds to a generation, and how it answers while it works.
+"""Section `serve`: the overhead of the service over a session, and its response times under load.
 
-A service of its own is started on the engines, on a free port of this machine's loopback, and warmed by one video.
-Then: from the request to the first denoising step, inputs kept and prompt cached; the whole video, beside the same
-request through a session of this process; the command `generate --server` from its start to the first step. On the
-sizes of the options `--clients` and `--queued`: status requests of clients that poll every five seconds while jobs run,
-and a long queue: what the server's memory grows by and what a page of the list takes. Everything ends with the section.
+A service is started with the engines on a free loopback port, warmed up with one video, and stopped at the end.
+Measured are: the time from the request to the first denoising step, with stored inputs and a cached prompt; the time of
+a video, compared with the same request in a session of this process; the time from the start of `generate --server` to
+the first step; status requests of `--clients` clients that poll every five seconds while jobs run; and, with `--queued`
+jobs, the growth of the server's memory and the time for a page of the list.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def run(bench: Bench) -> None:
 
 
 def own_session(bench: Bench, folder: Path, workload: Workload) -> float:
-    """Median seconds of the same video in a warm session of this process."""
+    """Measure the same video in a warmed-up session of this process. Returns the median in seconds."""
     with workload.open(folder) as session:
         session.generate(session.check(workload.request()), workload.output)
         seconds = []
@@ -67,13 +67,14 @@ def own_session(bench: Bench, folder: Path, workload: Workload) -> float:
             session.generate(session.check(workload.request()), workload.output)
             seconds.append(time.perf_counter() - began)
     timing = Timing.of(seconds)
-    bench.add("serve/own-session", timing, "baseline", note="check and generate in a warm session")
+    bench.add("serve/own-session", timing, "baseline", note="check and generate in a warmed-up session")
     return timing.median_s
 
 
 @contextlib.contextmanager
 def running(bench: Bench, folder: Path, workload: Workload) -> Iterator[tuple[Wire, int]]:
-    """A service on the engine folder, and its process id."""
+    """Start a service with the engine folder; yields (its connection, its process id). Raises Scail2Error if it does
+    not start."""
     data = bench.options.work / f"serve-{os.getpid()}"
     words = ["serve", str(folder), "--backend", "torch", "--gpus", "1", "--port", "0", "--data", str(data)]
     words += ["--max-queue", "100000", "--max-queue-per-key", "100000"]
@@ -87,7 +88,7 @@ def running(bench: Bench, folder: Path, workload: Workload) -> Iterator[tuple[Wi
         alarm.cancel()
         try:
             if not url:
-                raise Scail2Error(f"the service did not start; see {log.name}.")
+                raise Scail2Error(f"The service did not start. Read {log.name}.")
             yield Wire(url, None), process.pid
         finally:
             process.terminate()
@@ -96,7 +97,7 @@ def running(bench: Bench, folder: Path, workload: Workload) -> Iterator[tuple[Wi
 
 
 def body_of(wire: Wire, request: Request) -> dict[str, Any]:
-    """The request as JSON, its inputs kept at the service."""
+    """The JSON body of a request; its inputs are uploaded to the service."""
     files = {name: getattr(request, field) for name, field in REFERENCES.items()}
     kept = {name: {"file_id": wire.keep(Path(str(path)), file_hash(Path(str(path))))} for name, path in files.items()}
     same = ("prompt", "scheduler", "steps", "shift", "guidance", "segment_length", "segment_overlap", "seed")
@@ -106,17 +107,18 @@ def body_of(wire: Wire, request: Request) -> dict[str, Any]:
 
 
 def watch(wire: Wire, video_id: str, began: float) -> tuple[float, float, Mapping[str, Any]]:
-    """Seconds from `began` until its first step has begun, until it is complete, and the video object."""
+    """Follow a job to its end. Returns (seconds from `began` to the start of its first step, seconds from `began` to
+    its end, the video object). Raises Scail2Error if it fails."""
     first: float | None = None
     for kind, video in wire.events(f"/v1/videos/{video_id}/events"):
         now = time.perf_counter() - began
         if kind == "completed":
             return first or now, now, video
         if kind in ("failed", "deleted"):
-            raise Scail2Error(f"the job ended as {kind}: {video.get('error')}")
+            raise Scail2Error(f"The job ended as {kind}: {video.get('error')}")
         if first is None and video.get("status") == "in_progress":
             first = now
-    raise Scail2Error("the event stream ended before the job.")
+    raise Scail2Error("The event stream ended before the job. Read the service's log.")
 
 
 def finish(wire: Wire, video_id: str) -> None:
@@ -136,21 +138,21 @@ def videos(bench: Bench, wire: Wire, body: Mapping[str, Any], own: float | None,
     bench.add(
         "serve/first-step",
         Timing.of(first),
-        note="from the request to its first step; inputs kept, prompt cached",
+        note="from request to first step; inputs stored, prompt cached",
         breakdown=done["stage_durations"],
     )
     timing = Timing.of(whole)
     bench.add(
         "serve/video",
         timing,
-        note=f"from the request to its end, {workload.name}",
+        note=f"from request to end, {workload.name}",
         inference_s=done["inference_time_s"],
         percent_over_session=None if own is None else 100 * (timing.median_s / own - 1),
     )
 
 
 def command(bench: Bench, wire: Wire, workload: Workload) -> None:
-    """`generate --server` in fresh processes: from their start to the first step of their job."""
+    """Measure `generate --server` in fresh processes, from the start of the process to the first step of its job."""
     request, seconds = workload.request(), []
     words: list[Any] = ["generate", "--server", wire.url, "--image", request.image, "--mask-image", request.mask_image]
     words += ["--driving", request.driving, "--mask-video", request.mask_video, "--prompt", request.prompt]
@@ -169,7 +171,7 @@ def command(bench: Bench, wire: Wire, workload: Workload) -> None:
         finally:
             process.kill()
         if process.returncode:
-            raise Scail2Error(f"the command failed: {said.strip().splitlines()[-1]}")
+            raise Scail2Error(f"The command failed: {said.strip().splitlines()[-1]}")
         wire.ask("DELETE", f"/v1/videos/{listed[0]['id']}")
     bench.add(
         "serve/command-first-step", Timing.of(seconds), note="from the start of `generate --server`, fresh process"
@@ -177,17 +179,17 @@ def command(bench: Bench, wire: Wire, workload: Workload) -> None:
 
 
 def wait_for(found: Callable[[], Any]) -> Any:
-    """What `found` gives, once it is true."""
+    """Call `found` until its result is true and return that. Raises Scail2Error after `START_S` seconds."""
     deadline = time.monotonic() + START_S
     while not (answer := found()):
         if time.monotonic() > deadline:
-            raise Scail2Error(f"nothing came in {START_S} s.")
+            raise Scail2Error(f"The service did not answer within {START_S} s. Read its log.")
         time.sleep(0.005)
     return answer
 
 
 def status(bench: Bench, wire: Wire, body: Mapping[str, Any]) -> None:
-    """Status requests while a job runs and others wait."""
+    """Measure status requests while one job runs and others are queued."""
     made = [wire.ask("POST", "/v1/videos", {**body, "steps": 1000})["id"] for _ in range(10)]
     wait_for(lambda: wire.ask("GET", f"/v1/videos/{made[0]}")["status"] == "in_progress")
     latencies = poll(wire.url, [f"/v1/videos/{video_id}" for video_id in made], bench.options.clients, POLLED_S)
@@ -205,9 +207,9 @@ def status(bench: Bench, wire: Wire, body: Mapping[str, Any]) -> None:
 
 
 def queue(bench: Bench, wire: Wire, server: int, body: Mapping[str, Any]) -> None:
-    """A long queue behind a job that runs."""
+    """Measure a long queue behind a running job."""
     made = [wire.ask("POST", "/v1/videos", {**body, "steps": 1000})["id"]]
-    for _ in range(50):  # what the first requests load is not growth
+    for _ in range(50):  # the first requests load modules, which must not count as growth
         made.append(wire.ask("POST", "/v1/videos", body)["id"])
         wire.ask("GET", "/v1/videos?limit=100")
     before = resident_mb(server)
@@ -227,7 +229,7 @@ def queue(bench: Bench, wire: Wire, server: int, body: Mapping[str, Any]) -> Non
     bench.add(
         "serve/queue",
         timing,
-        note=f"a page of 100 of {bench.options.queued} waiting jobs",
+        note=f"a page of 100 of {bench.options.queued} queued jobs",
         worst_ms=1000 * max(seconds),
         growth_mb=growth,
         taken_per_s=bench.options.queued / taken,
@@ -235,7 +237,7 @@ def queue(bench: Bench, wire: Wire, server: int, body: Mapping[str, Any]) -> Non
 
 
 def resident_mb(process: int) -> float:
-    """Resident memory of a process as Linux tells it; 0 elsewhere."""
+    """Resident memory of a process in MiB, from /proc; 0 on other systems."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):

@@ -1,7 +1,7 @@
-"""Section `stages`: the engine stages of one transformer block, with embed and head, in every precision.
+"""Section `stages`: the stages of one transformer block, embed and head, in every precision.
 
-They run as in production, through the engine set and its row pieces, over all tokens of the first size. `error` is
-against the fp32 stage with the same underlying weights, on the first rows.
+The stages run as in production, through the engine set in chunks, over all tokens of the first size. `error` is the
+largest relative Frobenius error of an output against the fp32 stage with the same weights, on the first rows.
 """
 
 import torch
@@ -34,7 +34,8 @@ def run(bench: Bench) -> None:
 
 
 def random_inputs(engines: EngineSet, stage: str, tokens: int) -> list[Tensor]:
-    """N(0,1) in fp32 for every input, one row per token; modulation is small, the driving flag 0."""
+    """fp32 inputs of a stage, drawn from N(0, 1), one row per token; modulation is scaled by 0.1, the driving flag is
+    0."""
     generator = torch.Generator(engines.device).manual_seed(1)
     specs, _ = engines.definitions[stage].io(engines.numerics(stage))
     found = []
@@ -46,7 +47,7 @@ def random_inputs(engines: EngineSet, stage: str, tokens: int) -> list[Tensor]:
 
 
 def _cut(engines: EngineSet, stage: str, inputs: list[Tensor]) -> list[Tensor]:
-    """The first rows of the inputs, in the stage's types."""
+    """The first `CHECKED_ROWS` rows of the inputs, in the stage's dtypes."""
     specs, _ = engines.definitions[stage].io(engines.numerics(stage))
     return [
         (x if spec.row_axis is None else x[:CHECKED_ROWS]).to(spec.dtype) for x, spec in zip(inputs, specs, strict=True)
@@ -54,7 +55,7 @@ def _cut(engines: EngineSet, stage: str, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def stage_flops(engines: EngineSet, stage: str, tokens: int) -> float:
-    """FLOP of the stage's matrix products: its two-dimensional weights, each used once per token."""
+    """FLOP of a stage's matrix products: 2 · tokens · elements of its two-dimensional weights."""
     locations = (
         engines.store.layout.location(name) for name in engines.store.layout.names if name.startswith(f"{stage}.")
     )

@@ -1,8 +1,8 @@
-"""Section `vae`: decoding a segment and encoding its driving clip, one latent frame per call, against the plain layers.
+"""Section `vae`: decoding a segment and encoding its driving clip, one latent frame per call.
 
-Baselines are the reference layers of `export.models.vae` in fp32 (with the TF32 convolutions that PyTorch uses by
-default) and in bf16 (with fp32 sums between blocks, which the public code rounds too). Error is against fp32
-without TF32, on the same random weights and latents.
+The baselines are the reference layers of `export.models.vae` in fp32 (with TF32 convolutions, PyTorch's default) and in
+bf16 (with fp32 sums between blocks; the official code rounds these too). `error` is relative to fp32 without TF32, with
+the same random weights and latents.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ BASELINES: dict[str, Numerics] = {"official-fp32": FP32, "official-bf16": BF16}
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """`decode` or `encode`: what goes in a step at a time, and the work of all steps."""
+    """One direction, `decode` or `encode`. steps: the input of each step; flops: FLOP of all steps."""
 
     name: str
     steps: tuple[Tensor, ...]
@@ -53,7 +53,8 @@ def run(bench: Bench) -> None:
 
 
 def _halves(bench: Bench) -> list[Half]:
-    """A segment of the first size: its latent, and its driving clip at half the resolution."""
+    """The inputs for a segment of the first size: its latent [16, F, h, w], and its driving clip at half the
+    resolution [3, T, H/2, W/2] in -1..1."""
     work, device = bench.options.sizes[0], bench.device
     layout = work.layout
     generator = torch.Generator(device).manual_seed(3)
@@ -78,7 +79,7 @@ def _plain(weights: dict[str, Tensor], bench: Bench, numerics: Numerics) -> VAE:
 
 
 def _run_plain(vae: VAE, half: Half) -> Tensor:
-    """→ all pixel or latent frames [C, T, ...]."""
+    """Run all steps with the plain layers; returns all pixel or latent frames [C, T, ...]."""
     first, later = (vae.decode_first, vae.decode_step) if half.name == "decode" else (vae.encode_first, vae.encode_step)
     out, caches = first(half.steps[0][None])
     results = [out]
@@ -104,11 +105,11 @@ def _ours(bench: Bench, weights: dict[str, Tensor], half: Half, name: str, dtype
     form = DecodeStream if half.name == "decode" else EncodeStream
     stream = form(weights, bench.model.vae, bench.device, dtype)
 
-    def whole() -> Tensor:
+    def all_steps() -> Tensor:
         stream.reset()
         return torch.cat([stream.step(x).float() for x in half.steps], dim=1)
 
-    _record(bench, half, name, "ours", whole, exact)
+    _record(bench, half, name, "ours", all_steps, exact)
 
 
 def _baseline(

@@ -1,4 +1,4 @@
-"""The generation that `load` and `generate` measure: a drawn case, a random or a named engine folder, and one run."""
+"""The generation that sections `load`, `generate` and `serve` measure: a drawn case and an engine folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,12 @@ SHIFT, OVERLAP = 5.0, 5
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What to generate, in how many segments, and the folder that keeps its case, its video and the prompt cache."""
+    """One generation.
+
+    work       size of a segment
+    steps      denoising steps
+    folder     folder for the case, the video and the prompt cache
+    segments   number of segments"""
 
     work: Work
     steps: int
@@ -38,7 +43,7 @@ class Workload:
         return Output(self.folder / "bench.mp4", overwrite=True)
 
     def request(self, steps: int | None = None) -> Request:
-        """Euler, guidance 1; the case is drawn when it is not there yet."""
+        """The request: Euler scheduler, guidance 1. Draws the case unless it exists. steps: instead of `self.steps`."""
         case = self.folder / f"case-{self.work.height}x{self.work.width}x{self.frames}"
         if not (case / "rendered_mask_v2.mp4").is_file():
             draw_case(case, self.frames, self.work.height, self.work.width)
@@ -63,13 +68,13 @@ class Workload:
 
 
 def workload_of(bench: Bench) -> Workload:
-    """81 frames of 512×896 and 6 steps; less for the tiny model, which is not measured but tried."""
+    """The workload of a run: the first size and 6 steps; 2 steps for the tiny model, which only tests the code."""
     steps = 6 if bench.options.config != "tiny" else 2
     return Workload(bench.options.sizes[0], steps, bench.options.work, bench.options.segments)
 
 
 def engine_folder(bench: Bench) -> Path:
-    """The folder that was named, or one of random weights: made once, kept in the work folder for the next call."""
+    """The given engine folder, or one of random weights, which is made once and kept in the work folder."""
     if bench.options.folder is not None:
         return bench.options.folder
     precision: Precision = bench.precisions[0] if bench.on_gpu else "fp32"

@@ -1,5 +1,5 @@
-"""Sprite world: drawn characters whose right animation is known, and a small SCAIL-2 that was trained on them.
+"""Sprite world: drawn characters whose correct animation is known, and a small SCAIL-2 trained on them.
 
-`figures` and `motions` say where every limb is, `raster` draws, `cases` puts scenes together into what the model is
-given and what it should answer, `dataset`, `train_vae` and `train` make the committed checkpoint, `quality` measures.
+`figures` and `motions` compute the position of every limb, `raster` draws, `cases` builds the inputs of the model and
+the correct output, `dataset`, `train_vae` and `train` make the committed checkpoint, `quality` measures.
 """

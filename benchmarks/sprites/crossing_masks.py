@@ -1,10 +1,11 @@
-"""Masks of drawn clips whose figures cross, through the tracker and its rules, against the true ones.
+"""Measure the masks that the tracker and its rules make for drawn clips with crossing figures, against the true masks.
 
     python -m scail2_rt.benchmarks.sprites.crossing_masks --clips 6 --json FILE
 
-`boxes`: the figures of the first frame are given and the tracker is left to itself. `looks`: the detector of drawn
-figures stands for the text, so somebody new or exchanged is found every few frames. `meeting`: two people walk past one
-another; `crossing`: one to three figures of any kind and height, half of them stick figures or nearly hidden.
+`boxes`: the boxes of the first frame are given, and the tracker runs without a detector. `looks`: the detector of drawn
+figures replaces the text detector and runs every few frames, so it finds new and exchanged figures. `meeting`: two
+people walk past one another. `crossing`: one to three figures of any kind and height, half of them stick figures or
+nearly hidden.
 """
 
 import json
@@ -32,7 +33,7 @@ CLIPS: Mapping[str, Callable[[int], Picture]] = {
 
 
 class Drawn:
-    """The small SAM 2 with the detector of drawn figures in the place of text."""
+    """The small SAM 2 with the detector of drawn figures instead of a text detector."""
 
     name = "sam2"
 
@@ -51,7 +52,8 @@ class Drawn:
 
 
 def followed(frames: np.ndarray, labels: np.ndarray, segmenter: Segmenter, looks: bool) -> tuple[np.ndarray, int]:
-    """Labels uint8 [T, H, W] that the rules give, and how many notes they made."""
+    """(labels uint8 [T, H, W] of the tracker, number of its notes). frames: uint8 [T, H, W, 3]; labels: the true ones,
+    uint8 [T, H, W]; looks: use the detector, else the boxes of the first frame."""
     first = [number for number in range(1, MOST + 1) if (labels[0] == number).mean() >= LEAST_AREA]
     places = tuple(Place(tuple(map(float, box_of(labels[0] == number)))) for number in first)
     looking = Looking("figure" if looks else None, () if looks else places, len(first), "left-to-right", "the clip")
@@ -60,8 +62,8 @@ def followed(frames: np.ndarray, labels: np.ndarray, segmenter: Segmenter, looks
 
 
 def scores(made: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean IoU over the figures of the first frame and the frames that show them, and the share of these in which the
-    mask covers more of another figure. A mask belongs to the figure that it covers most in the first frame."""
+    """(mean IoU over the figures of the first frame and the frames that show them, share of these frames in which the
+    mask covers more of another figure). A mask is assigned to the figure that it covers most in the first frame."""
     overlaps: list[float] = []
     exchanged: list[bool] = []
     for figure in range(1, MOST + 1):
@@ -78,10 +80,10 @@ def scores(made: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 @click.command()
-@click.option("--clips", default=6, show_default=True, help="Clips of each kind.")
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the figures there.")
+@click.option("--clips", default=6, show_default=True, help="Clips per kind.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results as JSON.")
 def main(clips: int, output: Path | None) -> None:
-    """Print mean IoU and exchanges of masks for drawn clips whose figures cross."""
+    """Print mean IoU and exchanges of masks for drawn clips with crossing figures."""
     segmenter = open_segmenter(open_folder(shipped_segmenter()), "cpu")
     found: dict[str, dict[str, float]] = {}
     for kind, make in CLIPS.items():
@@ -94,7 +96,7 @@ def main(clips: int, output: Path | None) -> None:
             means: list[float] = np.asarray(rows, np.float64).mean(0).round(3).tolist()
             name = f"{kind}, {'looks' if looks else 'boxes'}"
             found[name] = dict(zip(("iou", "exchanged", "notes"), means, strict=True))
-            print(f"{name}: {found[name]} ({clips} clips)", flush=True)
+            print(f"{name}: {found[name]} ({clips} clip(s))", flush=True)
     if output is not None:
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

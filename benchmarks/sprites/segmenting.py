@@ -1,7 +1,7 @@
-"""The small trained SAM 2 that comes with the package, the detector of drawn figures, and masks made of sprite cases.
+"""The small trained SAM 2 that comes with the package, a detector of drawn figures, and masks for sprite cases.
 
-The detector asks the segmenter itself: points on a grid are shown to it, one by one, as figures. Trained on points that
-lie beside every figure too, it says of those that nothing is there; what remains are masks that many points agree on.
+The detector prompts the segmenter with the points of a grid, one after another. The segmenter was also trained on
+background points, for which it predicts that no figure is present. Masks on which several points agree are kept.
 """
 
 from pathlib import Path
@@ -23,24 +23,24 @@ from scail2_rt.runtime.masks.palette import CHARACTERS, PALETTE
 from scail2_rt.runtime.media.clips import open_video
 
 SEGMENTER = Path(__file__).parent / "segmenter"
-GRID = 9  # points a side
-ALIKE = 0.6  # IoU from which on two masks are of one figure
-AGREED = 2  # points at least that agree on a figure
+GRID = 9  # grid points per side
+ALIKE = 0.6  # minimum IoU of two masks of the same figure
+AGREED = 2  # minimum number of points that agree on a figure
 Box = tuple[int, int, int, int]
 
 
 def shipped_segmenter() -> Path:
-    """InputError where the folder is missing."""
+    """The folder of the segmenter. Raises InputError if it is missing."""
     if not (SEGMENTER / "model.safetensors").is_file():
         raise InputError(
-            f"The sprite segmenter is missing: there is no {SEGMENTER}. Get it with the repository, or train it with "
+            f"The sprite segmenter is missing at {SEGMENTER}. Get it from the repository, or train it with "
             "`python -m scail2_rt.benchmarks.sprites.training.train_segmenter`."
         )
     return SEGMENTER
 
 
 def figure_masks(picture: np.ndarray, segmenter: Segmenter) -> list[np.ndarray]:
-    """Masks bool [H, W] of the drawn figures in a picture, uint8 [H, W, 3], those that most points agree on first."""
+    """Masks bool [H, W] of the drawn figures in a picture uint8 [H, W, 3], sorted by the number of agreeing points."""
     height, width = picture.shape[:2]
     points = [
         Given.point((x + 0.5) * width / GRID, (y + 0.5) * height / GRID) for y in range(GRID) for x in range(GRID)
@@ -59,22 +59,24 @@ def figure_masks(picture: np.ndarray, segmenter: Segmenter) -> list[np.ndarray]:
 
 
 def box_of(mask: np.ndarray) -> Box:
-    """x0, y0, x1, y1 of what a mask shows."""
+    """The bounding box x0, y0, x1, y1 of a non-empty mask, in pixels; x1 and y1 are exclusive."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def found_boxes(picture: np.ndarray, segmenter: Segmenter, count: int = 1) -> list[Box]:
-    """Boxes of the `count` figures that the detector is surest of. InputError where it finds fewer."""
+    """Boxes of the `count` figures with most agreeing points. Raises InputError if fewer are found."""
     masks = figure_masks(picture, segmenter)
     if len(masks) < count:
-        raise InputError(f"The detector of drawn figures found {len(masks)} of {counted(count, 'figure')}.")
+        raise InputError(
+            f"The detector of drawn figures found {len(masks)} of {counted(count, 'figure')}. Use another picture."
+        )
     return [box_of(mask) for mask in masks[:count]]
 
 
 def case_boxes(case: SpriteCase, segmenter: Segmenter) -> tuple[str, ...]:
-    """`--box` values for a case: what the detector finds in reference and first driving frame, each figure with the
-    colour that the true masks give it, since the drawn order says who drives whom."""
+    """`--box` values for a case: the boxes that the detector finds in the reference image and the first driving frame.
+    Their colours are those of the true masks, which define which figure drives which character."""
     found: list[str] = []
     for where, picture, mask in (
         ("image:", case.reference, case.reference_mask),
@@ -92,7 +94,7 @@ def case_boxes(case: SpriteCase, segmenter: Segmenter) -> tuple[str, ...]:
 def case_masks(
     case: SpriteCase, image: Path, driving: Path, directory: Path, listener: Listener | None = None
 ) -> Masks:
-    """Masks for a drawn case, made by the small SAM 2 from boxes that the detector finds."""
+    """Make masks for a drawn case in `directory`, with the small SAM 2 and the boxes of the detector."""
     folder = shipped_segmenter()
     segmenter = open_segmenter(open_folder(folder), "cpu")
     boxes = case_boxes(case, segmenter)
@@ -104,16 +106,16 @@ def case_masks(
 
 
 def replace_masks(case: SpriteCase, folder: Path, listener: Listener | None = None) -> tuple[Masks, dict[str, float]]:
-    """Make the masks of a case whose picture and clip `write_case` wrote, in place of the true ones → them, and
-    `mask_scores`."""
+    """Make the masks of a case that `write_case` wrote to `folder`, replacing the true ones. Returns (masks,
+    `mask_scores`)."""
     masks = case_masks(case, folder / "ref.png", folder / "rendered_v2.mp4", folder, listener)
     with open_video(masks.mask_video) as reader:
         return masks, mask_scores(reader.read(len(case.driving)), case.driving_mask)
 
 
 def mask_scores(made: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Made mask frames beside the true ones, uint8 [T, H, W, 3]: mean IoU over characters and frames that show them,
-    and the share of these in which the made colour covers more of another character."""
+    """Compare mask frames with the true ones, both uint8 [T, H, W, 3]. mask_iou: mean IoU over characters and the
+    frames that show them; exchanged: share of these in which a colour covers more of another character."""
     figures = {name: (true == PALETTE[name]).all(-1) for name in CHARACTERS}
     overlaps: list[float] = []
     exchanged: list[bool] = []

@@ -1,4 +1,4 @@
-"""The trained checkpoint that comes with the package, and engines made of it."""
+"""The trained checkpoint that comes with the package, and engines built from it."""
 
 import sys
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.kernels.errors import InputError
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-BACKEND = "torch"  # also on a CPU, where ONNX Runtime is the usual one: its first graphs take minutes to trace
+BACKEND = "torch"  # also on a CPU, because ONNX Runtime's graphs take minutes to trace the first time
 
 
 def shipped_checkpoint() -> Path:
-    """InputError where the folder is missing."""
+    """The folder of the checkpoint. Raises InputError if it is missing."""
     if not (CHECKPOINT / "model" / "latest").is_file():
         raise InputError(
-            f"The sprite checkpoint is missing: there is no {CHECKPOINT}. Get it with the repository, or train it with "
+            f"The sprite checkpoint is missing at {CHECKPOINT}. Get it from the repository, or train it with "
             "`python -m scail2_rt.benchmarks.sprites.training.train`."
         )
     return CHECKPOINT
@@ -31,8 +31,8 @@ def make_engines(
     precision: str | None = None,
     observer: BuildObserver | None = None,
 ) -> BuildReport:
-    """Engines in a folder of the program's own: what an older version, another checkpoint or a half-deleted folder left
-    there is built again."""
+    """Build engines in a folder that only this program uses. A folder of an older version or of another checkpoint, or
+    a damaged one, is built again."""
     request = BuildRequest(checkpoint, directory, tuple(backends), precision)
     opened, watcher = open_checkpoint(checkpoint), observer or SilentObserver()
     try:

@@ -1,4 +1,4 @@
-"""Draws the pictures of the example workflows: held-out cases of the sprite world, as files that browsers play, too.
+"""Draws the inputs of the example workflows: held-out cases of the sprite world, in formats that browsers play.
 
 python examples/comfyui/draw_inputs.py runtime/comfyui/pack"""
 
@@ -14,12 +14,12 @@ from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
 from scail2_rt.runtime.media.lossless import write_image
 from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
 
-SIZE = (256, 256)  # the engines' pictures are half as large
+SIZE = (256, 256)  # height, width; twice the size that the workflows generate
 SEED = 0
 
 
 def main(pack: Path) -> None:
-    """Pictures into `example_inputs`, and one beside each workflow, which the page shows among its templates."""
+    """Write the inputs to `example_inputs`, and a preview image beside each workflow for ComfyUI's template list."""
     folder = pack / "example_inputs"
     folder.mkdir(parents=True, exist_ok=True)
     for task in ("animate", "replace"):
@@ -35,7 +35,7 @@ def main(pack: Path) -> None:
 
 
 def write(path: Path, frames: np.ndarray, sound: Path | None = None) -> None:
-    """4:2:0, which browsers play; `sound`: a file whose track is copied."""
+    """Write a video in 4:2:0, which browsers play. frames: uint8 [T, H, W, 3]; sound: a file whose audio is copied."""
     path.unlink(missing_ok=True)
     with VideoWriter(path, VideoFormat(*SIZE, FRAME_RATE, crf=14), sound) as writer:
         writer.write(frames)

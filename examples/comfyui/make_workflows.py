@@ -1,4 +1,4 @@
-"""Writes the two example workflows, as ComfyUI's page saves them, from the short description below.
+"""Writes the two example workflows, in the format that ComfyUI's page saves, from the short description below.
 
 python examples/comfyui/make_workflows.py runtime/comfyui/pack/example_workflows"""
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Link = tuple[str, int]  # node, number of its output
+Link = tuple[str, int]  # name of a node, index of its output
 NOTE = """## SCAIL-2: {mode}
 
 These values are for the small drawn model that comes with the package (`scail2-rt comfyui install PATH --sprites`).
@@ -23,7 +23,7 @@ PROMPTS = {
 
 
 def description(mode: str) -> dict[str, dict[str, Any]]:
-    """Name → type, place, size, what is connected to which input, values of the widgets, outputs (name, type)."""
+    """Name of a node → type, position, size, inputs (name → link), widget values, outputs (name, type)."""
     image, video, mask = ("IMAGE", "VIDEO", "SCAIL2_MASK")
     pictures = {"image": ("reference", 0), "driving": ("driving", 0)}
     masks = {"reference_mask": ("masks", 0), "driving_mask": ("masks", 1)}
@@ -90,7 +90,7 @@ def _node(
 
 
 def workflow(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The document that the page saves."""
+    """The JSON document of a workflow."""
     numbers = {name: number for number, name in enumerate(nodes, 1)}
     links: list[list[Any]] = []
     written = []

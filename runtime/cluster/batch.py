@@ -1,11 +1,11 @@
-"""A batch spread over a Ray cluster: `scail2-rt generate --batch FILE --ray ADDRESS`.
+"""A batch distributed over a Ray cluster: `scail2-rt generate --batch FILE --ray ADDRESS`.
 
     checks   one Ray task per case, all before engines load
-    cases    one Ray actor per session, with warm engines; the next case goes to the one that is free
+    cases    one Ray actor per session, with open engines; each idle actor gets the next case
 
-Engines, cases and outputs lie in folders that every node has under the same path. A case whose node or process dies
-goes to another, which goes on after the last finished segment. Actors that wait for room are what the cluster's
-autoscaler sees. The output's lock keeps a node that was cut off from writing beside its successor.
+Engines, cases and outputs must be in folders that every node has under the same path. If a node or process dies, its
+case moves to another actor, which resumes after the last finished segment. Pending actors make the cluster's autoscaler
+add nodes. The output's lock prevents a disconnected node and its successor from writing the same file.
 """
 
 import collections
@@ -23,22 +23,24 @@ from scail2_rt.runtime.jobs.run import Job, Outcome, check_job, fit_plan, open_e
 from scail2_rt.runtime.media.unfinished import resumable
 from scail2_rt.runtime.session.output_lock import wait_for_lock
 
-MOST_DEATHS = 5  # of a case's runners, one after another, without another finished segment
+MOST_DEATHS = 5  # consecutive deaths of a case's runner, without another finished segment, after which the case fails
 Failure = dict[str, Any]
 
 
 class Runner:
-    """What an actor is: a session that stays open."""
+    """The actor class: a session that stays open and runs one case after another."""
 
     def __init__(self, options: GenerateOptions) -> None:
         self._options = options
 
     def open(self) -> str:
-        """The engines' line. InputError when they cannot be opened here."""
+        """Open the engines and return the line that describes the chosen backend. Raises InputError if this node cannot
+        open them."""
         self._session = open_engines(self._options)
         return self._session.choice
 
     def run(self, job: Job, plan: Plan) -> Outcome | Failure:
+        """Run one case and return its outcome, or its failure. Does not raise."""
         try:
             assert job.output is not None
             wait_for_lock(job.output.path)
@@ -50,12 +52,13 @@ class Runner:
 
 
 def failure(job: Job, error: Exception) -> Failure:
+    """The record of a failed case."""
     reason = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
     return {"case": job.name, "status": "failed", "error": reason}
 
 
 def checked(job: Job) -> Plan | Failure:
-    """A task: the plan of a case, or what is wrong with it."""
+    """A Ray task: the generation plan of a case, or its failure."""
     try:
         if job.options is not None and job.options.makes_masks:
             raise InputError("It has no masks, and --ray makes none: make them first with `scail2-rt masks make`.")
@@ -66,7 +69,8 @@ def checked(job: Job) -> Plan | Failure:
 
 @dataclass(slots=True)
 class Case:
-    """A case that waits or runs. deaths: of runners since its last finished segment, of which there are `segments`."""
+    """A waiting or running case. deaths: deaths of its runner since the last finished segment; segments: number of
+    finished segments."""
 
     job: Job
     plan: Plan
@@ -74,7 +78,7 @@ class Case:
     segments: int = 0
 
     def lost(self) -> None:
-        """Its runner died: the next one goes on."""
+        """Record the death of its runner; the next runner resumes."""
         output = self.job.output
         assert output is not None
         self.job = replace(self.job, output=replace(output, resume=True))
@@ -85,20 +89,23 @@ class Case:
 
 @dataclass(slots=True)
 class Crew:
-    """The actors of a batch. calls: what is awaited → (actor, its case; None while it opens its engines)."""
+    """The actors of a batch. calls: pending Ray call → (actor, its case; None while it opens its engines)."""
 
     actor: Any
     options: GenerateOptions
     calls: dict[Any, tuple[Any, Case | None]] = field(default_factory=dict)
 
     def hire(self) -> None:
+        """Start another actor."""
         runner = self.actor.remote(self.options)
         self.calls[runner.open.remote()] = (runner, None)
 
     def give(self, runner: Any, case: Case) -> None:
+        """Give a case to an idle actor."""
         self.calls[runner.run.remote(case.job, case.plan)] = (runner, case)
 
     def dismiss(self) -> None:
+        """Kill all actors."""
         import ray
 
         for runner, _ in self.calls.values():
@@ -107,12 +114,12 @@ class Crew:
 
 
 def run_batch_on_ray(options: GenerateOptions, address: str) -> Outcome:
-    """All cases; what is wrong with one is reported, and the others run. InputError when the cluster does not answer or
+    """Run all cases. A failed case is reported and the others run. Raises InputError if the cluster does not answer or
     the engines cannot be opened."""
     if options.dry_run:
-        raise InputError("--dry-run and --ray were both given: an estimate needs no cluster.")
+        raise InputError("--dry-run and --ray were both given; an estimate needs no cluster. Leave --ray out.")
     if isinstance(options.gpus, str):
-        raise InputError("--gpus all and --ray were both given: name the number of GPUs that share a case.")
+        raise InputError("--gpus all and --ray were both given. Give the number of GPUs per case: --gpus N.")
     jobs = batch_jobs(options)
     with joined(address):
         import ray
@@ -138,7 +145,7 @@ def run_batch_on_ray(options: GenerateOptions, address: str) -> Outcome:
 def _run(
     waiting: collections.deque[Case], options: GenerateOptions, gpus_each: int
 ) -> Iterator[tuple[Job, Outcome | Failure]]:
-    """Cases as they end."""
+    """Run the cases and yield each with its outcome when it ends."""
     import ray
 
     share, room = share_of_node(gpus_each)
@@ -156,15 +163,15 @@ def _run(
                 if case is not None:
                     case.lost()
                     if case.deaths < MOST_DEATHS:
-                        print(f"warning: the process of {case.job.name} died: it goes on in another", file=sys.stderr)
+                        print(f"warning: the process of {case.job.name} died; another one resumes it", file=sys.stderr)
                         waiting.appendleft(case)
                     else:
-                        died = Scail2Error(f"its process died {case.deaths} times ({error}).")
+                        died = Scail2Error(f"Its process died {case.deaths} times ({error}). Look at the nodes' logs.")
                         yield case.job, failure(case.job, died)
                 if waiting:
                     crew.hire()
                 continue
-            except ray.exceptions.RayTaskError as error:  # of `open`
+            except ray.exceptions.RayTaskError as error:  # only `open` raises
                 raise error.cause from None
             if case is not None:
                 yield case.job, answer

@@ -1,4 +1,5 @@
-"""What a Ray Serve config file names: `scail2_rt.runtime.cluster.config:front` and `…:engines` (examples/ray)."""
+"""Application builders for Ray Serve config files: `scail2_rt.runtime.cluster.config:front` and `…:engines`. The folder
+examples/ray has config files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +14,15 @@ from scail2_rt.runtime.serve.settings import Limits, Settings
 
 
 def _read(args: Mapping[str, Any], *own: str) -> tuple[Settings, str, str]:
-    """(settings, data, engines) of an application's args: fields of `Settings` and `Limits`, and some of its own."""
+    """(settings, data, engines) from an application's args: fields of `Settings` and `Limits`, and the names in `own`.
+    Raises InputError for an unknown or missing argument."""
     names = [name for name in (*Settings.__slots__, *Limits.__slots__, *own) if name != "limits"]
     if unknown := [name for name in args if name not in names]:
-        raise InputError(f"{unknown[0]} is no argument of this application: it takes {', '.join(names)}.")
+        raise InputError(f"{unknown[0]} is not an argument of this application. Use {', '.join(names)}.")
     given = {name: value for name, value in args.items() if name not in ("engines", "data", *own)}
     limits = {name: given.pop(name) for name in Limits.__slots__ if name in given}
     if missing := [name for name in ("engines", "data") if name not in args]:
-        raise InputError(f"The application's args lack {missing[0]}.")
+        raise InputError(f"The application's args lack {missing[0]}. Add it to the config file.")
     for name in ("allow_hosts", "fetch_hosts"):
         given[name] = tuple(given.get(name, ()))
     for name in ("key_file", "segmenter_weights"):
@@ -30,7 +32,8 @@ def _read(args: Mapping[str, Any], *own: str) -> tuple[Settings, str, str]:
 
 
 def front(args: dict[str, Any]) -> Any:
-    """The front end. Beside settings: engines, data, copies. New jobs are for these engines."""
+    """Build the front end's application. args: settings, limits, engines, data, and copies (number of replicas). New
+    jobs use these engines."""
     settings, data, engines = _read(args, "copies")
     digest = digest_at(engines)
     open_ledger(data)
@@ -39,7 +42,7 @@ def front(args: dict[str, Any]) -> Any:
 
 
 def engines(args: dict[str, Any]) -> Any:
-    """The replicas of one engine folder. Beside settings: engines, data, replicas (the most), on_gpu."""
+    """Build the application of one engine folder. args: settings, limits, engines, data, and replicas (at most)."""
     settings, data, engines = _read(args, "replicas")
     open_ledger(data)
     share = {"num_gpus": settings.gpus_per_video, "num_cpus": 1} if settings.on_gpu else {"num_cpus": 1}

@@ -1,7 +1,7 @@
-"""`scail2-rt serve ENGINES --ray ADDRESS`, and the builders that a Ray Serve config file names.
+"""`scail2-rt serve ENGINES --ray ADDRESS`, and the application builders that `config` uses.
 
-Two applications: the front end, and one per engine folder, by the digest of its manifest. New engines come as a new
-application; the old one stays until the jobs that were accepted for it are done (`Ledger`).
+The service has one application for the front end and one per engine folder, named by the digest of its manifest. New
+engines become a new application; `Ledger` removes the old one when the jobs accepted for it have ended.
 """
 
 import socket
@@ -20,15 +20,18 @@ from scail2_rt.runtime.cluster.objects import Objects
 from scail2_rt.runtime.serve.launch import SAME, limits_of
 from scail2_rt.runtime.serve.settings import Settings, address_of, is_loopback
 
-FRONT = "scail2-rt"  # of the front end's application
-DRAIN_S = 600.0  # how long a replica that must go may finish its job in
-OPEN_S = 1800.0
+FRONT = "scail2-rt"  # name of the front end's application
+DRAIN_S = 600.0  # time for a replica that is shut down to finish its job
+OPEN_S = 1800.0  # time for an application to start
 
 
 def settings_of(engines: str, options: Mapping[str, Any]) -> Settings:
-    """Of the service; paths are those of the nodes. InputError for what only one machine can do."""
+    """The settings of the service; paths refer to the nodes. Raises InputError for options that a cluster does not
+    support."""
     if options["disk_bytes"] is not None:
-        raise InputError("--disk-limit is for one machine: give the store of a cluster a rule of its own, or --keep.")
+        raise InputError(
+            "--disk-limit does not work with --ray. Use --keep, or set a lifecycle rule in the cluster's storage."
+        )
     named = {name: options[name] for name in SAME if name != "gpus_per_video"}
     return Settings(
         engines=Path(engines),
@@ -41,7 +44,8 @@ def settings_of(engines: str, options: Mapping[str, Any]) -> Settings:
 
 
 def engines_app(settings: Settings, data: str, engines: str, digest: str, share: Mapping[str, Any], most: int) -> Any:
-    """The application of one engine folder: replicas of one job each, as many as jobs wait, at most `most`."""
+    """The application of one engine folder. Each replica runs one job; their number follows the number of waiting jobs,
+    up to `most`. share: resources per replica; digest: of the engines' manifest."""
     from ray import serve
 
     from scail2_rt.runtime.cluster.replica import ENCODINGS, Replica
@@ -70,7 +74,7 @@ def engines_app(settings: Settings, data: str, engines: str, digest: str, share:
 
 
 def front_app(settings: Settings, data: str, digest: str, copies: int = 1) -> Any:
-    """The application that answers HTTP."""
+    """The application that answers HTTP, with `copies` replicas. digest: engines for new jobs."""
     from ray import serve
 
     from scail2_rt.runtime.cluster.front import FrontEnd
@@ -86,12 +90,12 @@ def front_app(settings: Settings, data: str, digest: str, copies: int = 1) -> An
 
 
 def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
-    """The address of a service that runs in the cluster from now on, and stays. InputError when the cluster, the
-    engines or the data cannot be reached, or another service runs there."""
+    """Start the service in the cluster, where it stays after this command, and return its URL. Raises InputError if the
+    cluster, the engines or the data cannot be reached or another service runs in the cluster."""
     settings, digest = settings_of(engines, options), digest_at(engines)
     data = options["data"]
     if data is None:
-        raise InputError("--ray needs --data: a folder that all nodes share, or a URL as s3://BUCKET/FOLDER.")
+        raise InputError("--ray needs --data. Give a folder that all nodes share, or a URL such as s3://BUCKET/FOLDER.")
     data = data if "://" in data else str(Path(data).resolve())
     engines = engines if "://" in engines else str(Path(engines).resolve())
     with joined(address):
@@ -105,25 +109,28 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
             there = ray.get(open_ledger(data).begin.remote())
         except ray.exceptions.RayActorError as error:
             said = str(error).strip().splitlines()[-1]
-            raise InputError(f"--data {data} cannot be used by the cluster: {said}") from error
+            raise InputError(f"The cluster cannot use --data {data} ({said}). Give another folder or URL.") from error
         if there != data:
-            raise InputError(f"This cluster runs a service with --data {there}: `serve shutdown` ends it.")
+            raise InputError(
+                f"This cluster runs a service with --data {there}. Give this --data, or end it with `serve shutdown`."
+            )
         serve.start(http_options={"host": settings.host, "port": settings.port, "location": "HeadOnly"})
         name = f"{APPS}{digest[:12]}"
         application = engines_app(settings, data, engines, digest, share, wanted)
         old = [app for app in serve.status().applications if app.startswith(APPS) and app != name]
         _run({name: (application, None)}, wait=not old)
         _run({FRONT: (front_app(settings, data, digest), "/")}, wait=True)
-        Objects(data).put("current", digest.encode())  # from here on nobody asks for older ones
+        Objects(data).put("current", digest.encode())  # the ledger may now retire older engines
     print(
-        f"engines: {digest[:12]}, at most {wanted} at once; `serve status` tells, `serve shutdown` ends",
+        f"engines: {digest[:12]}, at most {wanted} replicas; `serve status` shows the state, `serve shutdown` stops it",
         file=sys.stderr,
     )
     return f"http://{address_of(settings.host, settings.port)}"
 
 
 def _run(apps: Mapping[str, tuple[Any, str | None]], wait: bool) -> None:
-    """Give applications to Ray Serve. Scail2Error, with what it says, for one that does not start."""
+    """Give applications to Ray Serve. wait: until they run. Raises Scail2Error with Ray Serve's message for one that
+    does not start."""
     from ray import serve
 
     targets = [serve.RunTarget(app, name=name, route_prefix=prefix) for name, (app, prefix) in apps.items()]
@@ -140,7 +147,7 @@ def _run(apps: Mapping[str, tuple[Any, str | None]], wait: bool) -> None:
         if all(state == "RUNNING" for state in states.values()) and len(states) == len(apps):
             return
         if time.monotonic() > deadline:
-            raise Scail2Error(f"{', '.join(apps)} did not start in {OPEN_S:g} s: `serve status` says why.")
+            raise Scail2Error(f"{', '.join(apps)} did not start in {OPEN_S:g} s. Look at `serve status`.")
         time.sleep(0.1)
 
 

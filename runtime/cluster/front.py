@@ -1,4 +1,4 @@
-"""A front end: the interface of the single service, whose store is the ledger's and whose workers are replicas."""
+"""A front end: the interface of `runtime.serve`, with the ledger as its store and replicas as its workers."""
 
 import asyncio
 import contextlib
@@ -20,11 +20,11 @@ from scail2_rt.runtime.serve.pool import Pool
 from scail2_rt.runtime.serve.service import Live, Service
 from scail2_rt.runtime.serve.settings import Settings
 
-CACHED_S = 3600.0  # how long this node keeps what it brought from the store
+CACHED_S = 3600.0  # how long this node keeps files fetched from the object store
 
 
 class Replicas(Pool):
-    """What a front end knows of those who work."""
+    """The pool of a front end: Ray Serve manages the replicas; this only records the ledger's overview."""
 
     def __init__(self) -> None:
         self.workers, self.deaths, self._busy, self._heard_of = [], 0, 0, False
@@ -36,10 +36,10 @@ class Replicas(Pool):
         pass
 
     async def dispatch(self) -> None:
-        """Ray Serve does."""
+        """Nothing to do: the ledger gives jobs to Ray Serve."""
 
     async def cancel(self, job_id: str) -> bool:
-        """A replica whose job is deleted hears so with its next word; the ledger removes the files."""
+        """True: the replica of a deleted job stops at its next message, and the ledger removes the files."""
         return True
 
     @property
@@ -51,11 +51,12 @@ class Replicas(Pool):
         return self._busy
 
     def told(self, overview: dict[str, int]) -> None:
+        """Record the ledger's overview: running jobs and lost replicas."""
         self._busy, self.deaths, self._heard_of = overview["busy"], overview["deaths"], True
 
 
 class ClusterService(Service):
-    """`Service` without workers, databases and sweeping folders of its own."""
+    """A `Service` whose jobs are run by replicas and whose rows are in the ledger. engines: digest for new jobs."""
 
     def __init__(self, settings: Settings, store: RemoteStore, ledger: Any, engines: str) -> None:
         super().__init__(settings, store)
@@ -68,7 +69,7 @@ class ClusterService(Service):
         self._listener = asyncio.create_task(self._listen())
 
     def _tidy(self) -> None:
-        """Nothing here outlives this process."""
+        """Nothing to do: the local folder is new for each process."""
 
     async def _checked(self, asked: Asked, folder: Path, masking: dict[str, Any] | None) -> dict[str, Any]:
         request = await super()._checked(asked, folder, masking)
@@ -90,12 +91,12 @@ class ClusterService(Service):
                         self.remote.drop(path.name) if path.is_dir() else path.unlink()
 
     async def _listen(self) -> None:
-        """What replicas say, from the ledger, for event streams and progress."""
+        """Receive the replicas' messages from the ledger, for event streams and progress."""
         number = after = 0
         while True:
             try:
                 now, after, messages, overview = await self._ledger.news.remote(number, after)
-            except Exception:  # it is being started again
+            except Exception:  # Ray is restarting the ledger
                 await asyncio.sleep(1)
                 continue
             if number not in (0, now):
@@ -128,7 +129,7 @@ class ClusterService(Service):
 
 
 class FrontEnd:
-    """A replica of the front end's deployment; Ray Serve brings it requests."""
+    """A replica of the front end's deployment, which gets its requests from Ray Serve."""
 
     async def __init__(self, settings: Settings, data: str, engines: str) -> None:  # type: ignore[misc]  # Ray awaits it
         os.umask(0o077)

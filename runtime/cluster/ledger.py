@@ -1,12 +1,14 @@
-"""The actor that knows all jobs: it alone writes their records, gives them to replicas, and takes their results.
+"""The actor that owns all jobs: only it writes their records, gives them to replicas and accepts results.
 
-Its index is the database of the single service, on a disk of its node, and may be lost: what counts are the records in
-the store, which are written before anything is answered. A ledger that starts reads them, so it may die at any time:
-Ray starts it again, elsewhere if need be, and calls wait. A newer ledger's number in the store ends an older one.
+Its index is an SQLite database on its node's disk, which may be lost. The records in the object store are the source of
+truth; they are written before a call returns. A new ledger reads them, so the ledger may die at any time: Ray restarts
+it, on another node if necessary, and pending calls wait. Each ledger writes a number to the object store; an older
+ledger that finds a newer number exits.
 
-Queued jobs are pushed to Ray Serve, which queues them, chooses a replica that has the prompt's encodings, and scales.
-A replica claims what reaches it: the claim counts the job's `attempt` up, and only the present attempt is listened to.
-An attempt that is not heard of for `SILENT_TICKS` ticks of this process (one that was paused counts no time) is over.
+Queued jobs are pushed to Ray Serve, which queues them, prefers a replica that has the prompt's encodings, and scales. A
+replica claims a job that reaches it. The claim increments the job's `attempt`, and messages of earlier attempts are
+ignored. An attempt that sends no message for `SILENT_TICKS` ticks of this process is lost. Ticks do not count while
+this process is paused.
 """
 
 import asyncio
@@ -22,16 +24,15 @@ from typing import Any
 
 from scail2_rt.runtime.cluster.joining import NAMESPACE, scratch_folder
 from scail2_rt.runtime.cluster.objects import Objects
-from scail2_rt.runtime.serve.store import FileRow, JobRow, Store
+from scail2_rt.runtime.serve.store import KILLS, FileRow, JobRow, Store
 
 NAME = "ledger"
-APPS = "scail2-rt-"  # what names of applications begin with that `serve --ray` made
+APPS = "scail2-rt-"  # prefix of the applications that `serve --ray` creates
 TICK_S = 1.0
-WRITERS = 64  # records that are written at once
+WRITERS = 64  # records written concurrently
 SILENT_TICKS = 15
-KILLS = 20
-AHEAD = 64  # jobs that wait at Ray Serve
-NEWS = 4096  # messages that a front end may lag behind
+AHEAD = 64  # jobs queued at Ray Serve
+NEWS = 4096  # messages kept for front ends that lag behind
 NEWS_WAIT_S = 5.0
 READS = frozenset(
     {
@@ -44,13 +45,14 @@ FILE_WRITES = frozenset({"add_file", "delete_file"})
 
 
 class Index(Store):
-    """The database, filled from records; it need not survive its process."""
+    """A `Store` filled from records. It is not synced, because it need not survive its process."""
 
     def __init__(self, data: Path) -> None:
         super().__init__(data)
         self._writer.execute("PRAGMA synchronous=OFF")
 
     def load(self, table: str, documents: Any) -> None:
+        """Insert rows. table: jobs or files; documents: dictionaries of column values."""
         row = JobRow if table == "jobs" else FileRow
         names = [field.name for field in fields(row)]
         sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
@@ -60,27 +62,28 @@ class Index(Store):
             self._writer.execute("COMMIT")
 
     def record(self, table: str, row_id: str) -> dict[str, Any] | None:
-        """A row as it is stored; None when it is gone."""
+        """A row as a dictionary of column values; None if it does not exist."""
         rows = self._read(f"SELECT * FROM {table} WHERE id=?", row_id)
         return dict(rows[0]) if rows else None
 
     def queued(self, engines: Collection[str], most: int) -> list[JobRow]:
-        """The oldest ones for these engines."""
+        """At most `most` queued jobs for these engines, oldest first."""
         sql = "SELECT * FROM jobs WHERE state='queued' AND json_extract(request, '$.engines') IN"
         rows = self._read(f"{sql} ({', '.join('?' * len(engines))}) ORDER BY seq LIMIT ?", *engines, most)
         return [JobRow.of(row) for row in rows]
 
     def running(self) -> list[str]:
+        """Ids of the running jobs."""
         return [row["id"] for row in self._read("SELECT id FROM jobs WHERE state='running'")]
 
     def wanted(self) -> set[str]:
-        """Digests of the engines that unfinished jobs are for."""
+        """The digests of the engines that unfinished jobs need."""
         sql = "SELECT DISTINCT json_extract(request, '$.engines') AS digest FROM jobs"
         return {row["digest"] for row in self._read(f"{sql} WHERE state IN ('queued', 'running')")}
 
 
 class Ledger:
-    """One per cluster, by the name `ledger`."""
+    """The actor, one per cluster, named `ledger`. data: URL or folder of the object store."""
 
     def __init__(self, data: str) -> None:
         self.objects = Objects(data)
@@ -100,16 +103,17 @@ class Ledger:
             self._apps[document["digest"]] = document["app"]
 
     async def begin(self) -> str:
-        """Where its records are; work begins with the first call."""
+        """Start the periodic work at the first call, and return the URL of the records."""
         if self._ticking is None:
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WRITERS))
             self._ticking = asyncio.create_task(self._tick_for_ever())
         return self.objects.url
 
-    # what front ends and replicas ask
+    # calls from front ends and replicas
 
     async def ask(self, name: str, *arguments: Any) -> Any:
-        """A method of the database; what it changed is in the store before this returns."""
+        """Call a method of the index. Changes are in the object store before this returns. Repeated calls, as after a
+        restart of this actor, have no further effect."""
         await self.begin()
         if name in READS:
             return getattr(self.index, name)(*arguments)
@@ -118,7 +122,7 @@ class Ledger:
             if name == "add_job" and (there := self._there(*arguments)) is not None:
                 return there
             answer = getattr(self.index, name)(*arguments)
-            if name == "finish" and not answer:  # asked again
+            if name == "finish" and not answer:  # possibly a repeated call
                 now = self.index.job(job_id)
                 answer = now is not None and now.attempt == arguments[1] and now.state == arguments[2]
             await self._publish("jobs", job_id)
@@ -135,12 +139,13 @@ class Ledger:
         return answer
 
     def _there(self, job_id: str, owner: str, request: Any, idempotency: str | None, digest: str) -> JobRow | None:
-        """A job that is asked for again: after a restart of this actor, or by its key, through another front end."""
+        """The existing job of a repeated `add_job`: the same id after a restart of this actor, or the same
+        Idempotency-Key through another front end."""
         by_key = None if idempotency is None else self.index.job_of_key(owner, idempotency)
         return self.index.job(job_id) or by_key
 
     async def offer(self, digest: str, app: str) -> None:
-        """These engines are served by this application of Ray Serve."""
+        """Record that this Ray Serve application serves the engines with this digest."""
         await self.begin()
         if self._apps.get(digest) != app:
             self._apps[digest] = app
@@ -148,7 +153,7 @@ class Ledger:
         self._push_more()
 
     async def claim(self, job_id: str, digest: str) -> JobRow | None:
-        """The job, running from now on, if it still waits and is for these engines."""
+        """Mark the job as running and return it; None if it is not queued or needs other engines."""
         await self.begin()
         now = self.index.job(job_id)
         if now is None or now.state != "queued" or now.request["engines"] != digest:
@@ -159,12 +164,13 @@ class Ledger:
         return row
 
     async def heard(self, job_id: str, attempt: int, message: Mapping[str, Any]) -> bool:
-        """What an attempt says. False when it is not the present one: it must stop, and nothing of it counts."""
+        """Handle a message of an attempt. False if it is not the current attempt: it must stop, and its message is
+        ignored."""
         await self.begin()
         row = self.index.job(job_id)
         if row is None or row.attempt != attempt or row.state != "running":
             ended = row is not None and row.attempt == attempt and row.state in ("completed", "failed")
-            return ended and not message.keys().isdisjoint({"done", "failed"})  # said again after a restart
+            return ended and not message.keys().isdisjoint({"done", "failed"})  # repeated after a restart
         self._silent[job_id] = 0
         if "planned" in message:
             await self.ask("planned", row, message["planned"])
@@ -178,8 +184,8 @@ class Ledger:
         return True
 
     async def news(self, number: int, after: int) -> tuple[int, int, list[tuple[str, dict[str, Any]]], dict[str, int]]:
-        """(this ledger's number, the last message's, messages after that one, an overview), waiting a while for one.
-        number: of the ledger that counted `after`."""
+        """Wait up to `NEWS_WAIT_S` seconds for a message with a number above `after`. Returns (number of this ledger,
+        number of the last message, messages after `after`, overview). number: the ledger that issued `after`."""
         await self.begin()
         after = after if number == self._number else self._count
         async with self._told:
@@ -192,8 +198,8 @@ class Ledger:
     # records
 
     async def _publish(self, table: str, row_id: str) -> None:
-        """The row as it is now, into the store. A ledger that cannot, or is not the newest, ends: the next one reads
-        what is there."""
+        """Write the current row to the object store. If that fails, or a newer ledger exists, this process exits; the
+        next ledger reads the records."""
         name = f"{'records' if table == 'jobs' else 'uploads'}/{row_id}.json"
         async with self._locks[row_id]:
             record = self.index.record(table, row_id)
@@ -219,7 +225,7 @@ class Ledger:
             self._news.append((self._count, job_id, message))
             self._told.notify_all()
 
-    # giving jobs out
+    # dispatching jobs
 
     def _push_more(self) -> None:
         room = AHEAD + len(self.index.running()) - len(self._pushed)
@@ -230,7 +236,7 @@ class Ledger:
                 self._pushed[row.id] = asyncio.create_task(self._push(row, app))
 
     async def _push(self, row: JobRow, app: str) -> None:
-        """Through Ray Serve to a replica; it returns when the replica is done with the job, one way or another."""
+        """Send a job through Ray Serve to a replica; returns when the replica has ended it, in whatever state."""
         from ray import serve
 
         try:
@@ -245,7 +251,7 @@ class Ledger:
             self._push_more()
 
     async def _lost(self, job_id: str) -> None:
-        """Its replica is gone: the job waits again, where it was."""
+        """Handle the loss of a job's replica: queue the job again at its old position, or fail it after `KILLS`."""
         row = self.index.job(job_id)
         if row is None or row.state != "running":
             await asyncio.sleep(TICK_S)
@@ -255,7 +261,7 @@ class Ledger:
         given = await self.ask("give_back", job_id, row.attempt, True, finished[1] if finished else 0)
         if given is not None and given.kills >= KILLS:
             taken = await self.ask("take_one", job_id)
-            said = f"Its process ended {given.kills} times without finishing another segment."
+            said = f"The job's process ended {given.kills} times without finishing another segment. Check its inputs."
             await self.heard(job_id, taken.attempt, {"failed": {"message": said, "kind": "crash"}})
         else:
             await self._tell(job_id, {"returned": True})
@@ -273,7 +279,7 @@ class Ledger:
         self._silent = {job_id: self._silent.get(job_id, 0) + 1 for job_id in running}
         for job_id in running:
             if self._silent[job_id] > SILENT_TICKS:
-                if (push := self._pushed.pop(job_id, None)) is not None:  # its replica may never answer
+                if (push := self._pushed.pop(job_id, None)) is not None:  # the replica may never answer
                     push.cancel()
                 await self._lost(job_id)
         for job_id in self.index.deleted():
@@ -285,7 +291,8 @@ class Ledger:
         await self._retire()
 
     async def _retire(self) -> None:
-        """Engines that were replaced go when no job is for them any more; those of a config file are its owner's."""
+        """Remove the applications of replaced engines that no unfinished job needs. Applications from a config file are
+        left to their owner."""
         current = await asyncio.to_thread(self.objects.get, "current")
         if current is None:
             return
@@ -299,8 +306,8 @@ class Ledger:
 
 
 def newest_state(objects: Objects, job_id: str) -> tuple[int, int] | None:
-    """(attempt, finished segments) of the state that a job goes on from. Whichever attempt left it, it is right: states
-    follow from the job alone, and runs check that."""
+    """(attempt, finished segments) of the state to resume a job from; None if there is none. The state of any attempt
+    is valid: it depends only on the job, and resuming verifies that."""
     found = []
     for name in objects.names(f"jobs/{job_id}"):
         attempt, _, file = name.partition("/")
@@ -310,11 +317,11 @@ def newest_state(objects: Objects, job_id: str) -> tuple[int, int] | None:
 
 
 def open_ledger(data: str) -> Any:
-    """The cluster's ledger; it is started, on `data`, where there is none."""
+    """A handle to the cluster's ledger, which is started with `data` unless it runs."""
     import ray
 
     lasting: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 1000}
-    lasting["resources"] = {"node:__internal_head__": 0.001}  # nodes that work are those that come and go
+    lasting["resources"] = {"node:__internal_head__": 0.001}  # on the head node, because worker nodes may be removed
     return (
         ray.remote(**lasting)(Ledger)
         .options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True)

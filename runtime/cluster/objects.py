@@ -1,11 +1,11 @@
-"""Files and records in a place that all nodes reach: a shared folder, or what fsspec knows (s3://, gs://, …).
+"""The object store: files and records that all nodes reach, in a shared folder or any fsspec URL (s3://, gs://, …).
 
-    records/ID.json            a job: one JSON object, written by the ledger alone
-    uploads/ID.json, uploads/ID   a kept file
-    jobs/ID/inputs/…           of a job; written once, before its record
-    jobs/ID/N/…                what attempt N made: states to go on from, and the result; no other attempt writes there
+    records/ID.json            a job: one JSON object, written only by the ledger
+    uploads/ID.json, uploads/ID   a stored file
+    jobs/ID/inputs/…           the inputs of a job; written once, before its record
+    jobs/ID/N/…                files of attempt N: states to resume from, and the result; only that attempt writes here
 
-An object is there whole or not at all: stores do so by themselves, a folder by syncing and renaming.
+Writes are atomic: object stores guarantee it, and in a folder a file is synced and then renamed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from scail2_rt.kernels.errors import InputError
 
 @contextlib.contextmanager
 def _whole(place: Path) -> Iterator[BinaryIO]:
-    """A file that is there, and on the disk, when this ends."""
+    """A temporary file that is synced and renamed to `place` at the end."""
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{secrets.token_hex(8)}")
     try:
@@ -37,7 +37,7 @@ def _whole(place: Path) -> Iterator[BinaryIO]:
 
 
 class Objects:
-    """The objects below one URL."""
+    """The objects below one URL. Raises InputError for a URL that fsspec does not know."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -45,14 +45,15 @@ class Objects:
 
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise InputError(f"{url} needs a package that is not here ({error}): install it on every node.") from error
+            raise InputError(f"{url} needs a missing package ({error}). Install it on every node.") from error
         except ValueError as error:
-            raise InputError(f"{url} is no place that fsspec knows ({error}).") from error
+            raise InputError(f"{url} is not a URL that fsspec knows ({error}). Give another URL.") from error
         self.url, self._root = url, self._root.rstrip("/")
         self._folder = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
         self._fs.use_listings_cache = False
 
     def put(self, name: str, data: bytes) -> None:
+        """Write an object atomically."""
         path = f"{self._root}/{name}"
         if not self._folder:
             self._fs.pipe_file(path, data)
@@ -61,6 +62,7 @@ class Objects:
             file.write(data)
 
     def put_file(self, file: Path, name: str) -> None:
+        """Copy a local file to an object, atomically."""
         path = f"{self._root}/{name}"
         if not self._folder:
             self._fs.put_file(str(file), path)
@@ -69,17 +71,18 @@ class Objects:
             shutil.copyfileobj(source, copy, 1 << 20)
 
     def put_json(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a JSON object atomically."""
         self.put(name, json.dumps(document).encode())
 
     def get(self, name: str) -> bytes | None:
-        """None where there is none."""
+        """The content of an object; None if it does not exist."""
         try:
             return bytes(self._fs.cat_file(f"{self._root}/{name}"))
         except FileNotFoundError:
             return None
 
     def fetch(self, name: str, file: Path) -> bool:
-        """Bring an object into a local file; False where there is none."""
+        """Copy an object to a local file; False if it does not exist."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{secrets.token_hex(8)}")
         try:
@@ -91,7 +94,7 @@ class Objects:
         return True
 
     def names(self, folder: str) -> list[str]:
-        """Of all objects below a folder, relative to it."""
+        """The sorted names of all objects below a folder, relative to it."""
         top = f"{self._root}/{folder}".rstrip("/")
         self._fs.invalidate_cache()
         found = [str(path) for path in self._fs.find(top)]
@@ -99,13 +102,13 @@ class Objects:
         return sorted(name for name in names if not name.rpartition("/")[2].startswith("."))
 
     def documents(self, folder: str) -> Iterable[dict[str, Any]]:
-        """All JSON objects of a folder."""
+        """The parsed JSON files of a folder."""
         names = [f"{self._root}/{folder}/{name}" for name in self.names(folder) if name.endswith(".json")]
         found = self._fs.cat(names, on_error="omit") if names else {}
         return [json.loads(data) for data in found.values()]
 
     def remove(self, name: str) -> None:
-        """An object, or all below a folder; nothing where there is none."""
+        """Remove an object, or everything below a folder; does nothing if it does not exist."""
         path = f"{self._root}/{name}"
         self._fs.invalidate_cache()
         if self._fs.exists(path):

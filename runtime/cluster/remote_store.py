@@ -1,5 +1,5 @@
-"""The store of a front end: rows are the ledger's, files lie in the cluster's store and are brought here when they are
-wanted."""
+"""The store of a front end: rows come from the ledger; files are in the object store and fetched to this node on
+demand."""
 
 import shutil
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ ASK_S = 30.0
 
 
 class RemoteStore(Store):
-    """What `Store` does, through the ledger. data: a folder of this node, a cache of what the store holds."""
+    """A `Store` that forwards row operations to the ledger. data: a folder on this node that caches files."""
 
     def __init__(self, ledger: Any, objects: Objects, data: Path) -> None:
         self._ledger, self.objects = ledger, objects
@@ -27,28 +27,31 @@ class RemoteStore(Store):
         pass
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """Refusal (503) when the ledger does not answer."""
+        """Call a method of the ledger's index. Raises Refusal (503) if there is no answer within `ASK_S` seconds."""
         import ray
 
         try:
             return ray.get(self._ledger.ask.remote(name, *arguments), timeout=ASK_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
-            raise Refusal(503, "The list of jobs does not answer: try again.", "ledger_lost", retry_s=5) from error
+            said = "The actor that stores the jobs does not answer. Try again."
+            raise Refusal(503, said, "ledger_lost", retry_s=5) from error
 
     def add_job(
         self, job_id: str, owner: str, request: Mapping[str, Any], idempotency: str | None, digest: str
     ) -> JobRow:
+        """Store the inputs of a job and queue it. Raises Refusal (409) for a reused Idempotency-Key."""
         for file in self.folder(job_id).iterdir():
             self.objects.put_file(file, f"jobs/{job_id}/inputs/{file.name}")
         row: JobRow = self.ask("add_job", job_id, owner, dict(request), idempotency, digest)
         if row.id != job_id:
             self.objects.remove(f"jobs/{job_id}")
             if row.digest != digest:
-                raise Refusal(409, "This Idempotency-Key was used for another request.", "idempotency_key_reused")
+                said = "This Idempotency-Key was used for another request. Send a new key."
+                raise Refusal(409, said, "idempotency_key_reused")
         return row
 
     def result(self, row: JobRow, name: str) -> Path:
-        """A file of a job, brought here; it is not there when the job has none of that name."""
+        """The local path of a job's file, fetched if necessary. It does not exist if the job has no such file."""
         file = self.folder(row.id) / name
         if not file.is_file():
             own = f"jobs/{row.id}"
@@ -62,6 +65,7 @@ class RemoteStore(Store):
         return row
 
     def upload(self, row: FileRow) -> Path:
+        """The local path of an upload, fetched if necessary."""
         file = self.files / row.id
         if not file.is_file():
             self.objects.fetch(f"uploads/{row.id}", file)
@@ -74,7 +78,7 @@ class RemoteStore(Store):
         return gone
 
     def drop(self, job_id: str) -> None:
-        """What is here of a job."""
+        """Remove this node's files of a job."""
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
 

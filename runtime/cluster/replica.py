@@ -1,9 +1,9 @@
-"""A replica: a GPU, or several, with warm engines in a worker process, and one job at a time.
+"""A replica: one or several GPUs, a worker process with open engines, and one job at a time.
 
-The worker and its pool are those of the single service. A job's inputs are brought to a folder of this node; after
-each finished segment the state to go on from goes to the store, and at the end the result, both into the attempt's own
-place. Then the ledger is told: it counts if the attempt is still the present one. A replica that was cut off and comes
-back finds that it is not, stops within a step, and removes what it made.
+Worker and pool are those of `runtime.serve`. A job's inputs are fetched to a folder on this node. After each finished
+segment the state to resume from is stored, and at the end the result, both in the folder of the attempt. The ledger
+accepts a message only from the current attempt. A replica that was disconnected and whose job was given to another one
+stops within one denoising step and removes the files of its attempt.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from scail2_rt.runtime.serve.pool import Pool
 from scail2_rt.runtime.serve.settings import Settings
 from scail2_rt.runtime.serve.store import JobRow, Store
 
-BEAT_S = 4.0  # at most, between two words about a job
-EVENT_S = 1.0  # at least, between events of one phase
-ENCODINGS = 64  # prompts that a replica says it has
+BEAT_S = 4.0  # maximum interval between messages about a job
+EVENT_S = 1.0  # minimum interval between progress events of one phase
+ENCODINGS = 64  # prompts for which a replica counts as having the encodings
 
 
 class Desk(Store):
-    """What the pool knows as its store: the one job that lies here."""
+    """The store of this replica's pool: it offers one job, and forwards other calls to the ledger."""
 
     def __init__(self, ledger: Any, data: Path) -> None:
         self._ledger, self.data, self.jobs = ledger, data, data
@@ -55,7 +55,8 @@ class Desk(Store):
 
 
 class Replica:
-    """What Ray Serve starts, one per `gpus_per_video` GPUs. engines: where they are; digest: which they must be."""
+    """The class that Ray Serve starts, one per `gpus_per_video` GPUs. engines: folder or URL; digest: the expected
+    digest of their manifest. Raises InputError for other engines."""
 
     async def __init__(self, settings: Settings, data: str, engines: str, digest: str) -> None:  # type: ignore[misc]  # Ray awaits it
         import ray
@@ -76,10 +77,10 @@ class Replica:
         await self._ledger.offer.remote(self.digest, serve.get_replica_context().app_name)
 
     def check_health(self) -> None:
-        """Ray Serve asks; a worker that died is started again by the pool."""
+        """Ray Serve's health check. Always healthy: the pool restarts a worker that died."""
 
     async def run(self, job_id: str) -> None:
-        """A job, if it still waits: until its end, whatever that is."""
+        """Run a job to its end, in whatever state; returns at once if it is no longer queued."""
         from ray import serve
 
         await self.encodings(serve.get_multiplexed_model_id())
@@ -99,7 +100,7 @@ class Replica:
                 if not self._ended.done() and time.monotonic() - self._said > BEAT_S / 2:
                     await self._say(row, {})
             self._ended.result()
-        except asyncio.CancelledError:  # the ledger has given the job to another
+        except asyncio.CancelledError:  # the ledger has given the job to another replica
             await self._pool.cancel(row.id)
             raise
         finally:
@@ -107,11 +108,11 @@ class Replica:
             await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def encodings(self, prompt: str) -> str:
-        """Told to Ray Serve, which brings the next request with this prompt here: its encodings are on this node."""
+        """Tell Ray Serve that this node has the encodings of a prompt, so that it routes requests with it here."""
         return prompt
 
     def _bring(self, row: JobRow, folder: Path) -> int:
-        """Inputs, and the state of an earlier attempt; how many segments that has."""
+        """Fetch the inputs, and the state of an earlier attempt. Returns its number of finished segments."""
         own = f"jobs/{row.id}"
         for name in self._objects.names(f"{own}/inputs"):
             self._objects.fetch(f"{own}/inputs/{name}", folder / name)
@@ -132,9 +133,9 @@ class Replica:
         return counts
 
     async def _heard(self, row: JobRow, message: Mapping[str, Any]) -> None:
-        """The worker's word about its job."""
+        """Handle a worker's message about its job."""
         now = self._working
-        if now is None or row.id != now.id or row.attempt < now.attempt:  # what is left of a job that went elsewhere
+        if now is None or row.id != now.id or row.attempt < now.attempt:  # of a job that another replica has
             return
         assert self._ended is not None
         try:
@@ -157,7 +158,7 @@ class Replica:
         elif "done" in message:
             message = {"done": {**message["done"], "replica": self._name}}
             await asyncio.to_thread(self._deliver, row)
-        elif "returned" in message:  # the desk has given it back
+        elif "returned" in message:  # `Desk.give_back` has queued it again
             return
         counts = "cancelled" not in message and await self._say(row, message)
         if counts and "done" in message:
@@ -166,7 +167,8 @@ class Replica:
             await asyncio.to_thread(self._objects.remove, f"jobs/{row.id}/{row.attempt}")
 
     def _save(self, row: JobRow, finished: int) -> int:
-        """The state after so many segments, whatever the worker writes meanwhile; how many are in the store now."""
+        """Store the state after `finished` segments, while the worker may write more. Returns the number of segments of
+        the stored state."""
         video, own = self._desk.folder(row.id) / "video.mp4", f"jobs/{row.id}/{row.attempt}"
         try:
             state = sidecar_path(video, finished).read_bytes()
@@ -181,7 +183,7 @@ class Replica:
         return finished
 
     def _deliver(self, row: JobRow) -> None:
-        """The result into the attempt's place; the video comes last."""
+        """Store the result in the attempt's folder, the video last."""
         folder, own = self._desk.folder(row.id), f"jobs/{row.id}/{row.attempt}"
         inputs = set(self._objects.names(f"jobs/{row.id}/inputs"))
         files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
@@ -191,7 +193,7 @@ class Replica:
                 self._objects.put_file(path, f"{own}/{name}")
 
     def _tidy(self, row: JobRow) -> None:
-        """A finished job needs no states, and nothing of earlier attempts."""
+        """Remove the states of a finished job, and all files of earlier attempts."""
         for name in self._objects.names(f"jobs/{row.id}"):
             attempt, _, file = name.partition("/")
             if attempt.isdecimal() and (int(attempt) < row.attempt or file.startswith(("state-", "partial-"))):

@@ -1,4 +1,4 @@
-"""The node that animates: a request of the graph's tensors, carried out by the warm session."""
+"""The node that animates: builds a request from the graph's tensors and runs it in the open session."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ from scail2_rt.runtime.session.session import Session
 
 CUSTOM = "as set below"
 PREVIEW_INTERVAL_S = 0.5
-REQUEST_FIELDS = (  # inputs that are fields of a request as they are
+REQUEST_FIELDS = (  # inputs that are passed unchanged to fields of `Request`
     *("prompt", "negative_prompt", "mode", "fit", "seed", "start", "segment_length", "segment_overlap"),
     *("overlap_blend", "anchor_color", "fit_reference", "allow_mask_problems"),
 )
@@ -44,7 +44,7 @@ SAMPLING_FIELDS = ("scheduler", "steps", "shift", "guidance")
 
 
 class Animate(io.ComfyNode):
-    """Reference, motion and masks → frames, video and report."""
+    """Reference image, driving clip and masks → frames, video and run report."""
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -52,20 +52,20 @@ class Animate(io.ComfyNode):
             node_id="Scail2Animate",
             display_name="SCAIL-2 Animate",
             category=CATEGORY,
-            description="The reference character moves as the driving clip does.",
+            description="Animates the reference character with the motion of the driving clip.",
             inputs=[
                 Engines.Input("engines"),
                 reference_input(),
                 driving_input(),
-                mask_input("reference_mask", "Mask of the reference, one for each picture of it"),
-                mask_input("driving_mask", "Mask of the driving clip, one for each frame"),
-                io.String.Input("prompt", multiline=True, default="", tooltip="Describes the video that is made."),
+                mask_input("reference_mask", "Reference mask, one per reference image"),
+                mask_input("driving_mask", "Mask of the driving clip, one per frame"),
+                io.String.Input("prompt", multiline=True, default="", tooltip="Description of the video."),
                 io.Combo.Input(
                     "mode",
                     options=["auto", "animate", "replace"],
                     default="auto",
-                    tooltip="animate keeps the reference's background, replace the driving scene; auto reads it from "
-                    "the driving mask's background.",
+                    tooltip="animate keeps the background of the reference image, replace the scene of the driving "
+                    "clip; auto: chosen by the background of the driving mask.",
                 ),
                 *frame_inputs(),
                 io.Combo.Input(
@@ -78,7 +78,9 @@ class Animate(io.ComfyNode):
                 io.Int.Input("steps", default=6, min=1, max=1000),
                 io.Combo.Input("scheduler", options=list(SCHEDULERS), default="euler"),
                 io.Float.Input("shift", default=5.0, min=0.01, max=100.0, step=0.1),
-                io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Up to 1: one pass."),
+                io.Float.Input(
+                    "guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="1 or less: one guidance pass."
+                ),
                 io.Int.Input("seed", default=0, min=0, max=2**53 - 1, control_after_generate=True),
                 io.Float.Input(
                     "frame_rate",
@@ -86,10 +88,10 @@ class Animate(io.ComfyNode):
                     min=0.01,
                     max=1000.0,
                     step=0.01,
-                    tooltip="Of driving images; a VIDEO has its own.",
+                    tooltip="Frames per second of driving images. A VIDEO has its own rate.",
                 ),
-                io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="First driving frame."),
-                io.Int.Input("frames", default=0, min=0, max=1_000_000, tooltip="How many; 0: to the end."),
+                io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="First driving frame, from 0."),
+                io.Int.Input("frames", default=0, min=0, max=1_000_000, tooltip="Driving frames; 0: to the end."),
                 *more_inputs(),
             ],
             outputs=[
@@ -106,7 +108,7 @@ class Animate(io.ComfyNode):
 
 
 def more_inputs() -> list[Any]:
-    """Inputs with a good default that a graph may leave out."""
+    """Optional inputs with defaults."""
     return [
         io.String.Input("negative_prompt", multiline=True, default="", optional=True),
         io.Int.Input("segment_length", default=81, min=5, max=1001, step=4, optional=True, tooltip="4n + 1."),
@@ -115,18 +117,19 @@ def more_inputs() -> list[Any]:
         io.Combo.Input("anchor_color", options=list(ANCHORS), default="off", optional=True),
         io.Boolean.Input("fit_reference", default=False, optional=True),
         io.Boolean.Input("allow_mask_problems", default=False, optional=True),
-        io.Audio.Input("audio", optional=True, tooltip="Sound of the result, in place of the driving video's."),
+        io.Audio.Input("audio", optional=True, tooltip="Audio of the result; default: the audio of the driving clip."),
     ]
 
 
 def animate(inputs: Mapping[str, Any]) -> tuple[Any, Any, str]:
-    """IMAGE, VIDEO and the report as JSON."""
+    """Run the request. Returns IMAGE float [T, H, W, 3] in 0..1, VIDEO and the run report as JSON. Raises InputError
+    for inputs that do not fit together, Cancelled after ComfyUI's cancel button."""
     session = WARM.get(inputs["engines"])
     driving = driving_clip(inputs["driving"], inputs["frame_rate"], inputs.get("audio"))
     masks = inputs["reference_mask"], inputs["driving_mask"]
     given = Given(inputs["image"], driving.source, *masks, MaskStyle.pair(inputs["mode"]))
     plan = session.check(request_of(given, options_of(inputs)))
-    host.show_text("\n".join(host.in_nodes_words(line) for line in said_of(plan)))
+    host.show_text("\n".join(host.in_nodes_words(line) for line in lines_of(plan)))
     session = WARM.with_room(inputs["engines"], plan)
     batch = ImageBatch(plan.frames, plan.height, plan.width, host.image_dtype())
     show = Shown()
@@ -139,7 +142,7 @@ def animate(inputs: Mapping[str, Any]) -> tuple[Any, Any, str]:
 
 
 def options_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Request` that are neither pictures nor masks."""
+    """The fields of `Request` that are neither images nor masks."""
     preset = PRESETS.get(inputs["preset"]) or Preset(*(inputs[name] for name in SAMPLING_FIELDS))
     return {
         **{name: inputs[name] for name in REQUEST_FIELDS if name in inputs},
@@ -151,7 +154,7 @@ def options_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def told() -> Any:
-    """Sentences for the command line become sentences for a node; a cancelled run ends as ComfyUI's own do."""
+    """Replace option names in errors by names of node inputs; turn `Cancelled` into ComfyUI's own exception."""
     try:
         yield
     except Cancelled:
@@ -164,7 +167,7 @@ def told() -> Any:
 
 @dataclass(slots=True)
 class Shown:
-    """Progress of a run in its node: the bar at every event, a finished frame now and then."""
+    """Shows a run's progress in its node: the bar at every event, a preview at most every `PREVIEW_INTERVAL_S` s."""
 
     share: float = 0.0
     last_s: float = 0.0
@@ -174,7 +177,7 @@ class Shown:
         host.show_progress(self.share)
 
     def picture(self, frame: np.ndarray) -> None:
-        """uint8 [H, W, 3]."""
+        """Show a frame, uint8 [H, W, 3], as preview."""
         from PIL import Image
 
         now = time.monotonic()
@@ -183,8 +186,8 @@ class Shown:
             host.show_progress(self.share, Image.fromarray(frame))
 
 
-def said_of(plan: Plan) -> list[str]:
-    """What the node says while it works."""
+def lines_of(plan: Plan) -> list[str]:
+    """The text that the node shows during a run: size and estimated time, framing, warnings."""
     expected = "" if plan.estimate is None else f", about {plan.estimate.total_s:.0f} s"
     frames, segments = counted(plan.frames, "frame"), counted(len(plan.segments), "segment")
     first = f"{frames} of {plan.height}x{plan.width}, {plan.mode}, {segments}{expected}"
@@ -193,7 +196,7 @@ def said_of(plan: Plan) -> list[str]:
 
 
 def report_of(plan: Plan, session: Session) -> dict[str, Any]:
-    """What was done and what it took, for people and scripts."""
+    """The run report: settings, engines, times in seconds, memory, warnings."""
     from scail2_rt.runtime.core.as_json import plain
     from scail2_rt.runtime.session import report
 

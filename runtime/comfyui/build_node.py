@@ -23,12 +23,12 @@ _KINDS = {"vae": "vae", "umt5": "text_encoders", "clip": "clip_vision"}  # part 
 
 
 class BuildEngines(io.ComfyNode):
-    """Builds once; the folder is found again by the content of the files."""
+    """Builds engines once. The folder is found by the content of the source files."""
 
     @classmethod
     def define_schema(cls) -> Any:
         parts = [
-            io.Combo.Input(part, options=[AUTO, *host.model_files(kind)], tooltip="auto: found beside the checkpoint.")
+            io.Combo.Input(part, options=[AUTO, *host.model_files(kind)], tooltip="auto: beside the checkpoint.")
             for part, kind in _KINDS.items()
         ]
         loras = [NONE, *host.model_files("loras")]
@@ -36,12 +36,12 @@ class BuildEngines(io.ComfyNode):
             node_id="Scail2BuildEngines",
             display_name="SCAIL-2 Build engines",
             category=CATEGORY,
-            description="Engines of a SCAIL-2 checkpoint and LoRAs, built once into models/scail2_rt.",
+            description="Builds engines from a SCAIL-2 checkpoint and LoRAs, once, in models/scail2_rt.",
             inputs=[
                 io.Combo.Input("checkpoint", options=host.model_files("diffusion_models")),
                 *parts,
-                io.String.Input("tokenizer", default="", tooltip="umT5's tokenizer.json, where it is not beside umT5."),
-                io.Combo.Input("precision", options=PRECISIONS, tooltip="auto: fp8 on a GPU that has it, else bf16."),
+                io.String.Input("tokenizer", default="", tooltip="Path of tokenizer.json, if not beside umT5."),
+                io.Combo.Input("precision", options=PRECISIONS, tooltip="auto: fp8 if the GPU supports it, else bf16."),
                 *execution_inputs(),
                 *(
                     lora
@@ -67,7 +67,7 @@ class BuildEngines(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """Files that were changed are others."""
+        """Size and modification time (ns) of the source files, so that changed files are built again."""
         wanted = wanted_of(inputs)
         files = [wanted.checkpoint, *wanted.parts.values(), *(spec.path for spec in wanted.loras)]
         states = [(str(file), file.stat()) for file in files]
@@ -75,7 +75,7 @@ class BuildEngines(io.ComfyNode):
 
 
 def wanted_of(inputs: dict[str, Any]) -> Wanted:
-    """ComfyUI's FileNotFoundError for a file that is gone."""
+    """The build options. Raises ComfyUI's FileNotFoundError for a model file that no longer exists."""
     parts = {part: host.model_file(kind, inputs[part]) for part, kind in _KINDS.items() if inputs[part] != AUTO}
     if inputs["tokenizer"].strip():
         parts["tokenizer"] = Path(inputs["tokenizer"].strip()).expanduser()
@@ -86,8 +86,8 @@ def wanted_of(inputs: dict[str, Any]) -> Wanted:
 
 
 class BuildShown:
-    """A build's progress in its node: a bar for each phase. ComfyUI's cancel ends it between two steps, or in a file
-    that is hashed."""
+    """Shows a build's progress in its node, one bar per phase. ComfyUI's cancel button ends the build between two steps
+    or while a file is hashed."""
 
     def note(self, text: str) -> None:
         host.show_text(text)

@@ -1,8 +1,8 @@
-"""Engines of the checkpoint and LoRAs that ComfyUI has on disk, kept under their content.
+"""Builds engines from ComfyUI's checkpoint and LoRA files, in folders named by their content.
 
-The folder's name has the hash of everything that the engines depend on, so the same files under other names are not
-built again, and another LoRA strength is another folder. Source files are hashed once (the hashes stay in
-`hashes.json` beside the folders); an interrupted build goes on where it stopped."""
+The folder's name contains a hash of everything that the engines depend on: renamed files are not built again, and
+another LoRA strength makes another folder. Source files are hashed once (`hashes.json` beside the folders stores the
+hashes). An interrupted build resumes."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ PARTS = ("vae", "umt5", "clip", "tokenizer")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to build. parts: vae, umt5, clip and tokenizer where they are not to be searched for; precision None: what
-    suits the hardware."""
+    """The options of a build. parts: paths of vae, umt5, clip and tokenizer; missing ones are searched beside the
+    checkpoint. precision: None chooses by the hardware."""
 
     checkpoint: Path
     parts: Mapping[str, Path]
@@ -38,8 +38,8 @@ class Wanted:
 
 
 def built(wanted: Wanted, root: Path, observer: BuildObserver) -> Path:
-    """The engine folder in `root`, built where it is not there. InputError for a checkpoint or LoRA that cannot be
-    used; whatever ends a build, the next call continues it."""
+    """Return the engine folder in `root`, building it if necessary. An interrupted build resumes at the next call.
+    Raises InputError for a checkpoint or LoRA that cannot be used."""
     vae, umt5, clip, tokenizer = (wanted.parts.get(name) for name in PARTS)
     checkpoint = open_checkpoint(wanted.checkpoint, vae, umt5, clip, tokenizer)
     executor, _ = choose_backend(wanted.backend)
@@ -55,8 +55,8 @@ def built(wanted: Wanted, root: Path, observer: BuildObserver) -> Path:
 
 
 def _prepared(wanted: Wanted, checkpoint: Checkpoint, root: Path, precision: str, observer: BuildObserver) -> str:
-    """Hash of what the engines depend on, 12 digits; the folder of this hash gets the hashes of the files, so that its
-    build does not make them again."""
+    """The hash of everything that the engines depend on, 12 hexadecimal digits. The hashes of the files are written to
+    the engine folder, so that the build does not compute them again."""
     root.mkdir(parents=True, exist_ok=True)
     known = Journal.read(root / HASHES)
     sources: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}

@@ -1,7 +1,7 @@
-"""What a graph gives as a moving picture and as sound, for a request, and the sound of the result.
+"""Convert the graph's driving clip and audio for a request, and make the audio of the result.
 
-A VIDEO that is a file is read from that file by our own reader, with its rotation and rate and a few frames at a time:
-ComfyUI's would put the whole clip into memory as floats. Any other VIDEO, and a batch of images, is a tensor already.
+A VIDEO that is a complete file is read by this package's reader, a few frames at a time, with its rotation and rate:
+ComfyUI's reader would load the clip into memory as floats. Any other VIDEO, and a batch of images, is a tensor already.
 """
 
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ from scail2_rt.runtime.media.sound import read_sound
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Driving:
-    """A driving clip. audio: ComfyUI's AUDIO of a clip in memory: waveform [1, channels, samples], sample_rate; the
-    sound of a file is read with it."""
+    """A driving clip. audio: ComfyUI's AUDIO, a dict of waveform float [1, channels, samples] and sample_rate in Hz;
+    None: the audio of the file, if the clip is one."""
 
     source: ClipSource
     audio: Mapping[str, Any] | None = None
 
 
 def driving_clip(given: Any, frame_rate: float, audio: Mapping[str, Any] | None = None) -> Driving:
-    """A VIDEO, or images [T, H, W, 3] at `frame_rate`. audio: taken before the VIDEO's own. InputError for anything
-    else."""
+    """The driving clip from a VIDEO, or from images float [T, H, W, 3] at `frame_rate` (frames per second). audio:
+    replaces the VIDEO's audio. Raises InputError for other types."""
     if hasattr(given, "get_components"):
         if (path := file_of(given)) is not None:
             return Driving(path, audio)
@@ -35,12 +35,12 @@ def driving_clip(given: Any, frame_rate: float, audio: Mapping[str, Any] | None 
         frames = TensorFrames(parts.images, "driving video")
         return Driving(Clip(frames, parts.frame_rate, "driving video"), audio or parts.audio)
     if not hasattr(given, "ndim"):
-        raise InputError(f"driving is a {type(given).__name__}: connect a VIDEO or images.")
+        raise InputError(f"driving is a {type(given).__name__}. Connect a VIDEO or images.")
     return Driving(Clip(TensorFrames(given, "driving images"), Fraction(frame_rate), "driving images"), audio)
 
 
 def file_of(video: Any) -> Path | None:
-    """The file that a VIDEO is, whole; None for one in memory, and for a part of a file."""
+    """The path of a VIDEO that is a complete file; None for one in memory or a trimmed one."""
     from comfy_api.latest import InputImpl
 
     if not isinstance(video, InputImpl.VideoFromFile):
@@ -51,7 +51,8 @@ def file_of(video: Any) -> Path | None:
 
 
 def sound_of(driving: Driving, start_s: Fraction, duration_s: Fraction) -> dict[str, Any] | None:
-    """AUDIO of the result: what plays with its frames. None where there is none."""
+    """The AUDIO that belongs to the frames of the result; None if the driving clip has none. start_s, duration_s:
+    seconds of the driving clip."""
     if driving.audio is None:
         if isinstance(driving.source, Clip):
             return None

@@ -1,8 +1,8 @@
-"""The warm session as one of ComfyUI's models.
+"""The open session as one of ComfyUI's models.
 
-Its memory management then does for the engines what it does for every model: others make room before they load, and
-when another model needs the memory, or the user says "unload models", the session is closed. All of a session goes at
-once: what it holds on the GPU belongs to recorded steps that read fixed addresses."""
+ComfyUI's memory management then treats the engines like any model: it unloads others before they load, and closes the
+session when another model needs the memory or the user chooses "unload models". A session is always unloaded
+completely, because recorded CUDA graphs refer to fixed GPU addresses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,19 +13,20 @@ from comfy.model_patcher import ModelPatcher
 
 
 class EngineModel(ModelPatcher):
-    """close: gives back what the session holds. held: bytes that it counts as holding on the device."""
+    """close: closes the session. held: bytes of GPU memory that ComfyUI counts for the session."""
 
     def __init__(self, close: Callable[[], None]) -> None:
         super().__init__(torch.nn.Module(), management.get_torch_device(), torch.device("cpu"), size=1)
         self._close, self.held = close, 0
 
     def make_room(self, needed: int) -> None:
-        """Have `needed` bytes free on ComfyUI's device for the session, those that it holds already among them."""
+        """Let ComfyUI unload other models until the session can use `needed` bytes on the device, including those that
+        it holds already."""
         self.size = max(needed, 1)
         management.load_models_gpu([self])
 
     def others(self) -> int:
-        """Bytes that other models of ComfyUI hold on the device."""
+        """Bytes on the device that ComfyUI's other models hold."""
         models = [loaded for loaded in management.current_loaded_models if loaded.model not in (None, self)]
         return sum(int(loaded.model_loaded_memory()) for loaded in models if loaded.device == self.load_device)
 
@@ -36,7 +37,7 @@ class EngineModel(ModelPatcher):
         return self.load_device if self.held else self.offload_device
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
-        """The session loads by itself, when it runs."""
+        """Only count the bytes: the session loads its weights when it runs."""
         self.held = self.size
         return 0
 
@@ -46,7 +47,7 @@ class EngineModel(ModelPatcher):
         return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        """With `unpatch_all` the model leaves the device; without, ComfyUI only takes it off its list for a moment."""
+        """With `unpatch_all`, unload the session. Without it, ComfyUI removes the model from its list only briefly."""
         if unpatch_all:
             self.partially_unload(self.offload_device)
         return self.model

@@ -1,4 +1,4 @@
-"""The node that chooses an engine folder and how it is run."""
+"""The node that selects an engine folder, a backend and execution options."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ ATTENTION = ["auto", "8bit", "8bit-bf16pv", "bf16", "sdpa"]
 
 
 class ChooseEngines(io.ComfyNode):
-    """Only finds the folder: it is opened by the first node that needs it."""
+    """Selects the folder. The first node that needs the engines opens them."""
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -29,10 +29,10 @@ class ChooseEngines(io.ComfyNode):
             node_id="Scail2Engines",
             display_name="SCAIL-2 Engines",
             category=CATEGORY,
-            description="An engine folder, built once from a checkpoint. Folders in models/scail2_rt are listed.",
+            description="Selects an engine folder, built from a checkpoint. Lists the folders in models/scail2_rt.",
             inputs=[
                 io.Combo.Input("folder", options=[*found_folders(), BY_PATH]),
-                io.String.Input("path", default="", tooltip="An engine folder anywhere, with folder: the path below."),
+                io.String.Input("path", default="", tooltip=f"Path of an engine folder; set folder to '{BY_PATH}'."),
                 *execution_inputs(),
             ],
             outputs=[EnginesType.Output("engines", display_name="engines")],
@@ -45,14 +45,14 @@ class ChooseEngines(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, path: str, **_: Any) -> str:
-        """A folder that was built again is another one."""
+        """The state of the folder, so that a rebuilt folder is opened again."""
         return folder_state(folder_of(folder, path))
 
 
 def execution_inputs() -> list[Any]:
-    """How engines are run."""
+    """The inputs for backend and execution options."""
     return [
-        io.Combo.Input("backend", options=BACKENDS, default="auto", tooltip="Used or refused, never replaced."),
+        io.Combo.Input("backend", options=BACKENDS, default="auto", tooltip="A named backend never falls back."),
         io.Combo.Input("attention", options=ATTENTION, default="auto"),
         io.Float.Input(
             "vram_limit_gib",
@@ -60,32 +60,33 @@ def execution_inputs() -> list[Any]:
             min=0.0,
             max=1024.0,
             step=0.5,
-            tooltip="GPU memory for the engines; weights that do not fit are streamed. 0: what is free.",
+            tooltip="GPU memory limit in GiB; other weights are streamed from host memory. 0: all free memory.",
         ),
     ]
 
 
 def execution_of(inputs: Mapping[str, Any]) -> Execution:
+    """The execution options from a node's inputs."""
     limit = round(inputs["vram_limit_gib"] * 2**30) or None
     return Execution(attention=inputs["attention"], vram_limit=limit)
 
 
 def found_folders() -> list[str]:
-    """Names of the engine folders in `models/scail2_rt` and in the places that `extra_model_paths.yaml` adds."""
+    """The names of the engine folders in `models/scail2_rt` and in the folders that `extra_model_paths.yaml` adds."""
     names = {file.parent.name for root in host.engine_roots() for file in root.glob(f"*/{MANIFEST}")}
     return sorted(names)
 
 
 def folder_of(folder: str, path: str) -> Path:
-    """InputError when there is none."""
+    """The path of the selected folder. Raises InputError if it does not exist."""
     if folder == BY_PATH:
         if not path.strip():
             raise InputError(
-                f"folder is set to {BY_PATH!r}, and path is empty: choose a folder, give the path of one, or build one "
-                "with the node Build engines."
+                f"folder is set to {BY_PATH!r}, but path is empty. Choose a folder, give a path, or build one with the "
+                "node Build engines."
             )
         return Path(path.strip()).expanduser()
     for root in host.engine_roots():
         if (root / folder / MANIFEST).is_file():
             return root / folder
-    raise InputError(f"There is no engine folder {folder} in {host.engine_root()}: choose another one.")
+    raise InputError(f"There is no engine folder {folder} in {host.engine_root()}. Choose another one.")

@@ -1,4 +1,4 @@
-"""What ComfyUI asks for when it starts: the list of nodes."""
+"""The entry point that ComfyUI calls when it starts: returns the list of nodes."""
 
 from typing import Any
 
@@ -19,5 +19,5 @@ class Scail2Extension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> Scail2Extension:
-    """Called by ComfyUI, once."""
+    """Called once by ComfyUI."""
     return Scail2Extension()

@@ -1,4 +1,4 @@
-"""What the mask check says of what is connected to a node, and the sheet that shows it."""
+"""The mask check for the inputs of a node, and its contact sheet."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ FRAMES_SHOWN = 7  # of the driving clip, on a sheet
 
 
 def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit = "auto") -> CheckResult:
-    """Everything about the masks, as `scail2-rt masks check` says it of a case; `mode` may be auto."""
+    """Check the masks as `scail2-rt masks check` does. mode: may be auto; size: frame of the video, if known."""
     images, masks = given.references()
     clip = given.mask_clip()
     driving = probe(given.driving)
@@ -38,24 +38,25 @@ def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit 
 
 
 def masks_alone(result: CheckResult) -> CheckResult:
-    """Without what depends on the frame, where that is not known yet."""
+    """The result without findings that depend on the video's frame size, for a node that does not know it."""
     findings = tuple(finding for finding in result.findings if finding.rule not in (CROPPED, "framing"))
     return replace(result, findings=findings, framing=None)
 
 
 def reference_names(count: int) -> list[str]:
+    """The names of the reference masks in messages."""
     return [f"mask of reference {number + 1}" if count > 1 else "reference mask" for number in range(count)]
 
 
 def told_text(result: CheckResult) -> str:
-    """The check's text in a node's words, the verdict first."""
+    """The check's text with the verdict first and option names replaced by names of node inputs."""
     *lines, verdict = host.in_nodes_words(result.text).split("\n")
     return "\n".join([verdict, *lines])
 
 
 def sheet(given: Given, result: CheckResult, windows: bool) -> Tensor:
-    """References and some driving frames under their masks, an IMAGE [1, H, W, 3]; `windows`: with what the frame
-    shows."""
+    """The contact sheet: reference images and some driving frames with their masks, an IMAGE float [1, H, W, 3] in
+    0..1. windows: draw the border of the video's frame."""
     images, masks = given.references()
     marked = {finding.file for finding in result.findings if finding.severity != "note" and finding.rule != "framing"}
     shown: list[Window | None] = [None] * (1 + len(images))

@@ -1,7 +1,7 @@
-"""Frames between ComfyUI and a session: float tensors [T, H, W, 3] in 0..1 on its side, uint8 arrays on ours.
+"""Converts frames between ComfyUI (float tensors [T, H, W, 3] in 0..1) and a session (uint8 arrays).
 
-Neither side's clip exists twice. The graph's tensor stays as it is and a few frames at a time are converted when the
-session reads them; the result's tensor is made once, at its final size, and filled as frames are finished.
+No clip is held twice: the session reads the graph's tensor a few frames at a time, and the tensor of the result is
+allocated once at its final size and filled as frames are finished.
 """
 
 from collections.abc import Iterator
@@ -17,18 +17,18 @@ _AT_ONCE = 8  # frames
 
 
 class TensorFrames:
-    """A batch of pictures, [T, H, W, 3 or 4] of any float type in 0..1, as frames for `Clip`.
+    """A batch of images, any float dtype [T, H, W, 3 or 4] in 0..1, as frames for `Clip`.
 
-    Indexing and slicing give uint8 arrays [H, W, 3] and [n, H, W, 3], rounded to the nearest level; a fourth channel
-    (transparency) is left out, as ComfyUI's own nodes do. InputError, with `name`, for a tensor of another shape."""
+    Indexing and slicing return uint8 arrays [H, W, 3] and [n, H, W, 3], rounded to the nearest level. A fourth channel
+    (alpha) is dropped, as ComfyUI's own nodes do. Raises InputError that mentions `name` for another shape or dtype."""
 
     def __init__(self, images: Tensor, name: str) -> None:
         if not isinstance(images, Tensor):
-            raise InputError(f"The {name} is a {type(images).__name__}: connect images.")
+            raise InputError(f"The {name} is a {type(images).__name__}. Connect images.")
         if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
-            raise InputError(f"The {name} has the shape {list(images.shape)}: connect images, [frames, H, W, 3].")
+            raise InputError(f"The {name} has the shape {list(images.shape)}. Connect images, [frames, H, W, 3].")
         if not images.is_floating_point():
-            raise InputError(f"The {name} is of {images.dtype}: connect images, which are floats in 0..1.")
+            raise InputError(f"The {name} has the dtype {images.dtype}. Connect images, which are floats in 0..1.")
         self._images = images[..., :3]
         frames, height, width, _ = self._images.shape
         self.shape = (frames, height, width, 3)
@@ -46,21 +46,21 @@ class TensorFrames:
 
 
 def one_by_one(frames: Any) -> Iterator[np.ndarray]:
-    """The frames of what can be sliced; a few at a time are made."""
+    """Iterate over the frames of a sliceable clip, slicing `_AT_ONCE` at a time."""
     for start in range(0, len(frames), _AT_ONCE):
         yield from frames[start : start + _AT_ONCE]
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Floats in 0..1 → uint8 on the CPU, rounded to the nearest level. InputError for what is not a number."""
+    """Floats in 0..1 → uint8 on the CPU, rounded to the nearest level and clamped. Raises InputError for NaN."""
     if images.isnan().any():
-        raise InputError("A picture has values that are not numbers (NaN): the node that made it went wrong.")
+        raise InputError("An image contains NaN. Check the node that made it.")
     return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 
 def float_levels(dtype: torch.dtype) -> Tensor:
-    """[256] floats for the 8-bit levels. ComfyUI saves pictures by `x * 255`, truncated: each of these is v / 255, or
-    the first number above it that comes back as v."""
+    """The floats [256] for the 8-bit levels. ComfyUI saves images as `x * 255`, truncated. Entry v is v / 255 or, if
+    that would be truncated to v - 1, the next larger float of this dtype."""
     levels = torch.arange(256)
     exact = (levels / 255).to(dtype)
     for _ in range(2):
@@ -70,7 +70,7 @@ def float_levels(dtype: torch.dtype) -> Tensor:
 
 
 class ImageBatch:
-    """The result's tensor [T, H, W, 3], filled from the front."""
+    """The result: a float tensor [T, H, W, 3] in 0..1, filled in order. filled: number of frames so far."""
 
     def __init__(self, frames: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         self.images = torch.empty(frames, height, width, 3, dtype=dtype)
@@ -78,7 +78,7 @@ class ImageBatch:
         self._levels = float_levels(dtype)
 
     def add(self, pixels: np.ndarray) -> None:
-        """The next frames, uint8 [n, H, W, 3]."""
+        """Append frames, uint8 [n, H, W, 3]."""
         for frame in pixels:
             torch.index_select(
                 self._levels, 0, torch.from_numpy(frame).reshape(-1).int(), out=self.images[self.filled].view(-1)

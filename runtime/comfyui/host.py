@@ -1,7 +1,7 @@
-"""Everything that the nodes ask of ComfyUI itself, besides the classes of its node interface.
+"""All calls of ComfyUI's own functions, except the classes of its node interface.
 
-Its modules are imported inside the functions: they exist only where ComfyUI runs. What is used here is listed, with
-the signatures of the snapshot that it was tried in, in `tests/support/comfyui_interface.json`."""
+ComfyUI's modules are imported inside the functions, because they exist only inside ComfyUI. The functions used here
+are listed in `tests/support/comfyui_interface.json` with their signatures in the tested version."""
 
 import re
 import threading
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-FOLDER = "scail2_rt"  # of engine folders, in ComfyUI's `models`, and its name in `extra_model_paths.yaml`
-PROGRESS_TOTAL = 1000  # of the bar, which counts whole numbers
-PREVIEW_SIDE = 512  # pixels, of the longer side
+FOLDER = "scail2_rt"  # folder of engine folders in ComfyUI's `models`, and its key in `extra_model_paths.yaml`
+PROGRESS_TOTAL = 1000  # the progress bar counts integers up to this
+PREVIEW_SIDE = 512  # pixels of the longer side
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
-_SAME = (  # options of `generate` that are inputs of the nodes
+_SAME = (  # options of `generate` whose node inputs have the same name
     *("allow-mask-problems", "anchor-color", "attention", "backend", "fit", "fit-reference", "frames", "guidance"),
     *("mask-prompt", "max-characters", "mode", "overlap-blend", "scheduler", "seed", "segment-length"),
     *("segment-overlap", "segmenter-weights", "shift", "start", "steps"),
@@ -25,19 +25,19 @@ _INPUTS = {
     "point": "points",
     "box": "boxes",
     "vram-limit": "vram_limit_gib",
-    "extra-ref": "a further picture and mask in the reference's batches",
+    "extra-ref": "a further image in the batch of image, and its mask in reference_mask",
 }
 
 
 def engine_root() -> Path:
-    """Where engine folders are built: `models/scail2_rt`."""
+    """The folder in which engine folders are built: `models/scail2_rt`."""
     import folder_paths
 
     return Path(folder_paths.models_dir) / FOLDER
 
 
 def engine_roots() -> list[Path]:
-    """Where engine folders are looked for."""
+    """The folders in which engine folders are searched."""
     import folder_paths
 
     named = folder_paths.folder_names_and_paths.get(FOLDER, ((), ()))[0]
@@ -45,28 +45,28 @@ def engine_roots() -> list[Path]:
 
 
 def model_files(kind: str) -> list[str]:
-    """Names of ComfyUI's model files of a kind: diffusion_models, loras, vae …"""
+    """The names of ComfyUI's model files of a kind: diffusion_models, loras, vae …"""
     import folder_paths
 
     return list(folder_paths.get_filename_list(kind))
 
 
 def model_file(kind: str, name: str) -> Path:
-    """Where such a file is; ComfyUI's FileNotFoundError when it is gone."""
+    """The path of a model file. Raises ComfyUI's FileNotFoundError if it does not exist."""
     import folder_paths
 
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
 def temporary_folder() -> Path:
-    """What is in it goes when ComfyUI starts again."""
+    """ComfyUI's temporary folder, which ComfyUI empties when it starts."""
     import folder_paths
 
     return Path(folder_paths.get_temp_directory())
 
 
 def make_room(needed: int) -> None:
-    """Have ComfyUI unload models until so many bytes are free on its GPU."""
+    """Let ComfyUI unload models until `needed` bytes are free on its GPU."""
     import comfy.model_management as management
 
     device = management.get_torch_device()
@@ -84,14 +84,14 @@ class Interruption(threading.Event):
 
 
 def stop_if_interrupted() -> None:
-    """Raises ComfyUI's own exception for a cancelled prompt, and takes the cancellation as done."""
+    """Raises ComfyUI's own exception if the prompt was cancelled, and clears the cancellation."""
     import comfy.model_management
 
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def node_id() -> str | None:
-    """The node that is being executed."""
+    """The id of the node that is being executed; None outside an execution."""
     from comfy_execution.utils import get_executing_context
 
     context = get_executing_context()
@@ -99,8 +99,8 @@ def node_id() -> str | None:
 
 
 def show_progress(share: float, picture: Any = None) -> None:
-    """The bar of the node that is being executed, 0 to 1, and a PIL image in it. (`ComfyAPISync().execution`, which is
-    meant for this, is missing in 0.3.64.)"""
+    """Set the progress bar of the running node. share: 0 to 1; picture: PIL image to show, or None.
+    (`ComfyAPISync().execution`, which is meant for this, is missing in ComfyUI 0.3.64.)"""
     from comfy.utils import ProgressBar
 
     preview = None if picture is None else ("JPEG", picture, PREVIEW_SIDE)
@@ -108,7 +108,7 @@ def show_progress(share: float, picture: Any = None) -> None:
 
 
 def show_text(text: str) -> None:
-    """Text in the node that is being executed, until it runs again; nothing where no page is open."""
+    """Show text in the running node, until it runs again. Does nothing outside an execution."""
     from server import PromptServer
 
     if (node := node_id()) is not None:
@@ -116,7 +116,7 @@ def show_text(text: str) -> None:
 
 
 def image_dtype() -> torch.dtype:
-    """Type of the graph's pictures: fp32, or what a newer ComfyUI was told to use."""
+    """The dtype of the graph's images: fp32, or the dtype set in a newer ComfyUI."""
     import comfy.model_management
 
     chosen = getattr(comfy.model_management, "intermediate_dtype", None)
@@ -124,5 +124,6 @@ def image_dtype() -> torch.dtype:
 
 
 def in_nodes_words(sentence: str) -> str:
-    """A sentence of the command line for a node: --fit-reference → fit_reference. Other commands' options stay."""
+    """Replace option names in a sentence by names of node inputs: --fit-reference → fit_reference. Options of other
+    commands stay."""
     return _OPTION.sub(lambda option: _INPUTS.get(option[1], option[0]), sentence)

@@ -1,8 +1,8 @@
-"""The folder in ComfyUI's `custom_nodes`: put there, looked at, taken away. Neither torch nor ComfyUI is imported.
+"""Install, inspect and remove the folder in ComfyUI's `custom_nodes`. Imports neither torch nor ComfyUI.
 
-The nodes run in ComfyUI's own Python, so what is installed there is asked before anything is written. Nothing of it is
-ever changed: what the nodes need and lack is named in a command that adds it, held to the versions that are there by a
-constraints file; what is too old for them is listed and refused."""
+The nodes run in ComfyUI's own Python, so its installed packages are read before anything is written. They are never
+changed. For missing packages a pip command is printed, with a constraints file that keeps the installed versions.
+Packages that are too old for the nodes are listed and the installation is refused."""
 
 import contextlib
 import hashlib
@@ -27,12 +27,12 @@ from packaging.utils import canonicalize_name
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
 PACK = Path(__file__).with_name("pack")
-NAME = "scail2_rt"  # of the folder in custom_nodes, and of the one for engines in models
+NAME = "scail2_rt"  # name of the folder in custom_nodes, and of the engines' folder in models
 MARK = "installed.json"
 VERSIONS = "host-versions.txt"
 INPUTS = "example_inputs"
-COMMAND_ONLY = ("click", "huggingface-hub", "onnx", "onnxscript", "rich", "packaging")  # which no node imports
-PYTHONS = (  # beside ComfyUI; the last is its portable build's, in its spelling
+COMMAND_ONLY = ("click", "huggingface-hub", "onnx", "onnxscript", "rich", "packaging")  # not imported by any node
+PYTHONS = (  # paths relative to ComfyUI; the last one (so spelled) is that of its portable build
     *("{}/.venv/bin/python", "{}/venv/bin/python", "{}/.venv/Scripts/python.exe", "{}/venv/Scripts/python.exe"),
     "{}/../python_embeded/python.exe",
 )
@@ -45,17 +45,17 @@ print(json.dumps({"python": list(sys.version_info[:3]), "packages": found}))
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What there is in a ComfyUI folder.
+    """The state of a ComfyUI folder.
 
-    version    of ComfyUI
-    python     that runs it; python_version; how: why this one was taken
-    ours       version of scail2-rt that is installed in it, None: it is not
-    torch      its version there
-    lacking    requirements of the nodes that are not installed; too_old: a sentence for each that is, in a version that
-               the nodes cannot use
-    nodes      version of the nodes in custom_nodes, None: there are none
+    version    version of ComfyUI
+    python     the Python that runs it; python_version: its version; how: why it was chosen
+    ours       version of scail2-rt installed in that Python; None: not installed
+    torch      version of torch installed in it; None: not installed
+    lacking    requirements of the nodes that are not installed
+    too_old    one sentence per installed package whose version the nodes cannot use
+    nodes      version of the nodes in custom_nodes; None: not installed
     engines    names of the folders in models/scail2_rt
-    models     files in models/diffusion_models that are named for SCAIL"""
+    models     files in models/diffusion_models with "scail" in their name"""
 
     folder: Path
     version: str
@@ -75,18 +75,19 @@ class Found:
         lines = [
             f"{self.folder}: ComfyUI {self.version}",
             f"Python {self.python_version}, {self.python} ({self.how}); torch {self.torch or 'not installed'}",
-            f"scail2-rt in it: {self.ours or 'not installed'}",
+            f"scail2-rt in this Python: {self.ours or 'not installed'}",
             f"nodes: {self.nodes or 'not installed'}",
             f"engines in models/{NAME}: {', '.join(self.engines) or 'none'}",
-            f"checkpoints by name: {', '.join(self.models) or 'none'}",
+            f'checkpoints with "scail" in the name: {", ".join(self.models) or "none"}',
         ]
-        lines += [f"lacking: {', '.join(self.lacking)}"] if self.lacking else []
+        lines += [f"missing: {', '.join(self.lacking)}"] if self.lacking else []
         return "\n".join([*lines, *(f"too old: {sentence}" for sentence in self.too_old)])
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """What was put there. commands: what is to be run next, none where the nodes can start."""
+    """The result of an installation. inputs: names of the example inputs; commands: commands that the user must run
+    next; empty if the nodes can start."""
 
     found: Found
     nodes: Path
@@ -96,15 +97,15 @@ class Installed:
     @property
     def text(self) -> str:
         lines = [self.found.text, f"wrote {self.nodes}"]
-        lines += [f"pictures of the example workflows in input: {', '.join(self.inputs)}"] if self.inputs else []
+        lines += [f"inputs of the example workflows in input: {', '.join(self.inputs)}"] if self.inputs else []
         if self.commands:
-            lines += ["In ComfyUI's Python, nothing of which this changes:", *(f"  {line}" for line in self.commands)]
-        return "\n".join([*lines, "Then restart ComfyUI; the workflows are among its templates, under scail2_rt."])
+            lines += ["Run these commands (they keep all installed versions):", *(f"  {c}" for c in self.commands)]
+        return "\n".join([*lines, "Then restart ComfyUI. The workflows are among its templates, under scail2_rt."])
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What was taken away, and what stays."""
+    """The result of a removal: removed and kept paths."""
 
     removed: tuple[str, ...]
     kept: tuple[str, ...]
@@ -115,10 +116,11 @@ class Removed:
 
 
 def look(folder: Path, python: Path | None = None) -> Found:
-    """What is in a ComfyUI folder. InputError where there is none, or one without the V3 node interface."""
-    folder = whole(folder)
+    """Inspect a ComfyUI folder. python: the Python that runs it, if not found beside it. Raises InputError for another
+    folder, for a ComfyUI without the V3 node interface and for a Python that does not run."""
+    folder = absolute(folder)
     version = comfyui_version(folder)
-    chosen, how = (whole(python), "it was named") if python is not None else find_python(folder)
+    chosen, how = (absolute(python), "given by --python") if python is not None else find_python(folder)
     answer = ask(chosen)
     packages = {canonicalize_name(name): value for name, value in answer["packages"].items()}
     lacking, too_old = compare(packages)
@@ -139,14 +141,15 @@ def look(folder: Path, python: Path | None = None) -> Found:
     )
 
 
-def whole(path: Path) -> Path:
+def absolute(path: Path) -> Path:
+    """The absolute path, with ~ expanded and symbolic links kept."""
     return Path(os.path.abspath(path.expanduser()))
 
 
 def comfyui_version(folder: Path) -> str:
-    """InputError for a folder that is none of ComfyUI, or of one that is too old."""
+    """The version of ComfyUI. Raises InputError for another folder and for a ComfyUI that is too old."""
     if not (folder / "main.py").is_file() or not (folder / "custom_nodes").is_dir():
-        raise InputError(f"{folder} is no ComfyUI folder: give the one with main.py and custom_nodes in it.")
+        raise InputError(f"{folder} is not a ComfyUI folder. Give the folder that contains main.py and custom_nodes.")
     file = folder / "comfyui_version.py"
     match = (
         re.search(r'__version__\s*=\s*"([^"]+)"', file.read_text(encoding="utf-8", errors="replace"))
@@ -155,34 +158,36 @@ def comfyui_version(folder: Path) -> str:
     )
     version = match[1] if match else "of unknown version"
     if not (folder / "comfy_api" / "latest").is_dir():
-        raise InputError(f"ComfyUI {version} in {folder} lacks the V3 node interface: update it to 0.3.64 or newer.")
+        raise InputError(f"ComfyUI {version} in {folder} lacks the V3 node interface. Update it to 0.3.64 or newer.")
     return version
 
 
 def find_python(folder: Path) -> tuple[Path, str]:
-    """The Python that runs ComfyUI, and why that one."""
+    """(the Python that runs ComfyUI, why it was chosen)."""
     for pattern in PYTHONS:
         path = Path(pattern.format(folder))
         if path.is_file():
-            return path.parent.resolve() / path.name, "beside ComfyUI"  # the link in an environment is its Python
-    return Path(sys.executable), "this one: there is none beside ComfyUI; name another one with --python"
+            # the last part may be a link, which must stay: it selects the virtual environment
+            return path.parent.resolve() / path.name, "beside ComfyUI"
+    return Path(sys.executable), "this command's Python, because none is beside ComfyUI; choose another with --python"
 
 
 def ask(python: Path) -> dict[str, Any]:
-    """Version and packages of a Python. InputError when it does not run."""
+    """The version ("python") and installed packages ("packages") of a Python. Raises InputError if it does not run."""
     try:
         result = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=120, check=True)
         return dict(json.loads(result.stdout))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise InputError(f"{python} does not run as a Python ({error}): name ComfyUI's with --python.") from error
+        raise InputError(f"{python} does not run as a Python ({error}). Give ComfyUI's with --python.") from error
 
 
 def own_version() -> str:
+    """The version of this package."""
     return importlib.metadata.version("scail2-rt")
 
 
 def requirements() -> list[Requirement]:
-    """What the nodes need, of this package's own requirements."""
+    """The requirements of this package that the nodes need."""
     lines = map(Requirement, importlib.metadata.requires("scail2-rt") or ())
     return [
         line
@@ -192,31 +197,30 @@ def requirements() -> list[Requirement]:
 
 
 def compare(packages: Mapping[Any, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(requirements that are not there, a sentence for each package of a wrong version)."""
+    """(missing requirements, one sentence per package of a wrong version). packages: name → version."""
     lacking, wrong = [], []
     for requirement in requirements():
         version = packages.get(canonicalize_name(requirement.name))
         if version is None:
             lacking.append(f"{requirement.name}{requirement.specifier}")
         elif not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement.name} is {version} there and the nodes need {requirement.specifier}")
+            wrong.append(f"{requirement.name} is {version} in ComfyUI; the nodes need {requirement.specifier}")
     return tuple(lacking), tuple(wrong)
 
 
 def install(folder: Path, python: Path | None = None) -> Installed:
-    """Put the nodes into `custom_nodes`, replacing an older version of them, and the pictures of the examples into
-    `input`. InputError for what `look` refuses, packages that are too old, and a folder of that name that is not ours.
-
-    The folder appears whole or not at all."""
+    """Install the nodes in `custom_nodes`, replacing an older version, and the example inputs in `input`. The folder is
+    renamed into place when it is complete. Raises InputError for inputs that `look` refuses, for packages that are too
+    old and for a foreign folder of that name; Scail2Error if it cannot be written."""
     found = look(folder, python)
     if found.too_old:
         raise InputError(
-            f"{'; '.join(found.too_old)}. Nothing was written: bring ComfyUI's Python up to date (ComfyUI's own update "
-            "does it), then try again."
+            f"{'; '.join(found.too_old)}. Nothing was written. Update the packages of ComfyUI's Python (ComfyUI's own "
+            "update does), then try again."
         )
     nodes = found.folder / "custom_nodes" / NAME
     if os.path.lexists(nodes) and found.nodes is None:
-        raise InputError(f"{nodes} is there and is not of `scail2-rt comfyui install`: move it away first.")
+        raise InputError(f"{nodes} exists but was not made by `scail2-rt comfyui install`. Move it away first.")
     pictures = found.folder / "input"
     before = set(pictures.iterdir()) if pictures.is_dir() else None
     try:
@@ -224,7 +228,9 @@ def install(folder: Path, python: Path | None = None) -> Installed:
         _put_pack(nodes, inputs, ask(found.python)["packages"])
     except OSError as error:
         _take_back(pictures, before)
-        raise Scail2Error(f"{nodes} could not be written ({error}): make room or give the right to write.") from error
+        raise Scail2Error(
+            f"{nodes} could not be written ({error}). Free disk space or grant write permission."
+        ) from error
     found = replace(found, nodes=own_version())
     return Installed(found, nodes, tuple(inputs), _commands(found, nodes))
 
@@ -255,7 +261,7 @@ def _put_pack(nodes: Path, inputs: Mapping[str, str], packages: Mapping[str, str
 
 
 def _put_inputs(folder: Path, mark: Mapping[str, Any]) -> dict[str, str]:
-    """Name → SHA-256 of the pictures that are ours there; one of the user's under such a name stays."""
+    """Copy the example inputs; a user's file of the same name is kept. Returns name → SHA-256 of those in place."""
     folder.mkdir(exist_ok=True)
     put = {}
     for source in sorted((PACK / INPUTS).iterdir()):
@@ -268,7 +274,7 @@ def _put_inputs(folder: Path, mark: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _take_back(folder: Path, before: set[Path] | None) -> None:
-    """Pictures that were put into a folder; before: what it held, None: it was not there."""
+    """Undo `_put_inputs`. before: the folder's earlier files; None: the folder did not exist."""
     with contextlib.suppress(OSError):
         for path in set(folder.iterdir()) - (before or set()):
             path.unlink()
@@ -277,14 +283,14 @@ def _take_back(folder: Path, before: set[Path] | None) -> None:
 
 
 def _users_files(nodes: Path) -> list[Path]:
-    """What lies among the nodes and was not put there by us, nor by Python."""
+    """The files in the nodes' folder that neither this command nor Python has written."""
     ours = {MARK, VERSIONS, *_mark(nodes).get("files", ())}
     files = [file for file in sorted(nodes.rglob("*")) if not file.is_dir() and "__pycache__" not in file.parts]
     return [file for file in files if file.relative_to(nodes).as_posix() not in ours]
 
 
 def _remove_pack(nodes: Path) -> list[Path]:
-    """Take our files away, and the folders that become empty; what stays there."""
+    """Remove the installed files and empty folders. Returns the user's files, which stay."""
     kept = _users_files(nodes)
     if not kept:
         nodes.unlink() if nodes.is_symlink() else shutil.rmtree(nodes)
@@ -301,13 +307,13 @@ def _remove_pack(nodes: Path) -> list[Path]:
 
 
 def remove(folder: Path) -> Removed:
-    """Take the nodes and the unchanged pictures away; engines, results and the user's own files stay. InputError where
-    there are no nodes of ours."""
-    folder = whole(folder)
+    """Remove the nodes and the unchanged example inputs. Engines, results and the user's files stay. Raises InputError
+    if the nodes are not installed, Scail2Error if they cannot be removed."""
+    folder = absolute(folder)
     comfyui_version(folder)
     nodes, engines = folder / "custom_nodes" / NAME, folder / "models" / NAME
     if installed_version(nodes) is None:
-        raise InputError(f"{nodes} holds no nodes of `scail2-rt comfyui install`: there is nothing to remove.")
+        raise InputError(f"{nodes} has no nodes of `scail2-rt comfyui install`. Check the folder of ComfyUI.")
     removed, kept = [str(nodes)], list[str]()
     for name, known in _mark(nodes).get("inputs", {}).items():
         picture = folder / "input" / name
@@ -318,14 +324,12 @@ def remove(folder: Path) -> Removed:
         for path in removed[1:]:
             Path(path).unlink(missing_ok=True)
     except OSError as error:
-        raise Scail2Error(
-            f"{nodes} could not be taken away ({error}): give the right to write, and try again."
-        ) from error
+        raise Scail2Error(f"{nodes} could not be removed ({error}). Grant write permission and try again.") from error
     return Removed(tuple(removed), (*kept, *([str(engines)] if engines.is_dir() else [])))
 
 
 def installed_version(nodes: Path) -> str | None:
-    """Version of our nodes in this folder; None where it is not ours."""
+    """The version of the nodes installed in this folder; None if it has none or is a foreign folder."""
     mark = _mark(nodes)
     return str(mark.get("version")) if mark.get("package") == "scail2-rt" else None
 
@@ -338,7 +342,7 @@ def _mark(nodes: Path) -> dict[str, Any]:
 
 
 def _commands(found: Found, nodes: Path) -> tuple[str, ...]:
-    """What adds the package and what it lacks to ComfyUI's Python."""
+    """The commands that install this package and missing requirements in ComfyUI's Python."""
     pip, commands = f'"{found.python}" -m pip install', []
     if found.ours != own_version():
         commands.append(f"{pip} --no-deps {source_of_package()}")
@@ -349,11 +353,12 @@ def _commands(found: Found, nodes: Path) -> tuple[str, ...]:
 
 
 def source_of_package() -> str:
-    """Where pip finds this package: the folder or file that it was installed from, else its name and version."""
+    """The pip requirement for this package: the folder or file it was installed from, else name and version."""
     text = importlib.metadata.distribution("scail2-rt").read_text("direct_url.json")
     url = urllib.parse.urlparse(json.loads(text)["url"] if text else "")
     return f'"{urllib.request.url2pathname(url.path)}"' if url.scheme == "file" else f"scail2-rt=={own_version()}"
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

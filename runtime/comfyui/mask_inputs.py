@@ -1,12 +1,12 @@
-"""What a graph calls a mask, as frames of a colour mask: made when they are read, a few at a time.
+"""Convert the graph's mask types to frames of a colour mask, a few frames at a time when they are read.
 
-    IMAGE, VIDEO     colour-coded already: taken as it is, but for the background where that is asked for
-    MASK             a matte of one character, bright where it is
-    SAM3_TRACK_DATA  SAM 3's figures, one bit a pixel: in the palette's order, the leftmost first
-    SCAIL2_MASK      what the Masks node made of one of these
+    IMAGE, VIDEO     colour-coded already: used unchanged, except for the background if requested
+    MASK             a matte of one character, 1 inside and 0 outside
+    SAM3_TRACK_DATA  SAM 3's characters, one bit per pixel; they get colours in the palette's order
+    SCAIL2_MASK      output of the Masks node
 
-A track is a dict: `packed_masks` uint8 [T, N, h, w/8], bit i of a byte the i-th of its eight pixels (None: nobody was
-found), `orig_size` (H, W) and `n_frames`."""
+A track is a dict: `packed_masks` uint8 [T, N, h, w/8] (bit i of a byte is the i-th of its eight pixels; None: no
+character was found), `orig_size` (H, W) and `n_frames`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +28,11 @@ SORTS = ("left-to-right", "area", "none")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskFrames:
-    """Colour masks that are made when they are read: what `Clip` takes. make(first, last) → uint8 [n, H, W, 3].
+    """Colour masks that are computed when they are read; usable as frames of `Clip`.
 
-    described: what they were made from, for messages"""
+    shape       (T, H, W, 3)
+    make        (first, last) → uint8 [last - first, H, W, 3]
+    described   their source, for messages"""
 
     shape: tuple[int, int, int, int]
     make: Callable[[int, int], np.ndarray]
@@ -51,8 +53,13 @@ class MaskFrames:
 
 @dataclass(frozen=True, slots=True)
 class MaskStyle:
-    """How masks are made. background: what lies around the characters; repaint: around those of a coloured picture,
-    too; colour: of a matte's character; sort, figures: order of a track's figures, and which of them (none: all)."""
+    """Options for the conversion.
+
+    background   RGB of the background
+    repaint      also replace the background of colour-coded images
+    colour       colour of the character in a matte
+    sort         order in which the characters of a track get colours, one of `SORTS`
+    figures      indices, in that order, of the characters to use; empty: all"""
 
     background: RGB = PALETTE["black"]
     repaint: bool = False
@@ -62,13 +69,13 @@ class MaskStyle:
 
     @classmethod
     def pair(cls, mode: str, **others: Any) -> "tuple[MaskStyle, MaskStyle]":
-        """Of the reference and of the driving clip, with the backgrounds that the mode asks for; `auto` is animate."""
+        """The styles of reference mask and driving mask, with the backgrounds of the mode (`auto` means animate)."""
         resolved: Mode = "replace" if mode == "replace" else "animate"
         return cls(background_of(resolved, "reference"), **others), cls(background_of(resolved, "driving"), **others)
 
 
 def mask_frames(source: Any, style: MaskStyle, name: str) -> MaskFrames:
-    """Colour masks of what is connected. InputError, with `name`, for something else."""
+    """The colour masks of a connected input. Raises InputError that mentions `name` for an unsupported type."""
     if isinstance(source, MaskFrames):
         return source
     if isinstance(source, dict):
@@ -77,7 +84,7 @@ def mask_frames(source: Any, style: MaskStyle, name: str) -> MaskFrames:
         path = file_of(source)
         return _of_picture(source.get_components().images, style, name) if path is None else frames_of_file(path, style)
     if not hasattr(source, "ndim"):
-        raise InputError(f"The {name} is a {type(source).__name__}: connect IMAGE, VIDEO, MASK or SAM3_TRACK_DATA.")
+        raise InputError(f"The {name} is a {type(source).__name__}. Connect IMAGE, VIDEO, MASK or SAM3_TRACK_DATA.")
     return _of_matte(source, style, name) if source.ndim in (2, 3) else _of_picture(source, style, name)
 
 
@@ -87,7 +94,7 @@ def _of_picture(images: Any, style: MaskStyle, name: str) -> MaskFrames:
 
 
 def frames_of_file(path: Path, style: MaskStyle) -> MaskFrames:
-    """Of a video file, read from where the last frames ended, else opened again."""
+    """The colour masks of a video file. Consecutive reads continue; any other read opens the file again."""
     info = probe_video(path)
     reader = VideoReader(path)
 
@@ -106,7 +113,7 @@ def _styled(masks: np.ndarray, style: MaskStyle) -> np.ndarray:
 
 
 def _repainted(masks: np.ndarray, background: RGB) -> np.ndarray:
-    """White and black become the background; characters, and what is in no class without being black, stay."""
+    """Replace white and black pixels by the background; keep characters and pixels of no class. uint8 [n, H, W, 3]."""
     around = (MODEL_LABEL[codes(masks)] == 0) | (masks <= OFF_BELOW).all(-1)
     return np.where(around[..., None], np.array(background, np.uint8), masks)
 
@@ -114,7 +121,7 @@ def _repainted(masks: np.ndarray, background: RGB) -> np.ndarray:
 def _of_matte(matte: Any, style: MaskStyle, name: str) -> MaskFrames:
     matte = matte[None] if matte.ndim == 2 else matte
     if 0 in matte.shape:
-        raise InputError(f"The {name} has the shape {list(matte.shape)}: connect a MASK, [frames, H, W].")
+        raise InputError(f"The {name} has the shape {list(matte.shape)}. Connect a MASK, [frames, H, W].")
     colour, background = _colours(style)
 
     def make(first: int, last: int) -> np.ndarray:
@@ -125,7 +132,7 @@ def _of_matte(matte: Any, style: MaskStyle, name: str) -> MaskFrames:
 
 
 def _colours(style: MaskStyle) -> tuple[np.ndarray, np.ndarray]:
-    """[6, 3] of the figures and [3] of the background."""
+    """uint8 colours: [6, 3] of the characters and [3] of the background."""
     return np.array([PALETTE[name] for name in ORDER], np.uint8), np.array(style.background, np.uint8)
 
 
@@ -133,15 +140,15 @@ def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
     packed: Any = track.get("packed_masks")
     bits = np.asarray(packed.cpu() if hasattr(packed, "cpu") else packed)
     if packed is None or (bits.ndim == 4 and not bits.shape[1]):
-        raise InputError(f"The {name} is a track without a figure: SAM 3 found nobody; change its prompt or threshold.")
+        raise InputError(f"The {name} is a track without a character. Change SAM 3's prompt or threshold.")
     if bits.dtype != np.uint8 or bits.ndim != 4 or not bits.size:
-        raise InputError(f"The packed_masks of the {name} are {bits.dtype} {list(bits.shape)}, not uint8 [T, N, h, w].")
+        raise InputError(f"packed_masks of the {name} must be uint8 [T, N, h, w], not {bits.dtype} {list(bits.shape)}.")
     try:
         height, width = size = tuple(int(side) for side in track.get("orig_size", _own_size(bits)))
     except (TypeError, ValueError):
         height = width = 0
     if min(height, width) < 1:
-        raise InputError(f"The orig_size of the {name} is {track['orig_size']}, not (H, W) of its frames.")
+        raise InputError(f"The orig_size of the {name} must be (H, W) of its frames, not {track['orig_size']}.")
     order = _chosen(bits, style, name)
     rows, columns = (np.arange(side) * own // side for side, own in zip(size, _own_size(bits), strict=True))
     colours, background = _colours(style)
@@ -154,7 +161,7 @@ def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
             out[:] = np.where(anybody[..., None], colours[masks.argmax(0)], background)
         return made
 
-    return MaskFrames((len(bits), *size, 3), make, f"a track of {len(order)} figure(s)")  # type: ignore[arg-type]
+    return MaskFrames((len(bits), *size, 3), make, f"a track of {len(order)} character(s)")  # type: ignore[arg-type]
 
 
 def _own_size(bits: np.ndarray) -> tuple[int, int]:
@@ -162,24 +169,25 @@ def _own_size(bits: np.ndarray) -> tuple[int, int]:
 
 
 def _chosen(bits: np.ndarray, style: MaskStyle, name: str) -> list[int]:
-    """The track's figures in the order of their colours. InputError for more than there are colours."""
+    """The indices of the track's characters in the order of their colours. Raises InputError for an unknown index and
+    for more than six characters."""
     first = unpacked(bits[0])
     order = sorted(range(len(first)), key=_key(first, style.sort))
     unknown = [figure for figure in style.figures if figure >= len(order)]
     if unknown:
-        raise InputError(f"figures names {unknown[0]}, but the {name} has the figures 0 to {len(order) - 1}.")
+        raise InputError(f"figures contains {unknown[0]}; the {name} has 0 to {len(order) - 1}. Leave it out.")
     chosen = [order[figure] for figure in style.figures] if style.figures else order
     if len(chosen) > len(ORDER):
         raise InputError(
-            f"The {name} has {len(chosen)} figures and there are six colours: name those that count in figures, as in "
+            f"The {name} has {len(chosen)} characters, but there are six colours. Set figures to those to use, as in "
             "0,1, or track fewer."
         )
     return chosen
 
 
 def _key(masks: np.ndarray, sort: str) -> Callable[[int], float]:
-    """What figures are sorted by: the middle of their columns in the first frame (those that come later last), or their
-    area there."""
+    """The sort key of a character: its mean column in the first frame (characters that appear later come last), or its
+    negative area there. masks: bool [N, h, w] of the first frame."""
     if sort == "none":
         return float
     if sort == "area":
@@ -189,8 +197,8 @@ def _key(masks: np.ndarray, sort: str) -> Callable[[int], float]:
 
 
 def parse_figures(text: str) -> tuple[int, ...]:
-    """`0,2` → (0, 2); empty: all."""
+    """`0,2` → (0, 2); an empty text → (). Raises InputError for anything that is not a number."""
     parts: Sequence[str] = [part.strip() for part in text.split(",") if part.strip()]
     if wrong := [part for part in parts if not part.isdecimal()]:
-        raise InputError(f"figures is a list of numbers such as 0,2, and {wrong[0]!r} is none.")
+        raise InputError(f"figures must be a list of numbers such as 0,2; {wrong[0]!r} is not a number.")
     return tuple(int(part) for part in parts)

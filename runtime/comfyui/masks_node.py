@@ -1,4 +1,4 @@
-"""The node that makes colour masks of what a graph has, checks them, and shows what it found."""
+"""The node that makes colour masks from the graph's masks or with a segmenter, checks them and shows the findings."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from scail2_rt.runtime.masks.make.options import SORTS as SORTS_MADE
 
 
 class MakeMasks(io.ComfyNode):
-    """Masks of SAM 3 tracks, mattes or coloured pictures; findings and a sheet in the node."""
+    """Makes masks from SAM 3 tracks, mattes or colour-coded images; shows findings and a contact sheet."""
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -31,28 +31,29 @@ class MakeMasks(io.ComfyNode):
             node_id="Scail2Masks",
             display_name="SCAIL-2 Masks",
             category=CATEGORY,
-            description="Colour masks as the model wants them, from SAM 3 tracks, MASKs or coloured images; checked.",
+            description="Makes and checks colour masks, from SAM 3 tracks, MASKs, colour-coded images or a segmenter.",
             inputs=[
                 reference_input(),
                 driving_input(),
-                mask_input("reference_mask", "Who is who in the reference", optional=True),
-                mask_input("driving_mask", "Who is who in the driving clip", optional=True),
+                mask_input("reference_mask", "Characters in the reference image", optional=True),
+                mask_input("driving_mask", "Characters in the driving clip", optional=True),
                 io.Combo.Input(
                     "mode",
                     options=MODES,
-                    tooltip="Sets the backgrounds: animate keeps the reference's, replace the driving scene.",
+                    tooltip="animate keeps the background of the reference image, replace the scene of the driving "
+                    "clip. Sets the background colours of the masks.",
                 ),
                 io.Boolean.Input(
                     "set_background",
                     default=True,
-                    tooltip="Give coloured images the background that the mode asks for, too: ComfyUI's own "
-                    "node paints the reference's black in both modes.",
+                    tooltip="Also replace the background of colour-coded images by that of the mode. ComfyUI's own "
+                    "node paints a black background for the reference in both modes.",
                 ),
-                io.Combo.Input("colour", options=list(ORDER), tooltip="Of the character that a MASK shows."),
+                io.Combo.Input("colour", options=list(ORDER), tooltip="Colour of the character in a MASK."),
                 io.Combo.Input(
-                    "sort", options=list(SORTS), tooltip="In what order the figures of a track get colours."
+                    "sort", options=list(SORTS), tooltip="Order in which the characters of a track get colours."
                 ),
-                io.String.Input("figures", default="", tooltip="Which figures of a track, as in 0,2; empty: all."),
+                io.String.Input("figures", default="", tooltip="Characters of a track to use, as in 0,2; empty: all."),
                 *segmenter_inputs(),
             ],
             outputs=[
@@ -78,34 +79,35 @@ class MakeMasks(io.ComfyNode):
 
 
 def segmenter_inputs() -> list[Any]:
-    """For graphs without masks."""
+    """The inputs for the segmenter, which is used if no masks are connected."""
     return [
-        io.Combo.Input("segmenter", options=list(SEGMENTERS), optional=True, tooltip="Where no masks are connected."),
-        io.String.Input("segmenter_weights", default="", optional=True, tooltip="A folder; empty: the one fetched."),
-        io.String.Input("mask_prompt", default=AUTHORS_PROMPT, optional=True, tooltip="What to look for."),
+        io.Combo.Input("segmenter", options=list(SEGMENTERS), optional=True, tooltip="Used if no masks are connected."),
+        io.String.Input("segmenter_weights", default="", optional=True, tooltip="Folder; empty: the downloaded one."),
+        io.String.Input("mask_prompt", default=AUTHORS_PROMPT, optional=True, tooltip="What to segment."),
         io.Int.Input("max_characters", default=2, min=1, max=len(ORDER), optional=True),
         io.String.Input(
             "points",
             default="",
             optional=True,
-            tooltip="[frame:]x,y[:colour], with blanks between; image:x,y is the reference.",
+            tooltip="[frame:]x,y[:colour], separated by spaces; image:x,y is a point in the reference image.",
         ),
-        io.String.Input("boxes", default="", optional=True, tooltip="[frame:]x0,y0,x1,y1[:colour], likewise."),
+        io.String.Input("boxes", default="", optional=True, tooltip="[frame:]x0,y0,x1,y1[:colour], see points."),
     ]
 
 
 def masks_of(mode: Any, driving: ClipSource, inputs: Mapping[str, Any]) -> tuple[tuple[Any, Any], tuple[str, ...]]:
-    """The masks that are connected, or those that the segmenter makes, and what it has to say."""
+    """((reference mask, driving mask), notes): the connected masks, or those of the segmenter and its notes. Raises
+    InputError if only one mask is connected or masks cannot be made."""
     connected = inputs.get("reference_mask"), inputs.get("driving_mask")
     if None not in connected:
         return connected, ()
     if connected != (None, None):
         raise InputError(
-            "One of reference_mask and driving_mask is connected: connect both, or none to have them made."
+            "Only one of reference_mask and driving_mask is connected. Connect both, or none to let the node make them."
         )
     images = TensorFrames(inputs["image"], "reference image")
     if len(images) > 1:
-        raise InputError(f"Masks are made for one reference image, not for {len(images)}: connect masks of them.")
+        raise InputError(f"The node makes masks for one reference image, not {len(images)}. Connect masks for them.")
     prompt = inputs.get("mask_prompt", AUTHORS_PROMPT)
     options = MaskOptions(
         mode=mode,

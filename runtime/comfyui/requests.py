@@ -1,4 +1,4 @@
-"""A `Request` of what is connected to a node."""
+"""Build a `Request` from the inputs of a node."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +17,12 @@ from scail2_rt.runtime.media.clips import probe
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """Pictures and masks as they are connected: a batch of reference images, a clip, and what ComfyUI calls masks.
+    """The connected inputs.
 
-    styles: how masks that are not coloured yet are made, of the reference and of the driving clip"""
+    images                         batch of reference images, float [N, H, W, 3] in 0..1
+    driving                        driving clip
+    reference_mask, driving_mask   any mask type of `mask_inputs`
+    styles                         conversion options for reference mask and driving mask"""
 
     images: Any
     driving: ClipSource
@@ -28,27 +31,30 @@ class Given:
     styles: tuple[MaskStyle, MaskStyle] = (MaskStyle(), MaskStyle())
 
     def references(self) -> tuple[TensorFrames, MaskFrames]:
-        """The reference images and their masks, as many of each. InputError for another number of masks."""
+        """The reference images and their masks. Raises InputError if their numbers differ."""
         images = TensorFrames(self.images, "reference image")
         masks = mask_frames(self.reference_mask, self.styles[0], "reference mask")
         if len(images) != len(masks):
             raise InputError(
-                f"There are {len(images)} reference images and {len(masks)} reference masks: give one mask for each."
+                f"The batches have {len(images)} reference image(s) and {len(masks)} reference mask(s). Connect one "
+                "mask per image."
             )
         return images, masks
 
     def mask_clip(self) -> Clip:
-        """The driving masks, at the rate of the driving clip."""
+        """The driving masks as a clip with the frame rate of the driving clip."""
         frames = mask_frames(self.driving_mask, self.styles[1], "driving mask")
         return Clip(frames, rate_of(self.driving), "driving mask")
 
 
 def rate_of(clip: ClipSource) -> Fraction:
+    """The frame rate of a clip."""
     return clip.rate if isinstance(clip, Clip) else probe(clip).frame_rate
 
 
 def request_of(given: Given, options: Mapping[str, Any]) -> Request:
-    """The request for what is connected. InputError for what does not fit together and for numbers out of range."""
+    """The request. options: other fields of `Request`. Raises InputError for inputs that do not fit together and for
+    values out of range."""
     images, masks = given.references()
     pairs: list[tuple[np.ndarray, np.ndarray]] = [(images[i], masks[i]) for i in range(len(images))]
     (image, mask), *extra = pairs
@@ -56,7 +62,7 @@ def request_of(given: Given, options: Mapping[str, Any]) -> Request:
 
 
 def frame_size(width: int, height: int) -> Size | None:
-    """(H, W) of the video; None for 0 and 0. InputError for one of them alone."""
+    """(H, W) of the video in pixels; None if both are 0. Raises InputError if only one is 0."""
     if bool(width) != bool(height):
-        raise InputError(f"width is {width} and height {height}: give both, or set both to 0 for the usual size.")
+        raise InputError(f"width is {width} and height {height}. Give both, or set both to 0 for the default size.")
     return (height, width) if width else None

@@ -1,7 +1,7 @@
-"""Masks that are made by the segmenter, where a graph has none: the one place that calls `make_masks`.
+"""Make masks with the segmenter, for graphs without masks. The only caller of `make_masks` in the nodes.
 
-Its result is files, without loss, in ComfyUI's temporary folder, which ComfyUI empties when it starts; the masks are
-read from there a few frames at a time."""
+The masks are lossless files in ComfyUI's temporary folder, which ComfyUI empties when it starts. They are read a few
+frames at a time."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from scail2_rt.runtime.comfyui import host
 from scail2_rt.runtime.comfyui.mask_inputs import MaskFrames, MaskStyle, frames_of_file
 from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Clip, ClipSource
-from scail2_rt.runtime.masks.make.make import make_masks, segmenter_for
+from scail2_rt.runtime.masks.make.make import make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
 from scail2_rt.runtime.media.clips import clip_hash
 from scail2_rt.runtime.media.images import load_mask_image
@@ -22,7 +22,7 @@ from scail2_rt.runtime.media.images import load_mask_image
 
 @dataclass(frozen=True, slots=True)
 class Segmented:
-    """Colour masks of one reference and of a clip, and sentences about what was decided."""
+    """Colour masks of one reference image and of a clip. notes: sentences about the segmenter's choices."""
 
     reference: MaskFrames
     driving: MaskFrames
@@ -32,12 +32,15 @@ class Segmented:
 def segmented(
     image: np.ndarray, driving: ClipSource, options: MaskOptions, room: Callable[[int], None], show: Listener
 ) -> Segmented:
-    """image uint8 [H, W, 3]. room(bytes): is called before the segmenter is loaded. InputError where there is no
-    segmenter, nobody was found, or a place lies outside its picture."""
-    segmenter = segmenter_for(options)
-    if segmenter is not None:
-        room(segmenter.memory_bytes)
+    """Make the masks, or read those of an earlier call with the same inputs and options.
+
+    image: uint8 [H, W, 3]; room(bytes): called before the segmenter is loaded; show: progress listener. Raises
+    InputError if no segmenter is installed, no character is found or a point or box is outside its image, and
+    Cancelled after ComfyUI's cancel button."""
     folder = host.temporary_folder() / "scail2_rt_masks" / _key(image, driving, options)
+    plan = plan_masks(image, driving, folder, options)
+    if plan.there is None and plan.segmenter is not None:
+        room(plan.segmenter.memory_bytes)
     made = make_masks(image, driving, folder, options, on_progress=show, cancel=host.Interruption())
     pixels = load_mask_image(made.mask_image)
     reference = MaskFrames((1, *pixels.shape), lambda first, last: pixels[None][first:last], "the segmenter")  # type: ignore[arg-type]
@@ -45,7 +48,7 @@ def segmented(
 
 
 def _key(image: np.ndarray, driving: ClipSource, options: MaskOptions) -> str:
-    """A folder for each pair of pictures and options; in it `make_masks` finds what is there of the same."""
+    """The folder's name, a hash of inputs and options, so that `make_masks` finds the masks of an earlier call."""
     source = clip_hash(driving) if isinstance(driving, Clip) else str(Path(driving))
     digest = hashlib.sha256(repr((image.shape, source, options)).encode())
     digest.update(image.tobytes())

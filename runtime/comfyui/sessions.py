@@ -1,8 +1,8 @@
-"""The session behind the nodes: one at a time, opened when it is first needed, kept between runs of the graph.
+"""The session behind the nodes: at most one, opened on first use and kept between runs of the graph.
 
-To ComfyUI it is one of its models (`engine_model`): it is asked to make room before the session's weights load, and
-takes the memory back when another model needs it or when the user says "unload models". The session is closed then;
-the next run opens it again."""
+ComfyUI manages it as one of its models (`engine_model`): it unloads other models before the session's weights load, and
+closes the session when another model needs the memory or the user chooses "unload models". The next run opens it
+again."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ from scail2_rt.runtime.session.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """What the Engines node hands on: which folder, how it is to run, and which state of the folder that is."""
+    """The output of the Engines node. state: identifies the folder's current build."""
 
     folder: Path
     backend: str
@@ -28,32 +28,33 @@ class Engines:
 
     @classmethod
     def of(cls, folder: Path, backend: str = "auto", execution: Execution | None = None) -> "Engines":
-        """InputError when the folder holds no engines."""
+        """The engines in a folder. Raises InputError if it has none."""
         return cls(folder, backend, execution or Execution(), folder_state(folder))
 
 
 def folder_state(folder: Path) -> str:
-    """Changes when an engine folder is built again. InputError where none is."""
+    """A text that changes when an engine folder is built again. Raises InputError if the folder has no engines."""
     try:
         file = (folder / MANIFEST).stat()
     except OSError:
         raise InputError(
-            f"{folder} holds no engines: build them with the node Build engines or with `scail2-rt build-engines`."
+            f"{folder} has no engines. Build them with the node Build engines or with `scail2-rt build-engines`."
         ) from None
     return f"{file.st_mtime_ns}-{file.st_size}"
 
 
 class WarmSession:
-    """The one session that is kept."""
+    """Holds the one open session."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._engines: Engines | None = None
         self._session: Session | None = None
-        self._model: Any = None  # one for all sessions: ComfyUI has it in its list
+        self._model: Any = None  # one for all sessions, because ComfyUI keeps it in its list
 
     def get(self, engines: Engines) -> Session:
-        """The session of these engines; that of others is closed. InputError when they do not open."""
+        """The session of these engines, opened if necessary; a session of other engines is closed. Raises InputError if
+        the engines cannot be opened."""
         from scail2_rt.runtime.comfyui.engine_model import EngineModel
 
         with self._lock:
@@ -66,16 +67,16 @@ class WarmSession:
             return self._session
 
     def with_room(self, engines: Engines, plan: Plan) -> Session:
-        """The session of these engines when ComfyUI has unloaded models until the plan's run fits. The plan was checked
-        as if they were gone already; from here on those that stay count."""
+        """The session of these engines, after ComfyUI has unloaded models until the plan's run fits. The plan was
+        checked as if all other models were unloaded; from here on the memory of the remaining ones counts."""
         on_gpu = self.get(engines).engines.device.type == "cuda"
         self._model.make_room(plan.estimate.peak if on_gpu and plan.estimate is not None else 0)
-        session = self.get(engines)  # closed, and opened again, where ComfyUI has unloaded it, too
+        session = self.get(engines)  # opens it again if ComfyUI has unloaded it too
         session.others = self._model.others
         return session
 
     def drop(self) -> None:
-        """Close the session and give its memory back."""
+        """Close the session and release its memory."""
         with self._lock:
             session, self._session, self._engines = self._session, None, None
             if self._model is not None:

@@ -1,4 +1,4 @@
-"""Types of the connections between nodes, and the inputs that several nodes have."""
+"""The connection types between nodes, and inputs that several nodes share."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ CLIPS = [io.Image, io.Video]
 
 def reference_input() -> Any:
     return io.Image.Input(
-        "image", tooltip="The character. Further pictures of the batch are further views of it (at most 6)."
+        "image", tooltip="Reference image of the character. Further images of the batch are further views (at most 6)."
     )
 
 
 def driving_input(**options: Any) -> Any:
     return io.MultiType.Input(
-        "driving", CLIPS, tooltip="The motion: a VIDEO (with its rate and sound) or a batch of frames.", **options
+        "driving", CLIPS, tooltip="Driving clip: a VIDEO (with frame rate and audio) or a batch of images.", **options
     )
 
 
@@ -37,15 +37,15 @@ def mask_input(name: str, whose: str, **options: Any) -> Any:
 
 
 def frame_inputs() -> list[Any]:
-    """How large the frame is, and how pictures of another shape lie in it."""
+    """The inputs for the size of the video's frame, and for inputs of another aspect ratio."""
     return [
-        io.Int.Input("width", default=0, min=0, max=4096, step=32, tooltip="Multiple of 32; 0: as the scene lies."),
-        io.Int.Input("height", default=0, min=0, max=4096, step=32, tooltip="Multiple of 32; 0: as the scene lies."),
+        io.Int.Input("width", default=0, min=0, max=4096, step=32, tooltip="Pixels, multiple of 32; 0: default size."),
+        io.Int.Input("height", default=0, min=0, max=4096, step=32, tooltip="Pixels, multiple of 32; 0: default size."),
         io.Combo.Input(
             "fit",
             options=list(FITS),
             default="auto",
-            tooltip="official: the middle crop of the public code; crop: one window on the characters; pad: the whole "
-            "picture with margins; auto: the first that keeps the characters.",
+            tooltip="official: centre crop, as in the official code; crop: one window around the characters; pad: the "
+            "full image with margins; auto: the first of these that keeps the characters.",
         ),
     ]

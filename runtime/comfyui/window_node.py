@@ -1,4 +1,4 @@
-"""The node that shows what the frame keeps of the pictures, before anything is computed."""
+"""The node that shows which part of the inputs the video's frame keeps, without running the model."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from scail2_rt.runtime.comfyui.types import CATEGORY, driving_input, frame_input
 
 
 class PreviewWindow(io.ComfyNode):
-    """References and driving frames with the border of the video's frame."""
+    """Shows reference images and driving frames with the border of the video's frame."""
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -23,12 +23,12 @@ class PreviewWindow(io.ComfyNode):
             node_id="Scail2PreviewWindow",
             display_name="SCAIL-2 Preview window",
             category=CATEGORY,
-            description="What the framing keeps of the reference and of the driving clip. Needs no engines.",
+            description="Shows which part of the reference image and driving clip is kept. Needs no engines.",
             is_output_node=True,
             inputs=[
                 reference_input(),
                 driving_input(),
-                mask_input("reference_mask", "Mask of the reference"),
+                mask_input("reference_mask", "Reference mask"),
                 mask_input("driving_mask", "Mask of the driving clip"),
                 io.Combo.Input("mode", options=["auto", "animate", "replace"], default="auto"),
                 *frame_inputs(),

@@ -1,12 +1,12 @@
 """The service: `scail2-rt serve`. Read `server` first, then `service`, then `api`.
 
-server      options → a data folder, the processes, uvicorn
+server      starts the service: data folder, worker processes, uvicorn
 api         the HTTP interface: videos, files, models, health, page
-service     what the interface does: take a job, tell about it, end it
+service     the operations behind the interface: accept, describe, cancel and delete jobs
 store       jobs and files in SQLite
-pool        the worker processes, seen from the server; worker: such a process
-checking    uploads are decoded in a process of their own; check_process: that process
-fields, multipart, inputs, remote_files      from a request to a job's folder
-doors       keys, hosts, origins, slow clients
+pool        manages the worker processes from the server; worker: the code of one worker process
+checking    sends inputs to a separate process that decodes them; check_process: the code of that process
+fields, multipart, inputs, remote_files      turn a request into a job's folder
+doors       API keys, allowed hosts and origins, limits for slow clients
 client      `scail2-rt generate --server`
 """

@@ -1,4 +1,4 @@
-"""The HTTP interface. Its shape is that of OpenAI's videos and files, so that their clients work as they are."""
+"""The HTTP interface. It follows OpenAI's videos and files endpoints, so OpenAI's clients work unchanged."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from scail2_rt.runtime.serve.views import POLL_MS, file_object, page_of, peak_mb
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"app.js": "text/javascript", "app.css": "text/css", "docs.js": "text/javascript"}
-MOST = 100  # entries of a page of a list
+MOST = 100  # entries per page of a list
 KEEP_ALIVE_S = 15.0
 VARIANTS = {
     "video": ("video.mp4", "video/mp4"),
@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 def make_app(service: Service) -> FastAPI:
-    """The routes around a service that is started elsewhere."""
+    """Return the application with the routes of a service. The caller starts and closes the service."""
     app = FastAPI(title="scail2-rt", docs_url=None, redoc_url=None)
     for add in (_add_videos, _add_results, _add_files, _add_state, _add_page):
         add(app, service)
@@ -56,7 +56,7 @@ def make_app(service: Service) -> FastAPI:
     async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = _refusal(error)
         service.metrics.refused.labels(refusal.status).inc()
-        # What is still being sent is not waited for.
+        # Close the connection instead of reading the rest of the request body.
         unread = {"Connection": "close"} if request.method == "POST" else {}
         return JSONResponse(refusal.body, refusal.status, refusal.headers | unread)
 
@@ -74,17 +74,18 @@ def _refusal(error: Exception) -> Refusal:
         first = error.errors()[0]
         return wrong(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}.", str(first["loc"][-1]))
     if isinstance(error, ClientDisconnect):
-        return Refusal(400, "The upload was broken off.", "aborted")
+        return Refusal(400, "The client closed the connection during the upload.", "aborted")
     return wrong(str(error)) if isinstance(error, Scail2Error) else fault(error)
 
 
 @contextlib.contextmanager
 def _known(after: str | None) -> Iterator[None]:
-    """Refusal when `after` names an entry that is not known."""
+    """Raises Refusal (400) if `after` names an unknown entry."""
     try:
         yield
     except LookupError:
-        raise wrong(f"after: there is no {str(after)[:80]!r} in this list: start it again.", "after") from None
+        said = f"after: the list has no entry {str(after)[:80]!r}. Start again with the first page."
+        raise wrong(said, "after") from None
 
 
 def _owner(request: Request) -> str:
@@ -101,20 +102,20 @@ def _add_videos(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/videos", openapi_extra=video_body())
     async def create_video(request: Request) -> JSONResponse:
-        """Take a job: a multipart or JSON body."""
+        """Create a video job from a multipart or JSON body."""
         row = await submit(request)
         return JSONResponse(video_object(service, row), headers={"openai-poll-after-ms": str(POLL_MS)})
 
     @app.post("/v1/masks", openapi_extra=video_body())
     async def create_masks(request: Request) -> JSONResponse:
-        """Make the masks of a request alone, to look at before the video: a job like one, whose id a video takes as
-        `masks_id`."""
+        """Create a job that makes only the masks of a request, for inspection before the video is made. Pass its id as
+        `masks_id` to use the masks for a video."""
         row = await submit(request, "masks")
         return JSONResponse(video_object(service, row))
 
     @app.post("/v1/videos/sync", openapi_extra=video_body())
     async def create_video_and_wait(request: Request) -> Response:
-        """The video itself, when it is done. Who leaves earlier finds the job in the list."""
+        """Create a video job, wait for it and return the video file. If the client disconnects, the job continues."""
         row = await submit(request)
         async for kind, _ in _events(service, row, _owner(request)):
             if kind in ("completed", "failed", "deleted", "closing"):
@@ -123,7 +124,8 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         if row.state == "failed":
             raise Refusal(422, str((row.result or {})["message"]), "video_failed")
         if row.state != "completed" or row.result is None:
-            raise Refusal(503, f"The service is stopping; {row.id} goes on when it is back.", "stopping", retry_s=30)
+            said = f"The service is stopping. {row.id} continues after the restart: ask for it then."
+            raise Refusal(503, said, "stopping", retry_s=30)
         headers = {
             "X-Video-Id": row.id,
             "X-Inference-Time-S": f"{row.result['inference_s']:g}",
@@ -151,7 +153,7 @@ def _add_videos(app: FastAPI, service: Service) -> None:
     @app.delete("/v1/videos/{video_id}")
     @app.delete("/v1/masks/{video_id}", include_in_schema=False)
     async def delete_video(request: Request, video_id: str) -> dict[str, Any]:
-        """Remove a job; one that runs ends within a step."""
+        """Delete a job. A running job is cancelled within one denoising step."""
         await service.delete(video_id, _owner(request))
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
@@ -160,7 +162,7 @@ def _add_results(app: FastAPI, service: Service) -> None:
     @app.get("/v1/videos/{video_id}/content")
     @app.get("/v1/masks/{video_id}/content", include_in_schema=False)
     async def video_content(request: Request, video_id: str, variant: str = "video") -> Response:
-        """The video, its report, a picture of it, or an input."""
+        """Download the video, its run report, its thumbnail or sprite sheet, its masks or an input."""
         row = service.job(video_id, _owner(request))
         if variant not in VARIANTS:
             raise wrong(f"variant must be one of {', '.join(VARIANTS)}, not {variant[:80]}.", "variant")
@@ -169,12 +171,12 @@ def _add_results(app: FastAPI, service: Service) -> None:
             if row.state == "failed":
                 raise Refusal(422, str((row.result or {})["message"]), "video_failed")
             if row.state != "completed":
-                raise Refusal(404, f"The video {row.id} is not done yet.", "not_done", retry_s=1)
+                raise Refusal(404, f"The video {row.id} is not finished yet. Try again later.", "not_done", retry_s=1)
             if name.endswith(".webp"):
                 await asyncio.to_thread(_draw, variant, service.store.result(row, "video.mp4").with_name(name))
         path = await asyncio.to_thread(service.store.result, row, name)
         if not path.is_file():
-            raise Refusal(404, f"{row.id} has no {variant}.", "not_found", param="variant")
+            raise Refusal(404, f"{row.id} has no {variant}. Ask for another variant.", "not_found", param="variant")
         headers = {"cache-control": "private, no-store"}
         if media_type == "application/json":
             headers["content-disposition"] = f'attachment; filename="{row.id}.json"'
@@ -184,8 +186,8 @@ def _add_results(app: FastAPI, service: Service) -> None:
     @app.get("/v1/videos/{video_id}/events")
     @app.get("/v1/masks/{video_id}/events", include_in_schema=False)
     async def video_events(request: Request, video_id: str) -> StreamingResponse:
-        """Server-sent events: `progress` (phase, step, seconds left), `preview` (a JPEG per finished segment), and one
-        of completed, failed, deleted at the end, with the video object."""
+        """Server-sent events: `progress` (phase, step, seconds left), `preview` (one JPEG per finished segment), and at
+        the end one of `completed`, `failed` and `deleted` with the video object."""
         owner = _owner(request)
         row = service.job(video_id, owner)
 
@@ -197,7 +199,7 @@ def _add_results(app: FastAPI, service: Service) -> None:
 
 
 def _draw(variant: str, path: Path) -> None:
-    """A picture of a video, made when it is first asked for."""
+    """Make the thumbnail or sprite sheet of a video at `path`, unless the file exists."""
     if path.is_file():
         return
     from scail2_rt.runtime.serve import pictures
@@ -209,7 +211,7 @@ def _draw(variant: str, path: Path) -> None:
 
 
 async def _events(service: Service, row: JobRow, owner: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    """(kind, document) until the job has ended; ("", {}) when nothing has happened for a while."""
+    """Yield (kind, document) until the job has ended, and ("", {}) after `KEEP_ALIVE_S` seconds without an event."""
     heard: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue(HEARD_AT_ONCE)
     live = service.live.setdefault(row.id, Live())
     live.listeners.add(heard)
@@ -236,7 +238,7 @@ async def _events(service: Service, row: JobRow, owner: str) -> AsyncIterator[tu
                 yield kind, {"id": row.id}
                 return
             elif not kind:
-                kind = "progress"  # its place may have changed
+                kind = "progress"  # the queue position may have changed
     finally:
         live.listeners.discard(heard)
         if not (live.listeners or live.worked_on) and service.live.get(row.id) is live:
@@ -248,17 +250,17 @@ def _add_files(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/files")
     async def create_file(request: Request) -> dict[str, Any]:
-        """Keep a file for several jobs: fields `file` and `purpose`."""
+        """Upload a file that several jobs can use. Form fields: `file` and `purpose`."""
         owner = _owner(request)
         form = await receive(request, store.incoming, service.settings.limits)
         try:
             upload = form.files.get("file")
             if upload is None:
-                raise wrong("The field file is missing: send a file as multipart/form-data.", "file")
+                raise wrong("The field file is missing. Send a file as multipart/form-data.", "file")
             purpose = str(dict(form.fields).get("purpose", "user_data"))[:40]
             most = service.settings.limits.file_bytes
             if store.file_bytes(owner) + upload.bytes > most:
-                raise Refusal(413, f"Your files would take more than {most >> 20} MiB: delete some.", "file_quota")
+                raise Refusal(413, f"Your files would take more than {most >> 20} MiB. Delete some.", "file_quota")
             file_id = new_id("file-")
             await asyncio.to_thread(upload.path.replace, store.files / file_id)
             row = await asyncio.to_thread(
@@ -276,7 +278,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
         order: Order = "desc",
         sha256: str | None = None,
     ) -> JSONResponse:
-        """A client's files; with `sha256` those of this content."""
+        """List the client's files. With `sha256`, only files with this hash."""
         with _known(after):
             rows = store.list_files(_owner(request), after, limit + 1, order, sha256)
         return JSONResponse(page_of([file_object(row) for row in rows], limit))
@@ -293,7 +295,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/files/{file_id}")
     async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
-        """Jobs that were made with it keep what they need."""
+        """Delete a file. Jobs that use it keep their own link to it."""
         if not await asyncio.to_thread(store.delete_file, file_id, _owner(request)):
             raise not_found("file", file_id)
         await asyncio.to_thread((store.files / file_id).unlink, True)
@@ -315,12 +317,12 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The server answers."""
+        """Return `ok`: the server answers requests."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """A worker has its engines open, and the disk has room."""
+        """Return 200 if a worker has opened its engines and the disk has more than 256 MiB free, else 503."""
         free = shutil.disk_usage(service.store.data).free
         works = service.pool.ready and free > 1 << 28
         return JSONResponse({"ready": works}, 200 if works else 503)

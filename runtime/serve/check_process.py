@@ -1,11 +1,11 @@
-"""The process that decodes uploads: it stays warm, and a child of it looks at one job's inputs.
+"""The process that decodes uploads. It imports everything once and forks one child per check.
 
     stdin    one JSON object per line: id, folder, options, limits
-    stdout   one per answer: id and what the child found, or what it died of
+    stdout   one JSON object per line: id and facts, or id, error and status
 
-A child's memory and time are limited, and it may write hardly anything; what it was given may break it and nothing
-else. It runs what the command line runs before it loads anything (`session.check.check_request`), so that refusals are
-the same sentences.
+A child has limits for memory, time and the size of written files, so a malicious upload can crash only its child. A
+child runs the checks that the command line runs before it loads weights (`session.check.check_request`), so both print
+the same error sentences.
 """
 
 import base64
@@ -34,7 +34,7 @@ SLACK_S = 2.0
 
 @dataclass(slots=True)
 class Child:
-    """One check that runs. answer: read end of its pipe; said: what came so far."""
+    """A running check. answer: read end of its pipe; deadline: on `time.monotonic`; said: bytes received so far."""
 
     id: str
     pid: int
@@ -45,7 +45,8 @@ class Child:
 
 
 def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
-    """What a job's inputs are and would give. InputError as on the command line."""
+    """Check a job's inputs and return the facts of its plan, the packed plan and the requested frames. Raises
+    InputError with the sentence of the command line."""
     from scail2_rt.runtime.serve.fields import request_of
     from scail2_rt.runtime.serve.plans import pack
     from scail2_rt.runtime.session.check import check_request
@@ -65,7 +66,7 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
 
 
 def facts_of(plan: "Plan") -> dict[str, Any]:
-    """What the interface tells of a plan."""
+    """The entries of a plan that the interface shows."""
     return {
         "frames": plan.frames,
         "height": plan.height,
@@ -79,30 +80,32 @@ def facts_of(plan: "Plan") -> dict[str, Any]:
 
 
 def _limited(facts: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
-    """The facts, if the video is one that this service makes."""
+    """Return the facts. Raises TooMuch if the video exceeds the limits of the service."""
     if facts["frames"] > limits["frames"]:
         raise TooMuch(
-            f"The video would have {counted(facts['frames'], 'frame')}; this service makes up to {limits['frames']}."
+            f"The video would have {counted(facts['frames'], 'frame')}; this service makes up to {limits['frames']}. "
+            "Ask for fewer frames."
         )
     if facts["height"] * facts["width"] > limits["pixels"]:
         size = f"{facts['width']}x{facts['height']}"
-        raise TooMuch(f"{size} has more pixels than the {limits['pixels']} that are made here.")
+        raise TooMuch(f"{size} has more pixels than this service makes ({limits['pixels']}). Ask for a smaller size.")
     return facts
 
 
 class TooMuch(InputError):
-    """Within what the program can do, and beyond what this service does."""
+    """The request is valid but exceeds a limit of this service."""
 
 
 def limit_sizes(folder: Path, limits: dict[str, Any]) -> None:
-    """Refuse pictures and clips whose headers name too many pixels, before anything of them is decoded."""
+    """Read the frame size from the header of each input, before anything is decoded. Raises TooMuch for a size above
+    `limits["pixels"]`."""
     import av
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # sizes are judged here
+    Image.MAX_IMAGE_PIXELS = None  # this function checks the sizes
     for path in sorted(folder.iterdir()):
         width = height = 0
-        with contextlib.suppress(Exception):  # what cannot be opened is told by the check, in its words
+        with contextlib.suppress(Exception):  # check_request reports files that cannot be opened
             if "video" in path.name:
                 with av.open(str(path.absolute())) as container:
                     context = container.streams.video[0].codec_context
@@ -111,11 +114,13 @@ def limit_sizes(folder: Path, limits: dict[str, Any]) -> None:
                 with Image.open(path) as image:
                     width, height = image.size
         if width * height > limits["pixels"]:
-            raise TooMuch(f"{path.name} has {width}x{height} pixels, more than the {limits['pixels']} that are read.")
+            most = limits["pixels"]
+            raise TooMuch(f"{path.name} has {width}x{height} pixels; this service reads up to {most}. Scale it down.")
 
 
 def _frames_of(path: Path, seconds: Fraction, start: int, rate: Fraction | None) -> int:
-    """How many frames of a clip, at its own rate or another one, make so many seconds; at most what it has."""
+    """The number of frames in `seconds` of a clip at its own rate or at `rate`, at most the frames that follow
+    `start`."""
     from scail2_rt.runtime.media.clips import nearest_frames, probe
 
     info = probe(path)
@@ -124,7 +129,7 @@ def _frames_of(path: Path, seconds: Fraction, start: int, rate: Fraction | None)
 
 
 def answer_of(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
-    """What the child says: facts, or one sentence with names instead of paths."""
+    """The child's answer: the facts, or an error sentence that contains field names instead of paths."""
     try:
         return {"facts": look(folder, options, limits)}
     except MemoryError:
@@ -136,12 +141,12 @@ def answer_of(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> 
         return {"error": said, "status": 422 if isinstance(error, TooMuch) else 400}
     except Exception as error:
         said = plain_names(f"{type(error).__name__}: {error}", folder)
-        return {"error": f"The inputs cannot be used ({said[:300]}).", "status": 400}
+        return {"error": f"The inputs cannot be used ({said[:300]}). Encode them again.", "status": 400}
 
 
 def plain_names(sentence: str, folder: Path, masking: Mapping[str, Any] | None = None) -> str:
-    """A sentence without the path of the job's folder: what it calls files are the fields of the interface. masking:
-    the job's, whose segmenter's folder is the operator's."""
+    """Remove the path of the job's folder from a sentence; the remaining file names are the interface's field names.
+    masking: the job's masking options; the path of the segmenter's folder is replaced too."""
     if masking and masking.get("weights"):
         sentence = sentence.replace(str(masking["weights"]), "The segmenter of this service")
     return " ".join(sentence.replace(f"{folder}{os.sep}", "").split())
@@ -149,11 +154,11 @@ def plain_names(sentence: str, folder: Path, masking: Mapping[str, Any] | None =
 
 def _too_big(limits: dict[str, Any]) -> str:
     gib = limits["decode_bytes"] / 2**30
-    return f"The inputs need more than the {gib:.1f} GiB that checking them may take: send smaller ones."
+    return f"Checking the inputs needs more than {gib:.1f} GiB of memory. Send smaller ones."
 
 
 def _confine(limits: dict[str, Any]) -> None:
-    """Memory beyond what is there already, time, nearly no files, no core."""
+    """Limit this process: `decode_bytes` of further memory, CPU time, 1 MiB per written file, no core dump."""
     import resource
 
     with contextlib.suppress(OSError):
@@ -186,19 +191,20 @@ def start(call: dict[str, Any]) -> Child:
 
 
 def finish(child: Child) -> dict[str, Any]:
-    """The answer of a child that has closed its pipe, or what it died of."""
+    """The answer of a child that has closed its pipe, or an error that names the cause of its death."""
     os.close(child.answer)
     _, status = os.waitpid(child.pid, 0)
     with contextlib.suppress(ValueError):
         return {"id": child.id, **json.loads(child.said)}
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU):
         limit = f"{child.limits['decode_s']:g} s"
-        return {"id": child.id, "status": 422, "error": f"Checking the inputs takes longer than {limit}: send less."}
-    return {"id": child.id, "status": 422, "error": f"The inputs broke the decoder ({status}): encode them again."}
+        sentence = f"Checking the inputs takes longer than {limit}. Send shorter or smaller ones."
+        return {"id": child.id, "status": 422, "error": sentence}
+    return {"id": child.id, "status": 422, "error": f"The inputs crashed the decoder ({status}). Encode them again."}
 
 
 def serve() -> None:
-    """Fork a child per call, until stdin ends."""
+    """Fork one child per line of stdin, until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -231,7 +237,7 @@ def serve() -> None:
 
 
 def _preload() -> None:
-    """What a check imports."""
+    """Import the modules that a check needs."""
     import av  # noqa: F401
     import PIL.Image
 

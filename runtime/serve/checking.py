@@ -1,4 +1,4 @@
-"""The server's side of `check_process`: one warm process, started again when it ends."""
+"""The server's side of `check_process`: one process, restarted when it ends."""
 
 import asyncio
 import contextlib
@@ -12,12 +12,12 @@ from typing import Any
 from scail2_rt.runtime.serve.errors import Refusal
 from scail2_rt.runtime.serve.settings import Limits
 
-AT_ONCE = 2  # checks
+AT_ONCE = 2  # checks that run concurrently
 LINE_BYTES = 4 << 20
 
 
 class Checker:
-    """Asks the process that decodes uploads."""
+    """Sends checks to the process that decodes uploads."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -28,7 +28,7 @@ class Checker:
         self._slots, self._starting = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
 
     async def start(self) -> None:
-        """Start the process where none runs."""
+        """Start the process, unless it runs."""
         async with self._starting:
             if self._reading is not None and not self._reading.done():
                 return
@@ -41,6 +41,7 @@ class Checker:
             self._reading = asyncio.create_task(self._read(self._process))
 
     async def close(self) -> None:
+        """Stop the process; kill it if it still runs after five seconds."""
         process = self._process
         if process is None or process.stdin is None:
             return
@@ -52,7 +53,8 @@ class Checker:
             await process.wait()
 
     async def check(self, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What a folder's inputs are and would give. Refusal with the command line's sentence."""
+        """Check the inputs of a job's folder and return what `check_process.look` returns. Raises Refusal with the
+        sentence of the command line; 503 if the process does not answer."""
         limits = {name: getattr(self._limits, name) for name in ("frames", "pixels", "decode_s", "decode_bytes")}
         async with self._slots:
             await self.start()
@@ -67,7 +69,8 @@ class Checker:
                     await self._process.stdin.drain()
                 found = await asyncio.wait_for(answer, self._limits.decode_s + 30)
             except TimeoutError:
-                raise Refusal(503, "The check of the inputs does not answer.", "check_lost", retry_s=5) from None
+                said = "The process that checks the inputs does not answer. Send the request again."
+                raise Refusal(503, said, "check_lost", retry_s=5) from None
             finally:
                 del self._waiting[number]
         if "error" in found:
@@ -85,5 +88,5 @@ class Checker:
         await process.wait()
         for waiting in self._waiting.values():
             if not waiting.done():
-                lost = {"error": "The check of the inputs was broken off: send the request again.", "status": 503}
+                lost = {"error": "The check of the inputs was interrupted. Send the request again.", "status": 503}
                 waiting.set_result(lost)

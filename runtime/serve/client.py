@@ -1,8 +1,8 @@
-"""`scail2-rt generate --server URL`: the same options and the same files, made by a service that is warm.
+"""`scail2-rt generate --server URL`: generates with a running service, with the same options and the same output files.
 
-Inputs are sent once, by their hash. The service says what a local run says: warnings, progress, sentences of errors (in
-which its names of inputs become the paths that were given). Ctrl-C deletes the job; a service that is restarted
-meanwhile goes on with it, and so does this command."""
+A file whose hash the service knows is not sent again. The command prints the service's warnings, progress and errors;
+field names in them are replaced by the user's paths. Ctrl-C deletes the job. If the service is restarted, it resumes
+the job and this command waits for it (`BACK_S`)."""
 
 import contextlib
 import json
@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -53,14 +52,14 @@ SAME = (
     *("preset", "scheduler", "steps", "shift", "guidance", "seed", "noise_device", "segment_length", "segment_overlap"),
     *("overlap_blend", "anchor_color"),
 )
-BACK_S = 120.0  # how long a service that went away may take to come back
+BACK_S = 120.0  # how long to wait for a service that does not answer
 KEY = "SCAIL2_RT_API_KEY"
 MASK_VIDEOS = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}  # runtime.masks.make.work.VIDEO_NAMES
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A result that a service made: what `jobs.run.summary` tells of a local one."""
+    """The result of a remote job, with the attributes that `jobs.run.summary` reads from a local `Result`."""
 
     path: Path
     frames: int
@@ -71,7 +70,8 @@ class Fetched:
 
 
 def run_remote(options: GenerateOptions, server: str, listener: Listener) -> Outcome:
-    """One case, or the cases of a batch file, through the service at this URL."""
+    """Generate one case, or the cases of a batch file, with the service at this URL. Raises InputError for options
+    that cannot be sent and for refused inputs, Scail2Error for faults of the service."""
     _refuse_local(options)
     wire = Wire(server, os.environ.get(KEY))
     if threading.current_thread() is threading.main_thread():
@@ -95,26 +95,26 @@ def _run_batch(wire: Wire, options: GenerateOptions, listener: Listener) -> Outc
 
 
 def _refuse_local(options: GenerateOptions) -> None:
-    """InputError for options that a client cannot decide."""
+    """Raises InputError for options that only the operator of a service can set, or that only make sense locally."""
     known = GenerateOptions.__dataclass_fields__
     plain = {name: known[name].default for name in (*OPERATORS, *LOCAL) if name in known}
     given = [name for name, default in plain.items() if getattr(options, name) != default]
     for name in given:
         flag = f"--{name.replace('_', '-')}"
         if name == "resume":
-            raise InputError("--resume is not for --server: the service goes on with its jobs by itself.")
-        why = "tells about engines here" if name == "dry_run" else "is for who runs the service to decide"
-        raise InputError(f"{flag} {why}: leave it or --server out.")
+            raise InputError("--resume cannot be used with --server: the service resumes its jobs. Leave --resume out.")
+        why = "describes local engines" if name == "dry_run" else "is set by the operator of the service"
+        raise InputError(f"{flag} {why}. Leave out {flag} or --server.")
 
 
 def _generate(wire: Wire, job: Job, listener: Listener) -> Outcome:
-    """The outcome of one job; masks that the service makes come to where a local run keeps them."""
+    """The outcome of one job. Masks that the service makes are written where a local run writes them."""
     options = job.options
     if job.request is None or job.output is None or options is None:
-        raise job.error or InputError(f"{job.name} holds no request.")
+        raise job.error or InputError(f"{job.name} has no request.")
     if job.output.path.suffix.lower() not in MP4_ENDINGS:
         raise InputError(
-            f"The service makes mp4 videos: end the output {job.output.path} in .mp4, or leave --server out."
+            f"The service makes mp4 videos. End the output {job.output.path} in .mp4, or leave --server out."
         )
     _refuse_local(options)
     refuse_second(job.output.path)
@@ -127,14 +127,17 @@ def _generate(wire: Wire, job: Job, listener: Listener) -> Outcome:
         raise type(error)(_own_names(str(error), files)) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError):
-            raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
-        raise Scail2Error(f"The service at {wire.url} cannot be reached ({error}): is it running?") from error
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}). Check path and rights.") from error
+        raise Scail2Error(
+            f"The service at {wire.url} cannot be reached ({error}). Check the URL and that the service runs."
+        ) from error
     document = {**fetched.report, "report": fetched.report_path and str(fetched.report_path)}
     return Outcome(document, summary(cast(Any, fetched)))
 
 
 def _files_of(job: Job, made: bool) -> dict[str, Path]:
-    """Field of the interface → the file that was given; masks that are made are none."""
+    """Field of the interface → the user's file. made: the service makes the masks, so they are left out. Raises
+    InputError for a file that does not exist."""
     request = job.request
     assert request is not None
     named: dict[str, Any] = {name: getattr(request, field) for name, field in REFERENCES.items()}
@@ -151,7 +154,7 @@ def _files_of(job: Job, made: bool) -> dict[str, Path]:
 
 
 def _own_names(sentence: str, files: Mapping[str, Path]) -> str:
-    """The service's names of inputs as the paths that were given here."""
+    """Replace the field names in a sentence of the service by the user's paths."""
     for name in sorted(files, key=len, reverse=True):
         sentence = re.sub(rf"\b{name}\b", lambda _, name=name: str(files[name]), sentence)  # type: ignore[misc]
     return sentence
@@ -171,12 +174,13 @@ def _through(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str,
         if video is not None:
             with contextlib.suppress(OSError, Scail2Error):
                 wire.ask("DELETE", f"/v1/videos/{video['id']}")
-                print("stopped: the service has ended the job", file=sys.stderr)
+                print("cancelled: the job was deleted at the service", file=sys.stderr)
         raise
 
 
 def _post(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str, Path]) -> dict[str, Any]:
-    """The job at the service; a request whose answer is lost is sent again and stays one job."""
+    """Create the job and return its video object. If the answer is lost the request is sent again; the idempotency key
+    prevents a second job."""
     request = job.request
     assert request is not None
     known: dict[str, str] = {}
@@ -207,7 +211,7 @@ def _post(wire: Wire, job: Job, options: GenerateOptions, files: Mapping[str, Pa
 
 
 class _Patience:
-    """Waits for a service that went away to come back, at growing intervals, `BACK_S` in all."""
+    """Waits before another attempt to reach a service, at growing intervals, for `BACK_S` seconds in total."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -225,10 +229,11 @@ class _Patience:
 
 
 def _follow(wire: Wire, video_id: str, listener: Listener) -> None:
-    """Tell the listener what the service says, until the job has ended. Scail2Error when it failed."""
+    """Pass the job's progress to the listener until the job has ended. Raises InputError or Scail2Error if it failed
+    or was deleted, ConnectionError if the service stays unreachable."""
     patience = _Patience()
     while True:
-        broken = ConnectionError("it went away and does not come back")
+        broken = ConnectionError("the connection was lost")
         try:
             for kind, video in wire.events(f"/v1/videos/{video_id}/events"):
                 patience.heard()
@@ -238,7 +243,7 @@ def _follow(wire: Wire, video_id: str, listener: Listener) -> None:
                     wrong = video["error"]["code"] == "invalid_input"
                     raise (InputError if wrong else Scail2Error)(video["error"]["message"])
                 if kind == "deleted":
-                    raise Scail2Error(f"The job {video_id} was deleted at the service.")
+                    raise Scail2Error(f"The job {video_id} was deleted at the service. Run the command again.")
                 if kind == "progress" and video.get("phase"):
                     listener(_progress(video))
         except OSError as error:
@@ -261,21 +266,19 @@ def _progress(video: Mapping[str, Any]) -> Progress:
 
 
 def _fetch(wire: Wire, video_id: str, job: Job, files: Mapping[str, Path]) -> Fetched:
-    """The video and its report, whole or not at all, as a local run would have left them."""
+    """Download the video and its run report. The video is renamed into place when it is complete."""
     assert job.output is not None
     output = job.output.path
     content = f"/v1/videos/{video_id}/content?variant="
-    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=".", suffix=output.suffix, delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            wire.download(f"{content}video", cast(Any, file))
+    temporary = output.with_name(f".{uuid.uuid4().hex}{output.suffix}")
+    try:
+        with temporary.open("xb") as file:
+            wire.download(f"{content}video", file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, output)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
     with wire.open("GET", f"{content}report") as response:
         report = json.loads(response.read())
     if made_masks.INPUTS[0] not in files:
@@ -290,7 +293,7 @@ def _fetch(wire: Wire, video_id: str, job: Job, files: Mapping[str, Path]) -> Fe
 
 
 def _fetch_masks(wire: Wire, content: str, output: Path, mode: str) -> dict[str, Path]:
-    """The masks that the service made, with their sheet, in `NAME.masks` beside the output."""
+    """Download the masks that the service made, with contact sheet and record, into `NAME.masks` beside the output."""
     folder = output.with_name(f"{output.stem}.masks")
     folder.mkdir(exist_ok=True)
     names = {"mask_reference": "ref_mask.png", "video_mask_reference": MASK_VIDEOS[mode]}
@@ -306,7 +309,7 @@ def _fetch_masks(wire: Wire, content: str, output: Path, mode: str) -> dict[str,
 
 
 def _localise(report: dict[str, Any], output: Path, files: Mapping[str, Path]) -> None:
-    """Paths of the service's job folder become those of this command."""
+    """Replace the paths of the service's job folder in a run report by the user's paths."""
     report["output"] = report["options"]["output"] = str(output)
     fields = {
         "input_reference": ("image", "image"),
@@ -323,9 +326,3 @@ def _localise(report: dict[str, Any], output: Path, files: Mapping[str, Path]) -
     for i in range(1, pairs + 1):
         report["inputs"][f"extra_ref_{i}"]["path"] = str(files[f"extra_ref_{i}"])
         report["inputs"][f"extra_ref_{i}_mask"]["path"] = str(files[f"extra_ref_{i}_mask"])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

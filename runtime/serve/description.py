@@ -1,4 +1,4 @@
-"""What `/openapi.json` says of the fields of a video."""
+"""The description of a video's fields in `/openapi.json`."""
 
 from typing import Any
 
@@ -8,50 +8,52 @@ from scail2_rt.runtime.jobs.options import PRESETS
 from scail2_rt.runtime.serve.fields import FLAGS, NUMBERS, REFERENCES, WHOLE
 
 ABOUT = {
-    "prompt": "What the video shows (a description, not an instruction).",
-    "input_reference": "The character: a file, {file_id} or {url}.",
-    "video_reference": "The motion, its frame rate and its sound: a file, {file_id} or {url}.",
+    "prompt": "Description of the video (a description, not an instruction).",
+    "input_reference": "Reference image of the character: a file, {file_id} or {url}.",
+    "video_reference": "Driving clip; gives motion, frame rate and audio: a file, {file_id} or {url}.",
     "mask_reference": "Colour mask of input_reference.",
     "video_mask_reference": "Colour mask of video_reference.",
     "extra_refs": "Other views of the character: [[image, mask], …], each {file_id} or {url}.",
-    "masks_id": "Masks that POST /v1/masks has made. Without it and without masks, they are made first.",
-    "mask_prompt": "Masks that are made: what to look for, as in 'human. character.'.",
-    "max_characters": "Masks that are made: how many figures are kept.",
-    "sort": "Masks that are made: which figure is the first, left-to-right or area.",
-    "points": "Masks that are made: figures by points on them, ['[frame:|image:]x,y[:colour]', …].",
-    "boxes": "Masks that are made: figures by boxes, ['[frame:|image:]x0,y0,x1,y1[:colour]', …].",
-    "pairs": "Masks that are made: driving figure = reference figure, as in '1=2,2=1'.",
-    "one_to_many": "Masks that are made: one reference figure for every driving one.",
-    "model": "The name that /v1/models tells; may be left out.",
-    "size": "WxH of the video, multiples of 32; left out: as the scene that is shown.",
-    "seconds": "Length of the video; left out: of the driving clip.",
-    "preset": f"One of {', '.join(PRESETS)}: scheduler, steps, shift and guidance, each of which overrides it.",
-    "mode": "auto, animate (the reference's background) or replace (the driving video's scene).",
-    "fit": f"How pictures of another shape lie in the frame: {', '.join(FITS)}.",
-    "negative_prompt": "What it should not show (used when guidance is above 1).",
+    "masks_id": "Id of a POST /v1/masks job whose masks are used. Without it and without masks, masks are made first.",
+    "mask_prompt": "Making masks: text that names what to segment, as in 'human. character.'.",
+    "max_characters": "Making masks: the largest number of characters.",
+    "sort": "Making masks: order of the characters, left-to-right or area.",
+    "points": "Making masks: characters by points on them, ['[frame:|image:]x,y[:colour]', …].",
+    "boxes": "Making masks: characters by boxes, ['[frame:|image:]x0,y0,x1,y1[:colour]', …].",
+    "pairs": "Making masks: driving character = reference character, as in '1=2,2=1'.",
+    "one_to_many": "Making masks: use one reference character for every driving character.",
+    "model": "Name of the model in /v1/models; default: the only one.",
+    "size": "WxH of the video in pixels, multiples of 32; default: derived from the scene.",
+    "seconds": "Length of the video in seconds; default: the length of the driving clip.",
+    "preset": f"One of {', '.join(PRESETS)}: sets scheduler, steps, shift and guidance; each field overrides it.",
+    "mode": "auto, animate (background of the reference image) or replace (scene of the driving clip).",
+    "fit": f"How inputs of another aspect ratio fill the frame: {', '.join(FITS)}.",
+    "negative_prompt": "Description of what to avoid (used when guidance is above 1).",
     "scheduler": f"One of {', '.join(SCHEDULERS)}.",
-    "steps": "Denoising steps of each segment.",
+    "steps": "Denoising steps per segment.",
     "shift": "Shift of the noise schedule towards high noise.",
-    "guidance": "Guidance scale; 1 or less runs one pass per step instead of two.",
+    "guidance": "Guidance scale; at 1 or less each step runs one guidance pass instead of two.",
     "seed": "Seed of the noise.",
-    "noise_device": f"Where noise is drawn: {', '.join(NOISE_DEVICES)}.",
-    "start": "First driving frame.",
-    "frames": "How many driving frames; left out: to the end.",
-    "segment_length": "Frames denoised together, 4n+1.",
-    "segment_overlap": "Frames that a segment takes over from the one before, 4n+1.",
+    "noise_device": f"Device that draws the noise: {', '.join(NOISE_DEVICES)}.",
+    "start": "Index of the first driving frame.",
+    "frames": "Number of driving frames; default: to the end.",
+    "segment_length": "Frames per segment, 4n+1.",
+    "segment_overlap": "Frames that a segment shares with the previous one, 4n+1.",
     "overlap_blend": "Fade the last N frames of the overlap from one segment into the next.",
-    "anchor_color": f"Hold later segments' colours to: {', '.join(ANCHORS)}.",
-    "fit_reference": "Replace mode: make the reference character as tall as the driving one.",
-    "allow_mask_problems": "Go on with masks that the check calls unusable.",
+    "anchor_color": f"Match the colours of later segments to: {', '.join(ANCHORS)}.",
+    "fit_reference": "Replace mode: scale the reference character to the height of the driving character.",
+    "allow_mask_problems": "Continue with masks that the check calls unusable.",
     "codec": "h264, hevc, av1 or vp9.",
-    "crf": "Constant rate factor, 0 is lossless.",
-    "metadata": "Store the settings and the hashes of the inputs in the video; by default none are stored.",
+    "crf": "Constant rate factor; 0 is lossless.",
+    "metadata": "Store the settings and the hashes of the inputs in the video; default: false.",
 }
 
 
 def video_body() -> dict[str, Any]:
-    """For `openapi_extra` of the calls that take a job."""
-    properties = {name: {"type": _type(name), "description": about} for name, about in ABOUT.items()}
+    """The request body, for `openapi_extra` of the calls that create a job."""
+    properties: dict[str, dict[str, Any]] = {
+        name: _schema(name) | {"description": about} for name, about in ABOUT.items()
+    }
     form = {
         name: schema | {"format": "binary"} if name in REFERENCES else schema for name, schema in properties.items()
     }
@@ -67,9 +69,13 @@ def video_body() -> dict[str, Any]:
     }
 
 
-def _type(name: str) -> str:
-    if name in WHOLE:
-        return "integer"
+def _schema(name: str) -> dict[str, Any]:
+    if name in (*WHOLE, "max_characters"):
+        return {"type": "integer"}
     if name in NUMBERS:
-        return "number"
-    return "boolean" if name in FLAGS else "array" if name == "extra_refs" else "string"
+        return {"type": "number"}
+    if name in (*FLAGS, "one_to_many"):
+        return {"type": "boolean"}
+    if name in ("points", "boxes"):
+        return {"type": "array", "items": {"type": "string"}}
+    return {"type": "array" if name == "extra_refs" else "string"}

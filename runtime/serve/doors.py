@@ -1,8 +1,8 @@
-"""Who comes in: hosts, origins and keys, before any route; and connections that say nothing.
+"""Checks of host, origin and API key before any route, and a timeout for connections that send no request.
 
-A web page elsewhere must not reach a service on loopback through its visitor's browser: requests that name another host
-(DNS rebinding) or come from another origin are refused. Keys are compared in constant time, all of them each time; an
-owner's name in the database is a hash of its key.
+A foreign web page must not reach a service on loopback through its visitor's browser: requests with another Host
+header (DNS rebinding) or another origin are refused. Every request is compared with all keys in constant time. The
+database stores a hash of the key as the owner of a job.
 """
 
 import asyncio
@@ -23,9 +23,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LOCAL = "local"  # the owner of everything where there are no keys
+LOCAL = "local"  # the owner of every job if the service has no keys
 OPEN = ("/health", "/ready", "/", "/docs")
 HEADER_WAIT_S = 15.0
+OTHER_ORIGIN = "Pages of other origins may not call this service. Open the service's own page."
 SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -37,7 +38,7 @@ SAFE_HEADERS = {
 
 
 class Doors:
-    """ASGI middleware around the whole interface. `scope["state"]["owner"]` says whose request it is."""
+    """ASGI middleware around the interface. Sets `scope["state"]["owner"]` to the owner of the request."""
 
     def __init__(self, app: App, settings: Settings, refused: Callable[[int], None]) -> None:
         self._app, self._refused = app, refused
@@ -62,15 +63,16 @@ class Doors:
     def _check_host(self, headers: dict[str, str]) -> None:
         host = _parts(f"//{headers.get('host', '')}").hostname or ""
         if host not in self._hosts:
-            raise Refusal(403, "The service is not called by this name here (see --allow-host).", "host_not_allowed")
+            said = "The service does not accept this host name. Ask its operator for --allow-host NAME."
+            raise Refusal(403, said, "host_not_allowed")
 
     def _check_origin(self, headers: dict[str, str], scope: Scope) -> None:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if origin is not None and _parts(origin).netloc != headers.get("host"):
-            raise Refusal(403, "Pages of other origins may not call this service.", "origin_not_allowed")
+            raise Refusal(403, OTHER_ORIGIN, "origin_not_allowed")
         visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET" and scope["path"] == "/"
         if site not in ("none", "same-origin") and not visit:
-            raise Refusal(403, "Pages of other origins may not call this service.", "origin_not_allowed")
+            raise Refusal(403, OTHER_ORIGIN, "origin_not_allowed")
 
     def _owner(self, headers: dict[str, str], path: str) -> str:
         if not self._keys:
@@ -81,12 +83,13 @@ class Doors:
         given = hashlib.sha256(key.strip().encode()).digest()
         found = [known for known in self._keys if hmac.compare_digest(known, given)]
         if kind.lower() != "bearer" or not found:
-            raise Refusal(401, "Give a key of this service: Authorization: Bearer KEY.", "invalid_api_key")
+            said = "The API key is missing or wrong. Send one of this service's keys: Authorization: Bearer KEY."
+            raise Refusal(401, said, "invalid_api_key")
         return hashlib.sha256(found[0]).hexdigest()[:32]
 
 
 def _parts(url: str) -> SplitResult:
-    """The parts of an address; all empty where it is none."""
+    """The parts of a URL; all are empty if it is malformed."""
     try:
         return urlsplit(url)
     except ValueError:
@@ -94,7 +97,7 @@ def _parts(url: str) -> SplitResult:
 
 
 def _with_headers(send: Send) -> Send:
-    """Every answer carries `SAFE_HEADERS`."""
+    """Add `SAFE_HEADERS` to every response."""
     extra = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 
     async def told(message: MutableMapping[str, Any]) -> None:
@@ -116,8 +119,8 @@ async def _answer(refusal: Refusal, send: Send) -> None:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's own, which lets go of a connection whose request line and headers are not there after
-    `HEADER_WAIT_S`: it has no limit for that."""
+    """uvicorn's h11 protocol with a timeout that uvicorn lacks: a connection is closed if its request line and headers
+    have not arrived after `HEADER_WAIT_S` seconds."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -135,7 +138,7 @@ class PatientProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.response_complete and self.conn.trailing_data[0]:  # the beginning of another request came with it
+        if self.cycle.response_complete and self.conn.trailing_data[0]:  # part of the next request has arrived
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

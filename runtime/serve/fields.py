@@ -1,8 +1,8 @@
-"""The fields of a request, from what clients send to typed options.
+"""Parse the fields of a request into typed options.
 
-OpenAI's client sends everything but one file as strings and flattens what is nested: `video_reference[file_id]`,
-`"true"`, `"3"`. Names are those of `Request` and of the command line's options; what is the operator's to decide is
-refused by name. `size` is WxH here, as in that interface (the command line writes HxW).
+OpenAI's client sends all fields except one file as strings and flattens nested ones: `video_reference[file_id]`,
+`"true"`, `"3"`. Field names are those of `Request` and of the command line's options. Fields that only the operator
+sets are refused by name. `size` is WxH, as in OpenAI's interface (the command line uses HxW).
 """
 
 import dataclasses
@@ -43,14 +43,15 @@ PROMPT_CHARACTERS = 20_000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asked:
-    """One request for a video.
+    """One parsed request for a video.
 
-    options      of `GenerateOptions`, typed; size (height, width)
-    references   input of `Request` → what the client gave: {"file_id": …}, {"url": …} or text
-    extra_refs   pairs of the same
-    masking      of masks that are made here; masks_id: of those that were
-    seconds      length of the result, where the client said it so
-    model        the name that the client used"""
+    options      typed values for `GenerateOptions`; size as (height, width)
+    references   field of `Request` → the client's reference: {"file_id": …} or {"url": …}
+    extra_refs   pairs (image, mask) of such references
+    seconds      length of the result, if the client gave it in seconds
+    model        name of the model, if given
+    masking      options for making masks
+    masks_id     id of an earlier masks job whose masks are used"""
 
     options: dict[str, Any]
     references: dict[str, Any]
@@ -62,44 +63,46 @@ class Asked:
 
 
 def nested(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """`a[b][c]` = v → {"a": {"b": {"c": v}}}; `a[]` counts up from 0. Refusal for a name that comes twice."""
+    """`a[b][c]` = v → {"a": {"b": {"c": v}}}; each `a[]` gets the next index from 0. Raises Refusal (400) for a
+    malformed name and for a name that is given twice."""
     tree: dict[str, Any] = {}
     for name, value in fields:
         head, keys = name.partition("[")[0], re.findall(r"\[([^\[\]]*)\]", name)
         if name != head + "".join(f"[{key}]" for key in keys) or not head or len(keys) > 4:
-            raise wrong(f"The field name {name[:80]!r} cannot be read.", name[:80], "unknown_field")
+            said = f"The field name {name[:80]!r} is malformed. Write names as in video_reference[file_id]."
+            raise wrong(said, name[:80], "unknown_field")
         here, path = tree, [head, *keys]
         for key in path[:-1]:
             here = here.setdefault(key, {})
             if not isinstance(here, dict):
-                raise wrong(f"The field {name[:80]} is given twice.", head)
+                raise wrong(f"The field {name[:80]} is given twice. Send it once.", head)
         last = path[-1] or str(len(here))
         if last in here:
-            raise wrong(f"The field {name[:80]} is given twice.", head)
+            raise wrong(f"The field {name[:80]} is given twice. Send it once.", head)
         here[last] = value
     return tree
 
 
 def _listed(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """`points` and `boxes` that come several times are lists, as the command line's --point."""
+    """Turn repeated `points` and `boxes` fields into lists, as the command line does for a repeated --point."""
     given = list(pairs)
-    often = [name for name in ("points", "boxes") if sum(field == name for field, _ in given) > 1]
-    return [(f"{name}[]" if name in often else name, value) for name, value in given]
+    repeated = [name for name in ("points", "boxes") if sum(field == name for field, _ in given) > 1]
+    return [(f"{name}[]" if name in repeated else name, value) for name, value in given]
 
 
 def read_fields(pairs: Iterable[tuple[str, Any]]) -> Asked:
-    """Typed options. Refusal (400) for a field that is unknown, the operator's, or of the wrong type; the sentences
-    about values are those of the command line."""
+    """Parse the fields of a request. Raises Refusal (400) for a field that is unknown, reserved for the operator or of
+    the wrong type. Sentences about values are those of the command line."""
     tree = {name: value for name, value in nested(_listed(pairs)).items() if value is not None}
     extra = tree.pop("extra_body", None)
     if extra is not None:
         tree |= extra if isinstance(extra, dict) else _json(extra, "extra_body", dict)
     for name in tree:
         if name in OPERATORS:
-            raise wrong(f"The field {name} is for the operator of the service to decide: leave it out.", name)
+            raise wrong(f"The field {name} is set by the operator of the service. Leave it out.", name)
         if name not in (*OPTIONS, *REFERENCES, *MASKING, *OTHER):
             known = ", ".join((*REFERENCES, *OPTIONS, *MASKING, *OTHER[:5]))
-            raise wrong(f"The field {name[:80]!r} is not known. These are: {known}.", name[:80], "unknown_field")
+            raise wrong(f"The field {name[:80]!r} is not known. Use one of {known}.", name[:80], "unknown_field")
     options = {name: _typed(name, tree[name]) for name in OPTIONS if name in tree}
     if options.get("preset", "quality") not in PRESETS:
         raise wrong(f"--preset must be one of {', '.join(PRESETS)}, not {options['preset'][:80]}.", "preset")
@@ -118,14 +121,15 @@ def read_fields(pairs: Iterable[tuple[str, Any]]) -> Asked:
 
 
 def request_of(options: Mapping[str, Any], folder: Path, extra_refs: int) -> Request:
-    """The request of a job's folder, whose inputs have the interface's names. InputError as on the command line."""
+    """The `Request` for a job's folder, whose input files have the interface's field names. extra_refs: number of
+    extra reference pairs. Raises InputError as on the command line."""
     places = {field: folder / name for name, field in REFERENCES.items()}
     pairs = tuple((folder / f"extra_ref_{i}", folder / f"extra_ref_{i}_mask") for i in range(1, extra_refs + 1))
     return options_of(options, folder).request(**places, extra_refs=pairs)
 
 
 def options_of(options: Mapping[str, Any], folder: Path) -> GenerateOptions:
-    """As the command line's, for everything that is not an input."""
+    """`GenerateOptions` from a job's options; inputs are not among them."""
     given = dict(options)
     if given.get("size") is not None:
         given["size"] = tuple(given["size"])
@@ -144,7 +148,7 @@ def _typed(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         raise wrong(f"The field {name} must be text, not {json.dumps(value)[:80]}.", name)
     if len(value) > PROMPT_CHARACTERS:
-        raise wrong(f"The field {name} is longer than {PROMPT_CHARACTERS} characters.", name)
+        raise wrong(f"The field {name} is longer than {PROMPT_CHARACTERS} characters. Shorten it.", name)
     return value
 
 
@@ -159,7 +163,7 @@ def _masking(name: str, value: Any) -> Any:
         value = _json(value, name, list) if value.lstrip().startswith("[") else value.split(";")
     items = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(items, list) or not all(isinstance(item, str) and len(item) < 100 for item in items):
-        raise wrong(f"The field {name} must be a list of texts.", name)
+        raise wrong(f"The field {name} must be a list of strings.", name)
     return items[:200]
 
 
@@ -199,7 +203,7 @@ def _size(value: Any) -> tuple[int, int]:
     """WxH → (height, width)."""
     match = re.fullmatch(r"(\d{1,5})[xX×*](\d{1,5})", value.strip()) if isinstance(value, str) else None
     if not match:
-        raise wrong(f"{str(value)[:80]!r} is not a size: write width and height as in 896x512.", "size")
+        raise wrong(f"{str(value)[:80]!r} is not a size. Write width and height as in 896x512.", "size")
     return int(match[2]), int(match[1])
 
 
@@ -224,7 +228,7 @@ def _json(text: Any, name: str, kind: type) -> Any:
 
 
 def _reference(name: str, value: Any) -> Any:
-    """{"file_id": …} or {"url": …}, also written `image_url`, `video_url` or as bare text."""
+    """Parse a reference into {"file_id": …} or {"url": …}. `image_url`, `video_url` and a plain string mean `url`."""
     if isinstance(value, str):
         value = _json(value, name, dict) if value.lstrip().startswith("{") else {"url": value}
     given = {key: text for key, text in value.items() if text is not None} if isinstance(value, dict) else {}
@@ -238,7 +242,7 @@ def _reference(name: str, value: Any) -> Any:
 
 
 def _pairs(value: Any) -> tuple[tuple[Any, Any], ...]:
-    """[[image, mask], …], in JSON or as `extra_refs[0][1][file_id]`."""
+    """Parse [[image, mask], …], given as JSON or as fields such as `extra_refs[0][1][file_id]`."""
     items = _json(value, "extra_refs", list) if isinstance(value, str) else value
     items = list(items.values()) if isinstance(items, dict) else items
     pairs = []
@@ -248,12 +252,13 @@ def _pairs(value: Any) -> tuple[tuple[Any, Any], ...]:
             raise wrong("Extra references must be pairs: extra_refs=[[image, mask], …].", "extra_refs")
         pairs.append((_reference("extra_refs", pair[0]), _reference("extra_refs", pair[1])))
     if len(pairs) > 8:
-        raise wrong("At most 8 extra references are taken.", "extra_refs")
+        raise wrong("A request has at most 8 extra references. Leave some out.", "extra_refs")
     return tuple(pairs)
 
 
 def check_numbers(asked: Asked, folder: Path) -> None:
-    """The sentences of `Request` about numbers, before anything is received or decoded. Refusal with the first."""
+    """Check the option values as `Request` does, before inputs are placed or decoded. Raises Refusal (400) with the
+    first error."""
     try:
         request_of(asked.options, folder, 0)
     except InputError as error:

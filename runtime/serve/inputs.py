@@ -1,8 +1,8 @@
-"""The inputs of a job, wherever they come from, as files of its folder under names of ours.
+"""Place the inputs of a job in its folder, under fixed names.
 
-An upload is moved there, a kept file linked (deleting it later does not touch the job), a `data:` URL decoded, an
-`http(s)` URL fetched where the operator allows its host. What a file is, its first bytes say: formats that name other
-files or addresses (playlists, concat scripts, PostScript) are not among those that are taken.
+An uploaded file is moved; a stored file is linked (deleting it later does not affect the job); a `data:` URL is
+decoded; an `http(s)` URL is fetched if the operator allows its host. The first bytes of a file decide its format.
+Formats that refer to other files or addresses (playlists, concat scripts, PostScript) are refused.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ MOVIE_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
 def is_picture(head: bytes) -> bool:
-    """PNG, JPEG, WebP, BMP, TIFF or GIF, by a file's first bytes."""
+    """Whether a file's first bytes are those of a PNG, JPEG, WebP, BMP, TIFF or GIF file."""
     return head.startswith(PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def is_clip(head: bytes) -> bool:
-    """MP4 or MOV, Matroska or WebM, AVI, MPEG-TS, GIF or WebP, by a file's first bytes."""
+    """Whether a file's first bytes are those of an MP4, MOV, Matroska, WebM, AVI, MPEG-TS, GIF or WebP file."""
     if head[4:8] in MOVIE_BOXES or head.startswith((b"\x1a\x45\xdf\xa3", b"GIF8")):
         return True
     if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"WEBP"):
@@ -41,30 +41,31 @@ def is_clip(head: bytes) -> bool:
 
 
 def check_kind(path: Path, name: str) -> None:
-    """Refusal (400) for what is no picture, or no clip, by its first bytes."""
+    """Raises Refusal (400) if the first bytes are not those of an image (or, for video fields, a clip)."""
     with path.open("rb") as file:
         head = file.read(256)
     if not head:
-        raise wrong(f"{name} is empty (0 bytes): send it again.", name)
+        raise wrong(f"{name} is empty (0 bytes). Send it again.", name)
     if "video" in name:
         if not is_clip(head):
-            raise wrong(f"{name} is no video that is taken here: send MP4, MOV, MKV, WebM, AVI, TS, GIF or WebP.", name)
+            raise wrong(f"{name} is not a supported video. Send MP4, MOV, MKV, WebM, AVI, TS, GIF or WebP.", name)
     elif not is_picture(head):
-        raise wrong(f"{name} is not an image that can be read: give a PNG, JPEG or WebP file.", name)
+        raise wrong(f"{name} is not a supported image. Send a PNG, JPEG or WebP file.", name)
 
 
 class Inputs:
-    """Puts the inputs of one request into its job's folder."""
+    """Places the inputs of one request in its job's folder. hashes: file name → SHA-256."""
 
     def __init__(self, store: Store, owner: str, limits: Limits, fetch_hosts: tuple[str, ...]) -> None:
         self._store, self._owner, self._limits, self._hosts = store, owner, limits, fetch_hosts
-        self.hashes: dict[str, str] = {}  # name in the folder → SHA-256
+        self.hashes: dict[str, str] = {}
 
     async def place(self, form: Form, asked: Asked, folder: Path) -> None:
-        """All inputs of a request. Refusal for one that is missing, unknown or of a kind that is not taken."""
+        """Place all inputs of a request. Raises Refusal for a stored file that does not exist, an unexpected file and
+        an unsupported format."""
         for name, field in REFERENCES.items():
             if name in form.files and field in asked.references:
-                raise wrong(f"{name} is given twice: as a file and as a field.", name)
+                raise wrong(f"{name} is given twice, as a file and as a field. Send one of them.", name)
             if name in form.files:
                 upload = form.files.pop(name)
                 await asyncio.to_thread(upload.path.replace, folder / name)
@@ -72,7 +73,8 @@ class Inputs:
             elif field in asked.references:
                 await self._refer(asked.references[field], folder / name, name)
         if form.files:
-            raise wrong(f"The file {next(iter(form.files))[:80]!r} is not asked for.", next(iter(form.files))[:80])
+            extra = next(iter(form.files))[:80]
+            raise wrong(f"The file field {extra!r} is not known. Use {', '.join(REFERENCES)}.", extra)
         for number, (image, mask) in enumerate(asked.extra_refs, 1):
             await self._refer(image, folder / f"extra_ref_{number}", f"extra_ref_{number}")
             await self._refer(mask, folder / f"extra_ref_{number}_mask", f"extra_ref_{number}_mask")
@@ -118,16 +120,16 @@ def _decode_data(url: str, receiver: Receiver, name: str) -> Upload:
     except BaseException as error:
         receiver.abort()
         if isinstance(error, binascii.Error | ValueError):
-            raise wrong(f"{name}: the data: URL cannot be decoded ({error}).", name) from None
+            raise wrong(f"{name}: the data: URL cannot be decoded ({error}). Encode it again.", name) from None
         raise
 
 
 def check_complete(hashes: Mapping[str, str], masks_made: bool) -> None:
-    """Refusal (400) when an input is missing; both masks may be where they are made."""
+    """Raises Refusal (400) if an input is missing. masks_made: the service makes the masks, so both may be missing."""
     wanted = [name for name in REFERENCES if not (masks_made and "mask" in name)]
     if missing := [name for name in wanted if name not in hashes]:
-        said = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: send each as a file, "
+        said = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Send each as a file, "
         said += 'as {"file_id": …} after POST /v1/files, or as {"url": "data:…"}.'
         if len(missing) == 1 and "mask" in missing[0]:
-            said += " Without either mask both are made here."
+            said += " If you send no mask at all, the service makes both."
         raise Refusal(400, said, "missing_input", param=missing[0])

@@ -1,4 +1,4 @@
-"""From the options of `scail2-rt serve` to its settings: where the data go, and how many workers there are."""
+"""Turn the options of `scail2-rt serve` into `Settings`: data folder, limits, number of workers."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ SAME = (
 
 
 def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
-    """InputError for a folder that holds no engines, a segmenter that is named and not there, and for more GPUs than
-    there are."""
+    """The settings of a service. Raises InputError for a folder without engines, a named segmenter that is not
+    installed, and more GPUs than the machine has."""
     if not (engines / "manifest.json").is_file():
         from scail2_rt.engines.folder.manifest import read_manifest
 
@@ -41,6 +41,7 @@ def settings_of(engines: Path, options: Mapping[str, Any]) -> Settings:
 
 
 def limits_of(options: Mapping[str, Any]) -> Limits:
+    """The limits for clients from the options of `serve`."""
     return Limits(
         upload_bytes=options["max_upload"],
         frames=options["max_frames"],
@@ -50,25 +51,26 @@ def limits_of(options: Mapping[str, Any]) -> Limits:
     )
 
 
-def workers_of(wanted: str, each: int, there: int) -> int:
-    """How many worker processes `--gpus N|all --gpus-per-video EACH` makes where there are so many GPUs."""
+def workers_of(wanted: str, each: int, present: int) -> int:
+    """The number of worker processes for `--gpus N|all --gpus-per-video EACH` on a machine with `present` GPUs; 1
+    without a GPU. Raises InputError for numbers that do not fit."""
     if wanted != "all" and not (wanted.isdecimal() and int(wanted) > 0):
         raise InputError(f"--gpus must be a number or all, not {wanted}.")
-    if there == 0:
+    if present == 0:
         if wanted not in ("all", "1") or each > 1:
-            raise InputError("There is no GPU here: leave --gpus and --gpus-per-video out to run on the CPU.")
+            raise InputError("This machine has no GPU. Leave --gpus and --gpus-per-video out to run on the CPU.")
         return 1
-    used = there if wanted == "all" else int(wanted)
-    if used > there:
-        raise InputError(f"--gpus {used} is more than the {there} that are here.")
+    used = present if wanted == "all" else int(wanted)
+    if used > present:
+        raise InputError(f"--gpus {used} is more than the {present} GPUs of this machine. Give {present} or fewer.")
     if used % each:
-        raise InputError(f"--gpus-per-video {each} does not divide the {used} GPUs.")
+        raise InputError(f"--gpus-per-video {each} does not divide the {used} GPUs. Give a divisor of {used}.")
     return used // each
 
 
 def visible_gpus(backend: str) -> int:
-    """Counted by another process: the server itself loads no CUDA. 0 where PyTorch finds none, and for a backend that
-    runs on the CPU here."""
+    """The number of GPUs that PyTorch sees; 0 for a backend that runs on the CPU on this machine. Counted in another
+    process, so that the server does not load CUDA."""
     if not (Path("/dev/nvidiactl").exists() or os.name == "nt" or Path("/dev/dxg").exists()):
         return 0
     code = (

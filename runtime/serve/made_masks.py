@@ -1,7 +1,7 @@
-"""Masks that the service makes: of a job that brings none, or alone, for a look before the video.
+"""Masks that the service makes: for a video job without masks, or for a masks job, which makes only them.
 
-They lie in `video.masks/` of the job's folder, where a local run would have put them beside `video.mp4`, and are linked
-under the names that inputs have. What can be said without a network is said by the check.
+The masks are written to `video.masks/` in the job's folder (a local run puts them beside `video.mp4` in the same way)
+and linked under the names of the inputs. `look` does the checks that need no neural network.
 """
 
 import os
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 FOLDER = "video.masks"
 INPUTS = ("mask_reference", "video_mask_reference")
-ROOM_BYTES = 6 << 30  # of GPU memory that a segmenter finds; else the engines' weights make room
+ROOM_BYTES = 6 << 30  # free GPU memory for a segmenter; with less, the engines' weights are released first
 
 
 def mask_options(masking: Mapping[str, Any], options: Mapping[str, Any]) -> "MaskOptions":
-    """InputError for options that cannot be."""
+    """`MaskOptions` from a job's masking options and video options. Raises InputError for invalid ones."""
     from scail2_rt.runtime.masks.make.options import MaskOptions
 
     given = {"prompt" if name == "mask_prompt" else name: value for name, value in masking.items()}
@@ -37,7 +37,8 @@ def mask_options(masking: Mapping[str, Any], options: Mapping[str, Any]) -> "Mas
 
 
 def look(folder: Path, options: Mapping[str, Any], masking: Mapping[str, Any]) -> dict[str, Any]:
-    """What making the masks, and a video with them, would give. InputError for what cannot be done."""
+    """The facts of a job whose masks are made: those of the video with these masks, as `check_process.facts_of`. Raises
+    InputError if the masks cannot be made."""
     from scail2_rt.runtime.core.geometry import oriented, plan_segments
     from scail2_rt.runtime.core.request import DEFAULT_SIZE
     from scail2_rt.runtime.masks.make.make import plan_masks
@@ -67,7 +68,8 @@ def look(folder: Path, options: Mapping[str, Any], masking: Mapping[str, Any]) -
 
 
 def make(session: "Session", job: Mapping[str, Any], folder: Path, heard: Listener, cancel: Event) -> "Masks":
-    """The masks of a job, made or taken as they are, and linked as inputs."""
+    """Make the masks of a job, unless an earlier attempt has finished them, and link them as inputs. heard: progress
+    listener; cancel: makes this raise Cancelled."""
     from scail2_rt.runtime.masks.make.make import make_masks
 
     _make_room(session)
@@ -93,7 +95,7 @@ def _own_frames(options: Mapping[str, Any], clip: Path) -> dict[str, Any]:
 
 
 def _make_room(session: "Session") -> None:
-    """Where the GPU has little left, the engines' weights leave it; they come back with the next video."""
+    """If less than `ROOM_BYTES` of GPU memory is free, release the engines' weights. The next video loads them."""
     import torch
 
     if session.engines.device.type == "cuda" and torch.cuda.mem_get_info(session.engines.device)[0] < ROOM_BYTES:
@@ -103,9 +105,11 @@ def _make_room(session: "Session") -> None:
 
 
 def take_over(made: Iterable[Path], folder: Path) -> None:
-    """Masks of an earlier job as this one's inputs. InputError when they are not there."""
+    """Link the masks of an earlier job as inputs of this one. Raises InputError if they do not exist."""
     try:
         for file in made:
             os.link(file, folder / file.name)
     except FileNotFoundError:
-        raise InputError("The masks of masks_id are not made yet, or could not be made.") from None
+        raise InputError(
+            "The job masks_id has no masks: it is unfinished or failed. Wait for it, or make masks again."
+        ) from None

@@ -1,4 +1,4 @@
-"""Small pictures of our own videos: a frame, and sixteen of them on a sheet."""
+"""Preview images of generated videos: one frame, or a sheet of up to sixteen frames."""
 
 import io
 from pathlib import Path
@@ -14,12 +14,12 @@ WIDTH, COLUMNS, ROWS = 320, 4, 4
 
 
 def newest_picture(video: Path) -> bytes:
-    """The last key frame of a video that may still grow, which is the first frame of its last segment or a later one,
-    as a small JPEG."""
+    """The last key frame of a video that may still be growing, as JPEG at most 320 pixels wide; empty without a key
+    frame. Each segment begins with a key frame, so this shows the last segment."""
     frame = None
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "SLICE"  # a frame comes out for every packet
+        stream.thread_type = "SLICE"  # one frame per packet, without the delay of frame threading
         for packet in container.demux(stream):
             if packet.is_keyframe:
                 frame = next(iter(packet.decode()), frame)
@@ -29,13 +29,13 @@ def newest_picture(video: Path) -> bytes:
 
 
 def thumbnail(video: Path) -> bytes:
-    """The middle frame, as WebP of at most 320 pixels in width."""
+    """The middle frame, as WebP at most 320 pixels wide."""
     frames = _frames(video, 3)
     return _encoded(frames[len(frames) // 2], "WEBP")
 
 
 def spritesheet(video: Path) -> bytes:
-    """Up to sixteen frames at equal distances, row by row, as one WebP."""
+    """Up to sixteen evenly spaced frames, arranged row by row, as one WebP."""
     from PIL import Image
 
     frames = _frames(video, COLUMNS * ROWS)

@@ -1,8 +1,8 @@
-"""The plan that the check of a job's inputs made, kept in its folder, so that the worker need not read the clips for it
-again.
+"""The generation plan that the check of a job's inputs made, stored in the job's folder, so that the worker does not
+read the clips for it again.
 
-It comes from the process that decodes what strangers send, so it is read as data: of this program's own records,
-fractions and paths, nothing else; and the inputs that it names are replaced by those of the job's folder.
+The process that writes it has decoded untrusted uploads. The unpickler therefore accepts only this program's
+dataclasses, fractions and paths, and the inputs in the plan are replaced by those of the job's folder.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ _BESIDE = {
 
 
 class Unreadable(Exception):
-    """A plan of another version, or none."""
+    """The stored plan is damaged or was written by another version of the program."""
 
 
 class _Reader(pickle.Unpickler):
@@ -38,16 +38,16 @@ class _Reader(pickle.Unpickler):
             found = super().find_class(module, name)
             if isinstance(found, type) and is_dataclass(found) and found.__module__ == module:
                 return found
-        raise Unreadable(f"{module}.{name} does not belong in a plan.")
+        raise Unreadable(f"A plan must not contain {module}.{name}.")
 
 
 def pack(plan: Plan) -> bytes:
-    """As bytes that `unpack` reads, in this version of the program."""
+    """Serialise a plan for `unpack` of the same program version."""
     return _version() + b"\n" + pickle.dumps(plan, protocol=4)
 
 
 def unpack(data: bytes, request: Request) -> Plan:
-    """The plan, for this request, whose prompts are cleaned. Unreadable for what is none of this version's."""
+    """The stored plan with this request, whose prompts are cleaned. Raises Unreadable for other data."""
     from scail2_rt.runtime.pipeline.text import clean_prompt
 
     version, _, body = data.partition(b"\n")
@@ -56,13 +56,13 @@ def unpack(data: bytes, request: Request) -> Plan:
     except Exception as error:
         raise Unreadable(str(error)) from error
     if not isinstance(plan, Plan):
-        raise Unreadable("This is no plan of this version.")
+        raise Unreadable("The plan was written by another version.")
     prompt, negative = clean_prompt(request.prompt), clean_prompt(request.negative_prompt)
     return replace(plan, request=replace(request, prompt=prompt, negative_prompt=negative))
 
 
 def planned(folder: Path, request: Request) -> Plan:
-    """The plan of a job's folder, or one that is made now. InputError as from `check_request`."""
+    """The plan stored in a job's folder, or else the result of `check_request`, which raises InputError."""
     from scail2_rt.runtime.session.check import check_request
 
     try:

@@ -1,8 +1,8 @@
-"""The worker processes, seen from the server: which are ready, which has which job, and what became of one that died.
+"""Manages the worker processes from the server: starts them, assigns jobs, handles their deaths.
 
-A worker that is killed from outside (SIGKILL, SIGTERM) gives its job back, which goes on after its last finished
-segment; one that breaks by itself, or that the system killed for its memory, takes its job with it: the job has failed,
-the others run. A dead worker is replaced, at growing intervals while new ones die too.
+If a worker is killed from outside (SIGKILL, SIGTERM), its job is queued again and resumes after its last finished
+segment. If a worker crashes, or the kernel kills it because memory ran out, its job fails; other jobs continue. A dead
+worker is replaced, at growing intervals while replacements die too.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.serve.errors import DiskFull
 from scail2_rt.runtime.serve.settings import Settings
-from scail2_rt.runtime.serve.store import JobRow, Store
+from scail2_rt.runtime.serve.store import KILLS, JobRow, Store
 
 LINE_BYTES = 4 << 20
 LONGEST_PAUSE_S = 30.0
 STOP_S = 5.0
 OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-FULL_DISK_S = 1.0  # until a write is tried again
+FULL_DISK_S = 1.0  # pause before a write to a full disk is repeated
 
 Written = TypeVar("Written")
 Hear = Callable[[JobRow, Mapping[str, Any]], Awaitable[None]]
@@ -35,12 +35,19 @@ Hear = Callable[[JobRow, Mapping[str, Any]], Awaitable[None]]
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process. job: what it carries out; segments: how many of that are finished; phase: where it is."""
+    """One worker process.
+
+    about        its `ready` message: backend choice, licence note, memory
+    memory       peak memory in GiB, by kind
+    job          the job it runs; segments: finished segments of that job; phase: its current phase
+    oom_before   `oom_kills()` when the job started
+    pause_s      seconds before the next restart
+    """
 
     number: int
     process: asyncio.subprocess.Process | None = None
     ready: bool = False
-    taking: bool = False  # a job is being looked up for it
+    taking: bool = False  # `dispatch` is taking a job for it from the store
     about: Mapping[str, Any] | None = None
     memory: Mapping[str, float] | None = None
     job: JobRow | None = None
@@ -51,7 +58,7 @@ class Worker:
 
 
 class Pool:
-    """All workers of a service. hear: is told of every message about a job, and of every ending."""
+    """All workers of a service. hear: called with every message of a worker about its job, and when a worker dies."""
 
     def __init__(self, settings: Settings, store: Store, hear: Hear) -> None:
         self._settings, self._store, self._hear = settings, store, hear
@@ -62,13 +69,13 @@ class Pool:
         self._opened: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
-        """Returns when one worker has opened its engines. InputError when they cannot be opened."""
+        """Start all workers; return when one has opened its engines. Raises InputError if it cannot open them."""
         self._opened = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
         await self._opened
 
     async def close(self) -> None:
-        """End all workers; their jobs are queued when the next server starts, and go on."""
+        """Stop all workers. The next server queues their jobs again and resumes them."""
         self._closing = True
         for task in self._tasks:
             task.cancel()
@@ -79,30 +86,32 @@ class Pool:
 
     @property
     def ready(self) -> bool:
+        """Whether a worker has opened its engines."""
         return any(worker.ready for worker in self.workers)
 
     @property
     def busy(self) -> int:
-        """How many jobs run."""
+        """The number of running jobs."""
         return sum(worker.job is not None for worker in self.workers)
 
     def running(self, job_id: str) -> Worker | None:
+        """The worker that runs a job; None if there is none."""
         return next((worker for worker in self.workers if worker.job is not None and worker.job.id == job_id), None)
 
     async def dispatch(self) -> None:
-        """Give waiting jobs to workers that are free."""
+        """Give queued jobs to idle workers."""
         for worker in self.workers:
             if worker.ready and worker.job is None and not worker.taking:
                 worker.taking = True
                 try:
                     row = await asyncio.to_thread(self._store.take)
-                except DiskFull:  # tried again by the service's sweep
+                except DiskFull:  # the service's sweep calls this again
                     return
                 finally:
                     worker.taking = False
                 if row is None:
                     return
-                if not worker.ready:  # it died meanwhile
+                if not worker.ready:  # the worker has died since
                     await self.noted(self._store.give_back, row.id, row.attempt, False, 0)
                     continue
                 worker.job = row
@@ -110,7 +119,8 @@ class Pool:
                 await self._send(worker, run=self._order(row))
 
     async def noted(self, write: Callable[..., Written], *arguments: Any) -> Written:
-        """What the store's `write` gives, from a thread. On a full disk it waits: what a worker did is not lost."""
+        """Run a write of the store in a thread and return its result. On a full disk, repeat it until it succeeds, so
+        that a worker's result is not lost."""
         while True:
             try:
                 return await asyncio.to_thread(write, *arguments)
@@ -123,7 +133,7 @@ class Pool:
         return {"id": row.id, "attempt": row.attempt, "folder": folder, **given}
 
     async def cancel(self, job_id: str) -> bool:
-        """End a running job within its step. False when no worker has it."""
+        """Cancel a running job, within one denoising step. False if no worker has it."""
         worker = self.running(job_id)
         if worker is not None:
             await self._send(worker, cancel=job_id)
@@ -133,12 +143,12 @@ class Pool:
         process = worker.process
         if process is None or process.stdin is None:
             return
-        with contextlib.suppress(ConnectionError, RuntimeError):  # it has just died: `_keep` sees to that
+        with contextlib.suppress(ConnectionError, RuntimeError):  # the worker has died; `_keep` handles that
             process.stdin.write(json.dumps(message).encode() + b"\n")
             await process.stdin.drain()
 
     async def _keep(self, worker: Worker) -> None:
-        """Start the worker, listen until it dies, and again."""
+        """Run the worker and restart it whenever it dies."""
         while not self._closing:
             began = time.monotonic()
             try:
@@ -146,14 +156,14 @@ class Pool:
                 worker.ready = False
                 self.deaths += 1
                 await self._lost(worker, code)
-            except Exception:  # a fault of ours, or no process to be had, must not leave the service without a worker
+            except Exception:  # keep restarting: a fault here must not leave the service without a worker
                 worker.ready = False
                 traceback.print_exc()
             worker.pause_s = 0.1 if time.monotonic() - began > 60 else min(worker.pause_s * 2, LONGEST_PAUSE_S)
             await asyncio.sleep(worker.pause_s)
 
     async def _live(self, worker: Worker) -> int:
-        """One process of the worker, from its start to its exit code."""
+        """Start one process of the worker, read its messages and return its exit code."""
         worker.process = process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "scail2_rt.runtime.serve.worker", self._arguments(worker)),
             stdin=asyncio.subprocess.PIPE,
@@ -165,7 +175,7 @@ class Pool:
         while line := await process.stdout.readline():
             try:
                 await self._heard(worker, json.loads(line))
-            except Exception:  # a fault of ours must not leave the worker unheard
+            except Exception:  # keep reading: a fault here must not stop the worker's messages
                 traceback.print_exc()
         return await process.wait()
 
@@ -175,7 +185,7 @@ class Pool:
         return json.dumps({"engines": str(self._settings.engines), **given})
 
     def _environment(self, worker: Worker) -> dict[str, str] | None:
-        """Each worker sees its own GPUs only; on the CPU nothing changes."""
+        """The environment of a worker: CUDA_VISIBLE_DEVICES names its group of GPUs. None (unchanged) on the CPU."""
         if not self._settings.on_gpu:
             return None
         visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
@@ -197,7 +207,7 @@ class Pool:
             if self._opened is not None and not self._opened.done():
                 self._opened.set_exception(InputError(message["unusable"]))
             else:
-                print(f"error: worker {worker.number}: {message['unusable']} It is tried again.", file=sys.stderr)
+                print(f"error: worker {worker.number}: {message['unusable']} It is restarted.", file=sys.stderr)
         elif worker.job is not None:
             row = worker.job
             if "event" in message:
@@ -210,14 +220,14 @@ class Pool:
                 await self.dispatch()
 
     async def _lost(self, worker: Worker, code: int) -> None:
-        """What becomes of the job of a worker that ended with this exit code."""
+        """Queue the job of a dead worker again, or fail it, depending on the worker's exit code."""
         row, worker.job = worker.job, None
         if row is None:
             return
         out_of_memory = oom_kills() > worker.oom_before
         if code in OUTSIDE and not out_of_memory:
             given = await self.noted(self._store.give_back, row.id, row.attempt, True, worker.segments)
-            if given is not None and given.kills >= self._settings.kills:
+            if given is not None and given.kills >= KILLS:
                 taken = await self.noted(self._store.take_one, row.id)
                 row = taken or row
             else:
@@ -227,7 +237,7 @@ class Pool:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """A worker ends by itself when nobody can tell it anything more; one that does not is killed."""
+    """Close a worker's stdin, which makes it exit; kill it if it still runs after `STOP_S` seconds."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -239,7 +249,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has ended for want of memory, as far as it tells."""
+    """The number of processes that the kernel's out-of-memory killer has ended since boot; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -250,6 +260,6 @@ def oom_kills() -> int:
 def _death(code: int, phase: str, out_of_memory: bool) -> str:
     if out_of_memory:
         less = "a smaller --size, --segment-length or --max-rows"
-        return f"the computer's memory ran out in the phase {phase}: give {less}."
+        return f"The host memory ran out in the phase {phase}. Use {less}."
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-    return f"The worker process ended with {how} in the phase {phase}; the service goes on with another one."
+    return f"The worker process ended with {how} in the phase {phase}. Send the job again; a new worker has started."

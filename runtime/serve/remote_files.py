@@ -1,7 +1,7 @@
-"""Inputs fetched by URL, from hosts that the operator named, and never from an address that is not public.
+"""Fetch inputs by URL, only from hosts that the operator allows and only from public addresses.
 
-The address is looked up once, must be public whatever the host's name, and is the one that is connected to, so that no
-second look-up can lead elsewhere. Every redirection is judged like the first URL.
+The host is resolved once. All its addresses must be public, and the connection uses the resolved address, so a second
+resolution cannot lead elsewhere (DNS rebinding). Every redirect is checked like the first URL.
 """
 
 import http.client
@@ -14,37 +14,37 @@ from urllib.parse import urljoin, urlsplit
 from scail2_rt.runtime.serve.errors import wrong
 from scail2_rt.runtime.serve.multipart import Receiver, Upload, too_large
 
-REDIRECTS, SILENCE_S, WHOLE_S = 3, 10.0, 120.0
+REDIRECTS, SILENCE_S, TOTAL_S = 3, 10.0, 120.0
 PIECE = 1 << 16
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def fetch(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name: str) -> Upload:
-    """The file at a URL, written to `receiver`. Refusal (400) for a host that is not allowed and for whatever goes
-    wrong, (413) for more than `limit` bytes."""
-    deadline = time.monotonic() + WHOLE_S
+    """Fetch a URL into `receiver`. hosts: allowed hosts; name: the field, for messages. Raises Refusal: 400 for a host
+    that is not allowed and for any failure, 413 for more than `limit` bytes."""
+    deadline = time.monotonic() + TOTAL_S
     try:
         for _ in range(REDIRECTS + 1):
             moved = _get(url, receiver, hosts, limit, name, deadline)
             if moved is None:
                 return receiver.done()
             url = urljoin(url, moved)
-        raise wrong(f"{name}: the URL redirects more than {REDIRECTS} times.", name)
+        raise wrong(f"{name}: the URL redirects more than {REDIRECTS} times. Give the final URL.", name)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         receiver.abort()
-        raise wrong(f"{name}: the URL cannot be fetched ({type(error).__name__}).", name) from None
+        raise wrong(f"{name}: the URL cannot be fetched ({type(error).__name__}). Upload the file.", name) from None
     except BaseException:
         receiver.abort()
         raise
 
 
 def _get(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name: str, deadline: float) -> str | None:
-    """Where the URL redirects to; None when its content was written."""
+    """Request a URL once: return the redirect's target, or None after the content was written."""
     parts = urlsplit(url)
     host = (parts.hostname or "").rstrip(".").lower()
     if parts.scheme not in ("http", "https") or parts.username is not None or not allowed(host, hosts):
-        offered = f"from {', '.join(hosts)} only" if hosts else "not at all: the operator gave no --allow-fetch"
-        raise wrong(f"{name}: inputs are fetched {offered}.", name, "url_not_allowed")
+        offered = f"only from {', '.join(hosts)}" if hosts else "from no host (its operator set no --allow-fetch)"
+        raise wrong(f"{name}: the service fetches inputs {offered}. Upload the file.", name, "url_not_allowed")
     connection = _connect(host, parts.port, parts.scheme == "https", name)
     try:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -53,14 +53,14 @@ def _get(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name:
         if response.status in (301, 302, 303, 307, 308):
             return response.headers.get("Location") or ""
         if response.status != 200:
-            raise wrong(f"{name}: the URL answers with {response.status}.", name)
+            raise wrong(f"{name}: the URL answers with {response.status}. Check it, or upload the file.", name)
         received = 0
         while piece := response.read1(PIECE):
             received += len(piece)
             if received > limit:
                 raise too_large(limit)
             if time.monotonic() > deadline:
-                raise wrong(f"{name}: fetching the URL takes longer than {WHOLE_S:g} s.", name)
+                raise wrong(f"{name}: fetching the URL takes longer than {TOTAL_S:g} s. Upload the file.", name)
             receiver.write(piece)
         return None
     finally:
@@ -68,21 +68,23 @@ def _get(url: str, receiver: Receiver, hosts: tuple[str, ...], limit: int, name:
 
 
 def allowed(host: str, hosts: tuple[str, ...]) -> bool:
-    """`*.example.com` stands for every host below example.com."""
+    """Whether `host` is one of `hosts`; `*.example.com` matches every subdomain of example.com."""
     return any(host == offer or (offer.startswith("*.") and host.endswith(offer[1:])) for offer in hosts)
 
 
 def public_address(host: str, port: int, name: str) -> str:
-    """The first address of a host. Refusal (400) when any of its addresses is not public."""
+    """Resolve a host and return its first address. Raises Refusal (400) if any of its addresses is not public."""
     found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for text in found:
         if not is_public(ipaddress.ip_address(str(text).partition("%")[0])):
-            raise wrong(f"{name}: the host of the URL has an address that is not public.", name, "url_not_allowed")
+            said = f"{name}: the host of the URL has an address that is not public. Upload the file."
+            raise wrong(said, name, "url_not_allowed")
     return str(found[0])
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Also of an IPv4 address that an IPv6 one carries: mapped, 6to4, NAT64."""
+    """Whether an address is global unicast. If an IPv6 address embeds an IPv4 address (mapped, 6to4, NAT64), that one
+    is checked."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
@@ -95,7 +97,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def _connect(host: str, port: int | None, secure: bool, name: str) -> http.client.HTTPConnection:
     port = port or (443 if secure else 80)
     if port not in (80, 443):
-        raise wrong(f"{name}: only URLs on ports 80 and 443 are fetched.", name, "url_not_allowed")
+        raise wrong(f"{name}: only URLs on ports 80 and 443 are fetched. Upload the file.", name, "url_not_allowed")
     address = public_address(host, port, name)
     connection = http.client.HTTPConnection(host, port, timeout=SILENCE_S)
     connected = socket.create_connection((address, port), SILENCE_S)

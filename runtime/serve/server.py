@@ -1,4 +1,4 @@
-"""`scail2-rt serve`: a data folder that nobody else serves, the processes, and uvicorn."""
+"""`scail2-rt serve`: locks the data folder, starts the processes and runs uvicorn."""
 
 import contextlib
 import os
@@ -27,22 +27,22 @@ KEEP_ALIVE_S = 75
 
 
 def default_data() -> Path:
-    """scail2-rt/serve in $XDG_DATA_HOME or ~/.local/share."""
+    """The default data folder: scail2-rt/serve in $XDG_DATA_HOME or ~/.local/share."""
     xdg = Path(os.environ.get("XDG_DATA_HOME", ""))
     return (xdg if xdg.is_absolute() else Path.home() / ".local" / "share") / "scail2-rt" / "serve"
 
 
 def run(settings: Settings) -> None:
-    """Serve until Ctrl-C or SIGTERM. InputError when the folder is served already, the port is taken or the engines
-    cannot be opened."""
+    """Serve until Ctrl-C or SIGTERM. Raises InputError if another service uses the data folder, the port is in use or
+    the engines cannot be opened."""
     os.umask(0o077)
     try:
         settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise InputError(
-            f"The data folder {settings.data} cannot be made ({error.strerror}): give --data another."
+            f"The data folder {settings.data} cannot be created ({error.strerror}). Give another folder with --data."
         ) from error
-    refusal = f"Another service uses {settings.data}: stop it, or give --data another folder."
+    refusal = f"Another service uses {settings.data}. Stop it, or give another folder with --data."
     with alone(settings.data, refusal, lambda reason: print(f"warning: {reason}", file=sys.stderr)):
         listener = _listen(settings)
         try:
@@ -50,7 +50,7 @@ def run(settings: Settings) -> None:
         except sqlite3.Error as error:
             listener.close()
             raise InputError(
-                f"{settings.data}/service.sqlite cannot be used ({error}): make room, or mend it."
+                f"{settings.data}/service.sqlite cannot be used ({error}). Free disk space, or repair or move the file."
             ) from error
         try:
             _serve(settings, store, listener)
@@ -68,7 +68,7 @@ def _listen(settings: Settings) -> socket.socket:
     except OSError as error:
         listener.close()
         raise InputError(
-            f"The service cannot listen on {address_of(settings.host, settings.port)} ({error.strerror}): give another "
+            f"The service cannot listen on {address_of(settings.host, settings.port)} ({error.strerror}). Give another "
             "--port or --host."
         ) from error
     return listener
@@ -100,19 +100,19 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
         log_level="critical",
         access_log=False,
         limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE_S,  # clients that poll every few seconds keep their connection
+        timeout_keep_alive=KEEP_ALIVE_S,  # longer than the interval of polling clients
         timeout_graceful_shutdown=STOP_S,
         server_header=False,
         proxy_headers=False,
     )
-    with contextlib.suppress(SystemExit):  # its way to say that the start has failed
+    with contextlib.suppress(SystemExit):  # uvicorn raises it if the start fails
         Server(config, lambda: _greet(settings, service, listener)).run([listener])
     if failure:
         raise failure[0]
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says when it listens, and after Ctrl-C or SIGTERM returns instead of raising it again."""
+    """uvicorn's server; calls `greet` when it listens, and returns after Ctrl-C or SIGTERM instead of raising it."""
 
     def __init__(self, config: uvicorn.Config, greet: Callable[[], None]) -> None:
         super().__init__(config)
@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
 
 
 def _greet(settings: Settings, service: Service, listener: socket.socket) -> None:
-    """What runs and where, on stderr; the address alone on stdout."""
+    """Print engines and licence note to stderr and the address to stdout."""
     about = service.pool.workers[0].about or {}
     print(f"engines: {about.get('choice')}", file=sys.stderr)
     if hosting := about.get("hosting"):

@@ -1,4 +1,4 @@
-"""What the interface does: take a job, tell about it, end it, and keep the data folder within its limits."""
+"""The operations behind the interface: accept, describe and delete jobs, and keep the data folder within its limit."""
 
 import asyncio
 import base64
@@ -28,13 +28,19 @@ from scail2_rt.runtime.serve.store import FileRow, JobRow, Store, new_id
 
 SWEEP_S = 30.0
 Kind = Literal["video", "masks"]
-HEARD_AT_ONCE = 256  # events that a slow listener may lag behind
+HEARD_AT_ONCE = 256  # events queued per listener; a slower listener misses events
 
 
 @dataclass(slots=True)
 class Live:
-    """What is known of a running job beyond the store. progress: the last event; worked_on: a worker has it, and
-    this record goes when it ends; listeners: of its event streams."""
+    """The state of a job that is not in the store.
+
+    progress    the last progress event
+    preview     the last preview: segment and base64 JPEG
+    started     its first denoising step has begun
+    worked_on   a worker has had it; the record is removed when the job ends
+    listeners   queues of its open event streams
+    """
 
     progress: dict[str, Any] = field(default_factory=dict)
     preview: dict[str, Any] | None = None
@@ -43,6 +49,7 @@ class Live:
     listeners: set["asyncio.Queue[tuple[str, dict[str, Any]]]"] = field(default_factory=set)
 
     def tell(self, kind: str, document: dict[str, Any]) -> None:
+        """Send an event to all open event streams; a stream whose queue is full misses it."""
         for listener in self.listeners:
             with contextlib.suppress(asyncio.QueueFull):
                 listener.put_nowait((kind, document))
@@ -58,18 +65,19 @@ class Service:
         self.metrics = Metrics(self)
         self.live: dict[str, Live] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
-        self._taking = 0  # jobs that are being taken in
+        self._taking = 0  # submissions in progress
         self._sweeper: asyncio.Task[None] | None = None
-        self._full = False  # the data folder is beyond its limit, and nothing of it can go
+        self._full = False  # the data folder exceeds its limit and holds no result that can be removed
 
     async def start(self) -> None:
-        """InputError when the engines cannot be opened."""
+        """Clean up the data folder and start the processes. Raises InputError if the engines cannot be opened."""
         await asyncio.to_thread(self._tidy)
         await self.checker.start()
         await self.pool.start()
         self._sweeper = asyncio.create_task(self._sweep_for_ever())
 
     async def close(self) -> None:
+        """End the event streams and stop all processes."""
         if self._sweeper is not None:
             self._sweeper.cancel()
         for live in self.live.values():
@@ -78,7 +86,7 @@ class Service:
         await self.checker.close()
 
     def _tidy(self) -> None:
-        """After whatever ended the last server: what ran is queued, what nobody knows is removed."""
+        """Recover from the end of the last server: queue its running jobs again, remove files without a row."""
         self.store.recover()
         for job_id in self.store.deleted():
             self._remove(job_id)
@@ -89,14 +97,15 @@ class Service:
         for path in self.store.incoming.iterdir():
             path.unlink()
 
-    # taking jobs
+    # accepting jobs
 
     async def submit(self, form: Form, owner: str, idempotency: str | None, kind: Kind = "video") -> JobRow:
-        """A queued job, its inputs checked. The same Idempotency-Key gives the same job."""
+        """Check the inputs of a request and queue its job. A repeated Idempotency-Key returns the first job. Raises
+        Refusal for an invalid request, a full queue or a full disk."""
         if idempotency is None:
             return await self._submit(form, owner, None, kind)
         if not 1 <= len(idempotency) <= 200:
-            raise wrong("An Idempotency-Key has 1 to 200 characters.", "Idempotency-Key")
+            raise wrong("An Idempotency-Key must have 1 to 200 characters.", "Idempotency-Key")
         lock = self._locks.setdefault((owner, idempotency), asyncio.Lock())
         try:
             async with lock:
@@ -129,7 +138,8 @@ class Service:
             digest = _digest(asked, inputs.hashes)
             if before is not None:
                 if before.digest != digest:
-                    raise Refusal(409, "This Idempotency-Key was used for another request.", "idempotency_key_reused")
+                    said = "This Idempotency-Key was used for another request. Send a new key."
+                    raise Refusal(409, said, "idempotency_key_reused")
                 await asyncio.to_thread(shutil.rmtree, folder)
                 return before
             request = await self._checked(asked, folder, asked.masking if made else None)
@@ -146,25 +156,26 @@ class Service:
 
     def _check_model(self, model: str | None) -> None:
         if model is not None and model != self.settings.model:
-            raise wrong(
-                f"The model {model[:80]!r} is not here: this is {self.settings.model}.", "model", "model_not_found"
-            )
+            said = f"The service has no model {model[:80]!r}. Use {self.settings.model}, or leave model out."
+            raise wrong(said, "model", "model_not_found")
 
     def _check_queue(self, owner: str) -> None:
         limits = self.settings.limits
         if self._full:
             raise Refusal(
-                507, "The service's folder is full of files and waiting jobs: delete some.", "disk_full", retry_s=60
+                507, "The service's data folder is full. Delete files or queued jobs.", "disk_full", retry_s=60
             )
         for count, most, whose in (
-            (self.store.unfinished() + self._taking, limits.queued, "of all"),
-            (self.store.unfinished(owner), limits.queued_per_key, "of yours"),
+            (self.store.unfinished() + self._taking, limits.queued, "The service has"),
+            (self.store.unfinished(owner), limits.queued_per_key, "You have"),
         ):
             if count >= most:
-                raise Refusal(429, f"{counted(most, 'job')} {whose} already wait: try later.", "queue_full", retry_s=30)
+                said = f"{whose} {counted(most, 'unfinished job')} already. Try again later."
+                raise Refusal(429, said, "queue_full", retry_s=30)
 
     async def _checked(self, asked: Asked, folder: Path, masking: dict[str, Any] | None) -> dict[str, Any]:
-        """What is stored of a request; masking: of masks that are made. Refusal when it cannot work."""
+        """Check a request and return the record that the store keeps: options, extra_refs, masking, facts. masking:
+        options for making masks; None if the client sent masks. Raises Refusal for an invalid request."""
         options = dict(asked.options)
         if masking is not None:
             weights = self.settings.segmenter_weights
@@ -179,22 +190,24 @@ class Service:
             options["frames"] = frames
         return {"options": options, "extra_refs": len(asked.extra_refs), "masking": masking, "facts": facts}
 
-    # telling
+    # describing jobs and files
 
     def job(self, job_id: str, owner: str) -> JobRow:
+        """A client's job. Raises Refusal (404) if it does not exist."""
         row = self.store.job(job_id, owner)
         if row is None:
             raise not_found("masks" if job_id.startswith("masks_") else "video", job_id)
         return row
 
     def file(self, file_id: str, owner: str) -> FileRow:
+        """A client's file. Raises Refusal (404) if it does not exist."""
         row = self.store.file(file_id, owner)
         if row is None:
             raise not_found("file", file_id)
         return row
 
     def without_places(self, row: JobRow, record: Path) -> bytes:
-        """A report or record of a job, in which this machine's paths are names."""
+        """The text of a job's run report or mask record, with this machine's paths replaced by names."""
         engines, weights = self.settings.engines, self.settings.segmenter_weights
         names = {f"{self.store.folder(row.id)}/": "", str(engines): engines.name}
         names |= {str(weights): weights.name} if weights is not None else {}
@@ -204,10 +217,10 @@ class Service:
             text = text.replace(json.dumps(place)[1:-1], json.dumps(name)[1:-1])
         return text.encode()
 
-    # ending
+    # deleting and finishing
 
     async def delete(self, job_id: str, owner: str) -> None:
-        """Nobody sees it any more; if it runs, it ends within a step."""
+        """Delete a job. A running job is cancelled within one denoising step; its folder is removed after that."""
         row = self.job(job_id, owner)
         await asyncio.to_thread(self.store.delete_job, row.id)
         live = self.live.get(row.id)
@@ -222,7 +235,7 @@ class Service:
         self.store.forget_job(job_id)
 
     async def _heard(self, row: JobRow, message: Mapping[str, Any]) -> None:
-        """A worker's message about its job."""
+        """Handle a worker's message about its job."""
         live = self.live.setdefault(row.id, Live())
         live.worked_on = True
         if "event" in message:
@@ -238,7 +251,7 @@ class Service:
             if self.store.job(row.id) is None:
                 self.live.pop(row.id, None)
                 await asyncio.to_thread(self._remove, row.id)
-            elif "cancelled" in message:  # of another attempt: it is not this job's end
+            elif "cancelled" in message:  # the cancel was meant for another attempt: queue the job again
                 await self.pool.noted(self.store.give_back, row.id, row.attempt, False, 0)
             live.started, live.worked_on, live.progress = False, False, {}
             live.tell("progress", {})
@@ -270,12 +283,12 @@ class Service:
             try:
                 await asyncio.to_thread(self.sweep)
                 await self.pool.dispatch()
-            except Exception:  # a full disk, say: the next time is not far
+            except Exception:  # for example a full disk; the next sweep tries again
                 traceback.print_exc()
             await asyncio.sleep(SWEEP_S)
 
     def sweep(self) -> None:
-        """Remove what has expired, and the oldest results while the folder is too large."""
+        """Remove expired results, then the oldest ones until the data folder is within its limit."""
         for job_id in self.store.finished_before(time.time() - self.settings.keep_s):
             self._expire(job_id)
         self.store.keep_reserve()
@@ -295,7 +308,7 @@ class Service:
         self._remove(job_id)
 
     def used_bytes(self) -> int:
-        """Of the data folder; a file that several names share counts once, and the reserve not at all."""
+        """Bytes on disk of the data folder. Hard links to one file count once; the reserve does not count."""
         return _folder_bytes(self.store.data) - _folder_bytes(self.store.reserve)
 
 
@@ -314,7 +327,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """The names in a job's folder, and the folder's own, are on the disk."""
+    """Sync the directory entries of a job's folder, and the folder's own entry, to the disk."""
     for path in (folder, folder.parent):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -324,6 +337,6 @@ def _sync(folder: Path) -> None:
 
 
 def _drop_partial(folder: Path) -> None:
-    """A failed job keeps its report; its segments cannot be asked for."""
+    """Remove the partial video of a failed job; its inputs and report stay."""
     for path in (*folder.glob("video.partial.*"), *folder.glob("video.resume-*")):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the operator of a service decides, as one record that checks itself."""
+"""The settings of a service, chosen by its operator. They validate themselves."""
 
 import ipaddress
 from dataclasses import dataclass, field
@@ -12,14 +12,15 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a client may ask for.
+    """Limits for clients.
 
-    upload_bytes       of one request's body
-    frames, pixels     of a clip; height times width of an input picture and of the output
-    decode_s, decode_bytes   what checking one job's inputs may take, in a process of its own
-    queued, queued_per_key   jobs that wait or run; of all clients, and of one
-    file_bytes         what one client may keep as files
-    body_wait_s        how long a client may be silent while it sends
+    upload_bytes             bytes of one request's body
+    frames                   frames of a video
+    pixels                   height times width of an input frame and of the output
+    decode_s, decode_bytes   seconds and bytes of memory for checking one job's inputs
+    queued, queued_per_key   unfinished jobs of all clients, and of one
+    file_bytes               bytes of files that one client may store
+    body_wait_s              seconds without data after which a request is aborted
     """
 
     upload_bytes: int = 1 * GIB
@@ -35,20 +36,22 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One service.
+    """The settings of one service. Raises InputError for an invalid port and for a public host without keys.
 
-    engines, data      the engine folder; where jobs, files and the database are
-    host, port         where it listens; port 0 takes a free one
+    engines, data      the engine folder; the folder for jobs, files and the database
+    host, port         address to listen on; port 0 takes a free port
     workers            worker processes: one per group of `gpus_per_video` GPUs, or one on the CPU
-    key_file           API keys, one per line
-    allow_hosts        names beside `host` by which clients may call the service
-    fetch_hosts        hosts from which inputs may be fetched by URL; none by default
-    keep_s             how long results are kept
-    disk_bytes         what the data folder may take; the oldest results go first; None: no limit
-    model              the name that clients see
-    segmenter, segmenter_weights   what makes masks, and its folder
+    on_gpu             the workers run on GPUs
+    key_file           file with API keys, one per line; None: no keys
+    allow_hosts        host names, beside `host`, by which clients may call the service
+    fetch_hosts        hosts from which inputs may be fetched by URL; default: none
+    keep_s             seconds for which results are kept
+    disk_bytes         limit of the data folder, beyond which the oldest results are removed; None: no limit
+    model              name of the model in the interface
+    backend, max_rows, attention, vram_limit, no_graphs   as the options of `generate`
+    segmenter, segmenter_weights   the segmenter that makes masks, and its folder
     warm               run a very small video at the start, so that the first request finds loaded weights
-    kills              of a job's worker without another finished segment, after which the job fails
+    limits             limits for clients
     """
 
     engines: Path
@@ -72,7 +75,7 @@ class Settings:
     warm: bool = True
     segmenter: str = "auto"
     segmenter_weights: Path | None = None
-    kills: int = 20
+
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -81,7 +84,7 @@ class Settings:
             raise InputError(f"--port must be 0 to 65535, not {self.port}.")
         if not is_loopback(self.host) and self.key_file is None:
             raise InputError(
-                f"--host {self.host} is reached from other machines: give --api-key-file FILE, or leave --host out."
+                f"--host {self.host} is reachable from other machines. Give --api-key-file FILE, or leave --host out."
             )
 
 
@@ -91,7 +94,7 @@ def address_of(host: str, port: int) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a service on `host`."""
+    """Whether a service on `host` is reachable only from this machine."""
     if host.lower() == "localhost":
         return True
     try:
@@ -101,17 +104,20 @@ def is_loopback(host: str) -> bool:
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
-    """The keys of a file: one per line, blank lines and lines with `#` left out. InputError for a file without one, and
-    for a key that can be guessed."""
+    """The API keys in a file: one per line; blank lines and lines that start with `#` are skipped. Raises InputError
+    for an unreadable file, a file without keys and a key that is too short."""
     if file is None:
         return ()
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The key file {file} cannot be read ({error}).") from error
+        raise InputError(f"The key file {file} cannot be read ({error}). Give a text file.") from error
     keys = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not keys:
-        raise InputError(f"The key file {file} holds no key: write one per line (`openssl rand -hex 24` makes one).")
+        raise InputError(f"The key file {file} has no key. Write one per line (`openssl rand -hex 24` makes one).")
     if any(len(key) < 16 or not key.isascii() or not key.isprintable() for key in keys):
-        raise InputError(f"A key in {file} is shorter than 16 characters or not plain text: make longer ones.")
+        raise InputError(
+            f"A key in {file} is shorter than 16 characters or not printable ASCII. Replace it (`openssl rand -hex 24` "
+            "makes one)."
+        )
     return keys

@@ -1,4 +1,4 @@
-"""How jobs and files look in the interface."""
+"""The JSON documents that describe jobs and files in the interface."""
 
 from fractions import Fraction
 from typing import Any
@@ -10,7 +10,8 @@ POLL_MS = 1000
 
 
 def video_object(service: Service, row: JobRow, place: int | None = None) -> dict[str, Any]:
-    """OpenAI's `video`, with what this service knows beside it. place: of a queued job, where it is known."""
+    """OpenAI's `video` object with further entries of this service. place: number of queued jobs before it, if
+    known."""
     live, result = service.live.get(row.id), row.result or {}
     status = {"running": "in_progress" if live is not None and live.started else "queued"}.get(row.state, row.state)
     facts, options = row.request["facts"], row.request["options"]
@@ -58,7 +59,7 @@ def video_object(service: Service, row: JobRow, place: int | None = None) -> dic
 
 
 def _place(service: Service, row: JobRow, place: int | None) -> int:
-    """How many jobs go before it, those that run among them."""
+    """The number of queued and running jobs before this one."""
     waiting = service.store.place(row) if place is None else place
     return waiting + service.pool.busy
 
@@ -68,14 +69,14 @@ def _percent(live: Live | None) -> int:
 
 
 def peak_mb(result: Any) -> int | None:
-    """Of the device, or where there is none of the worker's memory."""
+    """The peak memory of a job in MiB: GPU memory, or on the CPU the worker's host memory; None if not measured."""
     memory = result.get("memory", {})
     found = memory.get("device_allocator_peak_gib", memory.get("host_peak_gib"))
     return None if found is None else round(found * 1024)
 
 
 def file_object(row: FileRow) -> dict[str, Any]:
-    """OpenAI's `file`, with its SHA-256."""
+    """OpenAI's `file` object, with the SHA-256 of the content."""
     return {
         "id": row.id,
         "object": "file",
@@ -89,7 +90,8 @@ def file_object(row: FileRow) -> dict[str, Any]:
 
 
 def page_of(documents: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A list of at most `limit`, made from one more where there is more."""
+    """OpenAI's list object with at most `limit` documents. `documents` has up to `limit` + 1; the last one only shows
+    that there are more."""
     shown = documents[:limit]
     return {
         "object": "list",

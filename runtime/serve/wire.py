@@ -1,4 +1,4 @@
-"""A client's end of the interface, by the standard library alone, so that a command begins at once."""
+"""An HTTP client for the interface, with the standard library only, so that commands start fast."""
 
 import contextlib
 import http.client
@@ -14,17 +14,17 @@ from urllib.parse import urlencode, urlsplit
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
-ANSWER_S = 180.0  # a check of a long clip may take a while
+ANSWER_S = 180.0  # covers the check of a long clip
 PIECE = 1 << 20
 
 
 class Wire:
-    """One service. key: for services that want one."""
+    """A connection factory for one service. key: API key, or None. Raises InputError for a malformed URL."""
 
     def __init__(self, url: str, key: str | None) -> None:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-            raise InputError(f"{url} is no address of a service: write it as in http://127.0.0.1:8000.")
+            raise InputError(f"{url} is not the address of a service. Write it as in http://127.0.0.1:8000.")
         self.url, self._secure = f"{parts.scheme}://{parts.netloc}", parts.scheme == "https"
         self._host, self._port = parts.hostname, parts.port
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -40,8 +40,8 @@ class Wire:
     def open(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> Iterator[http.client.HTTPResponse]:
-        """An answer that is read here. InputError (4xx) and Scail2Error (5xx) with the service's sentence; OSError when
-        it cannot be reached."""
+        """Send a request and yield its response. Raises InputError (4xx) and Scail2Error (5xx) with the service's
+        sentence, OSError if the service cannot be reached."""
         connection = self._connect()
         try:
             connection.request(method, path, body, {**self._headers, **(headers or {})})
@@ -55,7 +55,7 @@ class Wire:
             connection.close()
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, **headers: str) -> dict[str, Any]:
-        """A JSON answer to a JSON body."""
+        """Send a JSON body and return the JSON response. headers: underscores in names become hyphens."""
         told = {name.replace("_", "-"): value for name, value in headers.items()}
         data = None if body is None else json.dumps(body)
         if data is not None:
@@ -64,7 +64,7 @@ class Wire:
             return dict(json.loads(response.read()))
 
     def keep(self, path: Path, sha256: str) -> str:
-        """The id of a file of this content at the service; it is sent only when it is not there."""
+        """The id at the service of a file with this hash; the file is sent if the service does not have it."""
         found = self.ask("GET", f"/v1/files?{urlencode({'sha256': sha256, 'limit': 1})}")["data"]
         return str(found[0]["id"]) if found else self._send(path)
 
@@ -84,16 +84,17 @@ class Wire:
                 return str(json.loads(response.read())["id"])
 
     def download(self, path: str, file: IO[bytes]) -> None:
+        """Write a response's body to a file. Raises ConnectionError for an incomplete body."""
         with self.open("GET", path) as response:
             expected, received = int(response.headers["Content-Length"]), 0
             while piece := response.read(PIECE):
                 file.write(piece)
                 received += len(piece)
         if received != expected:
-            raise ConnectionError(f"{received} of {expected} bytes came")
+            raise ConnectionError(f"received {received} of {expected} bytes")
 
     def events(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Server-sent events as they come, until the service ends the stream."""
+        """Yield server-sent events as (kind, document), until the service ends the stream."""
         with self.open("GET", path) as response:
             kind = ""
             for line in response:

@@ -1,11 +1,11 @@
-"""A worker process: engines that are open and stay warm, and the job that runs on them.
+"""A worker process: opens the engines once and runs one job after another.
 
-    stdin    one JSON object per line: {"run": job}, {"cancel": job id}; its end ends the process at once
-    stdout   {"ready": …}, then of the job that runs {"event": …}, {"preview": …} and one of done, failed, cancelled
+    stdin    one JSON object per line: {"run": job}, {"cancel": job id}; the process exits at end of file
+    stdout   {"ready": …}, then per job {"event": …}, {"preview": …} and one of done, failed, cancelled
 
-What goes on here is `Session.fit` and `Session.generate`, as the command line uses them, into the job's folder with
-`resume`: a job that another process began goes on after its last finished segment, and one that is complete is only
-told so. A worker belongs to its server: when the server is gone, so is the worker.
+Like the command line, a worker calls `Session.fit` and `Session.generate`, with `resume`, for an output in the job's
+folder: a job that another process began continues after its last finished segment; for a complete one only the result
+is sent. A worker exits when its server has ended.
 """
 
 import base64
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 
 class Messages:
-    """What comes on stdin, read by a thread of its own, and what goes to the server."""
+    """Messages from and to the server. A thread reads stdin. jobs: jobs to run; cancel: set to cancel the current
+    one."""
 
     def __init__(self, answers: IO[str]) -> None:
         self.jobs: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -45,23 +46,24 @@ class Messages:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def say(self, **message: Any) -> None:
+        """Send one message to the server, as a JSON line."""
         with self._lock:
             print(json.dumps(message), file=self._answers, flush=True)
 
     def _listen(self) -> None:
         for line in sys.stdin:
             message = json.loads(line)
-            if "run" in message:  # the one before has ended
+            if "run" in message:  # the previous job has ended
                 self._job = message["run"]["id"]
                 self.cancel.clear()
                 self.jobs.put(message["run"])
             elif message.get("cancel") == self._job:
                 self.cancel.set()
-        os._exit(0)  # the server is gone
+        os._exit(0)  # the server has ended
 
 
 def open_session(settings: Mapping[str, Any]) -> "Session":
-    """The engines as the operator's options say."""
+    """Open the engines with the operator's options. Raises Scail2Error if they cannot be opened."""
     from scail2_rt.engines.engine_set import Execution
     from scail2_rt.runtime.session.session import Session
 
@@ -74,7 +76,7 @@ def open_session(settings: Mapping[str, Any]) -> "Session":
 
 
 def warm(session: "Session") -> None:
-    """One step of a very small video, so that weights are loaded and kernels compiled before the first job."""
+    """Run one step of a very small video, so that weights are loaded and kernels compiled before the first job."""
     import numpy as np
 
     from scail2_rt.runtime.core.request import Clip, Request
@@ -91,7 +93,7 @@ def warm(session: "Session") -> None:
 
 
 def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
-    """One job; whatever becomes of it is said, and the session is ready for the next."""
+    """Run one job and send its result, failure or cancellation. Does not raise; the session can run the next job."""
     folder = Path(job["folder"])
     began = time.perf_counter()
     about = {"job": job["id"], "attempt": job["attempt"]}
@@ -114,14 +116,14 @@ def run(session: "Session", job: Mapping[str, Any], messages: Messages) -> None:
         kind = "memory" if "memory ran out" in str(error) else "fault"
         kind = "input" if isinstance(error, InputError) else kind
         said = str(error) if isinstance(error, Scail2Error) else f"{type(error).__name__}: {error}"
-        said = said.replace(f"{session.engines.directory}{os.sep}", "")  # where the engines are is the operator's
+        said = said.replace(f"{session.engines.directory}{os.sep}", "")  # clients do not see the operator's paths
         messages.say(failed={"message": plain_names(said, folder, job["masking"]), "kind": kind}, **about)
     else:
         messages.say(done=described(result, time.perf_counter() - began), **about)
 
 
 def make_plan(session: "Session", job: Mapping[str, Any], folder: Path, masks: "Masks | None") -> "Plan":
-    """As the command line makes it, with its hints; with masks that were made, in their mode."""
+    """The generation plan, with the hints of the command line. masks: masks made for this job, which set the mode."""
     from scail2_rt.runtime.jobs.run import fit_plan
     from scail2_rt.runtime.serve.fields import options_of, request_of
     from scail2_rt.runtime.serve.plans import planned
@@ -134,8 +136,8 @@ def make_plan(session: "Session", job: Mapping[str, Any], folder: Path, masks: "
 
 
 def generate(session: "Session", plan: "Plan", job: Mapping[str, Any], heard: "Teller") -> "Result":
-    """The video, going on where an earlier attempt ended. What such an attempt left that does not fit (the program was
-    updated in between, say) is made again."""
+    """Generate the video, resuming an earlier attempt. If that attempt's files do not fit (for example after an update
+    of the program), start from the beginning."""
     given = job["options"]
     chosen = {"metadata": False} | {name: given[name] for name in ("codec", "crf", "metadata") if name in given}
     output = Output(Path(job["folder"]) / "video.mp4", **chosen, resume=True)
@@ -149,7 +151,8 @@ def generate(session: "Session", plan: "Plan", job: Mapping[str, Any], heard: "T
 
 
 class Teller:
-    """Listens to a run: passes its progress on, and a picture of each finished segment."""
+    """A progress listener that sends each event to the server, and a preview image per finished segment. began: an
+    event has arrived."""
 
     def __init__(self, messages: Messages, about: Mapping[str, Any], folder: Path) -> None:
         self.messages, self.began = messages, False
@@ -170,7 +173,7 @@ class Teller:
 
 
 def described(result: "Result", seconds: float) -> dict[str, Any]:
-    """What came of a job, for the store."""
+    """The result of a completed job, as the store keeps it. seconds: wall time."""
     report = result.report
     return {
         "frames": result.frames,
@@ -184,9 +187,9 @@ def described(result: "Result", seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """`python -m scail2_rt.runtime.serve.worker SETTINGS`, as JSON."""
+    """`python -m scail2_rt.runtime.serve.worker SETTINGS`; SETTINGS is a JSON object."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # libraries may print to stdout
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its workers
     settings = json.loads(sys.argv[1])
     messages = Messages(answers)
@@ -195,7 +198,7 @@ def main() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            os.nice(5)  # the interface answers first
+            os.nice(5)  # the server's process has priority
         session = open_session(settings)
         if settings["warm"]:
             warm(session)
@@ -212,7 +215,7 @@ def main() -> None:
                 session, opened = open_session(settings), now
             except Scail2Error as error:
                 print(f"error: {error}", file=sys.stderr)
-                said = "The engines of the service were changed and cannot be opened: ask who runs it."
+                said = "The engines of the service were changed and cannot be opened. Ask its operator."
                 messages.say(failed={"message": said, "kind": "fault"}, job=job["id"], attempt=job["attempt"])
                 return
         run(session, job, messages)
@@ -220,7 +223,8 @@ def main() -> None:
 
 
 def stamp(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Of the engine folder's manifest: another one is another build. None while there is none."""
+    """Inode and modification time (ns) of the engine folder's manifest, which change with a new build; None if there is
+    no manifest."""
     try:
         found = (Path(settings["engines"]) / "manifest.json").stat()
     except OSError:
@@ -229,6 +233,7 @@ def stamp(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def memory() -> dict[str, float]:
+    """Peak memory of this process in GiB, by kind."""
     from scail2_rt.runtime.session.report import memory_peaks
 
     return memory_peaks()

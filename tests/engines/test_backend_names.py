@@ -1,4 +1,4 @@
-"""Only the registry asks for a backend's name to decide what to do: read from the syntax trees of all packages."""
+"""Only the registry makes decisions by a backend's name: checked on the syntax trees of all packages."""
 
 import ast
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def _decides(node: ast.AST) -> bool:
 
 
 def _named(node: ast.AST) -> bool:
-    """Is it a backend's name, or a literal collection with one in it?"""
+    """Whether the node is a backend's name, or a literal collection that contains one."""
     if isinstance(node, ast.Tuple | ast.List | ast.Set):
         return any(_named(element) for element in node.elts)
     if isinstance(node, ast.Dict):

@@ -1,4 +1,4 @@
-"""Engine folders from the outside: opening, running, chunking, releasing, and every way in which one does not match."""
+"""Engine folders through their interface: opening, running, chunking, releasing, and all kinds of mismatches."""
 
 import json
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def inputs_of(engines: EngineSet, stage: str, rows: int) -> list[torch.Tensor]:
 
 
 def test_fp16_is_computed_in_fp32_on_a_cpu(tmp_path: Path) -> None:
-    """PyTorch's fp16 there is far too slow; the stored values stay those of the folder."""
+    """PyTorch's fp16 on a CPU is too slow, so fp32 is used; the stored values are those of the folder."""
     build(BuildRequest(Path("small"), tmp_path / "e", ("torch",), "fp16"), small_checkpoint())
     with open_engines(tmp_path / "e", "torch", device="cpu") as opened:
         numerics = opened.numerics("dit.blocks.0.qkv")
@@ -95,7 +95,7 @@ def test_row_chunks_change_nothing(engines: EngineSet, rows: int) -> None:
             assert one.shape == other.shape
             assert (one - other).norm() <= 1e-6 * one.norm()
         cut += 1
-    assert cut == 3 + 3 * DIT.layers  # embed, time, head; qkv, mid, ffn a block
+    assert cut == 3 + 3 * DIT.layers  # embed, time, head; qkv, mid, ffn per block
 
 
 @pytest.mark.parametrize(("rows", "limit", "expected"), [(10, 10, (1, 10)), (11, 10, (2, 6)), (101, 16, (7, 15))])
@@ -133,7 +133,7 @@ def test_chunks_use_static_buffers_and_repeat_the_last_row() -> None:
     assert len(set(addresses)) == 1
     before = x.data_ptr()
     chunks.run(call, "f", specs, (x[:4], table))
-    assert addresses[-1][0] == before  # what fits is not copied
+    assert addresses[-1][0] == before  # tensors that fit are not copied
     chunks.keep({"f"})
     chunks.run(call, "f", specs, (x, table))
     assert addresses[-1] == addresses[0]
@@ -331,7 +331,7 @@ def test_the_manifest_survives_a_round_trip(folder: Path, tmp_path: Path) -> Non
 
 
 class TestBackends:
-    """What is known of a backend before it opens, and what an executor says of itself."""
+    """The properties of a backend before opening, and the description of an executor."""
 
     @pytest.mark.parametrize("name", registry.BACKENDS)
     def test_each_is_what_the_table_says(self, name: str) -> None:

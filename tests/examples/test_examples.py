@@ -1,4 +1,4 @@
-"""The examples do what they say."""
+"""The examples run and give the described results."""
 
 import importlib.util
 import subprocess

@@ -1,1 +1,1 @@
-"""Every golden fixture against the code that the program runs."""
+"""Comparison of the golden fixtures with the program's code."""

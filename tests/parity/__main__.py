@@ -13,7 +13,7 @@ import torch
 from tests.parity import arithmetic, networks, pipeline
 from tests.parity.fixtures import Golden, Row, exact, unknown
 
-# Files that are used by the checks of others.
+# Files without comparisons of their own, used by those of other files.
 PARTS = ("_weights.safetensors", "_taps.safetensors", "_expected.safetensors")
 TABLES = ("hankel", "clip_fea")  # shared inputs of the transformer's fixtures
 SAFETENSORS = {
@@ -30,7 +30,7 @@ SAFETENSORS = {
 
 
 def rows_of(golden: Golden, path: Path) -> Iterator[Row]:
-    """Comparisons of one file; none for a file that only belongs to others."""
+    """The comparisons of one file; none for a file that only other files use."""
     folder = path.relative_to(golden.root).parts[0]
     if path.suffix == ".safetensors":
         if folder not in SAFETENSORS:
@@ -88,7 +88,7 @@ def run(golden: Golden, only: str = "") -> Iterator[Row]:
 
 
 def _belongs(golden: Golden, path: Path) -> bool:
-    """Whether a file without comparisons of its own is rightly silent."""
+    """Whether a file is expected to have no comparisons."""
     return _is_part(golden, path, path.relative_to(golden.root).parts[0])
 
 

@@ -76,7 +76,7 @@ def check_preprocess(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 
 def check_threshold(golden: Golden, path: Path) -> Iterator[Row]:
-    """Which 8-bit levels are on, along the video's route and along the image's."""
+    """The 8-bit levels that count as on, for videos and for images."""
     recorded = golden.json(path)
     levels = torch.arange(257).clamp_max(255).to(torch.uint8)  # 4n+1 frames, one a level
     for route, normalise in (("video", normalise_video), ("image", normalise_image)):
@@ -118,7 +118,7 @@ def check_segments(golden: Golden, path: Path) -> Iterator[Row]:
 
 
 def check_solver(golden: Golden, fixture: Fixture) -> Iterator[Row]:
-    """The file does not say whose trajectories it holds; the schedule does."""
+    """The scheduler of a file is identified by its schedule, because the file does not name it."""
     k = float(fixture.metadata["k"])
     for case in fixture.metadata["cases"]:
         key, timesteps = case["key"], fixture[f"{case['key']}.timesteps"]
@@ -144,7 +144,7 @@ def check_solver(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 
 def check_lora(golden: Golden, fixture: Fixture) -> Iterator[Row]:
-    """`X` fused into the base of `X_expected`: the expectations of the full rule."""
+    """`X` fused into the base of `X_expected`, compared with the results of the full formula."""
     expected = golden.load(fixture.path.with_name(f"{fixture.path.stem}_expected.safetensors").relative_to(golden.root))
     base = dit_fixture(golden, expected.metadata["base"])
     spec = LoRASpec(fixture.path, float(expected.metadata["strength"]))
@@ -157,7 +157,7 @@ def check_lora(golden: Golden, fixture: Fixture) -> Iterator[Row]:
 
 
 def check_checkpoint_folder(golden: Golden, path: Path) -> Iterator[Row]:
-    """A SAT folder: after the key mapping it holds one of the transformers of `dit/`, exactly."""
+    """A SAT folder: after the key mapping it equals one of the transformers of `dit/`."""
     source = open_checkpoint(path, components=("dit",)).sources["dit"]
     keys = set(source.keys())
     for weights in sorted((golden.root / "dit").glob("*_weights.safetensors")):
@@ -178,7 +178,7 @@ _NETWORKS = (
 
 
 def check_keys(golden: Golden, path: Path) -> Iterator[Row]:
-    """Names and shapes of a real network: derived sizes give back the very same list."""
+    """Names and shapes of a real network: the sizes derived from them give the same list."""
     name = str(path.relative_to(golden.root))
     listed = {key: tuple(shape) for key, shape in golden.json(path).items()}
     for marker, derive, shapes in _NETWORKS:
@@ -201,7 +201,7 @@ def _as_wan(listed: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 
 
 def check_counts(golden: Golden, path: Path) -> Iterator[Row]:
-    """Numbers of tensors and parameters of the key lists beside the file, whichever list has that number."""
+    """The numbers of tensors and parameters, for each key list beside the file with that number."""
     lists = [json.loads(other.read_text()) for other in path.parent.glob("*.json") if other != path]
     counts = {len(keys) for keys in lists} | {sum(prod(shape) for shape in keys.values()) for keys in lists}
     for key, value in golden.json(path).items():

@@ -4,7 +4,7 @@
 
 PYTHON is that of ComfyUI, with scail2-rt installed in it; FOLDER is ComfyUI's, with the nodes and the sprite engines
 (`scail2-rt comfyui install FOLDER --sprites`). `--page` also loads and queues a workflow in a headless Chromium (needs
-playwright). Prints one line a check; exit code 1 when one fails. It was written against ComfyUI 0.3.64."""
+playwright). Prints one line per check; exit code 1 if one fails. Written for ComfyUI 0.3.64."""
 
 import argparse
 import asyncio
@@ -45,7 +45,7 @@ START_S = 180
 
 @dataclass(slots=True)
 class Run:
-    """What came of one prompt."""
+    """The result of one prompt."""
 
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     previews: int = 0
@@ -139,7 +139,7 @@ async def serving(folder: Path) -> AsyncIterator[Server]:
 
 
 class Checks:
-    """Prints what was checked, one line each."""
+    """Prints one line per check."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -239,7 +239,7 @@ async def check_cancel(server: Server, check: Checks, prompt: dict[str, Any]) ->
 
 
 def said_of(run: Run) -> str:
-    """What went wrong, as the page shows it; "" where nothing did."""
+    """The error that the page shows; "" if there is none."""
     errors = [error["exception_message"].strip() for error in run.data("execution_error")]
     return " ".join([*errors, *map(json.dumps, run.data("refused"))])
 
@@ -253,11 +253,11 @@ async def check_broken(server: Server, check: Checks, prompt: dict[str, Any]) ->
         return said_of(run)
 
     said = await error_of(Scail2Engines={"folder": "the path below", "path": "/nowhere"})
-    check("broken: no engines", "/nowhere holds no engines" in said, said)
+    check("broken: no engines", "/nowhere has no engines" in said, said)
     said = await error_of(Scail2Animate={"start": 500})
     check("broken: start beyond the end", said.startswith("start 500 is beyond the end"), said)
     said = await error_of(Scail2Animate={"width": 100, "height": 0})
-    check("broken: half a size", "give both" in said, said)
+    check("broken: half a size", "Give both" in said, said)
     other = json.loads(json.dumps(prompt))
     for node in other.values():
         if node["inputs"].get("file", "").endswith("driving_mask.mp4"):
@@ -300,7 +300,7 @@ def box_of(mask: np.ndarray) -> str:
 
 
 async def check_build(server: Server, check: Checks, prompt: dict[str, Any]) -> None:
-    """Engines of files in ComfyUI's model folders, which are taken away again."""
+    """Builds engines from files in ComfyUI's model folders, which are removed afterwards."""
     models = server.folder / "models"
     number = next(key for key, node in prompt.items() if node["class_type"] == "Scail2Engines")
     tokenizer = SPRITES / "umt5-xxl" / "tokenizer.json"
@@ -367,7 +367,7 @@ async def check_page(server: Server, check: Checks, shots: Path) -> None:
                     break
                 await asyncio.sleep(0.5)
             await page.wait_for_timeout(2500)
-            await page.keyboard.press(".")  # the whole graph in the window
+            await page.keyboard.press(".")  # fit the complete graph in the window
             await page.wait_for_timeout(1500)
             await page.screenshot(path=shots / f"{mode}.png")
             errors = await page.evaluate("Object.keys(app.lastNodeErrors ?? {}).length")
@@ -376,14 +376,14 @@ async def check_page(server: Server, check: Checks, shots: Path) -> None:
 
 
 def made_equal(made: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """The page adds inputs for what it shows in nodes."""
+    """The page adds inputs for the widgets that it shows in nodes."""
     if set(made) != set(expected):
         return False
     return all(made[key]["inputs"].items() >= node["inputs"].items() for key, node in expected.items())
 
 
 def chromium() -> str | None:
-    """Debian's Chromium, where playwright has none of its own."""
+    """Debian's Chromium, if playwright has not installed one."""
     return next((str(path) for path in (Path("/usr/bin/chromium"),) if path.exists()), None)
 
 

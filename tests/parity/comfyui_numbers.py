@@ -1,8 +1,8 @@
-"""ComfyUI's noise and noise levels beside ours.
+"""Compare ComfyUI's noise and noise levels with those of this package.
 
     PYTHON -m tests.parity.comfyui_numbers FOLDER     (ComfyUI's Python and folder; on the CPU)
 
-Prints one line a comparison; exit code 1 where one is not as `docs/comfyui.md` says."""
+Prints one line per comparison; exit code 1 if one differs from the result in `docs/comfyui.md`."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ import torch
 
 from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 
-CASES = ((6, 5.0, 6e-4), (8, 5.0, 6e-4), (40, 3.0, 1e-4))  # steps, shift, how far the levels may lie apart
+CASES = ((6, 5.0, 6e-4), (8, 5.0, 6e-4), (40, 3.0, 1e-4))  # steps, shift, largest difference of the levels
 
 
 def main(folder: str) -> int:

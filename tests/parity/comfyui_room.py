@@ -1,9 +1,9 @@
-"""The engines among ComfyUI's models, in its real memory management, on a pretended card of 24 GB.
+"""The engines among ComfyUI's models, with its real memory management and a simulated GPU of 24 GB.
 
     PYTHON -m tests.parity.comfyui_room FOLDER     (ComfyUI's Python and folder; no GPU is needed)
 
-Nothing is loaded: models are numbers, and the card has what they leave. Prints one line a check; exit code 1 when one
-fails."""
+Nothing is loaded: models are sizes, and the simulated GPU has the remaining memory. Prints one line per check; exit
+code 1 if one fails."""
 
 import importlib
 import sys
@@ -25,7 +25,7 @@ def main(folder: str) -> int:
     engine_model = importlib.import_module("scail2_rt.runtime.comfyui.engine_model").EngineModel
 
     class Other(patcher):  # type: ignore[misc, valid-type]
-        """A model of so many bytes that loads and unloads whole."""
+        """A model with a size in bytes, which loads and unloads completely."""
 
         held = 0
 

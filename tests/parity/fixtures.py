@@ -1,7 +1,7 @@
 """Reading a fixture folder and reporting on it.
 
-The format is: one folder a subject, `X_weights`, `X_taps` and `X_expected` beside `X`, and the metadata strings of the
-safetensors files. Case names are free; a fixture is recognised by its folder and the tensors in it.
+The format: one folder per subject; `X_weights`, `X_taps` and `X_expected` beside `X`; metadata strings in the
+safetensors files. Case names are arbitrary; a fixture is recognised by its folder and its tensors.
 """
 
 import json
@@ -33,7 +33,8 @@ from scail2_rt.runtime.pipeline.constants import Constants
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison: `error` in the units of `tolerance` (maximum absolute difference unless the name says else)."""
+    """One comparison. error: in the units of `tolerance`, the maximum absolute difference unless the name says
+    otherwise."""
 
     name: str
     error: float
@@ -65,7 +66,7 @@ class Fixture:
         return key in self.tensors
 
     def groups(self, *members: str) -> Iterator[str]:
-        """Prefixes P such that `P.member` is there for every member."""
+        """The prefixes P such that `P.member` exists for every member."""
         first = f".{members[0]}"
         for key in self.tensors:
             prefix = key.removesuffix(first)
@@ -116,7 +117,7 @@ class Golden:
         return json.loads(path.read_text())
 
     def with_tensor(self, folder: str, tensor: str) -> Fixture:
-        """The file of a folder that holds the named tensor."""
+        """The file of a folder that contains the named tensor."""
         for path in sorted((self.root / folder).glob("*.safetensors")):
             if tensor in self.names(path):
                 return self.load(path.relative_to(self.root))
@@ -134,7 +135,7 @@ class Golden:
         return self._engines[key]
 
     def constants(self, engines: EngineSet) -> Constants:
-        """New constants of these engines, shared by as many processes as were asked for."""
+        """New constants of these engines, shared by `gpus` processes."""
         if self.gpus == 1:
             return Constants(engines)
         if engines not in self._teams:
@@ -179,7 +180,7 @@ def compare(name: str, actual: Tensor | np.ndarray, expected: Tensor, tolerance:
 
 
 def unknown(name: str) -> Row:
-    """A fixture that nothing here can run: always a failure."""
+    """A fixture that no comparison supports: always a failure."""
     return Row(f"{name} (cannot be run)", float("inf"), 0.0)
 
 

@@ -1,5 +1,5 @@
-"""DiT, VAE, CLIP and umT5 fixtures: the weights become an engine folder and the runtime runs it; taps inside a stage
-are read off the plain reference model, which must agree as well."""
+"""DiT, VAE, CLIP and umT5 fixtures: the weights become an engine folder, which the runtime runs. Taps inside a stage
+are taken from the plain reference model, which must agree as well."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +60,7 @@ def tapped(model: nn.Module, names: Mapping[str, str]) -> Iterator[dict[str, lis
 
 
 class Recorder:
-    """Engines that remember what each stage last took and gave."""
+    """Engines that record the last inputs and outputs of each stage."""
 
     def __init__(self, engines: EngineSet) -> None:
         self._engines = engines
@@ -71,7 +71,7 @@ class Recorder:
         return getattr(self._engines, name)
 
     def run(self, name: str, *inputs: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
-        outputs = self._engines.run(name, *inputs)  # not into `out`: what is remembered must not be overwritten
+        outputs = self._engines.run(name, *inputs)  # not into `out`, so that recorded tensors are not overwritten
         self.inputs[name], self.outputs[name] = inputs, outputs
         return outputs
 

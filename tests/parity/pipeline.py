@@ -25,7 +25,7 @@ MASK, SIGMAS = 1e-6, 1e-7
 
 
 def check_pipeline(golden: Golden, fixture: Fixture) -> Iterator[Row]:
-    """The whole video, then every later segment by itself from the recorded history."""
+    """The complete video, then every later segment separately from the recorded history."""
     case = fixture.metadata["case"]
     engines = golden.engines(
         dit=dit_fixture(golden, fixture.metadata["dit_weights"]), vae=golden.load(fixture.metadata["vae_weights"])
@@ -85,7 +85,7 @@ def _run(
     segments: tuple[Segment, ...],
     first: int = 0,
 ) -> Iterator[dict[str, list[Any]]]:
-    """What was seen of each segment; `first` is the number of the first one in the fixture."""
+    """The recorded values of each segment. first: the number of the first one in the fixture."""
     case = fixture.metadata["case"]
     mode: Literal["animate", "replace"] = "replace" if case["replace"] else "animate"
     sampling = Sampling(case["solver"], case["steps"], case["shift"], case["guide"], mode, case["overlap"])

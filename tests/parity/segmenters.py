@@ -1,9 +1,9 @@
-"""Our resize, normalise and post-processing beside the processors of `transformers`, on tiny true models.
+"""Compare resizing, normalisation and post-processing with the processors of `transformers`, on tiny real models.
 
     python -m tests.parity.segmenters OUT.json
 
-For a machine with torchvision, on its GPU if it has one. Each comparison is by itself: one that fails is recorded with
-its error. The last line says how many did.
+Needs torchvision; uses the GPU if there is one. A failing comparison is recorded with its error and the others run. The
+last line has the number of failures.
 """
 
 import json
@@ -108,7 +108,7 @@ def _masks() -> dict[str, Any]:
 
 
 def _sam2_clip(folder: Path, clip: np.ndarray) -> dict[str, Any]:
-    """The processor's session of the whole clip beside our tracker, frame by frame."""
+    """Compare the processor's session for the complete clip with our tracker, frame by frame."""
     from transformers import Sam2VideoModel
 
     model = Sam2VideoModel.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
@@ -127,7 +127,7 @@ def _sam2_clip(folder: Path, clip: np.ndarray) -> dict[str, Any]:
 
 
 def _sam3_detection(folder: Path, clip: np.ndarray) -> dict[str, Any]:
-    """What the whole `Sam3VideoModel` finds in the first frame, through its processor, beside `Sam3.find`."""
+    """Compare the detections of `Sam3VideoModel` in the first frame, through its processor, with `Sam3.find`."""
     from transformers import Sam3VideoModel
 
     model = Sam3VideoModel.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()

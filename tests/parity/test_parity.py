@@ -32,7 +32,7 @@ def command(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_wrong_number_or_an_unknown_fixture_fails_the_command(golden: Path, tmp_path: Path) -> None:
-    """Names are free: a renamed copy passes; one changed value, or a file that nothing can run, does not."""
+    """A renamed copy passes, because names are arbitrary; a changed value and an unsupported file fail."""
     (tmp_path / "solvers").mkdir()
     copy = tmp_path / "solvers" / "anything.safetensors"
     shutil.copy(golden / "solvers" / "euler.safetensors", copy)

@@ -1,6 +1,6 @@
-"""The modules import, and a video is made on a CPU, where Python has neither `fcntl` nor `resource` (Windows).
+"""Modules can be imported, and a video can be made on a CPU, without `fcntl` and `resource` (as on Windows).
 
-Both are made impossible to import in a process of its own. It is Linux still: what else differs is not seen here."""
+The test blocks both imports in a separate process. It runs on Linux, so other differences of Windows are not tested."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ for name in ("fcntl", "resource"):
 sys.meta_path.insert(0, Blocked())
 """
 
-# Prints a JSON object: module → what its import said; and which of the blocked modules are there after all.
+# Prints a JSON object: module → result of its import; and the blocked modules that were imported nevertheless.
 EVERY_MODULE = """
 import importlib, json, pkgutil
 failed, count = {}, 0
@@ -65,7 +65,7 @@ def imported(cache: Path) -> dict[str, object]:
 
 
 def test_every_module_imports(imported: dict[str, object]) -> None:
-    """But for kernels that are written in Triton, where there is no Triton, and for nodes, which belong to ComfyUI."""
+    """All modules except Triton kernels, if Triton is not installed, and nodes, which need ComfyUI."""
     assert imported["count"] > 100  # type: ignore[operator]
     assert imported["there"] == []
     failed: dict[str, tuple[str, str]] = imported["failed"]  # type: ignore[assignment]

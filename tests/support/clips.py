@@ -12,12 +12,12 @@ CLICK_EVERY_S = 0.25
 
 
 def flat(colours: Sequence[tuple[int, int, int]], height: int = 48, width: int = 64) -> np.ndarray:
-    """One flat frame a colour, uint8 [T, H, W, 3]."""
+    """One flat frame per colour, uint8 [T, H, W, 3]."""
     return np.stack([np.full((height, width, 3), colour, np.uint8) for colour in colours])
 
 
 def ramp(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Grey frames whose level tells their number: 8 levels a frame from 8 on (at most 30 frames)."""
+    """Grey frames whose level encodes their number: 8 levels per frame, starting at 8 (at most 30 frames)."""
     return flat([(8 * (i + 1),) * 3 for i in range(frames)], height, width)
 
 
@@ -30,7 +30,7 @@ SCENE = {"top left": (220, 40, 30), "top right": (40, 200, 60), "bottom left": (
 
 
 def scene(frames: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """Frames of four flat quarters: three colours that tell the orientation, a grey that tells the frame's number."""
+    """Frames of four flat quarters: three colours show the orientation, a grey encodes the frame's number."""
     top, left = slice(0, height // 2), slice(0, width // 2)
     bottom, right = slice(height // 2, None), slice(width // 2, None)
     result = ramp(frames, height, width)
@@ -102,7 +102,7 @@ def _write_clicks(out: av.container.OutputContainer, track: av.AudioStream, seco
 
 
 def clicks_s(path: Path, track: int = 0) -> list[float]:
-    """When the clicks of an audio track are heard, in seconds after the first video frame."""
+    """The times of the clicks of an audio track, in seconds after the first video frame."""
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         zero = float(frame.pts * frame.time_base)
@@ -140,7 +140,7 @@ def set_avi_frames(path: Path, frames: int) -> None:
 
 
 def packet_at(path: Path, number: int, kind: str = "video") -> range:
-    """Where in the file a packet of its first stream of this kind lies."""
+    """The byte position of a packet of the first stream of this kind."""
     with av.open(str(path)) as container:
         (stream,) = container.streams.get({kind: 0})
         packet = [packet for packet in container.demux(stream) if packet.size][number]
@@ -149,13 +149,13 @@ def packet_at(path: Path, number: int, kind: str = "video") -> range:
 
 
 def cut_in_packet(path: Path, number: int) -> None:
-    """Ends the file in the middle of a video packet, as a broken download does."""
+    """Truncates the file in the middle of a video packet, like an interrupted download."""
     place = packet_at(path, number)
     path.write_bytes(path.read_bytes()[: place[len(place) // 2]])
 
 
 def overwrite(path: Path, place: range) -> None:
-    """Puts bytes that mean nothing in a place of a file."""
+    """Overwrites a part of a file with random bytes."""
     data = bytearray(path.read_bytes())
     data[place.start : place.stop] = b"\xff" * len(place)
     path.write_bytes(data)

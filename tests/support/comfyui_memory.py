@@ -1,13 +1,13 @@
-"""How much memory the Animate node takes beside the graph's own tensors.
+"""Measure the memory of the Animate node besides the graph's tensors.
 
     MALLOC_MMAP_THRESHOLD_=65536 python -m tests.support.comfyui_memory ENGINES [--frames 200] [--size 704x1280]
 
-(On Linux. Without the variable the allocator keeps freed memory, and how much is chance.)
+(On Linux. Without the variable, the allocator keeps a random amount of freed memory.)
 
-The driving clip and its mask are tensors of the graph, as large as the result. The node does everything but compute:
-masks are checked and clips are read segment by segment as the pipeline reads them, and instead of what the networks
-would make, the driving frames come out. Prints one JSON object; sizes in GiB. `above` is the highest resident memory
-during the run, above the clip, its mask and the result."""
+The driving clip and its mask are tensors of the graph, as large as the result. The node does everything except running
+the networks: masks are checked, clips are read segment by segment as in the pipeline, and the driving frames are
+returned as the result. Prints one JSON object; sizes in GiB. `above` is the peak of resident memory during the run,
+minus the clip, its mask and the result."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def status(name: str) -> float:
-    """GiB of a line of /proc/self/status."""
+    """The value, in GiB, of a line of /proc/self/status."""
     match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) / 2**20
@@ -68,7 +68,7 @@ def measure(engines: Path, frames: int, height: int, width: int) -> dict[str, An
         inputs |= {"engines": chosen, "image": clip[:1].clone(), "driving": clip, "driving_mask": mask}
         inputs |= {"reference_mask": reference, "width": width, "height": height, "guidance": 1.0}
         before = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         images = extension.Animate.execute(**inputs).args[0]
         above = status("VmHWM") - before - images.nbytes / GIB
     sizes = {"clip_gib": clip.nbytes / GIB, "mask_gib": mask.nbytes / GIB, "result_gib": images.nbytes / GIB}

@@ -1,4 +1,4 @@
-"""A workflow as the page saves it → the prompt that the page would queue."""
+"""Convert a workflow, as ComfyUI's page saves it, to the prompt that the page would queue."""
 
 from typing import Any
 

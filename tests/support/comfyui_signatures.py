@@ -1,8 +1,8 @@
-"""Writes `comfyui_interface.json`: the signatures of what our nodes use of ComfyUI, from a checkout of it.
+"""Writes `comfyui_interface.json`: the signatures of the ComfyUI functions that the nodes use, from a checkout of it.
 
     PYTHON -m tests.support.comfyui_signatures FOLDER     (PYTHON: that of ComfyUI; from the root of this repository)
 
-The stand-ins of `comfyui_standins` bind every call to these signatures. Names and parameters alone are recorded."""
+The stand-ins of `comfyui_standins` bind every call to these signatures. Only names and parameters are recorded."""
 
 import importlib
 import inspect

@@ -1,8 +1,8 @@
 """Stand-ins for the few classes of ComfyUI that the nodes use, for tests where ComfyUI is not installed.
 
-Every call is bound to the signature that `comfyui_interface.json` records from ComfyUI itself (`comfyui_signatures`
-writes it), so a parameter that ComfyUI does not have is a TypeError here, too. What the stand-ins do is the little that
-the nodes need; `python -m tests.parity.comfyui` runs the same nodes in the real program."""
+Every call is bound to the signature that `comfyui_signatures` recorded from ComfyUI in `comfyui_interface.json`, so a
+parameter that ComfyUI does not have raises TypeError. The stand-ins implement only what the nodes need; `python -m
+tests.parity.comfyui` runs the same nodes in the real program."""
 
 import inspect
 import json
@@ -23,14 +23,14 @@ MODULES = (*MODULES, "server", "comfy_execution", "comfy_execution.utils", "fold
 
 
 def signature_of(name: str) -> inspect.Signature:
-    """The recorded signature; KeyError for what is not recorded."""
+    """The recorded signature. Raises KeyError if there is none."""
     namespace: dict[str, Any] = {}
     exec(f"def f({RECORD['signatures'][name].replace('=', '=None')}): ...", namespace)
     return inspect.signature(namespace["f"])
 
 
 def bound(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called only with what the recorded signature takes."""
+    """The function, wrapped so that arguments must match the recorded signature."""
     signature = signature_of(name)
 
     def call(*words: Any, **options: Any) -> Any:
@@ -89,7 +89,7 @@ class VideoFromComponents(Video):
 
 
 class Host:
-    """What happened: progress [(share, picture)], texts by node, models asked to load; and what a test sets."""
+    """Records progress [(share, picture)], texts by node and models to load; also has values that a test sets."""
 
     def __init__(self, models: Path) -> None:
         self.models = models
@@ -206,7 +206,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def standing_in(models: Path) -> Iterator[Host]:
-    """ComfyUI's modules are importable and the nodes, imported anew, belong to them. models: its `models` folder."""
+    """Install the stand-ins as ComfyUI's modules and import the nodes again. models: ComfyUI's `models` folder."""
     host = Host(models)
     for name in MODULES:
         sys.modules[name] = ModuleType(name)

@@ -1,4 +1,4 @@
-"""What the tests of the installed command call: its environment, what it printed, and the video that it wrote."""
+"""Helpers for tests of the installed command: its environment, its output, and the video that it wrote."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 SCAIL2_RT = Path(sys.executable).with_name("scail2-rt")
-SMALL = ("--size", "64x96", "--steps", "2", "--segment-length", "13", "--guidance", "1")  # 64x96, one pass a step
+SMALL = ("--size", "64x96", "--steps", "2", "--segment-length", "13", "--guidance", "1")  # 64x96, one pass per step
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -48,8 +48,8 @@ def command_environment(cache: Path, **changes: str) -> dict[str, str]:
 
 
 def unmeasured(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Without coverage's hook. A process that is killed, or whose files may not grow, leaves a broken data file behind,
-    over which the report of the whole run fails."""
+    """The environment without coverage's hook. A killed process, or one with limited file size, would leave a broken
+    data file, which makes the coverage report fail."""
     return {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
 
 

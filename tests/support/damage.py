@@ -8,7 +8,7 @@ STORE = "stages/weights.safetensors"
 
 
 def flip(path: Path, place: int, bit: int = 0) -> None:
-    """Flip one bit of the byte at `place` (from the end if negative); size and other bytes stay."""
+    """Flip one bit of the byte at `place` (from the end if negative); nothing else changes."""
     with path.open("r+b") as file:
         file.seek(place, 0 if place >= 0 else 2)
         byte = file.read(1)[0]

@@ -1,4 +1,5 @@
-"""Figures of one flat colour each, and a segmenter that knows them by it: for rules, where networks do not matter."""
+"""Figures of one flat colour each, and a segmenter that recognises them by colour, for tests of rules without
+networks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 def picture(
     figures: dict[tuple[int, int, int], Box], size: tuple[int, int] = SIZE, ground: tuple[int, ...] = GREY
 ) -> np.ndarray:
-    """uint8 [H, W, 3]; later figures lie before earlier ones."""
+    """A picture, uint8 [H, W, 3]; later figures are in front of earlier ones."""
     drawn = np.full((*size, 3), ground, np.uint8)
     for colour, (x0, y0, x1, y1) in figures.items():
         drawn[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = colour
@@ -33,7 +34,7 @@ def mask_of(frame: np.ndarray, colour: Sequence[int]) -> np.ndarray:
 
 @dataclass(slots=True)
 class FlatTracker:
-    """Follows what it was shown. `forgets`: somebody who was lost is not found again by memory."""
+    """Tracks figures by colour. forgets: a lost figure is not found again by memory."""
 
     forgets: bool = False
     known: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class FlatTracker:
 
 @dataclass(slots=True)
 class FlatSegmenter:
-    """`asked`: the prompts that it heard; `trackers`: those that it made."""
+    """asked: the prompts it got; trackers: the trackers it made."""
 
     forgets: bool = False
     name: str = "sam2"
@@ -98,7 +99,7 @@ class FlatSegmenter:
 
 
 def flat_folder(folder: Path, detector: bool = True) -> Path:
-    """What looks like a SAM 2 with Grounding DINO."""
+    """A folder that looks like SAM 2 with Grounding DINO."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "sam2_video", "image_size": 64}')
     (folder / "model.safetensors").write_bytes(b"0" * 1000)

@@ -1,8 +1,8 @@
-"""The installed command without its start: one process imports what commands import, then forks a child a call.
+"""The installed command without its start-up time: one process imports all modules, then forks a child per call.
 
-A command spends more time on importing PyTorch than on the tiny model, and tests give some two hundred of them. A child
-runs what the console script runs (`main()` as the whole of a process of its own, with its own environment, folder,
-standard streams and exit code); only the imports are the parent's. `test_cli.py` runs the script itself.
+Importing PyTorch takes longer than running the tiny model, and the tests run about two hundred commands. A child runs
+`main()` as the console script does, in its own process, with its own environment, working folder, standard streams and
+exit code; only the imports are the parent's. `test_cli.py` runs the real script.
 """
 
 import atexit
@@ -23,13 +23,13 @@ from typing import NoReturn
 
 from tests.support.command import SCAIL2_RT
 
-# Not onnxruntime, whose import starts a thread: a lock that it holds while the parent forks is never free in the child.
+# Not onnxruntime, whose import starts a thread: a lock that it has at the fork would never be released in the child.
 HEAVY = ("av", "numpy", "onnx", "PIL.Image", "rich.console", "rich.table", "tokenizers", "torch")
 ROOMS = ("engines", "export", "runtime")
 
 
 class CommandServer:
-    """The parent, as a process beside the tests. Its environment is that of every command of a test session."""
+    """The parent process, started by the tests. All commands of a test session inherit its environment."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -74,7 +74,7 @@ class CommandServer:
 def serve() -> None:
     """Answer each line of stdin, a call, with the exit code of its child. Returns in a child that is to run a call."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a child inherits until it has its own
+    os.dup2(2, 1)  # inherited by a child until it sets its own
     for line in sys.stdin:
         call = json.loads(line)
         child = os.fork()
@@ -88,7 +88,7 @@ def serve() -> None:
 
 
 def become(call: dict[str, object]) -> None:
-    """Take a call's folder, streams, arguments and environment."""
+    """Set this process's folder, streams, arguments and environment for a call."""
     words, environment, cwd, streams = (call[name] for name in ("words", "environment", "cwd", "streams"))
     os.chdir(str(cwd))
     os.environ.clear()
@@ -104,7 +104,7 @@ def become(call: dict[str, object]) -> None:
 
 
 def preload() -> None:
-    """Import what commands import. What cannot be imported here is left to the command."""
+    """Import the modules that commands import. Modules that cannot be imported are skipped."""
     names = list(HEAVY)
     for room in ROOMS:
         package = importlib.import_module(f"scail2_rt.{room}")
@@ -118,7 +118,7 @@ def preload() -> None:
 
 
 def finish(code: object) -> NoReturn:
-    """End this process as `sys.exit(code)` does, without taking apart what the parent imported: that takes a second."""
+    """End this process like `sys.exit(code)`, but without the interpreter's clean-up, which takes a second."""
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1

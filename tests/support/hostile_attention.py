@@ -1,4 +1,4 @@
-"""Inputs that are hard for attention in few bits, what they become in the operation, and every way to compute it here.
+"""Inputs that are difficult for low-precision attention, their preparation, and all implementations to test.
 
 outlier_channels   every 32nd channel of q and k is 4 times as large as the others
 outlier_tokens     every 29th token of q and k is 6 times as large in one head, and in V 10 times everywhere
@@ -8,8 +8,8 @@ huge_v, tiny_v     V of thousands, and of thousandths
 stepped_v          V has one of four values, in runs of tokens
 smooth_v           V is a slow wave over the tokens
 heavy_v            Student-t values with two degrees of freedom
-offset_v           values that have a large part in common
-constant_v         the same value in every token: a range of nothing
+offset_v           values with a large common component
+constant_v         the same value in every token: a range of 0
 """
 
 import math
@@ -73,7 +73,7 @@ def _values(family: str, v: Tensor, normal: Callable[..., Tensor]) -> Tensor:
 
 
 def operands(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Rope]:
-    """What the operation is given: its RMS norm has one weight, with which the mean square stays; no rotation."""
+    """The inputs of the operation: one RMS norm weight that keeps the mean square, and no rotation."""
     heads, tokens, width = q.shape
     weights = [x.square().mean().sqrt().expand(heads * width).contiguous() for x in (q, k)]
     qkv = torch.cat([x.transpose(0, 1).flatten(1) for x in (q, k, v)], dim=1).to(dtype)
@@ -82,7 +82,7 @@ def operands(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def exact(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, rows: Tensor) -> Tensor:
-    """Attention in fp64 of the queries `rows` → [n, C]; what is not finite stays so."""
+    """Attention in fp64 for the queries `rows` → [n, C]; non-finite values are kept."""
     q, k, v = (part.double() for part in qkv.chunk(3, dim=-1))
     q, k = (x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * w for x, w in ((q, q_weight), (k, k_weight)))
     q, k, v = (x.unflatten(-1, (-1, rope.head_dim)).transpose(0, 1) for x in (q, k, v))
@@ -93,7 +93,7 @@ def exact(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, rows: Ten
 
 
 def error(out: Tensor, want: Tensor) -> float:
-    """Relative, of what is finite in both."""
+    """The relative error over values that are finite in both."""
     both = out.isfinite() & want.isfinite()
     out, want = out.double()[both], want.double()[both]
     return ((out - want).norm() / want.norm().clamp_min(1e-30)).item() if both.any() else 0.0
@@ -136,7 +136,8 @@ def by_triton_16bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope)
 
 
 def attentions() -> dict[str, Attention]:
-    """All that run here: on a GPU the kernels, on a CPU their twins and, in the interpreter, Triton's kernels."""
+    """All supported implementations: on a GPU the kernels, on a CPU their twins and Triton's kernels in the
+    interpreter."""
     found: dict[str, Attention] = {}
     e4m3 = CAPABILITY >= (8, 9)
     for name in ("8bit", "8bit-triton", "8bit-bf16pv", "bf16", "sdpa"):

@@ -1,6 +1,6 @@
-"""A Hugging Face hub of one repository on this machine: the list of files with their hashes, and ranges of them.
+"""A local Hugging Face hub with one repository: the list of files with their hashes, and ranges of files.
 
-It answers what the client library asks, so that the installed command can be tested without a network."""
+It answers the requests of the client library, so that the installed command can be tested without a network."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What the tests of the mask commands share: masks of blocks, cases made of them, and what `masks check` finds."""
+"""Helpers for tests of the mask commands: masks of blocks, cases made from them, and findings of `masks check`."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ ORANGE, GREY = (255, 140, 0), (128, 128, 128)
 
 
 def blocks(background: str, *colours: Any) -> np.ndarray:
-    """A mask with one block a colour, 40 rows high, from left to right."""
+    """A mask with one block per colour, 40 rows high, from left to right."""
     frame = np.full((HEIGHT, WIDTH, 3), PALETTE[background], np.uint8)
     for i, colour in enumerate(colours):
         frame[12:52, 6 + 15 * i : 18 + 15 * i] = PALETTE[colour] if isinstance(colour, str) else colour

@@ -1,4 +1,4 @@
-"""Drawn masks, what video coding does to them, and how much of it `masks clean` repairs.
+"""Drawn masks, their damage by video coding, and the share of it that `masks clean` repairs.
 
 `python -m tests.support.mask_damage`.
 Prints the share of the pixels that mean something else to the model than in the undamaged mask, and that are not
@@ -44,7 +44,7 @@ def coded(frames: np.ndarray, path: Path, crf: int) -> np.ndarray:
 
 
 def misread(damaged: np.ndarray, true: np.ndarray) -> float:
-    """Share of the pixels that mean something else to the model."""
+    """The share of pixels whose class changes for the model."""
     return float((MODEL_LABEL[codes(damaged)] != MODEL_LABEL[codes(true)]).mean())
 
 

@@ -1,5 +1,5 @@
-"""The table of `test_media_matrix.py`: driving videos, sound and references as people have them, and what must come of
-them. A row's `make` writes into a case folder; the matrix test says what is done with it."""
+"""The table of `test_media_matrix.py`: driving clips, audio and reference images in many formats, and the expected
+results. A row's `make` writes into a case folder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from tests.support.clips import (
 )
 
 FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
-RATE = Fraction(25, 2)  # 13 frames, one segment, last a second
+RATE = Fraction(25, 2)  # 13 frames, one segment, last one second
 BLACK = (0, 0, 0)
 LOSSLESS = {"codec": "ffv1", "options": {}}
 INDEX_IN_FRONT = {"movflags": "faststart"}
@@ -35,7 +35,7 @@ Make = Callable[[Path], object]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A driving video in a case folder and what must come of it.
+    """A driving clip in a case folder, and the expected result.
 
     make      writes the driving video (and may change the folder)
     shape     height and width of its upright frames; the mask has them too
@@ -103,7 +103,7 @@ def raw_stream(folder: Path) -> None:
 
 
 def joined(*tracks: tuple[str, int, str]) -> Make:
-    """Transport streams end to end, one for each track: times start anew in each."""
+    """Concatenated transport streams, one per track: times restart in each."""
 
     def make(folder: Path) -> None:
         parts = [write_clip(folder / f"{i}.ts", scene(13), RATE, audio=[track]) for i, track in enumerate(tracks)]
@@ -113,7 +113,7 @@ def joined(*tracks: tuple[str, int, str]) -> Make:
 
 
 def forget_codec(path: Path) -> None:
-    """Gives the PCM track of a mov a codec that nobody knows."""
+    """Gives the PCM track of a mov an unknown codec."""
     data = path.read_bytes()
     assert data.count(b"sowt") == 1
     path.write_bytes(data.replace(b"sowt", b"zzzz"))
@@ -128,7 +128,7 @@ def mask_of(frames: int, shape: tuple[int, int], rate: Fraction = RATE) -> Make:
 
 
 def with_mask(make: Make, mask: Make) -> Make:
-    """A driving video with a mask video of its own, which is written last."""
+    """A driving clip with its own mask video, which is written last."""
 
     def both(folder: Path) -> None:
         make(folder)

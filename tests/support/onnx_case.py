@@ -1,4 +1,4 @@
-"""One stage with random weights in a store of its own, for tests of the ONNX files: small sizes, and the real ones."""
+"""One stage with random weights in a separate store, for tests of the ONNX files, with small and with real sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ REAL = ModelConfig(
     umt5=UMT5Config(vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, layers=1),
     clip=CLIPConfig(image_size=224, patch=14, dim=1280, heads=16, layers=4, mlp_dim=5120),
 )
-STAGES = {name: stage for name, stage in stage_definitions(SMALL).items() if ".1." not in f"{name}."}  # one a family
+STAGES = {name: stage for name, stage in stage_definitions(SMALL).items() if ".1." not in f"{name}."}  # one per family
 
 
 def kinds_of_numerics(stage: StageDefinition) -> list[Numerics]:

@@ -1,6 +1,6 @@
 """Writes `tests/data/peft`: adapters that PEFT itself saved, and the weights that it merged them to.
 
-PEFT needs transformers and accelerate, 150 MB that the tests do not otherwise need, so it was asked once:
+PEFT needs transformers and accelerate, 150 MB that the tests do not otherwise need, so this was run once:
 `pip install peft==0.21.2 transformers accelerate regex psutil`, then `python -m tests.support.peft_expected`.
 A small network with the names of a block; values are random, magnitudes and biases are moved off their start.
 """

@@ -1,5 +1,5 @@
-"""Quantised files as people have them, made from a checkpoint's tensors with the formats' own libraries: what is
-stored, and what it stands for by the library's own dequantiser. Names, types and notes are those of published files."""
+"""Quantised files as published, made from a checkpoint's tensors with the formats' own libraries: the stored tensors,
+and their values by the library's dequantiser. Names, types and metadata are those of published files."""
 
 import json
 import math
@@ -23,7 +23,7 @@ LINEARS = r"(.*\.)?blocks\.\d+\.(self_attn|cross_attn|ffn)\.(q|k|v|o|k_img|v_img
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """stored: the file's tensors; meant: what they stand for; metadata of the file; shown: what `inspect` calls it."""
+    """stored: the file's tensors; meant: their values; metadata: of the file; shown: the name that `inspect` prints."""
 
     stored: Tensors
     meant: Tensors
@@ -40,7 +40,7 @@ def matching(tensors: Tensors, pattern: str = LINEARS) -> list[str]:
 
 
 def _made(tensors: Tensors, weights: dict[str, tuple[Tensors, Tensor]], shown: str, metadata: Any = None) -> Made:
-    """weights: name → (the tensors that take its place, what they stand for)."""
+    """weights: name → (the tensors that replace it, their values)."""
     stored = {name: tensor for name, tensor in tensors.items() if name not in weights}
     meant = dict(tensors) | {name: value for name, (_, value) in weights.items()}
     for parts, _ in weights.values():
@@ -49,7 +49,7 @@ def _made(tensors: Tensors, weights: dict[str, tuple[Tensors, Tensor]], shown: s
 
 
 def comfy(tensors: Tensors, layout: str, note: dict[str, Any], shown: str, **how: Any) -> Made:
-    """One of ComfyUI's formats, by the layout class of `comfy-kitchen`. The file says it in `comfy_quant` tensors."""
+    """One of ComfyUI's formats, by the layout class of `comfy-kitchen`. `comfy_quant` tensors name it in the file."""
     pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed (the extra `comfy`)")
     import comfy_kitchen.tensor as layouts
 
@@ -89,7 +89,7 @@ def comfy_nvfp4(tensors: Tensors) -> Made:
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 and one scale a row, [R, 1] fp32."""
+    """int8 with one fp32 scale per row, [R, 1]."""
     scale = weight.float().abs().amax(1, keepdim=True) / 127
     return (weight.float() / scale).round().to(torch.int8), scale
 
@@ -147,8 +147,8 @@ FORMS: dict[str, Callable[[Tensors], Made]] = {
 def write_gguf(
     path: Path, tensors: Tensors, kind: str, names: str = LINEARS, architecture: str = "wan", vocabulary: int = 0
 ) -> Tensors:
-    """A GGUF file with the matching tensors in a type that the library can write → what its tensors stand for.
-    Tensors of more than four dimensions are folded, as the published converters do, and say their shape beside."""
+    """A GGUF file with the matching tensors in a type that the library can write. Returns the values of its tensors.
+    Tensors of more than four dimensions are folded, as in published converters; the metadata has their shapes."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed (the extra `gguf`)")
     writer = gguf.GGUFWriter(str(path), architecture)
     if vocabulary:

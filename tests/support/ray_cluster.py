@@ -1,4 +1,4 @@
-"""A Ray cluster of several small nodes on this machine, which is gone afterwards with all its processes."""
+"""A Ray cluster of several small nodes on this machine; all its processes are stopped afterwards."""
 
 import contextlib
 import http.client
@@ -18,7 +18,7 @@ from scail2_rt.runtime.cluster.objects import Objects
 from tests.support.command import SCAIL2_RT, command_environment, unmeasured
 from tests.support.served import Answer, Served, wait_for
 
-HOST = "127.0.0.2"  # loopback by a name that Ray does not replace by the address of a network card
+HOST = "127.0.0.2"  # a loopback address that Ray does not replace by that of a network card
 STORE_BYTES = 80 << 20  # of each node's object store: nothing large goes through it
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,7 +33,7 @@ SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "
 
 @contextlib.contextmanager
 def nodes(count: int, environment: Mapping[str, str], head_cpus: int = 0) -> Iterator[Cluster]:
-    """`count` nodes of one CPU beside the head. environment: of every process of the cluster."""
+    """A cluster with a head node and `count` nodes of one CPU. environment: of every process of the cluster."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update({**unmeasured(environment), **QUIET})
@@ -116,7 +116,7 @@ class Deployed(Served):
         return ""
 
     def ask(self, method: str, path: str, body: bytes | Mapping[str, Any] | None = None, **headers: str) -> Answer:
-        """As `Served.ask`; while the front end is started again, asked again, as clients do."""
+        """Like `Served.ask`, but repeats the request while the front end is restarted, as clients do."""
         deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError, http.client.HTTPException):

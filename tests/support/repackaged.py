@@ -1,5 +1,5 @@
-"""Files as ComfyUI's repackaged ones are, made from a checkpoint's Wan tensors by the inverse of what the reader does:
-Hugging Face's names for umT5 and CLIP, and 8-bit weights with scales in every form that is read."""
+"""Files like ComfyUI's repackaged ones, made from a checkpoint's Wan tensors by inverting the reader's conversion:
+Hugging Face's names for umT5 and CLIP, and 8-bit weights with scales in every supported form."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def hugging_face_clip(wan: Tensors) -> Tensors:
 
 
 def quantised(tensors: Tensors, pattern: str, rows: bool = False) -> tuple[Tensors, dict[str, Tensor], Tensors]:
-    """Weights that match become e4m3 → (all tensors as stored, weight → scale, what they stand for in fp32)."""
+    """Quantise matching weights to e4m3. Returns (all tensors as stored, weight → scale, their values in fp32)."""
     stored, scales, meant = dict(tensors), {}, dict(tensors)
     for name, tensor in tensors.items():
         if re.fullmatch(pattern, name):
@@ -85,7 +85,7 @@ def quantised(tensors: Tensors, pattern: str, rows: bool = False) -> tuple[Tenso
 def fp8_scaled(
     tensors: Tensors, pattern: str, form: str, rows: bool = False
 ) -> tuple[Tensors, dict[str, str], Tensors]:
-    """(tensors of the file, its metadata, what they stand for). form: "scale_weight" (the older one), "comfy_quant"
+    """(tensors of the file, its metadata, their values). form: "scale_weight" (the older one), "comfy_quant"
     (JSON tensors), "metadata" (described in the file's metadata alone), "uint8" (comfy_quant, bytes as uint8)."""
     stored, scales, meant = quantised(tensors, pattern, rows)
     file, metadata = dict(stored), dict[str, str]()
@@ -133,7 +133,7 @@ def diffusers_vae(wan: Tensors) -> Tensors:
 
 
 def diffusers_dit(wan: Tensors) -> Tensors:
-    """Under the names of diffusers' `WanTransformer3DModel`; what that has not keeps its own."""
+    """Tensors under the names of diffusers' `WanTransformer3DModel`; tensors that it lacks keep their names."""
     words = {"time_embedding.0": "condition_embedder.time_embedder.linear_1", "head.head": "proj_out"}
     words |= {"time_embedding.2": "condition_embedder.time_embedder.linear_2", "norm3": "norm2"}
     words |= {"text_embedding.0": "condition_embedder.text_embedder.linear_1"}

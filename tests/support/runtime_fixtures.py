@@ -43,7 +43,7 @@ def installed(cache: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def scail2(cache: Path, installed: Run) -> Iterator[Run]:
-    """As `installed`, without waiting for imports (see `CommandServer`) where the environment leaves that open."""
+    """Like `installed`, without the time for imports (see `CommandServer`) if the environment allows it."""
     if not hasattr(os, "fork"):
         yield installed
         return

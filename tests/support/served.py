@@ -1,4 +1,4 @@
-"""A service as its users have it: the installed command, asked over HTTP, stopped and killed."""
+"""A running service: the installed command, with HTTP requests, stopping and killing."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ class Served:
         return self._log.read_text()
 
     def stop(self) -> int:
-        """As a system does that shuts down."""
+        """Stop it as the system does at shutdown."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
@@ -128,7 +128,7 @@ class Served:
             return self.client().files.create(file=(name or file.name, data), purpose="vision").id
 
     def case(self, folder: Path, **changes: Any) -> dict[str, Any]:
-        """A JSON body: the inputs of a case as kept files, and small settings."""
+        """A JSON body: the inputs of a case as uploaded files, and small settings."""
         files = {name: {"file_id": self.upload(folder / file)} for name, file in INPUTS.items()}
         return {**files, "prompt": "a man walks", **SMALL, **changes}
 
@@ -143,7 +143,7 @@ class Served:
         return dict(answer.json)
 
     def wait(self, video_id: str, until: Callable[[dict[str, Any]], bool], timeout_s: float = 120) -> dict[str, Any]:
-        """The video object once this is true of it."""
+        """Wait until a condition is true for the video object, and return it."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             video = self.video(video_id)
@@ -165,7 +165,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(engines: Path, data: Path, cache: Path, *options: str, measured: bool = False) -> Iterator[Served]:
-    """A service that runs, and is gone afterwards with all its processes."""
+    """A running service; all its processes are stopped afterwards."""
     served = Served(engines, data, cache, *options, measured=measured).start()
     try:
         yield served
@@ -178,7 +178,7 @@ def serving(engines: Path, data: Path, cache: Path, *options: str, measured: boo
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (not as a zombie that nobody has waited for)."""
+    """Whether a process runs; a zombie does not count."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

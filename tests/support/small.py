@@ -1,5 +1,5 @@
 """Checkpoints in memory that are smaller than the `tiny` preset, for tests that build many engine folders; and building
-them, with an observer that remembers."""
+them, with an observer that records its calls."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def small_checkpoint(seed: int = 0, **changed: torch.Tensor) -> Checkpoint:
 
 
 class Steps(SilentObserver):
-    """Remembers what it was told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.steps: list[BuildStep] = []

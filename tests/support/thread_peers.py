@@ -54,7 +54,7 @@ def _raw(x: Tensor) -> Tensor:
 
 
 def on_ranks(size: int, call: Callable[[ThreadPeers], T]) -> list[T]:
-    """`call` in `size` threads that are each other's peers → their results by rank; the first error is raised."""
+    """Run `call` in `size` threads that are each other's peers. Returns the results by rank; raises the first error."""
     board: list[Tensor | None] = [None] * size
     barrier, turn = threading.Barrier(size), threading.Lock()
     results: dict[int, T] = {}

@@ -1,4 +1,4 @@
-"""Folders of segmenters with random weights: the true classes of `transformers`, as small as they get."""
+"""Folders of segmenters with random weights: the real classes of `transformers`, with minimal sizes."""
 
 import json
 from pathlib import Path
@@ -123,6 +123,6 @@ def _saved(kind: Any, config: Any, folder: Path, seed: int) -> Path:
         model = kind(config).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("pred_obj_score_head.proj_out.bias"):
-                torch.nn.init.constant_(parameter, 1.0)  # whatever is shown is there
+                torch.nn.init.constant_(parameter, 1.0)  # predict that every figure is present
     model.save_pretrained(folder)
     return folder

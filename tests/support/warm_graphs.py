@@ -1,8 +1,7 @@
-"""`python -m tests.support.warm_graphs`: trace the graphs that many tests need into the cache, two at a time.
+"""`python -m tests.support.warm_graphs`: trace the graphs that many tests need into the cache, two concurrently.
 
-A trace takes up to half a minute, and two or three times as long under coverage; so `make test` does it before it
-measures coverage, and each once, whatever process needs it later. Tests trace what is missing, so skipping this costs
-time only."""
+A trace takes up to half a minute, and two or three times as long under coverage. `make test` therefore does this first,
+without coverage and once for all processes. It is optional: tests trace missing graphs."""
 
 from concurrent.futures import ProcessPoolExecutor
 
@@ -26,7 +25,7 @@ def trace(size: str, stage: str, numerics: Numerics) -> None:
 
 
 def graphs() -> list[tuple[str, str, Numerics]]:
-    """Of each family one stage; the slowest to trace first, so that both processes end together."""
+    """One stage per family, the slowest first, so that both processes end at about the same time."""
     found = []
     for size, config in SIZES.items():
         families = {stage.family or name: stage for name, stage in reversed(stage_definitions(config).items())}

@@ -1,1 +1,1 @@
-"""`scail2-rt bench quality`: drawn cases animated, judged against the known answer."""
+"""`scail2-rt bench quality`: generates drawn cases and compares them with the known correct output."""

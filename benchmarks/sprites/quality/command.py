@@ -1,4 +1,4 @@
-"""The command `scail2-rt bench quality`. Only click is imported here, so that `--help` answers at once."""
+"""The command `scail2-rt bench quality`. Imports only click, so that `--help` is fast."""
 
 import json
 import tempfile
@@ -14,53 +14,61 @@ WORK = Path(tempfile.gettempdir()) / "scail2-rt-quality"
 
 MEASURE_OPTIONS = in_section(
     "What to measure",
-    option("--engines", type=PATH, metavar="DIR", help="Engine folder.  [default: made from --checkpoint in --work]"),
+    option("--engines", type=PATH, metavar="DIR", help="Engine folder.  [default: built from --checkpoint in --work]"),
     option(
         "--checkpoint", type=PATH, metavar="DIR", help="Checkpoint.  [default: the one that comes with the package]"
     ),
-    option(
-        "--cases", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Cases of each task."
-    ),
-    option("--tasks", metavar="LIST", help="Some of the tasks, separated by commas.  [default: all]"),
+    option("--cases", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Cases per task."),
+    option("--tasks", metavar="LIST", help="Tasks to run, comma-separated.  [default: all]"),
     option(
         "--variants",
         "table",
         flag_value="variants",
-        help="Also precisions, attention variants, guidance, schedulers and step counts, on a few tasks.",
+        help="Compare precisions, attention variants, guidance, schedulers and step counts on a few tasks.",
     ),
     option(
         "--masks",
         type=click.Choice(["true", "made"]),
         default="true",
         show_default=True,
-        help="made: also with masks that the small SAM 2 of the package makes, from boxes that it finds.",
+        help="true: the true masks. made: additionally masks by the package's small SAM 2, from detected boxes.",
     ),
-    option("--long", "table", flag_value="long", help="Ways to hold a clip of five segments together, instead."),
+    option("--long", "table", flag_value="long", help="Compare options for long clips, on clips of five segments."),
 )
 RUN_OPTIONS = in_section(
     "How to run",
     option(
-        "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of engines made here."
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="fp32",
+        show_default=True,
+        help="Precision of engines to build.",
     ),
-    option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Executor to run."),
+    option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Backend."),
     option("--attention", type=click.Choice(ATTENTION), default="auto", show_default=True, help="Self-attention."),
-    option("--scheduler", type=click.Choice(SCHEDULERS), help="Instead of the benchmark's own, as the next three."),
+    option("--scheduler", type=click.Choice(SCHEDULERS), help="Scheduler.  [default: that of the benchmark]"),
     option("--steps", type=click.IntRange(min=1), metavar="N", help="Denoising steps."),
     option("--shift", type=float, metavar="X", help="Shift of the noise levels."),
-    option("--guidance", type=float, metavar="X", help="Strength of the prompt; 1 or less: one pass per step."),
+    option("--guidance", type=float, metavar="X", help="Guidance scale; 1 or less: one pass per step."),
 )
 RESULT_OPTIONS = in_section(
     "Results",
-    option("--json", "output", type=PATH, metavar="FILE", help="Save every row there; rows it has are not run again."),
+    option(
+        "--json",
+        "output",
+        type=PATH,
+        metavar="FILE",
+        help="Write the results. Rows in an existing file are not measured again.",
+    ),
     option("--sheets", type=PATH, metavar="DIR", help="Write contact sheets as PNG."),
-    option("--compare", type=PATH, metavar="FILE", help="Exit code 1 if PSNR is not that of this result."),
+    option("--compare", type=PATH, metavar="FILE", help="Exit with code 1 if PSNR differs from this result."),
     option(
         "--tolerance",
         type=float,
         default=0.3,
         show_default=True,
         metavar="DB",
-        help="How far --compare lets it be off.",
+        help="Largest difference that --compare accepts.",
     ),
     option("--work", type=PATH, default=WORK, metavar="DIR", help=f"Folder for engines and cases.  [default: {WORK}]"),
 )
@@ -78,9 +86,9 @@ def quality(
     tolerance: float,
     **given: Any,
 ) -> None:
-    """Videos of the small sprite model against the right answers, which are known because the cases are drawn.
+    """Compare videos of the small sprite model with the correct output, which is known because the cases are drawn.
 
-    Every task on characters and motions that training never saw, beside trivial baselines and the VAE's ceiling."""
+    Runs every task on held-out characters and motions, with trivial baselines and the VAE's round trip as ceiling."""
     from scail2_rt.benchmarks.report.record import load
     from scail2_rt.benchmarks.sprites.quality import quality_table as tables
     from scail2_rt.benchmarks.sprites.quality.quality import QualityOptions, run_quality

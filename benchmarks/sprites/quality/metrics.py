@@ -1,9 +1,9 @@
-"""Figures of merit against a known answer, one function each. Videos are uint8 [T, H, W, 3]; PSNR in dB.
+"""Metrics against a known correct video ("truth"), one function each. Videos are uint8 [T, H, W, 3]; PSNR in dB.
 
-Masked figures count the pixels of a region [T, H, W] alone, pooled over all frames. Silhouettes are found, not given:
-what differs from the picture without characters, in the output and in the truth by the same rule. Motion is read off
-the pixels too: the neighbourhood of each true joint is searched for in the output. SSIM: Wang et al. 2004, section
-III-B (Gaussian window of 11x11, deviation 1.5, "valid" border); Lab as in `runtime.media.colour`.
+Masked metrics use only the pixels of a region bool [T, H, W], pooled over all frames. Silhouettes are computed, for
+output and truth in the same way: the pixels that differ from the frame without characters. The motion error is
+computed from pixels too: the neighbourhood of each true joint is searched for in the output. SSIM: Wang et al. 2004,
+section III-B (Gaussian window of 11x11, deviation 1.5, "valid" border). Lab as in `runtime.media.colour`.
 """
 
 import numpy as np
@@ -13,19 +13,19 @@ from torch.nn import functional as F
 from scail2_rt.runtime.media.colour import rgb_to_lab
 
 PEAK = 255.0
-MOST_DB = 100.0  # what equal videos get: a JSON file has no infinity
+MOST_DB = 100.0  # PSNR of equal videos, because JSON has no infinity
 SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5
 SSIM_C1, SSIM_C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
-SEEN = 15.0  # Lab distance from the bare picture from which a pixel belongs to a character
-PATCH, SEARCH = 5, 8  # half widths in pixels: of a joint's neighbourhood, and of the search for it
-UNLIKE = 0.5  # a match must explain this share of what the neighbourhood varies by
-AMBIGUOUS = 0.15  # the truth itself matches so well elsewhere: the place cannot be told
-APART = 2  # pixels; nearer is the same place
-FLAT = 2.0  # levels: a neighbourhood that varies less shows nothing but noise
+SEEN = 15.0  # a pixel belongs to a character if its Lab distance from the frame without characters is larger
+PATCH, SEARCH = 5, 8  # half widths in pixels: of a joint's neighbourhood, and of the search area
+UNLIKE = 0.5  # largest difference of a match, relative to the variance of the neighbourhood
+AMBIGUOUS = 0.15  # a joint is skipped if the truth matches elsewhere with a smaller difference
+APART = 2  # pixels; nearer matches count as the same place
+FLAT = 2.0  # levels; a neighbourhood with a smaller deviation contains only noise
 
 
 def psnr(output: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> float:
-    """Over all pixels, or those of `region` bool [T, H, W]; nan for an empty region."""
+    """PSNR in dB over all pixels, or those of `region` bool [T, H, W]; nan for an empty region."""
     squared = (output.astype(np.float32) - truth.astype(np.float32)) ** 2
     chosen = squared if region is None else squared[region]
     if not chosen.size:
@@ -35,12 +35,12 @@ def psnr(output: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None
 
 
 def frame_psnr(output: np.ndarray, truth: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """Masked PSNR of every frame [T]: how the error grows over a long clip."""
+    """Masked PSNR per frame [T], in dB: shows the growth of the error over a long clip."""
     return np.array([psnr(*(video[t : t + 1] for video in (output, truth, region))) for t in range(len(truth))])
 
 
 def ssim(output: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over frames, channels and window positions; frames must be 11 pixels high and wide, or more."""
+    """SSIM, averaged over frames, channels and window positions. Frames must be at least 11 x 11 pixels."""
     positions = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     bell = torch.exp(-(positions**2) / (2 * SSIM_DEVIATION**2))
     bell = bell / bell.sum()
@@ -66,35 +66,36 @@ def lab(pixels: np.ndarray) -> np.ndarray:
 
 
 def colour_error(output: np.ndarray, truth: np.ndarray, region: np.ndarray) -> float:
-    """Mean Lab distance of the region's pixels (about 2 is just visible); nan for an empty region."""
+    """Mean Lab distance over the region's pixels (about 2 is just visible); nan for an empty region."""
     if not region.any():
         return float("nan")
     return float(np.linalg.norm(lab(output[region]) - lab(truth[region]), axis=-1).mean())
 
 
 def frame_colour(output: np.ndarray, truth: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """`colour_error` of every frame [T]."""
+    """`colour_error` per frame [T]."""
     return np.array([colour_error(*(video[t : t + 1] for video in (output, truth, region))) for t in range(len(truth))])
 
 
 def silhouette(video: np.ndarray, bare: np.ndarray) -> np.ndarray:
-    """bool [T, H, W]: pixels that do not look like `bare`, the same frames without characters."""
+    """The pixels, bool [T, H, W], that differ from `bare`, the same frames without characters."""
     return np.linalg.norm(lab(video) - lab(bare), axis=-1) > SEEN
 
 
 def shape_error(found: np.ndarray, true: np.ndarray) -> float:
-    """1 - intersection over union of two silhouettes, pooled over the frames; 0 when both are empty."""
+    """1 - intersection over union of two silhouettes, pooled over all frames; 0 if both are empty."""
     union = int((found | true).sum())
     return 1 - int((found & true).sum()) / union if union else 0.0
 
 
 def motion_error(output: np.ndarray, truth: np.ndarray, joints: np.ndarray) -> float:
-    """Mean distance in pixels at which the neighbourhoods of the true joints [T, J, 2] (x, y) are found in the output.
+    """Mean distance in pixels between the true joints [T, J, 2] (x, y in pixels) and the best matches of their
+    neighbourhoods in the output.
 
-    A neighbourhood is compared without its mean colour. One that is found nowhere within `SEARCH` pixels counts as
-    `SEARCH`: blank or garbled output must not pass for motion. Left out are joints outside the picture and those whose
-    place the truth does not tell either: flat neighbourhoods, and limbs that look the same a few pixels on. nan when
-    none is left."""
+    A neighbourhood is compared without its mean colour. Without a match within `SEARCH` pixels the distance is
+    `SEARCH`, so that blank or garbled output gets a high error. Joints outside the picture are skipped, as are joints
+    whose position is ambiguous in the truth: flat neighbourhoods, and limbs that look the same a few pixels away. nan
+    if no joint remains."""
     height, width = truth.shape[1:3]
     points = np.round(joints).astype(int)
     inside = ((points >= 0) & (points < (width, height))).all(-1)
@@ -115,7 +116,7 @@ def motion_error(output: np.ndarray, truth: np.ndarray, joints: np.ndarray) -> f
 
 
 def _areas(video: np.ndarray, frames: np.ndarray, points: np.ndarray) -> torch.Tensor:
-    """What is searched around each point (x, y) of a frame: fp32 [N, 3, A, A]; beyond the border its pixels repeat."""
+    """The search area around each point (x, y) of a frame: fp32 [N, 3, A, A]. Border pixels are repeated outside."""
     reach = PATCH + SEARCH
     padded = np.pad(video, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
     size = 2 * reach + 1
@@ -124,8 +125,9 @@ def _areas(video: np.ndarray, frames: np.ndarray, points: np.ndarray) -> torch.T
 
 
 def _unlikeness(areas: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """areas [N, 3, A, A], wanted [N, 3, P, P] without their means → [N, places]: the squared difference of the patch at
-    each place (without its mean) from the wanted one, over what that one varies by. A flat one is like everything."""
+    """The difference between a patch and every place of a search area, both without their means: sum of squared
+    differences over the energy of the patch. areas [N, 3, A, A], wanted [N, 3, P, P] → [N, places]. For a flat patch
+    all differences are 0."""
     count, channels, size, _ = wanted.shape
     energy = wanted.pow(2).sum((1, 2, 3))
     mean, square = (F.avg_pool2d(values, size, 1) for values in (areas, areas**2))
@@ -137,8 +139,8 @@ def _unlikeness(areas: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def seam_error(output: np.ndarray, truth: np.ndarray, joins: tuple[int, ...]) -> tuple[float, float]:
-    """(at the joins, elsewhere): by how many levels the change from the frame before misses the truth's own change.
-    `joins`: the first frames of the segments but the first."""
+    """(at the joins, elsewhere): mean absolute difference, in levels, between the frame-to-frame change of the output
+    and that of the truth. joins: the first frame of each segment except the first segment."""
     changes = [np.diff(video.astype(np.float32), axis=0) for video in (output, truth)]
     missed = np.abs(changes[0] - changes[1]).mean((1, 2, 3))
     at_join = np.zeros(len(missed), bool)

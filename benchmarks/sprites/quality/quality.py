@@ -1,8 +1,8 @@
-"""`scail2-rt bench quality`: how close the videos come to the known answers.
+"""`scail2-rt bench quality`: compares generated videos with the known correct output.
 
-Held-out cases go through the pipeline that `generate` calls, as files, except that frames are kept instead of encoded.
-Noise comes from the CPU generator with the case's number as seed, so a result can be had again. A row is saved as soon
-as it is there; a run that was interrupted goes on with the rows that its file lacks.
+Held-out cases run as files through the pipeline of `generate`, but their frames are not encoded to a video. Noise comes
+from the CPU generator with the case's number as seed, so results are reproducible. Each row is saved as soon as it is
+measured. An interrupted run resumes with the missing rows.
 """
 
 import hashlib
@@ -65,10 +65,19 @@ _Make = Callable[[], _Made]
 
 @dataclass(frozen=True, slots=True)
 class QualityOptions:
-    """checkpoint: what engines are built from where `engines` is None; cases: how many of each task; sampling: fields
-    of `Request` that replace the usual ones; table: "tasks", "variants" or "long"; tasks: () for those that the table
-    usually has; work: folder for engines and cases; output: where rows are saved; sheets: folder for contact sheets;
-    masks: "true", or "made" for videos with masks that are made beside those with the true ones."""
+    """The options of `bench quality`. Raises InputError for an unknown task and for tasks with the table "long".
+
+    checkpoint   checkpoint to build engines from, if `engines` is None
+    engines      engine folder
+    work         folder for engines and cases
+    cases        number of cases per task
+    tasks        tasks to run; (): the default of the table
+    table        "tasks", "variants" or "long"
+    precision, attention, backend   as for `build-engines` and `generate`
+    sampling     fields of `Request` that replace the defaults
+    output       result file; None: not saved
+    sheets       folder for contact sheets; None: not written
+    masks        "true": the true masks; "made": additionally videos with masks made by the segmenter"""
 
     checkpoint: Path | None
     engines: Path | None
@@ -86,9 +95,9 @@ class QualityOptions:
 
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
-            raise InputError(f"--tasks: there is no task {', '.join(unknown)}; choose from {', '.join(TASKS)}.")
+            raise InputError(f"--tasks: there is no task {', '.join(unknown)}. Choose from {', '.join(TASKS)}.")
         if self.tasks and self.table == "long":
-            raise InputError("--long has a task of its own: leave out --tasks.")
+            raise InputError("--long has a fixed task. Leave out --tasks.")
 
     @property
     def usual(self) -> Variant:
@@ -96,7 +105,7 @@ class QualityOptions:
 
     @property
     def runs(self) -> list[tuple[Variant, tuple[str, ...]]]:
-        """What is run, in order."""
+        """(variant, tasks) to run, in order."""
         if self.table == "long":
             return [(variant, ("longer",)) for variant in long_variants(self.usual)]
         if self.table == "variants":
@@ -106,9 +115,9 @@ class QualityOptions:
 
 
 def run_quality(options: QualityOptions, debug: bool = False) -> Results:
-    """All rows of the options' table, those of an earlier run of the same options included.
+    """Measure all rows of the options' table and return them, including rows of an earlier run in the same file.
 
-    InputError: the first variant cannot run at all, or the output holds rows of something else."""
+    Raises InputError if the first variant cannot run, or if the file has rows of other settings."""
     if options.engines is not None:
         options = replace(options, precision=read_manifest(options.engines).precision)
     runner = _Runner(options, debug)
@@ -118,26 +127,26 @@ def run_quality(options: QualityOptions, debug: bool = False) -> Results:
 
 
 def make_video(session: Session, request: Request) -> _Made:
-    """The request's frames uint8 [T, H, W, 3], as `generate` would encode them, and its segments."""
+    """(frames uint8 [T, H, W, 3] as `generate` would encode them, segments) of a request."""
     plan = session.check(request)
     return np.concatenate(list(session.animate(plan))), plan.segments
 
 
 def drawing_hash() -> str:
-    """Of the code that draws the cases: changed code draws others under the same numbers."""
+    """A hash of the source code that draws the cases, since a change of the code may change the cases."""
     sources = "".join(inspect.getsource(module) for module in (cases, figures, motions, raster, shapes))
     return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
 def round_trip(engines: EngineSet, video: np.ndarray) -> np.ndarray:
-    """What the VAE makes of a video: no model can do better."""
+    """Encode and decode a video, uint8 [T, H, W, 3]: an upper bound for the quality of the model's output."""
     pixels = normalise_video(torch.from_numpy(video).permute(3, 0, 1, 2))
     return torch.cat([quantise_frames(part) for part in decode(engines, encode_clip(engines, pixels))]).cpu().numpy()
 
 
 @dataclass
 class _Trial:
-    """One case on its way: drawn, and written to its folder, when it is first needed."""
+    """One case, which is drawn and written to its folder on first use."""
 
     task: str
     seed: int
@@ -150,26 +159,26 @@ class _Trial:
         return Answer.of(case)
 
     def draw(self) -> None:
-        """Make sure that the folder is there."""
+        """Write the folder, unless it was written already."""
         _ = self.answer
 
 
 class _Runner:
-    """Rows of one call: what is there already, what is measured, and where it is kept."""
+    """Measures and saves the rows of one call. mask_scores: (task, seed) → scores of masks made in this call."""
 
     def __init__(self, options: QualityOptions, debug: bool) -> None:
         self.options, self.debug = options, debug
         self.results = Results(CONFIG, (), {})
         self.trials: dict[tuple[str, int], _Trial] = {}
-        self.mask_scores: dict[tuple[str, int], dict[str, float]] = {}  # of masks that were made in this call
+        self.mask_scores: dict[tuple[str, int], dict[str, float]] = {}
         self.described = False
 
     def run_variant(self, variant: Variant, tasks: Sequence[str], required: bool = False) -> None:
-        """Its rows. One that cannot run on this machine or with this folder is a row that says so, or an InputError
-        where it is `required`."""
+        """Measure the rows of a variant. For a variant that this machine or engine folder does not support, add a row
+        with the reason; raises InputError if it is `required`."""
         try:
             if variant.unknown:
-                raise InputError(f"this version has no option {', '.join(variant.unknown)}")
+                raise InputError(f"This version has no option {', '.join(variant.unknown)}.")
             with self._session(variant) as session:
                 self._describe(session.engines)
                 for task in tasks:
@@ -183,7 +192,7 @@ class _Runner:
     def _session(self, variant: Variant) -> Iterator[Session]:
         options = self.options
         if options.engines is not None and variant.precision != options.precision:
-            raise InputError(f"{options.engines} holds {options.precision}")
+            raise InputError(f"{options.engines} has the precision {options.precision}.")
         folder = options.engines or options.work / f"engines-{variant.precision}"
         if options.engines is None:
             assert options.checkpoint is not None
@@ -194,7 +203,7 @@ class _Runner:
             yield session
 
     def _describe(self, engines: EngineSet) -> None:
-        """The run's description, once the first engines are open; rows of an earlier run are taken over."""
+        """Add the description of this run, once the first engines are open, and load the rows of an earlier run."""
         if self.described:
             return
         usual = self.options.usual
@@ -215,8 +224,8 @@ class _Runner:
                 before = earlier.get("settings", {})
                 if others := [name for name in settings | before if before.get(name) != settings.get(name)]:
                     raise InputError(
-                        f"{output} holds results of other settings ({', '.join(others)}): give --json another name, or "
-                        "remove it."
+                        f"{output} has results of other settings ({', '.join(others)}). Give another file with --json, "
+                        "or remove it."
                     )
         self.results = replace(self.results, runs=(*self.results.runs, run))
         self.described = True
@@ -233,7 +242,7 @@ class _Runner:
             write_sheet(self.options.sheets / f"{task}{suffix}.png", blocks)
 
     def _run_case(self, session: Session, variant: Variant, task: str, seed: int) -> dict[str, np.ndarray]:
-        """→ the model's videos that were made in this call, by who made them."""
+        """Measure one case. Returns who → video, for the model's videos made in this call."""
         work = self.options.work
         trial = self.trials.setdefault((task, seed), _Trial(task, seed, work / "cases" / f"{task}-{seed}"))
         videos: dict[str, np.ndarray] = {}
@@ -261,7 +270,7 @@ class _Runner:
         return videos
 
     def _makers(self, session: Session, variant: Variant, trial: _Trial) -> dict[str, tuple[Kind, _Make]]:
-        """Who makes which video of a trial, and how: (frames, segments)."""
+        """who → (kind of row, function that returns frames and segments), for all videos of a trial."""
 
         def ours(**options: Any) -> _Made:
             trial.draw()

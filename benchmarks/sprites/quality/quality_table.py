@@ -1,6 +1,6 @@
-"""Quality rows as tables, and two results compared.
+"""Tables of quality rows, and the comparison of two results.
 
-A row is one output of one case, `variant/task/who/seed`; means over the cases are taken here, when they are shown.
+A row is one output of one case, `variant/task/who/seed`. Means over the cases are computed here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from scail2_rt.benchmarks.report.table import aligned
 from scail2_rt.benchmarks.sprites.quality.trials import BASELINES, OURS
 
 USUAL = "default"
-COLUMNS = {  # figure: heading, format
+COLUMNS = {  # value: heading, format
     "psnr": ("PSNR", "{:.2f}"),
     "ssim": ("SSIM", "{:.4f}"),
     "character_psnr": ("character PSNR", "{:.2f}"),
@@ -29,16 +29,16 @@ COLUMNS = {  # figure: heading, format
     "steady": ("elsewhere", "{:.2f}"),
 }
 LONG_NOTE = (
-    "character PSNR in dB by segment; drift: last segment less the first; seam: missed change in levels at the joins"
+    "character PSNR in dB per segment; drift: last segment minus first; seam: error of the change at joins, in levels"
 )
 LONG_COLUMNS = ("drift_db", "colour_drift", "seam", "steady")
 COMPARED = ("psnr", "character_psnr")
-Means = dict[tuple[str, str, str], dict[str, float]]  # (variant, task, who) → figure → mean; "cases": how many
+Means = dict[tuple[str, str, str], dict[str, float]]  # (variant, task, who) → value → mean; "cases": number of cases
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A mean of one figure over the cases that both results have."""
+    """The means of one value over the cases that both results have. name: variant/task; figure: the value."""
 
     name: str
     figure: str
@@ -58,6 +58,7 @@ def key_of(row: Row) -> tuple[str, str, str, int]:
 
 
 def means(rows: Iterable[Row]) -> Means:
+    """The means of all values over the cases."""
     gathered: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
         if row.measured:
@@ -71,19 +72,20 @@ def means(rows: Iterable[Row]) -> Means:
 
 
 def shown(figures: Mapping[str, float]) -> dict[str, float]:
-    """Without those of single frames, which stay in the file."""
+    """The values without those of single frames."""
     return {name: value for name, value in figures.items() if not name[-3:].isdigit()}
 
 
 def above_baseline(found: Means, variant: str, task: str) -> float | None:
-    """dB on the character over the better of the trivial baselines, which belong to the usual variant."""
+    """Character PSNR minus that of the better trivial baseline, in dB; None if one is missing. The baselines are rows
+    of the default variant."""
     ours = found.get((variant, task, OURS))
     trivial = [found[key]["character_psnr"] for who in BASELINES if (key := (USUAL, task, who)) in found]
     return ours["character_psnr"] - max(trivial) if ours and trivial else None
 
 
 def quality_table(results: Results) -> str:
-    """The tasks by who made the video; below, long clips by segment, and variants with their difference to ours."""
+    """All tables of a result: tasks, then long clips by segment, then variants with their difference to the default."""
     found = means(results.rows.values())
     usual = {key: figures for key, figures in found.items() if key[0] == USUAL}
     parts = [_task_table(usual, found)] if usual else []
@@ -96,7 +98,7 @@ def quality_table(results: Results) -> str:
 
 
 def brief(row: Row) -> str:
-    """A row on its own, for the log of a running benchmark."""
+    """One row as text, for the log of a running benchmark."""
     if not row.measured:
         return f"{row.name}: {row.failure or row.note}"
     cells = _cells(row.values, [name for name in COLUMNS if name in row.values])
@@ -105,7 +107,7 @@ def brief(row: Row) -> str:
 
 
 def differences(before: Results, after: Results) -> list[Difference]:
-    """Ours, variant by variant and task by task, over the cases that both have."""
+    """The differences of the model's rows per variant and task, over the cases that both results have."""
     olds, news = ({key_of(row): row for row in r.rows.values() if row.measured} for r in (before, after))
     groups: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
     for key, old in olds.items():
@@ -125,6 +127,7 @@ def differences(before: Results, after: Results) -> list[Difference]:
 
 
 def difference_table(found: Iterable[Difference], tolerance: float) -> str:
+    """Differences as a text table. tolerance: largest accepted change, dB."""
     lines = [["", "figure", "before", "after", "change", "cases", ""]]
     for d in found:
         verdict = "same" if abs(d.change) <= tolerance else "DIFFERENT"
@@ -161,7 +164,7 @@ def _long_table(long: Means) -> str:
 
 
 def _variant_table(others: Means, found: Means) -> str:
-    """Means over the tasks of each variant; the difference is to the usual variant over the same tasks."""
+    """One line per variant with means over its tasks, and the difference to the default variant on these tasks."""
     columns = ("psnr", "ssim", "character_psnr", "colour_error", "shape_error", "motion_px")
     lines = [["variant", *(COLUMNS[name][0] for name in columns), "to default", "tasks"]]
     for variant in dict.fromkeys(key[0] for key in others if key[2] == OURS):

@@ -1,7 +1,7 @@
-"""Contact sheets: a PNG that shows at a glance what went in, what came out and what was right.
+"""Contact sheets: PNG files that show inputs, outputs and correct outputs side by side.
 
-One block per case: its title, the reference images on the left, and one row of frames each for the driving video, for
-what was made and for the truth, all at the same moments.
+One block per case: the title, the reference images on the left, and one row of frames each for the driving clip, the
+outputs and the truth, all at the same frame numbers.
 """
 
 import math
@@ -14,14 +14,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from scail2_rt.benchmarks.sprites.world.cases import SpriteCase
 
-SHOWN = 6  # frames
+SHOWN = 6  # frames per row
 MARGIN, TITLE, TEXT = 8, 24, 13  # pixels
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """references: (name, image [H, W, 3]) from top to bottom; rows: name → video [T, H, W, 3]."""
+    """One block of a sheet. references: (name, image uint8 [H, W, 3]) from top to bottom; rows: name → video uint8
+    [T, H, W, 3]."""
 
     title: str
     references: Sequence[tuple[str, np.ndarray]]
@@ -29,19 +30,19 @@ class Block:
 
 
 def case_block(title: str, case: SpriteCase, made: Mapping[str, np.ndarray]) -> Block:
-    """Driving video, `made`, truth. Additional references stand below the first. Pictures of another shape than the
-    truth's are shown whole, in its size."""
+    """The block of a case: driving clip, `made` (name → video), truth. Additional references are below the first one.
+    Inputs of another shape than the truth are scaled to fit its size, with margins."""
     size = case.truth.shape[1:3]
     extras = [(f"extra reference {number}", image) for number, (image, _) in enumerate(case.extras, 1)]
-    pictures = [(name, _whole(image, size)) for name, image in (("reference", case.reference), *extras)]
+    pictures = [(name, _fitted(image, size)) for name, image in (("reference", case.reference), *extras)]
     driving = case.driving
     if driving.shape[1:3] != size:
-        driving = np.stack([_whole(frame, size) for frame in driving])
+        driving = np.stack([_fitted(frame, size) for frame in driving])
     return Block(title, pictures, {"driving": driving, **made, "truth": case.truth})
 
 
-def _whole(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The picture [H, W, 3] scaled into this size (H, W), paper around it."""
+def _fitted(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture [H, W, 3] scaled to fit `size` (H, W), with white margins."""
     if pixels.shape[:2] == size:
         return pixels
     picture = ImageOps.contain(Image.fromarray(pixels), size[::-1])
@@ -49,7 +50,7 @@ def _whole(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def write_sheet(path: Path, blocks: Iterable[Block]) -> None:
-    """The blocks below one another."""
+    """Write the blocks, one below the other, as a PNG."""
     drawn = [_draw_block(block) for block in blocks]
     width = max(image.width for image in drawn)
     sheet = Image.new("RGB", (width, sum(image.height for image in drawn)), PAPER)

@@ -1,10 +1,10 @@
-"""What `scail2-rt bench quality` tries: tasks, ways to run them, and the figures that judge an output.
+"""The trials of `scail2-rt bench quality`: tasks, variants, and the metrics of an output.
 
-A trial is a case of the test split (characters, places and motions that training never saw) under a variant. Beside the
-tasks of `cases`, `swapped` binds each of two characters to the other's driving figure, `closeup` is replacement from a
-reference that the character fills, `long` runs over three segments and `longer` over five; `portrait`, `landscape` and
-`edge` have pictures of other shapes than the frame (`world.shapes`). What no model is needed for stands beside ours:
-repeating the reference, copying the driving video; and what no model can beat, the truth through the VAE.
+A trial is a case of the test split (held-out characters, places and motions) with a variant. Besides the tasks of
+`cases`: `swapped` assigns each of two characters to the other's driving figure; `closeup` is replacement with a
+reference image that the character fills; `long` has three segments and `longer` five; `portrait`, `landscape` and
+`edge` have inputs of other shapes than the frame (`world.shapes`). Baselines that need no model are repeating the
+reference image and copying the driving clip. The ceiling is the truth, encoded and decoded by the VAE.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ from scail2_rt.runtime.core.request import Request
 TASKS = (*cases.TASKS, "swapped", "closeup", "long", *SHAPES)
 SEGMENT, OVERLAP = cases.FRAMES, 5
 STEP = SEGMENT - OVERLAP
-LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # of three and of five segments; else one
+LENGTHS = {"long": SEGMENT + 2 * STEP, "longer": SEGMENT + 4 * STEP}  # three and five segments; other tasks: one
 DRAWN_AS = {
     "swapped": "two", "closeup": "replace", "long": "animate", "longer": "animate", "portrait": "animate",
     "landscape": "animate", "edge": "replace",
@@ -38,7 +38,7 @@ OFFICIAL, EQUAL, MADE_MASKS = "fit-official", "equal-shapes", "made-masks"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way to run the same cases. options: fields of `Request` that differ from the usual ones."""
+    """A configuration for running the cases. options: fields of `Request` that differ from the defaults."""
 
     name: str
     precision: str = "fp32"
@@ -47,13 +47,13 @@ class Variant:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Options that a request of this version does not have."""
+        """The options that are not fields of `Request`."""
         return tuple(sorted(set(self.options) - {f.name for f in fields(Request)}))
 
 
 def variants(usual: Variant) -> tuple[Variant, ...]:
-    """One thing changed at a time; what would be the usual way again is left out. Schedulers differ from three steps
-    on, so they are compared at six."""
+    """Variants that each differ from the default in one setting; variants equal to the default are omitted. Schedulers
+    give different results from three steps on, so they are compared at six."""
     precisions = [Variant(name, name, "auto", usual.options) for name in ("fp32", "bf16", "fp8")]
     attentions = ("sdpa", "bf16", "8bit-bf16pv", "8bit")
     changed = [Variant(f"fp8-{attention}", "fp8", attention, usual.options) for attention in attentions]
@@ -72,7 +72,7 @@ def variants(usual: Variant) -> tuple[Variant, ...]:
 
 
 def long_variants(usual: Variant) -> tuple[Variant, ...]:
-    """Ways to hold a long clip together."""
+    """Variants of the options for long clips."""
     ways: dict[str, dict[str, Any]] = {
         "official": {},
         "overlap-9": {"segment_overlap": 9},
@@ -88,7 +88,7 @@ def long_variants(usual: Variant) -> tuple[Variant, ...]:
 
 
 def held_out_case(task: str, seed: int, equal: bool = False, frames: int | None = None) -> SpriteCase:
-    """Held-out case number `seed` of a task of this module; `equal`: all pictures in the frame's shape."""
+    """The held-out case number `seed` of a task of this module. equal: both inputs in the frame's shape."""
     frames = frames or LENGTHS.get(task, cases.FRAMES)
     scene = make_scene(DRAWN_AS.get(task, task), seed, "test", frames, swapped=task == "swapped")
     if task in SHAPES:
@@ -102,15 +102,18 @@ def frame_of(task: str) -> tuple[int, int]:
 
 
 def make_request(folder: Path, seed: int, variant: Variant, **options: Any) -> Request:
-    """The request for a case folder under a variant."""
+    """The request for a case folder with a variant."""
     usual: dict[str, Any] = {"size": SIZE, "segment_length": SEGMENT, "segment_overlap": OVERLAP, "seed": seed}
     return case_request(folder, **{**usual, **SAMPLING, **variant.options, **options})
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A case with what its outputs are compared with. bare: the truth without characters; shape: their silhouettes in
-    it; characters: bool [T, H, W], where the truth shows one."""
+    """A case and the references for its metrics.
+
+    bare         the truth without characters, uint8 [T, H, W, 3]
+    shape        silhouettes of the characters in the truth, bool [T, H, W]
+    characters   pixels of the truth that show a character, bool [T, H, W]"""
 
     case: SpriteCase
     bare: np.ndarray
@@ -119,13 +122,14 @@ class Answer:
 
     @classmethod
     def of(cls, case: SpriteCase) -> "Answer":
+        """The case with the references for its metrics."""
         empty = Picture(case.scene.truth.parts[:, :0], case.scene.truth.background)
         bare, _ = draw_picture(empty, *case.truth.shape[1:3])
         return cls(case, bare, metrics.silhouette(case.truth, bare), case.labels > 0)
 
     def score(self, output: np.ndarray) -> dict[str, float]:
-        """Figures of a video uint8 [T, H, W, 3]; `hidden_psnr` where the task hides something, `area` (of the
-        silhouettes, over the truth's) where the reference does not tell the size."""
+        """The metrics of a video uint8 [T, H, W, 3]. `hidden_psnr` is added if the task hides something, `area` (area
+        of the silhouettes relative to the truth) if the reference image does not show the size."""
         truth, joints = self.case.truth, self.case.scene.joints
         found = {
             "psnr": metrics.psnr(output, truth),
@@ -142,8 +146,8 @@ class Answer:
         return {name: value for name, value in found.items() if not np.isnan(value)}
 
     def follow(self, output: np.ndarray, segments: Iterable[Segment]) -> dict[str, float]:
-        """What becomes of a long clip: PSNR and colour error on the characters by frame, PSNR by segment, how both
-        drift from the first to the last segment, the change at the joins."""
+        """The metrics of a long clip: PSNR and colour error on characters per frame, PSNR per segment, the drift of
+        both from the first to the last segment, and the error of the change at the joins."""
         truth, characters = self.case.truth, self.characters
         own = [slice(segment.start + segment.overlap, segment.valid_end) for segment in segments]
         found = {
@@ -160,7 +164,7 @@ class Answer:
         return {name: float(value) for name, value in found.items() if not np.isnan(value)}
 
 
-# What needs no model.
+# Baselines without a model.
 BASELINES: Mapping[str, Callable[[Answer], np.ndarray]] = {
     "repeat-reference": lambda answer: np.broadcast_to(answer.case.reference, answer.case.truth.shape),
     "copy-driving": lambda answer: answer.case.driving,

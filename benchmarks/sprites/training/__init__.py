@@ -1,1 +1,1 @@
-"""How the sprite checkpoint is trained. Not part of the wheel: run it from a clone."""
+"""Training of the sprite checkpoint. Not part of the wheel; run it from a clone of the repository."""

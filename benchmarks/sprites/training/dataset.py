@@ -1,7 +1,7 @@
-"""What the transformer learns from: cases encoded once, as the pipeline would encode them, and held on the device.
+"""The data set of the transformer: cases encoded once, as in the pipeline, and kept on the device.
 
-Every tensor follows the runtime's own preparation (half-size driving clip, colour masks to 28 channels, CLIP pixels,
-padded text), batched. Samples of one layout (mode, number of references) form a group, since a batch has one layout.
+All tensors are prepared as in the runtime (half-size driving clip, colour masks as 28 channels, CLIP pixels, padded
+text), but batched. Samples of one layout (mode, number of references) form a group, because a batch has one layout.
 """
 
 from collections.abc import Sequence
@@ -21,24 +21,28 @@ from scail2_rt.runtime.masks.palette import COLOURS, ON_ABOVE
 from scail2_rt.runtime.pipeline.preprocess import clip_pixels, half_resolution, normalise_image, normalise_video
 from scail2_rt.runtime.pipeline.text import Tokenizer, clean_prompt
 
-# cases of each group, in parts of a whole; those of a group have one layout
+# group → task → relative number of cases; the cases of a group have one layout
 GROUPS = {
     "single": {"animate": 20, "pose": 11, "mesh": 10, "animal": 13},
     "several": {"two": 12, "three": 5},
     "replace": {"replace": 15},
     "extra": {"extra": 14},
 }
-TEXT_ROWS = 96  # longest prompt that is kept
-FRAMES_AT_ONCE = 1056  # 32 cases of 33
-NEW_CASES = 10_000_000  # number of the first of those that the transformer was not trained on
+TEXT_ROWS = 96  # tokens of a prompt; longer ones are cut
+FRAMES_AT_ONCE = 1056  # 32 cases of 33 frames
+NEW_CASES = 10_000_000  # the transformer is not trained on cases from this number on
 STORED = torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """N cases of one layout. latent [N, 16, F, h, w]: the answer; weight [N, F, h, w]: share of character pixels;
-    reference, reference_mask, driving, driving_mask, extra, extra_mask as in `DiTInputs`, batched; clip [N, 257, C];
-    text [N, rows, C] with zeros behind a prompt's end."""
+    """N encoded cases of one layout.
+
+    latent   the correct output [N, 16, F, h, w]
+    weight   share of character pixels per latent cell [N, F, h, w]
+    reference, reference_mask, driving, driving_mask, extra, extra_mask   as in `DiTInputs`, batched
+    clip     CLIP features [N, 257, C]
+    text     [N, rows, C], zeros after the end of a prompt"""
 
     latent: Tensor
     weight: Tensor
@@ -55,16 +59,17 @@ class Samples:
         return len(self.latent)
 
     def take(self, index: Tensor) -> "Samples":
-        """Some of them, in fp32."""
+        """The samples with these indices, in fp32."""
         return Samples(*(getattr(self, f.name)[index].float() for f in fields(self)))
 
     @classmethod
     def join(cls, parts: Sequence["Samples"]) -> "Samples":
+        """Concatenate samples of one layout."""
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def recoloured(self, order: Tensor) -> "Samples":
-        """The same cases with other colours for the characters, in all masks of a case: order [N, 6], each row some
-        order of the numbers 0 to 5."""
+        """The same cases with permuted character colours, in all masks of a case. order [N, 6]: per case a permutation
+        of 0 to 5."""
         planes = torch.cat([torch.zeros_like(order[:, :1]), 1 + order], 1)  # white stays
         channels = (len(COLOURS) * torch.arange(4, device=order.device)[:, None] + planes[:, None]).flatten(1)
 
@@ -76,7 +81,7 @@ class Samples:
         return replace(self, reference_mask=reference_mask, driving_mask=driving_mask, extra_mask=extra_mask)
 
     def inputs(self, latent: Tensor, history_mask: Tensor, text: Tensor, replace: bool) -> DiTInputs:
-        """What the transformer is given for noisy latents."""
+        """The inputs of the transformer for noisy latents [N, 16, F, h, w]."""
         frames = latent.shape[2]
         zeros = self.reference_mask.new_zeros(1).expand(len(latent), 28, frames, *latent.shape[-2:])
         return DiTInputs(
@@ -95,7 +100,7 @@ class Samples:
 
 
 class Encoding:
-    """The encoders, and what they make of scenes."""
+    """The encoders; draws and encodes scenes."""
 
     def __init__(self, vae: ClipVAE, tokenizer_file: Path, device: torch.device) -> None:
         self.vae, self.device = vae.to(device).eval(), device
@@ -104,6 +109,7 @@ class Encoding:
 
     @torch.no_grad()
     def samples(self, scenes: Sequence[Scene]) -> Samples:
+        """Draw and encode scenes of one layout; the tensors are bf16."""
         truth, labels = draw_pictures([scene.truth for scene in scenes], self.device)
         driving, driving_mask = self._view([scene.driving for scene in scenes])
         reference, reference_mask = self._view([scene.reference for scene in scenes])
@@ -135,7 +141,7 @@ class Encoding:
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """[N, TEXT_ROWS, C], zeros behind each prompt's end."""
+        """Encode prompts → [N, TEXT_ROWS, C], zeros after the end of each prompt."""
         ids = [torch.tensor(self.tokenizer.encode(clean_prompt(prompt))) for prompt in prompts]
         lengths = torch.tensor([len(each) for each in ids])
         mask = torch.arange(max(int(lengths.max()), TEXT_ROWS)) < lengths[:, None]
@@ -143,22 +149,22 @@ class Encoding:
         return self.umt5(padded.to(self.device), mask.long().to(self.device))[:, :TEXT_ROWS]
 
     def _view(self, views: Sequence[View]) -> tuple[Tensor, Tensor]:
-        """→ image and mask image, uint8 [N, T, 3, H, W]."""
+        """Draw views → image and mask image, both uint8 [N, T, 3, H, W]."""
         image, labels = draw_pictures([view.picture for view in views], self.device)
         return image, paint(labels, [view.colours for view in views])
 
     def _reference(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """One-frame pictures → latent [N, 16, 1, h, w], mask channels [N, 28, 1, h, w]."""
+        """Encode pictures of one frame → latent [N, 16, 1, h, w], mask channels [N, 28, 1, h, w]."""
         return self._latent(normalise_image(image)), mask_channels(normalise_image(mask))
 
     def _latent(self, video: Tensor) -> Tensor:
-        """video [N, T, 3, H, W] in -1..1 → [N, 16, F, h, w]."""
+        """Encode video [N, T, 3, H, W] in -1..1 → [N, 16, F, h, w]."""
         clips = video.split(max(FRAMES_AT_ONCE // video.shape[1], 1))
         return torch.cat([self.vae.encode_clip(clip.transpose(1, 2)) for clip in clips])
 
 
 def mask_channels(mask: Tensor) -> Tensor:
-    """`runtime.masks.palette.mask_latents` for a batch: [N, T, 3, H, W] in -1..1 → [N, 28, F, h, w]."""
+    """Batched `runtime.masks.palette.mask_latents`: [N, T, 3, H, W] in -1..1 → [N, 28, F, h, w]."""
     on = mask > float(torch.tensor((ON_ABOVE - 127.5) / 127.5, dtype=torch.float32))
     table = torch.tensor(list(COLOURS.values()), device=mask.device).bool()
     planes = (on[:, :, None] == table[:, :, None, None]).all(3).float()  # [N, T, 7, H, W]
@@ -166,7 +172,8 @@ def mask_channels(mask: Tensor) -> Tensor:
 
 
 def coverage(planes: Tensor) -> Tensor:
-    """Planes [N, T, P, H, W] → their means over latent cells [N, 4·P, F, h, w], frame in group first."""
+    """Planes [N, T, P, H, W] → means over latent cells [N, 4·P, F, h, w]; channels are ordered by frame of the group,
+    then by plane."""
     count, frames = planes.shape[:2]
     pooled = F.avg_pool2d(planes.flatten(0, 1), 8).unflatten(0, (count, frames))
     pooled = torch.cat([pooled[:, :1].expand(-1, 3, -1, -1, -1), pooled], dim=1)
@@ -174,6 +181,7 @@ def coverage(planes: Tensor) -> Tensor:
 
 
 def group_requests(group: str, seeds: range) -> list[tuple[str, range]]:
-    """A group's cases of a set over all groups: (task, seeds), to each task the first of `seeds` that are its part."""
-    whole = sum(sum(tasks.values()) for tasks in GROUPS.values())
-    return [(task, seeds[: max(len(seeds) * part // whole, 1)]) for task, part in GROUPS[group].items()]
+    """(task, seeds) for the tasks of a group. `len(seeds)` cases are distributed over all groups as in `GROUPS`; each
+    task gets the first seeds."""
+    total = sum(sum(tasks.values()) for tasks in GROUPS.values())
+    return [(task, seeds[: max(len(seeds) * part // total, 1)]) for task, part in GROUPS[group].items()]

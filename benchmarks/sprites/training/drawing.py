@@ -1,4 +1,4 @@
-"""Plans of many cases at once, drawn on the training device: planning in processes, drawing in large batches."""
+"""Makes scenes of many cases in parallel processes, and draws them in large batches on the training device."""
 
 import itertools
 import os
@@ -19,8 +19,9 @@ SCENES_PER_JOB = 16
 
 
 def training_scene(task: str, seed: int, frames: int = FRAMES) -> Scene:
-    """Case number `seed` of the training set. Those of several characters come in pairs that differ in the driving
-    mask's colours and the answer alone: else the answers to the pictures are learnt by heart, not what colours mean."""
+    """The scene number `seed` of the training set. Cases with several characters come in pairs that differ only in the
+    colours of the driving mask and the correct output. Otherwise the model would memorise outputs instead of learning
+    the meaning of the colours."""
     if task in ("two", "three"):
         return make_scene(task, seed // 2, "train", frames, swapped=seed % 2 == 1)
     return make_scene(task, seed, "train", frames)
@@ -31,7 +32,7 @@ def _make_some(task: str, seeds: range, frames: int) -> list[Scene]:
 
 
 def make_scenes(requests: Sequence[tuple[str, range]], frames: int = FRAMES) -> Iterator[Scene]:
-    """Plans of every (task, seeds) of the training set, in order."""
+    """The scenes of all (task, seeds) of the training set, in order."""
     jobs = [
         (task, seeds[start : start + SCENES_PER_JOB])
         for task, seeds in requests
@@ -39,7 +40,7 @@ def make_scenes(requests: Sequence[tuple[str, range]], frames: int = FRAMES) -> 
     ]
     workers = max((os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1)), 1)
     context = get_context("forkserver")
-    context.set_forkserver_preload([make_scene.__module__])  # imported once, not by every process of every call
+    context.set_forkserver_preload([make_scene.__module__])  # imported once instead of in every process
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         tasks, seeds = zip(*jobs, strict=True)
         for scenes in pool.map(_make_some, tasks, seeds, itertools.repeat(frames)):
@@ -47,7 +48,8 @@ def make_scenes(requests: Sequence[tuple[str, range]], frames: int = FRAMES) -> 
 
 
 def draw_pictures(pictures: Sequence[Picture], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pictures of the same number of frames → image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W] on `device`."""
+    """Draw pictures with equal numbers of frames → image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W], on
+    `device`."""
     most = max(picture.parts.shape[1] for picture in pictures)
     parts = torch.from_numpy(np.stack([_padded(picture.parts, most) for picture in pictures])).to(device)
     background = np.stack([picture.background for picture in pictures]).astype(np.float32)
@@ -61,14 +63,14 @@ def draw_pictures(pictures: Sequence[Picture], device: torch.device) -> tuple[Te
 
 
 def _padded(parts: np.ndarray, most: int) -> np.ndarray:
-    """With parts of negative radius, which cover nothing, up to `most`."""
+    """Parts [T, P, FIELDS], padded to `most` parts with parts of negative radius, which cover nothing."""
     padding = np.zeros((len(parts), most - parts.shape[1], FIELDS), np.float32)
     padding[..., RA] = padding[..., RB] = -10
     return np.concatenate([padding, parts.astype(np.float32)], axis=1)
 
 
 def paint(labels: Tensor, colours: Sequence[Colours]) -> Tensor:
-    """Labels [N, T, H, W] → mask images uint8 [N, T, 3, H, W]."""
+    """Labels [N, T, H, W] → mask images uint8 [N, T, 3, H, W]. colours: per case, by label."""
     table = torch.zeros(len(colours), max(map(len, colours)), 3, dtype=torch.uint8, device=labels.device)
     for row, colour in zip(table, colours, strict=True):
         row[: len(colour)] = torch.tensor(colour, dtype=torch.uint8)

@@ -1,12 +1,12 @@
-"""The training loop that VAE and transformer share: a budget of minutes or steps, several GPUs, and resumption.
+"""The training loop for VAE, transformer and segmenter: a budget in minutes or steps, several GPUs, resuming.
 
-Batches are of a few kinds. On a GPU loss and gradients of each kind are recorded as a CUDA graph: launched from Python,
-the thousands of small kernels of a step take twice as long as they run.
+There are a few kinds of batches. On a GPU, loss and gradients of each kind are recorded as a CUDA graph, because
+launching the thousands of small kernels of a step from Python takes twice as long as running them.
 
-The learning rate warms up and falls along a cosine over the share of the budget that is spent, so a rented hour can be
-filled exactly; its clock starts when the graphs are recorded. A state file keeps weights, their moving average, the
-optimiser and the time spent; an interrupted training goes on from it and loses a minute at most. With `torchrun` every
-process draws its own batches and gradients are averaged.
+The learning rate warms up and then decays along a cosine over the used share of the budget. The clock starts after the
+graphs are recorded. A state file stores the weights, their moving average, the optimiser states and the time used; an
+interrupted training resumes from it and loses at most a minute. With `torchrun`, every process draws its own batches
+and gradients are averaged.
 """
 
 import json
@@ -26,27 +26,27 @@ from scail2_rt.kernels.errors import InputError
 WARM_UP = 0.02  # share of the budget
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 100
-AGREE_EVERY = 10  # steps between two looks at the clock, for which the processes wait for one another
+AGREE_EVERY = 10  # steps between checks of the clock, at which the processes synchronise
 AVERAGE = 0.999
 MOMENTUM = 0.95  # Muon's
-Loss = Callable[[torch.Generator], Tensor]  # makes a batch with the generator, on its device
+Loss = Callable[[torch.Generator], Tensor]  # draws a batch with the generator, on its device, and returns the loss
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Minutes of training, over all of its runs, or steps."""
+    """The length of a training over all its runs: minutes, or steps if not 0."""
 
     minutes: float = 0.0
     steps: int = 0
 
     def spent(self, seconds: float, steps: int) -> float:
-        """Share of it, 0…1."""
+        """The used share of the budget, 0…1."""
         return min(steps / self.steps if self.steps else seconds / (60 * self.minutes), 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """This process among those that train together (`torchrun`), and its device."""
+    """This process in a group of training processes (`torchrun`): rank, number of processes, device."""
 
     rank: int
     count: int
@@ -54,6 +54,7 @@ class Workers:
 
     @classmethod
     def here(cls) -> "Workers":
+        """This process, from torchrun's environment; initialises the process group."""
         rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -65,11 +66,11 @@ class Workers:
 
     @property
     def compute(self) -> torch.dtype:
-        """What convolutions are computed in."""
+        """The dtype of convolutions."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def part(self, seeds: range) -> range:
-        """This process's part of them; where there are more processes than seeds, the last one."""
+        """The seeds of this process. With more processes than seeds, the last processes share a seed."""
         mine = max(len(seeds) // self.count, 1)
         first = min(self.rank * mine, len(seeds) - mine)
         return seeds[first : first + mine]
@@ -81,12 +82,12 @@ class Workers:
             tensor /= self.count
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             torch.distributed.barrier()
 
     def agree(self, value: float) -> float:
-        """The first process's value, so that all stop at the same step."""
+        """The value of rank 0, so that all processes stop at the same step."""
         if self.count == 1:
             return value
         shared = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -96,9 +97,12 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One training: how long it goes on, who takes part, and its files in `work`, `name`.state and `name`.jsonl.
+    """One training.
 
-    identity: names what is learnt from; recorded: on a GPU, steps are CUDA graphs."""
+    budget, workers   its length, its processes
+    work, name        its files are `work`/`name`.state and `work`/`name`.jsonl
+    identity          description of the data; a state file with another one is refused
+    recorded          use CUDA graphs on a GPU"""
 
     budget: Budget
     workers: Workers
@@ -117,15 +121,15 @@ class Training:
 
 
 def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """AdamW; `rate` is the peak of the learning rate."""
+    """AdamW. rate: peak learning rate."""
     parameters = list(parameters)
     fused = parameters[0].device.type == "cuda"
     return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` (`adjust_lr_fn="match_rms_adamw"`, no weight decay), all matrices of one shape in one batch:
-    one by one, the 72 of the transformer take longer than its gradients."""
+    """`torch.optim.Muon` (`adjust_lr_fn="match_rms_adamw"`, no weight decay) that updates all matrices of one shape in
+    one batch. One after another, the transformer's 72 matrices would take longer than its gradients."""
 
     def __init__(self, matrices: Iterable[nn.Parameter], rate: float) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
@@ -146,7 +150,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[N, R, C] → bf16, with singular values near 1: five Newton-Schulz steps with Muon's coefficients."""
+    """Orthogonalise matrices [N, R, C] → bf16 with singular values near 1, by five Newton-Schulz steps. Source of the
+    coefficients: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024."""
     x = matrices.bfloat16()
     x = x.mT if x.shape[1] > x.shape[2] else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
@@ -157,7 +162,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Gradients:
-    """The gradients of all parameters in one tensor, `flat`, and what fills it: a loss of each kind of batch."""
+    """The gradients of all parameters in one tensor, `flat`, and the computation of it for each kind of batch."""
 
     def __init__(
         self,
@@ -176,7 +181,7 @@ class Gradients:
                 self._recorded.append(self._record(kind))
 
     def of(self, kind: int) -> Tensor:
-        """Fill `flat` from a new batch → its loss, to be read before the next call."""
+        """Compute `flat` for a new batch of a kind. Returns its loss, which the next call may overwrite."""
         if not self._recorded:
             return self._compute(kind)
         graph, value = self._recorded[kind]
@@ -192,20 +197,20 @@ class Gradients:
     def _record(self, kind: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles, plans and allocates what a recording must not
+        with torch.cuda.stream(aside):  # compiles, plans and allocates, which is not allowed during recording
             for _ in range(2):
                 self._compute(kind)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         pool = self._recorded[0][0].pool() if self._recorded else None
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL watches from another thread
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL polls in another thread
             value = self._compute(kind)
         return graph, value
 
 
 class _Losses:
-    """Sums of the losses of each kind of batch since the last line of the log."""
+    """The sums of the losses of each kind of batch since the last line of the log."""
 
     def __init__(self, kinds: int, device: torch.device) -> None:
         self._sums, self._counts = torch.zeros(kinds, device=device), [0] * kinds
@@ -215,7 +220,7 @@ class _Losses:
         self._counts[kind] += 1
 
     def take(self) -> dict[str, Any]:
-        """The mean over all batches and of each kind (0 where there was none); the sums begin again."""
+        """The mean loss over all batches and per kind (0 without a batch). Resets the sums."""
         sums = self._sums.tolist()
         each = [round(value / max(count, 1), 4) for value, count in zip(sums, self._counts, strict=True)]
         found = {"loss": round(sum(sums) / sum(self._counts), 6), "by kind": each}
@@ -231,12 +236,15 @@ def fit(
     training: Training,
     watch: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Train until the budget is spent → the moving average of the weights, fp32 on the CPU.
+    """Train until the budget is used up. Returns the moving average of the weights, fp32 on the CPU.
 
-    losses: one for each kind of batch; `turn` gives the kind of a step, the same in all processes. The learning rates
-    of the optimisers are their peaks. `watch` is called with the number of steps when
-    the log gets a line. InputError where the state file has another identity. Progress is appended to
-    the log file, one JSON object per line, with the loss of all batches and of each kind."""
+    losses       one per kind of batch
+    turn         step → kind of its batch; the same in all processes
+    optimisers   with peak learning rates
+    watch        called with the number of steps after each line of the log
+
+    The log file gets one JSON object per `LOG_EVERY` steps, with the mean loss over all batches and per kind. Raises
+    InputError if the state file has another identity."""
     budget, workers = training.budget, training.workers
     parameters = [p for p in model.parameters() if p.requires_grad]
     peaks = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
@@ -307,14 +315,14 @@ def _save(
 def _resume(
     training: Training, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], average: list[Tensor]
 ) -> tuple[int, float]:
-    """Steps and seconds that earlier runs spent; everything else is as they left it."""
+    """Restore the state of an earlier run. Returns its steps and seconds; (0, 0) without a state file."""
     file = training.state_file
     if not file.is_file():
         return 0, 0.0
     state = torch.load(file, map_location="cpu", weights_only=True)
     if state["identity"] != training.identity:
         raise InputError(
-            f"{file} is of another training ({state['identity']}, this one is {training.identity}): remove it, or give "
+            f"{file} is of another training ({state['identity']}; this one is {training.identity}). Remove it, or give "
             "another --work."
         )
     model.load_state_dict(state["model"])

@@ -1,6 +1,6 @@
-"""The small SCAIL-2 of the sprite world: its sizes, how training starts, and the official folder that it is kept in.
+"""The small SCAIL-2 of the sprite world: its sizes, its initial weights, and writing it in the official layout.
 
-Text encoder and CLIP tower keep their seeded random weights: random features of a prompt or a picture are features too.
+Text encoder and CLIP tower keep their seeded random weights, because random features are sufficient here.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ VAE_SIZES = VAEConfig(dim=16)
 UMT5 = UMT5Config(vocab=768, dim=64, attn_dim=64, ffn_dim=128, heads=4, layers=2)
 CLIP = CLIPConfig(image_size=224, patch=14, dim=80, heads=1, layers=3, mlp_dim=160)
 SEED = 0
-PARTS: tuple[Component, ...] = ("dit", "vae")  # those that are trained
+PARTS: tuple[Component, ...] = ("dit", "vae")  # the trained components
 Weights = dict[str, Tensor]
 
 
 def initial(component: str, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Seeded random weights; where training starts, residual branches and the velocity are small."""
+    """Seeded random weights, scaled so that residual branches are small and the velocity is 0 initially."""
     weights = {name: random_tensor(component, name, shape, SEED) for name, shape in shapes.items()}
     for name, tensor in weights.items():
         if component == "vae" and name.endswith("residual.6.weight"):
@@ -57,20 +57,21 @@ def initial(component: str, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 
 def make_dit(weights: Weights | None = None) -> DiT:
+    """The transformer. weights: None for random initial weights."""
     dit = DiT(DIT)
     dit.load_state_dict(initial("dit", dit_shapes(DIT)) if weights is None else weights)
     return dit
 
 
 def make_vae(weights: Weights | None = None, compute: torch.dtype = torch.float32) -> ClipVAE:
-    """Weights fp32, convolutions in `compute`."""
+    """A trainable VAE with fp32 weights and convolutions in `compute`. weights: None for random initial weights."""
     vae = ClipVAE(VAE_SIZES, Numerics(torch.float32, compute))
     vae.load_state_dict(initial("vae", vae_shapes(VAE_SIZES)) if weights is None else weights)
     return vae.requires_grad_(True)
 
 
 def make_encoders() -> tuple[UMT5Encoder, CLIPVisual]:
-    """In fp32, with the values that the checkpoint's bf16 and fp16 files hold."""
+    """Text encoder and CLIP tower in fp32, with the values of the checkpoint's bf16 and fp16 files."""
     umt5, clip = UMT5Encoder(UMT5), CLIPVisual(CLIP)
     umt5.load_state_dict({name: t.bfloat16().float() for name, t in initial("umt5", umt5_shapes(UMT5)).items()})
     tower = {name: t.half().float() for name, t in initial("clip", clip_shapes(CLIP)).items()}
@@ -79,22 +80,26 @@ def make_encoders() -> tuple[UMT5Encoder, CLIPVisual]:
 
 
 def weights_of(directory: Path) -> dict[Component, Weights]:
-    """The weights of the trained parts of a checkpoint, in fp32. InputError: it has other sizes, or is none."""
+    """The weights of the trained components of a checkpoint, in fp32. Raises InputError for other sizes or another
+    folder."""
     checkpoint = open_checkpoint(directory)
     if (checkpoint.config.dit, checkpoint.config.vae) != (DIT, VAE_SIZES):
-        raise InputError(f"{directory} is not of the sprite world: its transformer or its VAE has other sizes.")
+        raise InputError(
+            f"{directory} is not a sprite checkpoint: its transformer or VAE has other sizes. Give a sprite checkpoint."
+        )
     sources = checkpoint.sources
     return {part: {name: sources[part].get(name).float() for name in shapes_of(sources[part])} for part in PARTS}
 
 
 def digest(weights: Weights) -> str:
-    """Names what a training begins with: of the values in fp32, in the order of their names."""
+    """A hash of weights, over the fp32 values sorted by name; 12 hexadecimal digits."""
     values = b"".join(tensor.float().numpy().tobytes() for _, tensor in sorted(weights.items()))
     return hashlib.sha256(values).hexdigest()[:12]
 
 
 def write_checkpoint(directory: Path, dit: Weights, vae: Weights) -> None:
-    """The official folder layout, transformer and VAE in bf16; `directory` appears when it is complete."""
+    """Write a checkpoint in the official folder layout, transformer and VAE in bf16. The folder is renamed into place
+    when it is complete."""
     folder = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     for file in (SAT_FILE, UMT5_FILE):

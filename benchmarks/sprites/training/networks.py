@@ -1,6 +1,6 @@
-"""The reference networks with what training adds to them: the same keys and the same results, in less time.
+"""Faster variants of the reference networks for training, with the same weight names and the same results.
 
-A transformer trains on few rows of text and keeps its rotary tables. A VAE takes whole clips in one pass.
+The transformer uses few rows of text and caches its RoPE tables. The VAE processes complete clips in one pass.
 """
 
 import math
@@ -19,10 +19,10 @@ from scail2_rt.kernels.rope import Rope
 
 
 class FoldedDiT(DiT):
-    """A transformer that computes the same from `text_rows` rows of text and a few that stand for their padding.
+    """A transformer with the same results from `text_rows` rows of text and `padding_rows` padding rows.
 
-    The rows that pad a prompt are alike, so `padding_rows` of them stand for all others, with the logarithm of how many
-    each one stands for added to its scores. text of `DiTInputs`: [n ≤ text_rows, text_dim]."""
+    All padding rows of a prompt are equal, so `padding_rows` rows represent them. The logarithm of the number of rows
+    that each one represents is added to its attention scores. text of `DiTInputs`: [n ≤ text_rows, text_dim]."""
 
     def __init__(self, config: DiTConfig, text_rows: int, padding_rows: int) -> None:
         super().__init__(replace(config, text_len=text_rows + padding_rows))
@@ -34,9 +34,10 @@ class FoldedDiT(DiT):
         self._ropes: dict[tuple[object, ...], Rope] = {}
 
     def rope(self, inputs: DiTInputs) -> Rope:
-        """The table of a layout, kept: every step needs it again, and recorded CUDA graphs read it where it lies.
+        """The RoPE table of a layout, cached because every step needs it and recorded CUDA graphs refer to its address.
 
-        A normal tensor even when inference asks first, since gradients may be wanted later."""
+        It is not an inference tensor, even if the first call is in inference mode, so that later calls can compute
+        gradients."""
         extra = None if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
         key = (inputs.latent.device, inputs.latent.shape[-3:], extra, inputs.replace)
         if key not in self._ropes:
@@ -46,7 +47,7 @@ class FoldedDiT(DiT):
 
 
 class FoldedCrossAttention(CrossAttention):
-    """text_bias [text_len]: what is added to the scores of each row of text."""
+    """Cross-attention with `text_bias` [text_len] added to the scores of the text rows."""
 
     def __init__(self, config: DiTConfig, text_bias: Tensor) -> None:
         super().__init__(config)
@@ -61,14 +62,14 @@ class FoldedCrossAttention(CrossAttention):
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor) -> Tensor:
-    """q [L, C], k and v [M, C], bias [M] on the scores → [L, C]."""
+    """Attention with q [L, C], k and v [M, C] and a bias [M] on the scores → [L, C]."""
     q, k, v = (t.to(v.dtype).unflatten(-1, (heads, -1)).transpose(-2, -3) for t in (q, k, v))
     mask = bias.to(q.dtype).expand(*q.shape[:-1], -1)
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(-2, -3).flatten(-2)
 
 
 class ClipVAE(VAE):
-    """A VAE that also takes whole clips in one pass, whose memory grows with the clip."""
+    """A VAE that also processes complete clips in one pass. Memory grows with the length of the clip."""
 
     def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
         super().__init__(config, numerics)
@@ -79,16 +80,16 @@ class ClipVAE(VAE):
                     stack[index] = form(layer.time_conv.weight.shape[1], True, numerics)
 
     def encode_clip(self, video: Tensor) -> Tensor:
-        """`encode` of 4·(F-1)+1 frames. video [B, 3, T, H, W] → [B, 16, F, h, w]."""
+        """`encode` in one pass, for T = 4·(F-1)+1 frames: video [B, 3, T, H, W] → [B, 16, F, h, w]."""
         return self.encode_first(video)[0]
 
     def decode_clip(self, latent: Tensor) -> Tensor:
-        """`decode`. latent [B, 16, F, h, w] → [B, 3, T, H, W]."""
+        """`decode` in one pass: latent [B, 16, F, h, w] → [B, 3, T, H, W]."""
         return self.decode_first(latent)[0]
 
 
 class ClipDownsample(Downsample):
-    """`Downsample` for a first call with several frames; a stream cannot go on behind it."""
+    """`Downsample` for a first call with several frames. A stream cannot be continued after it."""
 
     def in_time(self, x: Tensor, caches: Caches) -> Tensor:
         if self.time_conv is None or not caches.first or x.shape[2] == 1:
@@ -98,7 +99,7 @@ class ClipDownsample(Downsample):
 
 
 class ClipUpsample(Upsample):
-    """`Upsample` for a first call with several frames; a stream cannot go on behind it."""
+    """`Upsample` for a first call with several frames. A stream cannot be continued after it."""
 
     def in_time(self, x: Tensor, caches: Caches) -> Tensor:
         if self.time_conv is None or not caches.first or x.shape[2] == 1:

@@ -1,11 +1,11 @@
-"""Round a sprite checkpoint's transformer to weights that fp8 engines hold exactly.
+"""Round the transformer of a sprite checkpoint to weights that fp8 engines represent exactly.
 
     python -m scail2_rt.benchmarks.sprites.training.round_weights CHECKPOINT OUTPUT
 
-An fp8 engine rounds every weight to the nearest e4m3 value, and the errors of a row of weights add up wherever their
-inputs are alike. Here a row is rounded weight by weight, and those that are left make up for the errors of those that
-are done, as far as the inputs of some cases say that they can; the bias makes up for the rest of their mean. What is
-left is what rounding the tokens' own rows costs.
+An fp8 engine rounds every weight to the nearest e4m3 value. Where inputs are correlated, the rounding errors of a row
+of weights accumulate. Here the weights of a row are rounded one after another, and the remaining weights compensate,
+based on the covariance of the inputs in some cases. The bias compensates the remaining mean error. Only the error of
+quantising the token rows remains.
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023.
 """
 
@@ -25,18 +25,19 @@ from scail2_rt.export.models.dit import DiT
 from scail2_rt.export.stages.dit import definitions
 from scail2_rt.kernels.rows.ops import E4M3, E4M3_MAX, quantise_columns, quantise_rows
 
-DAMPING = 0.01  # of the mean variance, added to each
+DAMPING = 0.01  # share of the mean variance that is added to each variance
 
 
 class Moments:
-    """Sums over the rows that a layer is given, as fp8 engines round them: how many, their sum, and that of x·xᵀ."""
+    """Statistics of a layer's input rows x, quantised as in fp8 engines: number of rows, sum of x [C], sum of x·xᵀ
+    [C, C]."""
 
     def __init__(self, width: int) -> None:
         self.rows, self.sum = 0, torch.zeros(width, dtype=torch.float64)
         self.square = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, module: nn.Module, given: tuple[Tensor]) -> None:
-        """A forward pre-hook."""
+        """Add the rows of one call. Used as a forward pre-hook."""
         data, scales = quantise_rows(given[0].flatten(0, -2))
         x = data.float() * scales
         self.rows += len(x)
@@ -44,14 +45,17 @@ class Moments:
         self.square += x.T @ x
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """(mean [C], covariance [C, C]) of the rows, fp64."""
         mean = self.sum / self.rows
         return mean, self.square / self.rows - mean[:, None] * mean
 
 
 def make_up(weight: Tensor, covariance: Tensor) -> Tensor:
-    """weight [O, C], covariance of its inputs fp64 [C, C] → fp64 [O, C], e4m3 values times each row's scale.
+    """Round a weight [O, C] to e4m3 values times one scale per row, with the covariance of its inputs, fp64 [C, C].
+    Returns fp64 [O, C].
 
-    They are rounded from the input of greatest variance on; the largest of a row stays, so that it keeps its scale."""
+    Columns are rounded in the order of decreasing input variance. The largest weight of each row is not changed, so
+    that the row keeps its scale."""
     scale = quantise_columns(weight)[1].double()[:, None]
     variance = covariance.diag()
     order = variance.argsort(descending=True)
@@ -69,7 +73,7 @@ def make_up(weight: Tensor, covariance: Tensor) -> Tensor:
 
 
 def fp8_layers(dit: DiT) -> dict[str, nn.Linear]:
-    """By name, the layers whose weights fp8 engines hold in e4m3."""
+    """Name → layer, for the layers whose weights fp8 engines store as e4m3."""
     stages = [stage for stage in definitions(dit.config) if stage.numerics("fp8").fp8]
     held = {name for stage in stages for names in stage.weights.values() for name in names}
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, nn.Linear)}
@@ -78,7 +82,7 @@ def fp8_layers(dit: DiT) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def round_weights(dit: DiT, batches: Batches, count: int) -> Weights:
-    """The weights of `dit` with those of its fp8 layers rounded, by what they are given in `count` batches."""
+    """The weights of `dit`, with those of its fp8 layers rounded. The input statistics come from `count` batches."""
     layers = fp8_layers(dit)
     moments = {name: Moments(layer.in_features) for name, layer in layers.items()}
     hooks = [layer.register_forward_pre_hook(moments[name].add) for name, layer in layers.items()]
@@ -102,9 +106,9 @@ def round_weights(dit: DiT, batches: Batches, count: int) -> Weights:
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
-@click.option("--cases", default=48, type=COUNT, show_default=True, help="Cases whose tokens are looked at.")
+@click.option("--cases", default=48, type=COUNT, show_default=True, help="Cases for the input statistics.")
 def main(checkpoint: Path, output: Path, frames: int, cases: int) -> None:
-    """Write CHECKPOINT, whose transformer's weights fp8 engines hold exactly, to OUTPUT."""
+    """Round the transformer of CHECKPOINT for fp8 engines and write the checkpoint to OUTPUT."""
     check_new(output)
     weights = given_weights(checkpoint)
     alone = Workers(0, 1, torch.device("cpu"))

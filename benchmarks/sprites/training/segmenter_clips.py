@@ -1,4 +1,4 @@
-"""What the small SAM 2 learns from: drawn clips held on the device, and batches of one figure each cut from them."""
+"""The training data of the small SAM 2: drawn clips on the device, and batches with one figure per sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,21 @@ from scail2_rt.benchmarks.sprites.world.crossings import MOST
 from scail2_rt.benchmarks.sprites.world.raster import Picture
 from scail2_rt.runtime.masks.make.pixels import MEAN, STD
 
-AT_ONCE = 64  # clips that are drawn at once
-LEAST = 24  # pixels of a figure that is chosen
-STRIDES = 4  # the largest step between two frames
-ZOOM = 0.7  # the smallest part of a picture's side that is shown
-JITTER = 0.06  # of a box's side
-INSIDE = 0.6  # share of the points that lie on a figure
+AT_ONCE = 64  # clips drawn together
+LEAST = 24  # minimum number of pixels of a chosen figure
+STRIDES = 4  # largest distance between consecutive frames of a sample
+ZOOM = 0.7  # smallest crop, relative to the picture's side
+JITTER = 0.06  # largest shift of a box's corner, relative to its side
+INSIDE = 0.6  # share of points on a figure
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """frames [B, T, 3, S, S], normalised; points [B, 1, P, 2] and labels [B, 1, P] as SAM 2 takes them; target: the
-    figure [B, T, h, w], bool, empty where the point lies on none."""
+    """One batch.
+
+    frames   [B, T, 3, S, S], normalised
+    points   [B, 1, P, 2] and labels [B, 1, P], as prompts of SAM 2
+    target   bool [B, T, h, w], mask of the figure; empty if the point is on the background"""
 
     frames: Tensor
     points: Tensor
@@ -38,18 +41,18 @@ class SegmenterClips:
     def __init__(self, pictures: Sequence[Picture], device: torch.device) -> None:
         parts = [draw_pictures(pictures[start : start + AT_ONCE], device) for start in range(0, len(pictures), AT_ONCE)]
         self.image, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        # made here, since a CUDA graph that is recorded must not copy from the host
+        # made here, because copies from the host are not allowed while a CUDA graph is recorded
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
         self.box_labels, self.point_labels = (
             torch.tensor(labels, device=device) for labels in (BOX, (POINT, NO_POINT))
         )
 
     def normalised(self, image: Tensor) -> Tensor:
-        """uint8 [..., 3, H, W] → as SAM 2 takes it."""
+        """uint8 [..., 3, H, W] → fp32 with SAM 2's normalisation."""
         return (image.float() / 255 - self.mean) / self.std
 
     def batch(self, size: int, frames: int, boxes: bool, generator: torch.Generator) -> Batch:
-        """`boxes`: a figure is given by its box, else by a point, which may lie on the background."""
+        """A random batch. boxes: prompt each figure by its box, else by a point, which may be on the background."""
         device = self.image.device
 
         def uniform(*shape: int) -> Tensor:
@@ -79,9 +82,9 @@ class SegmenterClips:
 
 
 def _zoomed(image: Tensor, labels: Tensor, figure: Tensor, part: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
-    """A part of every clip's picture, the same of all its frames, stretched to the model's square → frames
-    [B, T, 3, S, S], and the figure and what else is no background [B, T, 2, h, w], in 0…1. part [B, 2, 2] and mirror
-    [B, 2]: drawn evenly from 0…1."""
+    """Crop, mirror and scale clips to the model's square input, in the same way for all frames of a clip. part
+    [B, 2, 2], mirror [B, 2]: uniform random numbers in 0…1. Returns (frames [B, T, 3, S, S], planes [B, T, 2, h, w] in
+    0…1: the figure, and other figures)."""
     size, length = image.shape[:2]
     shown = torch.where(mirror[:, :1] < 0.5, 1.0, ZOOM + (1 - ZOOM) * part[:, 0])
     middle = (1 - shown) * (2 * part[:, 1] - 1)
@@ -101,7 +104,8 @@ def _zoomed(image: Tensor, labels: Tensor, figure: Tensor, part: Tensor, mirror:
 
 
 def box_prompt(mask: Tensor) -> Tensor:
-    """mask [B, h, w] → the corners of what it shows, in the model's pixels [B, 1, 2, 2]; zeros where it is empty."""
+    """mask [B, h, w] → corners of its bounding box [B, 1, 2, 2], in pixels of the model's input; zeros for an empty
+    mask."""
     side, scale = mask.shape[-1], IMAGE / mask.shape[-1]
     at = torch.arange(side, device=mask.device)
     corners = []
@@ -113,7 +117,7 @@ def box_prompt(mask: Tensor) -> Tensor:
 
 
 def _box_of(mask: Tensor, jitter: Tensor) -> Tensor:
-    """`box_prompt`, its corners moved a little. jitter [B, 4]: from 0…1."""
+    """`box_prompt` with randomly shifted corners. jitter [B, 4]: uniform random numbers in 0…1."""
     box = box_prompt(mask)
     extent = box[:, :, 1:] - box[:, :, :1]
     moved = box + JITTER * extent * (2 * jitter.view(-1, 1, 2, 2) - 1)

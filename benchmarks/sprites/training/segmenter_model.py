@@ -1,12 +1,12 @@
-"""The small SAM 2: the classes of `transformers` with a configuration of 3.3 million parameters, unrolled in batches.
+"""The small SAM 2: the classes of `transformers` with 3.3 million parameters, and a batched forward pass.
 
-`Sam2VideoModel.forward` takes one clip and each of its figures by itself. Here many clips, of one figure each, go
-through the model's own methods side by side: vision features of all frames at once, then frame by frame the memory
-attention, the mask decoder and the memory encoder. A test holds both forms together.
+`Sam2VideoModel.forward` processes one clip and one figure at a time. Here a batch of clips with one figure each goes
+through the model's methods: vision features of all frames at once, then per frame the memory attention, the mask
+decoder and the memory encoder. A test compares both forms.
 
-Beside the published shape: features at a half, a quarter and an eighth of the picture, which is 256 wide (a drawn clip
-is 128 wide, so a mask is as fine as the clip); one mask for a prompt instead of the best of three; no temporal code for
-object pointers.
+Differences from the published configuration: features at 1/2, 1/4 and 1/8 of the picture, which is 256 pixels wide (a
+drawn clip is 128 wide, so masks have the clip's resolution); one mask per prompt instead of the best of three; no
+temporal encoding of object pointers.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 IMAGE = 256
-WIDTH = 128  # of decoder and memory
-MEMORY = 64  # what the memory attention of `transformers` is written for
-ATTENTION_HEADS = 32_768  # in one call
+WIDTH = 128  # channels of decoder and memory attention
+MEMORY = 64  # channels of the memory, required by the memory attention of `transformers`
+ATTENTION_HEADS = 32_768  # largest batch size times heads of one attention call
 BOX, POINT, NO_POINT = (2, 3), 1, -1  # labels of a prompt's points
 
 
@@ -75,7 +75,8 @@ def segmenter_config() -> Any:
 
 
 def make_segmenter(seed: int = 0) -> Any:
-    """A `Sam2VideoModel` with random weights, in eval mode: in training mode its outputs lack what tracking needs."""
+    """A `Sam2VideoModel` with random weights, in eval mode, because outputs in training mode are incomplete for
+    tracking."""
     from transformers import Sam2VideoModel
 
     with torch.random.fork_rng(devices=[]):
@@ -83,14 +84,14 @@ def make_segmenter(seed: int = 0) -> Any:
         model = Sam2VideoModel(segmenter_config()).eval()
     for module in model.modules():
         if hasattr(module, "layer_norm") and hasattr(module, "scale") and isinstance(module.scale, nn.Parameter):
-            nn.init.constant_(module.scale, 0.1)  # of the memory fuser, which transformers begins at nothing
-    # a figure begins as there: the mask of what is absent learns nothing
+            nn.init.constant_(module.scale, 0.1)  # of the memory fuser; transformers initialises it near 0
+    # initially predict that the figure is present, because masks of absent figures get no gradient
     nn.init.constant_(model.mask_decoder.pred_obj_score_head.proj_out.bias, 2.0)
     return model
 
 
 def save_segmenter(model: Any, folder: Path) -> None:
-    """A folder that `transformers` and `--segmenter-weights` open, with fp16 weights; an older one is replaced."""
+    """Write a folder for `transformers` and `--segmenter-weights`, with fp16 weights; replaces an older one."""
     from transformers import Sam2VideoModel
 
     kept = Sam2VideoModel(segmenter_config())
@@ -100,8 +101,11 @@ def save_segmenter(model: Any, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Unrolled:
-    """Over T frames of B clips: mask logits [T, B, h, w], whether the figure is seen [T, B] (logits), and what IoU the
-    model expects [T, B]."""
+    """The outputs for T frames of B clips.
+
+    masks   mask logits [T, B, h, w]
+    seen    logits of the figure's presence [T, B]
+    iou     predicted IoU [T, B]"""
 
     masks: Tensor
     seen: Tensor
@@ -109,7 +113,8 @@ class Unrolled:
 
 
 def unroll(model: Any, frames: Tensor, points: Tensor, labels: Tensor) -> Unrolled:
-    """frames [B, T, 3, S, S], normalised; points [B, 1, P, 2] in pixels of the first one, labels [B, 1, P]."""
+    """Track one figure per clip. frames [B, T, 3, S, S], normalised; points [B, 1, P, 2] in pixels of the first frame,
+    labels [B, 1, P]."""
     from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
     count, length = frames.shape[:2]
@@ -147,7 +152,7 @@ def unroll(model: Any, frames: Tensor, points: Tensor, labels: Tensor) -> Unroll
 
 @contextmanager
 def batched_memory(model: Any) -> Iterator[None]:
-    """Inside, what the memory attention answers for B clips has the order that its caller expects: [B, HW, C]."""
+    """Inside this context, the memory attention returns [B, HW, C] for B clips, the layout that its caller expects."""
     hook = model.memory_attention.register_forward_hook(lambda module, args, out: out.transpose(0, 1).squeeze(1))
     try:
         yield
@@ -157,33 +162,33 @@ def batched_memory(model: Any) -> Iterator[None]:
 
 @contextmanager
 def attention_in_pieces(most: int = ATTENTION_HEADS) -> Iterator[None]:
-    """Inside, the models' scaled-dot-product attention is computed for at most `most` heads at a time, those of all
-    items of a batch counted: the encoder's windows are items, 256 of a picture, and CUDA's kernels take 65,535."""
+    """Inside this context, attention calls are split so that batch size times heads is at most `most`. The windows of
+    the encoder are batch items, 256 per picture, and CUDA's kernels allow 65,535."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    unsplit = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def pieces(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **how: Any) -> Any:
         items = max(most // query.shape[1], 1)
         if len(query) <= items:
-            return whole(module, query, key, value, attention_mask, **how)
+            return unsplit(module, query, key, value, attention_mask, **how)
         parts = zip(query.split(items), key.split(items), value.split(items), strict=True)
-        return torch.cat([whole(module, *part, attention_mask, **how)[0] for part in parts]), None
+        return torch.cat([unsplit(module, *part, attention_mask, **how)[0] for part in parts]), None
 
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # fails for as many windows
+    torch.backends.cuda.enable_cudnn_sdp(False)  # fails for this many windows
     ALL_ATTENTION_FUNCTIONS["sdpa"] = pieces
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = whole
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = unsplit
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 @contextmanager
 def kept_codes() -> Iterator[None]:
-    """Inside, every sine code is made once and kept: `transformers` keeps the last alone, and a recorded CUDA graph
-    would go on reading one that is gone."""
+    """Inside this context, every sine position encoding is cached. `transformers` caches only the last one, and a
+    recorded CUDA graph would read freed memory."""
     from transformers.models.sam2 import modeling_sam2
     from transformers.models.sam2_video import modeling_sam2_video
 

@@ -1,10 +1,10 @@
-"""Train the sprite checkpoint: VAE, then the data set, then the transformer; into the official folder layout.
+"""Train the sprite checkpoint: VAE, data set, transformer; the result has the official folder layout.
 
-    python -m scail2_rt.benchmarks.sprites.training.train OUTPUT --work DIR            all of it, on one GPU
-    torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.training.train …       on two
+    python -m scail2_rt.benchmarks.sprites.training.train OUTPUT --work DIR            on one GPU
+    torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.training.train …       on two GPUs
 
-An interrupted run goes on; the VAE that is finished in DIR (`vae.pt`) is not trained again, the data set is encoded
-again. `train_decoder` comes after it, then `round_weights`.
+An interrupted run resumes. A finished VAE in DIR (`vae.pt`) is not trained again, but the data set is encoded again.
+The next steps are `train_decoder` and then `round_weights`.
 """
 
 import json
@@ -29,7 +29,7 @@ from scail2_rt.export.checkpoint.random_checkpoint import write_tokenizer
 from scail2_rt.export.models.precision import Component
 from scail2_rt.kernels.errors import InputError
 
-SHORT_FRAMES = 9  # of the clips of half of the steps, which hold twice as many
+SHORT_FRAMES = 9  # frames of short clips, which half of the steps use, with twice the batch size
 MINUTES = click.FloatRange(min=0, min_open=True)
 COUNT = click.IntRange(min=1)
 
@@ -61,18 +61,18 @@ class TrainOptions:
 
 
 def check_options(options: TrainOptions) -> None:
-    """UsageError: an output that exists, or options that contradict one another."""
+    """Raises UsageError for an existing output and for contradictory options."""
     check_new(options.output)
     if options.only == "dit" and options.start is None and not options.finished_vae.is_file():
         raise click.UsageError(
-            f"{options.work} has no vae.pt: train the VAE first (without --only, or with --only vae)."
+            f"{options.work} has no vae.pt. Train the VAE first (without --only, or with --only vae)."
         )
     if options.start is not None and (options.only == "vae" or options.vae_from):
-        raise click.UsageError("--from brings its own VAE: leave out --only vae and --vae-from.")
+        raise click.UsageError("--from includes a VAE. Leave out --only vae and --vae-from.")
 
 
 def provide_vae(options: TrainOptions, begun: dict[Component, Weights] | None, workers: Workers) -> None:
-    """Write vae.pt if it is not there: that of the checkpoint to begin with, or a trained one."""
+    """Write vae.pt, unless it exists: the VAE of the initial checkpoint, or a trained one."""
     if options.finished_vae.is_file():
         return
     if begun is not None:
@@ -86,31 +86,33 @@ def provide_vae(options: TrainOptions, begun: dict[Component, Weights] | None, w
 
 
 def make_trained_vae(options: TrainOptions, workers: Workers) -> Weights:
+    """Train the VAE and print its PSNR. Returns fp32 weights."""
     scenes = list(make_scenes(train_vae.vae_requests(options.vae_cases), frames=options.frames))
     start = torch.load(options.vae_from, weights_only=True) if options.vae_from else None
     budget = Budget(options.vae_minutes, options.vae_steps)
     clips = train_vae.Clips(scenes, workers.device)
     weights = train_vae.train_vae(clips, budget, options.vae_batch, workers, options.work, start)
-    whole, characters = train_vae.reconstruction_psnr(make_vae(weights).to(workers.device), clips)
+    overall, characters = train_vae.reconstruction_psnr(make_vae(weights).to(workers.device), clips)
     if workers.rank == 0:
-        print(f"VAE: PSNR {whole:.2f} dB, of characters {characters:.2f} dB", flush=True)
+        print(f"VAE: PSNR {overall:.2f} dB, of characters {characters:.2f} dB", flush=True)
     return weights
 
 
 def make_trained_dit(options: TrainOptions, vae: Weights, start: Weights | None, workers: Workers) -> Weights:
-    """The transformer for a VAE. start: weights to begin with, else random ones."""
+    """Train the transformer for a VAE. start: initial weights; None: random ones."""
     encoding, frames, samples = make_encoding(vae, workers), options.frames, options.samples
     short, short_samples = min(SHORT_FRAMES, frames), options.short_samples
     kinds = encoded_kinds(encoding, range(samples), frames, options.batch, workers)
     kinds += encoded_kinds(encoding, range(samples, samples + short_samples), short, 2 * options.batch, workers)
     identity = f"vae {digest(vae)}, {samples} samples of {frames} frames and {short_samples} of {short}"
-    print(f"data set: {identity}; here { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
+    print(f"data set: {identity}; in this process { ({kind.name: len(kind.samples) for kind in kinds}) }", flush=True)
     batches, budget = Batches(kinds, encoding.text([""])), Budget(options.minutes, options.steps)
     return train_dit(batches, budget, workers, options.work, identity, start, options.slower)
 
 
 def encoded_kinds(encoding: Encoding, seeds: range, frames: int, batch: int, workers: Workers) -> list[Kind]:
-    """Cases of some length, encoded, as kinds of batches; each process draws its own from its part of `seeds`."""
+    """Encode this process's part of the cases, as kinds of batches. frames: length of a case; batch: samples per
+    batch."""
     own, kinds = workers.part(seeds), []
     for name, tasks in GROUPS.items():
         scenes = make_scenes(group_requests(name, own), frames=frames)
@@ -121,12 +123,13 @@ def encoded_kinds(encoding: Encoding, seeds: range, frames: int, batch: int, wor
 
 
 def pieces(scenes: Iterator[Scene], size: int) -> Iterator[list[Scene]]:
-    """The scenes by `size`, at least one."""
+    """The scenes in lists of `size`, at least 1."""
     while piece := list(islice(scenes, max(size, 1))):
         yield piece
 
 
 def make_encoding(vae: Weights, workers: Workers) -> Encoding:
+    """The encoders with this VAE."""
     with TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"
         write_tokenizer(tokenizer, UMT5.vocab)
@@ -134,12 +137,13 @@ def make_encoding(vae: Weights, workers: Workers) -> Encoding:
 
 
 def check_new(output: Path) -> None:
+    """Raises UsageError if the output exists."""
     if output.exists():
-        raise click.UsageError(f"{output} exists: choose another name for the checkpoint.")
+        raise click.UsageError(f"{output} exists. Give another name for the checkpoint.")
 
 
 def given_weights(checkpoint: Path) -> dict[Component, Weights]:
-    """`weights_of`, for a command. UsageError: it is no sprite checkpoint."""
+    """`weights_of`, for a command. Raises UsageError for another folder."""
     try:
         return weights_of(checkpoint)
     except InputError as error:
@@ -149,28 +153,30 @@ def given_weights(checkpoint: Path) -> dict[Component, Weights]:
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for states and logs.")
-@click.option("--vae-minutes", type=MINUTES, default=7.0, show_default=True, help="Training of the VAE.")
-@click.option("--minutes", type=MINUTES, default=10.0, show_default=True, help="Training of the transformer.")
-@click.option("--vae-steps", default=0, help="Steps instead of minutes.")
-@click.option("--steps", default=0, help="Steps instead of minutes.")
-@click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
-@click.option("--vae-cases", default=1600, show_default=True)
-@click.option("--samples", default=48_000, show_default=True, help="Cases of the transformer's data set.")
-@click.option("--short-samples", default=96_000, show_default=True, help="Short cases of it, of 9 frames.")
+@click.option("--vae-minutes", type=MINUTES, default=7.0, show_default=True, help="Training time of the VAE.")
+@click.option("--minutes", type=MINUTES, default=10.0, show_default=True, help="Training time of the transformer.")
+@click.option("--vae-steps", default=0, help="Steps of the VAE, instead of --vae-minutes.")
+@click.option("--steps", default=0, help="Steps of the transformer, instead of --minutes.")
+@click.option("--frames", default=FRAMES, show_default=True, help="Frames per case, 4n+1.")
+@click.option("--vae-cases", default=1600, show_default=True, help="Training cases of the VAE.")
+@click.option("--samples", default=48_000, show_default=True, help="Training cases of the transformer.")
+@click.option(
+    "--short-samples", default=96_000, show_default=True, help="Further cases of the transformer, of 9 frames."
+)
 @click.option("--vae-batch", default=32, show_default=True, help="Clips per step and process.")
 @click.option(
-    "--batch", default=32, show_default=True, help="Samples per step and process, of short cases twice as many."
+    "--batch", default=32, show_default=True, help="Samples per step and process; twice as many for short cases."
 )
-@click.option("--vae-from", type=click.Path(exists=True, dir_okay=False), help="A vae.pt to begin the VAE with.")
+@click.option("--vae-from", type=click.Path(exists=True, dir_okay=False), help="A vae.pt with initial weights.")
 @click.option(
     "--from",
     "start",
     type=click.Path(exists=True, path_type=Path),
-    help="A checkpoint of this kind: its VAE is taken as it is, and its transformer is trained on.",
+    help="A sprite checkpoint: use its VAE unchanged, and continue training its transformer.",
 )
-@click.option("--slower", default=1.0, show_default=True, help="What the transformer's learning rates are divided by.")
+@click.option("--slower", default=1.0, show_default=True, help="Divisor of the transformer's learning rates.")
 @click.option(
-    "--only", type=click.Choice(["vae", "dit"]), help="One of the two; `dit` needs --from, or the VAE in --work."
+    "--only", type=click.Choice(["vae", "dit"]), help="Train only this; `dit` needs --from, or the VAE in --work."
 )
 def main(**given: Any) -> None:
     """Train a small SCAIL-2 on the sprite world and write it to OUTPUT."""

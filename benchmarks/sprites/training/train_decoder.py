@@ -1,11 +1,11 @@
-"""Train the VAE's decoder of a sprite checkpoint on with its transformer's answers.
+"""Continue training the VAE decoder of a sprite checkpoint, with the outputs of its transformer.
 
     python -m scail2_rt.benchmarks.sprites.training.train_decoder CHECKPOINT OUTPUT --work DIR
 
-The transformer errs more than the noise that the VAE learns with, and in a way of its own: where it is unsure of an
-edge it answers with a mean of latents, which no encoder makes. The decoder learns what pixels are the best guess then.
-The encoder stays, and with it what latents mean. Cases are new ones: the answers of those that were trained on are too
-good. Part of the latents are the truth's, so that a round trip stays sharp.
+The errors of the transformer are larger than the noise that the VAE is trained with, and of another kind: at uncertain
+edges it predicts the mean of several latents, which no encoder produces. The decoder learns the best pixels for such
+latents. The encoder is not changed, so the meaning of latents stays. The cases are new, because the transformer's
+outputs for its training cases are too good. Some latents are those of the truth, so that a round trip stays sharp.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ from scail2_rt.export.models.dit import DiT
 from scail2_rt.runtime.pipeline.preprocess import normalise_video
 from scail2_rt.runtime.pipeline.schedulers import TRAINING_STEPS
 
-WINDOW = (10, 8)  # rows and columns of latents, of what is decoded at once
-TRUE_SHARE = 0.1  # of the samples: latents of the truth
+WINDOW = (10, 8)  # rows and columns of latent cells of a training sample
+TRUE_SHARE = 0.1  # share of samples with latents of the truth
 CHARACTER_WEIGHT = 6.0
 RATE = 5e-4
 
@@ -64,15 +64,19 @@ class DecoderOptions:
 
     @property
     def sets(self) -> tuple[tuple[int, int, int], ...]:
-        """(cases, frames of each, cases per step), usual ones and short ones."""
+        """(number of cases, frames per case, cases per step) of the full-length and of the short cases."""
         short = min(SHORT_FRAMES, self.frames)
         return (self.cases, self.frames, self.batch), (self.short_cases, short, 4 * self.batch)
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """latent [N, 16, F, h, w] of the transformer, true ones beside them; video uint8 [N, T, 3, 8h, 8w]; inside bool
-    [N, T, 8h, 8w]: where a character is."""
+    """Outputs of the transformer.
+
+    latent   [N, 16, F, h, w], predicted
+    true     [N, 16, F, h, w], encoded truth
+    video    uint8 [N, T, 3, 8h, 8w], the truth
+    inside   bool [N, T, 8h, 8w], pixels of characters"""
 
     latent: Tensor
     true: Tensor
@@ -81,10 +85,11 @@ class Answers:
 
     @classmethod
     def join(cls, parts: Sequence["Answers"]) -> "Answers":
+        """Concatenate outputs of one layout."""
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def windows(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """→ latent [B, 16, F, *WINDOW], video [B, 3, T, h, w] in -1..1, inside [B, 1, T, h, w], anywhere."""
+        """Random windows → latent [B, 16, F, *WINDOW], video [B, 3, T, h, w] in -1..1, inside [B, 1, T, h, w]."""
         device = generator.device
 
         def pick(low: int, high: int) -> Tensor:
@@ -106,7 +111,7 @@ class Answers:
 
 @torch.no_grad()
 def collect_answers(dit: DiT, encoding: Encoding, count: int, frames: int, workers: Workers) -> Answers:
-    """What the transformer makes in one step of pure noise, for `count` cases of all tasks, this process's part."""
+    """The transformer's outputs after one step from pure noise, for this process's part of `count` cases."""
     own = workers.part(range(NEW_CASES, NEW_CASES + count))
     generator = torch.Generator(encoding.device).manual_seed(workers.rank)
     parts = []
@@ -135,8 +140,8 @@ def _answers(
 def train_decoder(
     kinds: Sequence[tuple[Answers, int]], start: Weights, budget: Budget, workers: Workers, work: Path, identity: str
 ) -> Weights:
-    """kinds: answers and how many of them a step takes, in turn → the weights of a VAE whose encoder is that of
-    `start`."""
+    """Train the decoder. kinds: (answers, samples per step), used alternately. Returns the weights of a VAE with the
+    encoder of `start`."""
     vae = make_vae(start, workers.compute).to(workers.device)
     vae.requires_grad_(False)
     trained = [*vae.decoder.requires_grad_(True).parameters(), *vae.conv2.requires_grad_(True).parameters()]
@@ -157,20 +162,20 @@ def train_decoder(
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for the state and the log.")
-@click.option("--minutes", type=MINUTES, default=3.0, show_default=True)
-@click.option("--steps", default=0, help="Steps instead of minutes.")
-@click.option("--frames", default=FRAMES, show_default=True, help="Frames of a case, 4n+1.")
-@click.option("--cases", default=1_000, type=COUNT, show_default=True, help="Cases to learn from.")
-@click.option("--short-cases", default=4_000, type=COUNT, show_default=True, help="More cases, of 9 frames.")
+@click.option("--minutes", type=MINUTES, default=3.0, show_default=True, help="Training time.")
+@click.option("--steps", default=0, help="Number of steps, instead of --minutes.")
+@click.option("--frames", default=FRAMES, show_default=True, help="Frames per case, 4n+1.")
+@click.option("--cases", default=1_000, type=COUNT, show_default=True, help="Training cases.")
+@click.option("--short-cases", default=4_000, type=COUNT, show_default=True, help="Further cases, of 9 frames.")
 @click.option(
     "--batch",
     default=16,
     type=COUNT,
     show_default=True,
-    help="Cases per step and process, of short ones four times as many.",
+    help="Cases per step and process; four times as many for short cases.",
 )
 def main(**given: Any) -> None:
-    """Write CHECKPOINT, whose decoder knows the transformer's answers, to OUTPUT."""
+    """Train the decoder of CHECKPOINT with the transformer's outputs and write the checkpoint to OUTPUT."""
     options = DecoderOptions(**given)
     check_new(options.output)
     weights = given_weights(options.checkpoint)

@@ -1,9 +1,10 @@
-"""Training the sprite transformer by flow matching, under the pipeline's exact conditioning.
+"""Train the sprite transformer by flow matching, with the conditioning of the pipeline.
 
-x_σ = (1-σ)·x₀ + σ·noise, the model predicts noise - x₀. In part of the samples the first latents are history: clean up
-to a little noise, marked in the history mask, not in the loss. In part the prompt is dropped, so that guidance has
-something to compare with. Every sample deals the mask colours again. Half of the steps see short clips: they show
-twice the cases in the time, and what a frame should look like hardly depends on how many follow it.
+x_σ = (1-σ)·x₀ + σ·noise; the model predicts noise - x₀ (Lipman et al., "Flow Matching for Generative Modeling", 2023).
+In some samples the first latent frames are history: almost clean, marked in the history mask and excluded from the
+loss. In some the prompt is dropped, as classifier-free guidance requires. The mask colours are permuted for every
+sample. Half of the steps use short clips, which allow twice as many cases in the same time; the look of a frame hardly
+depends on the number of later frames.
 """
 
 from collections.abc import Sequence
@@ -22,20 +23,21 @@ from scail2_rt.export.models.dit import DiT, DiTInputs
 from scail2_rt.runtime.masks.palette import CHARACTERS
 from scail2_rt.runtime.pipeline.schedulers import TRAINING_STEPS
 
-RATE, MATRIX_RATE = 3e-3, 8e-3  # peaks, of AdamW and of Muon
-SHIFT = 6.0  # of the noise levels: what is shown is decided where there is most noise
-PURE = 0.5  # share of the samples that are nothing but noise: with less, who is where can be seen in the noisy answer
-HISTORY, HISTORY_LATENTS = 0.3, (1, 5)  # share of the samples; latents, from … to below: overlaps of 1 to 13 frames
-HISTORY_NOISE = 0.1  # its largest deviation on them
-DROPPED_TEXT = 0.1
-TURN = 0.6180339887  # multiples of it, without their whole part, fill 0…1 evenly
+RATE, MATRIX_RATE = 3e-3, 8e-3  # peak learning rates of AdamW and Muon
+SHIFT = 6.0  # of the noise levels, because the content is decided at high noise
+PURE = 0.5  # share of samples of pure noise; at lower noise the noisy answer shows the positions of the characters
+HISTORY, HISTORY_LATENTS = 0.3, (1, 5)  # share of samples; latent frames (end exclusive): overlaps of 1 to 13 frames
+HISTORY_NOISE = 0.1  # largest standard deviation of the noise on history
+DROPPED_TEXT = 0.1  # share of samples without a prompt
+TURN = 0.6180339887  # golden ratio: the fractional parts of its multiples are evenly distributed in 0…1
 CHARACTER_WEIGHT = 6.0
-PADDING_ROWS = 16  # behind the text, for all of the pipeline's
+PADDING_ROWS = 16  # padding rows after the text, which represent all padding rows of the pipeline
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Batches of one shape: what they are drawn from, how many samples they hold, their share of the steps."""
+    """Batches of one shape. samples: the data; replace: replace mode; size: samples per batch; share: weight in the
+    choice of a kind per step."""
 
     name: str
     samples: Samples
@@ -46,8 +48,12 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the transformer is given, at `times` [N]; the right answer [N, 16, F, h, w]; weights of its error [N, 1, F,
-    h, w]."""
+    """One batch.
+
+    inputs     inputs of the transformer
+    times      time steps [N]
+    velocity   the target [N, 16, F, h, w]
+    weight     weight of the error [N, 1, F, h, w]"""
 
     inputs: DiTInputs
     times: Tensor
@@ -56,7 +62,7 @@ class Batch:
 
 
 class Batches:
-    """Draws samples of a kind, noise levels and history; → the loss of a model on them.
+    """Draws batches of a kind with random noise levels and history, and computes the loss of a model.
 
     empty: encoding of an empty prompt [1, TEXT_ROWS, C]."""
 
@@ -66,10 +72,11 @@ class Batches:
         self.bounds = (parts / parts.sum()).cumsum(0)
 
     def turn(self, step: int) -> int:
-        """The number of a step's kind; over many steps each has its share."""
+        """The index of the kind for a step. Over many steps each kind gets its share."""
         return min(int(torch.searchsorted(self.bounds, step * TURN % 1)), len(self.kinds) - 1)
 
     def draw(self, kind: Kind, generator: torch.Generator) -> Batch:
+        """A random batch of a kind."""
         device = generator.device
         batch = kind.samples.take(torch.randint(len(kind.samples), (kind.size,), generator=generator, device=device))
 
@@ -98,6 +105,7 @@ class Batches:
         return Batch(inputs, TRAINING_STEPS * sigma.flatten(), noise - clean, weight)
 
     def loss(self, dit: DiT, kind: Kind, generator: torch.Generator) -> Tensor:
+        """The mean squared error of the velocity, weighted, on a random batch of a kind."""
         batch = self.draw(kind, generator)
         with torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"):
             velocity = dit(batch.inputs, batch.times)
@@ -108,7 +116,8 @@ class Batches:
 def train_dit(
     batches: Batches, budget: Budget, workers: Workers, work: Path, identity: str, start: Weights | None, slower: float
 ) -> Weights:
-    """start: weights to begin with, else random ones; slower: what the learning rates are divided by."""
+    """Train the transformer. start: initial weights; None: random ones. slower: divisor of the learning rates. Returns
+    the averaged weights, fp32 on the CPU."""
     dit = folded_padding(start).to(workers.device)
     if workers.device.type == "cuda":
         for block in dit.blocks:
@@ -122,8 +131,8 @@ def train_dit(
 
 
 def folded_padding(weights: Weights | None = None) -> FoldedDiT:
-    """The transformer as it is trained, on `TEXT_ROWS` rows of text. weights: None for those of a training's start."""
-    whole = make_dit(weights)
-    dit = FoldedDiT(whole.config, TEXT_ROWS, PADDING_ROWS)
-    dit.load_state_dict(whole.state_dict())
+    """The transformer for training, with `TEXT_ROWS` rows of text. weights: None for random initial weights."""
+    full = make_dit(weights)
+    dit = FoldedDiT(full.config, TEXT_ROWS, PADDING_ROWS)
+    dit.load_state_dict(full.state_dict())
     return dit

@@ -1,10 +1,10 @@
-"""Train the small SAM 2 that cuts drawn figures out, for tests and for the demo.
+"""Train the small SAM 2 that segments drawn figures, for tests and for the demo.
 
     python -m scail2_rt.benchmarks.sprites.training.train_segmenter OUTPUT --work DIR
     torchrun --nproc-per-node 2 -m scail2_rt.benchmarks.sprites.training.train_segmenter …
 
-One GPU or two; minutes or steps as in `train`. OUTPUT becomes a folder that `--segmenter-weights` takes, written again
-at each look at the held-out clips, whose mean IoU is printed. An interrupted run goes on.
+It runs on one GPU or two, for a number of minutes or steps. OUTPUT becomes a folder for `--segmenter-weights`. It is
+updated at each evaluation on held-out clips, whose mean IoU is printed. An interrupted run resumes.
 """
 
 import json
@@ -39,15 +39,15 @@ from scail2_rt.benchmarks.sprites.world.raster import Picture
 
 MATRIX_RATE, RATE = 1e-2, 1e-3
 CLIP_FRAMES, STILL_FRAMES = 8, 2
-STILLS = 3  # as many times the clips of a batch of short clips, which have points instead of boxes
+STILLS = 3  # factor of the batch size for short clips, which have points instead of boxes
 LOOK_EVERY_S = 45.0
-SEEN_PIXELS = 8  # of a figure that is there
+SEEN_PIXELS = 8  # minimum number of pixels of a visible figure
 HELD_OUT = ("two", "three", "animal", "crossing")
-CASES = ("animate", "pose", "mesh", "animal", "replace", "two", "three")  # whose pictures are learnt from too
+CASES = ("animate", "pose", "mesh", "animal", "replace", "two", "three")  # tasks whose pictures are used for training
 
 
 def training_picture(number: int, frames: int) -> Picture:
-    """Half of them are crossings, half are driving clips and answers of the sprite cases."""
+    """A picture of the training set: half are crossings, half are driving clips and outputs of the sprite cases."""
     if number % 2 == 0:
         return make_crossing(number // 2, "train", frames)
     scene = make_scene(CASES[number // 2 % len(CASES)], number, "train", frames)
@@ -55,13 +55,14 @@ def training_picture(number: int, frames: int) -> Picture:
 
 
 def held_out_picture(group: str, number: int, frames: int) -> Picture:
+    """A picture of a held-out group, which training does not use."""
     if group == "crossing":
         return make_crossing(number, "test", frames)
     return make_scene(group, number, "test", frames).driving.picture
 
 
 def make_pictures(numbers: range, frames: int, processes: int) -> list[Picture]:
-    """Plans of the training set's clips with these numbers, made by so many processes."""
+    """The pictures of the training set with these numbers, made by `processes` processes."""
     context = get_context("forkserver")
     context.set_forkserver_preload([make_scene.__module__, make_crossing.__module__])
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -69,8 +70,8 @@ def make_pictures(numbers: range, frames: int, processes: int) -> list[Picture]:
 
 
 def segmenter_loss(out: Unrolled, target: Tensor) -> Tensor:
-    """target bool [B, T, h, w]. Cross entropy and dice of the masks where the figure is seen, cross entropy of whether
-    it is, and the error of the expected IoU."""
+    """The training loss: cross entropy and dice of the masks in frames that show the figure, cross entropy of its
+    presence, and absolute error of the predicted IoU. target: bool [B, T, h, w]."""
     wanted = target.transpose(0, 1).float()
     there = (wanted.sum((2, 3)) >= SEEN_PIXELS).float()
     logits = out.masks.float().clamp(-30, 30)
@@ -86,6 +87,7 @@ def segmenter_loss(out: Unrolled, target: Tensor) -> Tensor:
 
 
 def clip_loss(model: Any, clips: SegmenterClips, size: int, frames: int, boxes: bool, draw: torch.Generator) -> Tensor:
+    """The loss on a random batch. draw: the random generator."""
     batch = clips.batch(size, frames, boxes, draw)
     with torch.autocast(draw.device.type, torch.bfloat16, enabled=draw.device.type == "cuda"):
         out = unroll(model, batch.frames, batch.points, batch.labels)
@@ -94,8 +96,11 @@ def clip_loss(model: Any, clips: SegmenterClips, size: int, frames: int, boxes: 
 
 @torch.no_grad()
 def held_out_iou(model: Any, clips: SegmenterClips, at_once: int) -> dict[str, float]:
-    """Every figure that the first frame shows, from its box there: mean IoU over the frames that show it, the share of
-    those in which the mask covers another figure more than its own, and of the others in which it says so."""
+    """Track every figure of the first frame from its box there.
+
+    iou         mean IoU over the frames that show the figure
+    exchanged   share of these frames in which the mask covers another figure more
+    absent      share of the other frames in which the mask is empty"""
     jobs = [
         (clip, figure)
         for clip in range(len(clips.image))
@@ -130,7 +135,7 @@ def held_out_iou(model: Any, clips: SegmenterClips, at_once: int) -> dict[str, f
 
 @dataclass(slots=True)
 class Watch:
-    """Looks at the held-out clips now and then, and keeps the model as it is."""
+    """Evaluates the model on the held-out clips every `LOOK_EVERY_S` seconds, and saves it."""
 
     model: Any
     groups: dict[str, SegmenterClips]
@@ -144,6 +149,7 @@ class Watch:
             self.last = time.monotonic()
 
     def look(self, step: int) -> dict[str, dict[str, float]]:
+        """Evaluate all groups, print the result and save the model."""
         found = {name: held_out_iou(self.model, clips, self.at_once) for name, clips in self.groups.items()}
         print(json.dumps({"step": step, "held out": found}), flush=True)
         save_segmenter(self.model, self.output)
@@ -153,7 +159,8 @@ class Watch:
 def train_segmenter(
     clips: SegmenterClips, groups: dict[str, SegmenterClips], training: Training, output: Path, batch: int
 ) -> dict[str, dict[str, float]]:
-    """→ what `held_out_iou` found at the end, for each group."""
+    """Train the model and save it to `output`. Returns the final `held_out_iou` per group; empty in ranks other
+    than 0."""
     device = training.workers.device
     model = make_segmenter().to(device)
     matrices = [p for name, p in model.named_parameters() if _is_matrix(name, p)]
@@ -193,15 +200,15 @@ class SegmenterOptions:
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for the state and the log.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=2.8, show_default=True)
-@click.option("--steps", default=0, help="Steps instead of minutes.")
-@click.option("--clips", default=4000, show_default=True, help="Clips to learn from.")
-@click.option("--frames", default=33, show_default=True, help="Frames of a clip.")
-@click.option("--held-out", default=8, show_default=True, help="Clips of each held-out group.")
-@click.option("--batch", default=16, show_default=True, help="Clips of a step and process.")
 @click.option(
-    "--recorded/--eager", default=True, help="On a GPU: steps as CUDA graphs, or launched one kernel at a time."
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=2.8, show_default=True, help="Training time."
 )
+@click.option("--steps", default=0, help="Number of steps, instead of --minutes.")
+@click.option("--clips", default=4000, show_default=True, help="Training clips.")
+@click.option("--frames", default=33, show_default=True, help="Frames per clip.")
+@click.option("--held-out", default=8, show_default=True, help="Clips per held-out group.")
+@click.option("--batch", default=16, show_default=True, help="Clips per step and process.")
+@click.option("--recorded/--eager", default=True, help="Enable or disable CUDA graphs on a GPU.")
 def main(**given: Any) -> None:
     """Train a small SAM 2 on drawn figures and write it to OUTPUT."""
     options = SegmenterOptions(**given)
@@ -219,7 +226,7 @@ def main(**given: Any) -> None:
         for name in HELD_OUT
         if workers.rank == 0
     }
-    print(f"{len(learnt.image)} clips drawn in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{len(learnt.image)} clip(s) drawn in {time.monotonic() - began:.0f} s", flush=True)
     identity = f"{options.clips} clips of {frames} frames, {batch} a step and process"
     budget = Budget(options.minutes, options.steps)
     training = Training(budget, workers, options.work, "segmenter", identity, options.recorded)

@@ -1,12 +1,13 @@
-"""Training the sprite VAE: clips of everything that will pass it, at full and at half size.
+"""Train the sprite VAE, on outputs and driving clips at full and at half size.
 
-Some clips are as long as a segment: trained on 13 frames alone, the causal caches drift in colour from frame 20 on. The
-loss is on pixels, those of characters weighing more. Latents get noise on the way to the decoder, so that the
-transformer's small errors stay small. Afterwards the affine freedom between encoder and decoder is used up: `conv1` and
-`conv2` are rescaled so that latents have the mean and deviation that Wan's constants say, per channel.
+Some clips are as long as a segment, because after training on 13 frames only, colours drift from frame 20 on. The loss
+is computed on pixels, with a higher weight for characters. Noise is added to the latents before decoding, so that small
+errors of the transformer have small effects. After training, `conv1` and `conv2` are rescaled, which does not change
+the reconstruction, so that the latents have the per-channel mean and standard deviation of Wan's constants.
 
-Clips go through in one pass, not frame by frame. On a GPU the 3-D convolutions run as 2-D ones with the time taps
-folded into channels, channels last: with 16 to 64 channels cuDNN's own are slow; so are PyTorch's norms.
+Clips are processed in one pass instead of frame by frame. On a GPU, 3-D convolutions run as channels-last 2-D
+convolutions with the taps in time folded into channels, and norms are compiled: for 16 to 64 channels, cuDNN's 3-D
+convolutions and PyTorch's norms are slow.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,20 +27,20 @@ from scail2_rt.export.models import vae as layers
 from scail2_rt.export.models.vae import LATENT_MEAN, LATENT_STD, VAE
 from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_video
 
-# Of successive batches, each list over and over. "whole": pictures whose middle attention sees four times as much.
+# Kinds and lengths of the batches. "whole": full pictures, in which the attention sees four times as many pixels.
 KINDS = ("crop", "half", "crop", "whole")
-CLIP_FRAMES = (9, 33, 17)  # all batches hold about as many frames
-STRIDE = 5  # from one batch's kind and length to the next batch's, among all of them
-BATCH_FRAMES = 9  # for which the batch size is meant
+CLIP_FRAMES = (9, 33, 17)  # frames per clip; all batches have about the same total number of frames
+STRIDE = 5  # step through the combinations of kind and length from batch to batch
+BATCH_FRAMES = 9  # frames per clip for which --vae-batch holds
 CROP = 64
-NOISE = 0.15  # of the latents' deviation
+NOISE = 0.15  # largest noise, relative to the standard deviation of the latents
 CHARACTER_WEIGHT = 3.0
 RATE = 2e-3
-ROUNDS, SEGMENT_FRAMES = 16, 144  # batches that statistics are taken from on a GPU, and frames in each
+ROUNDS, SEGMENT_FRAMES = 16, 144  # batches for statistics on a GPU, and frames per batch
 
 
 class Clips:
-    """Drawn videos that batches are cut from: image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W]."""
+    """The drawn videos of the training set: image uint8 [N, T, 3, H, W], labels uint8 [N, T, H, W]."""
 
     def __init__(self, scenes: Sequence[Scene], device: torch.device) -> None:
         parts = []
@@ -50,7 +51,8 @@ class Clips:
         self.image, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def batch(self, size: int, frames: int, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """→ video [B, 3, T, h, w] in -1..1, weight [B, 1, T, h, w]. `kind`: "whole", "half" (size) or "crop"."""
+        """A random batch → video [B, 3, T, h, w] in -1..1, weight [B, 1, T, h, w]. kind: "whole" (full pictures),
+        "half" (half size) or "crop"."""
 
         def pick(low: int, high: int) -> Tensor:
             return torch.randint(low, high, (size,), generator=generator, device=self.image.device)
@@ -75,7 +77,7 @@ class Clips:
 def train_vae(
     clips: Clips, budget: Budget, batch: int, workers: Workers, work: Path, start: Weights | None = None
 ) -> Weights:
-    """→ fp32 weights of a VAE whose latents are normalised. start: weights to begin with, else random ones."""
+    """Train the VAE. start: initial weights; None: random ones. Returns fp32 weights with normalised latents."""
     identity = f"{len(clips.image)} clips of {clips.image.shape[1]} frames"
     if start is not None:
         identity += f", begun with {digest(start)}"
@@ -102,7 +104,7 @@ def train_vae(
 
 @contextmanager
 def folded_convolutions(device: torch.device) -> Iterator[None]:
-    """Inside, on a GPU, the VAE's layers use `folded_conv3d` and `fused_norm`, and constants that are there already."""
+    """Inside this context, on a GPU, the VAE's layers use `folded_conv3d`, `fused_norm` and cached constants."""
     if device.type != "cuda":
         yield
         return
@@ -117,7 +119,7 @@ def folded_convolutions(device: torch.device) -> Iterator[None]:
 
 
 def fused_norm(self: layers.RMSNorm, x: Tensor) -> Tensor:
-    """`RMSNorm.forward`, compiled for rows of channels, which `folded_conv3d` leaves side by side."""
+    """`RMSNorm.forward`, compiled for contiguous rows of channels, the memory layout of `folded_conv3d`'s result."""
     last = x.movedim(-self.gamma.ndim, -1)
     rows = last.flatten(0, -2)
     torch._dynamo.mark_static(rows, 1)
@@ -132,7 +134,7 @@ def _compiled_norm() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _norm_rows(rows: Tensor, gamma: Tensor) -> Tensor:
-    """rows [R, C] → rows / rms · gamma; on a GPU in bf16, which the convolutions take there."""
+    """rows [R, C] → rows / rms · gamma; bf16 on a GPU, as input of the convolutions."""
     x = rows.float()
     normed = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12) * gamma
     return normed.bfloat16() if rows.is_cuda else normed
@@ -141,7 +143,8 @@ def _norm_rows(rows: Tensor, gamma: Tensor) -> Tensor:
 def folded_conv3d(
     x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...] = (1, 1, 1), padding: tuple[int, ...] = (0, 0, 0)
 ) -> Tensor:
-    """`F.conv3d` without padding in time: the frames of each tap side by side as channels, then one 2-D convolution."""
+    """`F.conv3d` without padding in time, as one 2-D convolution over the frames of all taps concatenated as
+    channels."""
     count, _, frames, _, _ = x.shape
     taps, step = weight.shape[2], stride[0]
     last = x.permute(0, 2, 3, 4, 1)
@@ -154,7 +157,8 @@ def folded_conv3d(
 
 @torch.no_grad()
 def normalised(vae: VAE, clips: Clips) -> Weights:
-    """The weights, with latents of the mean and deviation of Wan's. At 0 and 1 they are after normalisation."""
+    """The weights, rescaled so that latents have the mean and standard deviation of Wan's constants per channel, that
+    is, 0 and 1 after normalisation."""
     encoded = [vae.encode(video) for kind in ("whole", "half") for video, _ in _segments(clips, kind, seed=1)]
     values = torch.cat([latent.transpose(0, 1).flatten(1) for latent in encoded], dim=1).cpu()
     mean, deviation = values.mean(1), values.std(1)
@@ -173,23 +177,24 @@ def normalised(vae: VAE, clips: Clips) -> Weights:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: VAE, clips: Clips) -> tuple[float, float]:
-    """PSNR in dB of whole pictures: all pixels, and those of characters."""
+    """(PSNR in dB over all pixels of full pictures, PSNR over the pixels of characters)."""
     every, inside = [], []
     for video, weight in _segments(clips, "whole", seed=2):
         error = ((vae.decode(vae.encode(video)).clamp(-1, 1) - video) / 2).square().mean(1, keepdim=True)
         every.append(error.mean())
         inside.append(error[weight > 1].mean())
-    whole, characters = (float(-10 * torch.stack(errors).mean().log10()) for errors in (every, inside))
-    return whole, characters
+    overall, characters = (float(-10 * torch.stack(errors).mean().log10()) for errors in (every, inside))
+    return overall, characters
 
 
 def _segments(clips: Clips, kind: str, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of clips as long as there are: the end of a segment is its hardest part. One on a CPU, `ROUNDS` else."""
+    """Batches of clips of full length, because errors are largest at the end of a segment; one batch on a CPU, `ROUNDS`
+    on a GPU."""
     generator, frames = torch.Generator(clips.image.device).manual_seed(seed), clips.image.shape[1]
     for _ in range(ROUNDS if clips.image.is_cuda else 1):
         yield clips.batch(max(SEGMENT_FRAMES // frames, 1), frames, kind, generator)
 
 
 def vae_requests(count: int) -> list[tuple[str, range]]:
-    """Cases to learn from, evenly over the tasks."""
+    """(task, seeds) of the training cases, distributed evenly over the tasks."""
     return [(task, range(count // len(TASKS))) for task in TASKS]

@@ -1,1 +1,1 @@
-"""The drawn world: figures, motions, drawing, and cases whose right animation is known."""
+"""The drawn world: figures, motions, drawing, and cases whose correct animation is known."""

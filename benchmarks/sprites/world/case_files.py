@@ -1,8 +1,8 @@
-"""Drawn cases as files: the official case folder, which `scail2-rt generate --case` reads, and the request for it.
+"""Drawn cases as files: the official case folder, which `scail2-rt generate --case` reads, and its request.
 
-Beside the official files a folder holds the prompt and the additional references. Everything is lossless, so what the
-model sees is what was drawn. The driving clip has a tone whose pitch follows the height of the figure's joints: whoever
-plays the result hears whether sound and motion fit.
+Besides the official files, a folder contains the prompt and additional references. All files are lossless, so the model
+gets exactly the drawn pixels. The driving clip has a tone whose pitch follows the height of the figure's joints, so
+that audio and motion can be compared by ear.
 """
 
 from fractions import Fraction
@@ -19,13 +19,14 @@ from scail2_rt.runtime.core.request import Request
 from scail2_rt.runtime.media.lossless import SAMPLE_RATE, write_image, write_video
 
 FRAME_RATE = Fraction(FRAMES_PER_SECOND)
-SOME_SEED = 214  # red masks and figures of about one height, in both modes
+SOME_SEED = 214  # in both modes: red masks, and figures of about the same height
 LOWEST_HZ, OCTAVES, LOUDNESS = 220.0, 3.0, 0.2
 MASKS = {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}
 
 
 def write_case(case: SpriteCase, directory: Path, sound: bool = True, masks: bool = True) -> None:
-    """The case as a folder; files of an earlier one are replaced. Without `masks`: a picture, a clip and the prompt."""
+    """Write a case to a folder, replacing files of an earlier case. masks: False writes only the reference image, the
+    driving clip and the prompt."""
     directory.mkdir(parents=True, exist_ok=True)
     images = {"ref": case.reference, "ref_mask": case.reference_mask} if masks else {"ref": case.reference}
     for number, (image, mask) in enumerate(case.extras, 1):
@@ -47,14 +48,14 @@ def draw_case(
     replace_mode: bool = False,
     audio: bool = True,
 ) -> None:
-    """A case of any size, for whoever needs files and not a particular content."""
+    """Write a case of any size to a folder, for uses in which the content does not matter."""
     scene = make_scene("replace" if replace_mode else "animate", SOME_SEED, frames=frames)
     write_case(render_case(scene, (height, width)), directory, audio)
 
 
 def case_request(directory: Path, **options: Any) -> Request:
-    """The request for a folder of `write_case`, all its additional references included. `options`: fields of `Request`
-    that are not files."""
+    """The request for a folder of `write_case`, with all additional references. options: fields of `Request` other than
+    files."""
     files = read_case(directory)
     with_masks = sorted(directory.glob("extra_*_mask.png"))
     extras = tuple((mask.with_name(mask.name.replace("_mask", "")), mask) for mask in with_masks)
@@ -64,7 +65,8 @@ def case_request(directory: Path, **options: Any) -> Request:
 
 
 def motion_sound(joints: np.ndarray) -> np.ndarray:
-    """joints [T, J, 2] → mono samples of T frames: the higher the joints are on average, the higher the tone."""
+    """joints [T, J, 2] (x, y in units) → mono samples for T frames. The pitch rises with the mean height of the
+    joints."""
     frames = len(joints)
     height = np.clip(1 - joints[..., 1].mean(1) / UNITS, 0, 1)
     seconds = np.arange(SAMPLE_RATE * frames // FRAMES_PER_SECOND) / SAMPLE_RATE

@@ -1,14 +1,15 @@
-"""Cases: what the model is given and what it should answer, for every task, deterministic from (split, task, seed).
+"""Cases: the inputs of the model and the correct output, for every task, determined by (split, task, seed).
 
-`make_scene` decides everything with a numpy generator and says it in parts and backgrounds; `render_case` draws it. The
-training set makes scenes in the same way and draws them on a GPU. A driving figure and the character that it animates
-share joint angles, place and ground, not size or proportions: the answer keeps the character as its reference shows it.
+`make_scene` draws all random values with a NumPy generator and describes the case by parts and backgrounds;
+`render_case` draws it. The training set uses the same scenes and draws them on a GPU. A driving figure and the
+character that it animates share joint angles, position and ground, but not size or proportions: in the correct output,
+the character looks as in its reference image.
 
-    animate    another person drives             mesh       a shaded body rendering drives
-    pose       a stick figure drives             animal     another animal drives
-    replace    the character takes the driving figure's place in the driving scene
-    two, three several characters, each bound to its driving figure by its mask colour
-    extra      a second reference shows the background behind the character, or the character's back
+    animate    driven by another person          mesh       driven by a shaded body rendering
+    pose       driven by a stick figure          animal     driven by another animal
+    replace    the character replaces the driving figure in the driving scene
+    two, three several characters, each assigned to its driving figure by its mask colour
+    extra      an additional reference image shows the background behind the character, or the character's back
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ from scail2_rt.benchmarks.sprites.world.raster import (
 from scail2_rt.runtime.masks.palette import CHARACTERS, PALETTE, RGB
 
 TASKS = ("animate", "pose", "mesh", "animal", "replace", "two", "three", "extra")
-SPLITS = ("train", "test")  # characters, places and motion parameters of other seeds; test has its own motions too
+SPLITS = ("train", "test")  # they differ in seeds; "test" also has motions that "train" does not have
 SIZE = (128, 128)
 FRAMES = 33
 BLACK, WHITE = PALETTE["black"], PALETTE["white"]
@@ -54,14 +55,14 @@ _VERBS = {
     "walk": "walks", "dance": "dances", "wave": "waves", "jump": "jumps", "turn": "turns", "march": "walks fast",
     "stretch": "stretches", "wag": "wags", "trot": "runs", "spin": "turns round",
 }  # fmt: skip
-# What an exercise is called, one as good as another: a new word for a motion shall not matter.
+# Verbs for the motion "exercise", chosen at random, so that the model does not depend on the verb.
 _MOVES = ("moves", "moves fast", "plays", "works", "climbs", "skips", "boxes", "kicks", "swims", "bends", "exercises")
-Colours = tuple[RGB, ...]  # of a mask, by label: the background, then the characters
+Colours = tuple[RGB, ...]  # colours of a mask by label: background, then characters
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A picture and the colours of its mask."""
+    """A picture, and the colours of its mask by label."""
 
     picture: Picture
     colours: Colours
@@ -69,8 +70,13 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A case that has not been drawn. joints [T, characters · J, 2] of the answer; facing_away [T, characters]: the
-    character's back is seen; hides: what only an extra reference shows, "background", "back" or ""."""
+    """The description of a case before drawing.
+
+    reference, extras   reference image, additional reference images
+    truth               the correct output
+    joints              [T, characters · J, 2] in the correct output, x and y in units
+    facing_away         bool [T, characters]: the character's back is visible
+    hides               content that only an additional reference shows: "background", "back", or empty for none"""
 
     task: str
     seed: int
@@ -87,8 +93,12 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class SpriteCase:
-    """A drawn case. Images uint8 [H, W, 3], videos uint8 [T, H, W, 3]; labels uint8 [T, H, W]: 0 where the answer
-    shows no character, else its number; hidden bool [T, H, W]: what the first reference cannot tell."""
+    """A drawn case. Images are uint8 [H, W, 3], videos uint8 [T, H, W, 3].
+
+    extras   pairs (image, mask)
+    truth    the correct output
+    labels   uint8 [T, H, W], number of the character that `truth` shows, 0 for none
+    hidden   bool [T, H, W], pixels whose content the first reference does not show"""
 
     scene: Scene
     reference: np.ndarray
@@ -102,14 +112,14 @@ class SpriteCase:
 
 
 def make_scene(task: str, seed: int, split: str = "test", frames: int = FRAMES, swapped: bool = False) -> Scene:
-    """The case number `seed` of a task. `swapped`: of several characters the first has the colour of the last driving
-    figure, and so on; all else is that of the case."""
+    """The scene number `seed` of a task. swapped: with several characters, assign them to the driving figures in
+    reverse order; everything else is unchanged."""
     random = np.random.default_rng([SPLITS.index(split), TASKS.index(task), seed])
     return _SCENES[task](_Draw(task, seed, split, frames, random, swapped))
 
 
 def closeup(scene: Scene) -> Scene:
-    """The same case from a reference that the character fills from edge to edge, so that its size says nothing."""
+    """The same case with a reference image that the character fills, so that it does not show the character's size."""
     picture = scene.reference.picture
     parts = picture.parts.copy()
     x, y, radii = parts[..., [AX, BX]], parts[..., [AY, BY]], parts[..., [RA, RB]]
@@ -122,6 +132,7 @@ def closeup(scene: Scene) -> Scene:
 
 
 def render_case(scene: Scene, size: tuple[int, int] = SIZE) -> SpriteCase:
+    """Draw a scene. size: (H, W) in pixels."""
     reference, reference_labels, reference_mask = draw_view(scene.reference, size)
     extras = tuple((image[0], mask[0]) for image, _, mask in (draw_view(view, size) for view in scene.extras))
     driving, _, driving_mask = draw_view(scene.driving, size)
@@ -135,14 +146,14 @@ def render_case(scene: Scene, size: tuple[int, int] = SIZE) -> SpriteCase:
 
 
 def draw_view(view: View, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """→ image, labels, mask."""
+    """Draw a view → image uint8 [T, H, W, 3], labels uint8 [T, H, W], mask uint8 [T, H, W, 3]."""
     image, labels = draw_picture(view.picture, *size)
     return image, labels, np.array(view.colours, np.uint8)[labels]
 
 
 @dataclass(slots=True)
 class _Draw:
-    """What the scenes of all tasks draw from."""
+    """The parameters of a scene and random choices that all tasks share."""
 
     task: str
     seed: int
@@ -152,13 +163,13 @@ class _Draw:
     swapped: bool = False
 
     def motion(self, species: str, names: tuple[str, ...] = ()) -> Motion:
-        """Some motion; in the test split every other case has one that was never trained on."""
+        """A random motion; in the test split every other case has one that is never trained on."""
         usual = PRACTISED if self.split == "train" else (HELD_OUT, TRAINED)[self.seed % 2]
         names = names or usual[species]
         return make_motion(species, str(self.random.choice(names)), self.frames, self.random)
 
     def scenery(self, pan: float = 0.0) -> np.ndarray:
-        """A background [T, BACKGROUND]; `pan`: how far it moves sideways."""
+        """A random background [T, BACKGROUND]. pan: its horizontal movement over the clip, in units."""
         random, one = self.random, np.zeros(BACKGROUND)
         one[:9] = random.uniform(0.15, 0.9, 9)
         one[3:6] = np.clip(one[:3] + random.uniform(-0.2, 0.35, 3), 0.05, 1)
@@ -173,12 +184,12 @@ class _Draw:
         return every
 
     def place(self, x: float = 64, spread: float = 14) -> tuple[np.ndarray, np.ndarray]:
-        """(x, ground) of a figure."""
+        """A random position of a figure: (x [T], ground [T]), in units."""
         random = self.random
         return np.full(self.frames, x + random.uniform(-spread, spread)), np.full(self.frames, random.uniform(108, 122))
 
     def at_ease(self, character: Character, label: int, x: float = 64, spread: float = 14, yaw: float = 0.0) -> Body:
-        """A character in its reference image."""
+        """A character in a rest pose, for a reference image."""
         place, ground = self.place(x, spread)
         return pose_body(character, rest(character.species, self.random, yaw), place[:1], ground[:1], label)
 
@@ -186,7 +197,7 @@ class _Draw:
         return (background, *(PALETTE[CHARACTERS[i]] for i in self.random.permutation(len(CHARACTERS))[:count]))
 
     def describe(self, character: Character, motion: Motion) -> str:
-        """Its part of the prompt."""
+        """The part of the prompt that describes a character and its motion."""
         top, bottom = character.colours
         article = "an" if top.startswith("o") else "a"
         verb = str(self.random.choice(_MOVES)) if motion.name == "exercise" else _VERBS[motion.name]
@@ -197,19 +208,19 @@ class _Draw:
     def finish(
         self, mode: str, prompt: str, reference: View, driving: View, truth: Picture, acts: list[tuple[Body, Motion]]
     ) -> Scene:
-        """`acts`: each character of the answer in its pose, and its motion."""
+        """The scene from its parts. acts: per character of the correct output, its body and its motion."""
         away = np.stack([np.cos(motion.yaw) < -0.3 for _, motion in acts], 1)
         joints = np.concatenate([body.joints for body, _ in acts], 1)
         return Scene(self.task, self.seed, mode, prompt, reference, (), driving, truth, joints, away)
 
 
 def _recoloured(colours: Colours, background: RGB) -> Colours:
-    """The same characters before another background."""
+    """The same colours with another background."""
     return (background, *colours[1:])
 
 
 def _single(draw: _Draw, species: str, style: Callable[[Body], Body] | None = None) -> Scene:
-    """One character, animated before the background of its reference."""
+    """One character, animated in front of the background of its reference. style: of the driving figure."""
     character, driver = (make_character(species, draw.random) for _ in range(2))
     motion, (x, ground), scenery = draw.motion(species), draw.place(), draw.scenery()
     colours = draw.colours(1, WHITE)
@@ -236,7 +247,7 @@ def _replace(draw: _Draw) -> Scene:
 
 
 def _several(draw: _Draw, count: int) -> Scene:
-    """Characters in a row; the order of the driving figures is drawn apart from that in the reference."""
+    """Characters side by side; their order in the driving clip is independent of that in the reference image."""
     random, low, high = draw.random, *{2: (58, 68), 3: (46, 54)}[count]
     middles = (np.arange(count) + 0.5) * 128 / count
     characters, drivers = (
@@ -254,7 +265,7 @@ def _several(draw: _Draw, count: int) -> Scene:
         for people in (drivers, characters)
     )
     reference = View(make_picture(rests, scenery[:1]), colours)
-    drawn = figures[::-1] if draw.swapped else figures  # of two at the same depth the same one is in front
+    drawn = figures[::-1] if draw.swapped else figures  # keep the drawing order of the case that is not swapped
     driving = View(make_picture(drawn, draw.scenery()), _recoloured(colours, BLACK))
     prompt = " and ".join(draw.describe(*pair) for pair in zip(characters, motions, strict=True))
     acts = list(zip(bodies, motions, strict=True))
@@ -262,7 +273,7 @@ def _several(draw: _Draw, count: int) -> Scene:
 
 
 def _extra(draw: _Draw) -> Scene:
-    """The reference hides something that an extra one shows: what is behind the character, or its back."""
+    """A case with an additional reference that shows the background behind the character, or its back."""
     hides = ("background", "back")[draw.seed // 2 % 2]
     character, driver = (make_character("human", draw.random) for _ in range(2))
     motion = draw.motion("human", ("spin",) if hides == "back" else ())
@@ -271,7 +282,7 @@ def _extra(draw: _Draw) -> Scene:
     if hides == "background":
         centre = resting.joints[0].mean(0)
         scenery[:, FIRST_BLOB : FIRST_BLOB + 3] = [centre[0], min(centre[1], 80), draw.random.uniform(14, 22)]
-        x = x + np.where(x > centre[0], 14, -14)  # the character leaves the place
+        x = x + np.where(x > centre[0], 14, -14)  # so that the background behind the character becomes visible
         extra = View(make_picture([], scenery[:1]), (WHITE, *colours[1:]))
     else:
         turned = draw.at_ease(character, 1, yaw=np.pi)

@@ -1,8 +1,7 @@
-"""Clips of figures that cross the picture: they pass before one another, enter late, leave and come back.
+"""Clips with crossing figures: they pass in front of one another, enter late, leave and come back.
 
-What a segmenter learns from and is tried on: `cases` keeps its figures in the picture and mostly apart. Deterministic
-from (split, seed), with the motions of `motions` and, in the test split, those that are never trained on in every other
-clip.
+The segmenter is trained and tested on them, because the figures of `cases` stay in the picture and mostly apart. A clip
+is determined by (split, seed). In the test split, every other clip has motions that are never trained on.
 """
 
 import numpy as np
@@ -23,15 +22,15 @@ from scail2_rt.benchmarks.sprites.world.raster import (
     skeleton,
 )
 
-MOST = 3  # figures
+MOST = 3  # maximum number of figures
 PATHS = ("across", "stays", "late", "returns")
-OUTSIDE = 40.0  # a figure this far beyond an edge is not seen
-DRESSED = 0.75  # share of the clips of dressed figures; the others are of stick figures or body renderings
+OUTSIDE = 40.0  # a figure this far (in units) beyond an edge is not visible
+DRESSED = 0.75  # share of clips with dressed figures; the others have stick figures or body renderings
 
 
 def make_crossing(seed: int, split: str = "test", frames: int = 33, count: int | None = None) -> Picture:
-    """A clip of `count` figures (None: one to three), the first of them a dog in every fourth clip. All of them are
-    seen in the first frame, but those whose path is "late"; the first one always is."""
+    """A clip of `count` figures (None: one to three); in every fourth clip the first one is a dog. Figures with the
+    path "late" enter after the first frame; the first figure never has this path."""
     random = np.random.default_rng([SPLITS.index(split), 1000, seed])
     count = int(random.integers(1, MOST + 1)) if count is None else count
     style = None if random.uniform() < DRESSED else (skeleton, clay)[random.integers(2)]
@@ -41,7 +40,7 @@ def make_crossing(seed: int, split: str = "test", frames: int = 33, count: int |
 
 
 def make_meeting(seed: int, split: str = "test", frames: int = 33) -> Picture:
-    """Two dressed people who walk past one another, apart in the first frame and in the last."""
+    """A clip of two dressed people who walk past one another; they do not overlap in the first and last frame."""
     random = np.random.default_rng([SPLITS.index(split), 2000, seed])
     usual = PRACTISED if split == "train" else (HELD_OUT, TRAINED)[seed % 2]
     bodies = []
@@ -64,7 +63,7 @@ def _figure(random: Random, split: str, seed: int, frames: int, label: int) -> B
 
 
 def _path(path: str, random: Random, time: np.ndarray) -> np.ndarray:
-    """x over time, 0…1."""
+    """The x position, in units, over time [T] in 0…1."""
     start, end, left = random.uniform(15, 113), random.uniform(15, 113), random.uniform() < 0.5
     outside = -OUTSIDE if left else 128 + OUTSIDE
     if path == "across":
@@ -74,7 +73,7 @@ def _path(path: str, random: Random, time: np.ndarray) -> np.ndarray:
     if path == "late":
         entry = random.uniform(0.05, 0.4)
         return outside + (end - outside) * np.clip((time - entry) / (0.8 - entry), 0, 1)
-    away = random.uniform(0.35, 0.6)  # half-way out
+    away = random.uniform(0.35, 0.6)  # the middle of the time outside
     return outside + (start - outside) * np.clip(np.abs(time - away) / 0.3 - 0.2, 0, 1)
 
 

@@ -1,9 +1,9 @@
-"""Characters: bodies, colours and patterns, and the tapered capsules that a body in a pose consists of.
+"""Characters: proportions, colours and patterns, and the tapered capsules of a body in a pose.
 
-Units are those of a picture 128 high; x to the right, y down. A body is assembled around its root (the hips, or the
-middle of an animal's back) with x sideways, y down and z towards the viewer; its yaw then turns x and z, so that a
-turning body narrows, shows its side and then its back, where a pack hides the chest. Last, it is set down with its
-lowest point on the ground. Depth orders the parts.
+A picture is 128 units high; x points right, y down. A body is assembled around its root (the hips, or the middle of an
+animal's back) with x sideways, y down and z towards the viewer. Its yaw rotates x and z, so that a turning body becomes
+narrower and shows its side and then its back, where a pack covers the chest. Finally the body is moved so that its
+lowest point touches the ground. The depth defines the drawing order of the parts.
 """
 
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ import numpy as np
 
 from scail2_rt.benchmarks.sprites.world.motions import Motion, Random
 
-# Fields of a part: end points and radii, then
+# Fields of a part: end points A and B, their radii, then:
 AX, AY, BX, BY, RA, RB = range(6)
-COLOUR, SECOND = slice(6, 9), slice(9, 12)  # RGB in 0…1; the second is that of the stripes
-STRIPES, SHADE, LABEL = 12, 13, 14  # stripes along the part (0: none); darkness of the rim; number of the character
+COLOUR, SECOND = slice(6, 9), slice(9, 12)  # RGB in 0…1, RGB of the stripes
+STRIPES, SHADE, LABEL = 12, 13, 14  # stripes along the part (0: none), darkness of the rim, number of the character
 FIELDS = 15
 RIM = 0.3
 COLOURS = {
@@ -30,8 +30,13 @@ TOP, BOTTOM, SKIN, HAIR, PACK, STRIPE, SHOES, DARK = range(8)  # rows of a palet
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """height in units; sizes: proportions by name, in heights; palette [8, 3]; stripes [3] of trunk, legs and arms;
-    colours: the names that a prompt mentions."""
+    """The look of a character.
+
+    height    in units
+    sizes     proportions by name, relative to the height
+    palette   RGB [8, 3]
+    stripes   [3], of trunk, legs and arms
+    colours   names of top and bottom colour for the prompt"""
 
     species: str
     height: float
@@ -43,8 +48,13 @@ class Character:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """parts [T, P, FIELDS], depth [T, P] (larger is nearer), joints [T, J, 2]; per part: its number in a stick figure
-    (-1: not in it) and whether it is a detail that a body rendering leaves out."""
+    """A character in T poses.
+
+    parts     [T, P, FIELDS]
+    depth     [T, P], larger is nearer
+    joints    [T, J, 2], x and y in units
+    bones     [P], number of the part in a stick figure; -1: not part of it
+    details   [P], bool: a body rendering omits the part"""
 
     parts: np.ndarray
     depth: np.ndarray
@@ -54,14 +64,15 @@ class Body:
 
 
 def make_character(species: str, random: Random, height: float | None = None) -> Character:
-    """Proportions vary by about a sixth, colours over the whole palette."""
+    """A random character. Proportions vary by ±16 %; colours are drawn from the full palette. height: in units; None:
+    random."""
     names = list(COLOURS)
     top, bottom = (str(name) for name in random.choice(names, 2, replace=False))
     hair, pack, stripe, shoes = (COLOURS[name] for name in random.choice(names, 4))
     skin = SKINS[random.integers(len(SKINS))]
     palette = np.array([COLOURS[top], COLOURS[bottom], skin, hair, pack, stripe, shoes, (0.08, 0.08, 0.1)])
     palette = np.clip(palette + random.normal(0, 0.04, palette.shape), 0.04, 0.96)
-    stripes = (random.uniform(size=3) < 0.4).astype(float)  # one band per part: the small VAE blurs finer ones
+    stripes = (random.uniform(size=3) < 0.4).astype(float)  # one band per part, because the small VAE blurs finer ones
     if species == "human":
         middle = {"thigh": 0.22, "shin": 0.22, "torso": 0.28, "upper": 0.17, "fore": 0.16, "head": 0.1,
                   "shoulders": 0.11, "hips": 0.06, "girth": 0.105, "limb": 0.062, "pack": 0.085}  # fmt: skip
@@ -75,8 +86,8 @@ def make_character(species: str, random: Random, height: float | None = None) ->
 
 
 def pose_body(character: Character, motion: Motion, x: np.ndarray, ground: np.ndarray, label: int) -> Body:
-    """The character performing a motion of T frames, its root at `x` [T] and its lowest point, jumps aside, on
-    `ground` [T]."""
+    """The character in a motion of T frames. x [T]: position of its root; ground [T]: y of its lowest point, except in
+    jumps; label: number of the character."""
     assembly = _Assembly(character, motion, label)
     (_person if character.species == "human" else _animal)(assembly)
     return assembly.set_down(x, ground)
@@ -84,8 +95,13 @@ def pose_body(character: Character, motion: Motion, x: np.ndarray, ground: np.nd
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a part is drawn. colour: a row of the palette; stripes: along the part; layer: lifts it over parts of the
-    same depth, whatever the yaw; bone: it is in a stick figure; detail: a body rendering leaves it out."""
+    """The drawing options of a part.
+
+    colour    row of the palette
+    stripes   number of stripes along the part
+    layer     added to the depth, independent of the yaw
+    bone      the part belongs to the stick figure
+    detail    a body rendering omits the part"""
 
     colour: int
     stripes: float = 0.0
@@ -96,7 +112,7 @@ class Look:
 
 @dataclass(slots=True)
 class _Assembly:
-    """Parts of a body in the making. Lengths are in body heights until `set_down`."""
+    """A body being assembled. Lengths are in body heights until `set_down`."""
 
     character: Character
     motion: Motion
@@ -111,11 +127,11 @@ class _Assembly:
         return np.tile(np.array([x, y, z]), (len(self.motion.yaw), 1))
 
     def limb(self, start: np.ndarray, angle: np.ndarray, length: float) -> np.ndarray:
-        """The end of a limb of which angle 0 hangs down and π/2 points to +x."""
+        """The end point [T, 3] of a limb. angle [T]: 0 points down, π/2 points to +x."""
         return start + length * np.stack([np.sin(angle), np.cos(angle), np.zeros_like(angle)], 1)
 
     def turned(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(position [T, 2], depth [T]) for the viewer."""
+        """(position [T, 2], depth [T]) of a point [T, 3] after the rotation by the yaw."""
         cos, sin = np.cos(self.motion.yaw), np.sin(self.motion.yaw)
         x, y, z = point.T
         return np.stack([x * cos + z * sin, y], 1), z * cos - x * sin
@@ -124,7 +140,7 @@ class _Assembly:
         self.joints.append(self.turned(point)[0])
 
     def add(self, a: np.ndarray, b: np.ndarray, ra: float, rb: float, look: Look) -> None:
-        """A capsule from `a` to `b`."""
+        """Add a capsule from `a` to `b` with radii `ra` and `rb`."""
         (start, near), (end, far) = self.turned(a), self.turned(b)
         part = np.zeros((len(start), FIELDS))
         part[:, AX : AY + 1], part[:, BX : BY + 1], part[:, RA], part[:, RB] = start, end, ra, rb
@@ -148,7 +164,7 @@ class _Assembly:
 
 
 def _person(body: _Assembly) -> None:
-    """20 parts; joints: head, hands, elbows, knees, feet."""
+    """Assemble a person: 20 parts; joints: head, hands, elbows, knees, feet."""
     s, angle, stripes = body.character.sizes, body.motion.angles.T, body.character.stripes
     hips, limb, girth = body.point(), s["limb"], s["girth"]
     neck = body.limb(hips, np.pi - angle[0], s["torso"])
@@ -181,7 +197,7 @@ def _person(body: _Assembly) -> None:
 
 
 def _animal(body: _Assembly) -> None:
-    """17 parts, seen from the side at yaw 0, head to the right; joints: head, tail, knees, feet."""
+    """Assemble an animal: 17 parts; joints: head, tail, knees, feet. At yaw 0 it is seen from the side, head right."""
     s, angle, stripes = body.character.sizes, body.motion.angles.T, body.character.stripes
     half, limb, girth = s["trunk"] / 2, s["limb"], s["girth"]
     chest = body.limb(body.point(), np.pi / 2 - angle[0], half)

@@ -1,9 +1,10 @@
-"""Motions as joint angles over time, for people and for four-legged animals, from a random generator.
+"""Random motions as joint angles over time, for people and for four-legged animals.
 
-Angles are radians in the picture plane and belong to no body: any character of the species can perform them. People:
-limbs hang down at 0 and open outwards. `yaw` turns the body about its vertical axis: 0 faces the viewer (people) or
-right (animals). Motions of `HELD_OUT` are never trained on. The training set has `exercise` besides those of `TRAINED`:
-every joint by itself through most of what it can do, so that its poses include those of all other motions.
+Angles are radians in the picture plane and independent of a body: any character of the species can perform them. For
+people, 0 is a limb that hangs down, and positive angles open outwards. `yaw` rotates the body about its vertical axis:
+0 faces the viewer (people) or right (animals). Motions of `HELD_OUT` are never trained on. Besides those of `TRAINED`,
+the training set has `exercise`, which moves every joint independently through most of its range, so that its poses
+include those of all other motions.
 """
 
 from collections.abc import Callable
@@ -13,21 +14,26 @@ from functools import partial
 import numpy as np
 
 FRAMES_PER_SECOND = 16
-SPEED = (0.35, 0.6)  # periods per second: of what is faster, the small VAE blends the four frames of a latent
+SPEED = (0.35, 0.6)  # periods per second; with faster motions, the small VAE blends the four frames of a latent frame
 # lean, head, then (shoulder, elbow, hip, knee) of the left side and of the right
 HUMAN_JOINTS = 10
 # body pitch, neck, tail, then (upper, lower) of front near, front far, hind near, hind far
 ANIMAL_JOINTS = 11
 TRAINED = {"human": ("walk", "dance", "wave", "jump", "turn"), "animal": ("walk", "wag", "jump", "turn")}
 HELD_OUT = {"human": ("march", "stretch"), "animal": ("trot",)}
-# What the training set draws from: exercises are four of nine motions of people, four of eight of animals.
+# Motions of the training set. Exercises are four of nine for people and four of eight for animals.
 PRACTISED = {species: (*names, *("exercise",) * 4) for species, names in TRAINED.items()}
 Random = np.random.Generator
 
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """angles [T, joints]; sway [T]: sideways offset; lift [T]: height of a jump; both in body heights; yaw [T]."""
+    """A motion of T frames.
+
+    angles   [T, joints], radians
+    sway     [T], horizontal offset in body heights
+    lift     [T], height of a jump in body heights
+    yaw      [T], radians"""
 
     name: str
     angles: np.ndarray
@@ -37,7 +43,7 @@ class Motion:
 
 
 def make_motion(species: str, name: str, frames: int, random: Random) -> Motion:
-    """`frames` of the motion `name`, its speed, phase and extent drawn from `random`."""
+    """`frames` frames of the motion `name`; speed, phase and range are drawn from `random`."""
     seconds = np.arange(frames) / FRAMES_PER_SECOND
     phase = 2 * np.pi * (random.uniform(*SPEED) * seconds + random.uniform())
     joints = HUMAN_JOINTS if species == "human" else ANIMAL_JOINTS
@@ -50,7 +56,7 @@ def make_motion(species: str, name: str, frames: int, random: Random) -> Motion:
 
 
 def rest(species: str, random: Random, yaw: float = 0.0) -> Motion:
-    """One frame at ease, as in a reference image."""
+    """One frame in a rest pose, for a reference image."""
     if species == "animal":
         angles = random.normal(0, 0.06, (1, ANIMAL_JOINTS))
         return Motion("rest", angles, np.zeros(1), np.zeros(1), np.full(1, yaw + np.pi * random.integers(2)))
@@ -63,7 +69,7 @@ def rest(species: str, random: Random, yaw: float = 0.0) -> Motion:
 
 @dataclass(slots=True)
 class _Pose:
-    """A motion in the making."""
+    """A motion being assembled."""
 
     angles: np.ndarray
     sway: np.ndarray
@@ -72,7 +78,7 @@ class _Pose:
 
 
 def _smooth(phase: np.ndarray, random: Random, low: float, high: float) -> np.ndarray:
-    """A smooth random curve between about `low` and `high`."""
+    """A smooth random curve [T] between about `low` and `high`."""
     a, b = random.uniform(0, 2 * np.pi, 2)
     mix = random.uniform(0.3, 0.7)
     wave = mix * np.sin(phase * random.choice((0.5, 1.0)) + a) + (1 - mix) * np.sin(
@@ -139,13 +145,13 @@ def _stretch(pose: _Pose, phase: np.ndarray, random: Random) -> None:
 
 
 def _turn(pose: _Pose, phase: np.ndarray, random: Random) -> None:
-    """To one side and to the other, so far that a reference from the front still shows what is seen."""
+    """Turn to both sides, so little that a reference image from the front shows everything that becomes visible."""
     _loose(pose, phase, random)
     pose.yaw += random.choice((-1, 1)) * random.uniform(0.5, 0.9) * np.sin(phase)
 
 
 def _spin(pose: _Pose, phase: np.ndarray, random: Random) -> None:
-    """All round: the back is seen."""
+    """Turn fully, so that the back becomes visible."""
     _loose(pose, phase, random)
     _round(pose, phase, random)
 
@@ -198,7 +204,7 @@ def _trot(pose: _Pose, phase: np.ndarray, random: Random) -> None:
 
 
 def _exercise(pose: _Pose, phase: np.ndarray, random: Random) -> None:
-    """Of a person, limbs of both sides alike in half of the cases, facing the viewer in half of them."""
+    """A person's exercise. With probability 0.5 each, arms and legs are symmetric, and the person faces the viewer."""
     swing = partial(_wide, phase, random)
     for side in (2, 6):
         pose.angles[:, side] = swing(0.0, 3.0)
@@ -229,7 +235,8 @@ def _romp(pose: _Pose, phase: np.ndarray, random: Random) -> None:
 
 
 def _wide(phase: np.ndarray, random: Random, low: float, high: float) -> np.ndarray:
-    """A smooth random curve from somewhere in the lower half of `low` to `high` to somewhere in the upper half."""
+    """A smooth random curve [T] between a random value in the lower half of `low` to `high` and one in the upper
+    half."""
     near, far = random.uniform((0.0, 0.5), (0.5, 1.0))
     return _smooth(phase, random, low + near * (high - low), low + far * (high - low))
 

@@ -1,9 +1,8 @@
-"""Drawing: pictures of tapered capsules over a background, as tensors, on a CPU or a GPU.
+"""Draws pictures of tapered capsules over a background, with tensors, on a CPU or a GPU.
 
-A picture is drawn in one pass over its parts, far to near: the distance of every pixel to a part's axis gives a soft
-edge two pixels wide, as a camera's, a darker rim and the stripes. Where a part covers at least half of a pixel, that
-pixel's label becomes the part's. All frames given are drawn at once. The distance to a capsule: I. Quilez, "Distance
-functions".
+A picture is drawn in one pass over its parts, from far to near. The distance of every pixel to a part's axis determines
+a soft edge two pixels wide, a darker rim and the stripes. A pixel that a part covers at least half gets the part's
+label. All frames are drawn together. Source of the distance to a capsule: I. Quilez, "Distance functions".
 """
 
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from scail2_rt.benchmarks.sprites.world.figures import COLOUR, FIELDS, LABEL, RA, RB, SECOND, SHADE, STRIPES, Body
 
-UNITS = 128  # height of a picture in the units of its parts
+UNITS = 128  # height of a picture in units
 BLOBS = 4
-# Fields of a background: RGB at the top, at the horizon and of the ground; horizon; sideways pan; then per blob
-# x, y, radius, RGB
+# Fields of a background: RGB at the top, RGB at the horizon, RGB of the ground; y of the horizon; horizontal pan; then
+# per blob x, y, radius, RGB
 HORIZON, PAN, FIRST_BLOB = 9, 10, 11
 BACKGROUND = FIRST_BLOB + 6 * BLOBS
 BONE_RADIUS = 2.6
@@ -29,14 +28,15 @@ CLAY = (0.62, 0.66, 0.74)
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """T frames: parts [T, P, FIELDS], far to near, and backgrounds [T, BACKGROUND], in numpy."""
+    """The description of T frames: parts [T, P, FIELDS], from far to near, and background [T, BACKGROUND], as NumPy
+    arrays."""
 
     parts: np.ndarray
     background: np.ndarray
 
 
 def make_picture(bodies: list[Body], background: np.ndarray) -> Picture:
-    """Bodies, each in front of those before it, over a background [T, BACKGROUND]."""
+    """A picture of bodies over a background [T, BACKGROUND]. Later bodies are in front of earlier ones."""
     ordered = [
         np.take_along_axis(body.parts, np.argsort(body.depth, axis=1, kind="stable")[..., None], axis=1)
         for body in bodies
@@ -46,7 +46,7 @@ def make_picture(bodies: list[Body], background: np.ndarray) -> Picture:
 
 
 def skeleton(body: Body) -> Body:
-    """The body as a coloured stick figure, as a pose estimator draws it."""
+    """The body as a coloured stick figure, like the output of a pose estimator."""
     kept = body.bones >= 0
     parts = body.parts[:, kept].copy()
     parts[..., RA] = parts[..., RB] = BONE_RADIUS
@@ -57,7 +57,7 @@ def skeleton(body: Body) -> Body:
 
 
 def clay(body: Body) -> Body:
-    """The body without colours and details, strongly shaded, as a body mesh is rendered."""
+    """The body without colours and details and with strong shading, like a rendered body mesh."""
     kept = ~body.details
     parts = body.parts[:, kept].copy()
     parts[..., COLOUR], parts[..., STRIPES], parts[..., SHADE] = CLAY, 0, 0.7
@@ -65,12 +65,13 @@ def clay(body: Body) -> Body:
 
 
 def black(frames: int) -> np.ndarray:
-    """A background [T, BACKGROUND] that is black."""
+    """A black background [T, BACKGROUND]."""
     return np.zeros((frames, BACKGROUND))
 
 
 def draw(parts: Tensor, background: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """parts [N, P, FIELDS], background [N, BACKGROUND] → image uint8 [N, 3, H, W], labels uint8 [N, H, W]."""
+    """Draw N frames: parts [N, P, FIELDS], background [N, BACKGROUND] → image uint8 [N, 3, H, W], labels uint8
+    [N, H, W]."""
     scale = UNITS / height
     y = (torch.arange(height, device=parts.device, dtype=parts.dtype) + 0.5)[:, None] * scale
     x = (torch.arange(width, device=parts.device, dtype=parts.dtype) + 0.5)[None] * scale
@@ -83,14 +84,14 @@ def draw(parts: Tensor, background: Tensor, height: int, width: int) -> tuple[Te
 
 
 def draw_picture(picture: Picture, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """→ image uint8 [T, H, W, 3], labels uint8 [T, H, W]."""
+    """Draw a picture on the CPU → image uint8 [T, H, W, 3], labels uint8 [T, H, W]."""
     parts, background = (torch.from_numpy(x).float() for x in (picture.parts, picture.background))
     image, labels = draw(parts, background, height, width)
     return image.permute(0, 2, 3, 1).numpy(), labels.numpy()
 
 
 def _part(part: Tensor, image: Tensor, labels: Tensor, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One part [N, FIELDS, 1, 1] over every frame."""
+    """Draw one part [N, FIELDS, 1, 1] over all frames."""
     ax, ay, bx, by, ra, rb = part[:, :6].unbind(1)
     dx, dy = bx - ax, by - ay
     along = (((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-6)).clamp(0, 1)
@@ -107,12 +108,12 @@ def _part(part: Tensor, image: Tensor, labels: Tensor, x: Tensor, y: Tensor, sca
 
 @cache
 def _compiled_part() -> Callable[..., tuple[Tensor, Tensor]]:
-    """`_part` as one kernel instead of thirty."""
+    """`_part`, compiled to one kernel instead of thirty."""
     return torch.compile(_part)
 
 
 def _scenery(background: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Sky, ground and soft blobs → [N, 3, H, W] in 0…1."""
+    """Draw sky, ground and soft blobs → [N, 3, H, W] in 0…1."""
     fields = background[:, :, None, None]
     sky, low, ground = fields[:, 0:3], fields[:, 3:6], fields[:, 6:9]
     horizon = fields[:, HORIZON : HORIZON + 1]

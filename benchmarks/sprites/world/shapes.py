@@ -1,12 +1,12 @@
-"""Cases whose pictures have other shapes than the frame: what the official middle crop loses.
+"""Cases whose inputs have other aspect ratios than the video's frame, for measuring the loss by the official crop.
 
-A scene of `cases` is drawn into a frame of another shape, each input as a picture of its own shape. A picture is as
-high as the frame (in units, 128), so a figure has the size in it that it has in the right answer, and its place in the
-frame is that which `--fit auto` is to give it. The equal case is the same scene with both inputs in the frame's shape.
+A scene of `cases` is drawn with a different shape for the frame and for each input. All pictures are as high as the
+frame (128 units), so a figure has the same size in the input and in the correct output, and its position in the frame
+is the one that `--fit auto` should choose. The equal case is the same scene with both inputs in the frame's shape.
 
-    portrait   animate: a portrait clip drives, the reference and the frame are landscape
-    landscape  animate: a landscape clip drives, its figure at the left edge; the reference and the frame are portrait
-    edge       replace: a landscape clip with its figure at the left edge, which the frame shows; a portrait reference
+    portrait   animate: a portrait driving clip; the reference image and the frame are landscape
+    landscape  animate: a landscape driving clip with its figure at the left edge; reference and frame are portrait
+    edge       replace: a landscape driving clip with its figure at the left edge; frame landscape, reference portrait
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """(H, W) of the frame and of the pictures. The model was trained on frames 128 high and knows no others.
+    """(H, W) in pixels of the frame and of the inputs. The model was trained only on frames 128 pixels high.
 
-    left: where the driving figures are to stand, in units from the frame's left edge; None: where they do"""
+    left: mean x of the driving figures in units from the frame's left edge; None: unchanged"""
 
     frame: Size
     reference: Size
@@ -34,7 +34,7 @@ class Shapes:
 
     @property
     def equal(self) -> "Shapes":
-        """All pictures in the frame's shape."""
+        """The same with both inputs in the frame's shape."""
         return replace(self, reference=self.frame, driving=self.frame)
 
 
@@ -46,11 +46,12 @@ SHAPES: Mapping[str, Shapes] = {
 
 
 def units_wide(size: Size) -> float:
+    """The width in units of a picture of `size` (H, W) that is 128 units high."""
     return UNITS * size[1] / size[0]
 
 
 def moved(picture: Picture, figures: float, scenery: float) -> Picture:
-    """The picture with its figures and its background moved to the right by so many units."""
+    """The picture with its figures moved right by `figures` units and its background by `scenery` units."""
     parts, background = picture.parts.copy(), picture.background.copy()
     parts[..., [AX, BX]] += figures
     background[:, PAN] += scenery
@@ -58,11 +59,11 @@ def moved(picture: Picture, figures: float, scenery: float) -> Picture:
 
 
 def render_shapes(task: str, scene: Scene, shapes: Shapes) -> SpriteCase:
-    """The scene, made for a square picture, as a case of these shapes."""
+    """Draw a scene, which is made for a square frame, as a case with these shapes."""
     middle = units_wide(shapes.frame) / 2 - UNITS / 2
     place = middle if shapes.left is None else shapes.left - float(scene.joints[..., 0].mean())
     wide = units_wide(shapes.driving)
-    # a picture narrower than the frame lies in its middle; of a wider one the frame shows the left end
+    # a clip narrower than the frame is centred in it; of a wider clip the frame shows the left end
     driving = (wide - units_wide(shapes.frame)) / 2 if wide < units_wide(shapes.frame) else 0.0
     reference = units_wide(shapes.reference) / 2 - UNITS / 2
     scene = replace(

@@ -1,6 +1,6 @@
-"""SCAIL-2 in ComfyUI: this folder only names the nodes, which are in the package `scail2_rt`.
+"""SCAIL-2 in ComfyUI: this folder only registers the nodes, which are in the package `scail2_rt`.
 
-`scail2-rt comfyui install` writes it and `scail2-rt comfyui remove` takes it away."""
+`scail2-rt comfyui install` writes it and `scail2-rt comfyui remove` removes it."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-// The page: files are sent once, jobs are followed by fetch streams (which carry the key), nothing is loaded from
-// elsewhere. No build step.
+// The page. Each file is sent once. Job events are read with fetch instead of EventSource, because fetch can send the
+// API key. Nothing is loaded from other hosts, and there is no build step.
 
 const $ = id => document.getElementById(id);
 const FIELDS = ["input_reference", "video_reference", "mask_reference", "video_mask_reference"];
@@ -17,7 +17,7 @@ async function call(path, options = {}) {
   if (key) headers.set("Authorization", `Bearer ${key}`);
   const answer = await fetch(path, {...options, headers});
   if (answer.ok) return answer;
-  let said = `The service answers with ${answer.status}.`;
+  let said = `The service answered with status ${answer.status}. Try again.`;
   try { said = (await answer.json()).error.message; } catch { /* no JSON */ }
   if (answer.status === 401) askForKey();
   throw new Error(said);
@@ -29,7 +29,7 @@ const post = (path, body, more = {}) => ask(path, {
 
 function askForKey() {
   $("key-form").hidden = false;
-  $("state").textContent = "This service wants a key.";
+  $("state").textContent = "This service requires an API key. Enter one.";
 }
 
 $("key-form").addEventListener("submit", event => {
@@ -51,7 +51,7 @@ function keep(file) {
   return kept.get(file);
 }
 
-function send(file) {  // XMLHttpRequest alone tells how much is sent
+function send(file) {  // only XMLHttpRequest reports upload progress
   return new Promise((done, failed) => {
     const request = new XMLHttpRequest(), form = new FormData();
     form.append("purpose", "user_data");
@@ -62,9 +62,9 @@ function send(file) {  // XMLHttpRequest alone tells how much is sent
     request.onload = () => {
       let answer = {};
       try { answer = JSON.parse(request.responseText); } catch { /* below */ }
-      request.status === 200 ? done(answer.id) : failed(new Error(answer.error?.message || `Sending failed (${request.status}).`));
+      request.status === 200 ? done(answer.id) : failed(new Error(answer.error?.message || `The upload failed (${request.status}). Try again.`));
     };
-    request.onerror = () => failed(new Error("The service cannot be reached."));
+    request.onerror = () => failed(new Error("The service cannot be reached. Check that it runs."));
     request.send(form);
   });
 }
@@ -98,7 +98,7 @@ function choose(field, file) {
   if (field === "input_reference" || field === "video_reference") forgetMasks();
 }
 
-function put(element, url) {  // an object URL keeps its whole content in memory until it is revoked
+function put(element, url) {  // an object URL keeps its content in memory until it is revoked
   if (element.src) URL.revokeObjectURL(element.src);
   element.src = url;
 }
@@ -139,7 +139,7 @@ $("job").addEventListener("submit", async event => {
   event.preventDefault();
   $("said").textContent = "";
   if (!chosen.input_reference || !chosen.video_reference) {
-    $("said").textContent = "Choose a photo and a driving clip first.";
+    $("said").textContent = "Choose a reference image and a driving clip first.";
     return;
   }
   $("go").disabled = true;
@@ -193,8 +193,8 @@ function update(entry, video) {
 }
 
 function sentence(video) {
-  if (video.status === "queued" && video.phase) return `getting ready: ${video.phase}`;
-  if (video.status === "queued") return video.queue_position ? `waiting, ${video.queue_position} before it` : "next";
+  if (video.status === "queued" && video.phase) return `preparing: ${video.phase}`;
+  if (video.status === "queued") return `queued, position ${video.queue_position + 1}`;
   if (video.status === "failed") return video.error.message;
   if (video.status === "completed") return `done in ${video.inference_time_s.toFixed(1)} s`;
   const left = video.seconds_left == null ? "" : `, about ${Math.round(video.seconds_left)} s left`;
@@ -283,7 +283,7 @@ $("play").addEventListener("click", () => {
   for (const name of ["result-clip", "result-video"]) { $(name).currentTime = 0; $(name).play(); }
 });
 
-// ---- masks made inside
+// ---- masks made by the service
 
 for (const colour of COLOURS) $("colour").add(new Option(colour));
 
@@ -294,7 +294,7 @@ function forgetMasks() {
   for (const name of ["photo-mask", "clip-mask"]) $(name).hidden = true;
 }
 
-// Where a click lies, in pixels of the picture, which is fitted into its element; null beside it.
+// The position of a click in pixels of the image, which is scaled to fit its element; null if outside the image.
 function pixel(event, width, height) {
   const box = event.currentTarget.getBoundingClientRect();
   const scale = Math.min(box.width / width, box.height / height);
@@ -306,7 +306,7 @@ function pixel(event, width, height) {
 function point(place) {
   if (!place || !$("masks").open) return false;
   $("points").value += ($("points").value.trim() ? "; " : "") + `${place}:${$("colour").value}`;
-  $("mask-state").textContent = "Make the masks again to see what the clicks change.";
+  $("mask-state").textContent = "Make the masks again to apply the clicks.";
   return true;
 }
 
@@ -334,7 +334,7 @@ for (const event of ["play", "pause", "seeked", "timeupdate"]) {
 
 async function makeMasks() {
   const fields = ["input_reference", "video_reference"];
-  if (fields.some(field => !chosen[field])) throw new Error("Choose a photo and a driving clip first.");
+  if (fields.some(field => !chosen[field])) throw new Error("Choose a reference image and a driving clip first.");
   $("mask-state").textContent = "sending …";
   const body = {mode: $("mode").value, max_characters: Number($("max_characters").value) || 2};
   for (const field of fields) body[field] = {file_id: await keep(chosen[field])};
@@ -344,9 +344,9 @@ async function makeMasks() {
   for await (const [kind, document_] of events(made.id, undefined, "masks")) {
     if (kind === "failed") throw new Error(document_.error.message);
     if (kind === "completed") return document_;
-    if (kind === "progress") $("mask-state").textContent = `making masks: ${document_.status === "queued" && !document_.phase ? "waiting" : `${document_.progress} %`}`;
+    if (kind === "progress") $("mask-state").textContent = `making masks: ${document_.status === "queued" && !document_.phase ? "queued" : `${document_.progress} %`}`;
   }
-  throw new Error("The service went away: make them again.");
+  throw new Error("The connection to the service was lost. Make the masks again.");
 }
 
 $("make-masks").addEventListener("click", async () => {
@@ -357,7 +357,7 @@ $("make-masks").addEventListener("click", async () => {
     put($("photo-mask"), await content("mask_reference"));
     put($("clip-mask"), await content("video_mask_reference"));
     for (const name of ["photo-mask", "clip-mask"]) $(name).hidden = false;
-    $("mask-state").textContent = [`Masks of ${masks.characters.join(", ")}.`, ...masks.notes].join(" ");
+    $("mask-state").textContent = [`Masks for ${masks.characters.join(", ")}.`, ...masks.notes].join(" ");
   } catch (error) {
     $("mask-state").textContent = error.message;
   } finally {

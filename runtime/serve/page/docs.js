@@ -1,4 +1,4 @@
-// Fills the tables of /docs from the description that the service gives of itself.
+// Fills the tables of /docs from /openapi.json.
 
 const key = sessionStorage.getItem("key");
 const answer = await fetch("/openapi.json", {headers: key ? {Authorization: `Bearer ${key}`} : {}});

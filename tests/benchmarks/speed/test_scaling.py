@@ -1,4 +1,4 @@
-"""`bench scaling` through the installed command with the tiny model, and what it works out."""
+"""`bench scaling` through the installed command with the tiny model, and the times that it computes."""
 
 import json
 from pathlib import Path

@@ -55,7 +55,7 @@ def test_boxes() -> None:
 
 
 def test_scores_tell_an_exchange() -> None:
-    """Two figures; in half of the frames they have the other's colour."""
+    """Two figures whose colours are exchanged in half of the frames."""
     true = np.zeros((4, 20, 40, 3), np.uint8)
     true[:, 2:18, 2:18], true[:, 2:18, 22:38] = PALETTE["red"], PALETTE["blue"]
     made = true.copy()

@@ -1,4 +1,4 @@
-"""Building engine folders: values in the store, doing nothing twice, resuming, refusing, replacing, adding."""
+"""Building engine folders: values in the store, no repeated work, resuming, refusing, replacing, adding."""
 
 import errno
 import os
@@ -381,7 +381,7 @@ class TestOptions:
 
 
 def test_adding_a_backend_leaves_the_rest_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """ONNX Runtime's files come beside an existing store, and both executors then agree."""
+    """ONNX Runtime's files are added to an existing store, and both backends then agree."""
     pytest.importorskip("onnxruntime")
     from scail2_rt.engines.engine_set import open_engines
 

@@ -1,4 +1,4 @@
-"""Builds that end early (killed, interrupted, disk full) and go on from there; and how much memory a build takes."""
+"""Builds that end early (killed, interrupted, disk full) and resume; and the memory of a build."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ STORE = "stages/weights.safetensors"
 
 class TestInterruption:
     def test_sigkill_then_resume(self, tmp_path: Path) -> None:
-        """A process is killed half way; the next call writes only what is missing and the result is the same."""
+        """After a killed process, the next call writes only the missing tensors, and the result is the same."""
         script = """
             import os, signal, sys
             from pathlib import Path
@@ -86,7 +86,7 @@ class TestInterruption:
         assert build_small(tmp_path / "e").resumed_steps == 0
 
     def test_a_disk_that_fills_up(self, tmp_path: Path) -> None:
-        """Files may not grow beyond a limit in the child, which is what a full disk looks like."""
+        """The size of files is limited in the child, which has the same effect as a full disk."""
         script = """
             import resource, signal, sys
             from pathlib import Path

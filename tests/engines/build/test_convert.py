@@ -1,4 +1,4 @@
-"""`scail2-rt convert`: one file from any layout, the same engines from it; interrupted, refused, continued."""
+"""`scail2-rt convert`: one file from any layout, which gives the same engines; interrupted, refused, resumed."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def layouts(folder: Path, tiny_checkpoint: Path, dit: Tensors) -> Iterator[Path]
 
 
 def small(path: Path, seed: int = 0) -> Checkpoint:
-    """A transformer file whose heads its shapes do not tell."""
+    """A transformer file whose shapes do not determine the number of heads."""
     path.mkdir(exist_ok=True)
     save_file(random_tensors(dit_shapes(DIT), seed), path / "dit.safetensors")
     (path / "config.json").write_text('{"num_heads": 2, "eps": 1e-5}')
@@ -65,7 +65,7 @@ def small(path: Path, seed: int = 0) -> Checkpoint:
 
 
 class Stop(Steps):
-    """Interrupts when a step begins."""
+    """An observer that interrupts when a step begins."""
 
     def __init__(self, step: str) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def test_text_for_people_and_a_second_call(scail2: Run, tiny_checkpoint: Path, t
 
 class TestInterruption:
     def test_sigkill_then_resume(self, tmp_path: Path) -> None:
-        """Only what is missing is written; the result is the same file."""
+        """Only missing parts are written; the result is the same file."""
         script = """
             import os, signal, sys
             from pathlib import Path
@@ -271,7 +271,7 @@ class TestInterruption:
         assert not (tmp_path / "x.safetensors").exists()
 
     def test_ctrl_c_of_the_command(self, scail2: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
-        """The command interrupts itself, so that it is in the middle on a machine of any speed."""
+        """The command interrupts itself, so that the test does not depend on the machine's speed."""
         output = tmp_path / "x.safetensors"
         words = ("convert", tiny_checkpoint, "-o", output, "--dtype", "fp32")
         code = (

@@ -1,10 +1,10 @@
-"""Converting a checkpoint must not need the checkpoint's size in memory: measured in a process of its own.
+"""Converting a checkpoint must need much less memory than its size: measured in a separate process.
 
-The converting process gets a hard limit on private writable memory (RLIMIT_DATA, which Linux also applies to private
-file mappings) beside the measurement, so that an allocation between two samples cannot escape. The files have holes
-where zeros are: one of 0.9 GB (and in `make soak` the `wide` preset), converted in full with a LoRA and by `scail2-rt
-convert`, and one of the official 65.6 GB with all 987 SAT tensors, of which one block is converted. A block is
-converted from every quantised format, and an embedding as large as umT5's half is read from a GGUF file.
+Besides being measured, the process has a hard limit on private writable memory (RLIMIT_DATA, which Linux also applies
+to private file mappings), which catches allocations between two samples. The files are sparse: one of 0.9 GB (and in
+`make soak` the `wide` preset), converted completely with a LoRA and by `scail2-rt convert`, and one of the official
+65.6 GB with all 987 SAT tensors, of which one block is converted. A block is converted from every quantised format, and
+an embedding half as large as umT5's is read from a GGUF file.
 """
 
 import json
@@ -51,7 +51,7 @@ LARGE = [
 ]
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory through Linux's /proc")
 
-# Writes {"module": SAT tensors} of the 14B model without their data: the file is a hole between its headers.
+# Writes {"module": SAT tensors} of the 14B model without their data: a sparse file with headers only.
 SPARSE_CHECKPOINT = """
 import sys, torch
 from pathlib import Path
@@ -84,7 +84,7 @@ for linear in linears:
 save_file(tensors, sys.argv[2])
 """
 
-# From here on, the most anonymous memory that this process holds is watched, and `limit` (the last argument) binds.
+# From here on, the peak of this process's anonymous memory is measured, and `limit` (the last argument) applies.
 WATCH = """
 import json, os, re, resource, sys, threading, time, torch
 from pathlib import Path
@@ -105,7 +105,7 @@ start = status("RssAnon")
 resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + limit,) * 2)
 """
 
-# Opens, fuses, casts and writes away every wanted tensor; prints what it did and the most anonymous memory it held.
+# Opens, fuses, casts and discards every wanted tensor; prints a summary and the peak of anonymous memory.
 CONVERT = f"""
 from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.export.checkpoint.lora import LoRASpec, apply_loras
@@ -141,7 +141,7 @@ done.set()
 print(json.dumps({{"count": count, "grown": peak[0] - start}}))
 """
 
-# `scail2-rt convert` in this process, under the limit; prints the most anonymous memory it held on top.
+# `scail2-rt convert` in this process, with the limit; prints the increase of its peak of anonymous memory.
 COMMAND = f"""
 from scail2_rt.engines.build import convert
 from scail2_rt.runtime.cli.main import main
@@ -166,7 +166,7 @@ def run(script: str, *arguments: object) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where a large file with holes may be made; removed afterwards (pytest would keep it)."""
+    """A folder for a large sparse file; removed afterwards (pytest would keep it)."""
     hole = tmp_path / "hole"
     with hole.open("wb") as file:
         file.truncate(64 * 2**20)

@@ -1,4 +1,4 @@
-"""LoRA files as people report them, through the installed command: fused weights, what is said, what is remembered."""
+"""LoRA files from users' reports, through the installed command: fused weights, messages, and the manifest."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def base(tiny_checkpoint: Path) -> Tensors:
 
 @pytest.fixture
 def fused(scail2: Run, tiny_checkpoint: Path, tmp_path: Path):
-    """Converts with LoRAs → the weights, and what the command said."""
+    """Convert with LoRAs. Returns the weights and the command's output."""
 
     def convert(*loras: object, partial: bool = False) -> tuple[Tensors, str]:
         words = [word for lora in loras for word in ("--lora", lora)] + ["--lora-partial"] * partial
@@ -173,7 +173,8 @@ class TestReports:
 
 
 def remembers_distilled(scail2: Run, checkpoint: Path, folder: Path, case: Path, lora: Path) -> None:
-    """Builds engines, which know what they hold; `generate` with a distilled LoRA hints at the preset, at 40 steps."""
+    """The manifest of built engines lists the LoRA; `generate` with 40 steps and a distilled LoRA suggests the
+    preset."""
     words = ("--backend", "torch", "--precision", "fp32", "--lora", lora)
     result = scail2("build-engines", checkpoint, "-o", folder / "e", *words)
     assert result.returncode == 0, result.stderr
@@ -258,7 +259,7 @@ class TestDrawn:
 
     @pytest.mark.parametrize("channels", [16, 36, 48])
     def test_patch_embedding_of_another_model(self, base: Tensors, tmp_path: Path, channels: int) -> None:
-        """As a pair too, in diffusers' names; what else the module holds goes with it."""
+        """Also as a pair, in diffusers' names; other tensors of the module are handled with it."""
         tensors = pair(f"transformer.{Q}", 256, 256)
         expected = pairs_added(base, tensors, 1.0)
         tensors["transformer.patch_embedding.lora_A.weight"] = torch.ones(4, channels, 1, 2, 2)

@@ -1,4 +1,4 @@
-"""`build-engines` on a finished folder: damaged stages and files are made again, nothing else; sums are added."""
+"""`build-engines` on a finished folder: rewrites only damaged stages and files, and adds missing checksums."""
 
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""The lock of a folder: one writer, none that blocks after its death, and a file system that has no locks."""
+"""The lock of a folder: one writer at a time, no lock left by a dead process, and file systems without locks."""
 
 import errno
 import signal
@@ -36,7 +36,7 @@ def test_a_killed_holder_blocks_nobody(tmp_path: Path) -> None:
     killed = run_python(script, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
-    report = build(request(tmp_path), small_checkpoint())  # nor is what it left a file of somebody else
+    report = build(request(tmp_path), small_checkpoint())  # nor may it remove another process's file
     assert report.added == ("torch",)
     assert not (tmp_path / LOCK).exists()
 

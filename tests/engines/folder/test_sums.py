@@ -1,4 +1,4 @@
-"""Checksums: of what was written, whatever the parts; of one flipped bit; and of a folder without any."""
+"""Checksums: independent of how data is split, sensitive to one flipped bit; and folders without checksums."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def without_sums(folder: Path) -> Path:
-    """As a version without sums has left it."""
+    """A folder as written by a version without checksums."""
     document = json.loads((folder / MANIFEST).read_text())
     del document["sums"]
     (folder / MANIFEST).write_text(json.dumps(document))

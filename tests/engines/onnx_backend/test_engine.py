@@ -66,7 +66,7 @@ def test_bf16_storage_in_fp32_arithmetic(name: str, tmp_path: Path) -> None:
     ["dit.blocks.0.mid", "clip", *(p for p in VAE_STAGES if p.values[0] in ("vae.encode_step", "vae.decode_step"))],
 )
 def test_fp16_is_as_near_to_fp32_as_pytorch(name: str, tmp_path: Path) -> None:
-    """On the same fp16 weights and inputs; a decoder rounds some thirty times, in another order in each library."""
+    """With the same fp16 weights and inputs. A decoder rounds about thirty times, in a different order per library."""
     assert onnxruntime_numerics(FP16) == FP16
     case = make_case(STAGES[name], FP16, tmp_path)
     exact = on_meta(case.definition, FP16.in_arithmetic(torch.float32))
@@ -132,7 +132,7 @@ def test_weights_stay_in_the_mapping(stored: Numerics, tmp_path: Path) -> None:
     case = make_case(stage, onnxruntime_numerics(stored), tmp_path, stored=stored)
     inputs = case.inputs({"rows": 4})
     kept, grown = [], []
-    for _ in range(3):  # copies would show every time; what the process happens to allocate beside them does not
+    for _ in range(3):  # copies would appear every time, unlike other allocations of the process
         before = anonymous_mib()
         kept.append(engine_of(case))
         kept[-1](*inputs)
@@ -141,7 +141,7 @@ def test_weights_stay_in_the_mapping(stored: Numerics, tmp_path: Path) -> None:
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that no file backs, without what is free already."""
+    """Anonymous memory of this process, without memory that the allocator has free."""
     with contextlib.suppress(AttributeError):  # another libc than glibc
         ctypes.CDLL(None).malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -228,7 +228,7 @@ def test_element_types_are_those_of_onnx() -> None:
 
 
 def test_a_provider_that_does_not_start_is_refused(head: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime warns and goes on with the next one; the CUDA one is asked for exact fp32."""
+    """ONNX Runtime warns and falls back to the next provider; exact fp32 is requested from the CUDA provider."""
     import onnxruntime
 
     asked: list[object] = []

@@ -1,4 +1,4 @@
-"""What breaks our use of TensorRT is noticed by the recorder: one build and one run, with one fault each."""
+"""The recorder detects wrong use of TensorRT: one build and one run per injected fault."""
 
 import json
 from collections.abc import Iterator
@@ -134,7 +134,7 @@ def recorder(version: str) -> Iterator[Recorder]:
 
 
 def scenario(modules: dict[str, ModuleType], recorder: Recorder, folder: Path, version: str) -> None:
-    """A build of two stages, and every way of running them. Raises when anything is not as promised."""
+    """Build two stages and run them in every way. Raises if a rule is violated."""
     for module in ("builder", "preflight"):
         modules[module].find_gpu = lambda: modules["preflight"].GpuFacts(*card(version), 100 << 30)
     modules["children"].Child = in_process(modules["compiling"])

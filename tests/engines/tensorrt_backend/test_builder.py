@@ -1,4 +1,4 @@
-"""Plans are built as we promise, against the genuine interface of two TensorRT versions; and what happens if not."""
+"""Plans are built as documented, checked against the genuine interface of two TensorRT versions; and build errors."""
 
 import json
 import os
@@ -168,7 +168,7 @@ def test_what_an_observer_raises_arrives_and_keeps_what_is_done(recorder: Record
 
 
 def test_options_are_kept_for_calls_without_any(recorder: Recorder, tmp_path: Path) -> None:
-    """As a repair is: it must make the plan that was there."""
+    """A repair must make a plan for the same target as before."""
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
     build(recorder, tmp_path / "e", layout, options=PlanOptions(max_picture=(1024, 1792)))
     plan_path(tmp_path / "e/stages", "vae.picture", recorder.library).unlink()

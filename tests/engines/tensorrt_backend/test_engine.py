@@ -1,4 +1,4 @@
-"""Stages run as we promise through the genuine interfaces of both libraries; ONNX Runtime does the arithmetic."""
+"""Stages run as documented, through the genuine interfaces of both libraries; ONNX Runtime does the arithmetic."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""An engine folder with TensorRT plans: built, opened and run through the interfaces that every executor has."""
+"""An engine folder with TensorRT plans: built, opened and run through the interfaces that all backends share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,7 +163,8 @@ def test_steps_are_recorded_on_a_gpu(rtx: Recorder, tmp_path: Path) -> None:
 
 
 def test_auto_waits_for_verify(rtx: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch until a record says that these plans have passed on this card; another card or plan: it says nothing."""
+    """`auto` chooses torch until a record says that these plans have passed on this card. A record of another card or
+    plan does not count."""
     folder = tmp_path / "e"
     make(folder, ("tensorrt-rtx", "torch"))
     obstacle = lambda: BACKENDS["tensorrt-rtx"].auto_obstacle(folder, read_manifest(folder))  # noqa: E731
@@ -271,7 +272,8 @@ def test_a_target_is_for_one_library_alone(recorder: Recorder, tmp_path: Path) -
 
 
 def test_default_targets(rtx: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine's card; without one, or with one that the library does not know, all that can do the precision."""
+    """The default target is this machine's card; without one, or with an unknown one, all that support the
+    precision."""
     for name, gpu, wanted in (
         ("a", None, TENSORRT_RTX.targets[1:]),
         ("b", GpuFacts("NVIDIA H200", (9, 0), 1), TENSORRT_RTX.targets[1:]),

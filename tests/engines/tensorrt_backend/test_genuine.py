@@ -79,7 +79,7 @@ def test_what_a_target_cannot_do_is_refused_before_anything_is_built(tiny_checkp
 
 
 def test_one_stage_fails_the_others_go_on_and_a_second_call_continues(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The compiler of one stage is killed, by itself, so that it is the same one on every machine."""
+    """The compiler of one stage kills itself, so that it is the same stage on every machine."""
     changes = unmeasured()
     code = """
 import os, sys
@@ -107,7 +107,7 @@ if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
 
 
 def test_a_disk_that_fills_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Files may not grow beyond a limit in the compilers, which is what a full disk looks like."""
+    """The size of files is limited in the compilers, which has the same effect as a full disk."""
     code = """
 import resource, signal, sys
 if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
@@ -121,7 +121,7 @@ if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
 
 
 def test_ctrl_c_ends_the_compilers_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """In the middle of a plan; what was built is kept."""
+    """Interrupted in the middle of a plan; finished plans are kept."""
     where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--precision", "fp8", *BUILD, "--stages", "[cv]*")
     command = [str(SCAIL2_RT), *map(str, where)]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=unmeasured())
@@ -149,12 +149,12 @@ def compilers_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-# One plan at a time: what can go wrong
+# Failures of a single plan
 
 
 @pytest.fixture
 def job(tiny: Path, tmp_path: Path) -> PlanJob:
-    """The job of the feed-forward stage in fp8, in a folder of its own."""
+    """The job of the feed-forward stage in fp8, in a separate folder."""
     name = "dit.blocks.0.ffn"
     graph = tmp_path / f"{name}.trt.onnx"
     for file in (graph.name, "weights.safetensors"):
@@ -194,7 +194,7 @@ def test_a_plan(job: PlanJob) -> None:
 
 
 def refused(job: PlanJob) -> str:
-    """The sentence, which always names stage, graph and log."""
+    """The error sentence, which always contains stage, graph and log."""
     error = compiled(job).error
     assert error is not None
     assert error.startswith(f"stage {job.stage} cannot be built from {job.graph}: ")
@@ -275,7 +275,7 @@ def test_a_target_that_cannot_do_the_precision(job: PlanJob) -> None:
 
 
 def test_a_refusal_of_any_length(job: PlanJob) -> None:
-    """It is longer than a pipe holds, which nobody reads before the process has ended."""
+    """The text is longer than the buffer of a pipe that is read only after the process has ended."""
     assert len(refused(replace(job, stage="s" * 100_000, targets=("sm86",)))) > 100_000
 
 
@@ -292,7 +292,7 @@ def test_a_killed_compiler(job: PlanJob, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_crash_of_the_compiler(job: PlanJob, tmp_path: Path) -> None:
-    """Two Attention nodes that share Q crash this version; the process is the plan's own, so ours goes on."""
+    """Two Attention nodes that share Q crash this version. Only the plan's own process dies."""
     shape = [1, 2, "L", 32]
     inputs = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, shape) for name in ("q", "k", "v")]
     outputs = [helper.make_tensor_value_info("out", TensorProto.BFLOAT16, shape)]

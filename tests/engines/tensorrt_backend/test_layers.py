@@ -1,4 +1,4 @@
-"""Products that multiply e4m3 operands are counted, in both forms in which libraries tell of a plan's layers."""
+"""Counting matrix products with e4m3 operands, in both formats in which libraries describe a plan's layers."""
 
 import json
 

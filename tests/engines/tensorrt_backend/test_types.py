@@ -1,4 +1,4 @@
-"""Our TensorRT modules are well typed against the genuine bindings of both libraries, and mistakes in them are not."""
+"""The TensorRT modules type-check against the genuine bindings of both libraries, and mistakes in them are detected."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The torch executor's own ways of placing weights, on a CPU in place of a GPU."""
+"""How the torch backend places weights, with a CPU in place of a GPU."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +32,8 @@ def engines(folder: Path) -> Iterator[EngineSet]:
 
 
 def test_the_vae_has_a_form_with_rings(engines: EngineSet) -> None:
-    """It computes what the stages do, is made once, and begins again whenever it is asked for, closed or not."""
+    """The stream gives the results of the stages, is made once, and restarts at every request, whether closed or
+    not."""
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(16, 3, 2, 3, generator=generator)
     staged = StagedVAEStream(engines.executor, "vae.decode")

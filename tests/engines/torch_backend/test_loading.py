@@ -1,4 +1,4 @@
-"""Weights in the background: what arrives is what the store holds, in any order and while buffers are shared."""
+"""Loading weights in the background: they equal those of the store, in any order and with shared buffers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,7 +109,7 @@ class TestSums:
                     loading.wait()
             else:
                 assert same(loading.wait(), summed, stage)
-        loader.start("s2", TENSORS).settle()  # of no use to anybody, so nobody is told
+        loader.start("s2", TENSORS).settle()  # the result is not needed, so the error is not reported
 
     def test_every_load_is_checked(self, summed: StoreReader, loader: WeightLoader) -> None:
         loader.start("s2", TENSORS).wait()

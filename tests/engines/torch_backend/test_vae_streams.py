@@ -74,7 +74,8 @@ def test_streams_agree_with_the_reference(name: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parts_of_a_picture_are_those_of_the_whole(name: str, count: int) -> None:
-    """Taller than two halos; three parts of 25 rows are uneven, and of five of four rows the last is empty."""
+    """Parts taller than two halos; 25 rows in three uneven parts; four rows in five parts, of which the last is
+    empty."""
     config = CONFIGS[name]
     height = 4 if count == 5 else 25
     latent = noise(16, 4, height, 3)
@@ -102,7 +103,7 @@ def test_a_stream_changes_its_size_only_between_videos() -> None:
 
 
 def test_large_sums_stay_finite_in_fp16() -> None:
-    """Sums of several 10^5 between blocks, more than fp16 holds: stored times 2^-6."""
+    """Sums of several 10^5 between blocks exceed fp16's range, so they are stored times 2^-6."""
     config = CONFIGS["wan"]
     latent = noise(16, 2, 2, 3)
     vae = random_vae(config)
@@ -116,7 +117,7 @@ def test_large_sums_stay_finite_in_fp16() -> None:
 
 
 def test_16_bit_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing is said with what to do, not replaced by something slower."""
+    """A missing requirement raises an error with a remedy instead of a slower fallback."""
     gpu = torch.device("cuda")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(InputError, match=r'need Triton.*pip install "scail2-rt\[gpu\]".*--precision fp32'):
@@ -145,7 +146,7 @@ KINDS = {  # taps, fields of ConvForm
 TILES = {
     "tma_split": ConvConfig(64, 32, 16, 32, 4, 2, True),
     "tma_pixels": ConvConfig(64, 32, 16, 32, 4, 2, True, merged=False),
-    "tma_part": ConvConfig(64, 16, 0, 64, 4, 2, True),  # two programs a pixel: the norm is a kernel of its own
+    "tma_part": ConvConfig(64, 16, 0, 64, 4, 2, True),  # two programs per pixel: the norm is a separate kernel
     "pointers_split": ConvConfig(64, 32, 16, 32, 4, 2, False),
     "pointers_part": ConvConfig(64, 16, 0, 64, 4, 2, False),
 }

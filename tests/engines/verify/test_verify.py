@@ -1,4 +1,4 @@
-"""The acceptance test of engine folders passes good ones and finds each kind of damage by the check made for it."""
+"""The acceptance test of engine folders passes good folders and finds each kind of damage with the intended check."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def failed(report: VerifyReport) -> set[tuple[str, str]]:
 
 
 def rewrite_hash(folder: Path, name: str) -> None:
-    """The manifest says that this file is as it should be."""
+    """Record the file's present hash in the manifest."""
     manifest = read_manifest(folder)
     file = folder / name
     artefacts = tuple(
@@ -132,7 +132,7 @@ class TestDamage:
         build_small(tmp_path / "e", precision)
         tensor = "dit.blocks.0.qkv.linear.weight"
         width = StoreLayout.read(tmp_path / "e" / STORE).location(tensor).dtype.itemsize
-        if precision == "fp8":  # one weight has too little room there; a column's scale times or by 2
+        if precision == "fp8":  # scale a column by 2 or 1/2: one weight alone cannot change enough
             change_value(tmp_path / "e", "dit.blocks.0.qkv.linear.scale", 4 * 5 + 2, 0x80)
         else:
             change_value(tmp_path / "e", tensor, 5 * width + width - 1, 0x40)  # the highest bit of the exponent
@@ -374,12 +374,12 @@ class TestOperands:
 def test_progress_hears_every_line(small: Path) -> None:
     lines: list[str] = []
     report = verify(VerifyRequest(small), small_checkpoint(), lines.append)
-    assert len(lines) == len(report.checks) + len(report.stages)  # one executor: a line a stage
+    assert len(lines) == len(report.checks) + len(report.stages)  # one backend: one line per stage
     assert set(lines) <= set(report.text.splitlines())
 
 
 def test_a_graph_that_differs_fails_the_stage(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the report makes of a CUDA graph's difference; the recording itself needs a GPU."""
+    """The report of a CUDA graph's difference; recording a graph needs a GPU."""
     monkeypatch.setattr("scail2_rt.engines.verify.verify.has_graphs", lambda engines: True)
     differences = {"dit.time": 0.25}
     running: list[str] = []
@@ -400,7 +400,7 @@ def test_a_graph_that_differs_fails_the_stage(small: Path, monkeypatch: pytest.M
 
 
 def test_the_checkpoint_is_opened_as_the_build_did(tiny: Checkpoint, tmp_path: Path) -> None:
-    """A part that the build was given apart is found again through the manifest."""
+    """A component that was given separately to the build is found through the manifest."""
     apart = tmp_path / "apart.pth"
     shutil.copy(tiny.sources["clip"].files[0], apart)
     copy = tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""What several files of this folder share: the tiny checkpoint, opened, and the tensors of its transformer."""
+"""Fixtures of this folder: the tiny checkpoint, opened, and the tensors of its transformer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every layout of a checkpoint opens to the same tensors, lazily; every broken one is refused with one sentence."""
+"""Every checkpoint layout gives the same tensors, read lazily; every broken checkpoint is refused with one sentence."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 
 
 class Payload:
-    """Pickles to a call of `os.system` that leaves a file behind."""
+    """An object that pickles to a call of `os.system` which creates a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -429,7 +429,7 @@ class TestRefusals:
     def test_a_torchscript_archive_is_refused(self, tmp_path):
         torch.save({"x": torch.ones(2)}, tmp_path / "script.pt")
         with zipfile.ZipFile(tmp_path / "script.pt", "a") as archive:
-            archive.writestr("script/constants.pkl", b"")  # what tells such an archive
+            archive.writestr("script/constants.pkl", b"")  # identifies such an archive
         with pytest.raises(InputError, match=r"refused.*TorchScript"):
             open_torch(tmp_path / "script.pt")
 

@@ -1,5 +1,5 @@
-"""ComfyUI's models folder: given the folder, the one around it or a file in it, every part is found where ComfyUI keeps
-it; what an error names makes a command that works."""
+"""ComfyUI's models folder: given it, its parent or a file in it, every component is found where ComfyUI stores it; the
+options named by an error make a working command."""
 
 import shutil
 from collections.abc import Callable
@@ -27,7 +27,7 @@ CLIP = "clip_vision/clip_vision_h.safetensors"
 
 @pytest.fixture
 def models(opened: Checkpoint, tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """`ComfyUI/models` with the parts of the tiny checkpoint among files of other models; a tokenizer beside umT5."""
+    """`ComfyUI/models` with the tiny checkpoint's components and files of other models; a tokenizer beside umT5."""
     models = tmp_path / "ComfyUI/models"
     for name in ("diffusion_models/SCAIL", "unet", "vae", "text_encoders", "clip_vision", "loras", "upscale_models"):
         (models / name).mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_what_to_name_is_said_and_works(scail2: Run, models: Path, opened: Check
 
 
 def test_two_transformers_in_a_folder_beside_the_other_parts(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The file that the error names lies deeper than the VAE."""
+    """The file named by the error is in a deeper folder than the VAE."""
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "folder"))
     shutil.rmtree(folder / "model")
     (folder / "transformers").mkdir()

@@ -1,4 +1,4 @@
-"""Sizes from shapes, shapes from sizes, and what is said of a tensor that does not fit."""
+"""Sizes from shapes, shapes from sizes, and the errors for tensors that do not fit."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Quantised checkpoints through the installed command: every tensor is what the format's own library makes of it, and
-`inspect` names the format. What is missing, misshapen or of another format is refused by name."""
+"""Quantised checkpoints through the installed command: every tensor equals the result of the format's own library, and
+`inspect` names the format. Missing, misshapen or foreign tensors are refused by name."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""LoRA files of every format give the weights that the rule says, and files that do not fit are refused with a list."""
+"""LoRA files of every format give the weights of the formula, and files that do not fit are refused with a list."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""Every kind of LoRA gives the weights that `peft` and `lycoris-lora` give.
+"""Every kind of LoRA gives the same weights as `peft` and `lycoris-lora`.
 
-LyCORIS is asked on the spot. PEFT was asked once, by `tests/support/peft_expected.py`; its own files are the input.
+LyCORIS runs in the test. PEFT's results were computed once by `tests/support/peft_expected.py`; its files are the
+input.
 """
 
 from pathlib import Path

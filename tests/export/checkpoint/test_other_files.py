@@ -1,5 +1,5 @@
-"""Files that are whole but are not what is needed: named for what they are, with what to get instead. Nobody is told to
-download again what came as it is. What has diffusers' names is read."""
+"""Intact files of the wrong kind: the error names their kind and the file to get instead, and does not suggest to
+download them again. Files with diffusers' names are read."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ class TestNoWeights:
 
 class TestOtherModels:
     def cases(self, dit: Tensors) -> list[tuple[Tensors, str]]:
-        """(tensors, what they are)."""
+        """(tensors, their description)."""
         wan = {name: tensor for name, tensor in dit.items() if not name.startswith("patch_embedding_")}
         text = {name: tensor for name, tensor in wan.items() if "img" not in name}
         pose = {

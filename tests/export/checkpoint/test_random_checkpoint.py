@@ -1,4 +1,4 @@
-"""The checkpoint that anyone can make: official layout, reproducible, sane numbers, a tokenizer for any text."""
+"""`make-checkpoint`: official layout, reproducible, plausible values, a tokenizer for any text."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Repackaged files as ComfyUI's: other names, prefixes, 8-bit weights with scales. They open to the same tensors as the
-checkpoint they were made of, and make the same engines; storage that is not understood is refused by name."""
+"""Repackaged files such as ComfyUI's: other names, prefixes, 8-bit weights with scales. They give the same tensors and
+engines as the checkpoint they were made from; unknown storage is refused by name."""
 
 import json
 import re

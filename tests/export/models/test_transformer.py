@@ -85,7 +85,7 @@ def test_both_guidance_passes_agree_with_the_reference(engines: EngineSet, model
         assert relative_error(guided, model(inputs, t)) < limit
         fields = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
         assert relative_error(unguided, model(DiTInputs(**{**fields, "text": other}), t)) < limit
-        assert relative_error(guided, unguided) > 10 * ERROR["fp32"]  # the text has a say, so the test can fail
+        assert relative_error(guided, unguided) > 10 * ERROR["fp32"]  # the text matters, so the test can fail
 
 
 def test_row_chunks_leave_the_velocity_alone(tmp_path: Path, inputs: DiTInputs) -> None:

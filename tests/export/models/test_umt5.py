@@ -132,7 +132,8 @@ def test_bf16_stages_are_close(numerics: Numerics) -> None:
 
 
 def test_buckets_by_hand() -> None:
-    """Eight buckets a direction, the first four exact, logarithmic up to distance 16, keys after the query shifted."""
+    """Eight buckets per direction: the first four exact, then logarithmic up to distance 16; keys after the query are
+    shifted."""
     row = relative_buckets(40, 16, 16)[20].tolist()
     assert row[20:24] == [0, 9, 10, 11]
     assert row[19:16:-1] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""The VAE: golden data, streaming against a whole-sequence formulation from the specification, and its stages."""
+"""The VAE: golden data, streaming against a full-sequence formulation from the specification, and its stages."""
 
 import json
 import math
@@ -44,9 +44,9 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 
 
 class WholeSequence:
-    """The VAE over a whole video at once, in fp64: no caches, no chunks, from the specification's sentences.
+    """The VAE for a complete video in fp64, written from the specification, without caches and chunks.
 
-    `weights` are the checkpoint's tensors; every method takes and gives [1, C, T, H, W]."""
+    weights: the checkpoint's tensors. Every method maps [1, C, T, H, W] to [1, C, T, H, W]."""
 
     def __init__(self, config: VAEConfig, weights: Mapping[str, Tensor]) -> None:
         self.config = config
@@ -321,7 +321,7 @@ def test_constant_input_norm_of_zero_is_zero() -> None:
 
 
 def test_real_keys_and_stage_weights(golden: Path) -> None:
-    """The real model on the meta device has the real keys and shapes; the stages share them out without a rest."""
+    """The real model on the meta device has the real keys and shapes; each key belongs to exactly one stage."""
     expected = {k: tuple(v) for k, v in json.loads((golden / "checkpoint" / "keys_vae.json").read_text()).items()}
     with torch.device("meta"):
         vae = VAE(VAEConfig(96))
@@ -341,7 +341,7 @@ def test_real_keys_and_stage_weights(golden: Path) -> None:
 
 
 def test_stage_definitions_real_size() -> None:
-    """Names, families, and the caches of the real model: first gives what step takes and gives back."""
+    """Names, families and caches of the real model: the first stage returns the caches that step takes and returns."""
     stages = definitions(VAEConfig(96))
     assert [d.name for d in stages] == ["vae.encode_first", "vae.encode_step", "vae.decode_first", "vae.decode_step"]
     assert all(d.family == d.name and d.component == "vae" for d in stages)

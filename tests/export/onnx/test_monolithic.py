@@ -144,8 +144,8 @@ def test_stored_values_of_other_precisions(tmp_path: Path, precision: str, toler
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp8", 0.15)])
 def test_the_exported_form_in_the_reference_evaluator(tmp_path: Path, precision: str, tolerance: float) -> None:
-    """The file as it is written, in real bf16 and e4m3 arithmetic, node by node; softmax alone is asked to sum in fp32,
-    as fused kernels do."""
+    """The exported file in real bf16 and e4m3 arithmetic, node by node; only softmax sums in fp32, as fused kernels
+    do."""
     checkpoint = small_dit()
     export_onnx(checkpoint, tmp_path / "m", "monolithic", precision)
     inputs = inputs_of(DIT, *CASES[0])

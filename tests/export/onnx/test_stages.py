@@ -1,4 +1,4 @@
-"""The form of the exported stages, and what the bf16, fp16 and fp8 files compute, by ONNX's reference evaluator."""
+"""The structure of exported stages, and the results of the bf16, fp16 and fp8 files in ONNX's reference evaluator."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ def dims_of(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 
 def check_weights(model: onnx.ModelProto, stage: str, layout: StoreLayout) -> None:
-    """Parameters refer to the store, everything else is a small constant, nothing is there that no node uses."""
+    """Parameters refer to the store, all other initialisers are small constants, and every initialiser is used."""
     used = {name for node in model.graph.node for name in node.input}
     references = 0
     for tensor in model.graph.initializer:
@@ -77,7 +77,7 @@ def check_weights(model: onnx.ModelProto, stage: str, layout: StoreLayout) -> No
     parameters = set(layout.names)
     skipped = {n for n in parameters if n.removeprefix(f"{stage}.") not in used}
     assert references == len(parameters) - len(skipped)
-    assert not skipped or stage in ("vae.encode_first", "vae.decode_first")  # the first frame skips what mixes time
+    assert not skipped or stage in ("vae.encode_first", "vae.decode_first")  # no mixing in the first frame
 
 
 @pytest.mark.parametrize(("name", "numerics"), list(variants()))

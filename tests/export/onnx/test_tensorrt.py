@@ -42,7 +42,7 @@ SMALLEST, USUAL, LARGEST = sizes(1, 4, 4, 0), sizes(21, 64, 112, 0), sizes(21, 8
 
 
 def compiled(folder: Path, config: DiTConfig, clip_tokens: int, fp8_products: int) -> None:
-    """The plan of the one-graph transformer in `folder`, which must come out."""
+    """Build the plan of the one-graph transformer in `folder`."""
     inputs = signature(config, clip_tokens)[0]
     profile = {
         spec.name: tuple(
@@ -87,7 +87,7 @@ def test_one_block_of_the_14b_model_in_one_graph(tmp_path: Path, precision: Prec
     }
     layout = plan_store(tensors)
     with (tmp_path / STORE_NAME).open("wb") as file:
-        file.truncate(layout.size)  # zeros: what the compiler makes of the graph does not depend on the weights
+        file.truncate(layout.size)  # zeros, because the plan does not depend on the values of the weights
     made = transformer_model(config, lambda definition: definition.numerics(precision), layout)
     (tmp_path / TRANSFORMER).write_bytes(made.SerializeToString())
     check_capability([tmp_path / TRANSFORMER])

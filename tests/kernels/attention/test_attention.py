@@ -117,7 +117,7 @@ def test_prepare_8bit_agrees_with_its_twin(tokens: int, heads: int, dim: int, dt
 
 @pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES)
 def test_prepared_8bit_means_what_it_says(tokens: int, heads: int, dim: int) -> None:
-    """The twin's operands, taken apart by the documented layout, give the scores and values of the plain formulas."""
+    """The twin's operands, unpacked by the documented layout, give the scores and values of the plain formulas."""
     inputs = case(tokens, heads, dim, torch.float32)
     q, k, v = normed(*inputs)
     prepared = eight_bit.prepare_8bit(*inputs, EPS)
@@ -152,7 +152,7 @@ def test_8bit_attention(tokens: int, heads: int, dim: int, tma: bool) -> None:
 
 @pytest.mark.skipif(not CUDA or CAPABILITY < (8, 9), reason="only a GPU's fp8 unit loses small addends")
 def test_8bit_attention_adds_up_a_common_component() -> None:
-    """One-level fp8 accumulation is off by tens of per cent here."""
+    """One-level fp8 accumulation would have an error of tens of per cent here."""
     inputs = case(16000, 2, 128, torch.bfloat16)  # whole tiles: padding must stay zero in v
     prepared = prepare_qkv(*inputs, variant=variants.EIGHT_BIT)
     prepared.v_shift.zero_()  # the kernel must not lean on the removed mean
@@ -290,7 +290,7 @@ def test_16bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])
 def test_8bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
-    """Stand-ins for both kernels and for a GPU: which one is called, for which variant, and what the reason says."""
+    """Stand-ins for both kernels and for a GPU, to test which kernel is called for a variant, and the reason text."""
     from scail2_rt.kernels.attention import attention_triton, hopper_attention
 
     class OnGpu(torch.Tensor):
@@ -333,7 +333,7 @@ def test_a_named_variant_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_variant_says_its_bytes() -> None:
-    """Beside q k v as projected, in bytes a channel: q, k, and v or (where v stays in place) the output."""
+    """Memory besides the projected q, k, v, in bytes per channel: q, k, and v or (if v stays in place) the output."""
     at_two = {name: variant.prepared_bytes(2) for name, variant in variants.VARIANTS.items()}
     assert at_two == dict.fromkeys(at_two, 6) | {"8bit": 3, "8bit-triton": 3, "8bit-bf16pv": 4}
     assert variants.SDPA.prepared_bytes(4) == 12

@@ -52,7 +52,7 @@ def run(operands: Prepared8, build: Kernel = hopper.DEFAULT) -> torch.Tensor:
 
 
 def error(out: torch.Tensor, expected: torch.Tensor, shift: torch.Tensor | None) -> float:
-    """Relative to what attention itself contributes: a shift would hide everything."""
+    """Error relative to the attention output without the common shift of V, which would hide errors."""
     assert shift is not None
     added = shift.flatten()
     return float((out - expected).norm() / (expected - added).norm().clamp_min(1e-6 * expected.norm()).clamp_min(1e-12))
@@ -65,7 +65,7 @@ def test_softmax_registers_are_the_second_products_operand() -> None:
     """P·V through the fragment layouts of wgmma m64nNk32 as the PTX ISA gives them equals P·V: V's order is right."""
     rng = np.random.default_rng(0)
     p, v = rng.integers(0, 9, (64, 128)), rng.integers(-9, 9, (128, 16))
-    a = np.zeros((64, 128), p.dtype)  # the A operand that the registers amount to
+    a = np.zeros((64, 128), p.dtype)  # the A operand represented by the registers
     for thread in range(128):
         row, b = thread // 32 * 16 + thread % 32 // 4, thread % 4
         # accumulator element 4g + 2i + c: row + 8i, column 8g + 2b + c
@@ -122,7 +122,7 @@ def test_agrees_with_twin(tokens: int, heads: int, shift: float) -> None:
     operands = prepared(tokens, heads, "cuda", shift=shift)
     out, expected = run(operands), attention_8bit(operands).float()
     assert torch.isfinite(out).all()
-    if tokens == 1:  # V has no mean left: what remains is the shift
+    if tokens == 1:  # V has mean 0, so only the shift remains
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-3)
         return
     # e4m3 P is the difference; bf16 output adds 2^-9 of the shift, which is large against a mean of many values
@@ -133,10 +133,10 @@ def test_agrees_with_twin(tokens: int, heads: int, shift: float) -> None:
 @needs_hopper
 @pytest.mark.parametrize(("sharpness", "limit"), [(0.2, 0.18), (4.0, 0.045)])
 def test_flat_and_peaked_softmax(sharpness: float, limit: float) -> None:
-    """Peaked rows raise the maximum over and over; flat ones add 4,000 small products, which lone fp8 sums lose.
+    """Peaked rows raise the maximum repeatedly; flat rows add 4,000 small products, which one-level fp8 sums lose.
 
-    Of a flat softmax over values without a mean only the small differences of p are left, so that the rounding of p
-    to e4m3 (2.6 %) weighs as 2.6 % over their spread of 20 %."""
+    With a flat softmax over values of mean 0, only the small differences of p contribute, so the rounding of p to e4m3
+    (2.6 %) has a relative error of 2.6 % over their spread of 20 %."""
     operands = prepared(4001, 2, "cuda", sharpness=sharpness)
     assert error(run(operands), attention_8bit(operands).float(), operands.v_shift) < limit
 

@@ -68,12 +68,12 @@ def error(actual: Tensor, expected: Tensor) -> float:
 def test_packed_scores_are_the_second_products_operand() -> None:
     """P through the fragment layouts of wgmma m64nNk16 as the PTX ISA gives them: register j is pair j, in order."""
     p = np.random.default_rng(0).integers(0, 9, (64, hopper.KEYS))
-    a = np.zeros_like(p)  # the A operand that the registers amount to
+    a = np.zeros_like(p)  # the A operand represented by the registers
     for thread in range(128):
         row, b = thread // 32 * 16 + thread % 32 // 4, thread % 4
         # accumulator element 4g + 2i + c: row + 8i, column 8g + 2b + c
         s = [p[row + 8 * (e // 2 % 2), 8 * (e // 4) + 2 * b + e % 2] for e in range(hopper.KEYS // 2)]
-        for j in range(hopper.KEYS // 4):  # as `pack_all` and `issue_pv` hand them on: register j % 4 of k-step j // 4
+        for j in range(hopper.KEYS // 4):  # as `pack_all` and `issue_pv` pass them: register j % 4 of k-step j // 4
             step, half, i = j // 4, j % 4 // 2, j % 2
             for c in range(2):
                 a[row + 8 * i, 16 * step + 8 * half + 2 * b + c] = s[2 * j + c]
@@ -122,10 +122,10 @@ def test_compiles(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_choice_leaves_its_kernel_in_the_engine_folder(
     precision: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stand-ins for the GPU and for NVRTC: opening a folder, as `build-engines` does at its end, compiles what auto
-    takes, and where the next process looks for it."""
+    """Stand-ins for the GPU and for NVRTC: opening a folder, as `build-engines` does at its end, compiles the variant
+    of `auto` into the cache that the next process uses."""
     for variable in ("SCAIL2_RT_KERNELS", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(variable, "")  # so that what `use_kernel_cache` sets is undone
+        monkeypatch.setenv(variable, "")  # so that the change by `use_kernel_cache` is undone
         monkeypatch.delenv(variable)
     use_kernel_cache(tmp_path)
     for name, stand_in in {
@@ -172,7 +172,8 @@ def test_agrees_with_fp64(tokens: int, heads: int, dtype: torch.dtype) -> None:
     ("v_shift", "k_shift", "sharpness"), [(3, 0, 1), (0, 2, 1), (0, 8, 1), (0, 0, 4), (0, 0, 0), (0, 0, 0.1)]
 )
 def test_shifted_peaked_and_flat(v_shift: float, k_shift: float, sharpness: float, dtype: torch.dtype) -> None:
-    """A common part of the keys puts whole rows of scores far below or above 0; peaked rows raise the maximum often."""
+    """A common component of the keys shifts all scores of a row far below or above 0; peaked rows raise the maximum
+    often."""
     q, k, v = operands(4001, 2, dtype, "cuda", v_shift, k_shift, sharpness)
     assert error(run(q, k, v), exact(q, k, v)) < LIMITS[dtype]
 

@@ -1,5 +1,5 @@
-"""Every self-attention on inputs that are hard for few bits, and on numbers that are not numbers, against fp64: on a
-GPU the kernels, on a CPU their twins and Triton's kernels in the interpreter."""
+"""Every self-attention on inputs that are difficult for low precision, and on NaN and infinity, against fp64: on a GPU
+the kernels, on a CPU their twins and Triton's kernels in the interpreter."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("exact_e4m3")
 ATTENTIONS = attentions()
 LENGTHS = (1, 2, 129, 4001, 48_833) if CUDA else (2, 129)
-ROWS = 257  # queries that are compared, at most
+ROWS = 257  # maximum number of compared queries
 HEADS, WIDTH = 2, 128
 
 each_attention = pytest.mark.parametrize("name", ATTENTIONS)
@@ -46,7 +46,7 @@ def test_families_stay_near_fp64(family: str, tokens: int, name: str) -> None:
 @each_attention
 @pytest.mark.parametrize("family", ["sinks", "heavy_v", "constant_v"])
 def test_one_token_alone_is_its_own_value(family: str, name: str) -> None:
-    """Keys and values have a range of nothing there: q·k is 0 or any number, and V is its mean."""
+    """Keys and values with a range of 0: q·k is 0 or any number, and V equals its mean."""
     qkv, *others = operands(*make(family, 1, HEADS, WIDTH), dtype_of(name))
     out = ATTENTIONS[name](qkv, *others)
     value = qkv[:, 2 * HEADS * WIDTH :].float()
@@ -55,7 +55,7 @@ def test_one_token_alone_is_its_own_value(family: str, name: str) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 130])
 def test_one_token_is_prepared_as_numbers(tokens: int) -> None:
-    """Each operand by itself, so that a failure says which. Triton would compile its kernels apart for a count of 1."""
+    """Each operand separately, so that a failure identifies it. Triton would compile other kernels for a count of 1."""
     from scail2_rt.kernels.attention import prepare_triton
 
     inputs = operands(*make("sinks", tokens, HEADS, WIDTH), torch.bfloat16)
@@ -66,7 +66,7 @@ def test_one_token_is_prepared_as_numbers(tokens: int) -> None:
         found, want = getattr(made, field).float(), getattr(twin, field).float()
         assert found.isfinite().all(), field
         assert want.isfinite().all(), field
-        if field != "k_scale" or tokens > 1:  # what rounding leaves of a key without its mean
+        if field != "k_scale" or tokens > 1:  # the rounding error of a key without its mean
             assert error(found, want) < 2e-2, field
 
 
@@ -74,8 +74,8 @@ def test_one_token_is_prepared_as_numbers(tokens: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("part", ["q", "k", "v"])
 def test_what_is_not_a_number_comes_out(part: str, value: float, name: str) -> None:
-    """Where exact attention is not finite the result is not, and nowhere else: a query's row, all rows for a key, one
-    channel of all rows for a value; the rest is what it would be."""
+    """The result is non-finite exactly where exact attention is: one row for a query, all rows for a key, one channel
+    of all rows for a value. All other values are unaffected."""
     qkv, *others = operands(*make("sinks", 201, HEADS, WIDTH), dtype_of(name))
     channels = HEADS * WIDTH
     qkv[77, {"q": 0, "k": 1, "v": 2}[part] * channels + 5] = value
@@ -92,7 +92,7 @@ def test_what_is_not_a_number_comes_out(part: str, value: float, name: str) -> N
 
 @pytest.mark.parametrize("name", [name for name in ATTENTIONS if name.startswith("8bit")])
 def test_a_key_outside_the_sample_carries_nan_too(name: str) -> None:
-    """The mean key is taken of some tokens: a key that is none of them has only the scale of its tile."""
+    """The mean key is computed from a sample of tokens; a key outside the sample affects only the scale of its tile."""
     tokens = 1027
     assert eight_bit.sample_step(tokens) == 2
     qkv, *others = operands(*make("outlier_tokens", tokens, 1, 64), dtype_of(name))
@@ -102,7 +102,7 @@ def test_a_key_outside_the_sample_carries_nan_too(name: str) -> None:
 
 @each_attention
 def test_every_row_of_a_tile_can_be_lost(name: str) -> None:
-    """Queries that are NaN beside others that are not, at both ends of tiles."""
+    """NaN queries next to finite ones, at both ends of tiles."""
     tokens, lost = 193, [0, 63, 64, 127, 128, 191, 192]
     qkv, *others = operands(*make("outlier_channels", tokens, HEADS, WIDTH), dtype_of(name))
     qkv[lost, WIDTH] = float("nan")

@@ -1,4 +1,4 @@
-"""Attention over rows that several ranks hold equals attention in one process."""
+"""Attention over rows distributed over several ranks equals attention in one process."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_shared_attention_equals_attention_in_one_process(variant: str, tokens: 
 
     def rank(peers: ThreadPeers) -> torch.Tensor:
         share = RowShare.of(peers, tokens, chosen.eight_bit)
-        padded = F.pad(qkv, (0, 0, 0, size * share.rows - tokens), value=7.0)  # padding may hold anything
+        padded = F.pad(qkv, (0, 0, 0, size * share.rows - tokens), value=7.0)  # padding may have any values
         mine = padded[share.first : share.first + share.rows]
         prepared = prepare_qkv(mine, q_weight, k_weight, share.rope(rope), chosen, share)
         exchange = HeadExchange(share)
@@ -58,8 +58,8 @@ def test_shared_attention_equals_attention_in_one_process(variant: str, tokens: 
 
 @pytest.mark.parametrize(("tokens", "size"), [(1000, 2), (1000, 4), (520, 4)])
 def test_operands_of_8_bit_are_those_of_one_process(tokens: int, size: int) -> None:
-    """What differs is the order in which means over tokens are summed: in their last bits, and by that here and there a
-    value of 8 bits by one step."""
+    """Means over tokens are summed in another order, so their last bits differ, and a few 8-bit values differ by one
+    step."""
     heads = 4
     qkv, q_weight, k_weight, rope = inputs(tokens, heads)
     variant = VARIANTS["8bit"]

@@ -72,7 +72,7 @@ def test_refuses_other_shapes() -> None:
 @pytest.mark.parametrize(("c_in", "c_out"), [(96, 96), (96, 192), (192, 192), (192, 384), (384, 384)])
 @pytest.mark.parametrize("size", [(11, 21), (33, 17)])
 def test_agrees_with_twin(c_in: int, c_out: int, size: tuple[int, int]) -> None:
-    """Rings that wrap, a scaled residual, NaN where results belong; the border must stay zero."""
+    """Rings that wrap, a scaled residual, outputs initialised with NaN; the border must stay zero."""
     clock = torch.tensor([0, 7, 5, 3], dtype=torch.int32, device="cuda")
     src = random_frames(5, *size, c_in, "cuda", counter=2)
     residual = random_frames(4, *size, c_out, "cuda", scale=2.0**-6)

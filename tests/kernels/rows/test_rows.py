@@ -39,12 +39,13 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def operand(count: int, c: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """Memory for rows: of a type, or for None e4m3 with scales."""
+    """Output memory for rows: of a dtype, or for None e4m3 with scales."""
     return poisoned(count, c, dtype=dtype or ops.E4M3), None if dtype else poisoned(count, 1)
 
 
 def check_operand(data: Tensor, scales: Tensor | None, want: Tensor) -> None:
-    """Cast rows to their type's last bit, e4m3 rows to half a step of each value (and of the smallest normal one)."""
+    """The tolerance: for cast rows the last bit of the dtype, for e4m3 rows half a step of each value (and of the
+    smallest normal value)."""
     if scales is None:
         assert relative_error(data, want) < TOLERANCE[data.dtype]
         return
@@ -76,7 +77,7 @@ def test_norm(count: int, c: int, offset: float, dtype: torch.dtype | None) -> N
 @pytest.mark.parametrize(("count", "c"), SHAPES[1:3])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_residual_and_norm(count: int, c: int, in_place: bool, gated: bool, config: rows_triton.Config) -> None:
-    """On a slice of rows, whose neighbours must stay as they are."""
+    """On a slice of rows; the neighbouring rows must not change."""
     whole, y = random(count + 2, c), random(count, c, seed=1, dtype=torch.bfloat16)
     before, x = whole.clone(), whole[1:-1]
     gate = random(c, seed=2) if gated else None
@@ -159,7 +160,7 @@ def test_zero_rows_and_not_a_number() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("operation", ["quantise", "gelu", "norm", "residual"])
 def test_what_is_not_a_number_stays_in_its_row(operation: str, value: float, twin: bool) -> None:
-    """Of the product by e4m3 weights nothing in this row is a number, and everything in the others."""
+    """After the product with e4m3 weights, this row has only NaN, and all other rows are finite."""
     x, y = random(4, 320), random(4, 320, seed=1, dtype=torch.bfloat16)
     weight, bias = random(320, seed=2), random(320, seed=3)
     (y if operation == "residual" else x)[2, 300] = value
@@ -192,7 +193,7 @@ def test_what_is_not_a_number_stays_in_its_row(operation: str, value: float, twi
 
 
 def test_fused_quantisation_is_as_accurate_as_the_twin() -> None:
-    """The kernel rounds once where the twin rounds through bf16 twice: few codes differ, and it is no further off."""
+    """The kernel rounds once, the twin twice (through bf16): few codes differ, and the kernel's error is not larger."""
     x, shift, scale = random(9, 512) * 2 + 1, random(512, seed=1), random(512, seed=2) * 0.3
     data, scales = operand(9, 512, None)
     rows_triton.norm_rows(x, scale, shift, 1.0, EPS, data, scales)
@@ -241,7 +242,8 @@ def test_stages_write_where_they_are_told(stage: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gelu_joins_the_16_bit_product_on_a_gpu(device: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which operations run, on tensors without data: one for 16 bit on a GPU, else product and row operation."""
+    """The operations that run, on tensors without data: one operation for 16 bits on a GPU, else product and row
+    operation."""
     numerics = numerics_of("dit.blocks.0.ffn", precision)  # type: ignore[arg-type]
     called = []
 

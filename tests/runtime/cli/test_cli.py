@@ -1,4 +1,4 @@
-"""The command line itself: help, speed of starting, errors, JSON; and making checkpoints and engines."""
+"""The command line: help, start-up time, errors, JSON; and making checkpoints and engines."""
 
 import importlib.metadata
 import json
@@ -51,7 +51,7 @@ HEAVY = (
     "words", [["--help"], ["generate", "--help"], ["build-engines", "--help"], ["generate", "--sizes"]]
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    """Which is why it answers in a tenth of a second (`make soak` prints the figure)."""
+    """`--help` imports little, so it takes about 0.1 s (`make soak` prints the time)."""
     code = (
         "import sys; from scail2_rt.runtime.cli.main import main\n"
         f"try: main({words!r})\n"
@@ -351,8 +351,8 @@ def test_an_interrupted_json_error_is_parseable() -> None:
 def test_a_long_step_says_how_far_it_is_and_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After 2 s, then every 10 s; the rate is that of this call: what an earlier one had fetched (20 GiB) does not
-    count."""
+    """The first line comes after 2 s, then one every 10 s; the rate counts only bytes fetched by this call, not the
+    20 GiB of an earlier one."""
     from scail2_rt.engines.observer import BuildStep
     from scail2_rt.runtime.cli import progress
 

@@ -22,7 +22,7 @@ HEIGHT, WIDTH, FRAMES = 64, 96, 21
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A way to spoil a case folder (or to add arguments), and what the error must say."""
+    """A modification of a case folder or of the arguments, and the expected error text."""
 
     name: str
     says: tuple[str, ...]
@@ -31,7 +31,7 @@ class Bad:
 
 
 def squares(*colours: tuple[int, int, int]) -> np.ndarray:
-    """A mask with one square a colour on black, uint8 [H, W, 3]."""
+    """A mask with one square per colour on black, uint8 [H, W, 3]."""
     mask = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     for i, colour in enumerate(colours):
         y, x = 4 + 30 * (i // 4), 4 + 23 * (i % 4)

@@ -1,4 +1,4 @@
-"""What the commands show while they work."""
+"""The progress display of the commands."""
 
 import io
 
@@ -37,7 +37,7 @@ def test_the_bar_shows_segment_step_phase_and_time_left(monkeypatch: pytest.Monk
         with progress.phase("denoise"):
             progress.step(1)
     assert shown[0]["description"] == "text"
-    assert shown[0]["total"] is None  # nobody knows yet how long
+    assert shown[0]["total"] is None  # no estimate yet
     assert shown[-1]["description"] == "segment 2/2, step 2/4, denoise"
     assert shown[-1]["completed"] == 7 / 10
     assert shown[-1]["left"].startswith("0:00:")

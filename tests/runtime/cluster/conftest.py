@@ -1,4 +1,4 @@
-"""One cluster and one service that the tests of a file share: a head that does no work, and two nodes of one CPU."""
+"""One cluster and one service per test file: a head node without CPUs, and two nodes of one CPU."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""On a real cluster of this machine: a batch, the service, and what is killed."""
+"""A batch and the service on a real cluster on this machine, and recovery after kills."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_a_case_of_a_batch_goes_on_when_its_process_is_killed(
         os.kill(pid, signal.SIGKILL)
     said, log = run.communicate(timeout=120)
     assert run.returncode == 0, log
-    assert "goes on in another" in log
+    assert "another one resumes it" in log
     assert json.loads(said)["cases"][0]["resumed_after_segments"] == 1
     assert output.read_bytes() == alone[STEPS]
 

@@ -1,4 +1,4 @@
-"""The files of examples/ray: Ray reads them, and what they name is there."""
+"""The files of examples/ray: Ray can read them, and the objects that they name exist."""
 
 import importlib
 from pathlib import Path
@@ -47,9 +47,9 @@ def test_an_example_is_read_by_ray_and_builds_its_applications(document: Any, he
 def test_arguments_are_checked(here: Path) -> None:
     with pytest.raises(InputError, match="lack data"):
         config.engines({"engines": str(here / "engines")})
-    with pytest.raises(InputError, match=r"gpu is no argument.* it takes engines, .*queued, .*replicas"):
+    with pytest.raises(InputError, match=r"gpu is not an argument.* Use engines, .*queued, .*replicas"):
         config.engines({"engines": str(here / "engines"), "data": str(here), "gpu": 1})
-    with pytest.raises(InputError, match="give --api-key-file"):
+    with pytest.raises(InputError, match="Give --api-key-file"):
         config.front({"engines": str(here / "engines"), "data": str(here), "host": "0.0.0.0"})
-    with pytest.raises(InputError, match="is no engine folder"):
+    with pytest.raises(InputError, match="is not an engine folder"):
         config.front({"engines": str(here), "data": str(here)})

@@ -1,4 +1,4 @@
-"""Who may end a job: the ledger without a cluster, as a plain object over a folder and over S3."""
+"""The ledger without a cluster, as a plain object with a folder and with S3: claims, attempts, restarts."""
 
 import asyncio
 import json
@@ -96,7 +96,7 @@ def test_an_attempt_that_was_replaced_cannot_end_the_job(place: str) -> None:
         assert second.attempt == first.attempt + 1
         assert not await ledger.heard("video_a", first.attempt, {"done": {"frames": 99}})
         assert await ledger.heard("video_a", second.attempt, DONE)
-        assert await ledger.heard("video_a", second.attempt, DONE)  # said again: its answer was lost
+        assert await ledger.heard("video_a", second.attempt, DONE)  # repeated, because the answer was lost
         assert not await ledger.heard("video_a", first.attempt, {"done": {"frames": 99}})
         assert json.loads(record(place, "video_a")["result"]) == {"frames": 1}
 
@@ -208,5 +208,5 @@ def test_engines_are_brought_to_a_node_once_and_told_by_their_manifest(
     objects.remove("weights/a")
     assert local_engines(url, digest) == folder
     (folder / "manifest.json").write_text("{ }")
-    with pytest.raises(InputError, match="holds other engines on this node"):
+    with pytest.raises(InputError, match="on this node has other engines"):
         local_engines(str(folder), digest)

@@ -1,4 +1,4 @@
-"""What `--ray` refuses, in one sentence and at once."""
+"""The errors of `--ray`: one sentence, without delay."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ def test_a_batch(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None
     assert "give --batch FILE" in error_of(scail2(*words, "--case", case, "--ray", NOBODY))
     batch = [*words, "--batch", tmp_path / "b.txt"]
     assert "No Ray cluster answers at 127.0.0.1:1" in error_of(scail2(*batch, "--ray", NOBODY))
-    assert "takes HOST:PORT or auto, not here" in error_of(scail2(*batch, "--ray", "here"))
+    assert "must be HOST:PORT or auto, not here" in error_of(scail2(*batch, "--ray", "here"))
     assert "--dry-run and --ray" in error_of(scail2(*batch, "--ray", NOBODY, "--dry-run"))
-    assert "name the number of GPUs" in error_of(scail2(*batch, "--ray", NOBODY, "--gpus", "all"))
+    assert "Give the number of GPUs per case" in error_of(scail2(*batch, "--ray", NOBODY, "--gpus", "all"))
     assert not (tmp_path / "out").exists()
 
 
@@ -29,8 +29,8 @@ def test_a_service(scail2: Run, engines: Path, tmp_path: Path) -> None:
     assert "--ray needs --data" in error_of(scail2(*words))
     data = ["--data", tmp_path / "data"]
     assert "No Ray cluster answers" in error_of(scail2(*words, *data))
-    assert "--disk-limit is for one machine" in error_of(scail2(*words, *data, "--disk-limit", "1GiB"))
-    assert "is no engine folder" in error_of(scail2("serve", tmp_path, "--ray", NOBODY, *data))
-    assert "no place that fsspec knows" in error_of(scail2("serve", "nowhere://x", "--ray", NOBODY, *data))
-    assert "give --api-key-file" in error_of(scail2(*words, *data, "--host", "0.0.0.0"))
+    assert "--disk-limit does not work with --ray" in error_of(scail2(*words, *data, "--disk-limit", "1GiB"))
+    assert "is not an engine folder" in error_of(scail2("serve", tmp_path, "--ray", NOBODY, *data))
+    assert "not a URL that fsspec knows" in error_of(scail2("serve", "nowhere://x", "--ray", NOBODY, *data))
+    assert "Give --api-key-file" in error_of(scail2(*words, *data, "--host", "0.0.0.0"))
     assert not (tmp_path / "data").exists()

@@ -1,5 +1,5 @@
-"""What takes long (`make soak`): kills at random moments on a cluster, a replica that is stopped and comes back, and a
-new cluster on the data of an old one. `SCAIL2_SOAK_RAY_KILLS` shortens it for a try."""
+"""Long tests (`make soak`): kills at random times on a cluster, a replica that is paused and continued, and a new
+cluster with the data of an old one. `SCAIL2_SOAK_RAY_KILLS` shortens them."""
 
 import json
 import os
@@ -38,7 +38,8 @@ def kill(pids: list[int]) -> None:
 
 
 def test_kills_at_random_moments(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """Of replicas, nodes, front end and ledger: every job is done once, whole, and as without kills."""
+    """Kill replicas, nodes, the front end and the ledger: every job completes once, with the same result as without
+    kills."""
     jobs, seeds, rng = max(2, KILLS // 2), 4, random.Random(11)
     with nodes(2, command_environment(cache)) as cluster:
         own = Deployed(str(tmp_path / "data"), cache, cluster.address).deploy(engines)
@@ -106,7 +107,7 @@ def test_a_new_cluster_goes_on(engines: Path, case: Path, cache: Path, tmp_path:
         for made in (video_id, waiting):
             own.done(made)
         assert json.loads(own.content(video_id, "report"))["resumed_after_segments"] == 1
-        assert own.post(body)["id"]  # kept files are still there
+        assert own.post(body)["id"]  # uploads still exist
 
 
 def test_a_prompt_goes_where_it_was_before(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def nodes(host: Host) -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A case as a graph has it: pictures float [B, H, W, 3], and as arrays uint8."""
+    """A case as tensors of a graph, float [B, H, W, 3], and as uint8 arrays."""
 
     arrays: dict[str, np.ndarray]
 

@@ -19,7 +19,7 @@ SMALL = {"width": 96, "height": 64, "steps": 2, "guidance": 1.0, "segment_length
 
 
 def inputs_of(graph: Graph, nodes: ModuleType, engines: Path, **changes: Any) -> dict[str, Any]:
-    """What ComfyUI gives `execute`: every input of the schema, with its default or as connected."""
+    """The arguments that ComfyUI passes to `execute`: all inputs of the schema, with default or connected values."""
     schema = nodes.Animate.define_schema()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
     how = {"backend": "torch", "attention": "auto", "vram_limit_gib": 0.0}

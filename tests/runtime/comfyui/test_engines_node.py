@@ -1,4 +1,4 @@
-"""Engines: choosing a folder, the session that stays warm, ComfyUI's memory, building from ComfyUI's files."""
+"""Engines: selecting a folder, the open session, ComfyUI's memory management, building from ComfyUI's files."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def warm(nodes: ModuleType) -> Any:
 
 @pytest.fixture
 def listed(host: Host, engines: Path) -> Path:
-    """The tiny engines where ComfyUI's page lists them."""
+    """The tiny engines in the folder that ComfyUI's page lists."""
     folder = host.models / "scail2_rt" / "tiny"
     if not folder.exists():
         shutil.copytree(engines, folder)
@@ -59,7 +59,7 @@ def test_a_folder_that_was_built_again_is_another_one(nodes: ModuleType, listed:
     ("folder", "path", "said"),
     [
         ("the path below", "", "path is empty"),
-        ("the path below", "/nowhere", "/nowhere holds no engines"),
+        ("the path below", "/nowhere", "/nowhere has no engines"),
         ("gone", "", "no engine folder gone"),
     ],
 )

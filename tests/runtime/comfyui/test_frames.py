@@ -1,4 +1,4 @@
-"""Tensors of a graph as frames, and frames as such a tensor."""
+"""Conversion between a graph's tensors and frames."""
 
 import numpy as np
 import pytest
@@ -50,13 +50,13 @@ def test_other_shapes_are_refused() -> None:
 
 
 def test_values_that_are_no_pictures_are_refused() -> None:
-    with pytest.raises(InputError, match="connect images, which are floats"):
+    with pytest.raises(InputError, match="Connect images, which are floats"):
         TensorFrames(torch.zeros(1, 4, 6, 3, dtype=torch.uint8), "reference image")
-    with pytest.raises(InputError, match="is a NoneType: connect images"):
+    with pytest.raises(InputError, match=r"is a NoneType\. Connect images"):
         TensorFrames(None, "reference image")  # type: ignore[arg-type]
     holed = torch.zeros(2, 4, 6, 3)
     holed[1, 2, 3, 0] = float("nan")
-    with pytest.raises(InputError, match="not numbers"):
+    with pytest.raises(InputError, match="contains NaN"):
         TensorFrames(holed, "reference image")[1]
 
 

@@ -30,7 +30,7 @@ def comfyui(tmp_path: Path) -> Path:
 
 
 def python_with(folder: Path, **packages: str) -> Path:
-    """A Python that says it has these packages."""
+    """A stand-in for a Python that reports these packages."""
     answer = json.dumps({"python": [3, 12, 1], "packages": packages})
     path = folder / "python"
     path.write_text(f"#!/bin/sh\necho '{answer}'\n")
@@ -87,8 +87,8 @@ def test_a_second_install_replaces_the_first_and_keeps_the_users_files(scail2: R
     assert {path for path in tree(comfyui) - before if not (comfyui / path).is_dir()} == {
         str(file.relative_to(comfyui)) for file in (picture, mine)
     }
-    assert "there is nothing to remove" in error_of(scail2("comfyui", "remove", comfyui))
-    assert "move it away first" in error_of(scail2("comfyui", "install", comfyui))
+    assert "has no nodes of `scail2-rt comfyui install`" in error_of(scail2("comfyui", "remove", comfyui))
+    assert "Move it away first" in error_of(scail2("comfyui", "install", comfyui))
 
 
 def test_an_install_that_fails_leaves_nothing(comfyui: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_what_cannot_be_taken_away_is_said(comfyui: Path, monkeypatch: pytest.Mo
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(installing.shutil, "rmtree", refused)
-    with pytest.raises(Scail2Error, match="could not be taken away"):
+    with pytest.raises(Scail2Error, match="could not be removed"):
         installing.remove(comfyui)
 
 
@@ -132,17 +132,17 @@ def test_what_is_too_old_is_listed_and_refused(scail2: Run, comfyui: Path) -> No
     python = python_with(comfyui, **{**right_versions(), "torch": "2.4.0", "numpy": "1.24.0"})
     before = tree(comfyui)
     said = error_of(scail2("comfyui", "install", comfyui, "--python", python))
-    assert "torch is 2.4.0 there and the nodes need >=2.11" in said
-    assert "numpy is 1.24.0 there" in said
+    assert "torch is 2.4.0 in ComfyUI; the nodes need >=2.11" in said
+    assert "numpy is 1.24.0 in ComfyUI" in said
     assert "Nothing was written" in said
     assert tree(comfyui) == before
 
 
 def test_other_folders_are_refused(scail2: Run, comfyui: Path, tmp_path: Path) -> None:
-    assert "is no ComfyUI folder" in error_of(scail2("comfyui", "install", tmp_path))
-    assert "there is nothing to remove" in error_of(scail2("comfyui", "remove", comfyui))
+    assert "is not a ComfyUI folder" in error_of(scail2("comfyui", "install", tmp_path))
+    assert "has no nodes of `scail2-rt comfyui install`" in error_of(scail2("comfyui", "remove", comfyui))
     (comfyui / "custom_nodes" / "scail2_rt").mkdir()
-    assert "move it away first" in error_of(scail2("comfyui", "install", comfyui))
+    assert "Move it away first" in error_of(scail2("comfyui", "install", comfyui))
     assert "does not run as a Python" in error_of(scail2("comfyui", "check", comfyui, "--python", tmp_path / "no"))
     os.rmdir(comfyui / "comfy_api" / "latest")
     assert "lacks the V3 node interface" in error_of(scail2("comfyui", "check", comfyui))

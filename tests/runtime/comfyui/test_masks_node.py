@@ -1,4 +1,4 @@
-"""Masks of tracks, mattes and coloured pictures; what the Masks node and the Preview window say and show."""
+"""Masks from tracks, mattes and colour-coded images; the text and sheets of the Masks node and the Preview window."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -66,20 +66,20 @@ def test_figures_are_sorted_and_chosen(track: dict[str, Any], style: MaskStyle, 
 
 
 def test_tracks_that_cannot_be_used_are_refused(track: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="found nobody"):
+    with pytest.raises(InputError, match="a track without a character"):
         mask_frames({**track, "packed_masks": None}, MaskStyle(), "driving mask")
     for packed_masks in (track["packed_masks"][:0], track["packed_masks"][:, :, :0], "no bits"):
-        with pytest.raises(InputError, match="not uint8"):
+        with pytest.raises(InputError, match="must be uint8"):
             mask_frames({**track, "packed_masks": packed_masks}, MaskStyle(), "driving mask")
     for size in (None, (16,), (0, 32), "wide"):
         with pytest.raises(InputError, match="The orig_size of the driving mask"):
             mask_frames({**track, "orig_size": size}, MaskStyle(), "driving mask")
-    with pytest.raises(InputError, match="figures 0 to 1"):
+    with pytest.raises(InputError, match="has 0 to 1"):
         mask_frames(track, MaskStyle(figures=(2,)), "driving mask")
     many = packed(np.ones((1, 7, 8, 16), bool))
-    with pytest.raises(InputError, match="7 figures and there are six colours"):
+    with pytest.raises(InputError, match="7 characters, but there are six colours"):
         mask_frames({**track, "packed_masks": many}, MaskStyle(), "driving mask")
-    with pytest.raises(InputError, match="'x' is none"):
+    with pytest.raises(InputError, match="'x' is not a number"):
         parse_figures("0, x")
 
 
@@ -92,7 +92,7 @@ def test_a_matte_gets_one_colour() -> None:
 
 
 def test_empty_mattes_are_refused() -> None:
-    with pytest.raises(InputError, match=r"shape \[0, 8, 8\]: connect a MASK"):
+    with pytest.raises(InputError, match=r"shape \[0, 8, 8\]\. Connect a MASK"):
         mask_frames(torch.zeros(0, 8, 8), MaskStyle(), "mask")
 
 
@@ -152,7 +152,7 @@ def test_the_other_mode_changes_the_backgrounds(made: Callable[..., Any]) -> Non
 
 
 def test_one_mask_for_each_reference(made: Callable[..., Any], graph: Graph) -> None:
-    with pytest.raises(InputError, match="2 reference images and 1 reference masks"):
+    with pytest.raises(InputError, match=r"2 reference image\(s\) and 1 reference mask\(s\)"):
         made(image=torch.cat([graph["image"]] * 2))
 
 
@@ -161,7 +161,7 @@ def test_the_window_shows_what_the_frame_keeps(nodes: ModuleType, graph: Graph, 
     sheet, text = nodes.PreviewWindow.execute(mode="auto", width=64, height=96, fit="pad", **inputs).args
     assert "whole, with black margins" in text
     assert sheet.shape[0] == 1
-    with pytest.raises(InputError, match="give both"):
+    with pytest.raises(InputError, match="Give both"):
         nodes.PreviewWindow.execute(mode="auto", width=64, height=0, fit="pad", **inputs)
 
 
@@ -172,7 +172,7 @@ def test_a_replace_case(nodes: ModuleType, replace_case: Path) -> None:
 
 
 class TestMadeInside:
-    """Graphs without masks: the segmenter makes them. Here one that makes no mistakes on flat figures."""
+    """Graphs without masks: the segmenter makes them. The test uses one that is exact for flat figures."""
 
     @pytest.fixture
     def flat(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
@@ -191,8 +191,18 @@ class TestMadeInside:
         assert "these masks can be used" in text
         assert any(0 < share < 1 for share, _ in host.progress)
 
+    def test_room_is_made_only_when_the_segmenter_runs(
+        self, nodes: ModuleType, flat: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[int] = []
+        monkeypatch.setattr("scail2_rt.runtime.comfyui.host.make_room", asked.append)
+        first, again = (nodes.MakeMasks.execute(mode="animate", **flat).args for _ in range(2))
+        assert len(asked) == 1
+        assert asked[0] > 0
+        assert np.array_equal(first[1][:], again[1][:])
+
     def test_one_mask_alone_is_refused(self, nodes: ModuleType, flat: dict[str, Any]) -> None:
-        with pytest.raises(InputError, match="connect both, or none"):
+        with pytest.raises(InputError, match="Connect both, or none"):
             nodes.MakeMasks.execute(mode="animate", **flat, driving_mask=torch.zeros(3, 4, 4))
 
     def test_sentences_name_the_nodes_inputs(self, nodes: ModuleType, flat: dict[str, Any]) -> None:

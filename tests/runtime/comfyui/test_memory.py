@@ -1,4 +1,4 @@
-"""The Animate node keeps no second copy of a clip: what it takes beside the graph's tensors does not grow with it."""
+"""The Animate node keeps no copy of a clip: its memory besides the graph's tensors does not grow with the clip."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The example workflows against the nodes' schemas, and what the nodes need where there is no `fcntl` (Windows)."""
+"""The example workflows match the nodes' schemas, and the nodes work without `fcntl` (Windows)."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What a run tells: phases, positions, fractions, cancelling."""
+"""Progress events of a run: phases, positions, fractions; and cancelling."""
 
 import threading
 import time
@@ -45,7 +45,7 @@ def test_what_is_left_follows_from_the_work_of_this_run() -> None:
     progress.begin(2, 3, before=1, rest=0)
     time.sleep(0.01)
     progress.segment(1)
-    assert events[-1].seconds_left is None  # nothing of this run is done: the first segment was there
+    assert events[-1].seconds_left is None  # the first segment is of an earlier run, so nothing of this run is done
     progress.step(1)
     left = events[-1].seconds_left
     assert left is not None
@@ -63,7 +63,7 @@ def test_a_cancelled_run_ends_at_the_next_event() -> None:
         pass
     with pytest.raises(Cancelled):
         progress.step(1)
-    progress.end()  # what is finished is not cancelled
+    progress.end()  # a finished run is not cancelled
 
 
 def test_what_a_listener_raises_reaches_the_caller() -> None:

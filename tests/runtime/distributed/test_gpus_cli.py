@@ -1,4 +1,5 @@
-"""`generate --gpus` through the installed command: the video of one process, refusals, ends of all kinds, torchrun."""
+"""`generate --gpus` through the installed command: the same video as one process, errors, all kinds of ends,
+torchrun."""
 
 import json
 import os
@@ -25,7 +26,7 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 def others(leader: int) -> list[int]:
-    """The processes that a leading process has started."""
+    """The processes that rank 0 has started."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

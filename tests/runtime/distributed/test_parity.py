@@ -13,7 +13,7 @@ from tests.parity.pipeline import check_pipeline
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_pass_every_pipeline_fixture(golden: Path, processes: int) -> None:
-    """Two: rows shared, or a pass each where there is guidance. Four: both at once; without guidance it has too few
+    """Two ranks: shared rows, or one pass each with guidance. Four: both combined; without guidance there are too few
     heads."""
     checked = 0
     with torch.no_grad(), Golden(golden, gpus=processes) as fixtures:

@@ -1,4 +1,4 @@
-"""Teams of processes over gloo: what they compute, and how they end."""
+"""Groups of processes over gloo: their results, and how they end."""
 
 import os
 import random
@@ -49,7 +49,8 @@ def twenty_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def velocities(engines: EngineSet, constants: Constants, layout: Layout, passes: int) -> list[Tensor]:
-    """Of one step, twice: the second shows other references and a history, over the same transformer."""
+    """The velocities of one step, twice; the second time with other references and a history, with the same
+    transformer."""
     inputs = random_inputs(TWENTY, layout, engines.device)
     contexts = constants.contexts([inputs.text, inputs.text.flip(0)[:7]][:passes], inputs.clip)
     transformer = constants.transformer(layout, contexts)
@@ -69,8 +70,8 @@ def velocities(engines: EngineSet, constants: Constants, layout: Layout, passes:
 def test_processes_compute_the_velocities_of_one(
     processes: int, attention: str, bound: float, twenty_heads: Path
 ) -> None:
-    """Four: rows in four parts, and with guidance two halves of two; five: rows of both passes in five. Layouts whose
-    tokens divide by nothing, one with fewer tiles of 8 bit than processes."""
+    """Four ranks: rows in four parts, or with guidance two pairs; five ranks: rows of both passes in five parts. The
+    numbers of tokens are not divisible by the numbers of ranks; one layout has fewer 8-bit tiles than ranks."""
     execution = Execution(attention=attention, max_rows=50)
     layouts = [Layout(3, 12, 8), Layout(2, 4, 8), Layout(1, 8, 4, replace=True)]
     with torch.no_grad(), open_engines(twenty_heads, "torch", execution, "cpu") as engines:
@@ -96,7 +97,7 @@ def velocities_for_ever(engines: EngineSet, constants: Constants, layout: Layout
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize("passes", [1, 2])
 def test_two_gpus_compute_the_velocities_of_one(passes: int, twenty_heads: Path) -> None:
-    """Eagerly, recorded and replayed; then a process is killed, and the next team computes the same."""
+    """Eager, recorded and replayed calls; then a rank is killed, and the next group gives the same results."""
     layout = Layout(3, 12, 8)
     with torch.no_grad(), open_engines(twenty_heads, "torch", DEFAULT_EXECUTION, "cuda") as engines:
         team = Team(2, engines.device, partial(open_on, twenty_heads, "torch", DEFAULT_EXECUTION))
@@ -155,8 +156,8 @@ def raise_at(event: Progress, step: int) -> None:
 
 
 def end_somehow(session: Session, request: Request, after_s: float, how: str) -> float:
-    """Run the request and end it after a time; → seconds from then until the session has given up, 0 when the run was
-    done before."""
+    """Run the request and cancel it after a delay. Returns the seconds from the cancellation to the end of the run; 0
+    if the run had ended before."""
     plan, cancel, ended = session.check(request), threading.Event(), [0.0]
     assert session.team is not None
     session.team.start()
@@ -184,12 +185,12 @@ def end_somehow(session: Session, request: Request, after_s: float, how: str) ->
     else:
         assert said is None or "ended by signal 9" in str(said)
         while ended[0] and victims == session.team.processes and not session.team.broken:
-            time.sleep(0.01)  # it came too late for this run, and the news of it is on its way
+            time.sleep(0.01)  # too late for this run; the message is still on its way
     return time.monotonic() - ended[0] if ended[0] else 0.0
 
 
 def test_killed_three_times_it_says_so_and_goes_on(session: Session, request_of: RequestOf) -> None:
-    """While processes start, while they compute, and between runs, where nothing needs to be said."""
+    """Kill a rank while ranks start, while they compute, and between runs, when no error is expected."""
     request = request_of(steps=30, scheduler="euler", guidance=1.0, frames=9)
     assert end_somehow(session, request, 0.3, "kill") <= ENDS_WITHIN_S
     expected = frames(session, request)
@@ -229,7 +230,7 @@ def splitting(folder: Path, device: torch.device) -> EngineSet:
 
 
 def test_processes_decode_parts_of_every_picture(engines: Path) -> None:
-    """13 rows of cells in parts of 7 and 6; a clip that is given up half-way leaves them ready for the next."""
+    """13 rows of cells in parts of 7 and 6; after a clip that is cancelled in the middle, the next one works."""
     latent = torch.randn(16, 3, 13, 4, generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), splitting(engines, torch.device("cpu")) as opened:
         team = Team(2, opened.device, partial(splitting, engines))

@@ -1,4 +1,4 @@
-"""Lines of a batch file and seeds become jobs with outputs of their own."""
+"""Lines of batch files, and seeds, become jobs with one output each."""
 
 from pathlib import Path
 from typing import Any

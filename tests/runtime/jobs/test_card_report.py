@@ -1,4 +1,5 @@
-"""The block about plans on a card, made of a verification on a CPU: what it says does not depend on where it ran."""
+"""The report block about plans on a card, made from a verification on a CPU, since its form does not depend on the
+device."""
 
 from dataclasses import replace
 from pathlib import Path

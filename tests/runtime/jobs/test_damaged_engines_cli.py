@@ -1,5 +1,5 @@
-"""One flipped bit in an engine folder, through the installed command: refused with stage and command, and the command
-repairs that stage alone, wherever it is run."""
+"""One flipped bit in an engine folder, through the installed command: the error names stage and repair command, and the
+command repairs only that stage, in any working folder."""
 
 import json
 import shlex
@@ -30,7 +30,7 @@ def folder(engines: Path, tmp_path: Path, tiny_checkpoint: Path, scail2: Run) ->
 
 
 def command_of(text: str) -> list[str]:
-    """The words of the command that a sentence ends with."""
+    """The words of the command at the end of a sentence."""
     words = shlex.split(text.rpartition("with: ")[2])
     assert words[:2] == ["scail2-rt", "build-engines"]
     assert "--rebuild" not in words
@@ -78,7 +78,7 @@ def test_a_flipped_bit_from_refusal_to_repair(folder: Path, case: Path, tmp_path
 
 
 def test_only_the_damaged_stage_is_written(folder: Path, scail2: Run) -> None:
-    """Another stage that differs from the checkpoint, and whose sum says so, stays as it is."""
+    """Another stage that differs from the checkpoint but matches its checksum is not changed."""
     document = json.loads((folder / MANIFEST).read_text())
     flip_tensor(folder, "dit.blocks.0.mid.o.weight")
     store = StoreLayout.read(folder / STORE)
@@ -94,7 +94,7 @@ def test_only_the_damaged_stage_is_written(folder: Path, scail2: Run) -> None:
 
 
 def test_a_folder_without_sums(folder: Path, case: Path, tmp_path: Path, scail2: Run) -> None:
-    """One warning, in a batch too; the command that it names adds the sums and writes no weight."""
+    """One warning, also in a batch; its command adds the checksums and writes no weights."""
     document = json.loads((folder / MANIFEST).read_text())
     del document["sums"]
     (folder / MANIFEST).write_text(json.dumps(document))

@@ -1,4 +1,4 @@
-"""The screen that says what a machine has: on this machine, on made-up ones, and with libraries that are broken."""
+"""The output of `doctor`: on this machine, on simulated machines, and with broken libraries."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def test_this_machine() -> None:
 
 
 def test_it_imports_no_more_than_it_reports_on() -> None:
-    """In a new process: what makes it slow are imports, and the compilers and exporters take the longest."""
+    """Timed in a new process, because imports take most of the time, above all compilers and exporters."""
     slow = ("onnx", "onnxscript", "torch._inductor", "torch._dynamo", "torch.onnx", "huggingface_hub")
     code = (
         "import sys; from scail2_rt.runtime.jobs.doctor import diagnose; print(diagnose().text);"
@@ -81,7 +81,7 @@ class TestEngines:
 
 
 class Broken(ModuleType):
-    """A module whose every attribute fails in its own way."""
+    """A module whose attributes all raise different exceptions."""
 
     def __getattr__(self, name: str) -> object:
         raise OSError("libnvinfer.so.11: cannot open shared object file")
@@ -94,7 +94,7 @@ def test_no_library_is_needed(monkeypatch: pytest.MonkeyPatch, module: str, kind
     found = diagnose()
     name = {"triton": "Triton", "tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime", "av": "PyAV"}[module]
     (library,) = [library for library in found.libraries if library.name == name]
-    if (module, kind) != ("triton", "broken"):  # of Triton nothing is asked but that it can be imported
+    if (module, kind) != ("triton", "broken"):  # Triton is only imported
         assert not library.usable
         assert library.detail == doctor.MISSING or library.detail.startswith("broken: ")
     assert found.text

@@ -126,7 +126,7 @@ def test_ctrl_c_says_that_the_same_command_continues(cache: Path, content: dict[
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
-        hub.go.set()  # requests that are under way are waited for
+        hub.go.set()  # pending requests are waited for
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "what came is kept; the same command continues" in told

@@ -28,7 +28,7 @@ def files_of(case: Path, mask: str = "rendered_mask_v2.mp4") -> tuple[object, ..
 def test_animate_with_guidance_two_extra_references_and_sound(
     scail2: Run, engines: Path, case: Path, tmp_path: Path
 ) -> None:
-    """21 frames in two segments; frame rate and sound of the driving video."""
+    """21 frames in two segments; frame rate and audio of the driving clip."""
     extra = ("--extra-ref", case / "ref.png", case / "ref_mask.png") * 2
     output = tmp_path / "new folder" / "a.mp4"
     words = (*SMALL, "--guidance", "5", "--prompt", "a walk", "--negative-prompt", "blur", "--seed", "7")
@@ -365,7 +365,7 @@ def test_a_fault_in_the_middle_is_reported_and_keeps_finished_segments(
 
 @pytest.fixture(scope="session")
 def dance(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real case beside the golden data, with masks made here: a character in the middle of reference and clip."""
+    """The real case in the golden data, with masks drawn here: a character in the middle of image and clip."""
     source = golden.parent / "cases" / "dance_001"
     if not source.is_dir():
         pytest.skip(f"the real case was not found at {source}")

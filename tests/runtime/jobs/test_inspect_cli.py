@@ -1,5 +1,5 @@
-"""`scail2-rt inspect`, in part through the installed command: checkpoints, single networks, LoRAs, engine folders, and
-what is none of them."""
+"""`scail2-rt inspect`, partly through the installed command: checkpoints, single networks, LoRAs, engine folders, and
+other files."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Masks made inside through the installed command: a photo and a clip to a case and to a video, and what is refused."""
+"""Making masks through the installed command: from an image and a clip to a case and to a video, and errors."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def sam2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def given(case: Path, sam2: Path) -> tuple[object, ...]:
-    """A photo, a clip, and a segmenter."""
+    """An image, a clip, and a segmenter."""
     return ("--image", case / "ref.png", "--driving", case / "rendered_v2.mp4", "--segmenter-weights", sam2)
 
 
@@ -43,7 +43,7 @@ def test_the_lists_of_the_command_are_those_of_the_module() -> None:
 def test_a_photo_and_a_clip_become_a_video(
     scail2: Run, engines: Path, given: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """The masks are kept beside the output; the next run, with another seed, takes them."""
+    """The masks are kept beside the output and used by the next run, with another seed."""
     output = tmp_path / "out" / "a.mp4"
     words = ("generate", engines, *given, *BOXES, "--prompt", "a walk", "-o", output, *SMALL, "--json")
     first = scail2(*words)
@@ -160,7 +160,7 @@ def test_masks_make_writes_a_case_that_runs(
 def test_one_sentence_for_what_cannot_be(
     scail2: Run, given: tuple[object, ...], tmp_path: Path, words: tuple[str, ...], told: str
 ) -> None:
-    """Before engines are opened: there are none."""
+    """The error comes before engines are opened, so none are needed."""
     output = tmp_path / "a.mp4"
     assert told in error_of(scail2("generate", tmp_path / "no engines", *given, *words, "-o", output))
     assert not list(tmp_path.iterdir())
@@ -229,7 +229,7 @@ def hub(hub_files: dict[str, bytes]) -> Iterator[FakeHub]:
 def test_a_segmenter_arrives_and_is_found(
     scail2: Run, hub: FakeHub, case: Path, tmp_path: Path, installed: Callable[..., Any]
 ) -> None:
-    """Into the cache folder, where `masks make` and `doctor` look; needed files only; a second call fetches nothing."""
+    """Only needed files, into the cache folder that `masks make` and `doctor` search; a second call fetches nothing."""
     env = {
         "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1,localhost",
         "SCAIL2_RT_CACHE": str(tmp_path / "cache"),

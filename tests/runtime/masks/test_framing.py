@@ -1,4 +1,4 @@
-"""How tall the reference character is beside the driving one, and `--fit-reference`; with the installed command too."""
+"""The heights of reference and driving character, and `--fit-reference`; also through the installed command."""
 
 import json
 from dataclasses import replace
@@ -72,7 +72,7 @@ def giant(tmp_path: Path) -> Path:
 
 
 def official_heights(mask: np.ndarray) -> dict[str, float]:
-    """In a frame of 64x96, cropped in the official way."""
+    """In a frame of 64x96 with the official crop."""
     return heights(image_stats(mask), Window.official(mask.shape[:2], (64, 96)))
 
 
@@ -80,7 +80,7 @@ def test_heights_are_medians_of_what_the_cropped_frame_shows() -> None:
     tall = box(320, 160, 0.1, 0.9, 0.2, 0.8)
     assert image_stats(tall).heights() == {"red": pytest.approx(0.8, abs=0.01)}
     assert official_heights(tall) == {"red": 1}  # cropping leaves the middle 107 of 320 rows
-    assert official_heights(box(64, 400, 0.25, 0.5, 0, 0.05)) == {}  # beside what the frame shows
+    assert official_heights(box(64, 400, 0.25, 0.5, 0, 0.05)) == {}  # outside the visible part
     speck = box(64, 96, 0.25, 0.75, 0.4, 0.6)
     speck[2, 2] = RED
     assert official_heights(speck) == {"red": pytest.approx(0.5, abs=0.02)}

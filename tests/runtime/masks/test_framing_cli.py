@@ -1,6 +1,6 @@
 """Characters that the frame would cut, through the installed command: check, dry run, generate, report and preview.
 
-The cases are those of public reports, drawn here; where the files of the reports are, they are run too."""
+The cases are redrawn from public reports; the files of the reports are tested too if they are present."""
 
 import json
 from fractions import Fraction
@@ -66,7 +66,7 @@ def edge(tmp_path: Path) -> Path:
 
 
 def test_a_phone_clip_with_a_landscape_reference(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
-    """Check, dry run, run and report say one thing."""
+    """Check, dry run, run and report give the same result."""
     case = ("--case", tall, "--size", "64x96")
     line = "framing (auto): driving video: whole, with black margins left and right (the middle crop keeps 4"
     checked = scail2("masks", "check", *case)
@@ -113,7 +113,8 @@ def test_official_is_refused_with_the_option_that_cures_it(
 
 
 def test_replacing_somebody_at_the_edge_keeps_the_scene(scail2: Run, engines: Path, edge: Path, tmp_path: Path) -> None:
-    """By default in the clip's shape; the official rule takes the reference's and finds nobody there."""
+    """The default frame has the clip's shape. The official rule uses the reference's shape, in which no character is
+    visible."""
     checked = one_json(scail2("masks", "check", "--case", edge, "--json"))
     driving, reference = checked["framing"]["inputs"]
     assert driving["frame"] == reference["frame"] == [512, 896]
@@ -165,7 +166,7 @@ def test_some_frames_of_the_clip_warn(scail2: Run, engines: Path, tmp_path: Path
 
 
 def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_path: Path) -> None:
-    """A border around what the frame shows; margins make the picture larger, in the sheet and in the video."""
+    """A border around the visible part; margins enlarge the picture, in the sheet and in the video."""
     shapes = {}
     for name, words in {
         "pad": ("--case", tall, "--size", "64x96"),
@@ -178,7 +179,7 @@ def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_p
         video = read_video(tmp_path / name / "masks.mp4")
         shapes[name] = (video.height, video.width)
         assert load_image(tmp_path / name / "masks.png").std() > 5
-        if name == "crop":  # what the frame leaves out, the right of the clip, is faded to paper
+        if name == "crop":  # the part outside the frame, at the right of the clip, is faded to white
             assert video.pixels[0, 60, 160:].min() > 190
             assert video.pixels[0, 60, 60:80].max() < 245
     assert shapes == {"pad": (224, 336), "official": (224, 126), "crop": (126, 224)}

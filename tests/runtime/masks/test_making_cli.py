@@ -219,7 +219,7 @@ def test_from_grey_of_what_is_none(scail2: Run, tmp_path: Path) -> None:
 
 
 def labels(*values: int) -> np.ndarray:
-    """One block a label on 0."""
+    """One block per label on background 0."""
     frame = np.zeros((HEIGHT, WIDTH), np.uint8)
     for i, value in enumerate(values):
         frame[12:52, 6 + 15 * i : 18 + 15 * i] = value

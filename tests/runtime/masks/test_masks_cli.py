@@ -1,4 +1,4 @@
-"""`scail2-rt masks check` and `preview` through the installed command: what they find and show, and bad input."""
+"""`scail2-rt masks check` and `preview` through the installed command: findings, sheets, and bad input."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_four_files_and_an_extra_reference(scail2: Run, tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], int, str, Any]] = {
-    # name: (what is changed, exit code, rule, frames); the remedy's command is tested below
+    # name: (change, exit code, rule, frames); the remedy's command is tested below
     "wrong colour": ({"ref": blocks("white", "red", ORANGE)}, 2, "wrong colour", []),
     "wrong colour in a video": (
         {"driving": [*[blocks("black", "red")] * 3, *[blocks("black", "red", ORANGE)] * 2, blocks("black", "red")]},
@@ -158,7 +158,7 @@ def test_an_occlusion_is_no_change_of_colour(scail2: Run, tmp_path: Path) -> Non
 
 
 def test_the_remedy_of_a_wrong_colour_works(scail2: Run, tmp_path: Path) -> None:
-    """What the check says is done, word for word, and mends the case."""
+    """The command in the check's remedy is run literally and repairs the case."""
     case = make_case(tmp_path / "case", ref=blocks("white", "red", ORANGE))
     remedy = findings(scail2, "--case", case, code=2)["wrong colour"]["remedy"]
     words = remedy.split("`")[1].replace("COLOUR", "green").split()

@@ -1,4 +1,4 @@
-"""Mask latents against the golden data, and what the checks say about good and bad masks, after lossy coding too."""
+"""Mask latents against the golden data, and the findings for good and bad masks, also after lossy coding."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ RGB = tuple[int, int, int]
 
 
 def mask(background: RGB, *characters: RGB | str, height: int = 96, width: int = 160) -> np.ndarray:
-    """A mask image: a background with one block a character, from left to right."""
+    """A mask image: a background with one block per character, from left to right."""
     image = np.full((height, width, 3), background, np.uint8)
     for i, colour in enumerate(characters):
         left = 8 + i * 22
@@ -57,7 +57,7 @@ class TestLatents:
             assert torch.nonzero(white)[:, 0].tolist() == rule[name]
 
     def test_channels(self) -> None:
-        """Each colour has its channel, the first frame fills a group, later frames go in fours."""
+        """Each colour has its channel; the first frame fills a group; later frames form groups of four."""
         names = [*COLOURS, "white", "red"]  # 9 frames
         frames = torch.tensor([COLOURS[name] for name in names], dtype=torch.uint8)[..., None, None].expand(
             -1, -1, 16, 24
@@ -128,7 +128,7 @@ class TestGuess:
 
 
 def accepted(*arguments: Any, **options: Any) -> MaskReport:
-    """The report of masks that can be used; InputError for the others."""
+    """The report of usable masks; raises InputError for others."""
     report = check_masks(*arguments, **options)
     refuse(report.findings)
     return report

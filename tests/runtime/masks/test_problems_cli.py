@@ -1,4 +1,4 @@
-"""`generate` and masks that cannot work: refused with the command that mends them, or allowed and recorded."""
+"""`generate` with unusable masks: refused with the command that repairs them, or allowed and recorded."""
 
 import shutil
 from fractions import Fraction
@@ -72,7 +72,7 @@ def test_allowed_problems_are_warnings_in_the_report(scail2: Run, engines: Path,
     for finding in errors.values():
         assert any(finding["says"] in warning for warning in reply["warnings"])
         assert finding["says"] in result.stderr
-    assert reply["frames"] == read_video(tmp_path / "a.mp4").frames == 18  # what both have
+    assert reply["frames"] == read_video(tmp_path / "a.mp4").frames == 18  # frames that both have
     assert reply["options"]["allow_mask_problems"] is True
 
 

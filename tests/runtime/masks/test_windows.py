@@ -1,4 +1,4 @@
-"""Which window a picture gets, what it leaves of the characters, and what the pipeline reads through it."""
+"""The window of a picture, the visible part of the characters in it, and the frames that the pipeline reads."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -29,7 +29,7 @@ SHIRT, SKY = (40, 90, 200), (150, 200, 235)
 
 
 def drawn(size: tuple[int, int], background: tuple[int, int, int], **figures: Box) -> np.ndarray:
-    """A mask: a block for each colour, its sides as shares of the frame's."""
+    """A mask with one block per colour; its sides are shares of the frame's."""
     frame = np.full((*size, 3), background, np.uint8)
     for colour, (top, bottom, left, right) in figures.items():
         rows, columns = (
@@ -53,7 +53,7 @@ def way(stats: MaskStats, frame: tuple[int, int], fit: str = "auto") -> str:
 @pytest.mark.parametrize("source", [(64, 96), (120, 66), (48, 130), (75, 101), (64, 64)])
 @pytest.mark.parametrize("frame", [(64, 96), (96, 64), (64, 64)])
 def test_the_official_window_is_the_official_resize(source: tuple[int, int], frame: tuple[int, int]) -> None:
-    """Bit by bit, in 8 bit and in float; a crop at the same place is the same picture."""
+    """Bit-identical in 8 bits and in float; a crop at the same place gives the same picture."""
     levels = torch.randint(0, 256, (3, 3, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     official = Window.official(source, frame)
     same = replace(official, way="crop")
@@ -84,7 +84,7 @@ def test_a_padded_window_shows_all_and_black(source: tuple[int, int], frame: tup
 @pytest.mark.parametrize("size", [(224, 126), (560, 315), (720, 405)])
 @pytest.mark.parametrize("frame", [(64, 96), (96, 64), (64, 64)])
 def test_shares_are_those_of_the_pixels(size: tuple[int, int], frame: tuple[int, int]) -> None:
-    """Against counting the pixels of the resized mask, at every scale that is looked at."""
+    """Compared with counting the pixels of the resized mask, at every scale used."""
     masks = [
         drawn(size, (0, 0, 0), red=(0.1 + t, 0.7 + t, 0.2, 0.5), cyan=(0.05, 0.3, 0.6, 0.95)) for t in (0, 0.1, 0.25)
     ]
@@ -140,7 +140,7 @@ def test_one_window_holds_the_whole_clip() -> None:
 
 
 def test_somebody_who_walks_in_calls_for_nothing() -> None:
-    """16:9 in a frame of 7:4: a sliver at the border is outside for a moment; a cut body is another matter."""
+    """16:9 in a frame of 7:4: a sliver that is briefly outside is accepted; a cut body is not."""
     sliver = drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0, 0.006))
     whole = [drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0.1 * t, 0.1 * t + 0.2)) for t in range(1, 6)]
     assert way(stats_of(sliver, *whole), (512, 896)) == "official"
@@ -150,7 +150,8 @@ def test_somebody_who_walks_in_calls_for_nothing() -> None:
 
 
 def test_a_small_figure_is_measured_like_a_large_one() -> None:
-    """It stands far away, outside the window, in two frames, and comes near: no border of the clip cuts it."""
+    """A figure that is far away and outside the window in two frames and then comes near; no border of the clip cuts
+    it."""
     far = drawn((128, 224), (0, 0, 0), red=(0.4, 0.5, 0.05, 0.1))
     near = drawn((128, 224), (0, 0, 0), red=STANDING)
     stats = stats_of(far, far, *[near] * 8)
@@ -173,7 +174,7 @@ def test_default_size_is_that_of_the_scene_that_is_shown(mode: str, fit: str, ex
         replace(pictures, size=(60, 64)).frame(mode)  # type: ignore[arg-type]
 
 
-# Requests in memory, and what the pipeline reads.
+# Requests in memory, and the frames that the pipeline reads.
 
 
 def request_of(
@@ -255,7 +256,7 @@ def test_only_the_frames_that_are_used_count() -> None:
 @pytest.mark.parametrize("fit", ["auto", "crop", "pad"])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)])
 def test_the_reference_is_scaled_inside_its_window(fit: str, size: tuple[int, int]) -> None:
-    """`--fit-reference` with every way: as tall as the driving figure in the frame, and wholly there."""
+    """`--fit-reference` with every fit: as tall as the driving figure in the frame, and fully visible."""
     request = request_of("replace", ((200, 100), STANDING), ((128, 224), LEFT), size=size, fit=fit)
     plan = check_request(replace(request, fit_reference=True))
     assert plan.fit is not None

@@ -1,4 +1,4 @@
-"""Times of audio that do not follow one another: gaps, overlaps, tracks that start anew."""
+"""Discontinuous audio timestamps: gaps, overlaps, tracks that restart."""
 
 import numpy as np
 

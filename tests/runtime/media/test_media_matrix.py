@@ -1,10 +1,10 @@
-"""Videos, sound and pictures as people have them, through the installed command.
+"""Videos, audio and images in many formats, through the installed command.
 
-Every row of `ROWS` (in `media_rows.py`) is a case folder. One `generate --batch` for each output size makes all their
-videos (tiny engines, one step), and each row is then held against its own: frames, rate and times, warnings, tracks,
-durations and when the clicks are heard. The generated pixels are noise, so colours and orientation are looked at where
-the model reads them, in the driving clips that `read_clips` gives for the same folder. `BAD` are the inputs that must
-be refused in one line. What single functions do with such files is in `test_media.py` and `test_video_writer.py`.
+Every row of `ROWS` (in `media_rows.py`) is a case folder. One `generate --batch` per output size makes all videos (tiny
+engines, one step). Each is compared with its row: frames, rate and times, warnings, tracks, durations and the times of
+the clicks. The generated pixels are noise, so colours and orientation are checked in the driving clips that
+`read_clips` reads from the same folder. `BAD` are inputs that must be refused in one line. Single functions are tested
+in `test_video_reader.py` and `test_video_writer.py`.
 """
 
 import shutil
@@ -57,7 +57,8 @@ def folders(case: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_case(case: Path, folder: Path, make: Make, mask: Make) -> Path:
-    """References of `case`, a mask video, and what `make` writes (a mask video of its own as well)."""
+    """Reference image and mask of `case`, a mask video, and the files that `make` writes (possibly another mask
+    video)."""
     folder.mkdir()
     for name in ("ref.png", "ref_mask.png"):
         shutil.copy(case / name, folder)
@@ -70,7 +71,7 @@ def write_case(case: Path, folder: Path, make: Make, mask: Make) -> Path:
 def results(
     scail2: Run, engines: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """Name of a row → the report of its run. One command for each size."""
+    """Name of a row → the report of its run. One command per size."""
     reports = {}
     for size in sorted({row.size for row in ROWS}):
         names = [row.name for row in ROWS if row.size == size]
@@ -156,8 +157,8 @@ def test_reference(row: Row, folders: Path) -> None:
 
 
 def test_names_and_mov(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
-    """Names with spaces, colons, percent signs and letters of other alphabets, relative to the working folder; sound
-    that a .mov cannot hold as it is."""
+    """Names with spaces, colons, percent signs and letters of other alphabets, relative to the working folder; audio
+    that must be converted for a .mov."""
     sound("webm", ("libopus", 48000, "mono"), codec="libvpx", options={"b": "1000000"})(tmp_path)
     names = {"--driving": "12:30 Tänzer %03d.webm", "--mask-video": "маска 面具.mp4", "--image": "re: f.png"}
     (tmp_path / "driving.webm").rename(tmp_path / names["--driving"])
@@ -178,7 +179,7 @@ def test_names_and_mov(scail2: Run, engines: Path, case: Path, tmp_path: Path) -
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """An input that cannot be used, and what the one line must say."""
+    """An unusable input, and the expected error text."""
 
     name: str
     make: Make
@@ -188,7 +189,7 @@ class Bad:
 
 
 def grows(folder: Path) -> None:
-    """Two raw streams behind one another: the size changes at frame 4."""
+    """Two concatenated raw streams: the size changes at frame 4."""
     parts = [write_clip(folder / f"{height}.h264", scene(4, height), 25) for height in (64, 96)]
     (folder / "driving.mp4").write_bytes(b"".join(part.read_bytes() for part in parts))
 

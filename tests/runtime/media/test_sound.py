@@ -1,4 +1,4 @@
-"""The sound of a part of a video, as samples."""
+"""The audio of a part of a video, as samples."""
 
 from fractions import Fraction
 from pathlib import Path

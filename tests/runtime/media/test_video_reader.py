@@ -1,4 +1,4 @@
-"""Reading videos and images: counts, rates, times, turning, colours, and a sentence for every unusable file."""
+"""Reading videos and images: counts, rates, times, rotation, colours, and one error sentence per unusable file."""
 
 import struct
 from fractions import Fraction
@@ -61,7 +61,7 @@ class TestProbe:
     def test_animated_webp_keeps_times_and_alpha(self, tmp_path: Path) -> None:
         pictures = np.full((3, 32, 48, 4), (200, 100, 50, 255), np.uint8)
         pictures[1:, :16, :, 3] = 0
-        pictures[2, 30:] = (0, 0, 250, 255)  # the encoder joins frames that are equal
+        pictures[2, 30:] = (0, 0, 250, 255)  # the encoder merges equal frames
         first, *others = [Image.fromarray(picture) for picture in pictures]
         path = tmp_path / "a.webp"
         first.save(path, save_all=True, append_images=others, duration=[40, 300, 90], lossless=True, exact=True)
@@ -125,7 +125,7 @@ class TestReader:
     @pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
     @pytest.mark.parametrize("start", [0, 3])
     def test_transparency_of_webm(self, tmp_path: Path, codec: str, start: int) -> None:
-        """Bright green hides under the transparent half, which is black; the rest comes out as in an opaque file."""
+        """The transparent half, whose hidden colour is green, is read as black; the rest equals an opaque file."""
         frames = np.concatenate([ramp(6), np.full((6, 48, 64, 1), 255, np.uint8)], axis=-1)
         frames[:, :, 32:] = (0, 255, 0, 0)
         options = {"auto-alt-ref": "0", "crf": "4", "b": "2M"}

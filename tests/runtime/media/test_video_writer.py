@@ -1,4 +1,4 @@
-"""The written video: rate, times, colours, audio, what is left after every kind of ending."""
+"""The written video: rate, times, colours, audio, and the files left after every kind of end."""
 
 import contextlib
 import errno
@@ -77,7 +77,7 @@ class TestPicture:
             assert np.abs(reader.read(9).astype(int) - colours).max() <= 3
 
     def test_equal_frames_give_an_equal_file(self, tmp_path: Path) -> None:
-        """Which a run that is resumed relies on; x264's defaults failed this within a dozen files."""
+        """The encoder is deterministic, as resuming requires; x264's defaults fail this within a dozen files."""
         files = {write(tmp_path / "out.mp4", ramp(24), 6).read_bytes() for _ in range(60)}
         assert len(files) == 1
 
@@ -451,7 +451,7 @@ sys.stdin.read()
 
     @pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "vp9"])
     def test_a_partial_file_is_continued(self, tmp_path: Path, codec: str) -> None:
-        """With half a part behind the whole ones, as a loss of power can leave it; the result is that of one writer."""
+        """Half a part after the complete ones, as after a power failure; the result equals that of one writer."""
         seen: list[int] = []
         whole = write(tmp_path / "whole.mp4", ramp(24), 6, codec=codec).read_bytes()
         with VideoWriter(tmp_path / "out.mp4", VideoFormat(64, 48, Fraction(25), codec)) as first:

@@ -1,4 +1,4 @@
-"""Colours held to an earlier segment: CIELAB against published values, the statistics, and what an anchor does."""
+"""Matching colours to an earlier segment: CIELAB against published values, the statistics, and the correction."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_the_first_segment_stays_and_equal_statistics_change_nothing(choice: str
 
 @pytest.mark.parametrize("choice", ["first", "previous"])
 def test_drift_is_taken_back_while_the_character_walks_on(choice: str) -> None:
-    """The character hides other parts of the background than in the anchor segment: that is no change of colour."""
+    """A character that covers another part of the background than in the anchor segment is not a colour change."""
     anchor = ColourAnchor(choice, False, clip(0), {}, CPU)
     shade(anchor, still(clip(0), scene()))
     true = still(clip(40), scene())
@@ -115,7 +115,7 @@ def test_drift_is_taken_back_while_the_character_walks_on(choice: str) -> None:
 
 
 def test_in_replace_mode_the_scene_may_change() -> None:
-    """Another driving scene is followed; only what differs from it otherwise than in the anchor segment is drift."""
+    """Colour changes of the driving scene are followed; only a changed difference from it counts as drift."""
     one, other = ((scene(s).expand(FRAMES, -1, -1, -1) * 127.5 + 127.5).byte() for s in (5, 9))
     anchor = ColourAnchor("first", True, clip(0, one, True), {}, CPU)
     shade(anchor, still(clip(0, one, True), drift(scene(5)[:, None], 0.97, 0.01)[:, 0]))
@@ -139,7 +139,7 @@ def test_previous_follows_the_segment_before_and_first_does_not() -> None:
     assert states["first"]["count"].max() == FRAMES
     assert states["previous"]["count"].max() == FRAMES
     difference = states["first"]["total"] - states["previous"]["total"]
-    assert 0 < difference.abs().max() / FRAMES < 1  # corrected frames are what the next is held to
+    assert 0 < difference.abs().max() / FRAMES < 1  # the next segment is matched to corrected frames
 
 
 def test_without_background_nothing_is_corrected() -> None:

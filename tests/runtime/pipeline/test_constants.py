@@ -1,4 +1,5 @@
-"""What is computed once: counted on a CPU with recorded steps that run as functions of fixed buffers."""
+"""Values that are computed once: calls are counted on a CPU, with recorded steps simulated by functions of fixed
+buffers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ THREE_EQUAL = {"segment_length": 9, "frames": 17, "steps": 3, "guidance": 1.0}  
 
 
 def record_on_cpu(self: GraphPool, function: Function, inputs: Sequence[Tensor]) -> Recording:
-    """As a CUDA graph: fixed inputs and outputs, and a replay that knows nothing else."""
+    """Like a CUDA graph: fixed inputs and outputs, and a replay without arguments."""
     static = tuple(tensor.clone() for tensor in inputs)
     outputs = function(*static)
 
@@ -91,7 +92,7 @@ def test_references_are_embedded_once_per_request(
 def test_recorded_steps_give_what_eager_ones_do(
     session: Session, eager: Session, request_of: Callable[..., Request], guidance: float
 ) -> None:
-    """Also for the request after: other references, prompt and driving frames pass through the same buffers."""
+    """Also for the next request: other references, prompt and driving frames use the same buffers."""
     monkey = {**THREE_EQUAL, "guidance": guidance}
     requests = [request_of(**monkey, prompt="one"), request_of(**monkey, prompt="two", seed=5, start=3)]
     for request in requests:
@@ -135,5 +136,5 @@ def test_a_step_runs_eagerly_then_is_recorded_then_replayed() -> None:
 
     graph = StepGraph(Pool())
     results = [graph.call(double, torch.tensor([float(i)]))[0] for i in range(4)]
-    assert [result.item() for result in results] == [0, 2, 4, 6]  # each result is a copy that stays
+    assert [result.item() for result in results] == [0, 2, 4, 6]  # each result is a copy, which is not overwritten
     assert calls == ["call", "record", "call", "call", "call", "call"]

@@ -1,4 +1,4 @@
-"""The watch over numbers beside a device that works: read one step late, without waiting for what is queued."""
+"""The NaN check during a run: read one step late, without waiting for queued work."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_what_the_report_raises_ends_the_loop() -> None:
 
 @needs_gpu
 def test_on_a_gpu_a_step_is_reported_while_the_next_one_runs() -> None:
-    """Each step sleeps for about 0.1 s: its mark is read when the one behind it is queued, and nothing waits for the
-    step that was queued last."""
+    """Each step sleeps for about 0.1 s: its mark is read when the next one is queued, and nothing waits for the last
+    queued step."""
     reported: list[tuple[int, list[float]]] = []
     marks = StepMarks(lambda step, seen: reported.append((step, seen.tolist())))
 

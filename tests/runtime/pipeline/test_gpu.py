@@ -1,5 +1,5 @@
-"""The torch executor on a GPU: graphs, streamed weights, row chunks and every attention against eager, resident, whole
-and fp32. Skipped without a GPU."""
+"""The torch backend on a GPU: CUDA graphs, streamed weights, chunks and every attention variant, compared with eager,
+resident, unchunked and fp32 runs. Skipped without a GPU."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def velocities(engines: EngineSet, passes: int = 2, steps: int = 3) -> Tensor:
-    """[steps · passes, 16, F, H, W] from inputs that are the same at every call."""
+    """The velocities [steps · passes, 16, F, H, W] for fixed inputs."""
     references = References(
         noise(16, 1, H, W, seed=1),
         noise(28, 1, H, W, seed=2).abs(),

@@ -1,4 +1,4 @@
-"""How segments meet: histories, the fade of the overlap, and frames without loss whatever the joins."""
+"""The joins of segments: histories, the fade of the overlap, and no lost frames for any segmentation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +69,7 @@ class Joins(NamedTuple):
 
 
 class Run:
-    """`animate` over random conditions; what came out."""
+    """The result of `animate` with random conditions."""
 
     def __init__(self, opened: EngineSet, joins: Joins, frames: int = FRAMES, carry: Carry | None = None) -> None:
         dit, clip = opened.config.dit, opened.config.clip

@@ -1,4 +1,4 @@
-"""Resizing, normalising and quantising against the golden data, and the rules that hold without it."""
+"""Resizing, normalising and quantising against the golden data, and properties that need no golden data."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prompt cleaning, the tokenizer's end token and limits, and the encoding cache on a disk that misbehaves."""
+"""Prompt cleaning, the tokenizer's end token and limits, and the encoding cache with disk errors."""
 
 import json
 import logging

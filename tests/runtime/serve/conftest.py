@@ -1,4 +1,4 @@
-"""One service that the tests of a file share, on the tiny engines."""
+"""One service per test file, with the tiny engines."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,5 +17,5 @@ def served(engines: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def body(served: Served, case: Path) -> dict[str, Any]:
-    """A request for a small video of `case`, its inputs as kept files."""
+    """A request for a small video of `case`, with uploaded inputs."""
     return served.case(case)

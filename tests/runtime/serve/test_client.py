@@ -61,7 +61,7 @@ def test_the_files_are_those_of_a_local_run(
     remote = json.loads(text)
     assert set(remote) == set(local)
     for options in (local["options"], remote["options"]):
-        options.pop("resume")  # the service always goes on
+        options.pop("resume")  # the service always resumes
     place = Path(local["engines"].pop("directory"))  # where a service's engines are is its operator's
     assert remote["engines"].pop("directory") == place.name
     assert remote == local
@@ -112,10 +112,10 @@ def test_errors_are_those_of_a_local_run(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--backend", "torch"), "--backend is for who runs the service"),
-        (("--vram-limit", "4GiB"), "--vram-limit is for who runs the service"),
-        (("--dry-run",), "--dry-run tells about engines here"),
-        (("--resume",), "--resume is not for --server"),
+        (("--backend", "torch"), "--backend is set by the operator of the service."),
+        (("--vram-limit", "4GiB"), "--vram-limit is set by the operator of the service."),
+        (("--dry-run",), "--dry-run describes local engines."),
+        (("--resume",), "--resume cannot be used with --server"),
     ],
 )
 def test_options_of_the_operator_are_refused(
@@ -127,7 +127,7 @@ def test_options_of_the_operator_are_refused(
 
 def test_addresses_that_are_none(engines: Path, case: Path, scail2: Run, tmp_path: Path) -> None:
     for url, code, said in (
-        ("ftp://x", 2, "ftp://x is no address of a service"),
+        ("ftp://x", 2, "ftp://x is not the address of a service"),
         ("http://127.0.0.1:1", 1, "The service at http://127.0.0.1:1 cannot be reached"),
     ):
         result = scail2("generate", "--server", url, "--case", case, "-o", tmp_path / "a.mp4")
@@ -167,13 +167,13 @@ def test_ctrl_c_ends_the_job(served: Served, case: Path, cache: Path, tmp_path: 
     command.send_signal(signal.SIGINT)
     _, said = command.communicate(timeout=60)
     assert command.returncode == 130, said
-    assert "stopped: the service has ended the job" in said
+    assert "cancelled: the job was deleted at the service" in said
     assert served.ask("GET", f"/v1/videos/{listed[0]['id']}").status == 404
     assert files(tmp_path) == set()
 
 
 def test_a_service_that_is_killed_and_comes_back(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """On another port it would not be found: it gets the one that it had. With a key from the environment."""
+    """A restarted service keeps its port, so that the client finds it. The API key comes from the environment."""
     keys = tmp_path / "keys"
     keys.write_text("a-key-of-the-command-line\n")
     options = ("--api-key-file", str(keys))

@@ -1,4 +1,4 @@
-"""Who does not come in: other origins and names, wrong keys, other people's jobs, slow and hostile clients."""
+"""Refused requests: other origins and host names, wrong keys, other clients' jobs, slow and hostile clients."""
 
 import io
 import socket
@@ -20,7 +20,7 @@ KEYS = ("first-key-of-a-client-0001", "second-key-of-a-client-002")
 
 
 def test_pages_of_other_origins_and_other_names_are_refused(served: Served, body: dict[str, Any]) -> None:
-    """What a browser sends on behalf of a page elsewhere, and DNS rebinding."""
+    """Requests that a browser sends for a foreign page, and DNS rebinding."""
     own = served.url.removeprefix("http://")
     for headers in (
         {"Origin": "https://evil.example"},
@@ -106,7 +106,7 @@ def connected(served: Served) -> socket.socket:
 
 
 def test_clients_that_say_nothing_are_let_go(engines: Path, cache: Path, tmp_path: Path) -> None:
-    """Half a header, half a second header on a kept connection, half a body; the service answers others meanwhile."""
+    """Half a header, half a second header on a kept connection, half a body; meanwhile other clients get answers."""
     patience = "from scail2_rt.runtime.serve import doors, settings\ndoors.HEADER_WAIT_S = 1.0\n"
     patience += "settings.Limits.__init__.__defaults__ = (*settings.Limits.__init__.__defaults__[:-1], 1.0)\n"
     folder = tmp_path / "patience"
@@ -154,7 +154,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def test_hostile_files(served: Served, body: dict[str, Any], case: Path, tmp_path: Path) -> None:
-    """Formats that name other files, bombs, and rubbish: refused, and the service goes on."""
+    """Formats that refer to other files, decompression bombs, and garbage: refused, and the service continues."""
     for name, data in {
         "playlist": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n",
         "concat": b"ffconcat version 1.0\nfile /etc/passwd\n",

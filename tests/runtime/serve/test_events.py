@@ -1,4 +1,4 @@
-"""Event streams: phases, steps, a picture per segment, and how a job ended."""
+"""Event streams: phases, steps, one preview per segment, and the final state of a job."""
 
 import base64
 import io
@@ -70,6 +70,6 @@ def test_what_a_killed_server_leaves_is_tidied_up_and_results_expire(
         own._words += ["--keep", "1s"]
         own.start()
         wait_for(lambda: own.ask("GET", f"/v1/videos/{kept['id']}").status == 404)
-        # The record goes first, so that nobody is given a file that is about to be deleted; its folder follows.
+        # The record is deleted before the folder, so that no client gets a file that is about to be deleted.
         wait_for(lambda: [list((data / name).iterdir()) for name in ("incoming", "jobs")] == [[], []])
         assert len(list((data / "files").iterdir())) == 4

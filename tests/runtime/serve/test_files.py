@@ -1,4 +1,4 @@
-"""Kept files: as OpenAI's client uses them, within quotas, and never a job's only copy."""
+"""Uploaded files: used by OpenAI's client, quotas, and jobs that survive the deletion of their files."""
 
 import hashlib
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_quotas_and_sizes(engines: Path, cache: Path, tmp_path: Path, case: Path
         with pytest.raises(openai.APIStatusError, match="Your files would take more than 1 MiB") as told:
             client.files.create(file=("b", b"x" * 700_000), purpose="vision")
         assert told.value.status_code == 413
-        with pytest.raises(openai.APIStatusError, match="larger than the 1 MiB"):
+        with pytest.raises(openai.APIStatusError, match="exceeds the limit of 1 MiB"):
             client.files.create(file=("b", b"x" * 1_100_000), purpose="vision")
         assert not list((own.data / "incoming").iterdir())
         assert len(list((own.data / "files").iterdir())) == 1
@@ -64,7 +64,7 @@ def test_quotas_and_sizes(engines: Path, cache: Path, tmp_path: Path, case: Path
         answer = own.ask("POST", "/v1/videos", body)
         assert (answer.status, answer.error) == (
             422,
-            "The video would have 21 frames, and this service makes up to 20.",
+            "The video would have 21 frames; this service makes up to 20. Ask for fewer frames.",
         )
         first = own.post({**body, **LONG, "frames": 20})
         full = own.ask("POST", "/v1/videos", {**body, "frames": 9})

@@ -1,4 +1,4 @@
-"""What people complain of elsewhere, and what kills leave: each job ends truly, once, and harms no other."""
+"""Known problems of other services, and kills: each job ends correctly, once, and does not affect other jobs."""
 
 import json
 import os
@@ -21,8 +21,8 @@ def running(video: dict[str, Any]) -> bool:
 
 
 def test_states_tell_the_truth_and_delete_frees_the_worker(served: Served, body: dict[str, Any]) -> None:
-    """Queued with its place, in progress from the first step on; a deleted job ends within a step, also while it waits,
-    and the next one begins."""
+    """A job is queued with its position, then in progress from the first step on; a deleted job ends within one step,
+    or at once if queued, and the next one begins."""
     first, second, third = (served.post({**body, **LONG, "seed": seed}) for seed in range(3))
     seen = served.wait(first["id"], running)
     assert seen["phase"] == "denoise"
@@ -44,7 +44,7 @@ def test_states_tell_the_truth_and_delete_frees_the_worker(served: Served, body:
 
 
 def test_a_client_that_leaves_ends_nothing(served: Served, body: dict[str, Any]) -> None:
-    """Neither a request that is broken off while it waits for its video, nor an event stream that is closed."""
+    """Neither an aborted request that waits for its video nor a closed event stream ends the job."""
     import http.client
 
     host, port = served.url.removeprefix("http://").split(":")
@@ -83,7 +83,7 @@ def test_settings_do_not_leak_into_the_next_job(served: Served, body: dict[str, 
 def test_three_kills_and_the_video_is_the_same(
     engines: Path, case: Path, cache: Path, tmp_path: Path, served: Served, body: dict[str, Any]
 ) -> None:
-    """Of the worker, of the server, of the worker again: finished segments are kept, the rest is made, once."""
+    """Kill the worker, the server and the worker again: finished segments are kept and the others are made once."""
     settings = {**SMALL, "segment_length": "9", "steps": "60"}  # four segments
     expected = served.content(served.done(served.post({**body, **settings})["id"])["id"])
     with serving(engines, tmp_path / "data", cache) as own:
@@ -115,7 +115,7 @@ def test_three_kills_and_the_video_is_the_same(
         assert left == inputs | {"plan", "video.json", "video.mp4"}
 
 
-# By the seed of a job: what goes wrong in it, after its first step.
+# The fault in a job, after its first step, by the job's seed.
 FAULTS = """
 import os
 from scail2_rt.runtime.core import progress
@@ -140,7 +140,7 @@ session.Session.frames, progress.RunProgress.step = began, broken
 
 
 def test_faults_stay_with_their_job(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """Want of memory, NaN, a fault of ours, a worker that breaks: that job has failed and says why; the next runs."""
+    """Memory runs out, NaN, an internal error, a worker that crashes: the job fails with the reason; the next runs."""
     folder = tmp_path / "sabotage"
     folder.mkdir()
     own = Served(engines, tmp_path / "data", cache)
@@ -171,7 +171,7 @@ def test_faults_stay_with_their_job(engines: Path, case: Path, cache: Path, tmp_
 
 
 def test_two_workers_have_a_job_each(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """As on two GPUs; the death of one does not touch the other's job."""
+    """Two workers, as with two GPUs: the death of one does not affect the other's job."""
     (tmp_path / "two").mkdir()
     own = Served(engines, tmp_path / "data", cache)
     two = "from scail2_rt.runtime.serve import launch\nlaunch.workers_of = lambda *_: 2\n"

@@ -33,7 +33,7 @@ def masking(engines: Path, cache: Path, sam2: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def photo(masking: Served, case: Path) -> dict[str, Any]:
-    """A request with a photo, a clip and no masks."""
+    """A request with a reference image, a driving clip and no masks."""
     names = ("input_reference", "video_reference")
     kept = {name: {"file_id": masking.upload(case / INPUTS[name])} for name in names}
     return {**kept, **SMALL, "prompt": "a man"}
@@ -100,4 +100,4 @@ def test_the_command_line_leaves_the_files_of_a_local_run(
     assert str(tmp_path / "remote" / "a.masks" / "ref_mask.png") in report
     assert str(masking.data) not in report
     refused = scail2("generate", "--server", masking.url, *words, "--segmenter", "sam3", "-o", tmp_path / "b.mp4")
-    assert "--segmenter is for who runs the service" in error_of(refused)
+    assert "--segmenter is set by the operator of the service" in error_of(refused)

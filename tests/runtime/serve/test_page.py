@@ -17,7 +17,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
 pytest_plugins = ["tests.support.runtime_fixtures"]
-SHOTS = os.environ.get("SCAIL2_SCREENSHOTS")  # a folder, to look at what the tests saw
+SHOTS = os.environ.get("SCAIL2_SCREENSHOTS")  # folder for screenshots
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 def until(page: Any, true: str) -> None:
-    """Wait until this is true in the page (playwright's own way needs eval, which the page's policy forbids)."""
+    """Wait until an expression is true in the page (playwright's function needs eval, which the page's policy
+    forbids)."""
     wait_for(lambda: bool(page.evaluate(true)), 60)
 
 
@@ -66,7 +67,7 @@ def test_from_a_photo_and_a_clip_to_a_video(served: Served, case: Path, page: An
     page.goto(served.url)
     page.wait_for_selector("body[data-ready]")
     page.click("#go")
-    assert page.inner_text("#said") == "Choose a photo and a driving clip first."
+    assert page.inner_text("#said") == "Choose a reference image and a driving clip first."
     fill(page, case, "a man walks")
     shot(page, "filled")
     page.click("#go")
@@ -105,7 +106,7 @@ def test_progress_queue_cancel_and_refusals(served: Served, case: Path, page: An
     page.fill("#steps", "2")
     page.click("#go")
     second = page.locator("#videos li", has_text="second").first
-    second.locator(".status", has_text="waiting, 1 before it").wait_for()
+    second.locator(".status", has_text="queued, position 2").wait_for()
     shot(page, "queue")
     first.locator(".delete", has_text="Cancel").click()
     second.locator(".status", has_text="done in").wait_for(timeout=60_000)
@@ -157,13 +158,13 @@ def test_keys_on_the_page_and_its_documentation(engines: Path, cache: Path, tmp_
         page.goto(f"{own.url}/docs")
         page.wait_for_selector("body[data-ready]")
         text = page.inner_text("body")
-        for said in ("POST /v1/videos/sync", "video_mask_reference", "Denoising steps of each segment."):
+        for said in ("POST /v1/videos/sync", "video_mask_reference", "Denoising steps per segment."):
             assert said in text
         shot(page, "docs")
 
 
 def test_a_page_of_another_origin_reaches_nothing(served: Served, page: Any, tmp_path: Path) -> None:
-    """Fetches, forms and pictures of a page elsewhere that its visitor's browser sends to the service."""
+    """Fetches, forms and images that a foreign page makes its visitor's browser send to the service."""
 
     class Elsewhere(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -201,7 +202,7 @@ def test_a_page_of_another_origin_reaches_nothing(served: Served, page: Any, tmp
 
 
 def test_masks_on_the_page(engines: Path, case: Path, cache: Path, tmp_path: Path, page: Any) -> None:
-    """Made, seen over photo and clip, corrected by clicks, and used."""
+    """Masks are made, shown over image and clip, corrected by clicks, and used."""
     sam2 = write_sam2(tmp_path / "sam2", image=64)
     with serving(engines, tmp_path / "data", cache, "--segmenter-weights", str(sam2), measured=True) as own:
         page.goto(own.url)
@@ -219,7 +220,7 @@ def test_masks_on_the_page(engines: Path, case: Path, cache: Path, tmp_path: Pat
         assert "; 0:" in clicks
         assert page.evaluate("document.querySelector('#clip').paused")
         page.click("#make-masks")
-        until(page, "document.querySelector('#mask-state').textContent.startsWith('Masks of')")
+        until(page, "document.querySelector('#mask-state').textContent.startsWith('Masks for')")
         until(page, "document.querySelector('#photo-mask').naturalWidth == 96")
         until(page, "document.querySelector('#clip-mask').videoWidth == 96")
         shot(page, "masks")

@@ -1,4 +1,4 @@
-"""A plan between two processes: what comes back is what was sent, and nothing else can be in it."""
+"""A plan sent between two processes: it is restored exactly, and other objects are refused."""
 
 import importlib.metadata
 import os

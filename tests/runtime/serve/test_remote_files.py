@@ -38,7 +38,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`files.example` is a server of this machine; what is asked for at port 80 goes to it."""
+    """`files.example` is a server on this machine, to which requests for port 80 are redirected."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connect, find = socket.create_connection, socket.getaddrinfo
@@ -52,7 +52,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket, "create_connection", to_site)
     monkeypatch.setattr(socket, "getaddrinfo", names)
-    # 203.0.113.0/24 is for documentation: here it stands for the public.
+    # 203.0.113.0/24 is reserved for documentation; here it stands for a public address.
     monkeypatch.setattr(remote_files, "is_public", lambda address: str(address) == "203.0.113.9")
     yield
     server.shutdown()
@@ -77,7 +77,7 @@ def test_what_is_fetched_and_what_is_not(tmp_path: Path) -> None:
         path.unlink()
     for url, said in {
         f"http://{HOST}/no": "answers with 404",
-        f"http://{HOST}/much": "larger than",
+        f"http://{HOST}/much": "exceeds the limit of",
         f"http://{HOST}:8080/a": "ports 80 and 443",
         f"http://{HOST}/to/http://inside.example/a": "not public",
         f"http://{HOST}/to/http://other.example/a": "from files.example",

@@ -1,6 +1,6 @@
-"""What runs long (`make soak`): kills at random moments, and hours of clients of which some mean harm.
+"""Long tests (`make soak`): kills at random times, and hours of requests, some of them hostile.
 
-`SCAIL2_SOAK_KILLS` and `SCAIL2_SOAK_S` shorten it for a try."""
+`SCAIL2_SOAK_KILLS` and `SCAIL2_SOAK_S` shorten them."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.soak
 KILLS = int(os.environ.get("SCAIL2_SOAK_KILLS", "500"))
 SECONDS = float(os.environ.get("SCAIL2_SOAK_S", "1800"))
 
-# Every run that comes to its end leaves a line: the folder of its job.
+# Every completed run appends a line: the folder of its job.
 COUNT = """
 import os
 from scail2_rt.runtime.session import write
@@ -39,7 +39,7 @@ write._Run.complete = counted
 
 
 def test_kills_at_random_moments(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """Of the worker, and now and then of the server: every job is done once, whole, and as without kills."""
+    """Kill the worker, and sometimes the server: every job completes once, with the same result as without kills."""
     jobs, seeds, rng = max(1, KILLS // 5), 5, random.Random(7)
     settings = {**SMALL, "segment_length": "9", "steps": "40"}
     (tmp_path / "sabotage").mkdir()
@@ -94,7 +94,7 @@ def resident_mb(process: int) -> float:
 
 
 class Clients:
-    """What comes to the service, by kind. Each raises when the answer is not the right one."""
+    """The kinds of requests to the service. Each method raises for a wrong answer."""
 
     def __init__(self, own: Served, case: Path, body: dict[str, Any]) -> None:
         self.own, self.case, self.body = own, case, body
@@ -147,7 +147,7 @@ class Clients:
 
 
 def test_mixed_load_with_hostile_clients(engines: Path, case: Path, cache: Path, tmp_path: Path) -> None:
-    """Half an hour; afterwards memory, open files and processes are as after the first minutes, and no file is left."""
+    """After half an hour, memory, open files and processes are as after the first minutes, and no file is left."""
     with serving(engines, tmp_path / "data", cache, "--max-upload", "8MiB") as own:
         clients = Clients(own, case, own.case(case))
         good: list[Callable[[], None]] = [clients.whole, clients.given_up, clients.looking, clients.upload]

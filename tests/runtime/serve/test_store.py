@@ -200,7 +200,8 @@ def test_the_licence_of_tensorrt_rtx_is_told_once(tmp_path: Path, capsys: pytest
 
 
 def test_a_listener_that_leaves_while_a_job_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its record is one of the job's, not the stream's: once this ended the hearing of a worker for good."""
+    """The live record belongs to the job, not to the event stream. Regression test: closing a stream once stopped the
+    worker's messages."""
     store = Store(tmp_path)
     service = Service(Settings(tmp_path, tmp_path), store)
     job_id, finish = added(store), store.finish

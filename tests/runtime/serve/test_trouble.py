@@ -1,4 +1,4 @@
-"""What went wrong when the service was tried by hand, each once more."""
+"""Regression tests for problems found by using the service manually."""
 
 import asyncio
 import http.client
@@ -25,7 +25,7 @@ pytest_plugins = ["tests.support.runtime_fixtures"]
 
 
 class Full:
-    """A connection whose disk is full as long as `block` is there."""
+    """A connection whose disk is full while the file `block` exists."""
 
     def __init__(self, connection: sqlite3.Connection, block: Path) -> None:
         self._connection, self._block = connection, block
@@ -143,7 +143,7 @@ def test_head_answers_as_get_without_a_body(served: Served) -> None:
 def test_half_characters_and_depths_are_no_text(served: Served, text: str) -> None:
     answer = served.ask("POST", "/v1/videos", text.encode(), Content_Type="application/json")
     assert answer.status == 400
-    assert answer.error.startswith("The body cannot be read:")
+    assert answer.error.startswith("The body cannot be read (")
 
 
 @pytest.mark.parametrize("headers", [{"Host": "[::1"}, {"Origin": "http://["}])
@@ -156,14 +156,14 @@ def test_headers_that_are_no_address(served: Served, headers: dict[str, str]) ->
 
 def test_a_mask_alone_is_told_that_both_can_be_made(served: Served, body: dict[str, Any]) -> None:
     lone = {name: value for name, value in body.items() if name != "video_mask_reference"}
-    assert served.ask("POST", "/v1/videos", lone).error.endswith("Without either mask both are made here.")
+    assert served.ask("POST", "/v1/videos", lone).error.endswith("If you send no mask at all, the service makes both.")
 
 
 def test_a_data_folder_that_cannot_be(scail2: Run, engines: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = scail2("serve", engines, "--data", tmp_path / "file" / "data", "--port", "0")
     assert result.returncode == 2
-    assert "cannot be made" in result.stderr
+    assert "cannot be created" in result.stderr
 
 
 def test_a_segmenter_that_is_not_there(scail2: Run, engines: Path, tmp_path: Path) -> None:

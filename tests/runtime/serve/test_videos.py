@@ -1,4 +1,4 @@
-"""The videos interface with OpenAI's own client: a job, its states, its results, and sentences of refusals."""
+"""The videos interface with OpenAI's client: a job, its states, its results, and error sentences."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ PATHS = {"input_reference": "--image", "mask_reference": "--mask-image", "video_
 def test_the_openai_client_works_unchanged(
     served: Served, case: Path, scail2: Run, engines: Path, tmp_path: Path
 ) -> None:
-    """Create and poll, download, list, delete; and the video is the command line's, to the byte."""
+    """Create and poll, download, list, delete; the video is bit-identical to that of the command line."""
     client = served.client()
     kept = {name: {"file_id": served.upload(case / file)} for name, file in INPUTS.items() if name != "input_reference"}
     with (case / "ref.png").open("rb") as image:
@@ -62,7 +62,7 @@ def test_the_openai_client_works_unchanged(
 
 
 def test_files_fields_and_urls_give_the_same_video(served: Served, case: Path, body: dict[str, Any]) -> None:
-    """Multipart with all files and strings, JSON with kept files, and data: URLs."""
+    """Multipart with files and strings, JSON with uploaded files, and data: URLs."""
     parts = [(name, (case / file).read_bytes()) for name, file in INPUTS.items()]
     text = [
         (name, value.encode()) for name, value in {**SMALL, "prompt": "a man walks", "fit_reference": "false"}.items()
@@ -138,19 +138,31 @@ def test_numbers_are_refused_in_the_command_lines_words(
     assert (answer.status, answer.error) == (400, error_of(told))
 
 
+def test_types_in_the_description(served: Served) -> None:
+    operation = served.ask("GET", "/openapi.json").json["paths"]["/v1/videos"]["post"]
+    properties = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert properties["points"] | properties["boxes"] == {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": properties["boxes"]["description"],
+    }
+    types = {"max_characters": "integer", "one_to_many": "boolean", "steps": "integer", "shift": "number"}
+    assert {name: properties[name]["type"] for name in types} == types
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"output": "/etc/passwd"}, "The field output is for the operator"),
-        ({"backend": "torch"}, "The field backend is for the operator"),
-        ({"vram_limit": 1}, "The field vram_limit is for the operator"),
-        ({"driving": "/etc/passwd"}, "The field driving is for the operator"),
+        ({"output": "/etc/passwd"}, "The field output is set by the operator"),
+        ({"backend": "torch"}, "The field backend is set by the operator"),
+        ({"vram_limit": 1}, "The field vram_limit is set by the operator"),
+        ({"driving": "/etc/passwd"}, "The field driving is set by the operator"),
         ({"nonsense": 1}, "The field 'nonsense' is not known"),
         ({"steps": "many"}, "--steps must be a whole number, not 'many'."),
         ({"steps": True}, "--steps must be a whole number, not 'True'."),
         ({"fit_reference": "perhaps"}, "The field fit_reference must be true or false"),
         ({"size": "64"}, "'64' is not a size"),
-        ({"model": "sora-2"}, "The model 'sora-2' is not here"),
+        ({"model": "sora-2"}, "The service has no model 'sora-2'"),
         ({"prompt": 5}, "The field prompt must be text"),
         ({"video_reference": "/etc/passwd"}, "video_reference must be a data:, http: or https: URL."),
         ({"video_reference": {"file_id": "file-0"}}, "There is no file 'file-0'."),

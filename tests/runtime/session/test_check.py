@@ -1,4 +1,4 @@
-"""From a request to its plan, without weights: what is read, derived and refused."""
+"""From a request to its generation plan, without weights: reading, derived values and errors."""
 
 from collections.abc import Callable
 from fractions import Fraction

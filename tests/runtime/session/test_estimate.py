@@ -1,4 +1,4 @@
-"""What a plan is expected to cost, and how it is told."""
+"""The estimate of a plan's time and memory, and its text."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_memory_grows_with_the_layout_and_falls_with_row_chunks(
     assert weights / 2 < small.memory["denoise"] < large.memory["denoise"]
     assert fewer.memory["denoise"] < large.memory["denoise"]
     assert small.memory["text"] == large.memory["text"]
-    assert small.peak == max(small.memory.values())  # on a CPU no library takes memory of its own
+    assert small.peak == max(small.memory.values())  # on a CPU no library reserves memory
 
 
 def test_text_and_json(plan_of: Callable[..., Plan]) -> None:

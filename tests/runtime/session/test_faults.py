@@ -1,8 +1,8 @@
-"""Faults while a video is being made: kills, full disks, files that break, memory that runs out. What is finished
-stays, the result is whole or not there, and the user is told in one line.
+"""Faults during a generation: kills, full disks, damaged files, memory that runs out. Finished segments are kept, the
+output is complete or absent, and the user gets one line.
 
-Faults of the whole command are put in place by a `sitecustomize` module, before the program starts. A full disk is a
-limit on the size of files, which ends a write in its middle as a full disk does.
+Faults in the complete command are injected by a `sitecustomize` module. A full disk is simulated by a limit on the size
+of files, which interrupts a write in the same way.
 """
 
 import json
@@ -98,7 +98,7 @@ def test_a_killed_writer_never_loses_a_finished_segment(tmp_path: Path) -> None:
     for number, said in enumerate(finished):
         output = tmp_path / str(number) / "out.mp4"
         partial = partial_path(output)
-        if output.exists():  # moved into place whole, perhaps before it could say so
+        if output.exists():  # renamed into place, perhaps before the process could report it
             assert said.startswith("p" * PARTS)
             assert numbers(output) == list(range(PARTS * PART_FRAMES))
         else:
@@ -188,7 +188,7 @@ progress.RunProgress.segment = segment
 def test_a_full_disk_ends_the_command_and_keeps_what_was_finished(
     scail2: Run, engines: Path, case: Path, tmp_path: Path
 ) -> None:
-    """Not even the report can be written; what is told is the fault that mattered."""
+    """The report cannot be written either; the error sentence is about the first fault."""
     code = (
         "import resource\n"
         "def fault():\n"
@@ -214,7 +214,7 @@ def test_a_full_disk_ends_the_command_and_keeps_what_was_finished(
 def test_a_driving_file_that_is_cut_off_while_it_is_read(
     scail2: Run, engines: Path, case: Path, tmp_path: Path
 ) -> None:
-    """It was whole when it was checked."""
+    """The file was intact when it was checked."""
     copy = tmp_path / "case"
     copy.mkdir()
     for file in case.iterdir():
@@ -292,5 +292,5 @@ def test_other_errors_stay_as_they_are() -> None:
 
 
 def test_a_signal_that_limits_send_is_not_the_end() -> None:
-    """Python ignores SIGXFSZ, so that a limit on files is an error like a full disk: the tests above rely on it."""
+    """Python ignores SIGXFSZ, so a limit on files raises an error like a full disk; the tests above rely on this."""
     assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN

@@ -1,4 +1,4 @@
-"""How weights are placed in GPU memory, and what the model counts."""
+"""The placement of weights in GPU memory, and the memory estimate."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_phases_hold_what_they_run() -> None:
     streamed = choose_placement(model, 127)
     assert (streamed.kind, streamed.resident_blocks) == ("streamed", 0)
     assert model.phases(streamed)["denoise"] == 1 + 20 + 17 + 80
-    assert model.phases(streamed)["decode"] == 1 + 17 + 60  # blocks and recorded steps are gone
+    assert model.phases(streamed)["decode"] == 1 + 17 + 60  # blocks and recorded graphs were dropped
 
 
 def test_activations_grow_with_tokens_passes_and_width() -> None:
@@ -112,11 +112,11 @@ def test_what_does_not_fit_the_computer_is_refused_by_the_check(
 
 
 class TestOthersInTheProcess:
-    """A host such as ComfyUI keeps models of its own on the GPU, in the same allocator."""
+    """A host program such as ComfyUI keeps other models on the GPU, in the same allocator."""
 
     @pytest.fixture
     def shares(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        """A GPU of 24 GiB, 10 of them free and 14 held by the allocator; what its fraction was set to."""
+        """A simulated GPU of 24 GiB, 10 of them free and 14 held by the allocator; records the allocator's fraction."""
         set_to: list[float] = []
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10 * GIB, 24 * GIB))
         monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 14 * GIB)

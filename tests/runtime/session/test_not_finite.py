@@ -1,5 +1,5 @@
-"""Numbers that are not numbers end a run where they appear, with what is finished kept; in the session and through the
-installed command. A segment of one colour is a warning."""
+"""NaN and infinity end a run where they appear, and finished segments are kept; in the session and through the
+installed command. A segment of one colour gives a warning."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def frames_of(session: Session, request: Request) -> np.ndarray:
 
 
 def spoil_step(monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> None:
-    """One value of the latent after the step of this number (from 1, over all segments) is not a number."""
+    """Set one value of the latent to NaN after this step (from 1, over all segments)."""
     step, calls = schedulers.Scheduler.step, []
 
     def spoiled(self: schedulers.Scheduler, velocity: Tensor, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> No
 
 
 def spoil_pixels(monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> None:
-    """One value of the decoded group of this number."""
+    """Set one value of this decoded group to NaN."""
     decode, calls = constants.decode_unclamped, []
 
     def spoiled(*arguments: object) -> Generator[Tensor, None, None]:
@@ -139,7 +139,8 @@ def test_a_segment_of_one_colour_is_a_warning(
 
 
 def test_what_is_flat() -> None:
-    """Two neighbouring levels of 8 bits may be one colour; a single pixel, or a change of colour in time, is not."""
+    """A segment of two neighbouring 8-bit levels counts as one colour; not so with one different pixel, or with a
+    colour that changes over time."""
     at = Progress("decode", 1, 1)
     grey = torch.full((3, 4, 8, 8), 0.5)
     other = grey.clone()
@@ -185,7 +186,8 @@ def lora(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_an_absurd_lora_strength(scail2: Run, tiny_checkpoint: Path, lora: Path, case: Path, tmp_path: Path) -> None:
-    """One that weights can hold ends the run at the first step; one that they cannot is refused by the build."""
+    """A NaN in a dtype that can store it ends the run at the first step; for a dtype that cannot, the build refuses
+    it."""
     words = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "torch", "--precision", "bf16")
     refused = error_of(scail2(*words, "--lora", f"{lora}:1e39"))
     assert "tensor blocks.0.ffn.0.weight has NaN or infinite values once the LoRA is fused into it" in refused
@@ -222,7 +224,7 @@ def test_one_nan_in_the_store(
         file.seek(place.offset + place.length - 4)
         file.write(b"\x00\x00\xc0\x7f")
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["sums"]  # with checksums the damage would be told before anything is computed
+    del manifest["sums"]  # with checksums the damage would be reported before any computation
     (folder / "manifest.json").write_text(json.dumps(manifest))
     words = ("generate", folder, "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
     unused = {"SCAIL2_RT_CACHE": str(tmp_path / "cache")}  # a prompt's encoding that is kept does not show the damage

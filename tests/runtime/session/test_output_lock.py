@@ -1,4 +1,4 @@
-"""One run an output: under every name of it, in every thread and process, and none that blocks after its death."""
+"""One run per output: for every path of it, across threads and processes, and no lock left by a dead process."""
 
 import errno
 import os
@@ -70,7 +70,7 @@ class TestLock:
             assert not (tmp_path / "gone").exists()
 
     def test_many_threads_take_turns(self, tmp_path: Path) -> None:
-        """Never two at once, also while lock files go and come."""
+        """Never two writers concurrently, also while lock files are removed and created."""
         inside, most, taken = 0, 0, 0
         guard = threading.Lock()
 
@@ -121,7 +121,7 @@ class TestSession:
     def test_two_sessions_of_one_process(
         self, session: Session, engines: Path, request_of: Callable[..., Request], tmp_path: Path
     ) -> None:
-        """The second is refused before it computes anything; the first goes on; the name is free afterwards."""
+        """The second run is refused before it computes anything; the first continues; afterwards the output is free."""
         plan = session.check(request_of(steps=2, segment_length=13, guidance=1.0))
         refused: list[str] = []
 
@@ -183,7 +183,7 @@ class TestCommand:
             stderr=subprocess.PIPE,
         )
         assert process.stderr is not None
-        for line in process.stderr:  # the first step is told
+        for line in process.stderr:  # the first step is reported
             if b"segment 1/" in line:
                 return process
         raise AssertionError("the run ended before its first step")

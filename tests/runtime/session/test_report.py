@@ -1,4 +1,4 @@
-"""The report beside a video."""
+"""The run report of a video."""
 
 import json
 from fractions import Fraction

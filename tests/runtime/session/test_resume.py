@@ -1,5 +1,5 @@
-"""Interrupted runs that go on: the command is killed in the middle of segments, and the video in the end is the one of
-a run that was not. And memory that does not grow with the clip."""
+"""Resuming: the command is killed in the middle of segments, and the final video is bit-identical to that of an
+uninterrupted run. Also: memory does not grow with the length of a clip."""
 
 import json
 import random
@@ -41,7 +41,7 @@ ALL_JOINS = ("--overlap-blend", "3", "--anchor-color", "first")
 
 
 def killed_in(segment: int, scail2: Run, words: tuple[object, ...], output: Path, folder: Path) -> None:
-    """Run the command, which dies without warning in the middle of this segment, from 1."""
+    """Run the command, which is killed in the middle of this segment (from 1)."""
     folder.mkdir(exist_ok=True)
     result = scail2(*words, measured=False, **signal_at(folder, output, segment))
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -66,7 +66,7 @@ def test_killed_again_and_again_and_the_video_is_the_same(
 
 
 def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Path) -> None:
-    """The resumed video is that of the run that was not interrupted, and nothing else is left in its folder."""
+    """Check that the resumed video is bit-identical to that of the uninterrupted run, and no other file is left."""
     mine, theirs = read_video(output), read_video(output.with_name("whole.mp4"))
     assert np.array_equal(mine.pixels, theirs.pixels)
     assert mine.audio_s == theirs.audio_s > 0
@@ -79,8 +79,8 @@ def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Pa
 def test_killed_at_random_moments_and_the_video_is_the_same(
     installed: Run, engines: Path, case: Path, cache: Path, tmp_path: Path, joins: tuple[str, ...]
 ) -> None:
-    """Wherever the signal falls: while modules are imported, a part is appended, the sidecar is written, the result is
-    moved. Each of six videos is killed until a run comes to its end."""
+    """Kills at random times: while modules are imported, a part is appended, the sidecar is written, the result is
+    moved. Each of six videos is killed until a run completes."""
     words = ("--case", case, *SMALL, *SEGMENTS, *joins, "--steps", 10)
     folder, output, chance = tmp_path / "o", tmp_path / "o" / "a.mp4", random.Random(0)
     started = time.monotonic()
@@ -304,7 +304,7 @@ atexit.register(lambda: print("end", peak(), file=sys.stderr))
 
 @dataclass(frozen=True, slots=True)
 class Metered:
-    """A run's figures at the start of each segment."""
+    """The measurements of a run at the start of each segment."""
 
     peak_kib: list[int]  # and at the end
     held: list[int]
@@ -334,8 +334,8 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memo
 
 @LINUX
 def test_later_segments_hold_no_more_and_do_no_more(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    """Over 160 frames: keeping them would take 2 MB in 8 bit, so half of that is the bound (the interpreter's own
-    caches grow by 0.2 to 0.4 MB); beginning at the clip's start would call the decoder for each earlier frame."""
+    """160 frames would take 2 MB in 8 bits, so the bound is half of that (the interpreter's caches grow by 0.2 to 0.4
+    MB). Seeking from the clip's start would call the decoder for each earlier frame."""
     found = metered(scail2, engines, tmp_path, 229, PYTHONTRACEMALLOC="1")
     assert len(found.held) == 14
     grown = found.held[-1] - found.held[3]

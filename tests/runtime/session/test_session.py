@@ -1,4 +1,4 @@
-"""The public API: the lines of the README, inputs in memory, cancelling, failing and going on, and wrong use."""
+"""The public API: the example of the README, inputs in memory, cancelling, use after failures, and wrong use."""
 
 import gc
 import json
@@ -47,7 +47,7 @@ def frames_of(session: Session, request: Request) -> np.ndarray:
 
 @pytest.fixture
 def expected(engines: Path, quick: Callable[..., Request], tmp_path: Path) -> np.ndarray:
-    """What a fresh session makes."""
+    """The frames of a new session."""
     with Session.open(engines, backend="torch", prompt_cache=tmp_path / "fresh") as fresh:
         return frames_of(fresh, quick())
 
@@ -55,7 +55,7 @@ def expected(engines: Path, quick: Callable[..., Request], tmp_path: Path) -> np
 def test_the_lines_of_the_readme_in_a_thread(
     engines: Path, case: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Paths as text, from another thread than the main one; nothing is printed, nothing stays behind."""
+    """Paths as text, in a thread other than the main one; nothing is printed, and no files are left."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     loggers = list(logging.getLogger("scail2_rt").handlers), list(logging.getLogger().handlers)
     found: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def test_equal_content_gives_equal_frames(
     form: str,
 ) -> None:
     class Frames:
-        """Something that can be iterated again and again."""
+        """An object that can be iterated repeatedly."""
 
         def __init__(self, array: np.ndarray) -> None:
             self.array = array
@@ -336,7 +336,7 @@ def test_a_driving_clip_in_memory_is_part_of_what_a_resumed_run_compares(
 def test_a_run_that_failed_holds_nothing_while_its_error_is_handled(
     session: Session, quick: Callable[..., Request], expected: np.ndarray, tmp_path: Path
 ) -> None:
-    """The traceback of an error refers to what was suspended; the session is free all the same."""
+    """The traceback of an error refers to the suspended generator; the session can be used nevertheless."""
 
     def stop(event: Progress) -> None:
         if event.segment == 2:
@@ -349,7 +349,7 @@ def test_a_run_that_failed_holds_nothing_while_its_error_is_handled(
 
 
 def test_a_refused_run_touches_no_file(session: Session, quick: Callable[..., Request], tmp_path: Path) -> None:
-    """What an interrupted run has left and the report of a finished one stay."""
+    """The files of an interrupted run and the report of a finished one are kept."""
     plan = session.check(quick())
     session.generate(plan, tmp_path / "whole.mp4")
     with pytest.raises(KeyError):
@@ -387,7 +387,7 @@ def test_an_error_is_told_although_the_session_is_busy(engines: Path, quick: Cal
 def test_numbers_and_pictures_of_numpy_are_taken(
     session: Session, quick: Callable[..., Request], pixels: dict[str, np.ndarray], expected: np.ndarray
 ) -> None:
-    """Arrays that PyTorch cannot take as they are: other strides, read-only; integers that JSON cannot hold."""
+    """Arrays that PyTorch cannot use directly (negative strides, read-only) and integers that JSON cannot store."""
     mirrored = np.ascontiguousarray(pixels["image"][:, :, ::-1])[:, :, ::-1]
     mask = pixels["mask_image"].copy()
     mask.flags.writeable = False

@@ -40,7 +40,7 @@ ENTRY_POINTS = {
 
 
 class Unavailable(Exception):
-    """The bindings cannot be had on this machine; the message says why."""
+    """The bindings are not available on this machine, with the reason as message."""
 
 
 def cache_folder() -> Path:
@@ -62,8 +62,8 @@ def binary(version: str) -> Path:
 
 
 def bindings(version: str) -> Path:
-    """A folder that, on the import path, gives the module of this version (of an installed one: a folder for what is
-    made from it). Unavailable when PyPI, gcc or the installed library is missing."""
+    """A folder that, on the import path, provides the module of this version (for an installed version: a folder for
+    files derived from it). Raises Unavailable if PyPI, gcc or the installed library is missing."""
     if version == RTX:
         if not TENSORRT_RTX.installed:
             raise Unavailable("TensorRT for RTX is not installed")
@@ -91,7 +91,7 @@ def bindings(version: str) -> Path:
 
 
 def run(command: list[str], seconds: float, **environment: str) -> str:
-    """Standard output of a command. Unavailable, with the end of what it said, when it fails or takes too long."""
+    """The standard output of a command. Raises Unavailable, with the end of its output, if it fails or is slow."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, env={**os.environ, **environment}, check=False

@@ -1,4 +1,4 @@
-"""Our TensorRT modules with one thing broken, loaded beside the real ones."""
+"""The TensorRT modules with one injected fault, loaded in addition to the real ones."""
 
 import sys
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ MODULES = (  # as they import one another
 
 @dataclass(frozen=True)
 class Fault:
-    """In `tensorrt_backend/<module>.py` the text `old`, which must be there once, becomes `new`."""
+    """Replaces the text `old`, which must occur once in `tensorrt_backend/<module>.py`, by `new`."""
 
     module: str
     old: str

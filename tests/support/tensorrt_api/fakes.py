@@ -1,9 +1,9 @@
-"""What the recorder's stand-ins for TensorRT's objects do, and which rules of ours they enforce.
+"""The recorder's stand-ins for TensorRT's objects, and the rules that they enforce.
 
-Each class plays one of TensorRT's, as far as a build and an execution need it. `recorder.py` checks every call on them
-against the genuine signatures; here is what the signatures cannot say: the order of things, who must outlive whom,
-sizes, alignments. A broken rule raises `Violation`, an AssertionError that no handler of ours catches. A plan is
-a small JSON document; executing it runs the plan's ONNX file in ONNX Runtime, on the memory whose addresses were bound.
+Each class replaces one of TensorRT's, as far as a build and an execution need it. `recorder.py` checks every call
+against the genuine signatures; these classes check what signatures do not express: order of calls, lifetimes, sizes,
+alignments. A broken rule raises `Violation`, an AssertionError that the tested code does not catch. A plan is a small
+JSON document; executing it runs the plan's ONNX file in ONNX Runtime, with the memory at the bound addresses.
 """
 
 import ctypes
@@ -273,7 +273,7 @@ class IBuilderConfig(Fake):
         return True
 
     def _check(self, network: Any) -> None:
-        """What must hold when a build starts."""
+        """Check the conditions for starting a build."""
         demand(MEBI <= self._workspace <= 64 << 30, "no explicit workspace limit")
         demand(self._set.get("max_aux_streams") == 0, "auxiliary streams are not off")
         demand(1 <= self._set.get("builder_optimization_level", 3) <= 5, "the timing cache would be ignored")
@@ -407,7 +407,7 @@ class IRuntimeConfig(Fake):
         self._set[name] = value.name
 
     def _check(self, engine: Any) -> None:
-        """What must hold when a context is made; its kernels are compiled then."""
+        """Check the conditions for making a context, which compiles its kernels."""
         demand(self._engine() is engine, "the configuration of another engine")
         demand(self._strategy == "USER_MANAGED", f"a context with {self._strategy} memory")
         specialised = self._set.get("dynamic_shapes_kernel_specialization_strategy", "LAZY")
@@ -471,7 +471,7 @@ class IExecutionContext(Fake):
         self._changed()
         demand(memory > 0 and memory % ALIGNMENT == 0, f"scratch at {memory} is not aligned to {ALIGNMENT} bytes")
         demand(size >= self._plan["scratch"], f"scratch has {size} bytes, the engine needs {self._plan['scratch']}")
-        ctypes.memset(memory, 0xAB, size)  # it must really be there
+        ctypes.memset(memory, 0xAB, size)  # it must exist
         self._memory = memory, size
 
     def set_tensor_address(self, name: str, memory: int) -> bool:

@@ -1,4 +1,4 @@
-"""A pretended installation of a TensorRT library, and small stages to build and run with it."""
+"""A simulated installation of a TensorRT library, and small stages to build and run with it."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def installed(version: str) -> Iterator[Recorder]:
     gpu, name = preflight.GpuFacts(*card(version), GPU_BYTES), recorder.library.module
     with ExitStack() as stack:
         before = sys.modules.get(name)
-        sys.modules[name] = recorder.module  # this entry alone: what is imported meanwhile must stay
+        sys.modules[name] = recorder.module  # only this entry: modules imported meanwhile must stay
         stack.callback(lambda: sys.modules.pop(name) if before is None else sys.modules.update({name: before}))
         for module in (backend, builder, preflight, trust):
             stack.enter_context(mock.patch.object(module, "find_gpu", return_value=gpu))
@@ -55,7 +55,7 @@ def card(version: str) -> tuple[str, tuple[int, int]]:
 
 
 def in_process(compiling: ModuleType) -> type:
-    """Stands in for the compiling process: does the job here, as it would arrive there."""
+    """Stand-in for the compiling process: does the job in this process, after the same serialisation."""
 
     class Child:
         def __init__(self, job: Any, environment: object) -> None:
@@ -80,7 +80,7 @@ def forget_logger(library: ModuleType) -> None:
 
 
 class Picture(nn.Module):
-    """A VAE-like stage: picture [1, 3, 8h, 8w] and one cell a 8x8 square [1, 1, h, w], both doubled and joined."""
+    """A VAE-like stage: picture [1, 3, 8h, 8w] and one cell per 8x8 square [1, 1, h, w], both doubled and joined."""
 
     def __init__(self, numerics: Numerics) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ PICTURE = StageDefinition("vae.picture", Picture, _picture_io, {"weight": ("weig
 
 
 def small_stages() -> dict[str, StageDefinition]:
-    """Stages that are traced in a moment: rows, two fixed contexts, a text, two picture profiles."""
+    """Stages that are traced quickly: rows, two fixed contexts, a text, two picture profiles."""
     names = ("dit.head", "dit.context", "umt5.final")
     return {**{name: STAGES[name] for name in names}, PICTURE.name: PICTURE}
 

@@ -1,9 +1,9 @@
-"""A module in the place of a TensorRT library that binds every call to the genuine signatures.
+"""A module that replaces a TensorRT library and binds every call to the genuine signatures.
 
-Its enums have the genuine members and values, its classes are the stand-ins of `fakes`, wrapped: a method that the real
-class lacks cannot be defined or called, arguments must bind to one of the real overloads with matching types, and
-attributes can be set only where the real class lets them. Callback classes must initialise their base and answer
-to the names that the bindings look up. Every call is kept in `calls`.
+Its enums have the genuine members and values. Its classes are the wrapped stand-ins of `fakes`: methods that the real
+class lacks cannot be defined or called, arguments must match one of the real overloads, and only attributes that the
+real class allows can be set. Callback classes must initialise their base and define the methods that the bindings look
+up. Every call is recorded in `calls`.
 """
 
 import enum
@@ -40,7 +40,7 @@ CALLBACKS = {
 
 @dataclass
 class Settings:
-    """What the pretended TensorRT is to do wrong."""
+    """The faults of the simulated TensorRT."""
 
     parser_errors: list[str] = field(default_factory=list)
     build_error: str | None = None
@@ -91,7 +91,7 @@ class HostMemory(bytes):
 
 
 class Recorder:
-    """One pretended installation of TensorRT."""
+    """One simulated installation of TensorRT."""
 
     def __init__(self, version: str) -> None:
         self.library = library_of(version)
@@ -112,7 +112,7 @@ class Recorder:
         self.module = types.ModuleType(self.library.module)
         self.module.__spec__ = importlib.machinery.ModuleSpec(
             self.library.module, None
-        )  # others ask whether there is one
+        )  # other modules check whether there is one
         members: Mapping[str, Any] = {**self._enums, **self._classes, "__version__": self.surface.version}
         for name, value in members.items():
             if "." not in name:
@@ -121,7 +121,7 @@ class Recorder:
         self._sessions: dict[str, Any] = {}
 
     def make(self, name: str, *arguments: Any) -> Any:
-        """An object that TensorRT gives out; its own initialisation is not a call of ours."""
+        """An object that TensorRT returns; its initialisation is not recorded as a call."""
         made = object.__new__(self._classes[name])
         self._classes[name]._plain_init(made, *arguments)  # type: ignore[attr-defined]
         return made
@@ -148,7 +148,7 @@ class Recorder:
         demand(handle == self.device.handle and self.device.open, f"work went to the stream {handle}")
 
     def compute(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What the plan's ONNX file gives, by ONNX Runtime."""
+        """The results of the plan's ONNX file in ONNX Runtime."""
         import onnxruntime
 
         if graph not in self._sessions:
@@ -205,7 +205,7 @@ class Recorder:
         return call
 
     def _accepts(self, annotation: str, value: Any) -> bool:
-        """Would the bindings convert this argument?"""
+        """Whether the bindings would convert this argument."""
         if annotation in ("int", "typing.SupportsInt"):
             return hasattr(value, "__index__")
         if annotation in ("str", "tuple", "list", "builtins.bool"):
@@ -222,7 +222,7 @@ class Recorder:
 
     def _guarded_set(self, owner: str) -> Callable[..., None]:
         def set_attribute(this: Any, name: str, value: Any) -> None:
-            if name.startswith("_") or type(this).__name__ != owner:  # ours, or of a class derived by us
+            if name.startswith("_") or type(this).__name__ != owner:  # from our code, or of a class that it derives
                 object.__setattr__(this, name, value)
                 return
             demand(self.surface.settable(owner, name) is True, f"{owner}.{name} cannot be set")

@@ -1,10 +1,10 @@
 """How a broken rule is reported."""
 
-ALIGNMENT = 256  # bytes; what TensorRT asks of scratch memory, and what we hold for every address
+ALIGNMENT = 256  # bytes: TensorRT's requirement for scratch memory, and ours for every address
 
 
 class Violation(AssertionError):
-    """Our code did with TensorRT what must not be done."""
+    """The tested code used TensorRT in a forbidden way."""
 
 
 def demand(condition: bool, broken: str) -> None:

@@ -42,7 +42,7 @@ def stubs(version: str) -> Path:
         main = made / package / f"{module}.pyi"
         if not main.is_file():
             raise Unavailable("pybind11-stubgen wrote no tensorrt.pyi")
-        if package != "tensorrt":  # what both libraries have is typed as `tensorrt`, what this one has as itself
+        if package != "tensorrt":  # shared names are typed as `tensorrt`, others as this module
             main.rename(main.with_name("tensorrt.pyi"))
             (made / package).rename(made / "tensorrt")
             (made / module).mkdir()

@@ -46,14 +46,14 @@ class Surface:
     binary: bytes  # of the bindings, to look names up in
 
     def method(self, owner: str, name: str) -> list[inspect.Signature]:
-        """Overloads of a method of a class or of what it inherits from; none when there is no such method."""
+        """The overloads of a method of a class or its bases; empty if there is no such method."""
         known = self.classes.get(owner)
         if known is None:
             return []
         return known.methods.get(name) or [s for base in known.bases for s in self.method(base, name)]
 
     def settable(self, owner: str, name: str) -> bool | None:
-        """Can this property be set? None when there is none of this name."""
+        """Whether this property can be set; None if it does not exist."""
         known = self.classes.get(owner)
         if known is None:
             return None

@@ -1,4 +1,4 @@
-"""The quality metrics: identities, closed forms, and what each must and must not notice."""
+"""The quality metrics: identities, closed forms, and the differences that each must and must not detect."""
 
 import math
 

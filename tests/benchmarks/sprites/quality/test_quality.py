@@ -1,7 +1,8 @@
-"""`scail2-rt bench quality` through the installed command, and whether the shipped checkpoint animates.
+"""`scail2-rt bench quality` through the installed command, and the quality of the shipped checkpoint.
 
 With random weights the tables must be complete, saved row by row, and resumed. The trained checkpoint must reach its
-figures, and must miss them when what SCAIL-2 rests on is broken: RoPE of the driving tokens, mask channels, history."""
+quality, and must miss it if an essential part of SCAIL-2 is broken: RoPE of the driving tokens, mask channels,
+history."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ FIGURES = {"psnr", "ssim", "character_psnr", "colour_error", "shape_error", "mot
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What one call left behind."""
+    """The files and output of one call."""
 
     words: tuple[object, ...]
     file: Path
@@ -75,7 +76,7 @@ def test_the_table_is_complete(made: Made) -> None:
 
 
 def test_a_second_call_continues_and_a_compared_one_agrees(made: Made, scail2: Run, tmp_path: Path) -> None:
-    """Rows that are there are not run again; what was lost with an interruption is, with the same figures."""
+    """Existing rows are not measured again; rows lost by an interruption are, with the same values."""
     document = json.loads(made.file.read_text())
     lost = next(row for row in document["rows"] if row["name"] == "default/swapped/ours/0")
     document["rows"].remove(lost)
@@ -95,7 +96,7 @@ def test_a_second_call_continues_and_a_compared_one_agrees(made: Made, scail2: R
 def test_rows_are_saved_as_they_come(
     engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C in the second case keeps the first; a case that fails is a row that says so."""
+    """Ctrl-C in the second case keeps the row of the first; a failing case gives a row with the error."""
     calls = iter((None, RuntimeError("the device fell over"), KeyboardInterrupt()))
     video = np.zeros((33, 128, 128, 3), np.uint8)
 
@@ -190,7 +191,7 @@ def test_variants_change_one_thing_each() -> None:
 
 
 def test_what_cannot_run_here_is_said_and_the_rest_runs(engines: Path, tmp_path: Path) -> None:
-    """The folder holds fp32; a named attention that needs a GPU; an option of another version."""
+    """A folder of another precision, an attention variant that needs a GPU, an unknown option."""
     options = quality.QualityOptions(None, engines, tmp_path, 1, output=tmp_path / "q.json")
     runner = quality._Runner(options, debug=False)
     runner.run_variant(Variant("fp8", "fp8"), ("animate",))
@@ -199,7 +200,7 @@ def test_what_cannot_run_here_is_said_and_the_rest_runs(engines: Path, tmp_path:
         runner.run_variant(Variant("flash", attention="flash"), ("animate",))
     assert not [row.name for row in runner.results.rows.values() if row.measured]
     notes = [row.note for row in runner.results.rows.values()]
-    assert "holds fp32" in notes[0]
+    assert "has the precision fp32" in notes[0]
     assert "no_such_option" in notes[1]
     assert all("GPU" in note for note in notes[2:])
 
@@ -236,7 +237,7 @@ def test_a_variant_of_which_only_other_videos_are_there_is_left_out() -> None:
 
 
 def test_a_sheet_has_room_for_long_names_and_titles(tmp_path: Path) -> None:
-    """What is written ends before the pictures and before the border, which stays paper."""
+    """The text does not overlap the pictures and the border, which stays white."""
     black = np.zeros((2, 16, 16, 3), np.uint8)
     name, title = "a name that is rather long", "a title that is longer than two small frames need by far"
     write_sheet(tmp_path / "s.png", [Block(title, [("reference", black[0])], {name: black, "b": black})])
@@ -254,7 +255,7 @@ def test_a_sheet_has_room_for_long_names_and_titles(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(scail2: Run, engines: Path, tmp_path: Path) -> None:
     words = ("bench", "quality", "--engines", engines, "--work", tmp_path)
     assert "no task fly" in error_of(scail2(*words, "--tasks", "fly"))
-    assert "leave out --tasks" in error_of(scail2(*words, "--tasks", "two", "--long"))
+    assert "Leave out --tasks" in error_of(scail2(*words, "--tasks", "two", "--long"))
 
 
 def test_a_comparison_with_nothing_in_common_fails(made: Made, scail2: Run, tmp_path: Path) -> None:
@@ -338,7 +339,7 @@ def test_a_shaped_task_is_measured_three_ways(engines: Path, tmp_path: Path) -> 
 
 
 def test_swapped_colours_swap_who_does_what(trained: Session, tmp_path: Path) -> None:
-    """The answer to swapped colours is nearer to the swapped truth than to the usual one, and the other way round."""
+    """With swapped colours the output is nearer to the swapped truth than to the usual one, and vice versa."""
     cases = [render_case(make_scene("two", 1, swapped=swapped)) for swapped in (False, True)]
     for case, other in (cases, cases[::-1]):
         folder = tmp_path / str(case is cases[1])
@@ -361,7 +362,7 @@ def test_the_committed_table_is_reproduced(scail2: Run, tmp_path: Path) -> None:
 def test_it_rests_on_the_rotary_embedding_of_driving_tokens(
     trained: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Driving tokens without their positions: they are turned by nothing."""
+    """Driving tokens without their positions: RoPE rotates them by 0."""
     table = transformer.rope_table
 
     def broken(frames: int, height: int, width: int, *rest: object) -> Rope:
@@ -386,6 +387,6 @@ def test_it_rests_on_the_mask_channels(trained: Session, tmp_path: Path, monkeyp
 
 
 def test_it_rests_on_the_history_overwrite(trained: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The history mask says that the first latents are clean, but they are left as they are."""
+    """The history mask marks the first latents as clean, but they are not replaced."""
     monkeypatch.setattr(pipeline, "overwrite_history", lambda x, clean: x)
     assert two_segments(trained, tmp_path)["seam"] > SEAM_LEVELS

@@ -1,4 +1,4 @@
-"""What the tests of the training commands share."""
+"""Fixtures that the tests of the training commands share."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,8 @@ from scail2_rt.benchmarks.sprites.training import dataset, train_vae
 
 @pytest.fixture
 def small_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of each layout one task instead of up to four, and means and PSNR of two clips instead of 28: these take most of
-    the time of a command that makes a few steps. And the precision that a command sets is put back."""
+    """Use one task per layout instead of up to four, and statistics of two clips instead of 28, which take most of the
+    time of a command with few steps. Restores the matmul precision that a command sets."""
     for group, task in (("single", "animate"), ("several", "two")):
         monkeypatch.setitem(dataset.GROUPS, group, {task: sum(dataset.GROUPS[group].values())})
     monkeypatch.setattr(train_vae, "SEGMENT_FRAMES", 10)

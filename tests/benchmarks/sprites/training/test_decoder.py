@@ -1,4 +1,4 @@
-"""The decoder's training on the transformer's answers: what it is given, what it changes, and its command."""
+"""Training the decoder with the transformer's outputs: its inputs, the weights it changes, and its command."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_windows_show_the_same_place_in_latents_and_pixels() -> None:
 
 
 def test_the_decoder_learns_what_answers_mean_and_the_encoder_stays(tmp_path: Path) -> None:
-    """Answers that are all too dark by the same vector: the decoder makes up for it."""
+    """Latents that are all shifted by the same vector: the decoder learns to compensate the shift."""
     start = weights_of(CHECKPOINT)["vae"]
     vae = make_vae(start).requires_grad_(False)
     random = torch.Generator().manual_seed(3)

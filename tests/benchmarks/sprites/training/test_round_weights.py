@@ -1,4 +1,4 @@
-"""Rounding the sprite transformer's weights for fp8: what is left of the error, what stays, and the command."""
+"""Rounding the sprite transformer's weights for fp8: the remaining error, the unchanged weights, and the command."""
 
 from pathlib import Path
 
@@ -15,19 +15,19 @@ from scail2_rt.kernels.rows.ops import quantise_columns
 
 
 def held(weight: Tensor) -> Tensor:
-    """A weight as an fp8 engine holds it."""
+    """A weight rounded as in an fp8 engine."""
     data, scale = quantise_columns(weight)
     return data.float() * scale[:, None]
 
 
 def error(weight: Tensor) -> float:
-    """Of what an fp8 engine holds, relative to the weight."""
+    """The error of the weight in an fp8 engine, relative to the weight."""
     return float((held(weight) - weight).norm() / weight.norm())
 
 
 def test_the_errors_of_alike_inputs_make_up_for_one_another() -> None:
-    """Inputs of 64 channels that are mixtures of 8: products keep a tenth of the error that rounding each weight by
-    itself would leave."""
+    """Inputs of 64 channels that are mixtures of 8: the error of products is a tenth of that after rounding each weight
+    independently."""
     random = torch.Generator().manual_seed(1)
     inputs = torch.randn(2000, 8, generator=random) @ torch.randn(8, 64, generator=random)
     inputs += 0.05 * torch.randn(2000, 64, generator=random)
@@ -49,7 +49,7 @@ def test_moments_are_those_of_rows_in_fp8() -> None:
     moments = Moments(16)
     for part in parts:
         moments.add(torch.nn.Identity(), (part,))
-    rows = held(torch.cat(parts).flatten(0, 1)).double()  # one scale a row, of weights and of tokens
+    rows = held(torch.cat(parts).flatten(0, 1)).double()  # one scale per row, of weights and of tokens
     mean, covariance = moments.mean_and_covariance()
     torch.testing.assert_close(mean, rows.mean(0))
     torch.testing.assert_close(covariance, rows.T.cov(correction=0), rtol=1e-4, atol=1e-5)

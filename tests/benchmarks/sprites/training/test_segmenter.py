@@ -1,4 +1,4 @@
-"""The small SAM 2: its batched unroll is what `transformers` computes, and its command makes a folder that opens."""
+"""The small SAM 2: its batched forward pass equals that of `transformers`, and its command makes a valid folder."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ BOXES = torch.tensor([[[[20.0, 30], [100, 200]]], [[[60.0, 30], [160, 200]]]])
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """With biases and gains that are not those of a fresh model, so that everything matters."""
+    """A model with biases and gains other than the initial ones, so that every parameter has an effect."""
     made = make_segmenter()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

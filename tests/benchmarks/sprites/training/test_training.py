@@ -1,4 +1,4 @@
-"""The training command on a CPU: a few steps make a checkpoint that opens, and a second call goes on."""
+"""The training command on a CPU: a few steps make a checkpoint that can be opened, and a second call resumes."""
 
 import json
 import runpy
@@ -61,7 +61,7 @@ def test_commands_start_as_modules(
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_set")
 def test_a_few_steps_make_a_checkpoint_and_more_go_on(tmp_path: Path) -> None:
-    """In the same work folder, and from the checkpoint alone, whose VAE then stays."""
+    """Resumed in the same work folder, and from a checkpoint, whose VAE is not changed."""
     first = trained(tmp_path, "work", 4)
     checkpoint = open_checkpoint(first)
     assert (checkpoint.config.dit, checkpoint.config.vae) == (DIT, VAE_SIZES)
@@ -72,7 +72,7 @@ def test_a_few_steps_make_a_checkpoint_and_more_go_on(tmp_path: Path) -> None:
     gone_on = last_line(tmp_path / "work" / "dit.jsonl")
     assert gone_on["step"] == 8
     assert gone_on["seconds"] > begun["seconds"]
-    assert log.read_text() == vae_lines  # what is finished is not done again
+    assert log.read_text() == vae_lines  # finished parts are not trained again
     later = weights_of(trained(tmp_path, "other", 1, "--from", str(first), "--slower", "1000"))
     assert not (tmp_path / "other" / "vae.jsonl").exists()
     for part, weights in weights_of(first).items():
@@ -92,7 +92,7 @@ def last_line(log: Path) -> dict[str, float]:
         (("--minutes", "0"), "0.0 is not in the range"),
         (("--vae-from", "nothing.pt"), "does not exist"),
         (("--from", str(Path(__file__).parent)), "is no SCAIL-2 checkpoint"),
-        (("--from", str(CHECKPOINT), "--only", "vae"), "leave out --only vae"),
+        (("--from", str(CHECKPOINT), "--only", "vae"), "Leave out --only vae"),
         (("--from", str(CHECKPOINT), "--vae-from", __file__), "and --vae-from"),
     ],
 )
@@ -104,7 +104,7 @@ def test_mistakes_are_said_before_the_training(words: tuple[str, ...], says: str
 
 
 def test_a_checkpoint_of_other_sizes_is_not_trained_on(tiny_checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="is not of the sprite world"):
+    with pytest.raises(InputError, match="is not a sprite checkpoint"):
         weights_of(tiny_checkpoint)
 
 
@@ -123,7 +123,7 @@ def small_fit(folder: Path, steps: int, identity: str = "") -> tuple[dict[str, t
 
 def test_a_training_of_something_else_is_not_continued(tmp_path: Path) -> None:
     small_fit(tmp_path, 3, "vae a")
-    with pytest.raises(InputError, match="vae a, this one is vae b"):
+    with pytest.raises(InputError, match="vae a; this one is vae b"):
         small_fit(tmp_path, 5, "vae b")
 
 
@@ -139,7 +139,7 @@ def test_training_learns_and_a_spent_budget_is_not_spent_again(tmp_path: Path) -
 
 
 def test_the_learning_rate_goes_on_falling_after_an_interruption(tmp_path: Path) -> None:
-    """What a step uses follows from the share of the budget that is spent, however many runs spent it."""
+    """The learning rate of a step depends only on the used share of the budget, not on the number of runs."""
     _, alone = small_fit(tmp_path, 10)
     (tmp_path / "two").mkdir()
     small_fit(tmp_path / "two", 4)
@@ -184,7 +184,7 @@ def test_folded_padding_changes_no_velocity() -> None:
 
 
 def test_gradients_flow_after_an_inference_of_the_same_layout() -> None:
-    """The rotary table is kept between calls; a tensor made under inference mode could not be differentiated with."""
+    """The RoPE table is cached between calls and must not be an inference tensor, which gradients could not use."""
     dit, inputs, times = folded_padding(weights_of(CHECKPOINT)["dit"]), two_inputs(), torch.tensor([900.0, 300.0])
     with torch.inference_mode():
         dit(inputs, times)

@@ -1,4 +1,4 @@
-"""Drawn cases as official folders: what is written is what was drawn, and the installed command takes it."""
+"""Drawn cases as official folders: the files have exactly the drawn pixels, and the installed command accepts them."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_files_hold_what_was_drawn(task: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "long"])
 def test_every_task_passes_the_checks(task: str, tmp_path: Path) -> None:
-    """Without a warning, but for the one that a close-up is there for."""
+    """No warning except the expected one for a close-up."""
     write_case(held_out_case(task, 1), tmp_path)
     plan = check_request(case_request(tmp_path, size=frame_of(task), segment_length=33))
     assert len(plan.warnings) == (task == "closeup")

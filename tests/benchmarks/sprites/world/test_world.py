@@ -1,8 +1,8 @@
-"""The drawn world itself: what a case must be so that its answer is the right one, and what training makes of it.
+"""The drawn world: the conditions for a correct case, and the training data made from cases.
 
-A wrong mask colour, joint or background would make every quality figure meaningless without failing anything, so the
-rules of MODEL §1 are checked on the drawn pixels, for every task. What the transformer learns from is compared with
-what the runtime computes from the same cases as files."""
+A wrong mask colour, joint or background would make every quality value meaningless without any failure, so the rules of
+MODEL §1 are checked on the drawn pixels, for every task. The training data of the transformer is compared with the
+tensors that the runtime computes from the same cases as files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def bare(picture: Picture) -> np.ndarray:
 
 
 def away_from(*masks: np.ndarray) -> np.ndarray:
-    """bool: pixels that are none of the masks' (bool [T, H, W], T may be 1) and not near them: no soft edge."""
+    """bool: pixels outside the masks (bool [T, H, W], T may be 1) and not near them, without soft edges."""
     touched = np.logical_or.reduce(np.broadcast_arrays(*masks))
     return F.max_pool2d(torch.from_numpy(touched).float()[:, None], 5, 1, 2)[:, 0].numpy() == 0
 
@@ -77,8 +77,8 @@ def test_training_and_test_cases_of_a_seed_differ(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_masks_follow_the_colour_rules(drawn: dict[str, list[SpriteCase]], task: str) -> None:
-    """Palette colours with hard edges alone; the background is white where it must show; a character has one colour in
-    the reference and the driving mask, and no two have the same."""
+    """Only palette colours, with hard edges; the background is white if it must show; a character has one colour in
+    reference mask and driving mask, and no two characters share a colour."""
     palette = {tuple(colour) for colour in PALETTE_RGB.tolist()}
     for case in drawn[task]:
         mode = case.scene.mode
@@ -98,7 +98,7 @@ def test_masks_follow_the_colour_rules(drawn: dict[str, list[SpriteCase]], task:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_masks_lie_on_what_is_drawn(drawn: dict[str, list[SpriteCase]], task: str) -> None:
-    """Outside a mask and its edge there is the bare scene; inside it mostly is not."""
+    """Outside a mask and its edge the picture is the scene without characters; inside it mostly differs from that."""
     for case in drawn[task]:
         views = (
             (case.reference[None], case.reference_mask[None], case.scene.reference),
@@ -216,7 +216,7 @@ def test_a_closeup_fills_the_reference_and_changes_nothing_else(seed: int) -> No
 
 @pytest.mark.parametrize("height", [128, 96, 200])
 def test_a_label_is_as_large_as_its_part(height: int) -> None:
-    """A ball of 20 units: its pixels are those that it covers by half, whatever the size."""
+    """A ball of 20 units: its label covers the pixels that are at least half covered, at every size."""
     part = np.zeros((1, 1, FIELDS))
     part[..., AX] = part[..., BX] = 64.3
     part[..., AY] = part[..., BY] = 60.6
@@ -231,7 +231,7 @@ def test_a_label_is_as_large_as_its_part(height: int) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_can_be_drawn_at_another_size(task: str) -> None:
-    """A wider picture shows more of the scene; what is in the square is at the same place in it."""
+    """A wider picture shows more of the scene; the square part of it is unchanged."""
     scene = make_scene(task, 1, frames=2)
     wide, square = render_case(scene, (96, 160)), render_case(scene, (96, 96))
     assert wide.driving.shape == wide.truth.shape == wide.driving_mask.shape == (2, 96, 160, 3)
@@ -270,7 +270,7 @@ def test_scenes_made_in_processes_are_those_made_here(monkeypatch: pytest.Monkey
 
 
 def test_mask_channels_of_a_batch_are_those_of_the_runtime() -> None:
-    """Also values about the threshold, and colours of no class."""
+    """Includes values near the threshold, and colours of no class."""
     generator = torch.Generator().manual_seed(0)
     levels = torch.tensor([0, 100, 225, 226, 255], dtype=torch.uint8)
     masks = normalise_video(levels[torch.randint(5, (2, 13, 3, 32, 48), generator=generator)])
@@ -289,7 +289,7 @@ def test_recoloured_samples_are_those_of_repainted_masks() -> None:
         """Label 7 is black."""
         return dataset.mask_channels(normalise_video(paint(labels, [(*palette, (0, 0, 0)) for palette in palettes])))
 
-    # plane 1 + i shows what was in plane 1 + order[i]: what had that colour gets the i-th
+    # plane 1 + i has the content of plane 1 + order[i]: its character gets the i-th colour
     inverse = order.argsort(1)
     painted = channels([[colours[0], *(colours[1 + i] for i in row)] for row in inverse.tolist()])
     usual, none = channels([colours] * 2), torch.zeros(2, 28, 0, 4, 4)

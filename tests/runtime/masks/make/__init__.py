@@ -1,1 +1,1 @@
-"""Tests of the room where masks are made."""
+"""Tests of `runtime.masks.make`."""

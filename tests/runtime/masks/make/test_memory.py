@@ -1,4 +1,4 @@
-"""Long clips take as much memory as short ones: measured in processes of their own, at 1080p with `make soak`."""
+"""Memory does not grow with the length of a clip: measured in separate processes, at 1080p with `make soak`."""
 
 import json
 import os
@@ -63,8 +63,8 @@ def measured(size: tuple[int, int], frames: int, segmenter: Path, out: Path) -> 
 def test_memory_does_not_grow_with_the_clip(
     tmp_path: Path, size: tuple[int, int], lengths: tuple[int, int], slack: int
 ) -> None:
-    """Between two frames, and at its most. Two figures are followed, and text looks again all the time; `slack` is less
-    than what the additional frames would take as they are."""
+    """The growth of memory between two frames, and its peak. Two figures are tracked, and text detection runs often;
+    `slack` is less than the raw size of the additional frames."""
     segmenter = write_sam2(tmp_path / "sam2", image=64)
     write_grounding_dino(segmenter / "detector")
     short, long = (measured(size, count, segmenter, tmp_path / str(count)) for count in lengths)

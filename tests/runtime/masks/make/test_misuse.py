@@ -1,4 +1,4 @@
-"""Options of masks that contradict each other or the clip, and files that are damaged: refused, in one sentence."""
+"""Mask options that contradict each other or the clip, and damaged files, are refused in one sentence."""
 
 import json
 import shutil

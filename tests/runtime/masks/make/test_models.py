@@ -1,4 +1,4 @@
-"""The true architectures of `transformers` with random weights: every way through them, sizes and memory."""
+"""The real architectures of `transformers` with random weights: all code paths, sizes and memory."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -53,7 +53,7 @@ def frames() -> np.ndarray:
 def test_every_way_through(
     folders: Path, frames: np.ndarray, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    """Whatever random weights see: masks of the right sizes, in the palette, as many as there are frames."""
+    """With random weights: masks of the right size, in palette colours, one per frame."""
     given = MaskOptions(weights=folders / name, segmenter=name, **options)
     masks = make_masks(frames[0], Clip(frames, Fraction(16)), tmp_path, given, device="cpu")
     assert isinstance(masks, Masks)
@@ -70,7 +70,7 @@ def test_every_way_through(
 
 @pytest.mark.parametrize("name", ["sam2", "sam3"])
 def test_the_tracker_forgets_what_no_memory_reads(folders: Path, frames: np.ndarray, name: str) -> None:
-    """Masks are those of a session that keeps everything, and what is kept does not grow."""
+    """The masks equal those of a session that keeps all frames, and the kept state does not grow."""
     segmenter = open_segmenter(open_folder(folders / name), "cpu")
     ours, whole = segmenter.tracker(SIZE), segmenter.tracker(SIZE)
     whole._forget = lambda: None  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def test_the_tracker_forgets_what_no_memory_reads(folders: Path, frames: np.ndar
 
 
 def _held(session: Any) -> int:
-    """Bytes of the tensors that a session holds."""
+    """The bytes of a session's tensors."""
     outputs = [
         each for figure in session.output_dict_per_obj.values() for kind in figure.values() for each in kind.values()
     ]
@@ -94,7 +94,7 @@ def _held(session: Any) -> int:
 
 
 def test_late_figures_join_those_that_are_followed(folders: Path, frames: np.ndarray) -> None:
-    """What a figure looks like to the tracker does not depend on who else is there."""
+    """The tracker's result for a figure does not depend on other figures."""
     segmenter = open_segmenter(open_folder(folders / "sam2"), "cpu")
     alone, both = segmenter.tracker(SIZE), segmenter.tracker(SIZE)
     for number, frame in enumerate(frames):

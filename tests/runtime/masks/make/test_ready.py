@@ -1,4 +1,4 @@
-"""Figures that other tools cut out: track data of ComfyUI in each kind of file, mattes, alpha; what is refused."""
+"""Masks from other tools: ComfyUI's track data in each kind of file, mattes, alpha; and errors."""
 
 import shutil
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""The rules of masks that are made, each on flat figures: the authors', then what theirs lacks."""
+"""The rules for making masks, each tested on flat figures: those of the authors, then additional ones."""
 
 import json
 import threading
@@ -114,7 +114,7 @@ def test_backgrounds_by_mode(make: Callable[..., Made], mode: str, reference: st
 def test_a_figure_below_one_percent_of_the_first_frame_is_none(make: Callable[..., Made]) -> None:
     """60 of 6,000 pixels are one per cent."""
     made = make(picture({ANN: LEFT, BEN: (80, 10, 86, 20)}), still({CLEO: RIGHT, BEN: (10, 10, 15, 21)}))
-    assert made.reference_colour(BEN) == "white"  # a figure, whom nobody drives
+    assert made.reference_colour(BEN) == "white"  # a figure without a driving figure
     assert any("Nobody in the clip drives figure 2" in note for note in made.masks.notes)
     assert made.masks.characters == ("blue",)
     assert made.driving_colour(CLEO) == "blue"
@@ -199,7 +199,7 @@ def test_who_comes_late_has_a_colour_from_the_first_frame_that_shows_it(make: Ca
 def test_who_leaves_and_comes_back_keeps_the_colour(
     make: Callable[..., Made], segmenter: FlatSegmenter, forgets: bool
 ) -> None:
-    """By the tracker's memory, or, where that is lost, by looks."""
+    """Found again by the tracker's memory or, if that fails, by appearance."""
     segmenter.forgets = forgets
     there = {True: {BEN: LEFT, CLEO: RIGHT}, False: {BEN: LEFT}}
     frames = [picture(there[t < 6 or t > 20]) for t in range(40)]
@@ -221,8 +221,8 @@ def test_a_stranger_gets_no_colour(make: Callable[..., Made]) -> None:
 def test_an_exchange_is_set_right_or_reported(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, text: bool
 ) -> None:
-    """A tracker that takes one for the other when they meet: text finds who is who at the next look, and the frames
-    from there back to where they met are set right, too."""
+    """A tracker that exchanges two figures when they meet: text detection finds this at its next run, and the frames
+    back to the meeting are corrected too."""
     frames = [picture({BEN: LEFT, CLEO: RIGHT})] * 20 + [picture({CLEO: LEFT, BEN: RIGHT})] * 20
     honest = FlatTracker.follow
 
@@ -267,7 +267,7 @@ def test_masks_have_hard_edges_at_the_clips_own_size(make: Callable[..., Made]) 
 
 
 def test_a_part_of_the_clip(make: Callable[..., Made]) -> None:
-    """The first frame that is used decides; the others show the background, so that frames keep their numbers."""
+    """The first used frame decides; unused frames show only background, so that frame numbers do not change."""
     frames = [picture({BEN: LEFT})] * 4 + [picture({CLEO: RIGHT})] * 6
     made = make(picture({ANN: LEFT}), frames, start=4, frames=3)
     assert [made.driving_colour(CLEO, t) for t in (4, 6, 7)] == ["blue", "blue", "black"]
