@@ -1,6 +1,6 @@
-"""The driving video and its mask, one segment at a time.
+"""The driving clip and its mask, read one segment at a time.
 
-Only the frames of the current segment are in memory; the overlap with the segment before is kept, so that every frame
+Only the frames of the current segment are in memory. The overlap with the previous segment is kept, so that every frame
 is decoded once. The last segment is padded by repeating its last frame.
 """
 
@@ -26,7 +26,7 @@ FRAMES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class DrivingClip:
-    """frames and mask: uint8 [T, 3, H, W], T = segment.padded_frames, already at the output size."""
+    """Frames and masks of one segment: uint8 [T, 3, H, W] each, T = segment.padded_frames, at the output size."""
 
     segment: Segment
     frames: Tensor
@@ -34,7 +34,9 @@ class DrivingClip:
 
 
 def read_clips(plan: Plan, first: int = 0) -> Iterator[DrivingClip]:
-    """The plan's segments from number `first` on, in order; there may be none left."""
+    """Yield the plan's segments from number `first` on, in order; none if `first` is past the last.
+
+    Raises Scail2Error if a video ends early."""
     segments = plan.segments[first:]
     if not segments:
         return
@@ -56,7 +58,7 @@ def read_clips(plan: Plan, first: int = 0) -> Iterator[DrivingClip]:
 
 
 def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
-    """The next `count` frames as they lie in the frame; only a few at a time are held at the video's own size."""
+    """Read the next `count` frames, placed in the frame; only a few are in memory at the video's original size."""
     parts = []
     for wanted in range(count, 0, -FRAMES_AT_ONCE):
         frames = reader.read(min(wanted, FRAMES_AT_ONCE))
@@ -70,7 +72,7 @@ def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
 
 
 def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tensor]:
-    """→ half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
+    """Encode a clip → half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
 
     def half(frames: Tensor) -> Tensor:
         return half_resolution(normalise_video(frames))
