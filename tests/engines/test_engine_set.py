@@ -343,8 +343,8 @@ class TestBackends:
     def test_where_a_memory_limit_can_be_kept(self, folder: Path) -> None:
         obstacles = {name: registry.backend(name).limit_obstacle("cuda") for name in registry.BACKENDS}
         assert obstacles == {
-            "tensorrt": "plans carry their weights",
-            "tensorrt-rtx": "plans carry their weights",
+            "tensorrt": "plans include their weights",
+            "tensorrt-rtx": "plans include their weights",
             "torch": None,
             "onnxruntime": "onnxruntime runs on the cuda here",
         }
@@ -413,5 +413,5 @@ class TestChoice:
             registry.choose_backend("onnxruntime")
 
     def test_nothing_that_can_run(self) -> None:
-        with pytest.raises(InputError, match="none of the executors"):
+        with pytest.raises(InputError, match="none of the backends"):
             registry.choose_backend("auto", ["tensorrt"])

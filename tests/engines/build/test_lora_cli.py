@@ -387,4 +387,4 @@ def test_conversion_keeps_types_and_knows_its_loras(scail2: Run, tiny_checkpoint
     other = (*plain, "--lora", f"{tmp_path / 'l.safetensors'}:0.6")
     assert "was made from other files or with another --dtype or --lora" in error_of(scail2(*other))
     itself = ("convert", tiny_checkpoint, "-o", tmp_path / "l.safetensors", "--lora", tmp_path / "l.safetensors")
-    assert "is the LoRA itself" in error_of(scail2(*itself, "--overwrite"))
+    assert "is the LoRA file" in error_of(scail2(*itself, "--overwrite"))

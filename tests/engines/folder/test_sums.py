@@ -165,7 +165,7 @@ class TestOneBit:
         assert manifest.sums is not None
         assert find_damage(copy, manifest, manifest.sums) == ()
         health = check_health(copy, manifest)
-        assert health.text == f"{health.parts} tensors and files have the checksums that the build gave them"
+        assert health.text == f"{health.parts} tensors and files have the checksums recorded by the build"
         flip_tensor(copy, UP)
         assert "stage dit.blocks.1.ffn of" in check_health(copy, manifest).text
         flip_tensor(copy, "dit.blocks.1.ffn.down.weight")

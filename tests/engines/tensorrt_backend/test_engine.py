@@ -169,7 +169,7 @@ def test_scratch_grows_and_contexts_follow(folder: Path, session: TensorRTSessio
     assert session.scratch.pointer != before, "what a graph has recorded must stay"
     assert session.scratch.size >= 500000
     recorder.device.recording = True
-    with pytest.raises(Scail2Error, match="run it once, then record it"):
+    with pytest.raises(Scail2Error, match="Run it once"):
         small(*given)
     recorder.device.recording = False
     assert_same(folder, "dit.head", given, small(*given))
@@ -249,8 +249,11 @@ def test_other_cards_are_told_what_to_do(recorder: Recorder, monkeypatch: pytest
         check_place(TENSORRT_RTX, replace(record, versions={"tensorrt-rtx": "1.0"}), REMEDY)
     for gpu, text in (
         (None, r"runs on an NVIDIA GPU, and PyTorch finds none .* --backend torch"),
-        (GpuFacts("NVIDIA H200", (9, 0), 1), r"does not run on NVIDIA H200 \(sm90\): .*Hopper.* use --backend torch"),
-        (GpuFacts("NVIDIA B200", (10, 0), 1), r"does not run on NVIDIA B200 \(sm100\): .*Blackwell of the data centre"),
+        (GpuFacts("NVIDIA H200", (9, 0), 1), r"does not run on NVIDIA H200 \(sm90\): .*Hopper.* Use --backend torch"),
+        (
+            GpuFacts("NVIDIA B200", (10, 0), 1),
+            r"does not run on NVIDIA B200 \(sm100\): .*data-centre Hopper or Blackwell",
+        ),
         (
             GpuFacts("RTX 5090", (12, 0), 1),
             rf"targets: .*for sm89, and this is RTX 5090.*{REMEDY} --target sm89,sm120$",

@@ -149,7 +149,7 @@ def test_what_a_card_must_hold_is_said_before_anything_is_made(rtx: Recorder, tm
             raise KeyboardInterrupt(text)
 
     request = BuildRequest(Path("small"), tmp_path / "e", ("tensorrt-rtx",), "fp32")
-    with pytest.raises(KeyboardInterrupt, match=r"a card must hold 0\.0 GiB of them at once .* --vram-limit"):
+    with pytest.raises(KeyboardInterrupt, match=r"a GPU must hold 0\.0 GiB of them at once .* --vram-limit"):
         build(request, small_checkpoint(), Stopping())
     assert not (tmp_path / "e").exists()
 
@@ -251,7 +251,7 @@ def test_a_plan_that_is_not_whole_is_built_alone(recorder: Recorder, tmp_path: P
     file = tmp_path / "e/stages/dit.head.plan"
     whole = file.read_bytes()
     file.unlink() if damage == "missing" else file.write_bytes(whole[:9])
-    with pytest.raises(InputError, match=r"dit\.head\.plan: .*Repair that alone with: .* --backend tensorrt$"):
+    with pytest.raises(InputError, match=r"dit\.head\.plan: .*Repair only this with: .* --backend tensorrt$"):
         open_engines(tmp_path / "e", "tensorrt", device="cpu")
     recorder.built.clear()
     assert make(tmp_path / "e").repaired == ("dit.head",)

@@ -38,7 +38,7 @@ def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = scail2("build-engines", tiny_checkpoint, "-o", folder, "--precision", "fp8", *BUILD)
     assert done.returncode == 0, done.stderr
     assert "plans for sm89, sm120" in done.stderr
-    assert "a card must hold" in done.stderr
+    assert "a GPU must hold" in done.stderr
     return folder
 
 
@@ -99,7 +99,7 @@ if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
     message = error_of(failed, 1)
     assert message.startswith("stage dit.time cannot be built from ")
     assert "was ended by the signal SIGSEGV" in message
-    assert message.endswith("The 3 other plans are kept; the same command makes what is missing.")
+    assert message.endswith("The 3 other plans are kept. Run the same command again to build the missing ones.")
     assert not (tmp_path / "e/manifest.json").exists()
     again = scail2(*where, *dit)
     assert again.returncode == 0, again.stderr
@@ -248,7 +248,7 @@ def test_a_weight_that_lost_its_quantisation(job: PlanJob, which: int) -> None:
 def test_a_bad_profile(job: PlanJob) -> None:
     profile = {**job.profiles[0], "x": ((1, 256), (64, 255), (128, 256))}
     text = refused(replace(job, profiles=(profile,)))
-    assert "refuses its profile" in text
+    assert "rejects its profile" in text
     assert "MIN<=OPT<=MAX" in text
     assert "driver" not in text, "which a machine that only compiles need not have"
     assert "its inputs attention, x have sizes without a range" in refused(replace(job, profiles=()))
@@ -260,7 +260,7 @@ def test_missing_weights(job: PlanJob, tmp_path: Path) -> None:
 
 
 def test_another_signature(job: PlanJob) -> None:
-    assert "the parser gave it the inputs" in refused(replace(job, inputs={**job.inputs, "x": "HALF"}))
+    assert "the parser gave the inputs" in refused(replace(job, inputs={**job.inputs, "x": "HALF"}))
 
 
 def test_an_unsupported_operator(job: PlanJob) -> None:

@@ -97,7 +97,7 @@ def test_a_stream_changes_its_size_only_between_videos() -> None:
         stream.step(noise(16, 1, 2, 3).to(DEVICE))
     stream.reset()
     assert error(decode(stream, noise(16, 2, 2, 3)), pixels) < 1e-5
-    with pytest.raises(InputError, match="4 at a time"):
+    with pytest.raises(InputError, match="4 per call"):
         EncodeStream(vae.state_dict(), config, DEVICE, torch.float32).step(noise(3, 4, 16, 16))
 
 

@@ -189,7 +189,7 @@ def test_an_absurd_lora_strength(scail2: Run, tiny_checkpoint: Path, lora: Path,
     words = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "torch", "--precision", "bf16")
     refused = error_of(scail2(*words, "--lora", f"{lora}:1e39"))
     assert "tensor blocks.0.ffn.0.weight has NaN or infinite values once the LoRA is fused into it" in refused
-    assert f"{lora} at strength 1e+39; give a smaller strength" in refused
+    assert f"{lora} at strength 1e+39. Use a smaller strength" in refused
     assert scail2(*words, "--lora", f"{lora}:1e30", "--rebuild").returncode == 0
     result = scail2("generate", tmp_path / "e", "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
     message = error_of(result, code=1)
