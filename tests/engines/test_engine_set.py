@@ -348,7 +348,7 @@ class TestBackends:
             "torch": None,
             "onnxruntime": "onnxruntime runs on the cuda here",
         }
-        with pytest.raises(InputError, match=r"needs the torch executor on a GPU, but torch runs on the cpu here"):
+        with pytest.raises(InputError, match=r"needs the torch backend on a GPU, but torch runs on the cpu here"):
             open_engines(folder, "torch", Execution(vram_limit=1 << 30), device="cpu")
 
     def test_on_a_cpu_no_weights_are_placed_and_no_steps_recorded(self, engines: EngineSet) -> None:

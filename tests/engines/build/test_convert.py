@@ -324,7 +324,7 @@ class TestRefusals:
             (tmp_path / "c/dit.safetensors", "is a file of the checkpoint"),
             (tmp_path / "mine.safetensors", "exists. Use --overwrite to replace it"),
             (tmp_path / "folder.safetensors", "is a folder"),
-            (tmp_path / "x.bin", r"must be named \*\.safetensors"),
+            (tmp_path / "x.bin", r"Name it \*\.safetensors"),
             (tmp_path / "mine.safetensors/x.safetensors", "cannot be"),
         ]
         for output, said in cases:

@@ -122,7 +122,7 @@ def test_too_large_is_refused_with_the_option(folder: Path, session: TensorRTSes
     text = str(caught.value)
     assert "704x1280 and 1280x704 pixels, and this one has 1280x720" in text
     assert text.endswith(f"with: {REMEDY} --max-picture 720x1280")
-    with pytest.raises(InputError, match=r"at most rows = 16384, and rows = 16385 was asked for; lower --max-rows"):
+    with pytest.raises(InputError, match=r"at most rows = 16384, not for rows = 16385. Lower --max-rows"):
         engine(folder, session, "dit.head")(*inputs("dit.head", rows=16385))
 
 
@@ -142,7 +142,7 @@ def test_a_graph_is_recorded_only_after_a_call(folder: Path, session: TensorRTSe
     run = engine(folder, session, "dit.head")
     given = inputs("dit.head", rows=6)
     recorder.device.recording = True
-    with pytest.raises(Scail2Error, match=r"recorded in a CUDA graph at the shapes \[\[6, 32\], \[2, 32\]\] before"):
+    with pytest.raises(Scail2Error, match=r"captured in a CUDA graph at the shapes \[\[6, 32\], \[2, 32\]\] before"):
         run(*given)
     recorder.device.recording = False
     run(*given)

@@ -211,9 +211,9 @@ def test_a_failed_verify_takes_the_record_away(rtx: Recorder, tmp_path: Path) ->
         (
             ("sm86", "sm89"),
             "fp8",
-            r"needs an architecture among sm89, sm120, sm121, which sm86 is not; .*fp32 or bf16 or fp16\.$",
+            r"needs an architecture among sm89, sm120, sm121, which sm86 is not\. .*fp32 or bf16 or fp16\.$",
         ),
-        (("sm75",), "bf16", r"among sm80, .* which sm75 is not; use --precision fp32\.$"),
+        (("sm75",), "bf16", r"among sm80, .* which sm75 is not\. Use --precision fp32\.$"),
     ],
 )
 def test_targets_that_cannot_be(

@@ -73,7 +73,7 @@ def test_what_a_target_cannot_do_is_refused_before_anything_is_built(tiny_checkp
     where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "tensorrt-rtx")
     message = error_of(scail2(*where, "--precision", "fp8", "--target", "sm86,sm89"))
     assert "precision fp8 needs an architecture among sm89, sm120, sm121, which sm86 is not" in message
-    assert message.endswith("use --precision fp32 or bf16 or fp16.")
+    assert message.endswith("Use --precision fp32 or bf16 or fp16.")
     assert "TensorRT for RTX builds for sm75, sm80" in error_of(scail2(*where, "--target", "sm90"))
     assert not (tmp_path / "e").exists()
 
@@ -116,7 +116,9 @@ if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
 """
     where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--precision", "fp8", *BUILD, "--stages", "dit.*")
     message = error_of(scail2(*where, env=unmeasured() | sabotage(tmp_path, code)), 1)
-    assert message.startswith(f"the disk of {tmp_path / 'e'} is full; finished steps are kept, and the same command")
+    assert message.startswith(
+        f"the disk of {tmp_path / 'e'} is full. Finished steps are kept; correct this and run the same command"
+    )
     assert not list((tmp_path / "e").rglob("*.partial"))
 
 
@@ -286,7 +288,7 @@ def test_a_killed_compiler(job: PlanJob, monkeypatch: pytest.MonkeyPatch) -> Non
     os.kill(child._process.pid, signal.SIGKILL)
     while (outcome := child.outcome()) is None:
         time.sleep(0.01)
-    assert "the compiler of TensorRT for RTX was ended by the signal SIGKILL, as happens when memory" in str(
+    assert "the compiler of TensorRT for RTX was ended by the signal SIGKILL, which happens when memory" in str(
         outcome.error
     )
 
