@@ -235,7 +235,7 @@ def _several(root: Path, component: Component, sources: list[TensorSource]) -> s
     files = [source.files[0] for source in sources]
     names = ", ".join(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in files)
     how = f"as CHECKPOINT: {files[0]}" if component == "dit" else f"with {OPTIONS[component]} {files[0]}"
-    return f"{root} holds several files with a {LABELS[component]} ({names}). Name the one to use, for example {how}."
+    return f"{root} holds several files with a {LABELS[component]} ({names}). Name the one to use, for example {how}"
 
 
 def _absent(path: Path, root: Path, absent: list[Component], unreadable: list[str]) -> str:

@@ -100,7 +100,7 @@ def _refuse_small_floats(path: Path, header: Any) -> None:
     found = [str(entry["dtype"]) for entry in entries if entry.get("dtype") in _TOO_SMALL]
     if found:
         raise InputError(
-            f"{path} holds {_TOO_SMALL[found[0]]} weights (type {found[0]}, {len(found)} tensors), which are not "
+            f"{path} holds {_TOO_SMALL[found[0]]} weights (type {found[0]}; tensors: {len(found)}), which are not "
             "supported. Get the fp16, bf16, fp8_scaled, int8 or GGUF file of this model."
         )
 

@@ -90,8 +90,8 @@ def _sat_view(source: TensorSource, inner: Mapping[str, Rows]) -> View:
         if rows % len(targets):
             raise InputError(
                 f"{source.files[0] if source.files else 'The checkpoint'}: {whole.name} is {list(shape)}, but its "
-                f"first dimension must be a multiple of {len(targets)}, because it stacks {', '.join(targets)}. Get the file "
-                "again."
+                f"first dimension must be a multiple of {len(targets)}, because it stacks {', '.join(targets)}. Get "
+                "the file again."
             )
         each = rows // len(targets)
         parts |= {target: Rows(whole.name, i * each, (i + 1) * each) for i, target in enumerate(targets)}

@@ -231,8 +231,8 @@ class TestDrawn:
     @pytest.mark.parametrize(
         ("header", "said"),
         [
-            ({"lora_alpha": "8", "alpha": "4"}, "says different things of alpha in its header (alpha 4, lora_alpha 8)"),
-            ({"use_rslora": "true"}, "says use_rslora without an alpha"),
+            ({"lora_alpha": "8", "alpha": "4"}, "has different values of alpha in its header (alpha 4, lora_alpha 8)"),
+            ({"use_rslora": "true"}, "has use_rslora but no alpha"),
         ],
     )
     def test_headers_that_cannot_be_followed(
