@@ -77,10 +77,10 @@ def choose_backend(
             if backend(name).needs_gpu:
                 return name, f"its library and plans exist, and {place}"
             return name, place + "".join(_why_not(better, built, obstacles) for better in order[:position])
-    told = "".join(f" {text}." for text in (obstacles or {}).values())
+    reasons = "".join(f" {text}." for text in (obstacles or {}).values())
     raise InputError(
         f"none of the backends in the engine folder ({', '.join(sorted(built or ())) or 'none'}) can run on this "
-        f"machine.{told} Add one with: scail2-rt build-engines CHECKPOINT -o DIR --backend torch"
+        f"machine.{reasons} Add one with: scail2-rt build-engines CHECKPOINT -o DIR --backend torch"
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.engines.build.assemble import Plan, assemble
-from scail2_rt.engines.build.repair import Mended, mend
+from scail2_rt.engines.build.repair import RepairResult, repair_folder
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.lock import LOCK, alone
 from scail2_rt.engines.folder.manifest import (
@@ -101,7 +101,7 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     path that is not writable or has too little space; Scail2Error for a weight that the precision cannot represent, and
     for a full disk. After any interruption the same call continues."""
     started = time.monotonic()
-    noted = _Noted(observer or SilentObserver())
+    noted = _Noting(observer or SilentObserver())
     refuse_unbuildable([name for name in request.backends if name != "auto"])
     directory = request.output.expanduser().absolute()
     previous = _previous(directory, request.rebuild)
@@ -111,24 +111,24 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     _note_memory(plan, previous, noted)
     added: tuple[str, ...] = ()
     resumed = 0
-    mended: Mended | None = None
+    repair: RepairResult | None = None
     try:
         with _held(directory, noted):
             identity = _identity(plan, request, checkpoint, previous, noted)
             if previous is not None:
                 _check_same(plan, request, previous, identity)
-                mended = mend(plan, previous, noted)
-                previous = _kept(plan, previous, dataclasses.replace(mended.manifest, identity=identity))
+                repair = repair_folder(plan, previous, noted)
+                previous = _kept(plan, previous, dataclasses.replace(repair.manifest, identity=identity))
             if previous is not None and set(plan.backends) <= set(previous.backends) and not plan.refreshed:
                 manifest = previous
-                if mended is None or not (mended.repaired or mended.sums_added):
+                if repair is None or not (repair.repaired or repair.sums_added):
                     noted.note(f"{directory} is up to date; there is nothing to do")
             else:
                 done = assemble(plan, identity, previous, noted)
                 manifest, added, resumed = done.manifest, done.added, done.resumed_steps
     except OSError as error:
         raise _disk_error(error, directory) from error
-    repaired, sums_added = (mended.repaired, mended.sums_added) if mended else ((), False)
+    repaired, sums_added = (repair.repaired, repair.sums_added) if repair else ((), False)
     return BuildReport(
         directory=str(directory),
         backends=manifest.backends,
@@ -147,7 +147,7 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     )
 
 
-class _Noted:
+class _Noting:
     """The caller's observer; also keeps the notes for the report."""
 
     def __init__(self, observer: BuildObserver) -> None:
@@ -175,7 +175,7 @@ def _previous(directory: Path, rebuild: bool) -> Manifest | None:
 
 
 def _make_plan(
-    request: BuildRequest, directory: Path, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
+    request: BuildRequest, directory: Path, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noting
 ) -> Plan:
     backends = _backends(request, observer)
     precision = _precision(request, backends, previous, observer)
@@ -213,7 +213,7 @@ def _anywhere(path: Path) -> str:
     return str(full if full.exists() else path)
 
 
-def _backends(request: BuildRequest, observer: _Noted) -> tuple[str, ...]:
+def _backends(request: BuildRequest, observer: _Noting) -> tuple[str, ...]:
     chosen: list[str] = []
     for requested in request.backends or ("auto",):
         name, reason = choose_backend(requested)
@@ -225,7 +225,7 @@ def _backends(request: BuildRequest, observer: _Noted) -> tuple[str, ...]:
 
 
 def _precision(
-    request: BuildRequest, backends: tuple[str, ...], previous: Manifest | None, observer: _Noted
+    request: BuildRequest, backends: tuple[str, ...], previous: Manifest | None, observer: _Noting
 ) -> Precision:
     if request.precision is not None:
         return check_precision(request.precision)
@@ -279,7 +279,7 @@ def _held(directory: Path, observer: BuildObserver) -> Iterator[None]:
 
 
 def _identity(
-    plan: Plan, request: BuildRequest, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
+    plan: Plan, request: BuildRequest, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noting
 ) -> Identity:
     """Return the hashes of everything that the build reads; unchanged files are not read again."""
     journal = Journal.load(plan.directory)
@@ -319,13 +319,13 @@ def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity:
         ).line
         listed = "; ".join(map(str, found))
         raise InputError(f"{plan.directory} was built from something else: {listed}. Replace it with: {command}")
-    check_folder(plan.directory, previous, plan.definitions, mending=True)
+    check_folder(plan.directory, previous, plan.definitions, repairing=True)
 
 
-def _kept(plan: Plan, before: Manifest, mended: Manifest) -> Manifest:
+def _kept(plan: Plan, before: Manifest, after: Manifest) -> Manifest:
     """Return the manifest of a finished folder; write it again if it changed: new checksums, or names and times of
     files that were moved or touched. These save hashing next time and keep the printed command valid."""
-    manifest = dataclasses.replace(mended, checkpoint=plan.origin, overrides=plan.overrides)
+    manifest = dataclasses.replace(after, checkpoint=plan.origin, overrides=plan.overrides)
     if manifest != before:
         write_manifest(plan.directory, manifest)
         Journal.load(plan.directory).remove_if_idle()

@@ -16,7 +16,7 @@ from scail2_rt.engines.folder.damage import Damage, find_damage, listed, sums_no
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import STAGES, TABLES, TOKENIZER, Artefact, Manifest, describe_command
 from scail2_rt.engines.folder.sources import hash_file
-from scail2_rt.engines.folder.store import STORE_NAME, StoreMender, SummingWriter
+from scail2_rt.engines.folder.store import STORE_NAME, StoreRepairer, SummingWriter
 from scail2_rt.engines.folder.sums import Sums, sum_of, sum_of_file
 from scail2_rt.engines.observer import BuildObserver, Phase
 from scail2_rt.engines.registry import backend
@@ -26,7 +26,7 @@ STORE = f"{STAGES}/{STORE_NAME}"
 
 
 @dataclass(frozen=True, slots=True)
-class Mended:
+class RepairResult:
     """The new manifest (not written yet), and the names of the stages and files that were made again."""
 
     manifest: Manifest
@@ -34,12 +34,12 @@ class Mended:
     sums_added: bool = False
 
 
-def mend(plan: Plan, manifest: Manifest, observer: BuildObserver) -> Mended:
+def repair_folder(plan: Plan, manifest: Manifest, observer: BuildObserver) -> RepairResult:
     """Check a finished folder of the same request, and repair damage. A folder without checksums gets them.
 
     Raises InputError for a damaged folder without checksums, because the damage cannot be located."""
     if manifest.sums is None:
-        return Mended(_with_sums(plan, manifest, observer), sums_added=True)
+        return RepairResult(_with_sums(plan, manifest, observer), sums_added=True)
     sums, repaired = manifest.sums, dict[str, None]()
     for _ in range(2):  # a damaged header may hide further damage
         damages = find_damage(plan.directory, manifest, sums, observer)
@@ -50,11 +50,11 @@ def mend(plan: Plan, manifest: Manifest, observer: BuildObserver) -> Mended:
         if not any(damage.kind == "header" for damage in damages):
             break
     if not repaired:
-        return Mended(manifest)
+        return RepairResult(manifest)
     changed = {STORE} if sums.tensors != manifest.sums.tensors else set[str]()
     changed |= {path for path, value in sums.files.items() if value != manifest.sums.files.get(path)}
     artefacts = tuple(_sealed(plan, a, observer) if a.path in changed else a for a in manifest.artefacts)
-    return Mended(dataclasses.replace(manifest, sums=sums, artefacts=artefacts), tuple(repaired))
+    return RepairResult(dataclasses.replace(manifest, sums=sums, artefacts=artefacts), tuple(repaired))
 
 
 def _with_sums(plan: Plan, manifest: Manifest, observer: BuildObserver) -> Manifest:
@@ -105,18 +105,18 @@ def _repair(plan: Plan, manifest: Manifest, sums: Sums, damages: tuple[Damage, .
 def _write_stages(plan: Plan, stages: list[str], header: bool, observer: BuildObserver) -> Mapping[str, str]:
     """Write stages over their places in the store → the checksums of their tensors."""
     phase = Phase(observer, "repair", {stage: plan.stage_bytes(stage) for stage in stages})
-    mender = StoreMender(plan.store, plan.layout)
-    summing = SummingWriter(mender)
+    writer = StoreRepairer(plan.store, plan.layout)
+    summing = SummingWriter(writer)
     try:
         if header:
-            mender.write_header()
+            writer.write_header()
         for stage in stages:
             step = phase.start(stage)
             plan.write_stage(summing, stage)
             phase.finish(step)
-        mender.finish()
+        writer.finish()
     finally:
-        mender.close()
+        writer.close()
     return summing.sums
 
 

@@ -241,16 +241,16 @@ class BuildCommand:
 
 
 def check_folder(
-    directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition], mending: bool = False
+    directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition], repairing: bool = False
 ) -> None:
-    """Raise InputError if a stage or a file does not match the manifest and this version. mending: the next step
+    """Raise InputError if a stage or a file does not match the manifest and this version. repairing: the next step
     repairs, so files with a checksum (all but the weight store) may be missing or truncated."""
-    fault, mendable = _stage_fault(manifest, definitions), False
-    if fault is None and (found := _file_fault(directory, manifest, mending)) is not None:
+    fault, repairable = _stage_fault(manifest, definitions), False
+    if fault is None and (found := _file_fault(directory, manifest, repairing)) is not None:
         path, fault = found
-        mendable = manifest.sums is not None and path in manifest.sums.files
+        repairable = manifest.sums is not None and path in manifest.sums.files
     if fault is not None:
-        if mendable:
+        if repairable:
             from scail2_rt.engines.folder.damage import repair_command
 
             what = f"Repair only this with: {repair_command(manifest, directory)}"
@@ -279,11 +279,11 @@ def _show(specs: Iterable[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {_dtype_name(s.dtype)} [{', '.join(map(str, s.dims))}]" for s in specs)
 
 
-def _file_fault(directory: Path, manifest: Manifest, mending: bool) -> tuple[str, str] | None:
+def _file_fault(directory: Path, manifest: Manifest, repairing: bool) -> tuple[str, str] | None:
     """Return the first file that is missing or has a wrong size, and the fault in words."""
     for artefact in manifest.artefacts:
         path = directory / artefact.path
-        if mending and manifest.sums is not None and artefact.path in manifest.sums.files:
+        if repairing and manifest.sums is not None and artefact.path in manifest.sums.files:
             continue
         has = f"file {artefact.path}: the manifest has {artefact.size} bytes, the file"
         if not path.is_file():

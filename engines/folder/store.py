@@ -196,7 +196,7 @@ class StoreWriter:
             self._file = -1
 
 
-class StoreMender:
+class StoreRepairer:
     """Overwrites tensors in place in a finished store. If a build is killed meanwhile, the unfinished tensors do not
     match their checksums, so the next check finds them."""
 

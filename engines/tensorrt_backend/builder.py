@@ -126,7 +126,7 @@ class _Build:
         at_once = 1 if self.library.compiles_here else os.cpu_count() or 1
         compile_all(self._jobs(), int(host_memory() * MEMORY_SHARE), at_once, self._environment(), self._finished)
         if self.failures:
-            raise Scail2Error(self._told())
+            raise Scail2Error(self._failure_text())
         kept = tuple(name for name in self.wanted if name not in self.built)
         return PlansReport(self.environment, tuple(self.built), kept)
 
@@ -183,7 +183,7 @@ class _Build:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         return {"CUDA_VISIBLE_DEVICES": visible[index] if visible != [""] else str(index)}
 
-    def _told(self) -> str:
+    def _failure_text(self) -> str:
         (_, text), *others = self.failures.items()
         also = f" {', '.join(name for name, _ in others)} could not be built either." if others else ""
         count = len(self.wanted) - len(self.failures)

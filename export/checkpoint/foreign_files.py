@@ -23,16 +23,16 @@ def refuse_foreign(path: Path) -> None:
             head = file.read(_HEAD)
     except OSError:
         return
-    if said := _told(path, head):
-        raise InputError(f"{path} is {said}")
+    if described := _described(path, head):
+        raise InputError(f"{path} is {described}")
 
 
-def _told(path: Path, head: bytes) -> str | None:
+def _described(path: Path, head: bytes) -> str | None:
     if head.startswith(_LFS):
         size = re.search(rb"^size (\d+)", head, re.MULTILINE)
-        stands = f" for a file of {int(size.group(1)):,} bytes" if size else ""
+        size_text = f" for a file of {int(size.group(1)):,} bytes" if size else ""
         return (
-            f"a Git LFS pointer{stands}, not the weights: the repository was cloned without its large files. "
+            f"a Git LFS pointer{size_text}, not the weights: the repository was cloned without its large files. "
             f"Run `git lfs pull` in {path.parent}, or fetch the file with `hf download`"
         )
     if _MARKUP.match(head.removeprefix(b"\xef\xbb\xbf")):

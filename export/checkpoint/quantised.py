@@ -138,8 +138,8 @@ def _comfy(source: TensorSource, names: frozenset[str], layer: str, note: Mappin
     data = f"{layer}.weight"
     for name in (data, *roles.values()):
         if name not in names:
-            said = name.removeprefix(f"{layer}.")
-            raise InputError(f"{_file(source)}: the {kind} layer {layer} has no {said}. {_again()}")
+            missing = name.removeprefix(f"{layer}.")
+            raise InputError(f"{_file(source)}: the {kind} layer {layer} has no {missing}. {_again()}")
     if (pre_quant := f"{layer}.pre_quant_scale") in names:
         roles["pre_quant"] = pre_quant
     need_comfy_kitchen(_file(source), f"{kind} with rotation" if note.get("convrot") else kind)

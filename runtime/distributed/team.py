@@ -69,8 +69,8 @@ class Team:
             yield crew.groups
             crew.check()
         except BaseException as error:
-            if told := crew.failure_behind(error):
-                raise told from error
+            if failure := crew.failure_behind(error):
+                raise failure from error
             raise
         crew.in_call = False
 

@@ -73,9 +73,9 @@ def follow(place: Place) -> None:
     """Serve as rank `place.rank` of the leader's session, then end this process."""
     from scail2_rt.runtime.distributed.worker import serve
 
-    told = json.loads(torchrun_store().get(LEADER))
-    if told:
-        channel = Channel.to((told["host"], told["port"]), bytes.fromhex(told["key"]))
+    leader = json.loads(torchrun_store().get(LEADER))
+    if leader:
+        channel = Channel.to((leader["host"], leader["port"]), bytes.fromhex(leader["key"]))
         channel.send(("hello", (place.rank, place.local_rank)))
         serve(channel, channel.receive())
     sys.stdout.flush()

@@ -78,14 +78,14 @@ def test_a_kill_half_way_is_found_again(whole: Path, copy: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         from scail2_rt.engines.build.build import BuildRequest, build
-        from scail2_rt.engines.folder.store import StoreMender
+        from scail2_rt.engines.folder.store import StoreRepairer
         from tests.support.small import small_checkpoint
 
         def killed(self, name, data, start=0):
             os.pwrite(self._file, bytes(7), self.layout.location(name).offset)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        StoreMender.write = killed
+        StoreRepairer.write = killed
         build(BuildRequest(Path("small"), Path(sys.argv[1]), ("torch",), "fp8"), small_checkpoint())
     """
     assert run_python(script, copy).returncode == -signal.SIGKILL

@@ -79,7 +79,7 @@ class TestNoWeights:
         header = json.dumps({"blocks.0.self_attn.q.weight": entry}).encode()
         (tmp_path / "dit.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
         message = error_of(scail2("inspect", tmp_path / "dit.safetensors"))
-        assert f"holds {said} weights (type {kind}, 1 tensors)" in message
+        assert f"holds {said} weights (type {kind}; tensors: 1)" in message
         assert "Get the fp16, bf16" in message
         assert not AGAIN.search(message)
 
