@@ -183,7 +183,7 @@ class TestOneBit:
             read(self, name, start, target)
 
         monkeypatch.setattr(StoreReader, "read_into", fail)
-        assert f"tensor {UP}, which cannot be read, has" in check_health(copy, read_manifest(copy)).text
+        assert f"tensor {UP}, which cannot be read, does" in check_health(copy, read_manifest(copy)).text
 
 
 GRAPH = "stages/dit.blocks.1.ffn.onnx"
