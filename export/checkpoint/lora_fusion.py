@@ -167,7 +167,7 @@ class Fusion:
         if made[0] != rows or made[1] == channels * math.prod(window):
             return False
         inputs = f"{theirs} channels" if not rest else f"{made[1]} inputs"
-        self.left_out.append(f"{_FOR_INPUTS} is left out: it is for {inputs}; this transformer has {channels}")
+        self.left_out.append(f"{_FOR_INPUTS} is left out: it is for {inputs}, this transformer has {channels}")
         return True
 
     def _changes(self, group: ModuleTensors, product: Product | None) -> list[tuple[str, Change]]:

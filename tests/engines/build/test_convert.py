@@ -310,7 +310,7 @@ class TestInterruption:
         opened = small(tmp_path / "c")
         found = run_python(script, tmp_path / "c/dit.safetensors", tmp_path / "x.safetensors")
         assert found.stdout.startswith("Scail2Error the disk of"), found.stdout + found.stderr
-        assert "the same command continues" in found.stdout
+        assert "run the same command again" in found.stdout
         assert not (tmp_path / "x.safetensors").exists()
         assert convert(ConvertRequest(tmp_path / "x.safetensors"), opened).files[0].tensors == len(dit_shapes(DIT))
 
