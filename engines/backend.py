@@ -273,8 +273,7 @@ class Backend(ABC):
         return
 
     def check_place(self, record: ExecutorRecord, remedy: str) -> None:
-        """Raise InputError if artefacts of this record cannot run here. `remedy`: the command that builds them
-        again."""
+        """Raise InputError if artefacts of this record cannot run here. `remedy`: the command that rebuilds them."""
         return
 
     def auto_obstacle(self, directory: Path, manifest: Manifest) -> str | None:
@@ -286,8 +285,7 @@ class Backend(ABC):
         return
 
     def memory_note(self, stage_bytes: Mapping[str, int]) -> str | None:
-        """Return how much GPU memory the weights of these stages (name → bytes) need at once, in words; None if weights
-        can be streamed."""
+        """Return in words how much GPU memory the weights of these stages (name → bytes) need; None if streamed."""
         return None
 
     def limit_obstacle(self, device: str) -> str | None:

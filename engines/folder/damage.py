@@ -107,8 +107,7 @@ def check_health(directory: Path, manifest: Manifest, observer: BuildObserver | 
 def find_damage(
     directory: Path, manifest: Manifest, sums: Sums, observer: BuildObserver | None = None
 ) -> tuple[Damage, ...]:
-    """Return everything that differs from `sums`. With a damaged header no tensor can be located, so none is
-    checked."""
+    """Return everything that differs from `sums`. With a damaged header no tensor can be checked."""
     if sum_of(read_header(directory / STAGES / STORE_NAME)) != sums.header:
         return (Damage("", "header"),)
     found = sums_now(directory, sums.files, observer)

@@ -80,8 +80,7 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorRecord:
-    """A backend built into the folder: library versions, and the GPU or the architectures ("sm89") it was built for, if
-    any."""
+    """A backend built into the folder: library versions, and its target GPU or architectures ("sm89"), if any."""
 
     backend: str
     versions: dict[str, str]
@@ -210,8 +209,7 @@ def describe_command(manifest: Manifest, directory: Path, backend: str | None = 
 
 @dataclass(frozen=True, slots=True)
 class BuildCommand:
-    """A `scail2-rt build-engines` command. loras: (file, strength); overrides: component → its path; plan_words: plan
-    options."""
+    """A `scail2-rt build-engines` command. loras: (file, strength); overrides: component → path; plan_words: flags."""
 
     checkpoint: str
     directory: Path

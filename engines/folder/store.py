@@ -326,8 +326,7 @@ class StoreReader:
         self.checker.whole.add(stage)
 
     def pieces(self, name: str) -> list[bytes]:
-        """Return the checksums of the pieces of a tensor, in order, computed in several threads if there are
-        several."""
+        """Return the checksums of the pieces of a tensor, in order; several are computed in parallel."""
         starts = self.starts(name)
         if len(starts) < 2:
             return [self.piece_sum(name, start) for start in starts]

@@ -131,8 +131,7 @@ class _Build:
         return PlansReport(self.environment, tuple(self.built), kept)
 
     def _trace(self) -> None:
-        """Trace the graphs, which takes long without a cache; a separate phase, so that the estimate covers plans
-        only."""
+        """Trace the graphs, which takes long without a cache; not part of the estimate for the plans."""
         families: dict[str, StageDefinition] = {}
         for name in self.wanted:
             definition = self.plan.definitions[name]

@@ -72,8 +72,7 @@ class Outcome:
 
 
 def compile_plan(job: PlanJob) -> None:
-    """Parse, configure, build and write one plan. Raises Scail2Error with the library's messages; OSError of the
-    disk."""
+    """Parse, configure, build and write one plan. Raises Scail2Error with the library's messages, or OSError."""
     library = LIBRARIES[job.library]
     if TYPE_CHECKING:
         import tensorrt as trt

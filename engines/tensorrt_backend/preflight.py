@@ -135,8 +135,7 @@ def resident_bytes(stage_bytes: Mapping[str, int]) -> dict[str, int]:
 
 
 def check_resources(library: Library, stage_bytes: Mapping[str, int], directory: Path) -> None:
-    """Raise InputError if disk, host or GPU memory is insufficient for the plans of these stages (name → weight
-    bytes)."""
+    """Raise InputError if disk, host or GPU memory is too small for the plans of these stages (name → bytes)."""
     if not stage_bytes:
         return
     largest = max(stage_bytes, key=lambda name: stage_bytes[name])

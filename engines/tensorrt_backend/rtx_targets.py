@@ -9,8 +9,7 @@ from scail2_rt.kernels.errors import Scail2Error
 
 
 def set_targets(library: Library, config: Any, targets: Sequence[str]) -> None:
-    """Compile for these architectures ("sm89"), whatever GPU this machine has. Raises Scail2Error for an unknown
-    one."""
+    """Compile for these architectures ("sm89"), independent of this machine. Raises Scail2Error if unknown."""
     if TYPE_CHECKING:
         import tensorrt_rtx as rtx
     else:

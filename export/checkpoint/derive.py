@@ -56,8 +56,7 @@ _CLIP_MLP: Votes = (("visual.transformer.*.mlp.0.weight", 0), ("visual.transform
 
 
 def dit_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> DiTConfig:
-    """Derive the sizes of a transformer with Wan names. Raises InputError for an unknown size or heads that do not
-    fit."""
+    """Derive the sizes of a transformer with Wan names. Raises InputError if a size is unknown."""
     settings = _settings(metadata)
     dim = _vote(shapes, "transformer", _DIT_DIM)
     return DiTConfig(
@@ -74,8 +73,7 @@ def dit_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> DiT
 
 
 def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAEConfig:
-    """Derive the sizes of a causal VAE: levels end where the encoder down-samples. Raises InputError like
-    `dit_config`."""
+    """Derive the sizes of a causal VAE: levels end where the encoder down-samples. Raises like `dit_config`."""
     kinds = {"resample": set[int](), "time_conv": set[int]()}
     for name in shapes:
         match = re.match(r"encoder\.downsamples\.(\d+)\.(resample|time_conv)\.", name)
@@ -105,8 +103,7 @@ def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAE
 
 
 def umt5_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> UMT5Config:
-    """Derive the sizes of an umT5 encoder; a relative-position table has one column per head. Raises as
-    `dit_config`."""
+    """Derive the sizes of an umT5 encoder; a position table has one column per head. Raises like `dit_config`."""
     settings = _settings(metadata)
     heads = _vote(shapes, "umT5", (("blocks.*.pos_embedding.embedding.weight", 1),))
     attn_dim = _vote(shapes, "umT5", _UMT5_ATTN)

@@ -67,8 +67,7 @@ def diffusers_to_wan(module: str) -> tuple[str, ...] | None:
 
 
 def dit_view(source: TensorSource, inner: Mapping[str, str]) -> View:
-    """Return the transformer under Wan names. `inner`: diffusers name → name in the source (which may have a
-    prefix)."""
+    """Return the transformer under Wan names. `inner`: diffusers name → name in the source (perhaps prefixed)."""
     return View(source, {dit_to_wan(name): Rows(stored) for name, stored in inner.items()})
 
 

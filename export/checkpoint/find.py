@@ -112,8 +112,7 @@ def open_group(group: Group) -> TensorSource:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether the file begins like a GGUF file, whatever its name. Raises InputError if a *.gguf file does
-    not."""
+    """Return whether the file begins like a GGUF file, whatever its name. Raises InputError for another *.gguf file."""
     try:
         with path.open("rb") as file:
             begins = file.read(len(MAGIC)) == MAGIC
@@ -126,8 +125,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def search(place: Where, main: Group | None, wanted: Sequence[Component]) -> Found:
-    """Return the candidates for the wanted components in a folder and its sub-folders, around it, or in a models
-    folder."""
+    """Return the candidates for the wanted components in a folder, around it, or in a models folder."""
     candidates: dict[Component, list[TensorSource]] = {component: [] for component in wanted}
     refused: dict[str, None] = {}
     taken = {file.resolve() for file in main or ()}

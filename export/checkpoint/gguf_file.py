@@ -115,8 +115,7 @@ class GGUFSource:
 
 
 def open_gguf(path: Path) -> GGUFSource:
-    """Open a GGUF file. Raises InputError if the library is missing, the file is truncated or damaged, or a type is not
-    supported."""
+    """Open a GGUF file. Raises InputError if the library is missing, the file is damaged, or a type unsupported."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{path} is a GGUF file, which needs the extra `gguf`. Run: pip install 'scail2-rt[gguf]'")
     data = memoryview(map_bytes(path).numpy().data)
@@ -219,8 +218,7 @@ def _entry(path: Path, name: str, dims: tuple[int, ...], number: int, offset: in
 
 
 def _whole_shape(name: str, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """Restore the dimensions of size 1 that ggml drops: it has at most four dimensions, and none of size 1 at the
-    end."""
+    """Restore the dimensions of size 1 that ggml drops: it keeps at most four, and none of size 1 at the end."""
     if name.endswith("modulation") and len(dims) == 2:
         return (1, *dims)
     if re.search(r"patch_embedding\w*\.weight$", name) and len(dims) == 4:

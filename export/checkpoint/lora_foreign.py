@@ -73,8 +73,7 @@ def width_name(width: int) -> str:
 
 
 def distilled_by(path: Path, metadata: Mapping[str, str], groups: Iterable[ModuleTensors]) -> str | None:
-    """Return how a LoRA is recognised as step-distilled: "name", "header" or "difference tensors"; None if it is
-    not."""
+    """Return how a LoRA is recognised as step-distilled: "name", "header" or "difference tensors"; else None."""
     name = path.parent.name if path.stem == "adapter_model" else path.stem
     if _DISTILLED.search(name):
         return "name"

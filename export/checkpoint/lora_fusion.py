@@ -150,8 +150,7 @@ class Fusion:
         return None if bool(torch.isfinite(tensor.float()).all()) else "not finite"
 
     def _is_for_other_inputs(self, group: ModuleTensors, product: Product | str | None) -> bool:
-        """Return whether the module is a patch embedding with other inputs and the same outputs; notes that it is left
-        out."""
+        """Return whether the module is a patch embedding for other inputs; if so, note that it is left out."""
         target = f"{_FOR_INPUTS}.weight"
         if group.modules != (_FOR_INPUTS,) or target not in self.known:
             return False
@@ -231,8 +230,7 @@ class Fusion:
             raise Misfit((name,), f"shape {list(self.lora.shape(name))} instead of {list(wanted)}")
 
     def _parameters(self, modules: Sequence[str], parameter: str) -> list[str]:
-        """Return the names of the target tensors; a parameter that is not in a module (a modulation) has no
-        `.weight`."""
+        """Return the names of the target tensors; a parameter without a module (modulation) has no `.weight`."""
         named = [f"{module}.{parameter}" for module in modules]
         if parameter == "weight":
             named = [name if name in self.known else name.removesuffix(".weight") for name in named]

@@ -197,8 +197,7 @@ class Replacement:
 
 
 def product_of(group: ModuleTensors, lora: TensorSource) -> Product | str | None:
-    """Return the product of a module's tensors; None if there is none; a reason (str) if it is incomplete or
-    invalid."""
+    """Return the product of a module's tensors; None if there is none; a reason (str) if it is invalid."""
     have = group.tensors
     families = {kind.partition(" ")[0] for kind in have} & {"down", "up", "lokr", "loha", "mid"}
     if not families:

@@ -82,8 +82,7 @@ class TensorRole:
 
 @dataclass(slots=True)
 class ModuleTensors:
-    """All tensors of one module in a file. tensors: kind → name; strays: unknown or duplicate tensors, with the
-    reason."""
+    """All tensors of one module in a file. tensors: kind → name; strays: unknown or duplicate tensors → reason."""
 
     modules: tuple[str, ...]
     module: str
@@ -120,8 +119,7 @@ class ModuleIndex:
                         self._by_underscore.setdefault(name.format(i=i).replace(".", "_"), modules)
 
     def find(self, name: str) -> tuple[str, ...] | None:
-        """Return the Wan modules of `name` (several for a fused module); None if this transformer does not have
-        them."""
+        """Return the Wan modules of `name` (several for a fused module); None if this transformer lacks them."""
         if name.startswith(("lora_", "lycoris_")) and "." not in name:
             return self._find_underscored(name)
         pending = [name.replace(".processor.", ".")]  # old attention processors of diffusers

@@ -137,8 +137,7 @@ class Comfy:
 
 
 def need_comfy_kitchen(file: str, kind: str) -> None:
-    """Raise InputError that names the extra if the library is not installed; does not import it (that takes
-    seconds)."""
+    """Raise InputError that names the extra if the library is not installed; does not import it (slow)."""
     if importlib.util.find_spec("comfy_kitchen") is None:
         raise InputError(
             f"{file} is quantised as {kind}, which needs ComfyUI's library comfy-kitchen (the extra `comfy`). Run: "
