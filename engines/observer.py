@@ -21,6 +21,8 @@ class BuildStep:
 
 
 class BuildObserver(Protocol):
+    """Receives the progress of a build."""
+
     def note(self, text: str) -> None:
         """Report a sentence about the build: a choice and its reason, or resumed work."""
 

@@ -61,6 +61,8 @@ class ConvertedFile:
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
+    """The result of a conversion. tokenizer: path of the copied file, None if it was not copied; loras: fused LoRAs."""
+
     files: tuple[ConvertedFile, ...]
     tokenizer: str | None
     wall_s: float

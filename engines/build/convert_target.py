@@ -72,6 +72,7 @@ class Target:
 
 
 def make_target(checkpoint: Checkpoint, component: Component, path: Path, request: ConvertRequest) -> Target:
+    """Plan the file of one component at `path`, with the request's LoRAs fused if it is the transformer."""
     stored = checkpoint.sources[component]
     source, loras = stored, request.loras if component == "dit" else ()
     if loras:

@@ -35,6 +35,8 @@ class OnnxExecutor(Executor):
 
 
 class OnnxBackend(Backend):
+    """ONNX Runtime; computes in fp32 where the precision says bf16."""
+
     name = module = "onnxruntime"
     packages = ("onnx", "onnxruntime")
     install = 'pip install "scail2-rt[cpu]"'

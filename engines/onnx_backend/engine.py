@@ -162,5 +162,6 @@ def symbol_sizes(name: str, specs: Sequence[TensorSpec], tensors: Sequence[Tenso
 
 
 def concrete_size(dim: int | str, sizes: dict[str, int]) -> int:
+    """Return the size of a dimension, given the values of the symbols."""
     factor, symbol = split_dim(dim)
     return factor * sizes[symbol]

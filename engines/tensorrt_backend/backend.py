@@ -68,6 +68,8 @@ class TensorRTExecutor(Executor):
 
 
 class TensorRTBackend(Backend):
+    """TensorRT or TensorRT for RTX, according to `library`."""
+
     needs_gpu = True
     built_by_auto = False  # plans take long to build: only a named backend builds them
     build_options = True

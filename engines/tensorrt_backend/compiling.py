@@ -175,6 +175,7 @@ def _failure(job: PlanJob, what: str, messages: Sequence[str] = ()) -> Scail2Err
 
 
 def refusal(job: PlanJob, what: str, said: Iterable[str]) -> Scail2Error:
+    """Make the error for a stage that cannot be compiled. what: the problem; said: the library's messages."""
     texts = [text.rstrip(" .") for text in said]
     quoted = f" {LIBRARIES[job.library].title} said: {'; '.join(texts)}." if texts else ""
     return Scail2Error(f"stage {job.stage} cannot be built from {job.graph}: {what}.{quoted} Its log is {job.log}.")
@@ -252,6 +253,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
+    """Compile the job on standard input and print its outcome."""
     job = decode_job(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     result = os.fdopen(os.dup(sys.stdout.fileno()), "w")

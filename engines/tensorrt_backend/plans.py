@@ -34,14 +34,17 @@ def graph_path(stages: Path, stage: str) -> Path:
 
 
 def plan_path(stages: Path, stage: str, library: Library) -> Path:
+    """Return the file of a stage's plan."""
     return stages / f"{stage}.{library.suffix}"
 
 
 def ledger_path(stages: Path, library: Library) -> Path:
+    """Return the file of the library's ledger."""
     return stages / f"{library.name}.json"
 
 
 def timings_path(stages: Path, library: Library) -> Path:
+    """Return the file of the library's timing cache."""
     return stages / f"{library.name}.timings"
 
 

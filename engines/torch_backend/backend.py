@@ -151,6 +151,8 @@ class TorchExecutor(Executor):
 
 
 class TorchBackend(Backend):
+    """PyTorch on a CPU or a GPU, with our kernels."""
+
     name = module = "torch"
     packages = ("torch",)
     install = "pip install torch"

@@ -69,6 +69,7 @@ def network_of(names: Iterable[str]) -> str | None:
 
 
 def width_name(width: int) -> str:
+    """Describe a model by its width, with its name if known."""
     return f"{width} channels" + (f" ({_WIDTHS[width]})" if width in _WIDTHS else "")
 
 

@@ -146,4 +146,5 @@ def need_comfy_kitchen(file: str, kind: str) -> None:
 
 
 def round_up(size: int, multiple: int) -> int:
+    """Round `size` up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple

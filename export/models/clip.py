@@ -18,6 +18,8 @@ def unused(name: str, config: CLIPConfig) -> bool:
 
 
 class Attention(nn.Module):
+    """Self-attention: x [B, n, C] → the same shape."""
+
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -31,6 +33,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """One pre-norm block: x [B, n, C] → the same shape."""
+
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, config.eps)

@@ -46,6 +46,8 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, in fp32."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -63,6 +65,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
+    """Self-attention with RMS-normed and rotated q and k: x [L, C] → [L, C]."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -78,6 +82,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Attention over text [512, C] and image [257, C], outputs added: x [L, C] → [L, C]."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -92,6 +98,8 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
+    """One transformer block: self-attention, cross-attention, feed-forward."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -113,6 +121,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """Modulated norm and projection of tokens to velocity patches."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -126,6 +136,8 @@ class Head(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
+    """Maps CLIP features [257, clip_dim] → [257, C]."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.proj = nn.Sequential(

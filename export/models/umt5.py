@@ -43,6 +43,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention without scaling, with a position bias."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.heads = config.heads
@@ -59,6 +61,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Feed-forward with a tanh-GELU gate: x [B, n, C] → the same shape."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
@@ -71,6 +75,8 @@ class FeedForward(nn.Module):
 
 
 class PositionBias(nn.Module):
+    """The relative-position table: a bias per bucket and head."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.buckets, config.heads)
@@ -81,6 +87,8 @@ class PositionBias(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: x [B, n, C], buckets int64 [n, n], mask [B, n] → [B, n, C]."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.dim, config.eps)
@@ -95,6 +103,8 @@ class Block(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
+    """The complete encoder: token ids → hidden states."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config

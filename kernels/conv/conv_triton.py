@@ -124,6 +124,7 @@ def conv_kernel(
     SILU: tl.constexpr,
     PLANAR: tl.constexpr,
 ):
+    """Convolve ROWS output pixels × (COLUMNS0 + COLUMNS1) channels of one frame and phase (see the module)."""
     pid = tl.program_id(0)
     column_block = pid % COLUMN_BLOCKS
     phase = (pid // COLUMN_BLOCKS) % PHASES
@@ -247,6 +248,7 @@ def norm_kernel(
     BLOCK: tl.constexpr,  # power of two ≥ channels
     SILU: tl.constexpr,
 ):
+    """RMS-norm ROWS pixels of one frame over their channels, times gamma, optionally with SiLU."""
     frame = tl.program_id(1)
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = pixel < pixels
