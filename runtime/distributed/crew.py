@@ -211,8 +211,8 @@ class Crew:
     def _watch(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         code = process.wait()
         time.sleep(0.05)  # let its own report, if any, arrive first
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._fail(f"Rank {rank} of {self.size} was ended by {how}{self._last_line(rank)}")
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._fail(f"Rank {rank} of {self.size} {how}{self._last_line(rank)}")
 
     def _last_line(self, rank: int) -> str:
         """Return the last line that a rank wrote, in brackets, or nothing."""
