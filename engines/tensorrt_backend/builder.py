@@ -186,7 +186,7 @@ class _Build:
         (_, text), *others = self.failures.items()
         also = f" {', '.join(name for name, _ in others)} could not be built either." if others else ""
         count = len(self.wanted) - len(self.failures)
-        return f"{text}{also} The {count} other plans are kept. Run the same command again to build the missing ones."
+        return f"{text}{also} All other plans ({count}) are kept. Run the same command again to build the missing ones."
 
 
 def plan_job(

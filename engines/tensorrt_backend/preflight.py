@@ -145,7 +145,7 @@ def check_resources(library: Library, stage_bytes: Mapping[str, int], directory:
     while not place.exists():
         place = place.parent
     _enough(
-        f"the plans of {len(stage_bytes)} stages need",
+        f"building plans (number of stages: {len(stage_bytes)}) needs",
         disk,
         shutil.disk_usage(place).free,
         f"on the disk of {directory}",

@@ -61,7 +61,7 @@ class LoRAReport:
     @property
     def text(self) -> str:
         """The result on one line for the user, followed by one line per module that was left out."""
-        facts = [f"{self.applied} tensors applied"]
+        facts = [f"{self.applied} tensor{'s' if self.applied != 1 else ''} applied"]
         facts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         facts += [f"alpha: {self.alpha}"] if self.alpha else []
         facts += [f"step-distilled (recognised by its {self.distilled})"] if self.distilled else []

@@ -58,7 +58,7 @@ def foreign_kind(source: TensorSource) -> str | None:
     if not has_lora_tensors(names):
         networks = sum(name.endswith((".weight", ".bias", ".modulation")) for name in names)
         what = "a checkpoint" if names and 2 * networks >= len(names) else "a file without LoRA tensors"
-        return f"{what}, not a LoRA: its {len(names)} tensors begin with {', '.join(names[:3])}"
+        return f"{what}, not a LoRA: it has {len(names)} tensor{'s' * (len(names) != 1)}, first {', '.join(names[:3])}"
     return None
 
 

@@ -169,7 +169,8 @@ def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
     if found is None:
         names = list(source.keys())
         raise InputError(
-            f"{group[0]} holds no SCAIL-2 network: its {len(names)} tensors begin with {', '.join(names[:3])}. "
+            f"{group[0]} holds no SCAIL-2 network: it has {len(names)} tensor{'s' * (len(names) != 1)}, first "
+            f"{', '.join(names[:3])}. "
             "Give a file with SAT names (model.diffusion_model.transformer.layers.0...) or Wan names "
             "(blocks.0.self_attn...)."
         )

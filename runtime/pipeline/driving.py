@@ -63,9 +63,10 @@ def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
     for wanted in range(count, 0, -FRAMES_AT_ONCE):
         frames = reader.read(min(wanted, FRAMES_AT_ONCE))
         if len(frames) < min(wanted, FRAMES_AT_ONCE):
+            end = reader.position + wanted - len(frames)
             raise Scail2Error(
-                f"{reader.name} ended at frame {reader.position}, {wanted - len(frames)} frames early: it changed or "
-                "cannot be decoded to its end. Re-encode it and try again."
+                f"{reader.name} ended at frame {reader.position} instead of {end}: it "
+                "changed or cannot be decoded to its end. Re-encode it and try again."
             )
         parts.append(through_window(torch.from_numpy(frames).permute(0, 3, 1, 2), window))
     return torch.cat(parts)

@@ -99,7 +99,7 @@ if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
     message = error_of(failed, 1)
     assert message.startswith("stage dit.time cannot be built from ")
     assert "was ended by the signal SIGSEGV" in message
-    assert message.endswith("The 3 other plans are kept. Run the same command again to build the missing ones.")
+    assert message.endswith("All other plans (3) are kept. Run the same command again to build the missing ones.")
     assert not (tmp_path / "e/manifest.json").exists()
     again = scail2(*where, *dit)
     assert again.returncode == 0, again.stderr

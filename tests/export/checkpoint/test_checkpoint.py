@@ -302,7 +302,7 @@ class TestRefusals:
         save_file({"unet.conv_in.weight": torch.zeros(4)}, tmp_path / "sd.safetensors")
         (tmp_path / "unet").mkdir()
         assert "found sd.safetensors, unet/. Give" in refused(tmp_path)
-        assert "holds no SCAIL-2 network: its 1 tensors begin with unet.conv_in.weight" in refused(
+        assert "holds no SCAIL-2 network: it has 1 tensor, first unet.conv_in.weight" in refused(
             tmp_path / "sd.safetensors"
         )
         (tmp_path / "a.txt").write_text("x")
