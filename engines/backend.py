@@ -1,8 +1,8 @@
-"""The seam between engines and the libraries that run them: what a backend is, and what it opens.
+"""Interface between engines and the libraries that run them.
 
-`Backend` is what is known before anything opens: is its library here, where does it compute, in which arithmetic, and
-which files it makes in an engine folder. `Executor` is a backend at work on one folder. Everything above talks to these
-two; which backends there are only `engines.registry` knows. A backend is one file with a class for each.
+`Backend` answers questions before anything is opened: is the library installed, on which device and in which types does
+it compute, which files does it make in an engine folder. `Executor` is a backend that has opened one folder. All other
+code uses only these two classes; only `engines.registry` knows the backends. Each backend implements one of each.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """Signature of an engine, in the types that its executor computes in."""
+    """Signature of an engine, in the types that its executor computes with."""
 
     name: str
     family: str
@@ -48,8 +48,8 @@ class EngineSpec:
 
 
 class Engine(Protocol):
-    """One loaded stage: tensors of the executor's device in, in the types of its `EngineSpec`, tensors out, on the
-    current stream."""
+    """One loaded stage. Takes tensors on the executor's device in the types of its `EngineSpec`, returns tensors; runs
+    on the current stream."""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -58,9 +58,9 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How engines run. `attention`: a variant's name (`kernels.attention.variants`) or "auto"; `cuda_graphs`: record
-    denoising steps in CUDA graphs (on a GPU); `vram_limit`: bytes of GPU memory that the process may use, None for
-    what is free."""
+    """How engines run. `attention`: a variant's name (`kernels.attention.variants`) or "auto"; `cuda_graphs`: capture
+    denoising steps in CUDA graphs (on a GPU); `vram_limit`: bytes of GPU memory that the process may use, None for all
+    free memory."""
 
     max_rows: int = MAX_ROWS
     attention: str = "auto"
@@ -73,8 +73,8 @@ DEFAULT_EXECUTION = Execution()
 
 @dataclass(frozen=True, slots=True)
 class EngineFolder:
-    """An engine folder that was found whole, or made up by a benchmark. checker: of what is read of it; None for a
-    folder without sums."""
+    """An engine folder that passed the checks of opening, or one that a benchmark made. checker: compares data with its
+    checksum when it is read; None for a folder without checksums."""
 
     directory: Path
     manifest: Manifest
@@ -83,17 +83,17 @@ class EngineFolder:
     checker: SumChecker | None = None
 
     def definition(self, stage: str) -> StageDefinition:
-        """InputError for a stage that the folder does not have."""
+        """Return a stage's definition. Raises InputError if the folder does not have the stage."""
         try:
             return self.definitions[stage]
         except KeyError:
             raise InputError(
-                f"{self.directory} has no stage {stage}: the checkpoint that it was built from lacks the "
-                f"{stage.partition('.')[0]} part; rebuild it from a complete checkpoint."
+                f"{self.directory} has no stage {stage}: the checkpoint that it was built from has no "
+                f"{stage.partition('.')[0]} part. Rebuild it from a complete checkpoint."
             ) from None
 
     def check_file(self, path: str, stage: str = "") -> Path:
-        """Where an artefact is. DamagedError when it is not what its sum says, which is asked once a process."""
+        """Return the path of an artefact. Raises DamagedError if its checksum differs (checked once per process)."""
         if self.checker is not None:
             self.checker.file(path, stage)
         return self.directory / path
@@ -101,8 +101,8 @@ class EngineFolder:
 
 @dataclass(frozen=True, slots=True)
 class ArtefactPlan:
-    """What a backend makes its files from. stage_bytes: bytes of each stage's weights, for estimates; store: where each
-    weight lies. options and patterns (shell patterns of the stages wanted) are for backends with build options."""
+    """The inputs of a backend's build. stage_bytes: bytes of each stage's weights, for estimates; store: location of
+    each weight. options and patterns (shell patterns of the wanted stages) are for backends with build options."""
 
     directory: Path
     config: ModelConfig
@@ -115,14 +115,14 @@ class ArtefactPlan:
 
 
 class Executor(ABC):
-    """The engines of one folder on one device. A stage is loaded when it is first run and goes when it is released;
-    long token sequences are cut into row chunks.
+    """The engines of one folder on one device. A stage is loaded when it first runs and freed when it is released; long
+    token sequences are cut into row chunks.
 
-    cuda_graphs     may denoising steps be recorded in CUDA graphs?
-    follows_stream  does it compute on PyTorch's current stream, so that a CUDA graph can record it?
-    places_weights  does it place weights itself, so that a memory plan applies?
-    splits_pictures can it decode a part of the picture?
-    reports_plans   can it say how a stage was compiled?"""
+    cuda_graphs     denoising steps may be captured in CUDA graphs
+    follows_stream  it computes on PyTorch's current stream, so that a CUDA graph can capture it
+    places_weights  it controls where weights lie, so that a memory plan applies
+    splits_pictures it can decode a strip of a frame
+    reports_plans   it can report how a stage was compiled"""
 
     cuda_graphs = False
     follows_stream = True
@@ -137,7 +137,7 @@ class Executor(ABC):
 
     @property
     def max_rows(self) -> int:
-        """Most rows that a stage sees at once."""
+        """The maximum number of rows per call of a stage."""
         return self._chunks.max_rows
 
     @max_rows.setter
@@ -146,22 +146,24 @@ class Executor(ABC):
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Names of the stages that hold weights at the moment."""
+        """Names of the stages whose weights are loaded."""
         return tuple(self._engines)
 
     @property
     def streamed(self) -> tuple[str, ...]:
-        """Names of the stages whose weights pass through shared buffers."""
+        """Names of the stages whose weights are streamed through shared buffers."""
         return ()
 
     def numerics(self, stage: str) -> Numerics:
-        """Storage and arithmetic of a stage here."""
+        """Return storage and arithmetic types of a stage in this executor."""
         definition = self.folder.definition(stage)
         return self.backend.numerics(definition, self.folder.manifest.precision, self.device.type)
 
     def run(self, name: str, *inputs: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The outputs of a stage. Inputs must have the types of its specs and be on `device`. `out`: where the first
-        output may be written (the first input itself, say); an executor may return a tensor of its own instead."""
+        """Run a stage and return its outputs. Inputs must have the types of its specs and be on `device`. `out`: where
+        the first output may be written (it may be the first input); an executor may return a new tensor instead.
+
+        Raises Scail2Error for inputs of other types."""
         engine, spec = self._engine(name)
         have = [tensor.dtype for tensor in inputs]
         want = [tensor.dtype for tensor in spec.inputs]
@@ -170,34 +172,38 @@ class Executor(ABC):
         return self._call(engine, spec, inputs, out)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to load these stages in the background, in this order, where the executor can."""
+        """Start loading these stages in the background, in this order, if the executor supports it."""
         return
 
     def stream(self, names: Sequence[str]) -> None:
-        """From here on the weights of these stages, run in this order over and over, pass through shared buffers."""
+        """Stream the weights of these stages, which run repeatedly in this order, through shared buffers from now on.
+
+        Raises Scail2Error if the executor does not support it."""
         if names:
-            raise Scail2Error(f"backend {self.backend.name} cannot stream weights; run without a memory plan.")
+            raise Scail2Error(f"backend {self.backend.name} cannot stream weights. Run without a memory plan.")
 
     def release(self, prefix: str) -> None:
-        """Drop every loaded stage whose name begins with `prefix`; a later run loads it again."""
+        """Free every loaded stage whose name begins with `prefix`; a later run loads it again."""
         for name in [name for name in self._engines if name.startswith(prefix)]:
             self._engines.pop(name)[0].close()
         self._chunks.keep({spec.family for _, spec in self._engines.values()})
 
     def vae_stream(self, stage: str) -> VAEStream:
-        """A stream over `vae.encode` or `vae.decode` that is at its start."""
+        """Return a stream over `vae.encode` or `vae.decode`, at the start of a clip."""
         return StagedVAEStream(self, stage)
 
     def part_stream(self, part: Part) -> VAEStream:
-        """A stream over `vae.decode` at its start that gives a part of the picture, [3, 1 or 4, rows, W]."""
-        raise Scail2Error(f"backend {self.backend.name} decodes whole pictures only.")
+        """Return a stream over `vae.decode`, at the start of a clip, that decodes a strip [3, 1 or 4, rows, W].
+
+        Raises Scail2Error if the executor does not support it."""
+        raise Scail2Error(f"backend {self.backend.name} decodes complete frames only.")
 
     def plan_report(self, name: str) -> str | None:
-        """How a stage was compiled, as JSON of the library's inspector; None where nothing is compiled."""
+        """Return how a stage was compiled, as JSON of the library's inspector; None if nothing is compiled."""
         return None
 
     def close(self) -> None:
-        """Drop everything; the folder's store is the caller's."""
+        """Free everything except the folder's store, which belongs to the caller."""
         self.release("")
 
     def _engine(self, name: str) -> tuple[Engine, EngineSpec]:
@@ -213,20 +219,20 @@ class Executor(ABC):
 
     @abstractmethod
     def _load(self, name: str) -> Engine:
-        """The engine of a stage. InputError for one that the folder does not have."""
+        """Load the engine of a stage. Raises InputError if the folder does not have it."""
 
 
 class Backend(ABC):
-    """One library that can run stages. What a method does not override is right for a library that needs nothing.
+    """One library that can run stages. The default methods suit a library that needs nothing special.
 
     name              on the command line, in manifests and in reports
-    module            what is imported; packages: distributions that decide what it computes
+    module            the imported module; packages: distributions whose versions affect the results
     install           the command that installs it
-    needs_gpu         it runs on a GPU alone
-    built_by_auto     `--backend auto` of a build makes its artefacts: False where that takes long
-    build_options     its builds take options, and a build that names one looks at its artefacts again
-    compiles_kernels  on a GPU it compiles kernels of ours when they are first run
-    hosting           what its licence says to those who run a service; "" where it says nothing"""
+    needs_gpu         it runs only on a GPU
+    built_by_auto     `--backend auto` of a build makes its artefacts; False if that takes long
+    build_options     its builds take options; a build with such an option checks existing artefacts again
+    compiles_kernels  on a GPU it compiles our kernels when they first run
+    hosting           what its licence says about hosting a service; "" if nothing"""
 
     name: str
     module: str
@@ -239,19 +245,19 @@ class Backend(ABC):
     hosting = ""
 
     def installed(self) -> bool:
-        """Can its library be imported here?"""
+        """Return whether its library can be imported here."""
         return importlib.util.find_spec(self.module) is not None
 
     def device(self) -> str:
-        """ "cuda" or "cpu": where it computes on this machine."""
+        """Return the device type on which it computes on this machine: "cuda" or "cpu"."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def numerics(self, definition: StageDefinition, precision: Precision, device: str) -> Numerics:
-        """Storage and arithmetic of a stage on "cuda" or "cpu". Storage follows from the precision alone."""
+        """Return storage and arithmetic types of a stage on "cuda" or "cpu". Storage depends on the precision only."""
         return definition.numerics(precision)
 
     def versions(self) -> dict[str, str]:
-        """Versions of the libraries that its artefacts depend on."""
+        """Return the versions of the libraries that its artefacts depend on."""
         found = {}
         for package in self.packages:
             for distribution in (package, f"{package}-gpu"):
@@ -263,7 +269,7 @@ class Backend(ABC):
         return found
 
     def check_machine(self, precision: Precision | None = None) -> None:
-        """InputError when its artefacts cannot be built on this machine."""
+        """Raise InputError if its artefacts cannot be built on this machine."""
         return
 
     def option_words(self, directory: Path, record: ExecutorRecord) -> list[str]:
@@ -271,53 +277,51 @@ class Backend(ABC):
         return []
 
     def check_place(self, record: ExecutorRecord, remedy: str) -> None:
-        """InputError when artefacts of this record cannot run here. `remedy`: the command that builds them again."""
+        """Raise InputError if artefacts of this record cannot run here. `remedy`: the command that rebuilds them."""
         return
 
     def auto_obstacle(self, directory: Path, manifest: Manifest) -> str | None:
-        """Why `auto` must not take its artefacts in this folder, in words; None when it may."""
+        """Return why `auto` must not choose its artefacts in this folder, in words; None if it may."""
         return None
 
     def remember(self, directory: Path, manifest: Manifest, passed: bool) -> None:
-        """`verify` has tested its artefacts on this machine's GPU."""
+        """Record that `verify` has tested its artefacts on this machine's GPU."""
         return
 
     def memory_note(self, stage_bytes: Mapping[str, int]) -> str | None:
-        """What a GPU must hold of the weights of these stages (name → bytes) at once, in words; None where weights can
-        be streamed."""
+        """Return in words how much GPU memory the weights of these stages (name → bytes) need; None if streamed."""
         return None
 
     def limit_obstacle(self, device: str) -> str | None:
-        """Why a limit of GPU memory cannot be kept on "cuda" or "cpu", in words; None when it can."""
+        """Return why a GPU memory limit cannot be enforced on "cuda" or "cpu", in words; None if it can."""
         return f"{self.name} runs on the {device} here"
 
     def targets(self, plan: ArtefactPlan) -> tuple[str, ...]:
-        """The GPU architectures that its artefacts were built for; none when they were built for this machine's."""
+        """Return the GPU architectures that its artefacts are built for; none if they are built for this machine."""
         return ()
 
     def room(self, plan: ArtefactPlan) -> int:
-        """Bytes of disk that its artefacts need beside the weight store. InputError when there is no room for what it
-        estimates itself."""
+        """Return the bytes of disk that its artefacts need beside the weight store. Raises InputError if it estimates
+        the space itself and there is not enough."""
         return 0
 
     def build(self, plan: ArtefactPlan, observer: BuildObserver, journal: Journal) -> bool:
-        """Make its artefacts in a folder whose weight store is complete; are all of them there now?"""
+        """Make its artefacts in a folder whose weight store is complete; returns whether all of them exist now."""
         return True
 
     def files(self, stages: Iterable[str]) -> tuple[str, ...]:
-        """The artefacts of these stages, relative to the engine folder."""
+        """Return the artefacts of these stages, relative to the engine folder."""
         return ()
 
     def forget(self, directory: Path, stages: Iterable[str]) -> None:
-        """The artefacts of these stages are damaged: whatever makes a build keep them goes. The files stay until they
-        are replaced."""
+        """Mark the artefacts of these stages as damaged, so that a build replaces them. The files stay until then."""
         return
 
     def leftovers(self, wanted: bool) -> tuple[str, ...]:
-        """Patterns of its files in the folder `stages` that a build of other weights takes away. `wanted`: it is built
-        for itself, and may keep what is still good."""
+        """Return patterns of its files in the folder `stages` that a build of other weights deletes. `wanted`: the
+        build includes this backend, so it may keep files that are still valid."""
         return ()
 
     @abstractmethod
     def open(self, folder: EngineFolder, device: torch.device, execution: Execution) -> Executor:
-        """The executor for a folder. InputError when it cannot run there."""
+        """Open the executor for a folder. Raises InputError if it cannot run there."""

@@ -1,10 +1,10 @@
-"""The set of engines of one folder, whatever runs them.
+"""The engines of one folder, independent of the backend.
 
-An `EngineSet` is opened once a process. Opening checks the folder against the definitions of this version, chooses the
-backend and says why. Running and holding stages is the executor's work; here is what is common: manifest, tables (the
-constants that the runtime itself needs: modulation, q/k norm weights), tokenizer, and the attention between stages.
-What belongs to no stage is compared with its checksum when the set is opened, a stage when it is loaded, and the token
-embedding (a tenth of the weights) when a prompt is encoded: a cached prompt needs none of it.
+An `EngineSet` is opened once per process. Opening checks the folder against the definitions of this version, chooses
+the backend and gives the reason. The executor runs and holds stages; this module holds what all backends share:
+manifest, tables (constants of the runtime: modulation, q/k norm weights), tokenizer, and the attention between stages.
+Checksums of tables and tokenizer are compared when the set is opened, those of a stage when it is loaded, and those of
+the token embedding (a tenth of the weights) when a prompt is encoded: a cached prompt does not need it.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ __all__ = ["DEFAULT_EXECUTION", "BackendChoice", "EngineSet", "Execution", "open
 
 @dataclass(frozen=True, slots=True)
 class BackendChoice:
-    """What runs, why (in words), and where."""
+    """The chosen backend, the reason in words, and the device."""
 
     backend: Backend
     reason: str
@@ -51,7 +51,7 @@ class BackendChoice:
 
 
 class EngineSet:
-    """The stages of one engine folder on one device. `tables`: those of the folder, on the device; `warnings`:
+    """The stages of one engine folder on one device. `tables`: the folder's tables, on the device; `warnings`:
     sentences for the user about the folder."""
 
     def __init__(
@@ -65,9 +65,9 @@ class EngineSet:
         self.warnings: tuple[str, ...] = ()
         self.reason, self.device = choice.reason, choice.device
         if folder.manifest.precision == "fp32" and self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; fp32 means fp32 here
+            torch.backends.cudnn.allow_tf32 = False  # PyTorch allows tf32 in convolutions; fp32 means fp32 here
         self.executor = choice.backend.open(folder, self.device, execution)
-        try:  # after opening, which says where kernels are kept: the choice may compile one
+        try:  # after opening, which sets the kernels' cache folder: the choice may compile a kernel
             self.attention, self.attention_reason = self._choose_attention()
         except BaseException:
             self.executor.close()
@@ -108,93 +108,93 @@ class EngineSet:
 
     @property
     def choice(self) -> str:
-        """One printable line: what runs, where, and why."""
+        """One printable line: backend, device, precision, attention, and the reasons."""
         attention = f"; attention {self.attention}, because {self.attention_reason}"
         return f"{self.backend} on {self.device} in {self.manifest.precision}, because {self.reason}{attention}"
 
     @property
     def cuda_graphs(self) -> bool:
-        """Are denoising steps recorded in CUDA graphs? Weights that are streamed come from the host, so then not."""
+        """Whether denoising steps are captured in CUDA graphs. Not with streamed weights, which come from the host."""
         return self.execution.cuda_graphs and self.executor.cuda_graphs and not self.streamed
 
     @property
     def places_weights(self) -> bool:
-        """Does the executor place weights itself, so that a memory plan applies?"""
+        """Whether the executor controls where weights lie, so that a memory plan applies."""
         return self.executor.places_weights
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Names of the stages that hold weights at the moment."""
+        """Names of the stages whose weights are loaded."""
         return self.executor.loaded
 
     @property
     def streamed(self) -> tuple[str, ...]:
-        """Names of the stages whose weights pass through shared buffers."""
+        """Names of the stages whose weights are streamed through shared buffers."""
         return self.executor.streamed
 
     def numerics(self, stage: str) -> Numerics:
-        """Storage and arithmetic of a stage in this executor."""
+        """Return storage and arithmetic types of a stage in this executor."""
         return self.executor.numerics(stage)
 
     def compute_dtype(self, stage: str) -> torch.dtype:
-        """Type of a stage's activations in this executor."""
+        """Return the type of a stage's activations in this executor."""
         return self.numerics(stage).compute
 
     def run(self, name: str, *inputs: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The outputs of a stage; it is loaded on first use, and cut into row chunks beyond `max_rows`.
+        """Run a stage and return its outputs. It is loaded on first use, and run in chunks beyond `max_rows` rows.
 
         Inputs must have the types of the stage's specs and be on `device`. `out`: where the first output may be written
-        (the first input itself, say); the torch executor does so, the others return tensors of their own."""
+        (it may be the first input); the torch executor does so, the others return new tensors."""
         return self.executor.run(name, *inputs, out=out)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to load these stages in the background, in this order, where the executor can."""
+        """Start loading these stages in the background, in this order, if the executor supports it."""
         self.executor.prefetch(names)
 
     def stream(self, names: Sequence[str]) -> None:
-        """From here on these stages, run in this order over and over, share two device buffers a family; all others
-        stay loaded. For executors that place weights."""
+        """Stream these stages, which run repeatedly in this order, through two device buffers per family from now on;
+        all others stay loaded. Only for executors with `places_weights`."""
         self.executor.stream(names)
 
     def release(self, prefix: str) -> None:
-        """Drop every loaded stage whose name begins with `prefix`; a later run loads it again."""
+        """Free every loaded stage whose name begins with `prefix`; a later run loads it again."""
         self.executor.release(prefix)
 
     def vae_stream(self, stage: str) -> VAEStream:
-        """A stream over `vae.encode` or `vae.decode`, at its start, in the form that is fastest in this executor.
+        """Return the executor's fastest stream over `vae.encode` or `vae.decode`, at the start of a clip.
 
-        One at a time for a stage: a second may be the first one, reset."""
+        Use one stream per stage at a time: a second call may reset and return the first stream."""
         return self.executor.vae_stream(stage)
 
     @property
     def splits_pictures(self) -> bool:
-        """Can the executor decode a part of the picture?"""
+        """Whether the executor can decode a strip of a frame."""
         return self.executor.splits_pictures and self.config.vae is not None
 
     def part_stream(self, part: Part) -> VAEStream:
-        """A stream over `vae.decode`, at its start, that gives a part of the picture [3, 1 or 4, rows, W]."""
+        """Return a stream over `vae.decode`, at the start of a clip, that decodes a strip [3, 1 or 4, rows, W]."""
         return self.executor.part_stream(part)
 
     def plan_report(self, name: str) -> str | None:
-        """How a stage was compiled, as JSON of the library's inspector; None where nothing is compiled."""
+        """Return how a stage was compiled, as JSON of the library's inspector; None if nothing is compiled."""
         return self.executor.plan_report(name)
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
-        """Rows of the umT5 token embedding, read from the mapped store. ids [n] → fp32 [n, dim] on the device."""
+        """Read rows of the umT5 token embedding from the mapped store. ids [n] → fp32 [n, dim] on the device."""
         self.store.check(EMBEDDING)
         return self.store.get(f"{EMBEDDING}.weight")[ids.cpu().long()].to(self.device, torch.float32)
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer.json of the folder; InputError when it was built without a text encoder."""
+        """The folder's tokenizer.json. Raises InputError if the folder was built without a text encoder."""
         path = self.directory / TOKENIZER
         if not path.is_file():
-            raise InputError(f"{self.directory} has no {TOKENIZER}; rebuild it from a checkpoint with a tokenizer.")
+            raise InputError(f"{self.directory} has no {TOKENIZER}. Rebuild it from a checkpoint with a tokenizer.")
         return path
 
     @property
     def encoder_hash(self) -> str:
-        """Names what a prompt's encoding depends on: encoder and tokenizer files, precision, arithmetic."""
+        """A hash of everything that a prompt's encoding depends on: encoder and tokenizer files, precision, types."""
         identity = self.manifest.identity.sources
         parts = [repr(identity.get(part)) for part in ("umt5", "tokenizer")]
         parts.append(str(self.numerics("umt5.final")))
@@ -225,10 +225,10 @@ def open_engines(
     device: str | None = None,
     compare: bool = True,
 ) -> EngineSet:
-    """Check an engine folder and open it. `device`: "cpu" or "cuda", by default where the executor is fastest;
-    `compare`: what is loaded with its checksums. Without, a damaged stage runs: for who wants to see what it gives.
+    """Check an engine folder and open it. `device`: "cpu" or "cuda", None for the backend's default; `compare`: compare
+    checksums when data is loaded. With False a damaged stage runs, for tools that inspect its results.
 
-    InputError when the folder is damaged, of another version, or lacks the backend that was named."""
+    Raises InputError if the folder is damaged, of another version, or lacks the named backend."""
     from safetensors.torch import load_file
 
     from scail2_rt.export.stages.definitions import stage_definitions
@@ -239,9 +239,7 @@ def open_engines(
     choice = _choose(directory, manifest, backend, device)
     obstacle = None if execution.vram_limit is None else choice.backend.limit_obstacle(choice.device.type)
     if obstacle is not None:
-        raise InputError(
-            f"a limit of GPU memory needs the torch executor on a GPU, but {obstacle}; use --backend torch."
-        )
+        raise InputError(f"a GPU memory limit needs the torch backend on a GPU, but {obstacle}. Use --backend torch.")
     remedy = repair_command(manifest, directory, choice.backend.name)
     checker = SumChecker(directory, manifest.sums, remedy) if compare and manifest.sums is not None else None
     store = StoreReader(directory / STAGES / STORE_NAME, checker)
@@ -260,7 +258,7 @@ def open_engines(
 
 
 def _choose(directory: Path, manifest: Manifest, requested: str, device: str | None) -> BackendChoice:
-    """The backend for a folder, checked against the folder and this machine."""
+    """Choose the backend for a folder, and check it against the folder and this machine."""
     records = {record.backend: record for record in manifest.executors}
     obstacles = {name: backend_named(name).auto_obstacle(directory, manifest) for name in records}
     stopped = {n: text for n, text in obstacles.items() if text}
@@ -270,15 +268,15 @@ def _choose(directory: Path, manifest: Manifest, requested: str, device: str | N
     if name not in records:
         refuse_unbuildable([name])
         raise InputError(
-            f"{directory} holds no {name} engines (it holds {', '.join(records)}); add them with: "
+            f"{directory} holds no {name} engines (it holds {', '.join(records)}). Add them with: "
             f"{describe_command(manifest, directory, backend=name)}"
         )
     chosen = backend_named(name)
     chosen.check_place(records[name], describe_command(manifest, directory))
     place = device or chosen.device()
     if place not in ("cpu", "cuda"):
-        raise InputError(f"the device {place!r} is unknown: use cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU).")
+        raise InputError(f"the device {place!r} is unknown. Use cpu or cuda (CUDA_VISIBLE_DEVICES selects the GPU).")
     if place == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was named, but PyTorch finds no CUDA GPU on this machine; use the device cpu.")
+        raise InputError("device cuda was named, but PyTorch finds no CUDA GPU on this machine. Use the device cpu.")
     where = torch.device("cuda", torch.cuda.current_device()) if place == "cuda" else torch.device(place)
     return BackendChoice(chosen, reason, where)

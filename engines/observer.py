@@ -1,4 +1,4 @@
-"""What a build tells whoever waits for it: one step at a time, with sizes, times and what is left of the phase."""
+"""Progress of a build for its caller: one step at a time, with sizes, times and an estimate for the phase."""
 
 import time
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ from typing import Protocol
 @dataclass(frozen=True, slots=True)
 class BuildStep:
     """One step. phase: "hash" (source files), "weights" (the store, stage by stage), a backend's name (its artefacts),
-    "seal" (hashes of what was built). index counts from 1 to total within the phase; seconds is 0 when the step
-    starts; remaining_s is the estimate for the rest of the phase, None while nothing is known."""
+    "seal" (hashes of the results). index counts from 1 to total within the phase; seconds is 0 when the step starts;
+    remaining_s is the estimate for the rest of the phase, None if unknown."""
 
     phase: str
     index: int
@@ -21,19 +21,21 @@ class BuildStep:
 
 
 class BuildObserver(Protocol):
+    """Receives the progress of a build."""
+
     def note(self, text: str) -> None:
-        """A sentence about the build: what was chosen and why, what is continued."""
+        """Report a sentence about the build: a choice and its reason, or resumed work."""
 
     def started(self, step: BuildStep) -> None: ...
 
     def advanced(self, step: BuildStep, done_bytes: int) -> None:
-        """A long step (hashing a file) has done so many of its bytes."""
+        """Report that a long step (hashing a file) has processed `done_bytes` of its bytes."""
 
     def done(self, step: BuildStep) -> None: ...
 
 
 class SilentObserver:
-    """Says nothing."""
+    """An observer that ignores everything."""
 
     def note(self, text: str) -> None:
         return
@@ -49,9 +51,9 @@ class SilentObserver:
 
 
 class Phase:
-    """Steps of one phase: counts them, times them, and estimates the rest from the effort of the steps done so far.
+    """Steps of one phase: counts and times them, and estimates the rest from the effort of the steps done so far.
 
-    `sizes` in bytes; `effort` in any unit, where bytes do not tell how long a step takes."""
+    `sizes` in bytes; `effort` in any unit, for steps whose duration is not proportional to bytes."""
 
     def __init__(
         self, observer: BuildObserver, name: str, sizes: dict[str, int], effort: dict[str, float] | None = None
@@ -63,7 +65,7 @@ class Phase:
         self._worked, self._worked_s, self._start = 0.0, 0.0, 0.0
 
     def skip(self, name: str) -> None:
-        """This step was done by an earlier call."""
+        """Mark a step that an earlier call has done."""
         self._left.discard(name)
 
     def start(self, name: str) -> BuildStep:

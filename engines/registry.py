@@ -1,7 +1,7 @@
-"""Which backends there are, which one runs, and why: the only place that knows their names.
+"""The list of backends, and the choice between them. No other module knows their names.
 
-The choice is made once, at the start, and always comes with a printable reason. A backend that the user named is used
-or refused; only `auto` chooses. A new backend is one line of `_MODULES` and one file.
+The choice is made once, at start, and always comes with a printable reason. A backend named by the user is used or
+refused; only `auto` chooses. A new backend is one line of `_MODULES` and one file.
 """
 
 import functools
@@ -14,8 +14,8 @@ from scail2_rt.engines.backend import Backend
 from scail2_rt.export.models.precision import PRECISIONS, Precision
 from scail2_rt.kernels.errors import InputError
 
-# In the order in which `auto` takes them on a GPU; without one it takes the last that needs none first: ONNX Runtime
-# is the fastest on a CPU. Each module has its backend as BACKEND, or several by name as BACKENDS.
+# In the order of preference of `auto` on a GPU. Without a GPU the order is reversed, without the backends that need
+# one: ONNX Runtime is the fastest on a CPU. Each module defines its backend as BACKEND, or several by name as BACKENDS.
 _MODULES = {
     "tensorrt": "tensorrt_backend.backend",
     "tensorrt-rtx": "tensorrt_backend.backend",
@@ -28,21 +28,21 @@ FP8_CAPABILITY = (8, 9)
 
 @functools.cache
 def backend(name: str) -> Backend:
-    """The backend of this name. InputError when there is none."""
+    """Return the backend of this name. Raises InputError if there is none."""
     if name not in _MODULES:
-        raise InputError(f"backend {name!r} is unknown; use auto, {', '.join(BACKENDS)}.")
+        raise InputError(f"backend {name!r} is unknown. Use auto, {', '.join(BACKENDS)}.")
     module = importlib.import_module(f"scail2_rt.engines.{_MODULES[name]}")
     found: Backend = module.BACKENDS[name] if hasattr(module, "BACKENDS") else module.BACKEND
     return found
 
 
 def installed(name: str) -> bool:
-    """Can the library of this backend be imported here?"""
+    """Return whether the library of this backend can be imported here."""
     return backend(name).installed()
 
 
 def gpu() -> str | None:
-    """Name and architecture of the GPU that would be used, or None on a CPU machine."""
+    """Return name and architecture of the current GPU, or None without a GPU."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -50,7 +50,7 @@ def gpu() -> str | None:
 
 
 def device_of(name: str) -> str:
-    """ "cuda" or "cpu": where this backend computes on this machine."""
+    """Return the device type on which this backend computes on this machine: "cuda" or "cpu"."""
     return backend(name).device()
 
 
@@ -60,15 +60,15 @@ def choose_backend(
     obstacles: Mapping[str, str] | None = None,
     remedy: str = "scail2-rt build-engines CHECKPOINT -o ENGINES --backend torch",
 ) -> tuple[str, str]:
-    """(backend, reason). `built`: the backends that an engine folder holds; None when a build is still to come;
-    `obstacles`: backend → why `auto` must not take it, in words; `remedy`: adds one that runs anywhere.
+    """Return (backend, reason). `built`: the backends in an engine folder, None before a build; `obstacles`: backend →
+    why `auto` must not choose it, in words; `remedy`: the command that adds a backend that runs anywhere.
 
-    `auto` takes, of those that are installed and built, TensorRT on a GPU, then torch, then ONNX Runtime; on a CPU
-    ONNX Runtime before torch. A named backend that cannot be used is an InputError."""
+    Of the installed and built backends, `auto` takes TensorRT on a GPU, then torch, then ONNX Runtime; on a CPU, ONNX
+    Runtime before torch. Raises InputError if a named backend cannot be used."""
     if requested != "auto":
         if not installed(backend(requested).name):
             raise InputError(
-                f"backend {requested} is not installed on this machine; install it with {backend(requested).install} "
+                f"backend {requested} is not installed on this machine. Install it with {backend(requested).install} "
                 "or use --backend auto."
             )
         return requested, "it was named"
@@ -78,12 +78,12 @@ def choose_backend(
     for position, name in enumerate(order):
         if _usable(name, built) and name not in (obstacles or {}):
             if backend(name).needs_gpu:
-                return name, f"its library and plans are there, and {place}"
+                return name, f"its library and plans exist, and {place}"
             return name, place + "".join(_why_not(better, built, obstacles) for better in order[:position])
-    told = "".join(f" {text}." for text in (obstacles or {}).values())
+    reasons = "".join(f" {text}." for text in (obstacles or {}).values())
     raise InputError(
-        f"none of the executors in the engine folder ({', '.join(sorted(built or ())) or 'none'}) can run on this "
-        f"machine.{told} Add one with: {remedy}"
+        f"none of the backends in the engine folder ({', '.join(sorted(built or ())) or 'none'}) can run on this "
+        f"machine.{reasons} Add one with: {remedy}"
     )
 
 
@@ -111,25 +111,26 @@ def buildable(name: str) -> bool:
 
 
 def refuse_unbuildable(names: Sequence[str]) -> None:
-    """InputError for what cannot be built on this machine."""
+    """Raise InputError for a backend that cannot be built on this machine."""
     for name in names:
         choose_backend(name)
         backend(name).check_machine()
 
 
 def default_precision(names: Sequence[str]) -> tuple[Precision, str]:
-    """(precision, reason): fp32 on a CPU; on a GPU fp8 where it has e4m3 GEMMs, else bf16."""
+    """Return (precision, reason): fp32 on a CPU; on a GPU fp8 if it has e4m3 GEMMs, else bf16."""
     if all(device_of(name) == "cpu" for name in names):
         return "fp32", "computation is on the CPU"
     if not torch.cuda.is_available():
-        return "fp8", "plans are made for cards that have it"
+        return "fp8", "plans are built for cards that have it"
     if torch.cuda.get_device_capability() >= FP8_CAPABILITY:
         return "fp8", f"the GPU is {gpu()}"
     return "bf16", f"the GPU is {gpu()}, which has no fp8"
 
 
 def check_precision(precision: str) -> Precision:
+    """Return `precision` if it is known. Raises InputError otherwise."""
     for known in PRECISIONS:
         if precision == known:
             return known
-    raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+    raise InputError(f"precision {precision!r} is unknown. Use one of {', '.join(PRECISIONS)}.")

@@ -1,9 +1,9 @@
-"""Row chunks: a long token sequence goes through a token-wise stage in n equal pieces.
+"""Row chunks: a long token sequence passes through a token-wise stage in equal chunks.
 
-A layout of `rows` tokens is cut into the fewest pieces of at most `max_rows`, all of the same size, the last one padded
-by repeating its last row. Pieces are copied into static buffers, one set per stage family and piece size, so that a
-stage sees one shape and one set of addresses for a whole layout and can be captured in a graph. Results go straight
-into full-size tensors. A sequence that fits is passed through untouched.
+A layout of `rows` rows is cut into the fewest chunks of at most `max_rows`, all of the same size; the last one is
+padded by repeating its last row. Chunks are copied into static buffers, one set per stage family and chunk size, so
+that a stage sees one shape and one set of addresses for a complete layout and can be captured in a graph. Results are
+written directly into full-size tensors. A sequence that fits is passed through unchanged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,20 +18,20 @@ MAX_ROWS = 16_384
 
 
 def piece_size(rows: int, max_rows: int) -> tuple[int, int]:
-    """(number of pieces, rows per piece): the fewest equal pieces of at most `max_rows` that cover `rows`."""
+    """Return (number of chunks, rows per chunk): the fewest equal chunks of at most `max_rows` that cover `rows`."""
     count = -(-rows // max_rows)
     return count, -(-rows // count)
 
 
 def row_pieces(rows: int, max_rows: int) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) of each piece; the last one may be shorter."""
+    """Yield (first row, number of rows) of each chunk; the last one may be shorter."""
     _, size = piece_size(rows, max_rows)
     for start in range(0, rows, size):
         yield start, min(size, rows - start)
 
 
 class RowChunks:
-    """The static input buffers, and the loop over pieces."""
+    """The static input buffers, and the loop over chunks."""
 
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
         if max_rows < 1:
@@ -46,9 +46,9 @@ class RowChunks:
         specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]],
         inputs: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """`call(*inputs)`, cut along the row axis where needed. `specs`: those of the inputs and of the outputs.
+        """Run `call(*inputs)`, in chunks along the row axis if needed. `specs`: of the inputs, and of the outputs.
 
-        Inputs without a row axis are handed to every piece as they are."""
+        Inputs without a row axis are passed to every chunk unchanged. Raises Scail2Error if row counts differ."""
         axes = [spec.row_axis for spec in specs[0]]
         lengths = {tensor.shape[axis] for tensor, axis in zip(inputs, axes, strict=True) if axis is not None}
         if len(lengths) > 1:
@@ -76,7 +76,7 @@ class RowChunks:
     def _static(
         self, family: str, size: int, inputs: Sequence[Tensor], axes: Sequence[int | None]
     ) -> list[Tensor | None]:
-        """The buffers of a family and piece size; None for inputs that are not cut."""
+        """Return the buffers of a family and chunk size; None for inputs that are not cut."""
         buffers = self._buffers.get((family, size))
         if buffers is None:
             buffers = [
@@ -87,7 +87,7 @@ class RowChunks:
         return buffers
 
     def keep(self, families: set[str]) -> None:
-        """Drop the buffers of every family that is not in `families`."""
+        """Free the buffers of every family that is not in `families`."""
         self._buffers = {key: value for key, value in self._buffers.items() if key[0] in families}
 
 

@@ -1,7 +1,7 @@
-"""The VAE as a stream: one latent frame a call, with a causal past that does not grow with the length of the clip.
+"""The VAE as a stream: one latent frame per call, with a causal past that does not grow with the length of the clip.
 
-The first call of a clip takes (gives) one pixel frame, every later one four. `StagedVAEStream` is the form over engine
-stages, whose caches travel from call to call; an executor may have a form of its own.
+The first call of a clip takes (decoder: returns) one pixel frame, every later one four. `StagedVAEStream` runs engine
+stages and passes their caches from call to call; an executor may provide another implementation.
 """
 
 from dataclasses import dataclass
@@ -16,38 +16,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Part `index` of `count` of a picture, from top to bottom, in rows of latent cells."""
+    """Part `index` of `count` of a frame, from top to bottom, in rows of latent cells."""
 
     index: int
     count: int
 
     def rows(self, height: int) -> tuple[int, int]:
-        """First and last row + 1 of a latent of this height; the last parts may be smaller, or empty."""
+        """Return (first row, last row + 1) for a latent of this height; the last parts may be smaller, or empty."""
         each = self.largest(height)
         return min(self.index * each, height), min((self.index + 1) * each, height)
 
     def largest(self, height: int) -> int:
-        """Rows of the first part."""
+        """Return the rows of the first part, which is the largest."""
         return -(-height // self.count)
 
 
 class VAEStream(Protocol):
-    """A half of the VAE at some place in a clip."""
+    """One half of the VAE at a position in a clip."""
 
     def reset(self) -> None:
-        """Forget the clip; the next call begins one."""
+        """Forget the clip; the next call begins a new one."""
 
     def step(self, x: Tensor) -> Tensor:
-        """Encoder: [3, 1 or 4, H, W] in -1..1, on any device → normalised latent [16, 1, h, w]; decoder: the way back,
-        unclamped. fp32 on the executor's device."""
+        """Encode [3, 1 or 4, H, W] in -1..1, on any device → normalised latent [16, 1, h, w], or decode in the opposite
+        direction, unclamped. fp32 on the executor's device."""
         ...
 
     def close(self) -> None:
-        """Give back the memory of the causal past."""
+        """Free the memory of the causal past."""
 
 
 class StagedVAEStream:
-    """`step()` runs `<stage>_first` once after `reset()`, then `<stage>_step` with the caches of the call before."""
+    """Runs `<stage>_first` once after `reset()`, then `<stage>_step` with the caches of the previous call."""
 
     def __init__(self, executor: "Executor", stage: str) -> None:
         self.executor, self.stage = executor, stage

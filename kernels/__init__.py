@@ -1,1 +1,1 @@
-"""What mixes tokens, the fused row operations and the VAE's convolutions: kernels for GPUs, each with a twin."""
+"""GPU kernels with PyTorch twins: attention and other operations across tokens, fused row operations, convolutions."""

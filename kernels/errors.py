@@ -1,17 +1,17 @@
-"""The one exception family of the project.
+"""The exceptions of the project.
 
-Every message is a sentence for the user: what was given, what is needed, what to do next. The command line prints
-it on one line and exits with `exit_code`; a traceback appears only with `--debug`.
+Every message is one sentence for the user: what was given, what is needed, what to do next. The command line prints it
+on one line and exits with `exit_code`; a traceback is printed only with `--debug`.
 """
 
 
 class Scail2Error(Exception):
-    """A fault while doing what was asked: a stage failed, the disk filled, a decoder gave up."""
+    """A fault during the work: a stage failed, the disk is full, a decoder stopped."""
 
     exit_code = 1
 
 
 class InputError(Scail2Error):
-    """Something the user gave cannot work: a file, an option, an engine folder that does not match."""
+    """A mistake in the user's input: a file, an option, an engine folder that does not match."""
 
     exit_code = 2

@@ -1,7 +1,6 @@
-"""What kernels need of other processes: three collectives over tensors of one device.
+"""Interface of a group of ranks as the kernels need it: three collectives over tensors of one device.
 
-The implementation is `runtime.distributed.peers`; here is only what the kernels may rely on, so that this floor knows
-nothing of process groups."""
+`runtime.distributed.peers` implements it. The protocol keeps this package independent of process groups."""
 
 from typing import Protocol
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 
 class Peers(Protocol):
-    """`size` processes that call the same collectives in the same order; this one is number `rank`.
+    """A group of `size` ranks that call the same collectives in the same order; this process has number `rank`.
 
     All calls are ordered on the current stream and can be captured in a CUDA graph."""
 
@@ -20,13 +19,13 @@ class Peers(Protocol):
     def size(self) -> int: ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [...] of every process → [size, ...]."""
+        """Gather x [...] of every rank → [size, ...]."""
         ...
 
     def exchange(self, parts: Tensor, out: Tensor) -> Tensor:
-        """parts [size, ...]: part i goes to process i → `out` [size, ...]: part i came from process i."""
+        """All-to-all of parts [size, ...]: part i goes to rank i; part i of `out` [size, ...] came from rank i."""
         ...
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """x of process 0, written over everybody's x, which is returned."""
+        """Overwrite x on every rank with rank 0's x; returns x."""
         ...

@@ -1,8 +1,9 @@
-"""The rotary table: for every token the D/2 complex multipliers that its q and k heads are turned by.
+"""The rotary table: for every token, D/2 complex multipliers that rotate its q and k heads.
 
-Built once per layout in fp64 and stored as fp32 cosines and sines. The pairs of a head (channels 2i, 2i+1) split over
-the axes t, y, x; driving tokens carry the mean of the multipliers of the 2×2 full-grid cells they stand for, so their
-modulus is below one. Source: SCAIL-2 `wan/modules/model_scail2.py` (rope_params, rope_apply).
+Built once per layout in fp64 and stored as fp32 cosines and sines. The pairs of a head (channels 2i, 2i+1) are divided
+among the axes t, y, x. Driving tokens have half the resolution: each uses the mean of the multipliers of the 2×2
+full-resolution cells it covers, so their modulus is below one. Source: SCAIL-2 `wan/modules/model_scail2.py`
+(rope_params, rope_apply).
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REPLACE_OFFSET = 120  # references move down by this many rows in replacement
-DRIVING_OFFSET = 120  # driving tokens move right by this many columns
+REPLACE_OFFSET = 120  # in replacement, references are shifted down by this many rows
+DRIVING_OFFSET = 120  # driving tokens are shifted right by this many columns
 THETA = 10000.0
 
 
@@ -46,7 +47,7 @@ def _multipliers(t: Tensor, y: Tensor, x: Tensor, head_dim: int) -> Tensor:
 def multipliers(
     frames: int, height: int, width: int, head_dim: int, additional_refs: int = 0, replace: bool = False
 ) -> Tensor:
-    """complex128 [L, D/2] in sequence order: additional references | reference | video | driving.
+    """Return complex128 [L, D/2] in sequence order: additional references | reference | video | driving.
 
     frames, height, width: the video's token grid (latent frames, H/16, W/16); height and width even."""
     y, x = torch.arange(height), torch.arange(width)
@@ -62,13 +63,13 @@ def multipliers(
 def rope_table(
     frames: int, height: int, width: int, head_dim: int, additional_refs: int = 0, replace: bool = False
 ) -> Rope:
-    """`multipliers` as fp32 cosines and sines."""
+    """Return `multipliers` as fp32 cosines and sines."""
     table = multipliers(frames, height, width, head_dim, additional_refs, replace)
     return Rope(table.real.float().contiguous(), table.imag.float().contiguous())
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each neighbouring channel pair by its token's multiplier, in fp32. x [L, H, D] → fp32 [L, H, D]."""
+    """Rotate each neighbouring channel pair by its token's multiplier, in fp32. x [L, H, D] → fp32 [L, H, D]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope.cos[:, None], rope.sin[:, None]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,9 +1,8 @@
-"""Putting an engine folder together, step by step, each step on disk before the next one starts.
+"""Assembly of an engine folder, step by step; each step is on disk before the next one starts.
 
-Weights go stage by stage into the store, then come the runtime's tables and the tokenizer, then the files of each
-executor, then hashes and sums of all that, then the manifest. Files appear whole, by renaming. The journal names the
-finished steps: a call after an interruption skips them, whatever interrupted it. Weights are summed as they are
-written; the journal keeps their sums.
+Order: weights, stage by stage, into the store; the runtime's tables and the tokenizer; the files of each backend;
+hashes and checksums of all of these; the manifest. Files appear complete, by renaming. The journal lists the finished
+steps: a call after any interruption skips them. Weights are summed as they are written; the journal keeps the sums.
 """
 
 import contextlib
@@ -60,8 +59,8 @@ EMBEDDING_SOURCE = "token_embedding.weight"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be built, all of it known before a weight is read. `sources`: component → tensors, LoRA included;
-    `origin`: the checkpoint as the user named it; `overrides`: parts named apart."""
+    """The plan of a build, complete before a weight is read. `sources`: component → tensors, LoRA included; `origin`:
+    the checkpoint as named by the user; `overrides`: components with a separate path."""
 
     directory: Path
     config: ModelConfig
@@ -80,13 +79,13 @@ class Plan:
 
     @property
     def refreshed(self) -> tuple[str, ...]:
-        """Executors whose artefacts are looked at again although the folder has them: build options were given."""
+        """Backends whose existing artefacts are checked again because build options were given."""
         asked = self.plan_options is not None or self.patterns
         return tuple(name for name in self.backends if asked and backend(name).build_options)
 
     @property
     def artefacts(self) -> ArtefactPlan:
-        """What an executor's files are made from."""
+        """The inputs of a backend's build."""
         return ArtefactPlan(
             self.directory,
             self.config,
@@ -120,7 +119,7 @@ class Plan:
         os.replace(partial, path)
 
     def copy_tokenizer(self) -> None:
-        """Where the checkpoint has one."""
+        """Copy the tokenizer, if the checkpoint has one."""
         if self.tokenizer is None:
             return
         path = self.directory / TOKENIZER
@@ -132,7 +131,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """The manifest that was written, the executors that are new, and the steps that an earlier call had done."""
+    """The manifest that was written, the backends that were added, and the steps done by an earlier call."""
 
     manifest: Manifest
     added: tuple[str, ...]
@@ -140,12 +139,12 @@ class Assembled:
 
 
 def assemble(plan: Plan, identity: Identity, previous: Manifest | None, observer: BuildObserver) -> Assembled:
-    """Build everything (`previous` None), or add the executors that the finished folder lacks."""
+    """Build everything (`previous` None), or add the backends that the finished folder lacks."""
     return _Assembly(plan, identity, previous, observer).run()
 
 
 def _fingerprint(identity: Identity, layout: StoreLayout) -> str:
-    """Equal for two requests exactly when the steps of one serve the other."""
+    """Return a hash that is equal for two requests exactly if the steps of one are valid for the other."""
     document = [
         FORMAT_VERSION,
         dataclasses.asdict(identity.config),
@@ -186,7 +185,7 @@ class _Assembly:
         return Assembled(manifest, added, resumed)
 
     def _clear(self) -> None:
-        """Take away what an earlier build made; the manifest first, so that the folder is not taken for valid."""
+        """Delete the results of an earlier build; the manifest first, so that the folder does not count as valid."""
         with contextlib.suppress(FileNotFoundError):
             (self.plan.directory / MANIFEST).unlink()
         for file in (self.plan.directory / TABLES, self.plan.directory / TOKENIZER, *self._old_stages()):
@@ -225,7 +224,7 @@ class _Assembly:
             writer.close()
 
     def _seal(self, added: tuple[str, ...]) -> tuple[Artefact, ...]:
-        """Size and hash of every file of the folder; those of an existing manifest are kept unless made again."""
+        """Return size and hash of every file; those of an existing manifest are kept unless the file was made again."""
         made = [file for name in added for file in backend(name).files(self.plan.definitions)]
         before = self.previous.artefacts if self.previous is not None else ()
         kept = tuple(artefact for artefact in before if artefact.path not in made)
@@ -242,8 +241,8 @@ class _Assembly:
         return (*kept, *sealed)
 
     def _sums(self, artefacts: tuple[Artefact, ...], made: tuple[str, ...]) -> Sums:
-        """Sums of the weights as they were written, and of every other file; those of an existing manifest are kept
-        unless the file was made again."""
+        """Return the checksums of the weights as written, and of every other file; those of an existing manifest are
+        kept unless the file was made again."""
         before = self.previous.sums if self.previous is not None else None
         tensors = dict(self.journal.sums) if before is None else before.tensors
         again = {file for name in made for file in backend(name).files(self.plan.definitions)}

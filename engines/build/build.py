@@ -1,11 +1,11 @@
-"""Building an engine folder: checkpoint → weight store, tables, tokenizer, executors' artefacts, manifest.
+"""Building an engine folder: checkpoint → weight store, tables, tokenizer, backends' artefacts, manifest.
 
-This module decides; `assemble` does. The order makes every interruption harmless: first what can be refused (backend,
-options, place, disk space, a folder of other weights), then the work, and the manifest last. With nothing to do a call
-only checks the folder: it reads what was built, compares it with its sums, and repairs what is damaged, because this is
-the command that every message about damage names. One folder holds one set of weights in one precision: anything else
-is refused by naming the fields that differ, and replaced only with `rebuild`; another executor adds its own files and
-leaves the rest alone.
+This module decides; `assemble` executes. The order makes every interruption harmless: first all checks that can refuse
+(backend, options, output path, disk space, a folder with other weights), then the work, and the manifest last. If there
+is nothing to do, a call only checks the folder: it reads all files, compares their checksums and repairs damage,
+because every message about damage names this command. One folder holds one set of weights in one precision: any other
+is refused with the fields that differ, and replaced only with `rebuild`. Another backend adds its files and changes
+nothing else.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail2_rt.engines.build.assemble import Plan, assemble
-from scail2_rt.engines.build.repair import Mended, mend
+from scail2_rt.engines.build.repair import RepairResult, repair_folder
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.lock import LOCK, alone
 from scail2_rt.engines.folder.manifest import (
@@ -56,9 +56,9 @@ DISK_MARGIN = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """What to build. precision None: the folder's, else what suits the hardware. components: parts of the checkpoint
-    that were named apart ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds. plan_options and
-    stages (shell patterns of the stages wanted) are for backends with build options alone."""
+    """What to build. precision None: the folder's, else the default for the hardware. components: parts of the
+    checkpoint with a separate path ("vae", "umt5", "clip", "tokenizer" → path), for the command that rebuilds.
+    plan_options and stages (shell patterns of the wanted stages) are only for backends with build options."""
 
     checkpoint: Path
     output: Path
@@ -74,9 +74,9 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What a build did. backends: all that the folder now holds; added: those of this call; up_to_date: there was
-    nothing to do; resumed_steps: done by an interrupted call before; repaired: damaged stages and files that were made
-    again; sums_added: the folder had none."""
+    """The result of a build. backends: all in the folder now; added: those built by this call; up_to_date: nothing was
+    done; resumed_steps: done by an earlier, interrupted call; repaired: damaged stages and files that were made again;
+    sums_added: the folder had no checksums."""
 
     directory: str
     backends: tuple[str, ...]
@@ -95,13 +95,13 @@ class BuildReport:
 
 
 def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserver | None = None) -> BuildReport:
-    """Make or complete the engine folder `request.output` from an open checkpoint (which may lack components).
+    """Build or complete the engine folder `request.output` from an open checkpoint (which may lack components).
 
-    InputError: a backend or precision that cannot be had, a folder of other weights or options, a place that cannot be
-    written or has no room. Scail2Error: a weight that the precision cannot hold, a disk that fills up.
-    After an interruption of any kind the same call continues."""
+    Raises InputError for an unavailable backend or precision, a folder with other weights or options, and an output
+    path that is not writable or has too little space; Scail2Error for a weight that the precision cannot represent, and
+    for a full disk. After any interruption the same call continues."""
     started = time.monotonic()
-    noted = _Noted(observer or SilentObserver())
+    noted = _Noting(observer or SilentObserver())
     refuse_unbuildable([name for name in request.backends if name != "auto"])
     directory = request.output.expanduser().absolute()
     previous = _previous(directory, request.rebuild)
@@ -111,24 +111,24 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     _note_memory(plan, previous, noted)
     added: tuple[str, ...] = ()
     resumed = 0
-    mended: Mended | None = None
+    repair: RepairResult | None = None
     try:
         with _held(directory, noted):
             identity = _identity(plan, request, checkpoint, previous, noted)
             if previous is not None:
                 _check_same(plan, request, previous, identity)
-                mended = mend(plan, previous, noted)
-                previous = _kept(plan, previous, dataclasses.replace(mended.manifest, identity=identity))
+                repair = repair_folder(plan, previous, noted)
+                previous = _kept(plan, previous, dataclasses.replace(repair.manifest, identity=identity))
             if previous is not None and set(plan.backends) <= set(previous.backends) and not plan.refreshed:
                 manifest = previous
-                if mended is None or not (mended.repaired or mended.sums_added):
+                if repair is None or not (repair.repaired or repair.sums_added):
                     noted.note(f"{directory} is up to date; there is nothing to do")
             else:
                 done = assemble(plan, identity, previous, noted)
                 manifest, added, resumed = done.manifest, done.added, done.resumed_steps
     except OSError as error:
         raise _disk_error(error, directory) from error
-    repaired, sums_added = (mended.repaired, mended.sums_added) if mended else ((), False)
+    repaired, sums_added = (repair.repaired, repair.sums_added) if repair else ((), False)
     return BuildReport(
         directory=str(directory),
         backends=manifest.backends,
@@ -147,8 +147,8 @@ def build(request: BuildRequest, checkpoint: "Checkpoint", observer: BuildObserv
     )
 
 
-class _Noted:
-    """The caller's observer, keeping the notes for the report."""
+class _Noting:
+    """The caller's observer; also keeps the notes for the report."""
 
     def __init__(self, observer: BuildObserver) -> None:
         self._observer = observer
@@ -161,21 +161,21 @@ class _Noted:
 
 
 def _previous(directory: Path, rebuild: bool) -> Manifest | None:
-    """The manifest of a finished folder that is to be kept; refuses a place that is no engine folder."""
+    """Return the manifest of a finished folder to keep. Raises InputError if `directory` is not an engine folder."""
     if not directory.exists():
         return None
     if not directory.is_dir():
-        raise InputError(f"the output {directory} is a file; name a folder with -o.")
+        raise InputError(f"the output {directory} is a file. Name a folder with -o.")
     if (directory / MANIFEST).exists():
         return None if rebuild else read_manifest(directory)
-    others = [file for file in directory.iterdir() if file.name != LOCK]  # which a killed build leaves behind
+    others = [file for file in directory.iterdir() if file.name != LOCK]  # a killed build leaves the lock file
     if others and not (directory / JOURNAL).exists():
-        raise InputError(f"the output {directory} has other files in it; name a new or empty folder with -o.")
+        raise InputError(f"the output {directory} contains other files. Name a new or empty folder with -o.")
     return None
 
 
 def _make_plan(
-    request: BuildRequest, directory: Path, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
+    request: BuildRequest, directory: Path, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noting
 ) -> Plan:
     backends = _backends(request, observer)
     precision = _precision(request, backends, previous, observer)
@@ -184,7 +184,7 @@ def _make_plan(
         from scail2_rt.export.checkpoint.lora import apply_loras
 
         if "dit" not in sources:
-            raise InputError("a LoRA was given, but the checkpoint has no transformer to fuse it into.")
+            raise InputError("a LoRA was given, but the checkpoint has no transformer. Leave out --lora.")
         sources["dit"] = apply_loras(sources["dit"], request.loras, request.lora_partial)
     definitions = stage_definitions(checkpoint.config)
     tensors = planned_tensors(checkpoint.config, definitions, precision)
@@ -208,12 +208,12 @@ def _make_plan(
 
 
 def _anywhere(path: Path) -> str:
-    """A path that a command in another folder may name; one that is not there (a fixture in memory) stays."""
+    """Return the absolute path, valid in commands from any folder; a path that does not exist is returned unchanged."""
     full = path.expanduser().absolute()
     return str(full if full.exists() else path)
 
 
-def _backends(request: BuildRequest, observer: _Noted) -> tuple[str, ...]:
+def _backends(request: BuildRequest, observer: _Noting) -> tuple[str, ...]:
     chosen: list[str] = []
     for requested in request.backends or ("auto",):
         name, reason = choose_backend(requested)
@@ -225,7 +225,7 @@ def _backends(request: BuildRequest, observer: _Noted) -> tuple[str, ...]:
 
 
 def _precision(
-    request: BuildRequest, backends: tuple[str, ...], previous: Manifest | None, observer: _Noted
+    request: BuildRequest, backends: tuple[str, ...], previous: Manifest | None, observer: _Noting
 ) -> Precision:
     if request.precision is not None:
         return check_precision(request.precision)
@@ -237,26 +237,26 @@ def _precision(
 
 
 def _check_room(plan: Plan) -> None:
-    """InputError when the place cannot be written or the disk has too little room for what is still to come."""
+    """Raise InputError if the output is not writable or the disk has too little space for the rest of the build."""
     place = plan.directory
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"the output {plan.directory} cannot be made: {place} cannot be written; choose another -o.")
+        raise InputError(f"the output {plan.directory} cannot be made: {place} is not writable. Choose another -o.")
     needed = plan.layout.size + DISK_MARGIN + sum(backend(name).room(plan.artefacts) for name in plan.backends)
     stages = plan.directory / STAGES
     for file in stages.glob("*") if stages.is_dir() else ():
-        needed -= file.stat().st_blocks * 512  # continued, or replaced
+        needed -= file.stat().st_blocks * 512  # continued or replaced
     free = shutil.disk_usage(place).free
     if free < needed:
         raise InputError(
             f"the engine folder needs {needed / 2**30:.2f} GiB on the disk of {plan.directory}, which has "
-            f"{free / 2**30:.2f} GiB free; free some space or choose another folder with -o."
+            f"{free / 2**30:.2f} GiB free. Free some space or choose another folder with -o."
         )
 
 
 def _note_memory(plan: Plan, previous: Manifest | None, observer: BuildObserver) -> None:
-    """What a GPU must hold, before the wait."""
+    """Report how much GPU memory the result needs, before the long work."""
     for name in plan.backends:
         new = previous is None or name not in previous.backends
         if new and (note := backend(name).memory_note(plan.artefacts.stage_bytes)) is not None:
@@ -265,23 +265,23 @@ def _note_memory(plan: Plan, previous: Manifest | None, observer: BuildObserver)
 
 @contextlib.contextmanager
 def _held(directory: Path, observer: BuildObserver) -> Iterator[None]:
-    """The folder, made if needed, locked against a second build; one that was made here and stays empty goes again."""
+    """Create the folder if needed and lock it against a second build. Removes a created folder that stays empty."""
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    refusal = f"another build is writing to {directory}; wait until it ends."
+    refusal = f"another build is writing to {directory}. Wait until it ends."
     try:
         with alone(directory, refusal, observer.note):
             yield
     finally:
         if made:
-            with contextlib.suppress(OSError):  # not empty: it is the folder that was asked for
+            with contextlib.suppress(OSError):  # not empty: the build wrote to it
                 directory.rmdir()
 
 
 def _identity(
-    plan: Plan, request: BuildRequest, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noted
+    plan: Plan, request: BuildRequest, checkpoint: "Checkpoint", previous: Manifest | None, observer: _Noting
 ) -> Identity:
-    """Hashes of everything that the build reads; unchanged files are not read again."""
+    """Return the hashes of everything that the build reads; unchanged files are not read again."""
     journal = Journal.load(plan.directory)
     known = list(journal.hashed)
     if previous is not None:
@@ -303,7 +303,7 @@ def _identity(
 
 
 def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity: Identity) -> None:
-    """InputError when the finished folder is not of this request, or is damaged."""
+    """Raise InputError if the finished folder was built from another request, or is damaged beyond repair."""
     found = differences(previous, identity)
     if found:
         command = BuildCommand(
@@ -318,14 +318,14 @@ def _check_same(plan: Plan, request: BuildRequest, previous: Manifest, identity:
             plan_words=request.plan_options.words if request.plan_options is not None else (),
         ).line
         listed = "; ".join(map(str, found))
-        raise InputError(f"{plan.directory} was built from something else: {listed}. To replace it: {command}")
-    check_folder(plan.directory, previous, plan.definitions, mending=True)
+        raise InputError(f"{plan.directory} was built from something else: {listed}. Replace it with: {command}")
+    check_folder(plan.directory, previous, plan.definitions, repairing=True)
 
 
-def _kept(plan: Plan, before: Manifest, mended: Manifest) -> Manifest:
-    """The manifest of a finished folder, written again when something in it is new: sums, or the names and times of
-    files that were moved or touched, which save a hash next time and keep the command that it prints good."""
-    manifest = dataclasses.replace(mended, checkpoint=plan.origin, overrides=plan.overrides)
+def _kept(plan: Plan, before: Manifest, after: Manifest) -> Manifest:
+    """Return the manifest of a finished folder; write it again if it changed: new checksums, or names and times of
+    files that were moved or touched. These save hashing next time and keep the printed command valid."""
+    manifest = dataclasses.replace(after, checkpoint=plan.origin, overrides=plan.overrides)
     if manifest != before:
         write_manifest(plan.directory, manifest)
         Journal.load(plan.directory).remove_if_idle()
@@ -335,4 +335,4 @@ def _kept(plan: Plan, before: Manifest, mended: Manifest) -> Manifest:
 def _disk_error(error: OSError, directory: Path) -> Scail2Error:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     what = f"the disk of {directory} is full" if full else f"building {directory} failed: {error}"
-    return Scail2Error(f"{what}; finished steps are kept, and the same command continues when this is put right.")
+    return Scail2Error(f"{what}. Finished steps are kept; correct this and run the same command again.")

@@ -1,11 +1,12 @@
-"""One safetensors file with Wan names from a checkpoint of any layout: what every other tool can read.
+"""Conversion of a checkpoint in any layout to one safetensors file with Wan names, which other tools can read.
 
-The transformer goes into the file that was named; `everything` adds the VAE, umT5, CLIP and the tokenizer beside it, so
-that the folder is a checkpoint of its own. Matrices get the type asked for; what all engines hold in fp32 (norms,
-modulation, time embedding, head) stays fp32, so bf16 engines come out the same from either. Sizes that shapes do not
-tell (heads) go into the file's metadata. Writing is the weight store's: header first, tensors at their places in
-`FILE.partial`, finished groups in `FILE.partial.json`, so a call after an interruption goes on; the file gets its name
-when it is complete and hashed. `FILE.json` records sources and hashes, by which a second call knows that it is done.
+The transformer is written to the named file; `everything` adds VAE, umT5, CLIP and tokenizer beside it, so that the
+folder is a complete checkpoint. Matrices get the requested type. Tensors that all engines hold in fp32 (norms,
+modulation, time embedding, head) stay fp32, so bf16 engines built from either checkpoint are identical. Sizes that
+shapes do not determine (heads) are stored in the file's metadata. Writing works as in the weight store: header first,
+tensors at their offsets in `FILE.partial`, finished groups in `FILE.partial.json`, so a call after an interruption
+continues; the file is renamed when it is complete and hashed. `FILE.json` records sources and hashes; from it a second
+call recognises a finished conversion.
 """
 
 import dataclasses
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
     from scail2_rt.export.checkpoint.lora import LoRAReport
 
 FORMAT_VERSION = 1
-STEP_EFFORT = 1 << 22  # bytes that take as long as the fixed cost of a step, for the estimate
+STEP_EFFORT = 1 << 22  # fixed cost of a step, expressed in bytes, for the time estimate
 _CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertedFile:
-    """One file that is there now. dtypes: type → tensors; resumed_groups: written by an interrupted call before."""
+    """One finished file. dtypes: type → number of tensors; resumed_groups: written by an earlier, interrupted call."""
 
     component: str
     path: str
@@ -61,6 +62,8 @@ class ConvertedFile:
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
+    """The result of a conversion. tokenizer: path of the copied file, None if it was not copied; loras: fused LoRAs."""
+
     files: tuple[ConvertedFile, ...]
     tokenizer: str | None
     wall_s: float
@@ -68,30 +71,31 @@ class ConvertReport:
 
     @property
     def text(self) -> str:
-        """A line for each file, its hash in the form that `sha256sum -c` reads."""
+        """One line per file, followed by its hash in the format of `sha256sum -c`."""
         lines = []
         for file in self.files:
             dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in file.dtypes.items())
-            done = "is there already" if file.up_to_date else "written"
+            done = "unchanged" if file.up_to_date else "written"
             tensors = counted(file.tensors, "tensor")
             lines.append(f"{file.component}, {tensors} ({dtypes}), {file.size / 2**20:.1f} MiB, {done}:")
             lines.append(f"{file.sha256}  {file.path}")
         if self.tokenizer is None:
             lines.append(
-                "VAE, umT5, CLIP and tokenizer are not in it: keep them in its folder, name them with --vae, --t5, "
+                "VAE, umT5, CLIP and tokenizer are not included. Keep them in its folder, name them with --vae, --t5, "
                 "--clip and --tokenizer, or convert with --all"
             )
         return "\n".join((*lines, *(lora.text for lora in self.loras)))
 
 
 def convert(request: ConvertRequest, checkpoint: Checkpoint, observer: BuildObserver | None = None) -> ConvertReport:
-    """Write the files. InputError: a place that cannot be used, another file in the way, a source that changed since an
-    interrupted call, or values that are not finite. Scail2Error: values too large for the type, a full disk."""
+    """Write the files. Raises InputError for an unusable output path, another file at that path, a source that changed
+    since an interrupted call, or values that are not finite; Scail2Error for values too large for the type, and for a
+    full disk."""
     started = time.monotonic()
     observer = observer or SilentObserver()
     output = request.output.expanduser().absolute()
     if output.suffix != ".safetensors":
-        raise InputError(f"the output {request.output} must be named *.safetensors")
+        raise InputError(f"the output {request.output} has another extension. Name it *.safetensors.")
     parts: dict[Component, Path] = {"dit": output}
     if request.everything:
         parts |= {component: output.parent / name for component, name in PARTS.items()}
@@ -100,7 +104,7 @@ def convert(request: ConvertRequest, checkpoint: Checkpoint, observer: BuildObse
     check_places(targets, checkpoint, tokenizer, request.overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        refusal = f"another conversion is writing to {output.parent}; wait until it ends"
+        refusal = f"another conversion is writing to {output.parent}. Wait until it ends."
         with alone(output.parent, refusal, observer.note):
             files = tuple(_convert(target, request.overwrite, observer) for target in targets)
             if tokenizer is not None and checkpoint.tokenizer is not None:
@@ -108,9 +112,9 @@ def convert(request: ConvertRequest, checkpoint: Checkpoint, observer: BuildObse
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = f"the disk of {output.parent} is full" if full else f"writing to {output.parent} failed: {error}"
-        raise Scail2Error(f"{what}; what is written is kept, and the same command continues.") from error
+        raise Scail2Error(f"{what}. Finished work is kept; run the same command again to continue.") from error
     except KeyboardInterrupt:
-        observer.note("what is written is kept; the same command continues")
+        observer.note("finished work is kept; the same command continues")
         raise
     return ConvertReport(
         files,
@@ -137,17 +141,17 @@ def _convert(target: Target, overwrite: bool, observer: BuildObserver) -> Conver
         if journal.done and target.partial.exists():
             raise InputError(
                 f"{target.partial} was begun from other files or with another --dtype or --lora ({target.component}: "
-                f"{', '.join(file.path for file in sources)} changed?); give --overwrite to begin again, or another -o"
+                f"{', '.join(file.path for file in sources)} changed?). Use --overwrite to begin again, or another -o."
             )
         if target.path.exists():
             raise InputError(
-                f"{target.path} was made from other files or with another --dtype or --lora; give another -o, or "
-                "--overwrite"
+                f"{target.path} was made from other files or with another --dtype or --lora. Use --overwrite to "
+                "replace it, or another -o."
             )
     journal.begin(fingerprint)
     resumed = len(journal.done)
     if resumed:
-        observer.note(f"{target.path}: continuing an interrupted conversion, {resumed} groups are done already")
+        observer.note(f"{target.path}: continuing an interrupted conversion; groups already done: {resumed}")
     digest = _write(target, journal, sources, observer)
     write_json(target.record, _record(target, fingerprint, digest, sources))
     journal.remove()
@@ -155,9 +159,9 @@ def _convert(target: Target, overwrite: bool, observer: BuildObserver) -> Conver
 
 
 def _write(target: Target, journal: Journal, sources: tuple[SourceFile, ...], observer: BuildObserver) -> str:
-    """Write what is missing, hash the whole and give it its name → SHA-256."""
+    """Write the missing groups, hash the file and rename it → SHA-256."""
     if target.path.exists() and not target.partial.exists() and (sealed := _sealed(journal)):
-        return sealed  # stopped between the renaming and the record
+        return sealed  # interrupted between the renaming and the record
     sizes = {name: _bytes(target.layout, group) for name, group in target.groups.items()}
     phase = Phase(observer, "convert", sizes, {name: float(size + STEP_EFFORT) for name, size in sizes.items()})
     writer = StoreWriter(target.path, target.layout)
@@ -181,7 +185,7 @@ def _write(target: Target, journal: Journal, sources: tuple[SourceFile, ...], ob
         phase.finish(step)
         journal.forget(_CHECKSUM)
         journal.add(_CHECKSUM, digest)
-        target.record.unlink(missing_ok=True)  # it speaks of the file that is replaced now
+        target.record.unlink(missing_ok=True)  # it describes the file that is now replaced
         writer.finish()
     finally:
         writer.close()
@@ -199,7 +203,7 @@ def _write_tensor(writer: StoreWriter, source: TensorSource, name: str) -> None:
         if not extremes.to(dtype).isfinite().all():
             raise Scail2Error(
                 f"tensor {name} has values up to {extremes.abs().max():.3g}, more than {str(dtype)[6:]} can hold; "
-                "convert with --dtype bf16 or fp32"
+                "convert with --dtype bf16 or fp32."
             )
         writer.write(name, values.to(dtype), position)
         position += values.numel()
@@ -215,7 +219,7 @@ def _check_unchanged(sources: tuple[SourceFile, ...]) -> None:
             continue
         state = Path(file.path).stat()
         if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise InputError(f"{file.path} changed while it was converted; repeat with --overwrite")
+            raise InputError(f"{file.path} changed during the conversion. Run it again with --overwrite.")
 
 
 def _sealed(journal: Journal) -> str | None:
@@ -234,7 +238,7 @@ def _record(target: Target, fingerprint: str, digest: str, sources: tuple[Source
 
 
 def _read_record(path: Path) -> Mapping[str, Any]:
-    """The record beside a converted file, empty when there is none that can be used."""
+    """Return the record beside a converted file, or an empty one if there is no usable record."""
     try:
         record = json.loads(path.read_text())
         if not isinstance(record, dict) or record["format_version"] != FORMAT_VERSION:
@@ -246,7 +250,7 @@ def _read_record(path: Path) -> Mapping[str, Any]:
 
 
 def _finished(target: Target, record: Mapping[str, Any], fingerprint: str) -> str | None:
-    """SHA-256 of the output when it is what is asked for already."""
+    """Return the SHA-256 of the output if it already is the requested file."""
     there = target.path.is_file() and target.path.stat().st_size == record.get("size")
     return record["sha256"] if there and record["fingerprint"] == fingerprint else None
 
@@ -272,7 +276,7 @@ def _describe(
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The whole file or nothing."""
+    """Copy a file atomically."""
     unfinished = target.with_name(f"{target.name}.partial")
     shutil.copyfile(source, unfinished)
     os.replace(unfinished, target)

@@ -1,8 +1,8 @@
-"""What a conversion will write: which tensors of which type at which place, and whether it may be written there.
+"""The plan of a conversion: tensors, types and output paths, and whether they may be written.
 
-Matrices get the type that is asked for; what engines of every precision hold in fp32 (norms, modulation, time
-embedding, head) is found from the engine stages themselves and stays fp32. Tensors lie in one order whatever layout
-they come from, and nothing of the source is in the header, so that equal weights give an equal file.
+Matrices get the requested type. Tensors that engines of every precision hold in fp32 (norms, modulation, time
+embedding, head) are found from the engine stages and stay fp32. Tensors are written in a fixed order, whatever layout
+they come from, and the header contains nothing about the source, so that equal weights give an identical file.
 """
 
 import json
@@ -35,9 +35,9 @@ DISK_MARGIN = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class ConvertRequest:
-    """Where to, and how. dtype None: 16-bit matrices keep their type, all others become bf16. everything: the other
-    networks too. overwrite: replace an output, or unfinished work, of something else. loras: fused into the
-    transformer; lora_partial: of one that does not fit wholly, the modules that do."""
+    """Output and options of a conversion. dtype None: 16-bit matrices keep their type, all others become bf16.
+    everything: also the other networks. overwrite: replace an output or unfinished work of another conversion. loras:
+    fused into the transformer; lora_partial: use the matching modules of a LoRA that does not fit completely."""
 
     output: Path
     dtype: str | None = None
@@ -49,7 +49,7 @@ class ConvertRequest:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file to write: its layout, and the groups of tensors that are one step each. loras: fused into `source`."""
+    """One file to write: its layout, and groups of tensors, each one step. loras: fused into `source`."""
 
     component: Component
     path: Path
@@ -72,6 +72,7 @@ class Target:
 
 
 def make_target(checkpoint: Checkpoint, component: Component, path: Path, request: ConvertRequest) -> Target:
+    """Plan the file of one component at `path`, with the request's LoRAs fused if it is the transformer."""
     stored = checkpoint.sources[component]
     source, loras = stored, request.loras if component == "dit" else ()
     if loras:
@@ -91,13 +92,13 @@ def make_target(checkpoint: Checkpoint, component: Component, path: Path, reques
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Blocks by number, so that equal weights give an equal file whatever layout they come from."""
+    """Return a sort key that orders blocks by number, so that equal weights give an identical file from any layout."""
     words = name.split(".")
     return (int(words[1]) if words[0] == "blocks" else -1), name
 
 
 def _dtype(component: Component, stored: torch.dtype, exact: bool, asked: torch.dtype | None) -> torch.dtype:
-    """Type of a tensor in the file. The VAE and CLIP keep theirs: their engines compute in fp16, not bf16."""
+    """Return a tensor's type in the file. VAE and CLIP keep theirs: their engines compute in fp16, not bf16."""
     if not stored.is_floating_point or component in ("vae", "clip"):
         return stored
     if exact and asked != torch.float32:
@@ -106,7 +107,7 @@ def _dtype(component: Component, stored: torch.dtype, exact: bool, asked: torch.
 
 
 def _held_in_fp32(config: ModelConfig, component: Component) -> set[str]:
-    """Checkpoint tensors that a bf16 engine folder holds in fp32."""
+    """Return the checkpoint tensors that a bf16 engine folder holds in fp32."""
     alone = ModelConfig(**{component: getattr(config, component)})
     definitions = stage_definitions(alone)
     held = {
@@ -120,7 +121,7 @@ def _held_in_fp32(config: ModelConfig, component: Component) -> set[str]:
 
 
 def _metadata(config: ModelConfig, component: Component) -> dict[str, str]:
-    """What the reader takes from a file's metadata because shapes do not tell it."""
+    """Return the metadata that a reader needs because shapes do not determine it."""
     part = getattr(config, component)
     if isinstance(part, DiTConfig):
         settings: dict[str, Any] = {"num_heads": part.heads, "text_len": part.text_len, "eps": part.eps}
@@ -134,39 +135,39 @@ def _metadata(config: ModelConfig, component: Component) -> dict[str, str]:
 
 
 def check_places(targets: list[Target], checkpoint: Checkpoint, tokenizer: Path | None, overwrite: bool) -> None:
-    """What can be refused before anything is read: an output that is a source, is in the way or has no room."""
+    """Raise InputError before anything is read if an output is a source, already exists, or lacks disk space."""
     sources = {file.resolve() for file in checkpoint.files}
     fused = {file.resolve() for target in targets for spec in target.loras for file in spec.files}
     folder = targets[0].path.parent
     for target in targets:
         if target.path.resolve() in sources:
-            raise InputError(f"{target.path} is a file of the checkpoint itself; give another -o")
+            raise InputError(f"the output {target.path} is a file of the checkpoint. Use another -o.")
         if target.path.resolve() in fused:
-            raise InputError(f"{target.path} is the LoRA itself; give another -o")
+            raise InputError(f"the output {target.path} is the LoRA file. Use another -o.")
         if target.path.is_dir():
-            raise InputError(f"the output {target.path} is a folder; name a file")
+            raise InputError(f"the output {target.path} is a folder. Name a file with -o.")
         known = target.record.is_file() or target.journal.is_file()
         if target.path.exists() and not known and not overwrite:
-            raise InputError(f"{target.path} exists; give another -o, or --overwrite to replace it")
+            raise InputError(f"{target.path} exists. Use --overwrite to replace it, or another -o.")
     if tokenizer is not None and checkpoint.tokenizer is not None:
         searched = [file for file in sources if folder.resolve() in (file.parent, file.parent.parent)]
-        if searched:  # opening the folder would find each part twice
+        if searched:  # opening the folder would find each component twice
             raise InputError(
-                f"the parts of the checkpoint are in {folder} already ({searched[0].name}, ...), and a folder can hold "
-                "each only once; give an -o in another folder, or leave out --all"
+                f"the components of the checkpoint are already in {folder} ({searched[0].name}, ...), and a folder can "
+                "hold each only once. Use an -o in another folder, or leave out --all."
             )
         other = tokenizer.exists() and tokenizer.read_bytes() != checkpoint.tokenizer.read_bytes()
         if other and not overwrite:
-            raise InputError(f"{tokenizer} exists and is another tokenizer; give another -o, or --overwrite")
+            raise InputError(f"{tokenizer} exists and is another tokenizer. Use --overwrite, or another -o.")
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{targets[0].path.parent} cannot be made: {folder} cannot be written; give another -o")
+        raise InputError(f"{targets[0].path.parent} cannot be made: {folder} is not writable. Use another -o.")
     there = [file for target in targets for file in (target.partial, target.path) if file.is_file()]
     needed = sum(target.layout.size for target in targets) + DISK_MARGIN
     needed -= sum(file.stat().st_blocks * 512 for file in there if file.suffix == ".partial" or not overwrite)
     if (free := shutil.disk_usage(folder).free) < needed:
         raise InputError(
-            f"{needed / 2**30:.2f} GiB are needed on the disk of {folder}, which has {free / 2**30:.2f} GiB free; "
-            "free some space or give another -o"
+            f"{needed / 2**30:.2f} GiB are needed on the disk of {folder}, which has {free / 2**30:.2f} GiB free. "
+            "Free some space or use another -o."
         )

@@ -1,8 +1,8 @@
-"""Does a TensorRT library take the nodes of exported files? Asked through Polygraphy, NVIDIA's tool for such questions.
+"""Check whether a TensorRT library supports the nodes of exported files, with Polygraphy, NVIDIA's inspection tool.
 
-`polygraphy inspect capability` lets the library's own parser read a file and lists each node that it refuses, with the
+`polygraphy inspect capability` lets the library's parser read a file and lists each node that it rejects, with the
 reason. It needs no GPU. Polygraphy chooses its library once per process, by an environment variable, so it runs in a
-process of its own; TensorRT for RTX is asked where it is installed, else TensorRT.
+separate process; TensorRT for RTX is used if installed, else TensorRT.
 """
 
 import importlib.util
@@ -22,30 +22,33 @@ _LISTED = 8
 
 
 def parser_library() -> Library:
-    """The library that is asked. InputError when there is none, or no Polygraphy."""
+    """Return the library to check with. Raises InputError if there is none, or no Polygraphy."""
     found = next((library for library in (TENSORRT_RTX, TENSORRT) if library.installed), None)
     if found is None or importlib.util.find_spec("polygraphy") is None:
         raise InputError(
-            f"--check asks Polygraphy and a TensorRT library, which are not installed; {TENSORRT_RTX.install}."
+            "--check needs Polygraphy and a TensorRT library, which are not installed. Install them: "
+            f"{TENSORRT_RTX.install}."
         )
     return found
 
 
 def check_capability(files: Iterable[Path]) -> str:
-    """The library that takes every node of these ONNX files. Scail2Error with the nodes that it refuses."""
+    """Return title and version of the library, which supports every node of these ONNX files.
+
+    Raises Scail2Error with the nodes that it rejects."""
     library = parser_library()
     refused = [f"{file.name}: {node}" for file in files for node in refused_nodes(file, library)]
     if refused:
         more = f"; and {len(refused) - _LISTED} more" if len(refused) > _LISTED else ""
         raise Scail2Error(
-            f"{library.title} does not take the exported graphs: {'; '.join(refused[:_LISTED])}{more}. Without --check "
-            "the files are written all the same."
+            f"{library.title} rejects the exported graphs: {'; '.join(refused[:_LISTED])}{more}. Leave out --check to "
+            "write the files anyway."
         )
     return f"{library.title} {library.api().__version__}"
 
 
 def refused_nodes(file: Path, library: Library) -> list[str]:
-    """Operator, node and reason of each node that is refused. Scail2Error when the file cannot be read."""
+    """Return operator, node and reason of each rejected node. Raises Scail2Error if the file cannot be read."""
     with tempfile.TemporaryDirectory(prefix="scail2-rt-check.") as scratch:
         done = subprocess.run(
             [sys.executable, "-c", _CALL, "inspect", "capability", str(file), "-o", scratch],

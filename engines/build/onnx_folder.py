@@ -1,9 +1,9 @@
 """`export-onnx`: a checkpoint as ONNX files for other tools, beside one file with all weights.
 
-Two layouts. `stages`: every engine stage, as an engine folder's `stages/` holds them. `monolithic`: the transformer as
-one graph (`export.onnx.monolithic`). Both refer to `weights.safetensors`, written tensor by tensor, so that memory
-does not depend on the model, and which also holds what the runtime keeps between the stages (`tables.…`). The graphs
-compute in the types of the precision flag, the form for TensorRT; ONNX Runtime on a CPU has no bf16.
+Two layouts. `stages`: every engine stage, as in an engine folder's `stages/`. `monolithic`: the transformer as one
+graph (`export.onnx.monolithic`). Both refer to `weights.safetensors`, which is written tensor by tensor, so that memory
+use does not depend on the model; it also holds the tables that the runtime uses between stages (`tables.…`). The graphs
+compute in the types of the chosen precision, as needed for TensorRT; ONNX Runtime on a CPU has no bf16.
 The folder appears when it is complete.
 """
 
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 Layout = Literal["stages", "monolithic"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 TRANSFORMER = "transformer.onnx"
-DISK_MARGIN = 1 << 26  # graphs, and what the file system needs
+DISK_MARGIN = 1 << 26  # for graphs and file system overhead
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxReport:
-    """What was written. graphs: file names, in run order; taken_by: the library whose parser takes them, if asked."""
+    """The result. graphs: file names, in run order; taken_by: the library that accepted the graphs, if checked."""
 
     directory: str
     layout: Layout
@@ -65,7 +65,7 @@ class OnnxReport:
 
 @dataclass(frozen=True, slots=True)
 class _Export:
-    """What goes into the folder, all of it known before a weight is read."""
+    """The contents of the folder, known before a weight is read."""
 
     config: ModelConfig
     precision: Precision
@@ -88,16 +88,15 @@ def export_onnx(
 ) -> OnnxReport:
     """Write the graphs and the weights of a checkpoint to the new folder `output`.
 
-    The monolithic layout needs only the transformer of the checkpoint. InputError: an output that is there already, a
-    disk without room, a LoRA that does not fit, a tensor that is missing. Scail2Error: a value that the precision
-    cannot hold, a disk that fills up; with `check`, nodes that a TensorRT library refuses. After an error nothing is
-    left behind."""
+    The monolithic layout needs only the transformer of the checkpoint. Raises InputError for an existing output, too
+    little disk space, a LoRA that does not fit, or a missing tensor; Scail2Error for a value that the precision cannot
+    represent, a full disk, or, with `check`, nodes that a TensorRT library rejects. After an error no files remain."""
     started = time.monotonic()
     if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}.")
+        raise InputError(f"layout {layout!r} is unknown. Use one of {', '.join(LAYOUTS)}.")
     output = output.expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"the output {output} exists and is not an empty folder; name a new folder with -o.")
+        raise InputError(f"the output {output} exists and is not an empty folder. Name a new folder with -o.")
     if check:
         parser_library()
     chosen: Layout = "stages" if layout == "stages" else "monolithic"
@@ -111,7 +110,7 @@ def export_onnx(
         size = sum(file.stat().st_size for file in partial.iterdir())
         os.replace(partial, output)
     except OSError as error:
-        raise Scail2Error(f"{output} cannot be written: {error.strerror}; check space and rights.") from error
+        raise Scail2Error(f"{output} cannot be written: {error.strerror}. Check space and permissions.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return OnnxReport(
@@ -128,7 +127,7 @@ def export_onnx(
 
 
 def _distinct(export: _Export, folder: Path, graphs: tuple[str, ...]) -> list[Path]:
-    """Of each family one graph: the others have the same nodes."""
+    """Return one graph per family: the others have the same nodes."""
     families: dict[str, Path] = {}
     for graph in graphs:
         definition = export.definitions.get(graph.removesuffix(".onnx"))
@@ -141,7 +140,7 @@ def _plan(
 ) -> _Export:
     sources: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}
     if "dit" not in sources and (loras or layout == "monolithic"):
-        raise InputError(f"{checkpoint.path} has no transformer, which this export needs.")
+        raise InputError(f"{checkpoint.path} has no transformer, which this export needs. Use another checkpoint.")
     if loras:
         from scail2_rt.export.checkpoint.lora import apply_loras
 
@@ -157,14 +156,14 @@ def _plan(
 
 
 def _make_room(partial: Path, needed: int) -> None:
-    """Make the folder that is filled; InputError when its disk has too little room."""
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    """Create the folder to write to. Raises InputError if its disk has too little space."""
+    shutil.rmtree(partial, ignore_errors=True)  # left by a call that was killed
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
     if free < needed + DISK_MARGIN:
         raise InputError(
             f"the export needs {(needed + DISK_MARGIN) / 2**30:.2f} GiB on the disk of {partial.parent}, which has "
-            f"{free / 2**30:.2f} GiB free; free some space or choose another folder with -o."
+            f"{free / 2**30:.2f} GiB free. Free some space or choose another folder with -o."
         )
 
 
@@ -191,7 +190,7 @@ def _bytes(keys: StageTensors) -> int:
 
 
 def _write_graphs(export: _Export, layout: Layout, folder: Path, observer: BuildObserver) -> tuple[str, ...]:
-    """The graphs' file names. Each graph is checked as a file, its references included."""
+    """Write the graphs and return their file names. Each is checked as a file, including its references."""
     import onnx
 
     if layout == "monolithic" and export.config.dit is not None:

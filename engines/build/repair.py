@@ -1,9 +1,9 @@
-"""Mending a finished engine folder: sums for one that has none, and the stages that a check found damaged.
+"""Repair of a finished engine folder: add checksums to a folder without, and make damaged stages again.
 
-A damaged stage is converted again and written over its place in the store, which leaves every other byte as it is; its
-sums in the manifest stay, so that a repair that is killed half way is found again by the next check. Conversions repeat
-exactly; only sums of a LoRA depend on the machine, and then the manifest gets the new sums in the end. Files are made
-by what made them first: tables and tokenizer here, graphs and plans by their backend.
+A damaged stage is converted again and written over its place in the store; every other byte stays unchanged. Its
+checksums in the manifest stay too, so that the next check detects a repair that was killed halfway. Conversions are
+bit-identical; only results with a fused LoRA may depend on the machine, and then the manifest gets new checksums at the
+end. Other files are made as in a build: tables and tokenizer here, graphs and plans by their backend.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from scail2_rt.engines.folder.damage import Damage, find_damage, listed, sums_no
 from scail2_rt.engines.folder.journal import JOURNAL, Journal
 from scail2_rt.engines.folder.manifest import STAGES, TABLES, TOKENIZER, Artefact, Manifest, describe_command
 from scail2_rt.engines.folder.sources import hash_file
-from scail2_rt.engines.folder.store import STORE_NAME, StoreMender, SummingWriter
+from scail2_rt.engines.folder.store import STORE_NAME, StoreRepairer, SummingWriter
 from scail2_rt.engines.folder.sums import Sums, sum_of, sum_of_file
 from scail2_rt.engines.observer import BuildObserver, Phase
 from scail2_rt.engines.registry import backend
@@ -26,43 +26,43 @@ STORE = f"{STAGES}/{STORE_NAME}"
 
 
 @dataclass(frozen=True, slots=True)
-class Mended:
-    """The manifest as it is now (not written yet), and what was made again: stages and files by name."""
+class RepairResult:
+    """The new manifest (not written yet), and the names of the stages and files that were made again."""
 
     manifest: Manifest
     repaired: tuple[str, ...] = ()
     sums_added: bool = False
 
 
-def mend(plan: Plan, manifest: Manifest, observer: BuildObserver) -> Mended:
-    """Check a finished folder of this very request, and repair what is damaged. One without sums gets them.
+def repair_folder(plan: Plan, manifest: Manifest, observer: BuildObserver) -> RepairResult:
+    """Check a finished folder of the same request, and repair damage. A folder without checksums gets them.
 
-    InputError for a damaged folder without sums, which cannot say what is damaged."""
+    Raises InputError for a damaged folder without checksums, because the damage cannot be located."""
     if manifest.sums is None:
-        return Mended(_with_sums(plan, manifest, observer), sums_added=True)
+        return RepairResult(_with_sums(plan, manifest, observer), sums_added=True)
     sums, repaired = manifest.sums, dict[str, None]()
-    for _ in range(2):  # behind a damaged header more may be found
+    for _ in range(2):  # a damaged header may hide further damage
         damages = find_damage(plan.directory, manifest, sums, observer)
         if damages:
-            observer.note(f"damaged: {listed(damages)}; this alone is made again")
+            observer.note(f"damaged: {listed(damages)}; only this is made again")
             sums = _repair(plan, manifest, sums, damages, observer)
             repaired |= dict.fromkeys(damage.stage or damage.part for damage in damages)
         if not any(damage.kind == "header" for damage in damages):
             break
     if not repaired:
-        return Mended(manifest)
+        return RepairResult(manifest)
     changed = {STORE} if sums.tensors != manifest.sums.tensors else set[str]()
     changed |= {path for path, value in sums.files.items() if value != manifest.sums.files.get(path)}
     artefacts = tuple(_sealed(plan, a, observer) if a.path in changed else a for a in manifest.artefacts)
-    return Mended(dataclasses.replace(manifest, sums=sums, artefacts=artefacts), tuple(repaired))
+    return RepairResult(dataclasses.replace(manifest, sums=sums, artefacts=artefacts), tuple(repaired))
 
 
 def _with_sums(plan: Plan, manifest: Manifest, observer: BuildObserver) -> Manifest:
     wrong = [a.path for a in manifest.artefacts if _sealed(plan, a, observer) != a]
     if wrong:
         raise InputError(
-            f"{plan.directory} is damaged: {', '.join(wrong)} has another hash than the manifest, and the folder has "
-            "no checksums that would tell which stage it is. Rebuild it with: "
+            f"{plan.directory} is damaged: {', '.join(wrong)} has another hash than in the manifest, and the folder "
+            "has no checksums that would locate the stage. Rebuild it with: "
             f"{describe_command(manifest, plan.directory)}"
         )
     files = [artefact.path for artefact in manifest.artefacts if artefact.path != STORE]
@@ -82,11 +82,11 @@ def _sealed(plan: Plan, artefact: Artefact, observer: BuildObserver) -> Artefact
 
 
 def _repair(plan: Plan, manifest: Manifest, sums: Sums, damages: tuple[Damage, ...], observer: BuildObserver) -> Sums:
-    """Make again what is damaged → the sums of the folder, which are the old ones where everything repeats exactly."""
+    """Make damaged parts again → the folder's checksums, which are unchanged if the results are bit-identical."""
     if sum_of(plan.layout.header) != sums.header:
         raise InputError(
-            f"{plan.directory} is damaged: {listed(damages)}, and this version of scail2-rt lays the weight store out "
-            f"in another way. Rebuild it with: {describe_command(manifest, plan.directory)}"
+            f"{plan.directory} is damaged: {listed(damages)}, and this version of scail2-rt uses another layout of the "
+            f"weight store. Rebuild it with: {describe_command(manifest, plan.directory)}"
         )
     stages = [stage for stage in plan.tensors if any(d.stage == stage and d.kind == "tensor" for d in damages)]
     header = any(damage.kind == "header" for damage in damages)
@@ -103,25 +103,25 @@ def _repair(plan: Plan, manifest: Manifest, sums: Sums, damages: tuple[Damage, .
 
 
 def _write_stages(plan: Plan, stages: list[str], header: bool, observer: BuildObserver) -> Mapping[str, str]:
-    """Write stages over their places in the store → the sums of their tensors."""
+    """Write stages over their places in the store → the checksums of their tensors."""
     phase = Phase(observer, "repair", {stage: plan.stage_bytes(stage) for stage in stages})
-    mender = StoreMender(plan.store, plan.layout)
-    summing = SummingWriter(mender)
+    writer = StoreRepairer(plan.store, plan.layout)
+    summing = SummingWriter(writer)
     try:
         if header:
-            mender.write_header()
+            writer.write_header()
         for stage in stages:
             step = phase.start(stage)
             plan.write_stage(summing, stage)
             phase.finish(step)
-        mender.finish()
+        writer.finish()
     finally:
-        mender.close()
+        writer.close()
     return summing.sums
 
 
 def _build_files(plan: Plan, name: str, files: set[str], observer: BuildObserver) -> None:
-    """Let a backend make those of its files again that are among these."""
+    """Make a backend build those of its files again that are in `files`."""
     maker = backend(name)
     damaged = tuple(stage for stage in plan.definitions if files & set(maker.files([stage])))
     if not damaged:

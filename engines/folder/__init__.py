@@ -1,1 +1,1 @@
-"""What lies in an engine folder: manifest, weight store, journal of unfinished work, hashes of sources."""
+"""The files of an engine folder: manifest, weight store, journal of unfinished work, hashes of sources, checksums."""

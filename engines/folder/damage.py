@@ -1,8 +1,8 @@
-"""Is everything in an engine folder what the build wrote? Every tensor and file is read and compared with its sum.
+"""Damage check of an engine folder: every tensor and file is read and compared with its checksum.
 
-`build-engines` repairs what is found, `verify`, `inspect` and `doctor` name it. Loading a stage asks the same about
-that stage alone (`StoreReader.check`, the loader of the torch backend). Files are read, not mapped: a disk that cannot
-give a page back is then a finding and not the end of the process.
+`build-engines` repairs damage; `verify`, `inspect` and `doctor` report it. Loading a stage checks that stage only
+(`StoreReader.check`, and the loader of the torch backend). Files are read, not mapped, so that a disk error is reported
+as damage instead of killing the process.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,14 +19,14 @@ from scail2_rt.engines.observer import BuildObserver, Phase, SilentObserver
 from scail2_rt.engines.registry import BACKENDS, installed
 from scail2_rt.engines.registry import backend as registered
 
-UNREADABLE = ""  # in place of a sum
-CHECK = "check"  # the phase that observers hear of
+UNREADABLE = ""  # in place of a checksum
+CHECK = "check"  # name of the phase for observers
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is not what the build wrote. stage: whose it is, "" for the header, tables and tokenizer; kind:
-    "tensor", "file" or "header" (of the weight store); name: of the tensor, or the file's path."""
+    """One damaged part. stage: its stage, "" for the header, tables and tokenizer; kind: "tensor", "file" or "header"
+    (of the weight store); name: of the tensor, or the file's path."""
 
     stage: str
     kind: str
@@ -35,7 +35,7 @@ class Damage:
 
     @property
     def part(self) -> str:
-        """In words."""
+        """The part in words."""
         named = HEADER if self.kind == "header" else f"{self.kind} {self.name}"
         return named if self.readable else f"{named}, which cannot be read,"
 
@@ -45,8 +45,8 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a check of a whole folder found. parts: how many tensors and files were compared; remedy: the command that
-    repairs, or that adds the sums of a folder without any (checked False)."""
+    """Result of checking a complete folder. parts: number of compared tensors and files; remedy: the command that
+    repairs, or that adds checksums to a folder without (checked False)."""
 
     directory: Path
     checked: bool
@@ -56,19 +56,19 @@ class Health:
 
     @property
     def text(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         if not self.checked:
             return no_sums(self.directory, self.remedy)
         if not self.damages:
-            return f"{self.parts} tensors and files have the checksums that the build gave them"
+            return f"{self.parts} tensors and files have the checksums recorded by the build"
         first = self.damages[0]
         if len(self.damages) == 1:
             return sentence(self.directory, first.stage, first.part, self.remedy)
-        return f"{self.directory} is damaged: {listed(self.damages)}. Repair that alone with: {self.remedy}"
+        return f"{self.directory} is damaged: {listed(self.damages)}. Repair only this with: {self.remedy}"
 
 
 def listed(damages: Iterable[Damage]) -> str:
-    """A stage is named once, with the first of its parts."""
+    """List damages in words; each stage is named once, with the first of its parts."""
     by_stage: dict[str, list[Damage]] = {}
     for damage in damages:
         by_stage.setdefault(damage.stage or damage.part, []).append(damage)
@@ -79,16 +79,16 @@ def listed(damages: Iterable[Damage]) -> str:
 
 
 def no_sums(directory: Path, remedy: str) -> str:
-    """The warning of a folder without sums."""
+    """Return the warning for a folder without checksums."""
     return (
-        f"{directory} has no checksums, so damaged weights would not be noticed; add them, without a new build, with: "
+        f"{directory} has no checksums, so damaged weights would not be noticed. Add them, without rebuilding, with: "
         f"{remedy}"
     )
 
 
 def repair_command(manifest: Manifest, directory: Path, backend: str | None = None) -> str:
-    """The command that repairs, or adds sums: one executor of the folder is enough for it, the one in use if known,
-    else one that every machine with its library can build."""
+    """Return the command that repairs, or adds checksums. One backend of the folder is enough: `backend` if given, else
+    one that can be built on this machine, preferably without a GPU."""
     if backend is None:
         usable = [name for name in manifest.backends if name in BACKENDS and installed(name)]
         backend = min([*usable, *manifest.backends], key=lambda name: name not in usable or registered(name).needs_gpu)
@@ -96,7 +96,7 @@ def repair_command(manifest: Manifest, directory: Path, backend: str | None = No
 
 
 def check_health(directory: Path, manifest: Manifest, observer: BuildObserver | None = None) -> Health:
-    """Read a folder whose files have the right sizes, and compare."""
+    """Read a folder whose files have the right sizes, and compare checksums."""
     remedy = repair_command(manifest, directory)
     if manifest.sums is None:
         return Health(directory, False, 0, (), remedy)
@@ -107,7 +107,7 @@ def check_health(directory: Path, manifest: Manifest, observer: BuildObserver | 
 def find_damage(
     directory: Path, manifest: Manifest, sums: Sums, observer: BuildObserver | None = None
 ) -> tuple[Damage, ...]:
-    """Everything that differs from `sums`. With a damaged header no tensor can be found, and none is looked for."""
+    """Return everything that differs from `sums`. With a damaged header no tensor can be checked."""
     if sum_of(read_header(directory / STAGES / STORE_NAME)) != sums.header:
         return (Damage("", "header"),)
     found = sums_now(directory, sums.files, observer)
@@ -125,8 +125,8 @@ def _stage_of(name: str, stages: Iterable[str]) -> str:
 
 
 def sums_now(directory: Path, files: Iterable[str], observer: BuildObserver | None = None) -> Sums:
-    """The sums of a store with a good header and of these files, as they are on disk, UNREADABLE where they cannot be
-    read. One step of the phase `check`, by several threads."""
+    """Compute the checksums of a store with a valid header and of these files, as they are on disk; UNREADABLE where a
+    part cannot be read. One step of the phase `check`, in several threads."""
     store = StoreReader(directory / STAGES / STORE_NAME)
     sizes = {file: (directory / file).stat().st_size if (directory / file).is_file() else 0 for file in files}
     phase = Phase(observer or SilentObserver(), CHECK, {str(directory): store.layout.size + sum(sizes.values())})

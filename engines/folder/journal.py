@@ -1,9 +1,8 @@
-"""What unfinished work has done so far, so that the next call goes on from there.
+"""The journal of unfinished work, from which the next call continues.
 
-`.build.json` in an engine folder (a conversion and a download have one of their own) holds the fingerprint of the
-request, the steps that are on disk, the sums of what they wrote, and the hashes of source files that were made on the
-way. It is replaced atomically after each step and removed when the work is done. A journal of another request is worth
-nothing but its hashes.
+`.build.json` in an engine folder (conversions and downloads have similar files) holds the fingerprint of the request,
+the steps that are on disk, the checksums of what they wrote, and hashes of source files. It is replaced atomically
+after each step and removed when the work is done. From a journal of another request, only the hashes are used.
 """
 
 import dataclasses
@@ -17,18 +16,18 @@ JOURNAL = ".build.json"
 
 
 class Journal:
-    """The journal in one file; reading never fails: a damaged journal is an empty one."""
+    """The journal in one file. Reading never fails: a damaged journal counts as empty."""
 
     def __init__(self, path: Path, fingerprint: str = "", done: Iterable[str] = ()) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.done = list(done)
         self.hashed: list[SourceFile] = []
-        self.sums: dict[str, str] = {}  # tensor → sum
+        self.sums: dict[str, str] = {}  # tensor → checksum
 
     @classmethod
     def load(cls, directory: Path) -> "Journal":
-        """The journal of an engine folder."""
+        """Read the journal of an engine folder."""
         return cls.read(directory / JOURNAL)
 
     @classmethod
@@ -45,7 +44,8 @@ class Journal:
         return journal
 
     def begin(self, fingerprint: str, afresh: bool = False) -> bool:
-        """Take up the request; False when the known steps are not of it (or not wanted) and are forgotten."""
+        """Start or continue a request. Returns False, and forgets the known steps, if they belong to another request or
+        `afresh` is set."""
         same = fingerprint == self.fingerprint and not afresh
         if not same:
             self.fingerprint, self.done, self.sums = fingerprint, [], {}
@@ -80,7 +80,7 @@ class Journal:
         )
 
     def remove_if_idle(self) -> None:
-        """Remove a journal that holds nothing but hashes: the manifest has them now."""
+        """Remove a journal that holds only hashes: the manifest has them now."""
         if not self.done:
             self.remove()
 

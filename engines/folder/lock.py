@@ -1,9 +1,9 @@
-"""One writer a place: a second one is refused, and a killed one blocks nobody.
+"""One writer per folder: a second writer is refused, and a killed writer blocks nobody.
 
-The lock is the operating system's, on a small file in or beside what is written, and ends with the process that holds
-it. What such a process leaves behind is a file of no meaning. The holder removes the file before it lets go of it:
-whoever has opened it by then finds that it has no name any more, and does not take it for the lock. A file system
-without locks (some network mounts) is written to all the same, with one sentence about it.
+The lock is an operating-system lock on a small file in or beside the output; it ends with the process that holds it. A
+file left by a killed process has no effect. The holder removes the file before it releases the lock: a process that has
+already opened it detects that the file has no name any more, and does not use it as the lock. A file system without
+locks (some network mounts) is written to without one, after a warning.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from filelock import FileLock, Timeout
 from scail2_rt.kernels.errors import InputError
 
 LOCK = ".scail2-rt.lock"
-PATIENCE_S = 0.2  # for who has just ended, or only looks
+PATIENCE_S = 0.2  # wait for a holder that is about to end, or that only checks
 
 
 @contextlib.contextmanager
 def alone(folder: Path, refusal: str, note: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of an existing folder. InputError with `refusal` when another holds it; `note` hears it when the
+    """Hold the lock of an existing folder. Raises InputError with `refusal` if another holds it; calls `note` if the
     folder cannot be locked."""
 
     def unlocked(reason: str) -> None:
-        note(f"{folder} cannot be locked ({reason}): let nothing else write to it meanwhile")
+        note(f"{folder} cannot be locked ({reason}). Do not let another program write to it meanwhile.")
 
     with held(folder / LOCK, refusal, unlocked):
         yield
@@ -32,9 +32,9 @@ def alone(folder: Path, refusal: str, note: Callable[[str], None]) -> Iterator[N
 
 @contextlib.contextmanager
 def held(path: Path, refusal: str, unlocked: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock that this file is, in a folder that exists. InputError with `refusal` when another process, or
-    another thread of this one, holds it; `unlocked` hears why it cannot be locked at all."""
-    # without flock the package would make a mark of its own, which stays when its process is killed
+    """Hold the lock file `path`, in an existing folder. Raises InputError with `refusal` if another process or thread
+    holds it; calls `unlocked` with the reason if locking is not possible."""
+    # without flock, the package would fall back to a marker file, which remains when its process is killed
     lock = FileLock(path, timeout=PATIENCE_S, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -51,7 +51,7 @@ def held(path: Path, refusal: str, unlocked: Callable[[str], None]) -> Iterator[
 
 
 def refuse_if_held(path: Path, refusal: str) -> None:
-    """InputError with `refusal` when somebody holds the lock now. Nothing is made where there is no lock file."""
+    """Raise InputError with `refusal` if the lock is held now. Without a lock file, nothing is created."""
     if path.is_file():
         with held(path, refusal, lambda reason: None):
             return

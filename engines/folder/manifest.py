@@ -1,9 +1,9 @@
-"""The manifest of an engine folder: everything that its engines depend on, and what lies in the folder.
+"""The manifest of an engine folder: everything that its engines depend on, and the files in the folder.
 
-A folder is valid when it has a manifest; it is written last and atomically. Opening compares it with the definitions of
-the running version and with the files on disk; building compares it with what is asked for. A difference names the
-field, both values and the command that repairs it. Source files are hashed once: the hash is kept with size and
-modification time, and a file whose two have not changed is not read again.
+A folder is valid if it has a manifest, which is written last and atomically. Opening compares it with the definitions
+of the running version and with the files on disk; building compares it with the request. A difference names the field,
+both values and the command that repairs it. Source files are hashed once: the hash is kept with size and modification
+time, and a file is not read again while both are unchanged.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from scail2_rt.kernels.errors import InputError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STAGES = "stages"
-KERNELS = "kernels"  # what the GPU's kernels were compiled to; made again when missing
+KERNELS = "kernels"  # compiled GPU kernels; made again if missing
 TABLES = "tables.safetensors"
 TOKENIZER = "tokenizer/tokenizer.json"
-_OPTIONS = {"umt5": "t5"}  # components whose command-line option has another name
+_OPTIONS = {"umt5": "t5"}  # components whose command-line option has a different name
 _CONFIGS: dict[str, Any] = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of the checkpoint. `path` is absolute, or "memory"; mtime_ns and size say when a hash is stale."""
+    """One file of the checkpoint. `path` is absolute, or "memory"; a hash is valid while mtime_ns and size agree."""
 
     component: str
     path: str
@@ -46,8 +46,8 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class LoRARecord:
-    """One fused LoRA file. config: PEFT's configuration of it, if any; distilled: by what it is known to be
-    step-distilled, None when it is not."""
+    """One fused LoRA file. config: its PEFT configuration file, if any; distilled: how it was recognised as
+    step-distilled, None if it is not."""
 
     file: SourceFile
     strength: float
@@ -60,7 +60,7 @@ class LoRARecord:
 
     @property
     def identity(self) -> tuple[tuple[str, ...], float]:
-        """What decides its share in the weights."""
+        """Everything that determines its effect on the weights."""
         return tuple(file.sha256 for file in self.files), self.strength
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class LoRARecord:
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """Name and signature of a stage, in the types of the folder's precision, and the bytes of its weights."""
+    """Name and signature of a stage in the types of the folder's precision, and the bytes of its weights."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -80,8 +80,7 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorRecord:
-    """An executor built into the folder: library versions, and what it was built for, if any: a GPU, or architectures
-    ("sm89")."""
+    """A backend built into the folder: library versions, and its target GPU or architectures ("sm89"), if any."""
 
     backend: str
     versions: dict[str, str]
@@ -100,7 +99,7 @@ class Artefact:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What decides the weights of a folder: one folder, one identity."""
+    """Everything that determines the weights of a folder: one folder, one identity."""
 
     config: ModelConfig
     precision: Precision
@@ -109,7 +108,7 @@ class Identity:
 
     @property
     def sources(self) -> dict[str, tuple[str, ...]]:
-        """Component → SHA-256 of its files."""
+        """Component → SHA-256 of each of its files."""
         found: dict[str, tuple[str, ...]] = {}
         for file in self.files:
             found[file.component] = (*found.get(file.component, ()), file.sha256)
@@ -118,7 +117,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `manifest.json` says. sums: None in a folder of a version that made none, or made them in another way."""
+    """The contents of `manifest.json`. sums: None if the folder's version made no checksums, or another kind."""
 
     identity: Identity
     checkpoint: str
@@ -149,18 +148,18 @@ class Manifest:
 
 
 class Difference(NamedTuple):
-    """A field in which a folder is not what is asked for."""
+    """A field in which a folder differs from the request."""
 
     field: str
     have: str
     want: str
 
     def __str__(self) -> str:
-        return f"{self.field}: the folder has {self.have}, asked for is {self.want}"
+        return f"{self.field}: the folder has {self.have}, the request is {self.want}"
 
 
 def differences(manifest: Manifest, wanted: Identity) -> list[Difference]:
-    """Every field in which the folder's identity differs from the wanted one; empty when they agree."""
+    """Return every field in which the folder's identity differs from the wanted one; empty if they agree."""
     have = manifest.identity
     found = []
     if have.precision != wanted.precision:
@@ -195,8 +194,8 @@ def _loras(loras: Iterable[LoRARecord]) -> str:
 
 
 def describe_command(manifest: Manifest, directory: Path, backend: str | None = None) -> str:
-    """The command that rebuilds this folder for those of its executors that this machine can build (all of them if it
-    can build none), or that adds `backend` to it. Options of plans are named where one command can hold them."""
+    """Return the command that rebuilds this folder for those of its backends that this machine can build (all of them
+    if it can build none), or that adds `backend` to it. Options of plans are included if one command can hold them."""
     from scail2_rt.engines.registry import backend as registered
     from scail2_rt.engines.registry import buildable
 
@@ -219,8 +218,7 @@ def describe_command(manifest: Manifest, directory: Path, backend: str | None = 
 
 @dataclass(frozen=True, slots=True)
 class BuildCommand:
-    """A call of `scail2-rt build-engines`. loras: (file, strength); overrides: part of the checkpoint → its path;
-    plan_words: options of plans."""
+    """A `scail2-rt build-engines` command. loras: (file, strength); overrides: component → path; plan_words: flags."""
 
     checkpoint: str
     directory: Path
@@ -234,7 +232,7 @@ class BuildCommand:
 
     @property
     def line(self) -> str:
-        """Quoted for a shell, and good in every folder."""
+        """The command line, quoted for a shell, with absolute paths."""
         words = ["scail2-rt", "build-engines", self.checkpoint]
         for component, path in self.overrides.items():
             words += [f"--{_OPTIONS.get(component, component)}", path]
@@ -250,19 +248,19 @@ class BuildCommand:
 
 
 def check_folder(
-    directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition], mending: bool = False
+    directory: Path, manifest: Manifest, definitions: Mapping[str, StageDefinition], repairing: bool = False
 ) -> None:
-    """InputError when a stage or a file is not what the manifest and this version say. mending: a file that the next
-    step makes again may be missing or cut short: any with a sum, which is all but the weight store."""
-    fault, mendable = _stage_fault(manifest, definitions), False
-    if fault is None and (found := _file_fault(directory, manifest, mending)) is not None:
+    """Raise InputError if a stage or a file does not match the manifest and this version. repairing: the next step
+    repairs, so files with a checksum (all but the weight store) may be missing or truncated."""
+    fault, repairable = _stage_fault(manifest, definitions), False
+    if fault is None and (found := _file_fault(directory, manifest, repairing)) is not None:
         path, fault = found
-        mendable = manifest.sums is not None and path in manifest.sums.files
+        repairable = manifest.sums is not None and path in manifest.sums.files
     if fault is not None:
-        if mendable:
+        if repairable:
             from scail2_rt.engines.folder.damage import repair_command
 
-            what = f"Repair that alone with: {repair_command(manifest, directory)}"
+            what = f"Repair only this with: {repair_command(manifest, directory)}"
         else:
             what = f"Rebuild it with: {describe_command(manifest, directory)}"
         raise InputError(f"{directory} does not match: {fault}. {what}")
@@ -288,11 +286,11 @@ def _show(specs: Iterable[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {_dtype_name(s.dtype)} [{', '.join(map(str, s.dims))}]" for s in specs)
 
 
-def _file_fault(directory: Path, manifest: Manifest, mending: bool) -> tuple[str, str] | None:
-    """The first file that is not there in its size, and what is wrong with it."""
+def _file_fault(directory: Path, manifest: Manifest, repairing: bool) -> tuple[str, str] | None:
+    """Return the first file that is missing or has a wrong size, and the fault in words."""
     for artefact in manifest.artefacts:
         path = directory / artefact.path
-        if mending and manifest.sums is not None and artefact.path in manifest.sums.files:
+        if repairing and manifest.sums is not None and artefact.path in manifest.sums.files:
             continue
         has = f"file {artefact.path}: the manifest has {artefact.size} bytes, the file"
         if not path.is_file():
@@ -303,26 +301,26 @@ def _file_fault(directory: Path, manifest: Manifest, mending: bool) -> tuple[str
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a folder; InputError when there is none, or it is damaged or of another format version."""
+    """Read a folder's manifest. Raises InputError if it is missing, damaged or of another format version."""
     path = directory / MANIFEST
     try:
         document = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{directory} is not a finished engine folder: it has no {MANIFEST}; {_build_hint(directory)}"
+            f"{directory} is not a finished engine folder: it has no {MANIFEST}. {_build_hint(directory)}"
         ) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; {_rebuild_hint(directory)}") from error
+        raise InputError(f"{path} cannot be read: {error}. {_rebuild_hint(directory)}") from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path}: field format_version is {version}, this version of scail2-rt needs {FORMAT_VERSION}; "
+            f"{path}: field format_version is {version}, this version of scail2-rt needs {FORMAT_VERSION}. "
             f"{_rebuild_hint(directory)}"
         )
     try:
         return _decode(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {_reason(error)}; {_rebuild_hint(directory)}") from error
+        raise InputError(f"{path} is damaged: {_reason(error)}. {_rebuild_hint(directory)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -330,24 +328,24 @@ def _reason(error: Exception) -> str:
 
 
 def _build_hint(directory: Path) -> str:
-    """How to make a folder that has no manifest. A folder with other files in it would be refused."""
+    """Say how to build a folder that has no manifest. A folder with other files in it would be refused."""
     other = directory.is_dir() and any(directory.iterdir()) and not (directory / ".build.json").exists()
     place = "ENGINES" if other or directory.is_file() else shlex.quote(str(directory.absolute()))
-    return f"build {'one' if place == 'ENGINES' else 'it'} with: scail2-rt build-engines CHECKPOINT -o {place}"
+    return f"Build {'one' if place == 'ENGINES' else 'it'} with: scail2-rt build-engines CHECKPOINT -o {place}"
 
 
 def _rebuild_hint(directory: Path) -> str:
     place = shlex.quote(str(directory.absolute()))
-    return f"rebuild with: scail2-rt build-engines CHECKPOINT -o {place} --rebuild"
+    return f"Rebuild it with: scail2-rt build-engines CHECKPOINT -o {place} --rebuild"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write atomically: the folder is valid from this moment on."""
+    """Write the manifest atomically: the folder becomes valid."""
     write_json(directory / MANIFEST, encode(manifest))
 
 
 def write_json(path: Path, document: object) -> None:
-    """Replace a file atomically; it survives a crash of the machine."""
+    """Replace a file atomically and durably (it survives a crash of the machine)."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:
         json.dump(document, file, indent=1)
@@ -357,7 +355,7 @@ def write_json(path: Path, document: object) -> None:
 
 
 def encode(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as a JSON document."""
+    """Convert the manifest to a JSON document."""
     identity = manifest.identity
     sums = {} if manifest.sums is None else {"sums": {"kind": KIND, **dataclasses.asdict(manifest.sums)}}
     return {
@@ -395,7 +393,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _decode(document: dict[str, Any]) -> Manifest:
     if document["precision"] not in PRECISIONS:
-        raise ValueError(f"field precision is {document['precision']!r}, known are {', '.join(PRECISIONS)}")
+        raise ValueError(f"field precision is {document['precision']!r}, not one of {', '.join(PRECISIONS)}")
     identity = Identity(
         config=_decode_config(document["model"]),
         precision=document["precision"],
@@ -425,7 +423,7 @@ def _decode_sums(sums: dict[str, Any] | None) -> Sums | None:
 
 
 def _decode_lora(lora: dict[str, Any]) -> LoRARecord:
-    config = lora.get("config")  # folders of earlier versions have neither this nor `distilled`
+    config = lora.get("config")  # absent in folders of earlier versions, like `distilled`
     return LoRARecord(
         SourceFile(**lora["file"]), lora["strength"], SourceFile(**config) if config else None, lora.get("distilled")
     )

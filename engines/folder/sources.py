@@ -1,8 +1,8 @@
-"""Hashes of the files that a build reads, so that an engine folder knows whether it still belongs to them.
+"""Hashes of the files that a build reads, to detect whether an engine folder still matches them.
 
-A real checkpoint has 80 GB: each file is hashed once. The hash is kept with path, size and modification time, in the
-journal of an unfinished build and in the manifest of a finished one, and is trusted while those three agree.
-Sources that have no file (fixtures in memory) are hashed by content.
+A real checkpoint has 80 GB, so each file is hashed once. The hash is kept with path, size and modification time in the
+journal of an unfinished build and in the manifest of a finished one, and is valid while all three agree. Sources
+without a file (fixtures in memory) are hashed by content.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Group = tuple[str, tuple[Path, ...]]  # component, its files
 
 
 def hash_file(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of a file, as hex digits; `advance` hears the bytes done so far."""
+    """Return the SHA-256 of a file as hex digits; `advance` is called with the bytes done so far."""
     digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -38,7 +38,7 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda done: None) ->
 
 
 def hash_tensors(source: "TensorSource") -> str:
-    """SHA-256 over names, types, shapes and values of a source."""
+    """Return the SHA-256 over names, types, shapes and values of a source."""
     digest = hashlib.sha256()
     for name in sorted(source.keys()):
         tensor = source.get(name)
@@ -50,8 +50,8 @@ def hash_tensors(source: "TensorSource") -> str:
 def file_groups(
     sources: Mapping[str, "TensorSource"], tokenizer: Path | None, loras: Iterable[tuple[Path, ...]]
 ) -> list[Group]:
-    """(component, its files) in a fixed order: the checkpoint's parts, the tokenizer, the LoRAs one by one, each with
-    its configuration."""
+    """Return (component, its files) in a fixed order: the checkpoint's components, the tokenizer, and each LoRA with
+    its configuration file."""
     groups: list[Group] = [(name, tuple(sources[name].files)) for name in sorted(sources)]
     if tokenizer is not None:
         groups.append((TOKENIZER_PART, (tokenizer,)))
@@ -65,8 +65,8 @@ def hash_sources(
     observer: BuildObserver,
     remember: Callable[[SourceFile], None],
 ) -> list[SourceFile]:
-    """A record of every file, in the order of `groups`. What is `known` of an unchanged file is not made again;
-    `remember` gets each record that was. InputError for a file that cannot be read."""
+    """Return a record of every file, in the order of `groups`. Records in `known` of unchanged files are reused; each
+    new record is passed to `remember`. Raises InputError for a file that cannot be read."""
     hashes = {(file.path, file.size, file.mtime_ns): file.sha256 for file in known}
     keys = {path: _state(path) for _, paths in groups for path in paths}
     phase = Phase(observer, "hash", {key[0]: key[1] for key in keys.values() if key not in hashes})
@@ -100,4 +100,4 @@ def _state(path: Path) -> tuple[str, int, int]:
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be read: {error.strerror}; check that the file is there and may be read.")
+    return InputError(f"{path} cannot be read: {error.strerror}. Check that it exists and that you may read it.")

@@ -1,11 +1,11 @@
-"""The weight store: every tensor of every stage in one safetensors file, shared by all executors of an engine folder.
+"""The weight store: every tensor of every stage in one safetensors file, shared by all backends of an engine folder.
 
 The file is written in place. All names, types and shapes are known before a weight is read (stage modules on the meta
-device), so the header comes first and each tensor has its final offset; a build that is interrupted leaves a `.partial`
-file whose finished stages stay valid. Tensors lie in descending element size, then stage order: no holes (the format
-forbids them) and every tensor is aligned to its element size. The header is padded so that data starts on a page.
-ONNX files point into the store by absolute offset. Reading is a read-only shared mapping: no copy, and no commit
-charge, so a store larger than the memory of the machine can be opened.
+device), so the header comes first and each tensor has its final offset; an interrupted build leaves a `.partial` file
+whose finished stages remain valid. Tensors are ordered by descending element size, then by stage: this leaves no gaps
+(the format forbids them) and aligns every tensor to its element size. The header is padded so that data starts on a
+page. ONNX files refer to the store by absolute offset. Reading uses a read-only shared mapping: no copy and no commit
+charge, so a store larger than the host memory can be opened.
 """
 
 import json
@@ -27,8 +27,8 @@ from scail2_rt.kernels.errors import InputError
 
 STORE_NAME = "weights.safetensors"
 PAGE = 4096
-READ_BLOCK = 1 << 20  # bytes that are read at once when only their sum is wanted: they stay in the processor's cache
-HEADER_LIMIT = 100 << 20  # of the safetensors format
+READ_BLOCK = 1 << 20  # bytes per read when only a checksum is needed: they stay in the processor's cache
+HEADER_LIMIT = 100 << 20  # limit of the safetensors format
 CHECKERS = 4
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -47,7 +47,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Location(NamedTuple):
-    """Where one tensor lies: absolute file offset and length in bytes, element type, shape."""
+    """Location of one tensor: absolute file offset and length in bytes, element type, shape."""
 
     offset: int
     length: int
@@ -56,7 +56,7 @@ class Location(NamedTuple):
 
 
 class TensorShape(NamedTuple):
-    """Type and shape of a tensor that is still to be written."""
+    """Type and shape of a tensor to be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class TensorShape(NamedTuple):
 
 
 class StoreLayout:
-    """Names to locations, in file order, and the header that says so."""
+    """Tensor names and locations, in file order, and the file's header."""
 
     def __init__(self, locations: Mapping[str, Location], header: bytes) -> None:
         self._locations = dict(locations)
@@ -78,7 +78,7 @@ class StoreLayout:
 
     @classmethod
     def plan(cls, tensors: Mapping[str, TensorShape], metadata: Mapping[str, str] | None = None) -> "StoreLayout":
-        """Lay out `tensors` (in stage order). Deterministic: equal tensors and metadata give an equal file."""
+        """Lay out `tensors` (in stage order). Deterministic: equal tensors and metadata give an identical file."""
         order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: stage order within a size
         entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         relative: dict[str, Location] = {}
@@ -99,7 +99,7 @@ class StoreLayout:
 
     @classmethod
     def read(cls, path: Path) -> "StoreLayout":
-        """The layout of a file on disk; InputError when it is no safetensors file or is cut short."""
+        """Read the layout of a file. Raises InputError if it is not a safetensors file or is truncated."""
         try:
             actual = path.stat().st_size
             header = read_header(path)
@@ -115,10 +115,10 @@ class StoreLayout:
                 if name != "__metadata__"
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read as a weight store: {error}; rebuild the engine folder.") from error
+            raise InputError(f"{path} cannot be read as a weight store: {error}. Rebuild the engine folder.") from error
         layout = cls(dict(sorted(locations.items(), key=lambda item: item[1].offset)), header)
         if actual != layout.size:
-            raise InputError(f"{path} has {actual} bytes, its header says {layout.size}; rebuild the engine folder.")
+            raise InputError(f"{path} has {actual} bytes, its header says {layout.size}. Rebuild the engine folder.")
         return layout
 
     @property
@@ -127,39 +127,39 @@ class StoreLayout:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
+        """Bytes of the complete file."""
         return max((place.offset + place.length for place in self._locations.values()), default=len(self.header))
 
     def location(self, name: str) -> Location:
-        """(offset, length, dtype, shape) of a tensor; InputError when the store has no such tensor."""
+        """Return (offset, length, dtype, shape) of a tensor. Raises InputError if the store does not have it."""
         try:
             return self._locations[name]
         except KeyError:
-            raise InputError(f"the weight store has no tensor {name}; rebuild the engine folder.") from None
+            raise InputError(f"the weight store has no tensor {name}. Rebuild the engine folder.") from None
 
     def stage_bytes(self, stage: str) -> int:
-        """Bytes of all tensors called `<stage>.…`."""
+        """Return the bytes of all tensors named `<stage>.…`."""
         return sum(place.length for name, place in self._locations.items() if name.startswith(f"{stage}."))
 
 
 def read_header(path: Path) -> bytes:
-    """The header of a safetensors file with its length, as the file has them."""
+    """Read the header of a safetensors file, including its 8-byte length."""
     with path.open("rb") as file:
         prefix = file.read(8)
         return prefix + file.read(min(int.from_bytes(prefix, "little"), HEADER_LIMIT))
 
 
 class TensorWriter(Protocol):
-    """What the conversion of a checkpoint writes to."""
+    """Destination of the conversion of a checkpoint."""
 
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
         """Write `data` (any shape, of the tensor's type) from element `start` of the tensor `name` on."""
 
 
 class StoreWriter:
-    """Writes tensors at their places in `<path>.partial`; `finish()` gives the file its name.
+    """Writes tensors at their offsets in `<path>.partial`; `finish()` renames the file.
 
-    A partial file with the same header is continued, any other is started afresh; `resumed` says which."""
+    A partial file with the same header is continued, any other is started again; `resumed` tells which."""
 
     def __init__(self, path: Path, layout: StoreLayout) -> None:
         self.path, self.layout = path, layout
@@ -182,7 +182,7 @@ class StoreWriter:
         _write_tensor(self._file, self.layout.location(name), name, data, start)
 
     def flush(self) -> None:
-        """What was written survives a crash of the machine from here on."""
+        """Make everything written so far survive a crash of the machine."""
         os.fsync(self._file)
 
     def finish(self) -> None:
@@ -196,23 +196,23 @@ class StoreWriter:
             self._file = -1
 
 
-class StoreMender:
-    """Writes tensors over their places in a finished store: what a build that is killed meanwhile leaves of them is
-    still not what their sums say."""
+class StoreRepairer:
+    """Overwrites tensors in place in a finished store. If a build is killed meanwhile, the unfinished tensors do not
+    match their checksums, so the next check finds them."""
 
     def __init__(self, path: Path, layout: StoreLayout) -> None:
         self.layout = layout
         self._file = os.open(path, os.O_RDWR)
 
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
-        """As `StoreWriter.write`."""
+        """Write as `StoreWriter.write`."""
         _write_tensor(self._file, self.layout.location(name), name, data, start)
 
     def write_header(self) -> None:
         _write_at(self._file, memoryview(self.layout.header), 0)
 
     def finish(self) -> None:
-        """What was written survives a crash of the machine from here on."""
+        """Make everything written so far survive a crash of the machine."""
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -220,8 +220,8 @@ class StoreMender:
 
 
 class SummingWriter:
-    """Writes tensors through another writer, and sums them. The parts of a tensor must come front to back; different
-    tensors may come from different threads."""
+    """Writes tensors through another writer and computes their checksums. The parts of a tensor must come in order;
+    different tensors may come from different threads."""
 
     def __init__(self, writer: TensorWriter) -> None:
         self._writer = writer
@@ -232,18 +232,18 @@ class SummingWriter:
             self._running[name] = RunningSum()
         running = self._running[name]
         if running.length != start * data.dtype.itemsize:
-            raise ValueError(f"{name}: element {start} was written out of order, so its sum is not known")
+            raise ValueError(f"{name}: element {start} was written out of order, so its checksum is not known")
         running.add(raw_bytes(data))
         self._writer.write(name, data, start)
 
     @property
     def sums(self) -> dict[str, str]:
-        """Tensor → sum, of everything that was written so far."""
+        """Tensor → checksum, for everything written so far."""
         return {name: running.hex for name, running in self._running.items()}
 
 
 def raw_bytes(data: Tensor) -> memoryview:
-    """The values of a tensor on the CPU as bytes, without a copy where they lie together."""
+    """Return the values of a CPU tensor as bytes, without a copy if it is contiguous."""
     raw: memoryview = data.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return raw
 
@@ -256,14 +256,14 @@ def _write_tensor(file: int, place: Location, name: str, data: Tensor, start: in
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:
-    """pwrite until all is written: one call moves at most 2 GiB."""
+    """Repeat pwrite until everything is written: one call writes at most 2 GiB."""
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
 
 
 class WeightStore(Protocol):
-    """Where engines find weights."""
+    """Source of an engine's weights."""
 
     layout: StoreLayout
 
@@ -279,7 +279,7 @@ class WeightStore(Protocol):
 class StoreReader:
     """A store mapped read-only. Tensors are views of the mapping: they must never be written to.
 
-    checker: of the folder that it lies in; None when nothing is to be checked. DamagedError for a damaged header."""
+    checker: the folder's checksums, None to check nothing. Raises DamagedError for a damaged header."""
 
     def __init__(self, path: Path, checker: SumChecker | None = None) -> None:
         self.path, self.checker = path, checker
@@ -290,34 +290,34 @@ class StoreReader:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._file = os.dup(file.fileno())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and says so
+            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and warns
             self._bytes: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
 
     def get(self, name: str) -> Tensor:
-        """The tensor, on the CPU, without a copy."""
+        """Return a tensor on the CPU, without a copy."""
         place = self.layout.location(name)
         if self._bytes is None:
             raise ValueError(f"{self.path} was closed")
         return self._bytes[place.offset : place.offset + place.length].view(place.dtype).view(place.shape)
 
     def stage(self, name: str, parameters: Iterable[str]) -> dict[str, Tensor]:
-        """Parameter name → tensor of one stage, which is checked when it is first asked for."""
+        """Return parameter name → tensor of one stage, which is checked on the first call."""
         self.check(name)
         return {parameter: self.get(f"{name}.{parameter}") for parameter in parameters}
 
     def read_into(self, name: str, start: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of a tensor from its byte `start` on, by reading the file: touching a fresh
-        mapping page by page is slower. InputError when the file has become shorter."""
+        """Fill `target` with the bytes of a tensor from its byte `start` on, by reading the file: this is faster than
+        touching a new mapping page by page. Raises InputError if the file has become shorter."""
         offset = self.layout.location(name).offset + start
         while target:
             count = os.preadv(self._file, [target], offset)
             if count == 0:
-                raise InputError(f"{self.path} ends before the tensor {name}; rebuild the engine folder.")
+                raise InputError(f"{self.path} ends before the tensor {name}. Rebuild the engine folder.")
             target, offset = target[count:], offset + count
 
     def check(self, stage: str) -> None:
-        """DamagedError when a tensor of the stage is not what its sum says. Once for each stage: the file is read,
-        which brings the pages that the mapping shows."""
+        """Raise DamagedError if a tensor of the stage does not match its checksum. Checked once per stage: reading the
+        file also brings the pages of the mapping into memory."""
         if self.checker is None or stage in self.checker.whole:
             return
         for name in self.layout.names:
@@ -326,7 +326,7 @@ class StoreReader:
         self.checker.whole.add(stage)
 
     def pieces(self, name: str) -> list[bytes]:
-        """The sums of the pieces of a tensor, in order; those of a long one by several threads."""
+        """Return the checksums of the pieces of a tensor, in order; several are computed in parallel."""
         starts = self.starts(name)
         if len(starts) < 2:
             return [self.piece_sum(name, start) for start in starts]
@@ -334,11 +334,11 @@ class StoreReader:
             return list(pool.map(partial(self.piece_sum, name), starts))
 
     def starts(self, name: str) -> range:
-        """Where the pieces of a tensor begin, in bytes."""
+        """Return the first byte of each piece of a tensor."""
         return range(0, self.layout.location(name).length, PIECE)
 
     def piece_sum(self, name: str, start: int) -> bytes:
-        """The sum of the piece of a tensor that begins at this byte, by reading the file."""
+        """Compute the checksum of the piece of a tensor that begins at byte `start`, by reading the file."""
         running, block = xxh3_64(), memoryview(bytearray(READ_BLOCK))
         end = min(start + PIECE, self.layout.location(name).length)
         while start < end:
@@ -349,7 +349,7 @@ class StoreReader:
         return running.digest()
 
     def close(self) -> None:
-        """Drop the mapping; it is unmapped when the last tensor taken from it is gone."""
+        """Release the mapping; it is unmapped once no tensor taken from it exists."""
         if self._bytes is not None:
             os.close(self._file)
         self._bytes = None

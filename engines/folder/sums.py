@@ -1,10 +1,10 @@
-"""Checksums of an engine folder, so that a flipped bit is found when what it lies in is loaded.
+"""Checksums of an engine folder, so that a flipped bit is detected when the data is loaded.
 
-A tensor is summed in pieces of 32 MiB, which is what a thread of the loader reads at once: every piece has a 64-bit
-xxh3 sum, and the tensor's sum is the xxh3 sum of those. So pieces can be read by several threads in any order, a check
-needs no second pass, and there is one number a tensor to keep. Files (tables, graphs, plans) are summed likewise. xxh3
-is no protection against people; the manifest's SHA-256 is, at a tenth of the speed. Sums are made of what a build
-writes, before the disk has it. `SumChecker` compares; it knows the command that repairs.
+A tensor is summed in pieces of 32 MiB, the unit of a loader thread's reads: every piece has a 64-bit xxh3 sum, and the
+tensor's checksum is the xxh3 sum of these. So pieces can be read by several threads in any order, a check needs no
+second pass, and there is one number per tensor. Files (tables, graphs, plans) are summed in the same way. xxh3 does not
+protect against intentional changes; the manifest's SHA-256 does, at a tenth of the speed. Checksums are computed from
+the data as the build writes it, not from the disk. `SumChecker` compares, and knows the command that repairs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,8 @@ KIND = "xxh3_64 of the xxh3_64 of every 32 MiB"
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What a build wrote. header: of the weight store; tensors: of the store, by name; files: of the other artefacts,
-    by path."""
+    """Checksums of a build's results. header: of the weight store; tensors: of the store, by name; files: of the other
+    artefacts, by path."""
 
     header: str
     tensors: Mapping[str, str]
@@ -30,22 +30,24 @@ class Sums:
 
 
 def piece_sum(data: "bytes | memoryview") -> bytes:
-    """The sum of one piece. Other threads run meanwhile."""
+    """Return the checksum of one piece. Releases the interpreter lock."""
     return xxh3_64_digest(data)
 
 
 def joined(pieces: Iterable[bytes]) -> str:
-    """The sum of a tensor or a file from the sums of its pieces, in order."""
+    """Return the checksum of a tensor or a file from the checksums of its pieces, in order."""
     return xxh3_64_hexdigest(b"".join(pieces))
 
 
 def sum_of(data: "bytes | memoryview") -> str:
+    """Return the checksum of bytes in memory."""
     running = RunningSum()
     running.add(memoryview(data))
     return running.hex
 
 
 def sum_of_file(path: Path) -> str:
+    """Return the checksum of a file."""
     pieces = []
     with path.open("rb") as file:
         while piece := file.read(PIECE):
@@ -54,7 +56,7 @@ def sum_of_file(path: Path) -> str:
 
 
 class RunningSum:
-    """The sum of bytes that come one after the other, in parts of any length."""
+    """The checksum of consecutive bytes, added in parts of any length."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -77,29 +79,29 @@ class RunningSum:
 
 
 class DamagedError(InputError):
-    """A stage or a file of an engine folder is not what the build wrote."""
+    """A stage or a file of an engine folder does not match its checksum."""
 
 
 class SumChecker:
-    """Compares what is read of an open folder with its sums. `remedy`: the command that repairs; `whole`: stages and
-    files that were checked and need not be again."""
+    """Compares data of an open folder with its checksums. `remedy`: the command that repairs; `whole`: stages and files
+    that were checked and are not checked again."""
 
     def __init__(self, directory: Path, sums: Sums, remedy: str) -> None:
         self.directory, self.sums, self.remedy = directory, sums, remedy
         self.whole: set[str] = set()
 
     def tensor(self, stage: str, name: str, pieces: Iterable[bytes]) -> None:
-        """DamagedError when a tensor of the store is not what its sum says."""
+        """Raise DamagedError if a tensor of the store does not match its checksum."""
         if joined(pieces) != self.sums.tensors.get(name):
             raise DamagedError(sentence(self.directory, stage, f"tensor {name}", self.remedy))
 
     def header(self, header: bytes) -> None:
-        """DamagedError when the header of the store is not what the build wrote."""
+        """Raise DamagedError if the header of the store does not match its checksum."""
         if sum_of(header) != self.sums.header:
             raise DamagedError(sentence(self.directory, "", HEADER, self.remedy))
 
     def file(self, path: str, stage: str = "") -> None:
-        """DamagedError when a file of the folder is not what its sum says. Once for each file."""
+        """Raise DamagedError if a file of the folder does not match its checksum. Checked once per file."""
         if path in self.whole:
             return
         try:
@@ -117,7 +119,7 @@ HEADER = "the header of the weight store"
 
 
 def sentence(directory: Path, stage: str, part: str, remedy: str) -> str:
-    """What is damaged and what to do. stage: "" for what belongs to none; part: `tensor NAME` or `file PATH`."""
+    """Describe damage and repair. stage: "" for data of no stage; part: `tensor NAME` or `file PATH`."""
     of = f"stage {stage} of {directory}" if stage else f"the engine folder {directory}"
-    alone = "this stage alone" if stage else "it"
-    return f"{of} is damaged: {part} has another checksum than the build gave it. Repair {alone} with: {remedy}"
+    alone = "only this stage" if stage else "it"
+    return f"{of} is damaged: {part} does not match its checksum. Repair {alone} with: {remedy}"

@@ -1,9 +1,8 @@
-"""From checkpoint tensors to the store: which tensors a stage has, and how their values are made.
+"""From checkpoint tensors to the store: the tensors of each stage, and the conversion of their values.
 
-Names, shapes and types come from the stage's module on the meta device. A value is the checkpoint's tensors one after
-the other along dimension 0, which in memory is plain concatenation, cast from their own type through fp32; e4m3 weights
-get one scale per output channel. Everything is done in pieces of at most 64 MiB, so that a build's own memory does
-not depend on the size of the model.
+Names, shapes and types come from the stage's module on the meta device. A value is the concatenation of checkpoint
+tensors along dimension 0, converted from their type through fp32; e4m3 weights get one scale per output channel.
+Everything is done in pieces of at most 64 MiB, so that a build's memory use does not depend on the size of the model.
 """
 
 import math
@@ -34,7 +33,7 @@ StageTensors = dict[str, TensorShape]  # parameter name → type and shape
 def planned_tensors(
     config: ModelConfig, definitions: Mapping[str, StageDefinition], precision: Precision
 ) -> dict[str, StageTensors]:
-    """Stage name → its parameters, in stage order. The umT5 token embedding is stored like a stage of its own."""
+    """Return stage name → its parameters, in stage order. The umT5 token embedding is stored as a separate stage."""
     plan: dict[str, StageTensors] = {}
     if config.umt5 is not None:
         storage = numerics_of(EMBEDDING, precision).storage
@@ -53,6 +52,7 @@ def planned_tensors(
 
 
 def plan_store(plan: Mapping[str, StageTensors]) -> StoreLayout:
+    """Return the layout of the store for these stages."""
     return StoreLayout.plan({f"{stage}.{key}": shape for stage, keys in plan.items() for key, shape in keys.items()})
 
 
@@ -68,8 +68,8 @@ def write_stage(
     source: "TensorSource",
     precision: Precision,
 ) -> None:
-    """Convert and write every parameter of a stage. InputError for a tensor that is missing, misshapen or not finite;
-    Scail2Error for a value that the storage type cannot hold."""
+    """Convert and write every parameter of a stage. Raises InputError for a tensor that is missing, of a wrong shape or
+    not finite; Scail2Error for a value that the storage type cannot represent."""
     for parameter, names in weights.items():
         target = tensors[parameter]
         _check_shapes(stage, parameter, target, names, source)
@@ -88,22 +88,21 @@ def write_stage(
 
 
 def finite_extremes(name: str, values: Tensor, source: "TensorSource | None" = None) -> Tensor:
-    """Smallest and largest value, [2]. InputError when a value is not finite; `source`: where the tensor is from, which
-    may name the LoRAs that made it so."""
+    """Return the smallest and the largest value, [2]. Raises InputError if a value is not finite; `source`: origin of
+    the tensor, which may name the LoRAs that caused it."""
     extremes = torch.stack(values.aminmax())  # NaN if any is; much faster than isfinite on every value
     if extremes.isfinite().all():
         return extremes
     if loras := _loras(name, source):
         raise InputError(
-            f"tensor {name} has NaN or infinite values once the LoRA is fused into it: {loras}; give a smaller "
-            "strength."
+            f"tensor {name} has NaN or infinite values once the LoRA is fused into it: {loras}. Use a smaller strength."
         )
-    raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values; get an intact file.")
+    raise InputError(f"tensor {name} of the checkpoint has NaN or infinite values. Get an intact file.")
 
 
 def _loras(name: str, source: "TensorSource | None") -> str:
-    """The LoRAs that changed a tensor of numbers; empty when none did."""
-    fused_into = getattr(source, "fused_into", None)  # a source of LoRAs has it
+    """Return the LoRAs that changed a tensor, in words; empty if none did."""
+    fused_into = getattr(source, "fused_into", None)  # exists if LoRAs are fused into the source
     return " and ".join(map(str, fused_into(name))) if fused_into is not None else ""
 
 
@@ -113,14 +112,14 @@ def _fused(name: str, source: "TensorSource") -> str:
 
 
 def pieces(source: "TensorSource", names: Sequence[str], multiple: int = 1) -> Iterator[tuple[str, Tensor]]:
-    """(source name, at most PIECE values as flat fp32), whole rows of `multiple` elements at a time."""
+    """Yield (source name, at most PIECE values as flat fp32), in complete rows of `multiple` elements."""
     size = max(PIECE // multiple, 1) * multiple
     for name in names:
         shape = source.shape(name)
         if math.prod(shape) <= size:
             yield name, source.get(name).reshape(-1).float()
             continue
-        for start, stop in row_ranges(shape, PIECE):  # a quantised source computes no more than these
+        for start, stop in row_ranges(shape, PIECE):  # a quantised source dequantises only these rows
             for piece in source.rows(name, start, stop).reshape(-1).split(size):
                 yield name, piece.float()
 
@@ -131,14 +130,16 @@ def _check_shapes(
     known = set(source.keys())
     missing = [name for name in names if name not in known]
     if missing:
-        raise InputError(f"the checkpoint has no tensor {', '.join(missing)}, which stage {stage} needs.")
+        raise InputError(
+            f"the checkpoint has no tensor {', '.join(missing)}, which stage {stage} needs. Use a complete checkpoint."
+        )
     shapes = [source.shape(name) for name in names]
     count = sum(torch.Size(shape).numel() for shape in shapes)
     rows = target.dtype == E4M3 and any(shape[-1] != target.shape[-1] for shape in shapes)
     if rows or count != torch.Size(target.shape).numel():
         raise InputError(
             f"tensors {', '.join(names)} have shapes {[list(shape) for shape in shapes]}, but stage {stage} needs "
-            f"{list(target.shape)} for its {parameter}; the checkpoint is not of the model it seems to be."
+            f"{list(target.shape)} for its {parameter}. Use a checkpoint of the recognised model."
         )
 
 
@@ -146,19 +147,19 @@ def _overflow(stage: str, name: str, extremes: Tensor, dtype: torch.dtype, preci
     other = "bf16" if numerics_of(stage, "bf16").storage not in (dtype, torch.float16) else "fp32"
     return (
         f"stage {stage}: tensor {name} has values up to {extremes.abs().max():.3g}, more than {str(dtype)[6:]} can "
-        f"hold; build with --precision {other} instead of {precision}."
+        f"hold. Build with --precision {other} instead of {precision}."
     )
 
 
 def runtime_tables(config: ModelConfig, source: "TensorSource | None") -> dict[str, Tensor]:
-    """What the runtime needs between stages, fp32: modulation [6 or 2, C], q and k norm weights [C]."""
+    """Return the constants that the runtime needs between stages, fp32: modulation [6 or 2, C], q and k norms [C]."""
     if config.dit is None or source is None:
         return {}
     tables = {}
     known = set(source.keys())
     for name, key in table_sources(config.dit).items():
         if key not in known:
-            raise InputError(f"the checkpoint has no tensor {key}, which the runtime needs.")
+            raise InputError(f"the checkpoint has no tensor {key}, which the runtime needs. Use a complete checkpoint.")
         values = source.get(key).to(torch.float32, copy=True).reshape(-1, config.dit.dim)
         finite_extremes(key, values, source)
         tables[name] = values if name.endswith("modulation") else values[0].contiguous()

@@ -1,4 +1,4 @@
-"""The onnxruntime backend: every stage as an ONNX file beside the weight store, on a CPU or, where its CUDA build is
+"""The onnxruntime backend: every stage as an ONNX file beside the weight store, run on a CPU or, if its CUDA build is
 installed, on a GPU."""
 
 from collections.abc import Iterable, Mapping
@@ -13,19 +13,21 @@ from scail2_rt.engines.onnx_backend.engine import CUDA, OnnxEngine, onnxruntime_
 from scail2_rt.export.models.precision import Numerics, Precision
 from scail2_rt.export.stages.spec import StageDefinition
 
-GRAPH_BYTES = 1 << 18  # room that one graph without weights may take
+GRAPH_BYTES = 1 << 18  # upper estimate of one graph without weights
 
 
 def graph_file(stage: str) -> str:
-    """Relative to the engine folder."""
+    """Return the path of a stage's graph, relative to the engine folder."""
     return f"{STAGES}/{stage}.onnx"
 
 
 class OnnxExecutor(Executor):
-    follows_stream = False  # ONNX Runtime has a stream of its own
+    """Stages as ONNX Runtime sessions."""
+
+    follows_stream = False  # ONNX Runtime uses a separate stream
 
     def _load(self, name: str) -> OnnxEngine:
-        """The graph, and the weights that ONNX Runtime maps itself, are checked first."""
+        """Check the graph, and the weights, which ONNX Runtime maps itself, then load the stage."""
         definition = self.folder.definition(name)
         graph = self.folder.check_file(graph_file(name), name)
         self.folder.store.check(name)
@@ -33,6 +35,8 @@ class OnnxExecutor(Executor):
 
 
 class OnnxBackend(Backend):
+    """ONNX Runtime; computes in fp32 where the precision says bf16."""
+
     name = module = "onnxruntime"
     packages = ("onnx", "onnxruntime")
     install = 'pip install "scail2-rt[cpu]"'
@@ -70,14 +74,14 @@ class OnnxBackend(Backend):
         return tuple(graph_file(stage) for stage in stages)
 
     def leftovers(self, wanted: bool) -> tuple[str, ...]:
-        return ("*.onnx*",)  # and what another backend has exported on its way: both are traced in a moment
+        return ("*.onnx*",)  # includes graphs exported by another backend: both are traced quickly
 
     def open(self, folder: EngineFolder, device: torch.device, execution: Execution) -> OnnxExecutor:
         return OnnxExecutor(self, folder, device, execution)
 
 
 def _tracing_effort(definitions: Mapping[str, StageDefinition]) -> dict[str, float]:
-    """How long each stage's graph takes: one is traced a family, and a VAE graph is ten times as big as the others."""
+    """Return the relative tracing time of each stage: one per family is traced; VAE graphs are ten times larger."""
     seen: set[str] = set()
     effort = {}
     for stage, definition in definitions.items():

@@ -1,6 +1,6 @@
 """The backends of TensorRT's family: every stage as a plan.
 
-The class serves every library of TensorRT's family: what differs between them is in a `Library`.
+One class serves all libraries of the family; a `Library` holds the differences between them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,6 +33,8 @@ from scail2_rt.kernels.wording import counted
 
 
 class TensorRTExecutor(Executor):
+    """Stages as TensorRT plans."""
+
     reports_plans = True
 
     def __init__(
@@ -69,8 +71,10 @@ class TensorRTExecutor(Executor):
 
 
 class TensorRTBackend(Backend):
+    """TensorRT or TensorRT for RTX, according to `library`."""
+
     needs_gpu = True
-    built_by_auto = False  # plans take long to build: only who names it gets them
+    built_by_auto = False  # plans take long to build: only a named backend builds them
     build_options = True
 
     def __init__(self, library: Library) -> None:
@@ -82,7 +86,7 @@ class TensorRTBackend(Backend):
         return "cuda"
 
     def versions(self) -> dict[str, str]:
-        """The library's own word: its wheels have many names."""
+        """Return the version reported by the library: its wheels have several names."""
         return {self.name: require_library(self.library)}
 
     def check_machine(self, precision: Precision | None = None) -> None:
@@ -98,7 +102,7 @@ class TensorRTBackend(Backend):
     def auto_obstacle(self, directory: Path, manifest: Manifest) -> str | None:
         library = self.library
         if library.compiles_here or find_gpu() is None or not self.installed():
-            return None  # where it compiles, it has run; where it cannot run, it is not asked
+            return None  # compiled on this GPU, so it has run; or it cannot run here
         record = next(record for record in manifest.executors if record.backend == self.name)
         try:
             check_place(library, record, describe_command(manifest, directory))
@@ -118,13 +122,13 @@ class TensorRTBackend(Backend):
         phase = max(phases, key=lambda name: phases[name])
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phases.items())
         return (
-            f"plans of {self.library.title} carry their weights: a card must hold {phases[phase] / GIB:.1f} GiB of "
-            f"them at once ({phase}; GiB by phase: {parts}) beside the activations; for a smaller card build for the "
-            "torch executor, which streams weights (generate --vram-limit)"
+            f"plans of {self.library.title} include their weights: a GPU must hold {phases[phase] / GIB:.1f} GiB of "
+            f"them at once ({phase}; GiB per phase: {parts}) beside the activations; for a smaller GPU, build for the "
+            "torch backend, which streams weights (generate --vram-limit)"
         )
 
     def limit_obstacle(self, device: str) -> str:
-        return "plans carry their weights"
+        return "plans include their weights"
 
     def room(self, plan: ArtefactPlan) -> int:
         from scail2_rt.engines.tensorrt_backend.builder import chosen_stages, resolve_options
@@ -133,7 +137,7 @@ class TensorRTBackend(Backend):
         wanted = chosen_stages(tuple(plan.definitions), plan.patterns)
         todo = [stage for stage in wanted if not plan_path(plan.directory / STAGES, stage, self.library).is_file()]
         check_resources(self.library, {stage: plan.stage_bytes[stage] for stage in todo}, plan.directory)
-        return 0  # it has been asked for
+        return 0  # check_resources has checked the space
 
     def targets(self, plan: ArtefactPlan) -> tuple[str, ...]:
         options = PlanLedger(plan.directory / STAGES, self.library).options
@@ -147,8 +151,8 @@ class TensorRTBackend(Backend):
         missing = [file for file in files if not file.is_file()]
         if missing:
             observer.note(
-                f"{len(files) - len(missing)} of {counted(len(files), 'file')} of the {self.library.title} stages are "
-                "there; the same command without --stages makes the others"
+                f"{len(files) - len(missing)} of {counted(len(files), 'file')} of the {self.library.title} stages "
+                "exist; the same command without --stages makes the others"
             )
         return not missing
 
@@ -164,7 +168,7 @@ class TensorRTBackend(Backend):
         PlanLedger(directory / STAGES, self.library).forget(stages)
 
     def leftovers(self, wanted: bool) -> tuple[str, ...]:
-        """Plans are kept as far as they are still good; their digests tell."""
+        """Return nothing if plans are rebuilt anyway: their digests show which ones are still valid."""
         return () if wanted else (f"*.{self.library.suffix}*", ledger_path(Path(), self.library).name)
 
     def open(self, folder: EngineFolder, device: torch.device, execution: Execution) -> TensorRTExecutor:

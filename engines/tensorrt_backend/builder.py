@@ -1,8 +1,8 @@
-"""Plans for TensorRT: every stage from its ONNX file to a serialised engine.
+"""Building TensorRT plans: every stage from its ONNX file to a serialised engine.
 
-Each plan is compiled in a process of its own (`compiling`). A stage that cannot be compiled does not stop the
-others; in the end the first failure is told with its ONNX file and the library's words, and a second call makes what is
-missing.
+Each plan is compiled in a separate process (`compiling`). A stage that cannot be compiled does not stop the others. At
+the end the first failure is reported with its ONNX file and the library's message; a second call builds the missing
+plans.
 """
 
 import fnmatch
@@ -46,13 +46,13 @@ from scail2_rt.export.onnx.stages import export_stage, stage_graph
 from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
-FREE_SHARE = 0.8  # of the free GPU memory, at most, for one layer's workspace
-MEMORY_SHARE = 0.8  # of the free host memory for all compiling processes
+FREE_SHARE = 0.8  # maximum fraction of the free GPU memory for one layer's workspace
+MEMORY_SHARE = 0.8  # fraction of the free host memory for all compiling processes
 
 
 @dataclass(frozen=True, slots=True)
 class PlansReport:
-    """Stages whose plans were built by a call, and those whose plans were good already."""
+    """Stages whose plans a call built, and stages whose plans were already valid."""
 
     environment: Environment
     built: tuple[str, ...]
@@ -60,16 +60,17 @@ class PlansReport:
 
 
 def chosen_stages(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
-    """The names that match any shell pattern (`dit.blocks.*.ffn`), all without a pattern. InputError when one matches
-    nothing."""
+    """Return the names that match any shell pattern (`dit.blocks.*.ffn`), or all if there is no pattern.
+
+    Raises InputError if a pattern matches nothing."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise InputError(f"--stages {pattern} matches no stage; stages are called like {', '.join(names[:3])}.")
+            raise InputError(f"--stages {pattern} matches no stage. Use names like {', '.join(names[:3])}.")
     return tuple(name for name in names if not patterns or any(fnmatch.fnmatch(name, p) for p in patterns))
 
 
 def resolve_options(plan: ArtefactPlan, library: Library) -> PlanOptions:
-    """The options of a build, its targets named. InputError when the precision or a target cannot be had."""
+    """Return a build's options with its targets. Raises InputError for an unsupported precision or target."""
     check_machine(library, plan.precision)
     ledger = PlanLedger(plan.directory / STAGES, library)
     before = ledger.options
@@ -86,16 +87,16 @@ def resolve_options(plan: ArtefactPlan, library: Library) -> PlanOptions:
     if plan.patterns and before is not None and ledger.records and targets != before.targets:
         raise InputError(
             f"--stages with --target {','.join(targets)} would leave plans for different cards in {plan.directory}, "
-            f"which has {','.join(before.targets)}: leave --stages out, or take its --target."
+            f"which has {','.join(before.targets)}. Leave out --stages, or use the folder's --target."
         )
     return replace(options, targets=targets)
 
 
 def build_plans(plan: ArtefactPlan, observer: BuildObserver, library: Library) -> PlansReport:
-    """Make the plans of an engine folder whose weight store is complete.
+    """Build the plans of an engine folder whose weight store is complete.
 
-    InputError when the machine cannot build; Scail2Error, naming the ONNX file and the library's messages, when a stage
-    cannot be built. Finished plans stay good, whatever ends the call."""
+    Raises InputError if the machine cannot build; Scail2Error, with the ONNX file and the library's messages, if a
+    stage cannot be built. Finished plans remain valid however the call ends."""
     return _Build(plan, observer, library).run()
 
 
@@ -125,12 +126,12 @@ class _Build:
         at_once = 1 if self.library.compiles_here else os.cpu_count() or 1
         compile_all(self._jobs(), int(host_memory() * MEMORY_SHARE), at_once, self._environment(), self._finished)
         if self.failures:
-            raise Scail2Error(self._told())
+            raise Scail2Error(self._failure_text())
         kept = tuple(name for name in self.wanted if name not in self.built)
         return PlansReport(self.environment, tuple(self.built), kept)
 
     def _trace(self) -> None:
-        """The graphs, which take long where the cache has none; apart, so that the time left is that of the plans."""
+        """Trace the graphs, which takes long without a cache; not part of the estimate for the plans."""
         families: dict[str, StageDefinition] = {}
         for name in self.wanted:
             definition = self.plan.definitions[name]
@@ -143,7 +144,7 @@ class _Build:
         self.times.start()
 
     def _jobs(self) -> Iterator[tuple[PlanJob, int]]:
-        """What is to be done, found out stage by stage while others are at work: graphs, and digests of weights."""
+        """Yield the plans to build, while others compile: each stage needs its graph and the digest of its weights."""
         plan = self.plan
         for name in self.wanted:
             definition = plan.definitions[name]
@@ -174,18 +175,18 @@ class _Build:
         self.observer.done(replace(step, seconds=outcome.seconds, remaining_s=self.times.remaining_s(self.left)))
 
     def _environment(self) -> Mapping[str, str]:
-        """The GPU that a compiling process sees: the one that is used here, or none."""
+        """Return the GPU setting of a compiling process: the GPU used here, or none."""
         if not self.library.compiles_here:
             return {"CUDA_VISIBLE_DEVICES": ""}
         index = torch.cuda.current_device() if torch.cuda.is_available() else 0
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         return {"CUDA_VISIBLE_DEVICES": visible[index] if visible != [""] else str(index)}
 
-    def _told(self) -> str:
+    def _failure_text(self) -> str:
         (_, text), *others = self.failures.items()
-        also = f" Nor could {', '.join(name for name, _ in others)}." if others else ""
+        also = f" {', '.join(name for name, _ in others)} could not be built either." if others else ""
         count = len(self.wanted) - len(self.failures)
-        return f"{text}{also} The {count} other plans are kept; the same command makes what is missing."
+        return f"{text}{also} All other plans ({count}) are kept. Run the same command again to build the missing ones."
 
 
 def plan_job(
@@ -196,7 +197,7 @@ def plan_job(
     options: PlanOptions,
     directory: Path,
 ) -> PlanJob:
-    """What compiles the plan of a stage in the engine folder `directory`, where its graph is."""
+    """Return the job that compiles a stage's plan in the engine folder `directory`, which contains its graph."""
     name, stages = definition.name, directory / STAGES
     numerics = definition.numerics(precision)
     gpu = find_gpu() if library.compiles_here else None
@@ -219,7 +220,7 @@ def plan_job(
 
 
 def fp8_linears(definition: StageDefinition, numerics: Numerics) -> int:
-    """How many products of a stage multiply e4m3 by e4m3: one for each e4m3 weight."""
+    """Return how many products of a stage multiply e4m3 by e4m3: one per e4m3 weight."""
     with torch.device("meta"):
         module = definition.build(numerics)
     return sum(weight.dtype == torch.float8_e4m3fn for weight in module.parameters())

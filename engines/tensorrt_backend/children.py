@@ -1,8 +1,9 @@
-"""Compiling processes: several at once where memory allows, all gone when the caller is.
+"""Compiling processes: several in parallel if memory allows; all end when the caller ends.
 
-A process of its own makes a crash of the compiler one failed plan, frees what it took, and can be killed at any moment:
-a plan appears whole or not at all. Ctrl-C reaches the parent alone, which then kills them. A library that measures
-kernels on the GPU compiles one plan at a time, or the measurements would disturb one another.
+With a separate process per plan, a crash of the compiler costs one plan, its memory is freed, and it can be killed at
+any time: a plan file appears complete or not at all. Ctrl-C reaches the parent only, which then kills the processes. A
+library that measures kernels on the GPU compiles one plan at a time, because parallel builds would disturb the
+measurements.
 """
 
 import contextlib
@@ -21,18 +22,18 @@ from scail2_rt.engines.tensorrt_backend.compiling import Outcome, PlanJob, refus
 from scail2_rt.engines.tensorrt_backend.library import LIBRARIES
 
 POLL_S = 0.01
-LAST_LINES = 3  # of a crashed process's log, in the message
+LAST_LINES = 3  # lines of a crashed process's log in the error message
 
 
 class Child:
-    """One process at work on one plan."""
+    """One process that compiles one plan."""
 
     def __init__(self, job: PlanJob, environment: Mapping[str, str]) -> None:
         self.job = job
         self._started = time.monotonic()
         log = Path(job.log)
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._answer = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (a pipe is full at 64 KiB)
+        self._answer = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (a pipe holds only 64 KiB)
         with log.open("w") as messages:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "scail2_rt.engines.tensorrt_backend.compiling"],
@@ -41,15 +42,15 @@ class Child:
                 stderr=messages,
                 text=True,
                 env={**os.environ, **environment},
-                start_new_session=True,  # a terminal's Ctrl-C is the parent's
+                start_new_session=True,  # so that only the parent receives a terminal's Ctrl-C
             )
-        assert self._process.stdin is not None  # it stays open: its end tells the child that we are gone
-        with contextlib.suppress(BrokenPipeError):  # dead already: its outcome will say so
+        assert self._process.stdin is not None  # stays open: its end tells the child that the parent has ended
+        with contextlib.suppress(BrokenPipeError):  # the child has died: its outcome will report it
             self._process.stdin.write(json.dumps(asdict(job)) + "\n")
             self._process.stdin.flush()
 
     def outcome(self) -> Outcome | None:
-        """What came of the job; None while it is at work."""
+        """Return the job's result; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -63,7 +64,7 @@ class Child:
             return Outcome(seconds, 0, self._crash(code))
 
     def kill(self) -> None:
-        """End the process and wait until it is gone; half a plan goes too."""
+        """Kill the process, wait for its end, and delete its partial plan."""
         self._process.kill()
         self._process.wait()
         self._close()
@@ -85,7 +86,7 @@ class Child:
             known = {number.value: number.name for number in signal.Signals}
             ended = f"by the signal {known.get(-code, -code)}"
             if -code == signal.SIGKILL:
-                ended += ", as happens when memory runs out"
+                ended += ", which happens when memory runs out"
         lines: list[str] = []
         with contextlib.suppress(OSError):
             lines = [line for line in Path(self.job.log).read_text(errors="replace").splitlines() if line.strip()]
@@ -100,8 +101,9 @@ def compile_all(
     environment: Mapping[str, str],
     finished: Callable[[PlanJob, Outcome], None],
 ) -> None:
-    """Do all jobs (each with the bytes of memory that it may take), at most `at_once` at a time and within `memory`;
-    one alone always starts. `finished` hears of each in this thread. An exception of anybody ends all processes."""
+    """Run all jobs (each with its estimated bytes of host memory), at most `at_once` in parallel and within `memory`.
+
+    A single job always starts. `finished` is called for each, in this thread. Any exception kills all processes."""
     running: list[tuple[Child, int]] = []
     upcoming = next(jobs, None)
     try:

@@ -1,13 +1,13 @@
-"""One plan, compiled in a process of its own: `python -m scail2_rt.engines.tensorrt_backend.compiling`.
+"""Compiles one plan in a separate process: `python -m scail2_rt.engines.tensorrt_backend.compiling`.
 
-A compiler that crashes takes its process with it, so each plan has one. It reads a job from standard input, as a line
-of JSON, and prints what came of it in the same way; it ends at once when its parent does, which it notices by the end
-of its input. PyTorch is not imported: that would take longer than most plans.
+A crash of the compiler ends its process, so each plan has a process. It reads a job as one line of JSON from standard
+input, and prints the outcome in the same form. It ends at once when its parent ends, which it detects by the end of its
+input. PyTorch is not imported: that would take longer than most plans.
 
-The network is strongly typed, so the graph alone decides in which type anything is computed; no builder flag chooses a
-precision (those flags are gone in TensorRT 11). TF32 is off: fp32 in this project means fp32. All activations of
-a plan lie in one scratch block that the executor provides, on one stream, so auxiliary streams are off too. Layers keep
-their details, which tell the data types of a product's operands.
+The network is strongly typed, so the graph alone determines the type of every operation; no builder flag sets a
+precision (TensorRT 11 has removed these flags). TF32 is off: fp32 in this project means fp32. All activations of a plan
+lie in one scratch block that the executor provides, on one stream, so auxiliary streams are off too. Layers keep their
+details, which include the data types of a product's operands.
 """
 
 import dataclasses
@@ -28,23 +28,23 @@ from scail2_rt.kernels.errors import Scail2Error
 if TYPE_CHECKING:
     import tensorrt as trt
 
-PARSER_FRAME = "ModelImporter.cpp"  # lines around the parser's own errors, which say it again
+PARSER_FRAME = "ModelImporter.cpp"  # lines around the parser's errors that repeat them
 NO_DRIVER = "cudaError 35"
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest
 
 
 @dataclass(frozen=True, slots=True)
 class PlanJob:
-    """All that a plan is compiled from.
+    """All inputs of a plan.
 
     library            a name in `LIBRARIES`
-    graph, plan, log   files: what is read, what is made, what the library says meanwhile
+    graph, plan, log   files: the input, the output, the library's messages
     inputs             name → the library's name of its type
     profiles           for each profile, input → shapes
-    workspace_bytes    limit for one layer's scratch memory
-    targets            architectures to compile for; none: the GPU of this machine
-    timings            file of the timing cache; None for a library that has none
-    fp8_products       e4m3 linears of the stage"""
+    workspace_bytes    limit of one layer's scratch memory
+    targets            architectures to compile for; none: this machine's GPU
+    timings            file of the timing cache; None for a library without one
+    fp8_products       number of the stage's e4m3 linears"""
 
     library: str
     stage: str
@@ -62,8 +62,8 @@ class PlanJob:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a job: seconds and peak memory of the process, or why there is no plan (a sentence; errno: of the
-    system's error, if it was one)."""
+    """Result of a job: seconds and peak memory of the process, or why there is no plan (a sentence; errno: number of
+    the operating system's error, if there was one)."""
 
     seconds: float
     peak_bytes: int
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def compile_plan(job: PlanJob) -> None:
-    """Parse, configure, build and write one plan. Scail2Error with the library's own words; OSError of the disk."""
+    """Parse, configure, build and write one plan. Raises Scail2Error with the library's messages, or OSError."""
     library = LIBRARIES[job.library]
     if TYPE_CHECKING:
         import tensorrt as trt
@@ -88,7 +88,7 @@ def compile_plan(job: PlanJob) -> None:
         parser = trt.OnnxParser(network, process_logger(library))  # owns the weights until the build has returned
         if not parser.parse_from_file(job.graph):
             errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-            raise _failure(job, f"the parser of {library.title} does not take it", errors)
+            raise _failure(job, f"the parser of {library.title} rejects it", errors)
         _check_inputs(job, network)
         config = _configure(library, builder, job)
         _add_profiles(library, job, builder, config, network)
@@ -101,7 +101,7 @@ def compile_plan(job: PlanJob) -> None:
         write_file(Path(job.plan), plan)
         if job.timings is not None:
             save_timings(config, Path(job.timings))
-        del plan, parser, cache  # they had to last until here
+        del plan, parser, cache  # they had to exist until here
 
 
 def _configure(library: Library, builder: "trt.Builder", job: PlanJob) -> "trt.IBuilderConfig":
@@ -145,9 +145,9 @@ def _add_profiles(
             try:
                 target.set_shape(name, *(trt.Dims(list(shape)) for shape in shapes))
             except ValueError as error:
-                raise _failure(job, f"{library.title} refuses the sizes {shapes} of {name} ({error})") from error
+                raise _failure(job, f"{library.title} rejects the sizes {shapes} of {name} ({error})") from error
         if config.add_optimization_profile(target) < 0:
-            raise _failure(job, f"{library.title} refuses its profile {dict(profile)}")
+            raise _failure(job, f"{library.title} rejects its profile {dict(profile)}")
 
 
 def _inputs(network: "trt.INetworkDefinition") -> "list[trt.ITensor]":
@@ -155,10 +155,10 @@ def _inputs(network: "trt.INetworkDefinition") -> "list[trt.ITensor]":
 
 
 def _check_inputs(job: PlanJob, network: "trt.INetworkDefinition") -> None:
-    """Names and types of what the parser made are those of the stage."""
+    """Check that the parsed inputs have the stage's names and types."""
     have = {tensor.name: tensor.dtype.name for tensor in _inputs(network)}
     if have != job.inputs:
-        raise _failure(job, f"the parser gave it the inputs {have} instead of {job.inputs}")
+        raise _failure(job, f"the parser gave the inputs {have} instead of {job.inputs}")
 
 
 def _parser_error(error: "trt.ParserError") -> str:
@@ -167,40 +167,42 @@ def _parser_error(error: "trt.ParserError") -> str:
 
 
 def _failure(job: PlanJob, what: str, messages: Sequence[str] = ()) -> Scail2Error:
-    """The stage, its ONNX file, what went wrong and what the library said about it."""
+    """Make an error with the stage, its ONNX file, the problem and the library's messages."""
     said = process_log(LIBRARIES[job.library]).recent()
-    noise = (PARSER_FRAME, NO_DRIVER) if job.targets else (PARSER_FRAME,)  # without a GPU a driver is not missed
+    noise = (PARSER_FRAME, NO_DRIVER) if job.targets else (PARSER_FRAME,)  # with targets, no GPU driver is needed
     said = [text for text in said if not any(part in text for part in noise)]
     return refusal(job, what, [*messages, *(text for text in said if not any(text in known for known in messages))])
 
 
 def refusal(job: PlanJob, what: str, said: Iterable[str]) -> Scail2Error:
+    """Make the error for a stage that cannot be compiled. what: the problem; said: the library's messages."""
     texts = [text.rstrip(" .") for text in said]
     quoted = f" {LIBRARIES[job.library].title} said: {'; '.join(texts)}." if texts else ""
     return Scail2Error(f"stage {job.stage} cannot be built from {job.graph}: {what}.{quoted} Its log is {job.log}.")
 
 
 def attach_timings(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache":
-    """Give a build what earlier ones measured; what another GPU or version measured is dropped. The result must be kept
-    until the build has returned."""
+    """Pass earlier measurements to a build; those of another GPU or version are dropped.
+
+    The result must be kept until the build has returned. Raises Scail2Error if TensorRT rejects an empty cache."""
     known = path.read_bytes() if path.is_file() else b""
     for data in (known, b"") if known else (b"",):
         cache = config.create_timing_cache(data)
         if cache is not None and config.set_timing_cache(cache, False):
             return cache
-    raise Scail2Error("TensorRT refused even an empty timing cache; its installation seems to be damaged.")
+    raise Scail2Error("TensorRT rejected an empty timing cache. Reinstall TensorRT.")
 
 
 def save_timings(config: "trt.IBuilderConfig", path: Path) -> None:
-    """Keep what a finished build knows."""
+    """Save the measurements of a finished build. Raises Scail2Error if there are none."""
     cache = config.get_timing_cache()
     if cache is None:
-        raise Scail2Error("TensorRT lost the timing cache during a build; its installation seems to be damaged.")
+        raise Scail2Error("TensorRT lost the timing cache during a build. Reinstall TensorRT.")
     write_file(path, cache.serialize())
 
 
 def write_file(path: Path, data: "bytes | trt.IHostMemory") -> None:
-    """Replace a file atomically; it survives a crash of the machine."""
+    """Replace a file atomically and durably (it survives a crash of the machine)."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -214,7 +216,7 @@ def write_file(path: Path, data: "bytes | trt.IHostMemory") -> None:
 
 
 def outcome_of(job: PlanJob) -> Outcome:
-    """Do a job here."""
+    """Run a job in this process."""
     started = time.monotonic()
     error, errno = None, None
     try:
@@ -227,8 +229,8 @@ def outcome_of(job: PlanJob) -> Outcome:
 
 
 def _peak_bytes() -> int:
-    """Peak memory of this process; 0 where the system does not tell. (`getrusage` counts what the parent held when it
-    started the process.)"""
+    """Return the peak memory of this process; 0 if the system does not report it. (`getrusage` includes the memory of
+    the parent when it started the process.)"""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -237,7 +239,7 @@ def _peak_bytes() -> int:
 
 
 def decode_job(line: str) -> PlanJob:
-    """The job in a line of JSON, its lists as the tuples that they were."""
+    """Parse a job from a line of JSON, and convert its lists back to tuples."""
     document = json.loads(line)
     document["profiles"] = tuple(
         {name: tuple(map(tuple, shapes)) for name, shapes in profile.items()} for profile in document["profiles"]
@@ -251,10 +253,11 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
+    """Compile the job on standard input and print its outcome."""
     job = decode_job(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     result = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep a library's prints out of the answer
     print(json.dumps(dataclasses.asdict(outcome_of(job))), file=result, flush=True)
 
 

@@ -1,12 +1,12 @@
 """One engine stage in TensorRT.
 
-A plan is loaded once; every set of input shapes gets an execution context of its own, prepared on first use: profile,
-shapes, scratch memory. So a CUDA graph that was recorded at one shape stays good when the stage also runs at another.
-TensorRT is told an address when it is new, not on every call: inputs come from static chunk buffers or from PyTorch's
-allocator, which hands out the same blocks call after call, and so do outputs. (Output buffers that belong to the engine
-would be overwritten by the next call while the caller still holds them, and would cost their size 160 times.) TensorRT
-finishes its set-up in the first enqueue after a shape was set, which must not be recorded: a stage runs once at a shape
-before it is recorded there, as `verify` does.
+A plan is loaded once. Every set of input shapes gets a separate execution context, prepared on first use (profile,
+shapes, scratch memory), so a CUDA graph captured at one shape stays valid when the stage also runs at another.
+TensorRT is given an address only when it changes, not on every call: inputs come from static chunk buffers or from
+PyTorch's allocator, which returns the same blocks call after call, and so do outputs. (Output buffers owned by the
+engine would be overwritten by the next call while the caller still uses them, and would cost their size 160 times.)
+TensorRT finishes its set-up in the first enqueue after a shape was set, which must not be captured: a stage has to run
+once at a shape before it is captured there, as `verify` does.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,7 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 if TYPE_CHECKING:
     import tensorrt as trt
 
-MAX_CONTEXTS = 4  # shapes that a stage keeps prepared, beside those that a CUDA graph has recorded
+MAX_CONTEXTS = 4  # prepared shapes per stage, in addition to those captured in a CUDA graph
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -40,7 +40,7 @@ class _Context:
         self.context = context
         self.addresses: dict[str, int] = {}
         self.scratch = 0
-        self.warm = False  # has it been enqueued since its shapes and memory were set?
+        self.warm = False  # whether it was enqueued since its shapes and memory were set
         self.recorded = False
 
 
@@ -50,8 +50,8 @@ class TensorRTEngine:
     plan      file of the serialised engine; session: shared by all stages of a device; remedy: the command that
               builds the plan again, for messages
 
-    InputError when the plan is missing, of another place or of another form than the stage; Scail2Error when TensorRT
-    fails."""
+    Raises InputError if the plan is missing or was built for another GPU, version or stage signature; Scail2Error if
+    TensorRT fails."""
 
     def __init__(
         self, definition: StageDefinition, numerics: Numerics, plan: Path, session: TensorRTSession, remedy: str
@@ -66,7 +66,7 @@ class TensorRTEngine:
         session.scratch.reserve(self._engine.device_memory_size_v2)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The stage's outputs, fresh tensors in the types of the specs."""
+        """Run the stage; returns new tensors in the types of the specs."""
         sizes = symbol_sizes(self.name, self.inputs, inputs)
         device = self._session.device
         tensors = [
@@ -84,7 +84,7 @@ class TensorRTEngine:
         return outputs
 
     def plan_report(self) -> str:
-        """The engine inspector's JSON: every layer with the data types of its operands (plans keep these details)."""
+        """Return the engine inspector's JSON: every layer with its operands' data types (plans keep these details)."""
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
@@ -98,22 +98,22 @@ class TensorRTEngine:
         return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     def close(self) -> None:
-        """Free the contexts and the weights, once nothing runs any more."""
+        """Wait for running work, then free the contexts and the weights."""
         if self._engine is not None:
             self._session.device.synchronize()
             self._contexts.clear()
             self._engine = None
 
     def _ready(self, shapes: Shapes, stream: int, capturing: bool) -> _Context:
-        """The context of these shapes with memory and, unless a graph is being recorded, whatever it lacks."""
+        """Return the context of these shapes, with scratch memory; prepares it unless a graph is being captured."""
         if self._engine is None:
             raise Scail2Error(f"stage {self.name} was closed before it was called.")
         scratch = self._session.scratch
         bound = self._contexts.get(shapes)
         if capturing and (bound is None or not bound.warm or bound.scratch != scratch.pointer):
             raise Scail2Error(
-                f"stage {self.name} was recorded in a CUDA graph at the shapes {[list(shape) for shape in shapes]} "
-                "before it ran at them once; run it once, then record it."
+                f"stage {self.name} was captured in a CUDA graph at the shapes {[list(shape) for shape in shapes]} "
+                "before it ran at them. Run it once at these shapes, then capture it."
             )
         if bound is None:
             bound = self._new_context(self._engine, shapes, stream)
@@ -171,7 +171,7 @@ class TensorRTEngine:
         raise InputError(self._too_large(shapes))
 
     def _too_large(self, shapes: Shapes) -> str:
-        """What the plan was built for, what was asked, and the option that changes it."""
+        """Return the error: the plan's limits, the requested sizes, and the option that changes the limits."""
         sizes = {symbol: size for symbol, size in self._symbols(shapes).items() if symbol}
         largest = [self._symbols(tuple(limit.largest for limit in ranges)) for ranges in self.profiles]
         if {"h", "w"} <= set(sizes):
@@ -179,20 +179,20 @@ class TensorRTEngine:
             built = " and ".join("x".join(str(known[s] * PIXELS_PER_CELL) for s in ("h", "w")) for known in largest)
             fitting = "x".join(str(-(-side // PICTURE_MULTIPLE) * PICTURE_MULTIPLE) for side in sorted(asked))
             return (
-                f"stage {self.name} was built for pictures of at most {built} pixels, and this one has "
-                f"{asked[0]}x{asked[1]}; ask for a smaller size, or build for larger ones with: {self.remedy} "
+                f"stage {self.name} was built for frames of at most {built} pixels, and this one has "
+                f"{asked[0]}x{asked[1]}. Request a smaller size, or build for larger ones with: {self.remedy} "
                 f"--max-picture {fitting}"
             )
         built = " or ".join(", ".join(f"{symbol} = {known[symbol]}" for symbol in sizes) for known in largest)
         asked_text = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
-        option = f"; lower --max-rows, or build again with: {self.remedy}" if ROWS in sizes else ""
-        return f"stage {self.name} was built for at most {built}, and {asked_text} was asked for{option}."
+        option = f". Lower --max-rows, or build again with: {self.remedy}" if ROWS in sizes else ""
+        return f"stage {self.name} was built for at most {built}, not for {asked_text}{option}."
 
     def _symbols(self, shapes: Shapes) -> dict[str, int]:
         return symbol_sizes(self.name, self.inputs, [torch.empty(shape, device="meta") for shape in shapes])
 
     def _check_tensors(self, engine: "trt.ICudaEngine", plan: Path) -> None:
-        """The plan's tensors are the stage's: names, directions and types."""
+        """Raise InputError unless the plan's tensors have the stage's names, directions and types."""
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
@@ -215,7 +215,7 @@ class TensorRTEngine:
 
 
 def _profiles(engine: "trt.ICudaEngine", inputs: Sequence[str]) -> list[list[InputRange]]:
-    """For each optimisation profile the ranges of the inputs, in their order."""
+    """Return the ranges of the inputs for each optimisation profile, in their order."""
     count = max(engine.num_optimization_profiles, 1)
     return [[_range(engine, name, index) for name in inputs] for index in range(count)]
 
@@ -228,7 +228,7 @@ def _range(engine: "trt.ICudaEngine", name: str, profile: int) -> InputRange:
 
 
 def _readable(tensor: Tensor, device: Device) -> Tensor:
-    """The tensor as TensorRT reads it: contiguous, at an aligned address. A copy only where it is not so already."""
+    """Return the tensor as TensorRT can read it, contiguous and aligned; copied only if necessary."""
     if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     return device.empty(tensor.shape, tensor.dtype).copy_(tensor)

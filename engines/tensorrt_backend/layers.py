@@ -1,11 +1,12 @@
-"""Which matrix products of a plan multiply e4m3 operands: read from what the library says about the plan's layers.
+"""Which matrix products of a plan multiply e4m3 operands, read from the library's description of the plan's layers.
 
-A plan can be correct and slow: an fp8 stage whose product was dequantised first runs in 16 bits. The tactic's name does
-not tell, the data types of the operands do. Looking for a wrong product is not enough: one that lost its quantisation
-can be fused into something that is no product by name. So products with an e4m3 input and an e4m3 weight are counted,
-and there must be as many as the stage has e4m3 linears. Two forms are read: the list at the end of a build's verbose
-log (TensorRT for RTX, at build time) and the engine inspector's JSON (both libraries, on a card; the form is the
-documented one, and no JSON of a real plan has been seen here). Plans are built with detailed verbosity for both.
+A plan can be correct but slow: an fp8 stage whose operands are dequantised first runs its product in 16 bits. The
+operands' data types show this; the tactic's name does not. Searching for wrong products is not sufficient, because a
+product that lost its quantisation can be fused into a layer without a product in its name. So products with an e4m3
+input and an e4m3 weight are counted, and there must be as many as the stage has e4m3 linears. Two formats are read: the
+list at the end of a build's verbose log (TensorRT for RTX, at build time) and the engine inspector's JSON (both
+libraries, on a GPU; written from its documentation, not tested with JSON of a real plan). Plans are built with detailed
+verbosity for both.
 """
 
 import json
@@ -28,8 +29,8 @@ _DATATYPE = re.compile(r"Datatype: ([^,]*)")
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a plan: its name, what it is, and the types of its inputs and constants as the library writes them.
-    (Where a library folds weights into the layer, there are no constants.)"""
+    """One layer of a plan: name, kind, and the types of its inputs and constants in the library's notation. (If a
+    library folds weights into the layer, there are no constants.)"""
 
     name: str
     kind: str
@@ -38,14 +39,14 @@ class Layer:
 
     @property
     def multiplies_e4m3(self) -> bool:
-        """Are two operands e4m3, or the only one of a product whose weight is not shown?"""
+        """Whether two operands are e4m3, or the only visible one of a product whose weight is not listed."""
         inputs, constants = (sum(bool(_FP8.search(t)) for t in types) for types in (self.inputs, self.constants))
         hidden = not self.constants and len(self.inputs) == 1 and bool(_PRODUCT.search(f"{self.kind} {self.name}"))
         return inputs > 0 and (inputs + constants > 1 or hidden)
 
 
 def layers_of_log(text: str) -> list[Layer]:
-    """The layers in a build's list ("Layers:", then one a line)."""
+    """Parse the layers in a build's list ("Layers:", then one per line)."""
     return [
         Layer(
             found["name"],
@@ -58,13 +59,13 @@ def layers_of_log(text: str) -> list[Layer]:
 
 
 def layers_of_json(text: str) -> list[Layer]:
-    """The layers in the engine inspector's JSON. Scail2Error when it has no details or is no JSON."""
+    """Parse the layers in the engine inspector's JSON. Raises Scail2Error if it has no details or is not JSON."""
     try:
         entries = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError) as error:
-        raise Scail2Error(f"the engine inspector's report cannot be read ({error}); build the plans again.") from error
+        raise Scail2Error(f"the engine inspector's report cannot be read ({error}). Build the plans again.") from error
     if not all(isinstance(entry, Mapping) for entry in entries):
-        raise Scail2Error("the plan was built without detailed verbosity, so its data types are unknown.")
+        raise Scail2Error("the plan was built without detailed verbosity. Build the plans again.")
     return [
         Layer(
             str(entry.get("Name", "?")),
@@ -84,7 +85,7 @@ def _types(entries: Iterable[Any]) -> tuple[str, ...]:
 
 
 def fault(layers: Iterable[Layer], expected: int) -> str | None:
-    """What is wrong with a plan whose stage has `expected` e4m3 linears; None when as many products multiply e4m3."""
+    """Describe the fault of a plan whose stage has `expected` e4m3 linears; None if enough products multiply e4m3."""
     found = [layer for layer in layers if layer.multiplies_e4m3]
     if len(found) >= expected:
         return None

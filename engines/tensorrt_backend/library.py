@@ -1,10 +1,10 @@
-"""The libraries of TensorRT's family: what tells them apart, is one there, is it recent enough, and what does it say.
+"""The libraries of TensorRT's family: their differences, whether one is installed and recent enough, and its messages.
 
-All that differs between them is in a `Library`; the rest of this folder is one code path. Nothing here imports one of
-them before it is used, and nothing here imports PyTorch: the process that compiles a plan needs none. A library knows
-one logger per process (a second one is ignored with a warning), so there is one, made once and never dropped: it
-outlives every builder, runtime and engine. It passes messages to a `MessageLog`, which keeps the last ones for our
-exceptions and copies all to the file of the stage being built. Both are called from the library's threads.
+A `Library` holds all differences; the rest of this folder is one code path. Nothing here imports a library before it is
+used, and nothing here imports PyTorch: a process that compiles a plan does not need it. A library accepts one logger
+per process (a second one is ignored with a warning), so there is one, created once and never freed: it outlives every
+builder, runtime and engine. It passes messages to a `MessageLog`, which keeps the last ones for our exceptions and
+copies all to the file of the stage being built. Both are called from the library's threads.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 KEPT_MESSAGES = 8
-LAYERS = "Layers:"  # how the list of a plan's layers begins
+LAYERS = "Layers:"  # first word of a plan's layer list
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,14 @@ class Library:
     """A library of TensorRT's family.
 
     name          of the backend
-    module        what is imported
-    title         for people
-    minimum       the first version that will do
+    module        the imported module
+    title         name in messages
+    minimum       minimum version
     install       the command that installs it
-    suffix        of its plans' files
-    timing_cache  do its builds measure kernels, and share what they measured?
-    targets       architectures that it compiles for, on any machine; none: it compiles on the GPU that runs the plan,
-                  for that GPU
-    hosting       what its licence says to those who run a service; "" where it says nothing"""
+    suffix        of plan files
+    timing_cache  whether builds measure kernels and share the measurements
+    targets       architectures that it compiles for, on any machine; none: it compiles for the GPU of this machine
+    hosting       what its licence says about hosting a service; "" if nothing"""
 
     name: str
     module: str
@@ -54,16 +53,16 @@ class Library:
 
     @property
     def compiles_here(self) -> bool:
-        """Does a build need the GPU that will run the plan?"""
+        """Whether a build needs the GPU that will run the plan."""
         return not self.targets
 
     @property
     def installed(self) -> bool:
-        """Can it be imported here?"""
+        """Whether it can be imported here."""
         return importlib.util.find_spec(self.module) is not None
 
     def api(self) -> Any:
-        """The library's module, imported."""
+        """Import and return the library's module."""
         return importlib.import_module(self.module)
 
 
@@ -77,7 +76,7 @@ TENSORRT_RTX = Library(
     (1, 7),
     'pip install "scail2-rt[tensorrt-rtx]"',
     "rtx",
-    timing_cache=False,  # a deprecated no-op there
+    timing_cache=False,  # deprecated there, without effect
     targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
     hosting="TensorRT for RTX may not be used to host a service for third parties.",
 )
@@ -85,20 +84,20 @@ LIBRARIES = {library.name: library for library in (TENSORRT, TENSORRT_RTX)}
 
 
 def require_library(library: Library) -> str:
-    """Version of the installed library. InputError when there is none, it cannot be loaded, or it is too old."""
+    """Return the installed library's version. Raises InputError if it is missing, cannot be loaded, or is too old."""
     try:
         module = library.api()
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"backend {library.name} was asked for, but the {library.title} library cannot be loaded here ({reason}); "
-            f"install it with {library.install}, or use --backend torch."
+            f"backend {library.name} was requested, but the {library.title} library cannot be loaded here ({reason}). "
+            f"Install it with {library.install}, or use --backend torch."
         ) from error
     version = str(module.__version__)
     if _numbers(version) < library.minimum:
         raise InputError(
             f"backend {library.name} needs {library.title} {'.'.join(map(str, library.minimum))} or newer, and "
-            f"{version} is installed; update it with {library.install} --upgrade, or use --backend torch."
+            f"{version} is installed. Update it with {library.install} --upgrade, or use --backend torch."
         )
     return version
 
@@ -108,8 +107,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 class MessageLog:
-    """The last errors and warnings, the list of a plan's layers, and a file for both and for all but the other verbose
-    messages. Safe to use from any thread."""
+    """The last errors and warnings, and a plan's layer list; both, and other messages but verbose ones, also go to a
+    file. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -119,7 +118,7 @@ class MessageLog:
         self.layers = ""
 
     def add(self, severity: str, text: str) -> None:
-        """severity: TensorRT's name (INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE)."""
+        """Add a message. severity: TensorRT's name (INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE)."""
         if severity == "VERBOSE" and not text.startswith(LAYERS):
             return
         with self._lock:
@@ -130,12 +129,12 @@ class MessageLog:
             elif severity == "WARNING":
                 self._warnings.append(text)
             if self._file is not None:
-                with contextlib.suppress(OSError):  # a full disk: the plan's file will say so
+                with contextlib.suppress(OSError):  # a full disk: writing the plan will report it
                     self._file.write(f"[{severity}] {text}\n")
                     self._file.flush()
 
     def recent(self) -> list[str]:
-        """The last errors, or, when there was none, the last warnings; each on one line, none twice."""
+        """Return the last errors, or the last warnings if there was no error; each on one line, without repetition."""
         with self._lock:
             return list(dict.fromkeys(" ".join(text.split()) for text in self._errors or self._warnings))
 
@@ -146,7 +145,7 @@ class MessageLog:
 
     @contextlib.contextmanager
     def writing_to(self, path: Path) -> Iterator[None]:
-        """Forget earlier messages and copy those to come into a new file."""
+        """Forget earlier messages and copy new ones to a new file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             self.clear()
@@ -162,13 +161,13 @@ class MessageLog:
 
 @functools.cache
 def process_log(library: Library) -> MessageLog:
-    """Where the process's one logger of a library writes."""
+    """Return the log that the process's only logger of a library writes to."""
     return MessageLog()
 
 
 @functools.cache
 def process_logger(library: Library) -> "trt.ILogger":
-    """The process's one logger of a library."""
+    """Return the process's only logger of a library."""
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
@@ -206,7 +205,7 @@ class ErrorList:
             return len(self._errors)
 
     def texts(self) -> list[str]:
-        """Each error on one line, none twice."""
+        """Return each error on one line, without repetition."""
         with self._lock:
             return list(dict.fromkeys(" ".join(text.split()) for _, text in self._errors))
 
@@ -216,7 +215,7 @@ class ErrorList:
 
 
 def error_recorder(library: Library, errors: ErrorList) -> "trt.IErrorRecorder":
-    """A recorder that fills `errors`; whoever sets it must keep it."""
+    """Return a recorder that fills `errors`; the caller must keep a reference to it."""
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
@@ -246,6 +245,6 @@ def error_recorder(library: Library, errors: ErrorList) -> "trt.IErrorRecorder":
 
         def report_error(self, arg0: trt.ErrorCodeTRT, arg1: str) -> bool:
             errors.add(arg0, arg1)
-            return False  # whether to go on is for the caller to see
+            return False  # the caller decides whether to continue
 
     return Recorder()

@@ -1,9 +1,10 @@
-"""Which plans of a folder are still good.
+"""The ledger of a folder's plans: which ones are still valid.
 
-A plan follows from its graph, its weights, its profiles and options, the library's version and the GPU or targets. A
-digest of all that is kept beside it in the library's ledger, `tensorrt.json`: a build makes only those plans whose
-digest is not there. So an interrupted build goes on, a changed LoRA rebuilds the stages that it touches and a larger
-picture size those of the VAE, by one rule. The ledger also keeps the options, which a later call without any takes up.
+A plan depends on its graph, weights, profiles and options, the library's version, and the GPU or the targets. A digest
+of all these is kept in the library's ledger (`tensorrt.json`) beside the plans: a build makes only plans whose digest
+is not there. So one rule covers all cases: an interrupted build continues, a changed LoRA rebuilds the stages it
+affects, and a larger frame size those of the VAE. The ledger also keeps the options, which later calls without options
+use.
 """
 
 import contextlib
@@ -28,31 +29,34 @@ PIECE = 1 << 26
 
 
 def graph_path(stages: Path, stage: str) -> Path:
-    """The ONNX file that a plan is built from: in TensorRT's arithmetic, so not the one that ONNX Runtime runs."""
+    """Return the ONNX file that a plan is built from: in TensorRT's types, so not the file that ONNX Runtime runs."""
     return stages / f"{stage}.trt.onnx"
 
 
 def plan_path(stages: Path, stage: str, library: Library) -> Path:
+    """Return the file of a stage's plan."""
     return stages / f"{stage}.{library.suffix}"
 
 
 def ledger_path(stages: Path, library: Library) -> Path:
+    """Return the file of the library's ledger."""
     return stages / f"{library.name}.json"
 
 
 def timings_path(stages: Path, library: Library) -> Path:
+    """Return the file of the library's timing cache."""
     return stages / f"{library.name}.timings"
 
 
 def log_path(directory: Path, stage: str, library: Library) -> Path:
-    """In the engine folder itself."""
+    """Return a stage's log file, in the engine folder."""
     return directory / f"{library.name}-logs" / f"{stage}.log"
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The only place where plans run: the library's version, and the GPU that they were built on, or the targets that
-    they were built for, joined by commas."""
+    """Where plans can run: the library's version, and the GPU they were built on or, joined by commas, the targets they
+    were built for."""
 
     version: str
     place: str
@@ -60,7 +64,7 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """What a plan was built from, its size in bytes, and how long it took."""
+    """Digest of a plan's inputs, its size in bytes, and its build time in seconds."""
 
     digest: str
     size: int
@@ -68,9 +72,9 @@ class PlanRecord:
 
 
 class PlanLedger:
-    """The ledger of a stages folder. A file that cannot be read counts as empty: plans are then built again.
+    """The ledger of a stages folder. An unreadable file counts as empty: plans are then built again.
 
-    options: those of the last build; None when there was none."""
+    options: of the last build; None if there was none."""
 
     def __init__(self, stages: Path, library: Library) -> None:
         self.stages, self.library = stages, library
@@ -82,15 +86,15 @@ class PlanLedger:
                 k: tuple(v) if isinstance(v, list) else v for k, v in document["options"].items()
             }
             records = {str(stage): PlanRecord(**record) for stage, record in document["plans"].items()}
-            self.options, self.records = PlanOptions(**options), records  # both or neither
+            self.options, self.records = PlanOptions(**options), records  # both or none
 
     def good(self, stage: str, digest: str) -> bool:
-        """Is the plan of this stage there, whole, and of this digest?"""
+        """Whether the plan of this stage exists, is complete, and has this digest."""
         record, path = self.records.get(stage), plan_path(self.stages, stage, self.library)
         return record is not None and record.digest == digest and path.is_file() and path.stat().st_size == record.size
 
     def begin(self, options: PlanOptions) -> None:
-        """Plans are built with these options from now on."""
+        """Save the options of the build that starts now."""
         self.options = options
         self._save()
 
@@ -99,7 +103,7 @@ class PlanLedger:
         self._save()
 
     def forget(self, stages: Iterable[str]) -> None:
-        """These plans are not good any more, whatever they were built from."""
+        """Mark these plans as invalid, whatever their digests."""
         for stage in stages:
             self.records.pop(stage, None)
         self._save()
@@ -113,9 +117,9 @@ class PlanLedger:
 def plan_digest(
     graph: Path, profiles: Sequence[Mapping[str, Shapes]], options: PlanOptions, environment: Environment
 ) -> str:
-    """SHA-256 of everything that a plan follows from. Weights count by value, not by their place in the store.
+    """Return the SHA-256 of everything that a plan depends on. Weights count by value, not by location in the store.
 
-    Scail2Error when the store is shorter than the graph says."""
+    Raises Scail2Error if the store is shorter than the graph requires."""
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
@@ -140,7 +144,7 @@ def _weight_digest(graph: Path, tensor: "onnx.TensorProto") -> str:
         while left:
             piece = file.read(min(left, PIECE))
             if not piece:
-                raise Scail2Error(f"{file.name} ends within {tensor.name} of {graph}; build the engine folder again.")
+                raise Scail2Error(f"{file.name} ends within {tensor.name} of {graph}. Build the engine folder again.")
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""What a machine must have before plans are built on it, asked before any work is done.
+"""Requirements of a machine for building plans, checked before any work is done.
 
-Each refusal is one sentence with what is needed, what is there and what to do. Disk, host and GPU memory are estimated
+Each refusal is one sentence: what is needed, what is available, what to do. Disk, host and GPU memory are estimated
 from the bytes of the stages' weights: a plan holds them once, and TensorRT needs up to four times the largest stage's
-weights in host memory while it builds.
+weights in host memory during the build.
 """
 
 import os
@@ -21,12 +21,12 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.wording import counted
 
 HOST_FACTOR = 4
-PROCESS_BYTES = 256 << 20  # of a compiling process beside the weights
-PLAN_FACTOR = 1.15  # of a stage's weights: they are padded and come with kernels
+PROCESS_BYTES = 256 << 20  # of a compiling process, in addition to the weights
+PLAN_FACTOR = 1.15  # size of a plan relative to its weights: they are padded, and kernels are included
 PLAN_BYTES = 8 << 20  # of a plan without weights
-SCRATCH_BYTES = 1 << 30  # GPU memory that a build needs beside two copies of the weights
+SCRATCH_BYTES = 1 << 30  # GPU memory that a build needs in addition to two copies of the weights
 GIB = 1 << 30
-CGROUP_FILES = (  # limit and use, of version 2 and of version 1
+CGROUP_FILES = (  # limit and use, for cgroup version 2 and version 1
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
@@ -46,7 +46,7 @@ class GpuFacts:
 
 
 def find_gpu() -> GpuFacts | None:
-    """The current CUDA device, or None on a machine without one."""
+    """Return the current CUDA device, or None on a machine without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -57,8 +57,8 @@ def find_gpu() -> GpuFacts | None:
 
 
 def check_machine(library: Library, precision: Precision | None = None) -> None:
-    """Library and, where plans are compiled on the GPU that runs them, GPU for a build. InputError when either is
-    missing, too old, or cannot do the precision."""
+    """Check library and, if plans are compiled on the GPU that runs them, GPU. Raises InputError if either is missing,
+    too old, or does not support the precision."""
     require_library(library)
     if not library.compiles_here:
         return
@@ -66,7 +66,7 @@ def check_machine(library: Library, precision: Precision | None = None) -> None:
     if gpu is None:
         raise InputError(
             f"backend {library.name} builds its plans on the GPU that runs them, and PyTorch finds no CUDA GPU on "
-            "this machine; use a machine with one, or --backend onnxruntime here."
+            "this machine. Use a machine with one, or --backend onnxruntime here."
         )
     if gpu.capability < BF16_CAPABILITY:
         raise InputError(
@@ -81,25 +81,25 @@ def check_machine(library: Library, precision: Precision | None = None) -> None:
 
 
 def environment(library: Library, targets: tuple[str, ...]) -> Environment:
-    """Where plans that are built here and now will run."""
+    """Return where plans built on this machine now can run."""
     gpu = find_gpu()
     return Environment(require_library(library), ",".join(targets) or (gpu.text if gpu is not None else ""))
 
 
 def check_place(library: Library, record: ExecutorRecord, remedy: str) -> None:
-    """InputError when a folder's plans cannot run here: another version, another GPU. `remedy`: the command that builds
-    them again."""
+    """Raise InputError if a folder's plans cannot run here because of another version or GPU. `remedy`: the command
+    that builds them again."""
     version, gpu = require_library(library), find_gpu()
     if gpu is None:
         raise InputError(
-            f"backend {library.name} runs on an NVIDIA GPU, and PyTorch finds none on this machine; use another "
-            "executor of the folder, for example --backend torch."
+            f"backend {library.name} runs on an NVIDIA GPU, and PyTorch finds none on this machine. Use another "
+            "backend of the folder, for example --backend torch."
         )
     card = target_of(gpu.capability)
     if library.targets and card not in library.targets:
         raise InputError(
             f"{library.title} does not run on {gpu.text}: it runs on RTX cards ({', '.join(library.targets)}), not on "
-            "Hopper or Blackwell of the data centre; use --backend torch, or tensorrt."
+            "data-centre Hopper or Blackwell. Use --backend torch, or tensorrt."
         )
     field = f"executors.{library.name}"
     built = record.versions.get(library.name)
@@ -130,12 +130,12 @@ def _for_targets(command: str, targets: tuple[str, ...]) -> str:
 
 
 def build_memory(weights: int) -> int:
-    """Bytes of host memory that the compilation of a stage with these bytes of weights may take."""
+    """Return the estimated bytes of host memory needed to compile a stage with `weights` bytes of weights."""
     return HOST_FACTOR * weights + PROCESS_BYTES
 
 
 def resident_bytes(stage_bytes: Mapping[str, int]) -> dict[str, int]:
-    """Weights that must be on the GPU at once, since plans carry theirs: phase of a run → bytes."""
+    """Return the weights that must be on the GPU at once, since plans include them: phase of a run → bytes."""
     phases: dict[str, int] = {}
     for stage, size in stage_bytes.items():
         component = stage.partition(".")[0]
@@ -146,7 +146,7 @@ def resident_bytes(stage_bytes: Mapping[str, int]) -> dict[str, int]:
 
 
 def check_resources(library: Library, stage_bytes: Mapping[str, int], directory: Path) -> None:
-    """InputError without room for the plans of these stages (name → bytes of weights): disk, host and GPU memory."""
+    """Raise InputError if disk, host or GPU memory is too small for the plans of these stages (name → bytes)."""
     if not stage_bytes:
         return
     largest = max(stage_bytes, key=lambda name: stage_bytes[name])
@@ -168,11 +168,11 @@ def check_resources(library: Library, stage_bytes: Mapping[str, int], directory:
         build_memory(size),
         host_memory(),
         "of host memory",
-        "close other programs, or add swap; the build goes on where it stopped",
+        "close other programs, or add swap; the build continues where it stopped",
     )
     gpu = find_gpu()
     if gpu is not None and library.compiles_here:
-        _enough(what, 2 * size + SCRATCH_BYTES, gpu.free_bytes, "of GPU memory", "end what else runs on the GPU")
+        _enough(what, 2 * size + SCRATCH_BYTES, gpu.free_bytes, "of GPU memory", "end other programs on the GPU")
 
 
 def _enough(what: str, needed: int, have: int, where: str, remedy: str) -> None:
@@ -181,8 +181,8 @@ def _enough(what: str, needed: int, have: int, where: str, remedy: str) -> None:
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that a process may still take: what the system has available, within the limit of the
-    container. `root` is where proc and sys are found."""
+    """Return the bytes of host memory that a process can still allocate: the system's available memory, within the
+    container's limit. `root` contains proc and sys."""
     available = _meminfo(root / "proc/meminfo")
     if available is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -208,7 +208,7 @@ def _meminfo(path: Path) -> int | None:
 
 
 def _cache_bytes(limit: Path) -> int:
-    """Bytes of files that the container holds in memory and would give back."""
+    """Return the bytes of cached files of the container, which the kernel would free."""
     try:
         entries = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):

@@ -1,10 +1,9 @@
-"""Optimisation profiles: for which sizes of its free dimensions a plan is built.
+"""Optimisation profiles: the ranges of a plan's free dimensions.
 
-Every range follows from the model and from two limits that a build may raise: rows a token-wise stage takes at once,
-and the largest picture of the VAE. Text and image contexts always have the model's own length; a prompt's encoding in
-umT5 has its true length, so that no padding is needed. A VAE stage has two profiles, one for landscape and one for
-portrait pictures up to the same size, each tuned at the usual size: one range for both would have to allow for
-a square of the longer side.
+Every range follows from the model and from two limits that a build may raise: the rows per call of a token-wise stage,
+and the largest frame of the VAE. Text and image contexts always have the model's fixed length; in umT5 a prompt has its
+real length, so that no padding is needed. A VAE stage has two profiles, one for landscape and one for portrait frames
+up to the same size, each tuned at the usual size: a single range would have to include a square of the longer side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from scail2_rt.export.onnx.stages import split_dim
 from scail2_rt.export.stages.spec import ROWS, StageDefinition, TensorSpec
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
-PICTURE_MULTIPLE = 16  # of the smallest picture side that the VAE sees: half of a side divisible by 32
+PICTURE_MULTIPLE = 16  # frame sides in the VAE: half of a side divisible by 32
 USUAL_PICTURE = (512, 896)
 LARGEST_PICTURE = (704, 1280)
 PROMPT_TOKENS = 512
@@ -33,9 +32,9 @@ TYPE_NAMES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a build of plans may be told. max_picture: shorter and longer side in pixels, for both orientations;
-    workspace_bytes: TensorRT's limit for the scratch memory of one layer; targets: architectures to build for ("sm89"),
-    () for what suits the machine."""
+    """Options for building plans. max_picture: shorter and longer side in pixels, for both orientations;
+    workspace_bytes: TensorRT's limit of one layer's scratch memory; targets: architectures to build for ("sm89"), ()
+    for the default of the machine. Raises InputError for impossible values."""
 
     max_rows: int = MAX_ROWS
     max_picture: tuple[int, int] = LARGEST_PICTURE
@@ -47,19 +46,19 @@ class PlanOptions:
         short, long = sorted(self.max_picture)
         if short < PICTURE_MULTIPLE or short % PICTURE_MULTIPLE or long % PICTURE_MULTIPLE:
             raise InputError(
-                f"the largest picture {self.max_picture[0]}x{self.max_picture[1]} is not possible; its sides must be "
+                f"the largest frame {self.max_picture[0]}x{self.max_picture[1]} is not possible. Use sides that are "
                 f"multiples of {PICTURE_MULTIPLE} pixels."
             )
         if self.max_rows < 1 or not 1 <= self.optimization_level <= 5 or self.workspace_bytes < 1 << 20:
             raise InputError(
-                f"TensorRT cannot be told to build for {self.max_rows} rows at level {self.optimization_level} in "
-                f"{self.workspace_bytes} bytes; needed are at least 1 row, a level from 1 to 5 (0 would ignore the "
-                "timing cache) and 1 MiB."
+                f"TensorRT cannot build for {self.max_rows} rows at level {self.optimization_level} in "
+                f"{self.workspace_bytes} bytes. Use at least 1 row, a level from 1 to 5 (0 would ignore the timing "
+                "cache) and at least 1 MiB."
             )
 
     @property
     def words(self) -> list[str]:
-        """The command line's options that say the same."""
+        """The equivalent command-line options."""
         words = ["--target", ",".join(self.targets)] if self.targets else []
         if self.max_picture != LARGEST_PICTURE:
             words += ["--max-picture", f"{self.max_picture[0]}x{self.max_picture[1]}"]
@@ -71,13 +70,13 @@ class PlanOptions:
 def plan_options(
     max_picture: tuple[int, int] | None, workspace_gib: float | None, targets: str | None = None
 ) -> PlanOptions | None:
-    """What the command line was told; None when it was told nothing. targets: joined by commas."""
+    """Return the options given on the command line; None if there were none. targets: joined by commas."""
     if max_picture is None and workspace_gib is None and targets is None:
         return None
     workspace = WORKSPACE_BYTES if workspace_gib is None else int(workspace_gib * GIB)
     named = tuple(dict.fromkeys(target.strip() for target in (targets or "").split(",") if target.strip()))
     if targets is not None and not named:
-        raise InputError("--target names no card: write it as in sm89,sm120, or leave it out.")
+        raise InputError("--target names no card. Write it as in sm89,sm120, or leave it out.")
     return PlanOptions(max_picture=max_picture or LARGEST_PICTURE, workspace_bytes=workspace, targets=named)
 
 
@@ -102,13 +101,13 @@ class InputRange(NamedTuple):
         )
 
 
-Profile = Mapping[str, InputRange]  # of every input that has a free dimension
+Profile = Mapping[str, InputRange]  # for every input with a free dimension
 
 
 def stage_profiles(
     definition: StageDefinition, numerics: Numerics, config: ModelConfig, options: PlanOptions
 ) -> tuple[Profile, ...]:
-    """The profiles of a stage, in the order of their indices; none when all of its sizes are fixed."""
+    """Return the profiles of a stage, in the order of their indices; none if all of its sizes are fixed."""
     specs = [spec for spec in definition.io(numerics)[0] if any(not isinstance(dim, int) for dim in spec.dims)]
     if not specs:
         return ()
@@ -128,7 +127,7 @@ def _token_ranges(config: ModelConfig, options: PlanOptions) -> dict[str, Range]
 
 
 def _picture_ranges(options: PlanOptions) -> tuple[dict[str, Range], ...]:
-    """Landscape, then portrait, in latent cells."""
+    """Return the ranges for landscape, then portrait, in latent cells."""
     smallest = PICTURE_MULTIPLE // PIXELS_PER_CELL
     short, long = (
         Range(smallest, min(usual, largest) // PIXELS_PER_CELL, largest // PIXELS_PER_CELL)
@@ -143,7 +142,7 @@ def _input_range(stage: str, spec: TensorSpec, ranges: Mapping[str, Range]) -> I
         shape = []
         for factor, symbol in map(split_dim, spec.dims):
             if symbol and symbol not in ranges:
-                raise Scail2Error(f"stage {stage}: nothing is known about the size {symbol} of its input {spec.name}.")
+                raise Scail2Error(f"stage {stage}: the size {symbol} of its input {spec.name} is unknown.")
             shape.append(factor * ranges[symbol][value] if symbol else factor)
         shapes.append(tuple(shape))
     return InputRange(*shapes)

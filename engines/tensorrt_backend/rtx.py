@@ -1,11 +1,11 @@
-"""Running with TensorRT for RTX: kernels are compiled on the card.
+"""Running with TensorRT for RTX: kernels are compiled on the RTX card.
 
-Typed against its own bindings alone; what both libraries have is typed against those of both. A plan of this library
-holds no kernels: they are compiled on the card when a context is made, and kept in a runtime cache, which one session
-shares between all its engines (40 blocks need the same kernels) and saves in the engine folder; the library itself
-drops what another card or version left there. Kernels for one shape are made at once: by default the library makes them
-in the background and changes over while the plan runs, so that a recorded step could differ from the eager one.
-(Written from its documentation and tested on recorders; not run by us on a card.)
+This module is typed against the library's bindings only; code shared by both libraries is typed against both. A plan of
+this library contains no kernels: they are compiled on the card when a context is created, and kept in a runtime cache,
+which one session shares between all its engines (40 blocks need the same kernels) and saves in the engine folder; the
+library drops entries of another card or version. Kernels for one shape are compiled at once: by default the library
+compiles them in the background and switches while the plan runs, so that a captured step could differ from the eager
+one. (Written from the documentation and tested with recorders; not run on a card.)
 """
 
 import contextlib
@@ -24,7 +24,7 @@ CACHE = "tensorrt-rtx.cache"
 
 
 class KernelCache:
-    """The kernels of one session's engines; `folder`: the engine folder, whose file is read and, by `save`, written."""
+    """The kernels of one session's engines. `folder`: the engine folder, whose cache file is read and saved."""
 
     def __init__(self, library: Library, folder: Path) -> None:
         self._library, self._path = library, folder / KERNELS / CACHE
@@ -32,7 +32,7 @@ class KernelCache:
         self._read = b""
 
     def new_context(self, engine: Any) -> "rtx.IExecutionContext | None":
-        """An execution context whose scratch memory is the caller's, with kernels from here."""
+        """Return an execution context that uses these kernels and the caller's scratch memory, or None on failure."""
         if TYPE_CHECKING:
             import tensorrt_rtx as rtx
         else:
@@ -41,19 +41,19 @@ class KernelCache:
         typed: rtx.ICudaEngine = engine
         config = typed.create_runtime_config()
         config.set_execution_context_allocation_strategy(rtx.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config.cuda_graph_strategy = rtx.CudaGraphStrategy.DISABLED  # steps are recorded whole, by the session
+        config.cuda_graph_strategy = rtx.CudaGraphStrategy.DISABLED  # the session captures complete steps
         config.dynamic_shapes_kernel_specialization_strategy = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):  # none yet, or not readable: kernels are compiled again
+            with contextlib.suppress(OSError):  # no file yet, or not readable: kernels are compiled again
                 self._read = self._path.read_bytes()
-                self._cache.deserialize(self._read)  # False, and nothing taken, for another card or version
+                self._cache.deserialize(self._read)  # returns False and ignores data of another card or version
         if not config.set_runtime_cache(self._cache):
-            raise Scail2Error(f"{self._library.title} refused its own runtime cache; its installation seems damaged.")
+            raise Scail2Error(f"{self._library.title} rejected its runtime cache. Reinstall the library.")
         return typed.create_execution_context(config)
 
     def save(self) -> None:
-        """Keep what was compiled. A folder that cannot be written costs the next start its time, and nothing else."""
+        """Save the compiled kernels. If the folder is not writable, the next start compiles them again."""
         if self._cache is None:
             return
         data = bytes(self._cache.serialize())

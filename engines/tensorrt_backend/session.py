@@ -1,10 +1,10 @@
-"""What all TensorRT engines of a process share on one device: the runtime, its messages, scratch memory and a stream.
+"""Objects that all TensorRT engines of a process share on one device: runtime, messages, scratch memory, stream.
 
-Stages never overlap on a stream, so the largest one's activations are all the scratch there is: one block, grown when
-a larger stage is loaded. Memory that a CUDA graph has recorded is never given back before the session closes, because
-the graph would go on using it. TensorRT must not run on the default stream (it would synchronise with it on every
-call); when the caller is on it, work goes to a stream of the session's own, ordered before and after.
-`CudaDevice` is all that is known of CUDA here; the tests put a device of their own in its place.
+Stages never overlap on a stream, so one scratch block, as large as the largest stage needs, serves all; it grows when a
+larger stage is loaded. Memory captured in a CUDA graph is never freed before the session closes, because the graph
+continues to use it. TensorRT must not run on the default stream (it would synchronise with it on every call); if the
+caller is on it, work runs on a stream of the session, ordered before and after.
+`CudaDevice` is the only code here that knows CUDA; the tests replace it with another device.
 """
 
 import contextlib
@@ -30,38 +30,38 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 if TYPE_CHECKING:
     import tensorrt as trt
 
-ALIGNMENT = 256  # of scratch and of what engines read and write, in bytes
+ALIGNMENT = 256  # bytes; for scratch memory, inputs and outputs
 
 
 class Device(Protocol):
-    """Where engines run."""
+    """The device that engines run on."""
 
     torch_device: torch.device
 
     def stream(self) -> contextlib.AbstractContextManager[int]:
-        """The handle of a stream that is not the default one; work on it lies, for the caller, between what it did
-        before and what it does after."""
+        """Yield the handle of a stream that is not the default stream. Its work is ordered after the caller's earlier
+        work and before the caller's later work."""
         ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor at an aligned address."""
+        """Allocate a contiguous tensor at an aligned address."""
         ...
 
     def capturing(self) -> bool:
-        """Is a CUDA graph being recorded on the current stream?"""
+        """Return whether a CUDA graph is being captured on the current stream."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything that was launched is done."""
+        """Wait until all launched work is complete."""
         ...
 
 
 class CudaDevice:
-    """A GPU through PyTorch."""
+    """A GPU, through PyTorch."""
 
     def __init__(self, torch_device: torch.device) -> None:
         if torch_device.type != "cuda":
-            raise InputError(f"plans run on a CUDA GPU, and the device {torch_device} was named; use --backend torch.")
+            raise InputError(f"plans run on a CUDA GPU, and the device {torch_device} was named. Use --backend torch.")
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         self.torch_device = torch.device("cuda", index)
         self._own: torch.cuda.Stream | None = None
@@ -108,24 +108,24 @@ class SharedScratch:
         return -(-self._block.data_ptr() // ALIGNMENT) * ALIGNMENT
 
     def reserve(self, size: int) -> None:
-        """Make the block at least `size` bytes. Scail2Error when the device has no room for it."""
+        """Make the block at least `size` bytes. Raises Scail2Error if the device has too little free memory."""
         size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
         if self._block is not None and size <= self.size:
             return
-        self._device.synchronize()  # what runs now uses the old block
+        self._device.synchronize()  # running work uses the old block
         self._block = None
         try:
             self._block = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self._device.torch_device)
         except torch.cuda.OutOfMemoryError as error:
             self.size = 0
             raise Scail2Error(
-                f"TensorRT needs {size / 2**30:.2f} GiB of scratch memory on {self._device.torch_device}, and there is "
-                "no room; end what else runs on the GPU, lower --max-rows, or build the engines for smaller pictures."
+                f"TensorRT needs {size / 2**30:.2f} GiB of scratch memory on {self._device.torch_device}; too little "
+                "is free. End other programs on the GPU, lower --max-rows, or build the engines for smaller frames."
             ) from error
         self.size = size
 
     def keep(self) -> None:
-        """A CUDA graph has recorded the block: it stays until `close`, even if a larger one takes its place."""
+        """Keep the block, which a CUDA graph has captured, until `close`, even if a larger one replaces it."""
         if self._block is not None and not any(block is self._block for block in self._recorded):
             self._recorded.append(self._block)
 
@@ -137,8 +137,8 @@ class SharedScratch:
 class TensorRTSession:
     """A library's runtime on one device. Close the engines first.
 
-    folder: the engine folder, where a library that compiles on the card keeps what it compiled. InputError when the
-    library is missing or too old, Scail2Error when it cannot start."""
+    folder: the engine folder, where a library that compiles on the card saves its kernels. Raises InputError if the
+    library is missing or too old, Scail2Error if it cannot start."""
 
     def __init__(self, library: Library, device: Device, folder: Path) -> None:
         require_library(library)
@@ -159,7 +159,7 @@ class TensorRTSession:
         self._kernels = KernelCache(library, folder) if library.targets else None
 
     def new_context(self, engine: "trt.ICudaEngine") -> "trt.IExecutionContext | None":
-        """A context whose scratch memory is the caller's."""
+        """Return a context that uses the caller's scratch memory."""
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
@@ -170,9 +170,11 @@ class TensorRTSession:
         return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def load(self, path: Path, stage: str, remedy: str) -> "trt.ICudaEngine":
-        """The engine in a plan file. InputError with `remedy` when the file is missing or not a plan for this place."""
+        """Load the engine in a plan file. Raises InputError with `remedy` if it is missing or cannot run here."""
         if self._runtime is None:
-            raise Scail2Error(f"stage {stage} was loaded after its TensorRT session was closed.")
+            raise Scail2Error(
+                f"stage {stage} was loaded after its TensorRT session was closed. Open the engines again."
+            )
         self.forget()
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -183,25 +185,25 @@ class TensorRTSession:
             ) from error
         if engine is None:
             raise InputError(
-                f"{self.library.title} does not take the plan {path} of stage {stage}: {self.said()}. Build it again "
+                f"{self.library.title} rejects the plan {path} of stage {stage}: {self.said()}. Build it again "
                 f"with: {remedy}"
             )
         return engine
 
     def forget(self) -> None:
-        """Drop earlier messages, so that a failure reports its own."""
+        """Drop earlier messages, so that a failure reports only its messages."""
         self._errors.clear()
         process_log(self.library).clear()
 
     def said(self) -> str:
-        """The errors of recorder and logger as one text."""
+        """Return the errors of recorder and logger as one text."""
         texts = list(dict.fromkeys([*self._errors.texts(), *process_log(self.library).recent()]))
         return "; ".join(text for text in texts if not any(text in other and text != other for other in texts)) or (
             "it gave no message"
         )
 
     def failure(self, what: str) -> Scail2Error:
-        """The fault `what` with what TensorRT said."""
+        """Make an error from the fault `what` and TensorRT's messages."""
         return Scail2Error(f"{what}. {self.library.title} said: {self.said()}.")
 
     def close(self) -> None:

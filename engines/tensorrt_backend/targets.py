@@ -1,8 +1,8 @@
-"""For which architectures plans are built, and what each can compute.
+"""The architectures that plans are built for, and the precisions that each supports.
 
-A library that compiles for other machines is told its targets: those that were named, else those of the folder's
-earlier build, else this machine's card, else all that can do the precision. What a stage needs follows from its types:
-e4m3 from sm89 on, bf16 from sm80 on. (The precision fp16 keeps the text encoder in bf16, so it needs sm80 too.)
+A library that compiles for other machines needs targets: those named by the user, else those of the folder's earlier
+build, else this machine's card, else all that support the precision. A stage's requirement follows from its types: sm89
+for e4m3, sm80 for bf16. (The precision fp16 keeps the text encoder in bf16, so it needs sm80 too.)
 """
 
 from collections.abc import Iterable
@@ -20,18 +20,18 @@ BF16_CAPABILITY = (8, 0)
 
 
 def capability_of(target: str) -> Capability:
-    """ "sm120" → (12, 0)."""
+    """Convert "sm120" to (12, 0)."""
     digits = target.removeprefix("sm")
     return int(digits[:-1]), int(digits[-1])
 
 
 def target_of(capability: Capability) -> str:
-    """(12, 0) → "sm120"."""
+    """Convert (12, 0) to "sm120"."""
     return f"sm{capability[0]}{capability[1]}"
 
 
 def needed_capability(definitions: Iterable[StageDefinition], precision: Precision) -> Capability:
-    """The oldest architecture that computes all of these stages."""
+    """Return the lowest compute capability that supports all of these stages."""
     numerics = [definition.numerics(precision) for definition in definitions]
     if any(n.fp8 for n in numerics):
         return FP8_CAPABILITY
@@ -46,20 +46,20 @@ def choose_targets(
     definitions: Iterable[StageDefinition],
     precision: Precision,
 ) -> tuple[str, ...]:
-    """The targets of a build, in the library's order; none for a library that builds for this machine.
+    """Return the targets of a build, in the library's order; none for a library that builds for this machine's GPU.
 
-    named: by the user; before: of the folder's earlier build; here: this machine's card. InputError for what cannot
-    be built."""
+    named: by the user; before: of the folder's earlier build; here: capability of this machine's card. Raises
+    InputError for targets that cannot be built."""
     if library.compiles_here:
         if named:
-            raise InputError(f"--target was given, but backend {library.name} builds for the GPU of this machine only.")
+            raise InputError(f"backend {library.name} builds for the GPU of this machine only. Leave out --target.")
         return ()
     unknown = [target for target in named if target not in library.targets]
     if unknown:
         cards = f"{library.title} builds for {', '.join(library.targets)}"
         raise InputError(
-            f"--target {','.join(unknown)} cannot be built: {cards}. For other cards (sm90 and sm100, say) build "
-            "with --backend torch."
+            f"--target {','.join(unknown)} cannot be built: {cards}. For other GPUs (such as sm90 and sm100) use "
+            "--backend torch."
         )
     stages = list(definitions)
     able = [t for t in library.targets if capability_of(t) >= needed_capability(stages, precision)]
@@ -70,7 +70,7 @@ def choose_targets(
         if target not in able:
             can = [p for p in PRECISIONS if capability_of(target) >= needed_capability(stages, p)]
             raise InputError(
-                f"precision {precision} needs an architecture among {', '.join(able)}, which {target} is not; "
-                f"use --precision {' or '.join(can)}{'' if named else ', or name others with --target'}."
+                f"precision {precision} needs an architecture among {', '.join(able)}, which {target} is not. "
+                f"Use --precision {' or '.join(can)}{'' if named else ', or name others with --target'}."
             )
     return tuple(target for target in library.targets if target in chosen)

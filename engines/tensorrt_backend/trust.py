@@ -1,8 +1,9 @@
-"""Have these plans passed `verify` on this card? `auto` takes a library that compiles for other machines only then.
+"""Record of the plans that passed `verify` on this card. `auto` uses a library that compiles for other machines only
+then.
 
-Nothing of such a library has run where its plans were built. So `verify`, when a folder passes on a card, leaves a
-record in the folder: the card, the library's version, and a digest of all plans. Another card, version or plan, and the
-record says nothing.
+Plans of such a library have not run on the machine that built them. So when a folder passes `verify` on a card, a
+record is stored in the folder: the card, the library's version, and a digest of all plans. The record is not valid for
+another card, version or plan.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ VERIFIED = "verified.json"
 
 
 def obstacle(library: Library, directory: Path, manifest: Manifest, files: Iterable[str]) -> str | None:
-    """Why `auto` must not take these plans, in words; None when they have passed here."""
+    """Return why `auto` must not use these plans, in words; None if they have passed on this card."""
     if _here(library, manifest, files) in _read(directory).get(library.name, []):
         return None
     words = ["scail2-rt", "verify", str(directory.absolute()), "--checkpoint", manifest.checkpoint]
@@ -28,7 +29,7 @@ def obstacle(library: Library, directory: Path, manifest: Manifest, files: Itera
 
 
 def remember(library: Library, directory: Path, manifest: Manifest, files: Iterable[str], passed: bool) -> None:
-    """Note the outcome of `verify` on this card."""
+    """Record the result of `verify` on this card."""
     document, here = _read(directory), _here(library, manifest, files)
     others = [record for record in document.get(library.name, []) if record != here]
     document[library.name] = [*others, here] if passed else others
@@ -43,7 +44,7 @@ def _here(library: Library, manifest: Manifest, files: Iterable[str]) -> dict[st
 
 
 def _read(directory: Path) -> dict[str, list[dict[str, str]]]:
-    """A file that cannot be read counts as none."""
+    """Read the records; an unreadable file counts as empty."""
     try:
         document = json.loads((directory / VERIFIED).read_text())
     except (OSError, ValueError):

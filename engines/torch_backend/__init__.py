@@ -1,1 +1,1 @@
-"""Stages in PyTorch with our kernels: weights loaded in the background, the VAE with rings on a GPU."""
+"""Stages in PyTorch with our kernels: weights are loaded in the background; the VAE uses ring buffers on a GPU."""

@@ -1,7 +1,7 @@
-"""The torch backend: PyTorch modules and our kernels, on a CPU or a GPU, straight from the weight store.
+"""The torch backend: PyTorch modules and our kernels, on a CPU or a GPU, with weights from the weight store.
 
-On a GPU it places weights itself: stages are read in the background, a family of stages may share two buffers, and the
-VAE keeps its causal past in rings. On a CPU weights are views of the mapped store.
+On a GPU it controls where weights lie: stages are read in the background, a family of stages may share two buffers, and
+the VAE keeps its causal past in ring buffers. On a CPU, weights are views of the mapped store.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ VAE_HALVES: dict[str, type[Rings]] = {"vae.encode": EncodeStream, "vae.decode": 
 
 
 def use_kernel_cache(directory: Path) -> None:
-    """Let Triton and NVRTC keep compiled kernels in `directory`, unless the user said where or it cannot be written."""
+    """Let Triton and NVRTC cache kernels in `directory`, unless the user has set a folder or it is not writable."""
     with contextlib.suppress(OSError):
         directory.mkdir(exist_ok=True)
         for variable in ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS"):
@@ -36,17 +36,17 @@ def use_kernel_cache(directory: Path) -> None:
 
 
 class TorchExecutor(Executor):
-    """InputError when the folder's VAE needs kernels that cannot run here."""
+    """Stages as PyTorch modules. Raises InputError if the folder's VAE needs kernels that cannot run here."""
 
     def __init__(self, backend: Backend, folder: EngineFolder, device: torch.device, execution: Execution) -> None:
         super().__init__(backend, folder, device, execution)
         self._on_gpu = device.type == "cuda"
-        # on a CPU whole pictures by stages are faster than parts in rings
+        # on a CPU, complete frames through the stages are faster than strips through ring buffers
         self.cuda_graphs = self.places_weights = self.splits_pictures = self._on_gpu
         if self._on_gpu:
             use_kernel_cache(folder.directory / KERNELS)
             if folder.manifest.config.vae is not None:
-                choose_implementation(device, self.numerics("vae.decode_step").compute)  # refuses now, not at a frame
+                choose_implementation(device, self.numerics("vae.decode_step").compute)  # raises now, not at a frame
         self._loader = WeightLoader(folder.store, device) if isinstance(folder.store, StoreReader) else None
         self._loading: dict[str, Loading] = {}
         self._rings: dict[str, Rings] = {}
@@ -58,7 +58,7 @@ class TorchExecutor(Executor):
         return tuple(self._streamed)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """On a GPU; views of the mapped store need no loading."""
+        """Prefetch on a GPU only: on a CPU, views of the mapped store need no loading."""
         if not self._on_gpu or self._loader is None:
             return
         for name in names:
@@ -66,7 +66,7 @@ class TorchExecutor(Executor):
                 self._loading[name] = self._loader.start(name, self._tensors(name))
 
     def stream(self, names: Sequence[str]) -> None:
-        """Two device buffers a family; all other stages stay loaded."""
+        """Stream through two device buffers per family; all other stages stay loaded."""
         if set(names) == set(self._streamed):
             return
         for stage in {*names, *self._streamed}:
@@ -87,13 +87,13 @@ class TorchExecutor(Executor):
         self._rings = {stage: rings for stage, rings in self._rings.items() if not stage.startswith(prefix)}
 
     def vae_stream(self, stage: str) -> VAEStream:
-        """On a GPU the form with rings, made once: its weights are laid out for the kernels."""
+        """Use ring buffers on a GPU; the stream is made once, with its weights in the kernels' layout."""
         if not self._on_gpu:
             return super().vae_stream(stage)
         return self._ring_stream(stage)
 
     def part_stream(self, part: Part) -> VAEStream:
-        """The form with rings on a CPU too: stages take whole pictures."""
+        """Use ring buffers on a CPU too: stages need complete frames."""
         return self._ring_stream("vae.decode", part)
 
     def _ring_stream(self, stage: str, part: Part | None = None) -> Rings:
@@ -122,7 +122,7 @@ class TorchExecutor(Executor):
     def _call(
         self, engine: Engine, spec: EngineSpec, inputs: Sequence[Tensor], out: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Row slices instead of chunk buffers: a module reads and writes any slice."""
+        """Run on row slices instead of chunk buffers: a module reads and writes any slice."""
         assert isinstance(engine, TorchEngine)
         return run_rows(engine, (spec.inputs, spec.outputs), inputs, self.max_rows, out)
 
@@ -131,7 +131,7 @@ class TorchExecutor(Executor):
         return TorchEngine(definition, self.numerics(name), self.folder.store, self.device, self._loaded(name))
 
     def _loaded(self, name: str) -> dict[str, Tensor] | None:
-        """The weights of a stage on the GPU; None where nothing is loaded in the background."""
+        """Return the weights of a stage on the GPU; None if nothing is loaded in the background."""
         self.prefetch([name])
         return self._loading.pop(name).wait() if name in self._loading else None
 
@@ -144,20 +144,22 @@ class TorchExecutor(Executor):
         return self._streams[family]
 
     def _tensors(self, name: str) -> dict[str, TensorShape]:
-        """The weights of a stage, checked against the store."""
+        """Return the weights of a stage, checked against the store."""
         tensors = stage_tensors(self.folder.definition(name), self.numerics(name))
         check_stored(name, tensors, self.folder.store)
         return tensors
 
 
 class TorchBackend(Backend):
+    """PyTorch on a CPU or a GPU, with our kernels."""
+
     name = module = "torch"
     packages = ("torch",)
     install = "pip install torch"
     compiles_kernels = True
 
     def numerics(self, definition: StageDefinition, precision: Precision, device: str) -> Numerics:
-        """PyTorch has no fast fp16 on a CPU: fp32 there."""
+        """Compute in fp32 instead of fp16 on a CPU: PyTorch has no fast fp16 there."""
         numerics = definition.numerics(precision)
         if device == "cpu" and numerics.compute == torch.float16:
             return numerics.in_arithmetic(torch.float32)

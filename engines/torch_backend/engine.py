@@ -1,7 +1,7 @@
-"""The PyTorch executor: a stage is its reference module with weights from the store.
+"""One engine stage in PyTorch: its reference module with weights from the store.
 
-On a CPU the weights are views of the mapped store, so loading a stage costs nothing and pages come in as they are used;
-on a GPU they are copied there (`engines.torch_backend.loading`). The modules call the kernels of `kernels`, which are
+On a CPU the weights are views of the mapped store, so loading a stage costs nothing and pages are read when used; on a
+GPU they are copied there (`engines.torch_backend.loading`). The modules call the functions in `kernels`, which run
 Triton on a GPU. Long token sequences are cut into row slices without copying: a stage reads a slice of its inputs and
 writes a slice of its outputs.
 """
@@ -20,25 +20,25 @@ from scail2_rt.kernels.errors import InputError, Scail2Error
 
 
 def stage_tensors(definition: StageDefinition, numerics: Numerics) -> dict[str, TensorShape]:
-    """Parameter name → type and shape of a stage's weights."""
+    """Return parameter name → type and shape of a stage's weights."""
     with torch.device("meta"):
         state = definition.build(numerics).state_dict()
     return {name: TensorShape(value.dtype, tuple(value.shape)) for name, value in state.items()}
 
 
 def check_stored(name: str, tensors: Mapping[str, TensorShape], store: WeightStore) -> None:
-    """InputError when the store holds a weight of a stage in another type or shape."""
+    """Raise InputError if the store holds a weight of a stage in another type or shape."""
     for parameter, expected in tensors.items():
         have = store.layout.location(f"{name}.{parameter}")
         if (have.dtype, tuple(have.shape)) != (expected.dtype, expected.shape):
             raise InputError(
                 f"the weight store holds {name}.{parameter} as {have.dtype} {list(have.shape)}, this version "
-                f"needs {expected.dtype} {list(expected.shape)}; rebuild the engine folder."
+                f"needs {expected.dtype} {list(expected.shape)}. Rebuild the engine folder."
             )
 
 
 class TorchEngine:
-    """One stage as a callable on tensors of `device`. `weights` are views of the store, or tensors on the device."""
+    """One stage as a callable on tensors on `device`. `weights`: views of the store, or tensors on the device."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class TorchEngine:
             weights = store.stage(self.name, module.state_dict())
         module.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
         for name, buffer in module.named_buffers():
-            if buffer.is_meta:  # a constant that the module should have made on the CPU
+            if buffer.is_meta:  # a constant that the module should have created on the CPU
                 raise Scail2Error(f"stage {definition.name}: {name} has no value; it is not a weight of the store.")
         self._module: torch.nn.Module | None = module.to(device).eval()
         self._writes = "out" in inspect.signature(module.forward).parameters
 
     def __call__(self, *inputs: Tensor, out: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """The outputs; written into `out` when it is given. The first of `out` may be the first input itself."""
+        """Run the stage; outputs are written to `out` if given. The first of `out` may be the first input."""
         if self._module is None:
             raise ValueError(f"engine {self.name} was closed")
         with torch.inference_mode():
@@ -86,8 +86,8 @@ def run_rows(
     max_rows: int,
     first: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The stage over row slices of at most `max_rows`. `first`: where the first output goes, which may be the first
-    input."""
+    """Run the stage over row slices of at most `max_rows`. `first`: destination of the first output; may be the first
+    input. Raises Scail2Error if row counts differ."""
     axes = [spec.row_axis for spec in specs[0]]
     lengths = {tensor.shape[axis] for tensor, axis in zip(inputs, axes, strict=True) if axis is not None}
     if len(lengths) > 1:

@@ -1,14 +1,13 @@
-"""Weights from the store to the device, in the background.
+"""Background loading of weights from the store to the device.
 
-A few reader threads each own two pinned buffers and a stream: they read a piece of the file into a buffer, copy it to
-the device and wait for their own copy, so while one copies the others read, and a finished future means that the data
-is there. Each stage lies in one device buffer. On a CPU a piece is read straight into place. Other threads sum a piece
-while its reader reads the next one into its other buffer: reading is no slower for it where cores are free. Whoever
-waits for a stage compares the sums, so a damaged one never runs.
+Each of several reader threads has two pinned buffers and a stream. It reads a piece of the file into a buffer, copies
+it to the device and waits for this copy; while one thread copies, the others read, and a finished future means that the
+data is on the device. Each stage lies in one device buffer. On a CPU, a piece is read directly into place. Other
+threads compute a piece's checksum while its reader reads the next piece into its other buffer: if cores are free, this
+does not slow down reading. The thread that waits for a stage compares the checksums, so a damaged stage never runs.
 
-`WeightLoader.start` begins with one stage. `StageStream` keeps a family of stages in two buffers that take turns: while
-one stage runs the next is on its way, so that a model larger than the device's memory still runs; it sums every stage
-the first time.
+`WeightLoader.start` starts loading one stage. `StageStream` keeps a family of stages in two alternating buffers: while
+one stage runs, the next is loaded, so that a model larger than GPU memory runs. It checks every stage the first time.
 """
 
 import threading
@@ -25,19 +24,19 @@ from torch import Tensor
 from scail2_rt.engines.folder.store import StoreReader, TensorShape
 from scail2_rt.engines.folder.sums import PIECE, SumChecker, piece_sum
 
-READERS = SUMMERS = 6  # on an H200: 16.2 GB/s with sums; four of each 12.0, four readers without sums 14.2
-ALIGNMENT = 256  # bytes; what matrix products and vector loads want
+READERS = SUMMERS = 6  # on an H200: 16.2 GB/s with checksums; 12.0 with four of each, 14.2 with four and no checksums
+ALIGNMENT = 256  # bytes; suits matrix products and vector loads
 SLOTS = 2
 Engine = TypeVar("Engine")
 
 
 def buffer_bytes(tensors: Mapping[str, TensorShape]) -> int:
-    """Bytes of a device buffer for the tensors of one stage."""
+    """Return the bytes of a device buffer for the tensors of one stage."""
     return sum(-(-shape.nbytes // ALIGNMENT) * ALIGNMENT for shape in tensors.values())
 
 
 def carve(buffer: Tensor, tensors: Mapping[str, TensorShape]) -> dict[str, Tensor]:
-    """Views of a byte buffer, one per tensor, each aligned."""
+    """Return views of a byte buffer, one per tensor, each aligned."""
     views, start = {}, 0
     for name, shape in tensors.items():
         views[name] = buffer[start : start + shape.nbytes].view(shape.dtype).view(shape.shape)
@@ -50,10 +49,10 @@ Piece = tuple[str, "Future[bytes] | None"]
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """A stage on its way: its tensors on the device, valid after `wait()`.
+    """A stage that is being loaded: its tensors on the device, valid after `wait()`.
 
-    pieces: (tensor in the store, its sum to come), in order; checker: what the sums are compared with, None where
-    nothing is summed"""
+    pieces: (tensor in the store, its future checksum), in order; checker: compares the checksums, None if none are
+    computed"""
 
     stage: str
     tensors: dict[str, Tensor]
@@ -61,8 +60,8 @@ class Loading:
     checker: SumChecker | None = None
 
     def wait(self) -> dict[str, Tensor]:
-        """Block until every piece has arrived; an error while reading is raised here, and DamagedError when a tensor is
-        not what its sum says."""
+        """Block until every piece is loaded. Raises the error of a failed read, or DamagedError if a tensor does not
+        match its checksum."""
         sums: dict[str, list[bytes]] = {}
         for name, coming in [piece.result() for piece in self.pieces]:
             if coming is not None:
@@ -74,7 +73,7 @@ class Loading:
         return self.tensors
 
     def settle(self) -> None:
-        """Block until nothing is read any more, for whom the stage is of no use."""
+        """Block until nothing is being read, without checks, for a stage that is not used."""
         wait(self.pieces)
 
 
@@ -90,10 +89,10 @@ class WeightLoader:
     def start(
         self, stage: str, tensors: Mapping[str, TensorShape], buffer: Tensor | None = None, again: bool = False
     ) -> Loading:
-        """Begin to load a stage, into `buffer` (uint8, large enough) or a new one. `again`: one that was found whole
-        before is not summed once more.
+        """Start loading a stage into `buffer` (uint8, large enough) or a new one. `again`: do not compute checksums for
+        a stage that was checked before.
 
-        What the current stream was told before this call is finished before the buffer is written."""
+        The buffer is written after all work queued on the current stream before this call."""
         if buffer is None:
             buffer = torch.empty(buffer_bytes(tensors), dtype=torch.uint8, device=self.device)
         views = carve(buffer, tensors)
@@ -113,7 +112,7 @@ class WeightLoader:
         return Loading(stage, views, tuple(pieces), checker)
 
     def _load(self, name: str, target: Tensor, start: int, free: "torch.cuda.Event | None", summed: bool) -> Piece:
-        """Read one piece. The whole of it in one call: each call waits for the interpreter's lock again."""
+        """Read one piece in a single call: each call has to wait for the interpreter lock."""
         part = target[start : start + PIECE]
         if free is None:
             data = part.numpy().data
@@ -121,7 +120,7 @@ class WeightLoader:
             return name, self._summers.submit(piece_sum, data) if summed else None
         if not hasattr(self._own, "pinned"):
             if self.device.index is not None:
-                torch.cuda.set_device(self.device)  # a new thread is on GPU 0
+                torch.cuda.set_device(self.device)  # a new thread starts on GPU 0
             self._own.pinned = deque((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), None) for _ in range(2))
             self._own.stream = torch.cuda.Stream(self.device)
         (buffer, before), stream = self._own.pinned.popleft(), self._own.stream
@@ -145,10 +144,10 @@ class WeightLoader:
 
 
 class StageStream(Generic[Engine]):
-    """Stages of one family that take turns in a few device buffers.
+    """Stages of one family that alternate in two device buffers.
 
-    `order` is the order in which they are run, over and over; running them in another order is right but waits.
-    `make` turns the tensors of a buffer into an engine; all stages of a family have the same tensors."""
+    `order`: the order in which they run repeatedly; another order gives correct results but waits. `make` creates an
+    engine from the tensors of a buffer; all stages of a family have the same tensor shapes."""
 
     def __init__(
         self,
@@ -166,7 +165,7 @@ class StageStream(Generic[Engine]):
         self._current: tuple[Tensor, Engine] | None = None
 
     def take(self, name: str) -> Engine:
-        """The engine of a stage, its weights in place. It is valid until the next call."""
+        """Return the engine of a stage with its weights loaded. It is valid until the next call."""
         if self._current is not None:
             self._free.append(self._current)
             self._current = None

@@ -1,9 +1,10 @@
-"""The VAE of one video size as two programs, lists of operations on fixed buffers: the first frame, every later step.
+"""The VAE for one video size as two programs (lists of operations on fixed buffers): the first frame, all later steps.
 
-A layer here is what it launches. Each causal convolution has a ring into which whatever produces its input writes,
-normed and SiLU'd already; sums between blocks live in plain buffers that are updated in place. A layer that begins
-with a norm hands that norm to the convolution before it, whose epilogue then writes both results.
-Everything not normed is stored times 2^-6 in fp16: sums up to 4·10^6 stay finite, and steps below 0.004 are absolute.
+A layer appends the kernel launches it needs. Each causal convolution has a ring buffer, which the producer of its input
+writes, already normed and SiLU'd; sums between blocks are kept in plain buffers that are updated in place. A layer that
+begins with a norm attaches it to the preceding convolution, whose epilogue then writes both results.
+In fp16, all values that are not normed are stored times 2^-6: sums up to 4·10^6 stay finite, and values below 0.004
+have a constant absolute step.
 """
 
 import math
@@ -29,12 +30,12 @@ from scail2_rt.kernels.conv.ops import (
     rms_norm_frames,
 )
 
-RAW_SCALE = {torch.float16: 2.0**-6}  # of values that are not normed; 1 in the types with fp32's range
-HISTORY = 2  # frames that a ring keeps of the step before
+RAW_SCALE = {torch.float16: 2.0**-6}  # for values that are not normed; 1 in types with fp32's range
+HISTORY = 2  # frames of the previous step that a ring keeps
 
 
 class Layers:
-    """The weights of one half of the VAE by checkpoint name, laid out for the kernels when first asked for."""
+    """The weights of one half of the VAE by checkpoint name, converted to the kernels' layout on first use."""
 
     def __init__(
         self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, implementation: Implementation
@@ -59,11 +60,11 @@ class Layers:
         return f"{name}.weight" in self.source
 
     def channels(self, name: str) -> int:
-        """Outputs of a convolution in the checkpoint."""
+        """Return the number of outputs of a convolution in the checkpoint."""
         return self.source[f"{name}.weight"].shape[0]
 
     def forget_source(self) -> None:
-        """Keeps only the shapes of the checkpoint's tensors; every layer must have been asked for."""
+        """Keep only the shapes of the checkpoint's tensors. Call it after every layer has been used."""
         self.source = {name: tensor.to("meta") for name, tensor in self.source.items()}
 
 
@@ -79,9 +80,9 @@ class Size:
 
 
 class Buffers:
-    """All buffers of one video size, made once, with zero borders. `clock` counts the frames seen at every rate.
+    """All buffers of one video size, allocated once, with zero borders. `clock` counts the frames seen at every rate.
 
-    Counter 0 stands still (plain buffers); counter i counts frames where a step brings `rates[i]` of them."""
+    Counter 0 does not advance (plain buffers); counter i counts frames of a rate of `rates[i]` frames per step."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -101,16 +102,16 @@ class Buffers:
         )
 
     def plain(self, use: str, frames: int, size: Size, channels: int, raw: bool = True) -> Frames:
-        """A buffer without a past, shared by all that ask for the same. `frames`: those of a later step."""
+        """Return a buffer without history, shared by all callers with the same arguments. `frames`: of a later step."""
         key = (use, frames, size, channels)
         if key not in self._made:
             self._made[key] = self._zeros(frames, size, channels)
         return Frames(self._made[key], scale=self.raw_scale if raw else 1.0)
 
     def ring(self, name: str, rate: int, size: Size, channels: int, raw: bool = False) -> tuple[Frames, Frames]:
-        """(window that starts with the two frames before, new frames) of the ring that feeds the layer `name`."""
+        """Return (window that starts with the two previous frames, new frames) of the ring that feeds layer `name`."""
         if name not in self._rings:
-            # what a first frame does not reach keeps its zeros one frame longer
+            # one extra zero frame: the history that the first frame does not fill
             self._rings[name] = (self._zeros(rate + HISTORY, size, channels), HISTORY + 1)
         data, counter = self._rings[name][0], self.rates.index(rate)
         scale = self.raw_scale if raw else 1.0
@@ -126,9 +127,9 @@ Op = Callable[[Tensor], object]  # takes the clock
 
 
 class Program:
-    """The operations of one pass in order, built layer by layer on a value `x`, the sums of `frames` frames at `size`.
+    """The operations of one pass in order, built layer by layer on a value `x`: the sums of `frames` frames at `size`.
 
-    `later`: frames of a later step at this point, by which buffers are sized; `frames` is 1 in the first pass."""
+    `later`: frames of a later step at this point, which determines buffer sizes; `frames` is 1 in the first pass."""
 
     def __init__(self, layers: Layers, buffers: Buffers, first: bool, size: Size, later: int) -> None:
         self.layers, self.buffers, self.first = layers, buffers, first
@@ -149,7 +150,7 @@ class Program:
         self.ops.append(ConvCall(src, weights, self.frames, raw=self.x))
 
     def normed(self, x: Frames, norm: Norm, into: Frames) -> None:
-        """into = norm(x), by the convolution that has just made x if there is one."""
+        """Append into = norm(x); if the last operation is the convolution that makes x, it also computes the norm."""
         last = self.ops[-1] if self.ops else None
         if isinstance(last, ConvCall) and last.raw is x and last.norm is None:
             self.ops[-1] = replace(last, norm=norm, normed=into)
@@ -163,7 +164,7 @@ class Program:
         return self.x
 
     def residual_block(self, name: str, into: Frames | None = None) -> None:
-        """x = shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))); the sum goes to `into`, or stays in place."""
+        """Append x = shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))); the sum is written to `into`, or in place."""
         x, layers, buffers = self.current(), self.layers, self.buffers
         conv1, conv2 = layers.conv(f"{name}.residual.2"), layers.conv(f"{name}.residual.6")
         norm1, norm2 = layers.norm(f"{name}.residual.0"), layers.norm(f"{name}.residual.3")
@@ -180,7 +181,7 @@ class Program:
         self.ops.append(ConvCall(window2, conv2, self.frames, raw=self.x, residual=x))
 
     def attention(self, name: str) -> None:
-        """x += proj(attention(norm(x))) in each frame."""
+        """Append x += proj(attention(norm(x))), within each frame."""
         x, norm, buffers = self.current(), self.layers.norm(f"{name}.norm", silu=False), self.buffers
         channels = norm.channels
         rows = buffers.plain("attention", self.later, self.size, channels, raw=False)
@@ -193,8 +194,8 @@ class Program:
         self.ops.append(ConvCall(rows, self.layers.conv(f"{name}.proj"), self.frames, raw=self.x, residual=x))
 
     def upsample(self, name: str, temporal: bool, rows: slice | None = None) -> None:
-        """x = [twice the frames, then] nearest ×2 and a 3×3 convolution to half the channels. `rows`: from here on only
-        these of the picture."""
+        """Append x = [twice the frames, then] nearest ×2 and a 3×3 convolution to half the channels. `rows`: keep only
+        these rows of the frame from here on."""
         x, channels = self.current(), self.layers.channels(f"{name}.resample.1")
         if temporal:
             if not self.first:
@@ -212,7 +213,7 @@ class Program:
         self.ops.append(ConvCall(x, weights, self.frames, raw=self.x))
 
     def _cut(self, x: Frames, rows: slice) -> Frames:
-        """Rows of the plain buffer x in one of their own, where their neighbours are the border."""
+        """Copy rows of the plain buffer x to a separate buffer, with their neighbouring rows as the border."""
         frames, source, height = self.frames, x.data, rows.stop - rows.start
         self.size = Size(height, self.size.width)
         out = self.buffers.plain("cut", self.later, self.size, source.shape[3])
@@ -220,12 +221,12 @@ class Program:
         return out
 
     def time_ring(self, name: str) -> tuple[Frames, Frames]:
-        """Ring of an up-sampling's temporal convolution; the block before it writes there instead of in place."""
+        """Return the ring of an up-sampling's temporal convolution; the preceding block writes there, not in place."""
         channels = self.layers.channels(f"{name}.time_conv") // 2
         return self.buffers.ring(f"{name}.time_conv", self.later, self.size, channels, raw=True)
 
     def downsample(self, name: str, temporal: bool) -> None:
-        """x = a stride-2 convolution of x, then, if temporal, half the frames (the first frame passes)."""
+        """Append a stride-2 convolution of x, then, if temporal, halve the frames (the first frame is kept)."""
         x, channels = self.current(), self.layers.channels(f"{name}.resample.1")
         self.size = self.size.scaled(1, 2)
         weights = self.layers.conv(f"{name}.resample.1", ConvForm(stride=2))
@@ -239,19 +240,19 @@ class Program:
         self.x = new
         if not self.first:
             self.x = self.stream(channels)
-            last = Frames(window.data, window.counter, 1, window.scale)  # this layer looks back one frame, not two
+            last = Frames(window.data, window.counter, 1, window.scale)  # this layer needs one previous frame, not two
             weights = self.layers.conv(f"{name}.time_conv", ConvForm(time_stride=2))
             self.ops.append(ConvCall(last, weights, self.frames, raw=self.x))
 
     def head(self, name: str) -> None:
-        """The last operation: its output is planar and is given when the program runs."""
+        """Append the last operation: its output is planar and its destination is given to `run`."""
         norm = self.layers.norm(f"{name}.0")
         window, new = self.buffers.ring(f"{name}.2", self.later, self.size, norm.channels)
         self.normed(self.current(), norm, new)
         self.ops.append(ConvCall(window, self.layers.conv(f"{name}.2", ConvForm(pad_out=16)), self.frames))
 
     def run(self, planar: Tensor) -> None:
-        """planar fp32 [channels, frames, H, W] takes the head's output. Advances the clock."""
+        """Run the program; planar fp32 [channels, frames, H, W] receives the head's output. Advances the clock."""
         clock = self.buffers.clock
         *ops, head = self.ops
         for op in ops:
@@ -260,19 +261,19 @@ class Program:
             else:
                 op(clock)
         if not isinstance(head, ConvCall):
-            raise ValueError("a program ends with its head")
+            raise ValueError("a program must end with its head")
         conv(head, clock, planar)
         clock.add_(self.buffers.advance[self.first])
 
 
 def attend(qkv: Tensor, out: Tensor, channels: int) -> None:
-    """Single-head attention over the pixels of each frame.
+    """Compute single-head attention over the pixels of each frame.
 
-    qkv [T, H+2, W+2, ≥3·C] and out [T, H+2, W+2, ≥C], both with borders; out's further channels stay."""
+    qkv [T, H+2, W+2, ≥3·C] and out [T, H+2, W+2, ≥C], both with borders; further channels of out are unchanged."""
     inside = qkv[:, 1:-1, 1:-1, : 3 * channels].flatten(1, 2)  # [T, h·w, 3·C]
     q, k, v = inside.split(channels, dim=2)
     if qkv.is_cuda and qkv.dtype != torch.float32:
-        # No fused kernel takes heads this wide; at these sizes the score matrix is 0.1 GB and two GEMMs are faster.
+        # No fused kernel supports heads this wide; at these sizes the score matrix is 0.1 GB and two GEMMs are faster.
         scores = torch.matmul(q * (1 / math.sqrt(channels)), k.transpose(1, 2))
         result = torch.matmul(scores.softmax(-1), v)
     else:

@@ -1,9 +1,9 @@
-"""The VAE as two machines that take one chunk at a time and keep their causal past in rings on the device.
+"""The VAE as two streams that process one chunk at a time and keep their causal past in ring buffers on the device.
 
-`DecodeStream` and `EncodeStream` mean what a chain of `decode_chunk` or `encode_chunk` means (`export.models.vae`),
-with the weights of the stages `vae.decode_step` and `vae.encode_step`. Buffers are made for the first video size that
-is seen and kept; a step runs on the current stream and never waits for the GPU: the position in the rings is a counter
-on the device. The 1×1×1 convolution beside the latent and the latent's statistics are one small fp32 matrix.
+`DecodeStream` and `EncodeStream` compute the same as a chain of `decode_chunk` or `encode_chunk` (`export.models.vae`),
+with the weights of the stages `vae.decode_step` and `vae.encode_step`. Buffers are allocated for the first video size
+and kept. A step runs on the current stream and never waits for the GPU: the position in the rings is a counter on the
+device. The 1×1×1 convolution beside the latent and the latent's statistics are merged into one small fp32 matrix.
 """
 
 from abc import ABC, abstractmethod
@@ -21,9 +21,9 @@ from scail2_rt.kernels.errors import InputError
 
 
 def choose_implementation(device: torch.device, dtype: torch.dtype) -> Implementation:
-    """Triton where it has a fast type: a GPU in 16 bit. fp32 stays with the library's exact convolutions.
+    """Choose Triton on a GPU in 16 bits; the library's exact convolutions in fp32 or on a CPU.
 
-    InputError where Triton is needed and cannot be imported."""
+    Raises InputError if Triton is needed and cannot be imported."""
     if device.type != "cuda" or dtype == torch.float32:
         return "library"
     try:
@@ -31,14 +31,14 @@ def choose_implementation(device: torch.device, dtype: torch.dtype) -> Implement
     except ImportError as error:
         raise InputError(
             f"the VAE's {str(dtype).removeprefix('torch.')} convolutions on a GPU need Triton, which cannot be "
-            f'imported ({error}); install it with pip install "scail2-rt[gpu]", build with --precision fp32, or use '
+            f'imported ({error}). Install it with pip install "scail2-rt[gpu]", build with --precision fp32, or use '
             "another --backend."
         ) from error
     return "triton"
 
 
 class _Stream(ABC):
-    """What both halves share: weights, one set of buffers, and whether the next chunk is the first."""
+    """Common part of both halves: weights, one set of buffers, and whether the next chunk is the first."""
 
     def __init__(
         self,
@@ -59,37 +59,39 @@ class _Stream(ABC):
         self._mix, self._bias = self._latent_map(weights)
 
     def reset(self) -> None:
-        """Forgets the video; the next chunk is a first one."""
+        """Forget the video; the next chunk is a first one."""
         self._first = True
         if self._buffers is not None:
             self._buffers.reset()
 
     def close(self) -> None:
-        """Gives the buffers back, which are far larger than the weights, to whoever needs the device's memory. The
-        weights stay: the next chunk is a first one."""
+        """Free the buffers, which are far larger than the weights, for other users of GPU memory. The weights stay; the
+        next chunk is a first one."""
         self._programs, self._buffers, self._cells, self._first = {}, None, None, True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _prepare(self, height: int, width: int) -> None:
-        """Makes the buffers for latents of height × width cells; keeps those it has."""
+        """Allocate the buffers for latents of height × width cells, unless they exist.
+
+        Raises InputError if the size changes within a video."""
         if self._cells == (height, width):
             return
         if not self._first:
-            raise InputError(f"The video changes its size to {height}×{width} latent cells; reset the stream first")
+            raise InputError(f"The video changes its size to {height}×{width} latent cells. Reset the stream first.")
         self._programs, self._buffers = {}, None  # frees the old buffers first
         self._buffers = Buffers(self.dtype, self.device)
         self._programs = {first: self._build(self._buffers, first, Size(height, width)) for first in (False, True)}
-        self._layers.forget_source()  # all are laid out now
+        self._layers.forget_source()  # all weights have been converted
         self._cells = (height, width)
 
     @abstractmethod
     def _latent_map(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The 1×1×1 convolution beside the latent together with the latent's statistics: fp32 matrix and bias."""
+        """Merge the 1×1×1 convolution beside the latent with the latent's statistics: fp32 matrix and bias."""
 
     @abstractmethod
     def _build(self, buffers: Buffers, first: bool, cells: Size) -> Program:
-        """The operations of a first or of a later step."""
+        """Build the operations of a first or of a later step."""
 
     def _next(self) -> tuple[Program, Buffers]:
         if self._buffers is None:
@@ -100,10 +102,11 @@ class _Stream(ABC):
 
 
 class DecodeStream(_Stream):
-    """Latent frames → pixels. weights: those of `vae.decode_step`, in any float type on any device.
+    """Decodes latent frames to pixels. weights: those of `vae.decode_step`, in any float type on any device.
 
-    part: of the picture. The coarsest level, whose attention sees all of it, is computed whole (a twentieth of the
-    work), the others with as many rows more as reach into the part (`halo`): so its pixels are those of the whole."""
+    part: decode only this strip of the frame. The coarsest level, whose attention covers the complete frame, is
+    computed completely (a twentieth of the work), the others with the extra rows that influence the strip (`halo`): so
+    its pixels equal those of a complete decode."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class DecodeStream(_Stream):
         self._part = part
 
     def _rows(self, height: int) -> tuple[slice, slice]:
-        """Of a latent of this height: the rows that are decoded, and which of those are the part."""
+        """For a latent of this height, return the rows to decode, and which of them are the strip."""
         if self._part is None:
             return slice(0, height), slice(0, height)
         start, stop = self._part.rows(height)
@@ -128,11 +131,11 @@ class DecodeStream(_Stream):
 
     def _latent_map(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         mix, bias, mean, std = _mixing(weights, "conv2", self.device)
-        return mix * std, bias + mix @ mean  # of latent · std + mean
+        return mix * std, bias + mix @ mean  # applied to latent · std + mean
 
     def step(self, latent: Tensor) -> Tensor:
-        """Normalised latent [16, 1, h, w] → unclamped pixels, fp32 [3, 1 (first chunk) or 4, 8h, 8w]; of a part its
-        rows."""
+        """Decode a normalised latent [16, 1, h, w] → unclamped pixels, fp32 [3, 1 (first chunk) or 4, 8h, 8w]; of a
+        strip, only its rows."""
         height, width = latent.shape[2:]
         decoded, part = self._rows(height)
         self._prepare(height, width)
@@ -168,8 +171,8 @@ class DecodeStream(_Stream):
 
 
 def halo(config: VAEConfig) -> int:
-    """Rows of latent cells beside a part of the picture that its pixels depend on, below the coarsest level: a row for
-    each 3×3 convolution, halved at each doubling of the picture."""
+    """Return the rows of latent cells beside a strip that its pixels depend on, below the coarsest level: one row per
+    3×3 convolution, halved at each doubling of the resolution."""
     convolutions = 2 * (config.res_blocks + 1)
     rows = 1  # the head
     for _ in range(len(config.dim_mult) - 1):
@@ -178,18 +181,20 @@ def halo(config: VAEConfig) -> int:
 
 
 class EncodeStream(_Stream):
-    """Pixels → latent frames. weights: those of `vae.encode_step`, in any float type on any device."""
+    """Encodes pixels to latent frames. weights: those of `vae.encode_step`, in any float type on any device."""
 
     def _latent_map(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         mix, bias, mean, std = _mixing(weights, "conv1", self.device)
-        half = self.config.z_dim  # the other half of the outputs is a variance that nothing reads
+        half = self.config.z_dim  # the second half of the outputs is a variance, which is not used
         return mix[:half] / std[:, None], (bias[:half] - mean) / std
 
     def step(self, video: Tensor) -> Tensor:
-        """video [3, 1 (first chunk) or 4, 8h, 8w] in -1..1 → normalised latent, fp32 [16, 1, h, w]."""
+        """Encode video [3, 1 (first chunk) or 4, 8h, 8w] in -1..1 → normalised latent, fp32 [16, 1, h, w].
+
+        Raises InputError for another number of frames."""
         frames, height, width = video.shape[1:]
         if frames != (1 if self._first else FRAMES_PER_LATENT):
-            raise InputError(f"A stream takes 1 frame, then {FRAMES_PER_LATENT} at a time; got {frames}")
+            raise InputError(f"A stream needs 1 frame, then {FRAMES_PER_LATENT} per call, not {frames}.")
         height, width = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
         self._prepare(height, width)
         program, buffers = self._next()
@@ -225,7 +230,7 @@ def _middle(program: Program, name: str) -> None:
 
 
 def _mixing(weights: Mapping[str, Tensor], name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Matrix and bias of the 1×1×1 convolution `name`, and the latent's mean and deviation, all fp32 on the device."""
+    """Return matrix and bias of the 1×1×1 convolution `name`, and the latent's mean and deviation, all fp32."""
     weight = weights[f"{name}.weight"].detach().to(device, torch.float32).flatten(1)
     bias = weights[f"{name}.bias"].detach().to(device, torch.float32)
     mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (LATENT_MEAN, LATENT_STD))

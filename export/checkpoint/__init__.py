@@ -1,1 +1,1 @@
-"""Reading checkpoints: opening them, recognising networks, names, quantised files, LoRA; and making random ones."""
+"""Checkpoints: opening them, recognising networks, tensor names, quantised files, LoRA, and random checkpoints."""

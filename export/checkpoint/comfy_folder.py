@@ -1,8 +1,8 @@
-"""ComfyUI's `models` folder: which of its sub-folders hold which network, those of `extra_model_paths.yaml` too.
+"""ComfyUI's `models` folder: the sub-folders that hold each network, including those of `extra_model_paths.yaml`.
 
-Given the folder, the ComfyUI folder around it, or a file anywhere in it, parts are searched by kind: a transformer in
-`diffusion_models` or `unet`, a VAE in `vae`, and so on, with all their sub-folders. LoRAs, upscalers and whatever else
-lies there are never opened. Source: Comfy-Org/ComfyUI, `folder_paths.py`, `utils/extra_config.py`.
+Given the folder, the ComfyUI folder around it, or a file anywhere in it, networks are searched by kind: a transformer
+in `diffusion_models` or `unet`, a VAE in `vae`, and so on, with all their sub-folders. LoRAs, upscalers and other files
+there are never opened. Source: Comfy-Org/ComfyUI, `folder_paths.py`, `utils/extra_config.py`.
 """
 
 import os
@@ -22,20 +22,21 @@ KINDS: dict[Component, tuple[str, ...]] = {
     "clip": ("clip_vision",),
 }
 _ALL = frozenset(kind for kinds in KINDS.values() for kind in kinds)
-_DEPTH = 6  # folders between a file and the models folder, at most
+_DEPTH = 6  # maximum number of folders between a file and the models folder
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolders:
-    """root: the `models` folder; places: where each network may lie, with sub-folders."""
+    """root: the `models` folder; places: folders that may contain each network, including their sub-folders."""
 
     root: Path
     places: Mapping[Component, tuple[Path, ...]]
 
 
 def model_folders(path: Path) -> ModelFolders | None:
-    """The models folder that `path` is, holds, or lies in; None when it is no such folder. InputError: its
-    `extra_model_paths.yaml` cannot be read."""
+    """Return the models folder that `path` is, contains, or lies in; None if there is none.
+
+    Raises InputError if its `extra_model_paths.yaml` cannot be read."""
     root = _root(path)
     if root is None:
         return None
@@ -49,7 +50,7 @@ def model_folders(path: Path) -> ModelFolders | None:
 
 
 def folders_below(place: Path) -> Iterator[Path]:
-    """The folder and all below it, links followed, each once; hidden ones left out."""
+    """Yield the folder and all folders below it, following links, each once, without hidden ones."""
     seen: set[str] = set()
     for folder, inner, _ in os.walk(place, followlinks=True):
         real = os.path.realpath(folder)
@@ -73,7 +74,7 @@ def _root(path: Path) -> Path | None:
 
 
 def _looks_like_models(folder: Path) -> bool:
-    """Two kinds of sub-folders, one of them for transformers; or one and the file that names more."""
+    """Return whether the folder has two kinds of sub-folders, one of them for transformers; or one, and EXTRA."""
     kinds = {kind for kind in _ALL if (folder / kind).is_dir()}
     transformers = kinds & {"diffusion_models", "unet"}
     return bool(transformers) and (len(kinds) > 1 or bool(_extra_files(folder)))
@@ -84,7 +85,7 @@ def _extra_files(root: Path) -> list[Path]:
 
 
 def _extra_places(file: Path) -> list[tuple[str, Path]]:
-    """(kind, folder) of every entry; paths are relative to the section's `base_path`, else to the file."""
+    """Return (kind, folder) of every entry; paths are relative to the section's `base_path`, else to the file."""
     import yaml
 
     try:
@@ -94,7 +95,7 @@ def _extra_places(file: Path) -> list[tuple[str, Path]]:
             found += _section_places(file.absolute().parent, dict(section or {}))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} cannot be read ({reason}); correct or remove it") from error
+        raise InputError(f"{file} cannot be read ({reason}). Correct or remove it.") from error
     return found
 
 

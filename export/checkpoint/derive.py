@@ -1,10 +1,10 @@
-"""Sizes of the networks from the shapes of their tensors, and the shapes that such sizes imply.
+"""Sizes of the networks, derived from the shapes of their tensors, and the shapes that such sizes imply.
 
-Every size is put to a vote among all tensors that show it, so that one wrong or missing tensor does not derail the
-others: it is then named by `check_shapes` together with the shape it should have. What the program fixes (16 latent,
-4 history and 28 mask channels, patch 1x2x2) is not derived. Shapes do not tell the head widths: 128 in the transformer
-and 80 in CLIP, unless the metadata key `config` (a JSON string, in a safetensors file or from a `config.json` beside
-it) has `num_heads` or `head_dim`.
+Every size is decided by majority among all tensors that show it, so that one wrong or missing tensor does not change
+the result: `check_shapes` then names it, with its expected shape. Constants of the program (16 latent, 4 history and 28
+mask channels, patch 1x2x2) are not derived. Shapes do not determine the head widths: 128 in the transformer and 80 in
+CLIP, unless the metadata key `config` (a JSON string, in a safetensors file or from a `config.json` beside it) has
+`num_heads` or `head_dim`.
 """
 
 import json
@@ -22,7 +22,7 @@ Votes = tuple[tuple[str, int], ...]  # (tensor name with * for numbers, axis tha
 
 DIT_HEAD_DIM = 128
 CLIP_HEAD_DIM = 80
-CLIP_OUT_DIM = 1024  # of `visual.head`, which nothing uses
+CLIP_OUT_DIM = 1024  # of `visual.head`, which is not used
 _PATCH = (1, 2, 2)
 _LISTED_PROBLEMS = 5
 _DIT_DEFAULTS = DiTConfig(dim=128, heads=1, layers=1, ffn_dim=128)
@@ -56,7 +56,7 @@ _CLIP_MLP: Votes = (("visual.transformer.*.mlp.0.weight", 0), ("visual.transform
 
 
 def dit_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> DiTConfig:
-    """Sizes of a transformer with Wan names. InputError: a size that no tensor shows, or heads that do not fit."""
+    """Derive the sizes of a transformer with Wan names. Raises InputError if a size is unknown."""
     settings = _settings(metadata)
     dim = _vote(shapes, "transformer", _DIT_DIM)
     return DiTConfig(
@@ -73,7 +73,7 @@ def dit_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> DiT
 
 
 def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAEConfig:
-    """Sizes of a causal VAE: levels end where the encoder down-samples. InputError as `dit_config`."""
+    """Derive the sizes of a causal VAE: levels end where the encoder down-samples. Raises like `dit_config`."""
     kinds = {"resample": set[int](), "time_conv": set[int]()}
     for name in shapes:
         match = re.match(r"encoder\.downsamples\.(\d+)\.(resample|time_conv)\.", name)
@@ -81,7 +81,7 @@ def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAE
             kinds[match.group(2)].add(int(match.group(1)))
     stages = sorted(kinds["resample"] | kinds["time_conv"])
     if not stages:
-        raise InputError("The VAE has no tensor encoder.downsamples.2.resample.1.weight; a Wan 2.1 VAE is needed")
+        raise InputError("The VAE has no tensor encoder.downsamples.2.resample.1.weight. Give a Wan 2.1 VAE.")
     res_blocks = stages[0]
     dim = _vote(shapes, "VAE", (("encoder.conv1.weight", 0), ("encoder.conv1.bias", 0), ("decoder.head.0.gamma", 0)))
     widths = []
@@ -89,7 +89,10 @@ def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAE
         block = f"encoder.downsamples.{level * (res_blocks + 1)}.residual"
         widths.append(_vote(shapes, "VAE", ((f"{block}.2.bias", 0), (f"{block}.3.gamma", 0), (f"{block}.6.weight", 0))))
     if any(width % dim for width in widths):
-        raise InputError(f"The VAE's levels have {widths} channels, which are not multiples of its base width {dim}")
+        raise InputError(
+            f"The VAE's levels have {widths} channels, which are not multiples of its base width {dim}. Give a Wan 2.1 "
+            "VAE."
+        )
     return VAEConfig(
         dim=dim,
         z_dim=_vote(shapes, "VAE", (("conv2.weight", 0), ("conv2.bias", 0), ("decoder.conv1.weight", 1))),
@@ -100,12 +103,14 @@ def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAE
 
 
 def umt5_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> UMT5Config:
-    """Sizes of an umT5 encoder; the heads are the columns of a relative-position table. InputError as `dit_config`."""
+    """Derive the sizes of an umT5 encoder; a position table has one column per head. Raises like `dit_config`."""
     settings = _settings(metadata)
     heads = _vote(shapes, "umT5", (("blocks.*.pos_embedding.embedding.weight", 1),))
     attn_dim = _vote(shapes, "umT5", _UMT5_ATTN)
     if attn_dim % heads:
-        raise InputError(f"The umT5 attention width {attn_dim} does not divide into the {heads} heads of its table")
+        raise InputError(
+            f"The umT5 attention width {attn_dim} does not divide into the {heads} heads of its table. Give umT5-XXL."
+        )
     return UMT5Config(
         vocab=_vote(shapes, "umT5", (("token_embedding.weight", 0),)),
         dim=_vote(shapes, "umT5", _UMT5_DIM),
@@ -120,13 +125,16 @@ def umt5_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> UM
 
 
 def clip_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> CLIPConfig:
-    """Sizes of a CLIP visual tower with `visual.` names. InputError as `dit_config`."""
+    """Derive the sizes of a CLIP visual tower with `visual.` names. Raises InputError like `dit_config`."""
     dim = _vote(shapes, "CLIP", _CLIP_DIM)
     patch = _vote(shapes, "CLIP", (("visual.patch_embedding.weight", 2), ("visual.patch_embedding.weight", 3)))
     tokens = _vote(shapes, "CLIP", (("visual.pos_embedding", 1),))
     side = math.isqrt(max(tokens - 1, 0))
     if side * side != tokens - 1:
-        raise InputError(f"CLIP's visual.pos_embedding has {tokens} rows; one class row and a square grid are needed")
+        raise InputError(
+            f"CLIP's visual.pos_embedding has {tokens} rows, which are not one class row and a square grid. Give the "
+            "CLIP tower of Wan 2.1."
+        )
     return CLIPConfig(
         image_size=side * patch,
         patch=patch,
@@ -138,7 +146,7 @@ def clip_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> CL
 
 
 def dit_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the transformer's tensors, by their Wan names."""
+    """Return the shapes of the transformer's tensors, by their Wan names."""
     c, ffn = config.dim, config.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {}
     for suffix, channels in (("", config.in_channels), ("_pose", config.in_channels), ("_mask", config.mask_channels)):
@@ -164,7 +172,7 @@ def dit_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def umt5_shapes(config: UMT5Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the umT5 encoder's tensors (nothing has a bias)."""
+    """Return the shapes of the umT5 encoder's tensors (there are no biases)."""
     shapes: dict[str, tuple[int, ...]] = {
         "token_embedding.weight": (config.vocab, config.dim),
         "norm.weight": (config.dim,),
@@ -181,7 +189,7 @@ def umt5_shapes(config: UMT5Config) -> dict[str, tuple[int, ...]]:
 
 
 def clip_shapes(config: CLIPConfig, out_dim: int = CLIP_OUT_DIM) -> dict[str, tuple[int, ...]]:
-    """Shapes of the CLIP tower's tensors, those that nothing uses (`log_scale`, `head`, `post_norm`) included."""
+    """Return the shapes of the CLIP tower's tensors, including unused ones (`log_scale`, `head`, `post_norm`)."""
     c = config.dim
     shapes: dict[str, tuple[int, ...]] = {
         "log_scale": (),
@@ -200,7 +208,7 @@ def clip_shapes(config: CLIPConfig, out_dim: int = CLIP_OUT_DIM) -> dict[str, tu
 
 
 def vae_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the VAE's tensors (structure of `WanVAE_` in Wan 2.1, `wan/modules/vae.py`)."""
+    """Return the shapes of the VAE's tensors (structure of `WanVAE_` in Wan 2.1, `wan/modules/vae.py`)."""
     z, widths = config.z_dim, [config.dim * mult for mult in config.dim_mult]
     top = widths[-1]
     shapes = _linear("encoder.conv1", config.dim, 3, 3, 3, 3)
@@ -233,7 +241,7 @@ def vae_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(shapes: Shapes, expected: Shapes, what: str) -> None:
-    """InputError that names the tensors of `what` which are wrong, missing or unknown (the first few, and how many)."""
+    """Raise InputError that names wrong, missing or unknown tensors of `what` (the first few, and their number)."""
     problems = []
     for name, want in expected.items():
         if name not in shapes:
@@ -245,7 +253,7 @@ def check_shapes(shapes: Shapes, expected: Shapes, what: str) -> None:
         more = len(problems) - _LISTED_PROBLEMS
         listed = "; ".join(problems[:_LISTED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
         count = f"{len(problems)} tensor{'s do' if len(problems) > 1 else ' does'} not fit"
-        raise InputError(f"{what}: {count}: {listed}. A SCAIL-2 checkpoint is needed; give a file of one")
+        raise InputError(f"{what}: {count}: {listed}. Give a file of a SCAIL-2 checkpoint.")
 
 
 def _linear(name: str, out: int, *rest: int) -> dict[str, tuple[int, ...]]:
@@ -270,7 +278,7 @@ def _vae_middle(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def _vote(shapes: Shapes, what: str, votes: Votes, default: int | None = None) -> int:
-    """The size that most tensors of `votes` show; `default`, or an InputError, when none of them is there."""
+    """Return the size that most tensors of `votes` show. If none exists: `default`, or raise InputError."""
     ballots: Counter[int] = Counter()
     for pattern, axis in votes:
         for name in _matching(shapes, pattern):
@@ -281,7 +289,7 @@ def _vote(shapes: Shapes, what: str, votes: Votes, default: int | None = None) -
     if default is not None:
         return default
     names = ", ".join(sorted({pattern.replace("*", "N") for pattern, _ in votes}))
-    raise InputError(f"The {what} has none of the tensors that show one of its sizes ({names}); is the file complete?")
+    raise InputError(f"The {what} has no tensor that shows one of its sizes ({names}). Give a complete file.")
 
 
 def _matching(shapes: Shapes, pattern: str) -> Iterable[str]:
@@ -292,40 +300,43 @@ def _matching(shapes: Shapes, pattern: str) -> Iterable[str]:
 
 
 def _count(shapes: Shapes, what: str, pattern: str) -> int:
-    """Number of blocks: the highest number in the names, plus one."""
+    """Return the number of blocks: the highest number in the names, plus one."""
     numbers = [int(match.group(1)) for name in shapes if (match := re.match(pattern, name))]
     if not numbers:
-        raise InputError(f"The {what} has no blocks (no tensor name begins with {pattern}); is the file complete?")
+        raise InputError(f"The {what} has no blocks (no tensor name begins with {pattern}). Give a complete file.")
     return max(numbers) + 1
 
 
 def _settings(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """The JSON object under the metadata key `config`, empty when there is none."""
+    """Parse the JSON object under the metadata key `config`; empty if there is none."""
     text = (metadata or {}).get("config", "{}")
     try:
         settings = json.loads(text)
     except ValueError as error:
-        raise InputError(f"The checkpoint's configuration is not JSON ({error}): {text[:80]!r}") from error
+        raise InputError(
+            f"The checkpoint's configuration is not JSON ({error}): {text[:80]!r}. Correct or remove it."
+        ) from error
     if not isinstance(settings, dict):
-        raise InputError(f"The checkpoint's configuration must be a JSON object, not {text[:80]!r}")
+        raise InputError(f"The checkpoint's configuration is not a JSON object: {text[:80]!r}. Correct or remove it.")
     return settings
 
 
 def _number(settings: Mapping[str, Any], key: str, default: float) -> float:
     value = settings.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"The checkpoint's configuration gives {key} as {value!r}; a number is needed")
+        raise InputError(f"The checkpoint's configuration gives {key} as {value!r}. Write a number.")
     return value
 
 
 def _heads(what: str, dim: int, settings: Mapping[str, Any], width: int) -> int:
-    """Attention heads: as the settings say, else one for each `width` channels."""
+    """Return the number of attention heads: from the settings, else one per `width` channels."""
     width = int(_number(settings, "head_dim", width))
     whole = dim // width if width > 0 and dim % width == 0 else 0
     heads = int(_number(settings, "num_heads", whole))
     if heads < 1 or dim % heads or (dim // heads) % 2:
         raise InputError(
-            f"The {what} is {dim} channels wide, which do not make whole heads (num_heads {settings.get('num_heads')}, "
-            f"head width {width}); put num_heads or head_dim into a config.json beside the file"
+            f"The {what} is {dim} channels wide, which is not a multiple of its heads (num_heads "
+            f"{settings.get('num_heads')}, head width {width}). Put num_heads or head_dim into a config.json beside "
+            "the file."
         )
     return heads

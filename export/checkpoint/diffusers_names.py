@@ -1,9 +1,9 @@
-"""Names of diffusers' Wan transformer and VAE and what they are called in the Wan branch.
+"""Names of diffusers' Wan transformer and VAE, and the corresponding names of the Wan branch.
 
-`{i}` is the block number. A fused module (`to_qkv` and its like, after `fuse_projections`), which LoRAs have, stands
-for several Wan modules stacked along dimension 0. The modulations are parameters themselves. The patch embeddings of
-pose and masks, which diffusers' Wan class does not have, keep their names; in the VAE's decoder a module is named by
-level and place in the level. umT5 and CLIP under Hugging Face's names are `hf_names.py`.
+`{i}` is the block number. A fused module (such as `to_qkv` after `fuse_projections`), which occurs in LoRAs, stands for
+several Wan modules stacked along dimension 0. The modulations are parameters, not modules. The patch embeddings of pose
+and masks, which diffusers' Wan class does not have, keep their names. In the VAE's decoder a module is named by level
+and position in the level. `hf_names.py` handles umT5 and CLIP under Hugging Face's names.
 Source: huggingface/diffusers, `models/transformers/transformer_wan.py`, `models/autoencoders/autoencoder_kl_wan.py`,
 its conversion script for Wan, and `loaders/single_file_utils.py`.
 """
@@ -52,12 +52,12 @@ _RESIDUAL = {
     "conv_shortcut": "shortcut",
 }
 _VAE_WHOLE = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
-_VAE_HALF = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}  # of encoder and decoder
+_VAE_HALF = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}  # in encoder and decoder
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def diffusers_to_wan(module: str) -> tuple[str, ...] | None:
-    """Wan modules of a diffusers module (without prefix); None when the table does not know it."""
+    """Return the Wan modules of a diffusers module (without prefix); None if the table does not contain it."""
     number = _BLOCK.match(module)
     template = module if number is None else f"blocks.{{i}}.{module[number.end() :]}"
     targets = DIFFUSERS_TO_WAN.get(template)
@@ -67,19 +67,19 @@ def diffusers_to_wan(module: str) -> tuple[str, ...] | None:
 
 
 def dit_view(source: TensorSource, inner: Mapping[str, str]) -> View:
-    """The transformer by its Wan names. `inner`: diffusers' name → name in the source (a prefix may be before it)."""
+    """Return the transformer under Wan names. `inner`: diffusers name → name in the source (perhaps prefixed)."""
     return View(source, {dit_to_wan(name): Rows(stored) for name, stored in inner.items()})
 
 
 def vae_view(source: TensorSource, inner: Mapping[str, str]) -> View:
-    """The VAE by its Wan names, as `dit_view`."""
+    """Return the VAE under Wan names, like `dit_view`."""
     places = [re.match(r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.", name) for name in inner]
-    in_level = max((int(place.group(1)) + 1 for place in places if place), default=3)  # residual blocks of a level
+    in_level = max((int(place.group(1)) + 1 for place in places if place), default=3)  # residual blocks per level
     return View(source, {vae_to_wan(name, in_level): Rows(stored) for name, stored in inner.items()})
 
 
 def dit_to_wan(name: str) -> str:
-    """The Wan name; one that diffusers does not use stays as it is."""
+    """Return the Wan name of a tensor; a name that diffusers does not use is returned unchanged."""
     module, dot, parameter = name.rpartition(".")
     if parameter not in ("weight", "bias"):
         module, dot, parameter = name, "", ""
@@ -88,7 +88,7 @@ def dit_to_wan(name: str) -> str:
 
 
 def vae_to_wan(name: str, in_level: int) -> str:
-    """The Wan name; `in_level`: residual blocks of a decoder level, which the up-sampler follows."""
+    """Return the Wan name of a tensor. `in_level`: residual blocks per decoder level, which precede the up-sampler."""
     module, _, parameter = name.rpartition(".")
     if module in _VAE_WHOLE:
         return f"{_VAE_WHOLE[module]}.{parameter}"

@@ -1,8 +1,8 @@
-"""Which weights files there are, and which network each holds: sets of shards, one folder, a tree of folders.
+"""Search for weights files: sets of shards, folders, folder trees; and the network that each file holds.
 
-What a file is, its tensor names decide, not its file name: every weights file of a folder is opened (mapped, not read)
-and recognised. In ComfyUI's models folder only the sub-folders of the kind that is sought are opened. Another model's
-network, or one of another size, is no candidate beside a fitting one; when none fits, the refusal names it.
+Tensor names determine the network, not file names: every weights file of a folder is opened (mapped, not read) and
+recognised. In ComfyUI's models folder, only sub-folders of the wanted kind are opened. Another model's network, or one
+of another size, is not a candidate beside one that fits; if none fits, the error names it.
 """
 
 import json
@@ -26,13 +26,13 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 _PART_FOLDERS = ("vae", "umt5-xxl", "text_encoder", "text_encoders", "clip", "clip_vision", "image_encoder")
 
-Group = tuple[Path, ...]  # one weights file, or the shards of one
+Group = tuple[Path, ...]  # one weights file, or the shards of one set
 
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """The folder around the one that a named file lies in: its files, and its sub-folders that are named for parts.
-    Other folders beside the file's own may be other models'."""
+    """The folder around the folder of a named file: its files, and its sub-folders with names of networks. Other
+    folders in it may belong to other models."""
 
     root: Path
 
@@ -46,19 +46,21 @@ Where = Path | ModelFolders | Around
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search came upon: candidates by component, and why other files were none (unreadable, another model)."""
+    """Result of a search: candidates by component, and why other files were rejected (unreadable, another model)."""
 
     candidates: dict[Component, list[TensorSource]]
     refused: tuple[str, ...]
 
 
 def group_of(path: Path) -> Group:
-    """The files of the weights that `path` (a file, an index or a folder with one set of weights) stands for."""
+    """Return the files of the weights at `path` (a file, a shard index, or a folder with one set of weights).
+
+    Raises InputError if there is no weights file, or more than one set."""
     if path.is_dir():
         groups = groups_in(path)
         if len(groups) != 1:
             names = ", ".join(group[0].name for group in groups) or "nothing"
-            raise InputError(f"{path} must hold one set of weights to be given here (found: {names}); name the file")
+            raise InputError(f"{path} must hold one set of weights (found: {names}). Name the file.")
         return groups[0]
     if path.name.endswith(".index.json"):
         return _indexed(path)
@@ -66,24 +68,24 @@ def group_of(path: Path) -> Group:
         return next(group for group in groups_in(path.parent) if path in group)
     if path.suffix not in _SUFFIXES:
         refuse_foreign(path)
-        raise InputError(f"{path} is no weights file; a {', '.join(_SUFFIXES)} or *.safetensors.index.json is needed")
+        raise InputError(f"{path} is not a weights file. Give a {', '.join(_SUFFIXES)} or *.safetensors.index.json.")
     return (path,)
 
 
 def _indexed(index: Path) -> Group:
-    """The shards that an index file lists. InputError when the index is damaged or a shard is missing."""
+    """Return the shards that an index file lists. Raises InputError for a damaged index or a missing shard."""
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"The shard index {index} cannot be read ({error}); get an intact one") from error
+        raise InputError(f"The shard index {index} cannot be read ({error}). Get an intact one.") from error
     for shard in shards:
         if not (index.parent / shard).is_file():
-            raise InputError(f"{index} lists the shard {shard}, which is not beside it; download that file too")
+            raise InputError(f"{index} lists the shard {shard}, which is not beside it. Download that file too.")
     return tuple(index.parent / shard for shard in shards)
 
 
 def groups_in(folder: Path) -> list[Group]:
-    """Sets of weights directly in a folder: shards (by index, else by their numbering) count as one."""
+    """Return the sets of weights directly in a folder: shards (by index, else by their numbers) count as one set."""
     files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
     groups = [_indexed(index) for index in sorted(folder.glob("*.safetensors.index.json"))]
     taken = {file for group in groups for file in group}
@@ -95,13 +97,13 @@ def groups_in(folder: Path) -> list[Group]:
             taken.add(file)
     for (stem, count), shards in numbered.items():
         if len(shards) != count:
-            raise InputError(f"{folder} has {len(shards)} of the {count} shards of {stem}; download the missing ones")
+            raise InputError(f"{folder} has {len(shards)} of the {count} shards of {stem}. Download the missing ones.")
         groups.append(tuple(shards))
     return groups + [(file,) for file in files if file not in taken]
 
 
 def open_group(group: Group) -> TensorSource:
-    """The tensors of one file or of a set of shards, dequantised where the file is quantised."""
+    """Open the tensors of one file or of a set of shards, dequantised if the file is quantised."""
     if len(group) > 1:
         return plain_weights(open_safetensors(group))
     if is_gguf(group[0]):
@@ -110,27 +112,27 @@ def open_group(group: Group) -> TensorSource:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as GGUF files do, whatever its name says. InputError: named so, but something else."""
+    """Return whether the file begins like a GGUF file, whatever its name. Raises InputError for another *.gguf file."""
     try:
         with path.open("rb") as file:
             begins = file.read(len(MAGIC)) == MAGIC
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}. Check the file.") from error
     if path.suffix == ".gguf" and not begins:
         refuse_foreign(path)
-        raise InputError(f"{path} is no GGUF file (it does not begin with GGUF): it is empty or of another format")
+        raise InputError(f"{path} is not a GGUF file (it does not begin with GGUF): it is empty or of another format")
     return begins
 
 
 def search(place: Where, main: Group | None, wanted: Sequence[Component]) -> Found:
-    """Candidates for the wanted components in a folder and the folders in it, around it, or in a models folder."""
+    """Return the candidates for the wanted components in a folder, around it, or in a models folder."""
     candidates: dict[Component, list[TensorSource]] = {component: [] for component in wanted}
     refused: dict[str, None] = {}
     taken = {file.resolve() for file in main or ()}
     for component, folder in _folders(place, wanted):
         try:
             groups = groups_in(folder)
-        except InputError as error:  # an incomplete set of shards, perhaps of no interest
+        except InputError as error:  # an incomplete set of shards, perhaps irrelevant
             refused[str(error)] = None
             continue
         for group in groups:
@@ -152,11 +154,12 @@ def search(place: Where, main: Group | None, wanted: Sequence[Component]) -> Fou
 
 
 def foreign_file(path: Path, found: Recognised) -> str:
+    """Return a sentence that names the other model's network in a file."""
     return f"{path} holds {found.foreign}"
 
 
 def _folders(place: Where, wanted: Sequence[Component]) -> Iterator[tuple[Component | None, Path]]:
-    """(the only component to look for there, or None for any; folder)."""
+    """Yield (the only component to look for, or None for any; folder)."""
     if isinstance(place, ModelFolders):
         for component in wanted:
             for folder in place.places[component]:

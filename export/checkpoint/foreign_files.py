@@ -1,7 +1,7 @@
-"""Files that are whole but hold no weights, though they are named so: told for what they are, and what to get instead.
+"""Files with the name of a weights file that hold something else. The error says what they are and what to get instead.
 
-A repository cloned without its large files has pointers in their place; a link to a page for people gives a web page.
-Neither is damaged, so getting the same thing again helps nobody.
+A repository cloned without its large files contains pointers in their place; a link to a page gives an HTML file. Such
+files are not damaged, so downloading them again does not help.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scail2_rt.kernels.errors import InputError
 
-_HEAD = 1024  # bytes looked at
+_HEAD = 1024  # number of bytes to inspect
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MARKUP = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body)", re.IGNORECASE | re.DOTALL)
 _XML = re.compile(rb"\s*<(\?xml|Error)", re.IGNORECASE)
@@ -17,43 +17,43 @@ _ARCHIVES = {b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR", b"\x1f\x8b": "gzip", b"\xfd
 
 
 def refuse_foreign(path: Path) -> None:
-    """InputError: the file is a Git LFS pointer, a web page, a text or an archive. One that cannot be read passes."""
+    """Raise InputError if the file is a Git LFS pointer, a web page, text or an archive. Ignores unreadable files."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError:
         return
-    if said := _told(path, head):
-        raise InputError(f"{path} is {said}")
+    if described := _described(path, head):
+        raise InputError(f"{path} is {described}")
 
 
-def _told(path: Path, head: bytes) -> str | None:
+def _described(path: Path, head: bytes) -> str | None:
     if head.startswith(_LFS):
         size = re.search(rb"^size (\d+)", head, re.MULTILINE)
-        stands = f" that stands for a file of {int(size.group(1)):,} bytes" if size else ""
+        size_text = f" for a file of {int(size.group(1)):,} bytes" if size else ""
         return (
-            f"a Git LFS pointer{stands}, not the weights: the repository was cloned without its large files. "
+            f"a Git LFS pointer{size_text}, not the weights: the repository was cloned without its large files. "
             f"Run `git lfs pull` in {path.parent}, or fetch the file with `hf download`"
         )
     if _MARKUP.match(head.removeprefix(b"\xef\xbb\xbf")):
         return (
-            "a web page (HTML), not weights: the link led to a page for people or to a sign-in. On Hugging Face the "
-            "file itself is under /resolve/ instead of /blob/; `hf download REPOSITORY FILE` gets it, after `hf auth "
-            "login` where the repository asks for it"
+            "a web page (HTML), not weights: the link led to a web page or a sign-in. On Hugging Face, files are under "
+            "/resolve/, not /blob/. Run `hf download REPOSITORY FILE`, after `hf auth login` if the repository "
+            "requires it"
         )
     if _XML.match(head):
-        return "an XML answer of a server (an error, mostly), not weights; open it to read what the server said"
+        return "an XML answer of a server (usually an error), not weights. Open it to read the server's message"
     for magic, name in _ARCHIVES.items():
         if head.startswith(magic):
-            return f"an archive ({name}), not weights; unpack it and give the file inside"
+            return f"an archive ({name}), not weights. Unpack it and give the file inside"
     if head.lstrip()[:1] in (b"{", b"E", b"I", b"A", b"N") and _is_text(head):
         line = head.decode().strip().splitlines()[0][:80]
-        return f"a text that begins {line!r}, not weights; give a *.safetensors, *.gguf, *.pth or *.pt file"
+        return f"a text that begins {line!r}, not weights. Give a *.safetensors, *.gguf, *.pth or *.pt file"
     return None
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether these bytes read as words; a few bytes may be anything."""
+    """Return whether these bytes are printable text of at least 8 characters."""
     try:
         text = head.decode()
     except UnicodeDecodeError:

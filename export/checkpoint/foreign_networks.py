@@ -1,7 +1,7 @@
-"""Networks of the same family that are not SCAIL-2's: told for what they are, and what to get instead.
+"""Networks of the same family that do not belong to SCAIL-2. The error says what they are and what to get instead.
 
-They share the names of most tensors, so a check of shapes would list hundreds of them. What decides is which inputs a
-transformer has (its patch embeddings, and how many channels they take) and how a VAE or text encoder is cut.
+They share most tensor names, so a shape check would list hundreds of tensors. The inputs of a transformer (its patch
+embeddings, and their numbers of channels) and the structure of a VAE or text encoder identify them.
 Sources: Wan-Video/Wan2.1 and Wan2.2 (`model.py`, `vae2_2.py`, `animate`), zai-org/SCAIL (Preview), ali-vilab/VACE.
 """
 
@@ -13,16 +13,16 @@ from scail2_rt.export.models.precision import Component
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SCAIL2 = (
-    "SCAIL-2's own is needed: `scail2-rt download DIR` gets the official one; files for ComfyUI have SCAIL_2 in their "
-    "names"
+    "Use SCAIL-2's transformer: `scail2-rt download DIR` gets the official one; files for ComfyUI have SCAIL_2 in "
+    "their names"
 )
-_VAE = "SCAIL-2 takes that of Wan 2.1 (16 channels): Wan2.1_VAE.pth, or wan_2.1_vae.safetensors for ComfyUI"
-_UMT5 = "SCAIL-2 takes umT5-XXL: models_t5_umt5-xxl-enc-bf16.pth, or umt5_xxl_*.safetensors or *.gguf for ComfyUI"
+_VAE = "Use the VAE of Wan 2.1 (16 channels): Wan2.1_VAE.pth, or wan_2.1_vae.safetensors for ComfyUI"
+_UMT5 = "Use umT5-XXL: models_t5_umt5-xxl-enc-bf16.pth, or umt5_xxl_*.safetensors or *.gguf for ComfyUI"
 VAE22_SIGN = re.compile(
     r"(encoder\.downsamples\.\d+\.downsamples|decoder\.upsamples\.\d+\.upsamples)\.\d+\..+"
     r"|encoder\.down_blocks\.\d+\.resnets\.\d+\.norm1\.gamma"
 )
-_BY_INPUT = {  # channels of the patch embedding, with image features → what it is
+_BY_INPUT = {  # (channels of the patch embedding, whether it has image features) → description
     (16, False): "a text-to-video transformer of Wan (2.1, or 2.2 A14B)",
     (36, False): "the image-to-video transformer of Wan 2.2 (A14B)",
     (36, True): "the image-to-video transformer of Wan 2.1 (I2V)",
@@ -31,7 +31,7 @@ _BY_INPUT = {  # channels of the patch embedding, with image features → what i
 
 
 def foreign(component: Component, shapes: Shapes) -> str | None:
-    """What a network (Wan names) is when it is another model's, and what to get; None when it may be SCAIL-2's."""
+    """Describe another model's network (given Wan names) and what to get instead; None if it may be SCAIL-2's."""
     if component == "dit" and (what := _transformer(shapes)):
         return f"{what}, not that of SCAIL-2. {_SCAIL2}"
     if component == "vae" and any(VAE22_SIGN.fullmatch(name) for name in shapes):

@@ -1,9 +1,9 @@
-"""GGUF files: the tensors of llama.cpp's format, dequantised by its own library a few rows at a time.
+"""GGUF files: tensors in llama.cpp's format, dequantised by its library a few rows at a time.
 
-The header is walked here: it is a few kilobytes for a transformer, but an umT5 file carries its vocabulary, for which
-the library's reader makes a million small objects (10 s and 660 MiB for 256,384 pieces). Sizes of types and every
-dequantisation are the library's (`gguf`, an optional extra). Rows are whole blocks: some can be had without others.
-Source: ggml-org/ggml, `docs/gguf.md`; umT5's names: llama.cpp, `gguf-py` (T5 encoder).
+The header is parsed here. It has a few kilobytes for a transformer, but an umT5 file includes its vocabulary, for which
+the library's reader creates a million small objects (10 s and 660 MiB for 256,384 pieces). Sizes of types and all
+dequantisation come from the library (`gguf`, an optional extra). A row consists of complete blocks, so rows can be read
+separately. Source: ggml-org/ggml, `docs/gguf.md`; umT5's names: llama.cpp, `gguf-py` (T5 encoder).
 """
 
 import importlib.util
@@ -28,8 +28,8 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-_ALIGNMENT = 32  # bytes, unless the header says otherwise
-_PLAIN = {  # types that PyTorch has
+_ALIGNMENT = 32  # bytes, unless the header gives another
+_PLAIN = {  # types that PyTorch supports
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -55,7 +55,7 @@ _LLAMA_UMT5 = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor: type by its name in ggml, shape as PyTorch has it, bytes of one block, and where it lies."""
+    """One tensor: ggml's name of its type, PyTorch shape, position and size, elements and bytes per block."""
 
     kind: str
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class Entry:
 
 
 class GGUFSource:
-    """Tensors of one mapped GGUF file; quantised ones are given in fp32, the others as they are stored."""
+    """Tensors of one mapped GGUF file; quantised ones are returned in fp32, the others as stored."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
         self._path, self._entries = path, entries
@@ -102,7 +102,7 @@ class GGUFSource:
         entry = self._entries[name]
         if entry.kind in _PLAIN:
             return self.get(name)[start:stop]
-        if math.prod(entry.shape[1:]) % entry.block:  # a small tensor that was folded into rows of another length
+        if math.prod(entry.shape[1:]) % entry.block:  # a small tensor stored in rows of another length
             blocks = self._raw(entry).reshape(-1, entry.block_bytes)
             return _dequantised(blocks, entry.kind).reshape(entry.shape)[start:stop]
         rows = self._raw(entry).reshape(entry.shape[0], -1)[start:stop]
@@ -115,23 +115,23 @@ class GGUFSource:
 
 
 def open_gguf(path: Path) -> GGUFSource:
-    """InputError: the library is missing, the file is truncated or damaged, or of a type that it cannot dequantise."""
+    """Open a GGUF file. Raises InputError if the library is missing, the file is damaged, or a type unsupported."""
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"{path} is a GGUF file, which is read with the extra `gguf`: pip install 'scail2-rt[gguf]'")
+        raise InputError(f"{path} is a GGUF file, which needs the extra `gguf`. Run: pip install 'scail2-rt[gguf]'")
     data = memoryview(map_bytes(path).numpy().data)
     try:
         header = _Header(data)
         entries = {name: _entry(path, name, *place, header) for name, place in header.tensors.items()}
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} is truncated or damaged in its GGUF header ({error}); get it again") from error
+        raise InputError(f"{path} is truncated or damaged in its GGUF header ({error}). Get it again.") from error
     needed = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
     if needed > len(data):
-        raise InputError(f"{path} is truncated: it has {len(data)} bytes, its header promises {needed}; get it again")
+        raise InputError(f"{path} is truncated: it has {len(data)} bytes, its header requires {needed}. Get it again.")
     return GGUFSource(path, entries, header.texts)
 
 
 def llama_to_hugging_face(name: str) -> str:
-    """Hugging Face's name of an umT5 tensor that llama.cpp names; other names stay as they are."""
+    """Return Hugging Face's name of an umT5 tensor named by llama.cpp; other names are returned unchanged."""
     module, _, parameter = name.rpartition(".")
     number = re.search(r"\.(\d+)\.", module)
     template = module if number is None else f"{module[: number.start(1)]}{{i}}{module[number.end(1) :]}"
@@ -141,7 +141,7 @@ def llama_to_hugging_face(name: str) -> str:
 
 
 class _Header:
-    """The header walked once: texts and original shapes of the key-value part, and every tensor's place."""
+    """The parsed header: texts and original shapes of the key-value part, and every tensor's position."""
 
     def __init__(self, data: memoryview) -> None:
         self._data, self._at = data, len(MAGIC)
@@ -150,7 +150,7 @@ class _Header:
         alignment = _ALIGNMENT
         version = self._number("I")
         if version not in _VERSIONS:
-            raise InputError(f"this GGUF file has version {version}; {' and '.join(map(str, _VERSIONS))} can be read")
+            raise InputError(f"this GGUF file has version {version}. Get one of {' or '.join(map(str, _VERSIONS))}.")
         tensors, pairs = self._number("Q"), self._number("Q")
         for _ in range(pairs):
             key = self._text()
@@ -188,7 +188,7 @@ class _Header:
         return tuple(int(self._number(_SCALARS[kind])) for _ in range(count))
 
     def _skip(self, kind: int) -> Any:
-        """Pass a value; a single number is returned."""
+        """Skip a value; a single number is returned."""
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _STRING:
@@ -211,12 +211,14 @@ def _entry(path: Path, name: str, dims: tuple[int, ...], number: int, offset: in
     shape = header.shapes.get(name) or _whole_shape(name, dims)
     row = dims[-1] if dims else 1
     if row % block or math.prod(shape) != math.prod(dims):
-        raise InputError(f"{path}: {name} is {list(dims)} in {kind}, which does not fit its blocks of {block}")
+        raise InputError(
+            f"{path}: {name} is {list(dims)} in {kind}, which does not fit its blocks of {block}. Get the file again."
+        )
     return Entry(kind, shape, header.start + offset, math.prod(dims) // block * block_bytes, block, block_bytes)
 
 
 def _whole_shape(name: str, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with the sizes of one that ggml drops: it has four dimensions at most, and none of one at the end."""
+    """Restore the dimensions of size 1 that ggml drops: it keeps at most four, and none of size 1 at the end."""
     if name.endswith("modulation") and len(dims) == 2:
         return (1, *dims)
     if re.search(r"patch_embedding\w*\.weight$", name) and len(dims) == 4:
@@ -226,7 +228,7 @@ def _whole_shape(name: str, dims: tuple[int, ...]) -> tuple[int, ...]:
 
 @cache
 def _readable(number: int) -> tuple[str, int, int]:
-    """Name, elements and bytes of a block of a type. KeyError: the library does not know or cannot dequantise it."""
+    """Return name, elements and bytes per block of a type. Raises KeyError if the library cannot dequantise it."""
     import gguf
     import numpy as np
 
@@ -245,17 +247,17 @@ def _type(path: Path, name: str, number: int) -> tuple[str, int, int]:
         return _readable(number)
     except KeyError:
         raise InputError(
-            f"{path}: {name} is stored in GGUF's type {number}, which the library gguf cannot dequantise; get the "
-            "Q8_0, Q6_K or Q4_K_M file of this model, or a newer gguf"
+            f"{path}: {name} is stored in GGUF's type {number}, which the library gguf cannot dequantise. Get the "
+            "Q8_0, Q6_K or Q4_K_M file of this model, or a newer gguf."
         ) from None
 
 
 def _dequantised(rows: Tensor, kind: str) -> Tensor:
-    """Rows of blocks, [R, bytes] uint8 → [R, elements] fp32."""
+    """Dequantise rows of blocks, [R, bytes] uint8 → [R, elements] fp32."""
     import gguf
     import numpy as np
 
     data = rows.numpy()
     data.flags.writeable = False
-    with np.errstate(all="ignore"):  # values that are not finite are told where they are used
+    with np.errstate(all="ignore"):  # values that are not finite are reported where they are used
         return torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]))

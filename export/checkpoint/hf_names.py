@@ -1,8 +1,8 @@
-"""umT5 and CLIP under Hugging Face's tensor names, as repackaged files for ComfyUI carry them, given their Wan names.
+"""umT5 and CLIP under Hugging Face's tensor names, as in files for ComfyUI, converted to Wan names.
 
-umT5 is renamed tensor for tensor. CLIP's q, k and v are separate there and one tensor in Wan's file, so they are put
-together when asked for; class token and position table lack a leading dimension. What other parts a file may hold
-(decoder, text tower, projection, an embedded tokenizer) is left out.
+umT5 is renamed tensor by tensor. CLIP's separate q, k and v are one tensor in Wan's file, so they are concatenated when
+read; class token and position table lack a leading dimension. Other parts of a file (decoder, text tower, projection,
+an embedded tokenizer) are ignored.
 Sources: ComfyUI `comfy/text_encoders/t5.py` and `comfy/clip_model.py`; Wan 2.1 `wan/modules/t5.py`, `clip.py`.
 """
 
@@ -40,7 +40,7 @@ CLIP_TO_WAN: dict[str, str] = {
     **{
         f"{theirs}.{parameter}": f"{ours}.{parameter}"
         for theirs, ours in {
-            "vision_model.pre_layrnorm": "visual.pre_norm",  # the misspelling is Hugging Face's
+            "vision_model.pre_layrnorm": "visual.pre_norm",  # misspelt by Hugging Face
             "vision_model.post_layernorm": "visual.post_norm",
             "vision_model.encoder.layers.{i}.layer_norm1": "visual.transformer.{i}.norm1",
             "vision_model.encoder.layers.{i}.layer_norm2": "visual.transformer.{i}.norm2",
@@ -60,14 +60,14 @@ _CLIP_UNUSED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Tensors one after the other along dimension 0, in a shape of as many elements."""
+    """Tensors to concatenate along dimension 0, and the shape of the result."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
 
 
 class Stacked(Derived):
-    """Tensors of a source under other names, some put together from several; only those are copied."""
+    """Tensors of a source under other names, some concatenated from several; only those are copied."""
 
     def __init__(self, source: TensorSource, stacks: Mapping[str, Stack]) -> None:
         super().__init__(source)
@@ -96,7 +96,7 @@ class Stacked(Derived):
 
 
 def umt5_view(source: TensorSource, inner: Mapping[str, str]) -> Stacked:
-    """umT5 by its Wan names. `inner`: Hugging Face name → name in the source (a prefix may be before it)."""
+    """Return umT5 under Wan names. `inner`: Hugging Face name → name in the source (which may have a prefix)."""
     stacks = {}
     for name, stored in inner.items():
         if not _UMT5_UNUSED.fullmatch(name):
@@ -107,7 +107,7 @@ def umt5_view(source: TensorSource, inner: Mapping[str, str]) -> Stacked:
 
 
 def clip_view(source: TensorSource, inner: Mapping[str, str]) -> Stacked:
-    """CLIP's visual tower by its Wan names, as `umt5_view`. InputError when a layer lacks one of q, k and v."""
+    """Return CLIP's visual tower under Wan names, like `umt5_view`. Raises InputError if a layer lacks q, k or v."""
     stacks: dict[str, Stack] = {}
     fused: dict[str, dict[str, str]] = {}
     for name, stored in inner.items():
@@ -129,16 +129,16 @@ def clip_view(source: TensorSource, inner: Mapping[str, str]) -> Stacked:
 
 def _qkv(source: TensorSource, wan: str, parts: Mapping[str, str]) -> Stack:
     if missing := [which for which in "qkv" if which not in parts]:
-        raise InputError(f"{source.files[0]} has no {'_proj, '.join(missing)}_proj for {wan}; get the whole file")
+        raise InputError(f"{source.files[0]} has no {'_proj, '.join(missing)}_proj for {wan}. Get the complete file.")
     names = tuple(parts[which] for which in "qkv")
     shapes: Sequence[tuple[int, ...]] = [source.shape(name) for name in names]
     if len({shape[1:] for shape in shapes}) > 1:
-        raise InputError(f"{source.files[0]}: {', '.join(names)} do not fit together; give another file")
+        raise InputError(f"{source.files[0]}: the shapes of {', '.join(names)} do not match. Give another file.")
     return Stack(names, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:
-    """The Wan name; a name that the table does not know stays as it is, and is refused with the others."""
+    """Return the Wan name; an unknown name is returned unchanged, and the shape check then reports it."""
     number = re.search(r"\.(\d+)\.", name)
     template = name if number is None else f"{name[: number.start(1)]}{{i}}{name[number.end(1) :]}"
     return table[template].format(i=number.group(1) if number else "") if template in table else name

@@ -1,9 +1,9 @@
-"""Reads LoRA files of every kind that users bring and fuses them into weights while these stream.
+"""Reads LoRA files of every common kind and fuses them into weights while these are converted.
 
-`lora_names` says what each tensor is, `lora_scale` how strongly it acts, `lora_kinds` what it does to a weight, and
-`lora_fusion` whether it fits. All is checked before anything is fused: what is unknown, unpaired, misshapen or not
-finite refuses the file with the list, unless `partial` asks for the modules that fit. The fused source computes one
-tensor at a time, so fusing needs no more memory than one module in fp32.
+`lora_names` identifies each tensor, `lora_scale` its scale, `lora_kinds` its effect on a weight, and `lora_fusion`
+whether it fits. Everything is checked before anything is fused: unknown, unpaired, misshapen or non-finite tensors
+raise an error that lists them, unless `partial` asks for the modules that fit. The fused source computes one tensor at
+a time, so fusing needs only the memory of one module in fp32.
 """
 
 import math
@@ -28,7 +28,7 @@ _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 @dataclass(frozen=True, slots=True)
 class LoRASpec:
-    """A LoRA file and how strongly to apply it."""
+    """A LoRA file and its strength."""
 
     path: Path
     strength: float = 1.0
@@ -38,7 +38,7 @@ class LoRASpec:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What the fused weights depend on: the file, and PEFT's configuration of it."""
+        """The files that the fused weights depend on: the LoRA file, and its PEFT configuration."""
         path = lora_file(self.path)
         config = config_of(path)
         return (path, config) if config else (path,)
@@ -46,9 +46,9 @@ class LoRASpec:
 
 @dataclass(frozen=True, slots=True)
 class LoRAReport:
-    """What came of one file: tensors applied, Wan tensors changed, `name: reason` of those that `partial` skipped, a
-    sentence for each module left out. alpha: where it is from, or why there is none; distilled: by what the file is
-    known to be step-distilled, None when it is not."""
+    """The result for one file: tensors applied, Wan tensors changed, `name: reason` of those that `partial` skipped,
+    one sentence per module that was left out. alpha: its origin, or why there is none; distilled: how the file was
+    recognised as step-distilled, None if it is not."""
 
     path: Path
     strength: float
@@ -61,17 +61,18 @@ class LoRAReport:
 
     @property
     def text(self) -> str:
-        """For people, on one line; what was left out on a line each."""
+        """The result on one line for the user, followed by one line per module that was left out."""
         facts = [f"{counted(self.applied, 'tensor')} applied"]
         facts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         facts += [f"alpha: {self.alpha}"] if self.alpha else []
-        facts += [f"step-distilled (told by its {self.distilled})"] if self.distilled else []
+        facts += [f"step-distilled (recognised by its {self.distilled})"] if self.distilled else []
         return "\n".join((f"{self.path}: {', '.join(facts)}", *(f"{self.path}: {line}" for line in self.left_out)))
 
 
 def parse_lora(spec: str) -> LoRASpec:
-    """`FILE`, `DIR` or either with `:STRENGTH` (a name may contain colons). InputError: no such file, or a bad
-    strength."""
+    """Parse `FILE` or `DIR`, optionally with `:STRENGTH` (a name may contain colons).
+
+    Raises InputError for a missing file or an invalid strength."""
     name, colon, number = spec.rpartition(":")
     path, strength = Path(spec), 1.0
     if colon and name and not path.exists():
@@ -79,41 +80,41 @@ def parse_lora(spec: str) -> LoRASpec:
             path, strength = Path(name), float(number)
         except ValueError:
             if Path(name).exists():
-                raise InputError(f"The LoRA strength {number!r} in {spec!r} is no number; write FILE:0.8") from None
+                raise InputError(f"The LoRA strength {number!r} in {spec!r} is not a number. Write FILE:0.8.") from None
     if not math.isfinite(strength):
-        raise InputError(f"The LoRA strength {number!r} in {spec!r} is not finite; write FILE:0.8")
+        raise InputError(f"The LoRA strength {number!r} in {spec!r} is not finite. Write FILE:0.8.")
     if not spec:
-        raise InputError("--lora names no LoRA file; write --lora FILE, or --lora FILE:0.8")
+        raise InputError("--lora names no LoRA file. Write --lora FILE, or --lora FILE:0.8.")
     return LoRASpec(lora_file(path), strength)
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder is what PEFT saves."""
+    """Return whether a folder is an adapter saved by PEFT."""
     return any((path / name).is_file() for name in (CONFIG, *_ADAPTER_FILES))
 
 
 def lora_file(path: Path) -> Path:
-    """The weights that `path`, a file or a PEFT folder, stands for. InputError: there are none."""
+    """Return the weights file at `path`, a file or a PEFT folder. Raises InputError if there is none."""
     if path.is_dir():
         for name in _ADAPTER_FILES:
             if (path / name).is_file():
                 return path / name
         files = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:_LISTED])
-        there = f"; it holds {files}: name one of them" if files else "; name a LoRA file"
-        raise InputError(f"The folder {path} is no PEFT adapter: it has no {' or '.join(_ADAPTER_FILES)}{there}")
+        there = f"; it holds {files}. Name one of them." if files else ". Name a LoRA file."
+        raise InputError(f"The folder {path} is not a PEFT adapter: it has no {' or '.join(_ADAPTER_FILES)}{there}")
     if not path.is_file():
         raise InputError(
-            f"There is no LoRA file {path}; give a *.safetensors or SAT *.pt file or a PEFT folder, with :STRENGTH if "
-            "needed"
+            f"There is no LoRA file {path}. Give a *.safetensors or SAT *.pt file or a PEFT folder, with :STRENGTH if "
+            "needed."
         )
     return path
 
 
 def apply_loras(source: TensorSource, specs: Sequence[LoRASpec], partial: bool = False) -> "FusedSource":
-    """The transformer's tensors with LoRA files fused in, one after the other; nothing is computed until `get`.
+    """Return the transformer's tensors with LoRA files fused in, in order; nothing is computed until `get`.
 
-    InputError: a file that is none, or of another model, holds a tensor that cannot be applied (all are listed; with
-    `partial` their modules are skipped and reported instead), or nothing that can.
+    Raises InputError for a file that is not a LoRA, belongs to another model, contains a tensor that cannot be applied
+    (all are listed; with `partial` their modules are skipped and reported instead), or has nothing to apply.
     """
     known = frozenset(source.keys())
     index = ModuleIndex(known)
@@ -148,10 +149,10 @@ def apply_loras(source: TensorSource, specs: Sequence[LoRASpec], partial: bool =
 
 
 class FusedSource(Derived):
-    """A transformer's tensors with LoRAs added: the touched ones are fp32, the others as stored.
+    """A transformer's tensors with LoRAs added: changed tensors are fp32, the others as stored.
 
-    `report` has one entry for each file; `touched` are the names of the tensors that the files change. `files` are
-    those of the checkpoint alone: a build records LoRA files with their strengths.
+    `report` has one entry per file; `touched` are the names of the changed tensors. `files` are those of the checkpoint
+    only: a build records LoRA files with their strengths.
     """
 
     def __init__(
@@ -163,12 +164,12 @@ class FusedSource(Derived):
     ) -> None:
         super().__init__(source)
         self._updates, self._fused = updates, fused
-        self._last: tuple[str, Tensor] | None = None  # whose rows are asked for in turn
+        self._last: tuple[str, Tensor] | None = None  # the tensor whose rows are being read
         self.report = report
         self.touched = frozenset(updates)
 
     def fused_into(self, name: str) -> tuple[LoRASpec, ...]:
-        """The LoRAs that change a tensor, if the tensor itself is of numbers: those to blame if the result is not."""
+        """Return the LoRAs that change a tensor if the stored tensor is finite: they cause a result that is not."""
         specs = tuple(self._fused.get(name, ()))
         return specs if specs and bool(self._source.get(name).float().isfinite().all()) else ()
 
@@ -185,7 +186,7 @@ class FusedSource(Derived):
         stored = self._source.get(name)
         if name not in self._updates:
             return stored
-        weight = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)  # contiguous, never the mapped file
+        weight = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)  # contiguous, and never the mapped file
         for update in self._updates[name]:
             update.add_to(weight)
         return weight
@@ -194,6 +195,6 @@ class FusedSource(Derived):
         if name not in self._updates:
             return self._source.rows(name, start, stop)
         if self._last is None or self._last[0] != name:
-            self._last = None  # two at once are more than one module
+            self._last = None  # two at once would need the memory of more than one module
             self._last = (name, self.get(name))
         return self._last[1][start:stop]

@@ -1,7 +1,7 @@
-"""What a LoRA file is, without a transformer to apply it to: kind, whose names, ranks, alphas and where they are from,
-targets, whether it is step-distilled.
+"""Facts about a LoRA file, without a transformer to apply it to: kind, naming convention, ranks, alphas and their
+origin, targets, whether it is step-distilled.
 
-Names are read by the same table as when it is applied, against the module names that every SCAIL-2 transformer has."""
+Names are read by the same table as for fusing, against the module names that every SCAIL-2 transformer has."""
 
 import re
 from collections import Counter
@@ -39,9 +39,9 @@ _FAMILIES = (  # first match decides
 
 @dataclass(frozen=True, slots=True)
 class LoRAFacts:
-    """kind: LoRA, LoKr, LoHa, with DoRA's magnitudes or differences; names: whose convention; ranks, alphas and scales
-    (the factor of a product): value → products; alpha_from: where alpha is from; distilled: by what it is known to be
-    step-distilled; targets: module → changes of it (block numbers left out); unknown: tensors that mean nothing for
+    """kind: LoRA, LoKr, LoHa, with DoRA magnitudes or differences; names: naming convention; ranks, alphas and scales
+    (the factor of a product): value → number of products; alpha_from: origin of alpha; distilled: how it was recognised
+    as step-distilled; targets: module → number of changes (without block numbers); unknown: tensors without meaning for
     SCAIL-2; refused: why it cannot be fused into any transformer."""
 
     kind: str
@@ -62,7 +62,7 @@ class LoRAFacts:
 
 
 def lora_facts(source: TensorSource, path: Path) -> LoRAFacts | None:
-    """The facts; None when no tensor is named as a part of a LoRA. Only alphas are read."""
+    """Return the facts; None if no tensor name belongs to a LoRA. Only alphas are read."""
     names = list(source.keys())
     refused = foreign_kind(source)
     if not has_lora_tensors(names) and (refused is None or "not a LoRA" in refused):

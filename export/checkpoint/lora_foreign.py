@@ -1,8 +1,8 @@
-"""What a LoRA file is called that cannot be fused, and whether one that can is step-distilled.
+"""Recognises LoRA files that cannot be fused, and step-distilled LoRAs.
 
-Files are told by their tensor names: an adapter of another kind (Stand-In, ControlNet LoRA), another network's LoRA, a
-checkpoint. A step-distilled LoRA is told by its name, by its header, or by its differences of norms and biases, which
-come of comparing two whole models; it wants few steps and no guidance.
+Tensor names identify a file: an adapter of another kind (Stand-In, ControlNet LoRA), another network's LoRA, a
+checkpoint. A step-distilled LoRA is recognised by its file name, by its header, or by differences of norms and biases,
+which result from subtracting two complete models; it needs few steps and no guidance.
 """
 
 import re
@@ -13,26 +13,26 @@ from scail2_rt.export.checkpoint.lora_names import ModuleTensors, has_lora_tenso
 from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.kernels.wording import counted
 
-_ADAPTERS: tuple[tuple[str, re.Pattern[str]], ...] = (  # one such name tells the file
+_ADAPTERS: tuple[tuple[str, re.Pattern[str]], ...] = (  # one such name identifies the file
     (
-        "a Stand-In adapter: its pairs act on the tokens of an identity picture alone, which SCAIL-2 does not have",
+        "a Stand-In adapter: its pairs act only on the tokens of an identity image, which SCAIL-2 does not have",
         re.compile(r"\.[qkv]_loras?\.(down|up)\.|(?<![a-z])stand[-_]?in(?![a-z])", re.IGNORECASE),
     ),
     (
-        "a ControlNet LoRA: it needs a control picture in the model's input, which SCAIL-2 does not have",
+        "a ControlNet LoRA: it needs a control image in the model's input, which SCAIL-2 does not have",
         re.compile(r"lora_controlnet|controlnet|control_(lora|blocks|adapter|layers|model)|\.reshape_weight$"),
     ),
     ("a LoRA for VACE, which has blocks that SCAIL-2 does not have", re.compile(r"(^|[._])vace_(blocks|patch)")),
     ("an IP-Adapter, not a LoRA", re.compile(r"ip_adapter|image_proj\.|to_[kv]_ip\b")),
     (
-        "an OFT or BOFT adapter, which is not read: merge it with LyCORIS",
+        "an OFT or BOFT adapter, which is not supported. Merge it with LyCORIS",
         re.compile(r"\.(oft_(blocks|diag|[rR])|boft_)"),
     ),
-    ("an (IA)^3 adapter, which is not read: merge it with LyCORIS", re.compile(r"\.(ia3_l|on_input$)")),
-    ("a GLoRA, which is not read: merge it with LyCORIS", re.compile(r"\.[ab][12]\.weight$")),
-    ("a VeRA adapter, which is not read: merge it with PEFT", re.compile(r"vera_(lambda|A|B)")),
+    ("an (IA)^3 adapter, which is not supported. Merge it with LyCORIS", re.compile(r"\.(ia3_l|on_input$)")),
+    ("a GLoRA, which is not supported. Merge it with LyCORIS", re.compile(r"\.[ab][12]\.weight$")),
+    ("a VeRA adapter, which is not supported. Merge it with PEFT", re.compile(r"vera_(lambda|A|B)")),
 )
-_NETWORKS: tuple[tuple[str, re.Pattern[str]], ...] = (  # told when no name is of this transformer
+_NETWORKS: tuple[tuple[str, re.Pattern[str]], ...] = (  # used if no name belongs to this transformer
     ("Stable Diffusion", re.compile(r"(down|up|input|output)_blocks|mid(dle)?_block")),
     ("Flux or HunyuanVideo", re.compile(r"(double|single)_blocks|single_transformer_blocks")),
     ("Qwen-Image, LTX-Video, CogVideoX or Stable Diffusion 3", re.compile(r"transformer_blocks|joint_blocks")),
@@ -47,11 +47,11 @@ _DISTILLED = re.compile(
     re.IGNORECASE,
 )
 _NO_DESCRIPTION = re.compile(r"^ss_|tag|prompt|caption|dataset|hash|date|step$|epoch", re.IGNORECASE)
-_SHORT = 200  # characters; longer values are not names
+_SHORT = 200  # characters; longer values are not descriptions
 
 
 def foreign_kind(source: TensorSource) -> str | None:
-    """What a file is that cannot be fused as a LoRA, whatever the transformer; None when it may be one."""
+    """Describe a file that cannot be fused as a LoRA into any transformer; None if it may be one."""
     names = list(source.keys())
     for what, sign in _ADAPTERS:
         if any(sign.search(name) for name in (*names, *source.metadata)):
@@ -64,17 +64,18 @@ def foreign_kind(source: TensorSource) -> str | None:
 
 
 def network_of(names: Iterable[str]) -> str | None:
-    """Whose LoRA a file is of which no tensor fits, as far as its names tell."""
+    """Return the network that a LoRA without any fitting tensor was made for, if its names show it."""
     names = list(names)
     return next((network for network, sign in _NETWORKS if any(sign.search(name) for name in names)), None)
 
 
 def width_name(width: int) -> str:
+    """Describe a model by its width, with its name if known."""
     return f"{width} channels" + (f" ({_WIDTHS[width]})" if width in _WIDTHS else "")
 
 
 def distilled_by(path: Path, metadata: Mapping[str, str], groups: Iterable[ModuleTensors]) -> str | None:
-    """By what a LoRA is known to be step-distilled: "name", "header" or "difference tensors"; None when it is not."""
+    """Return how a LoRA is recognised as step-distilled: "name", "header" or "difference tensors"; else None."""
     name = path.parent.name if path.stem == "adapter_model" else path.stem
     if _DISTILLED.search(name):
         return "name"

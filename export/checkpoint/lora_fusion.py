@@ -1,8 +1,8 @@
-"""Whether a LoRA file fits a transformer: checks it module by module and collects the updates, or the reasons against.
+"""Fit of a LoRA file and a transformer: checks it module by module and collects the updates, or the problems.
 
-A module is applied whole or not at all: pair, alpha, magnitude and bias difference stand or fall together. One module
-is left out of any file without asking: a `patch_embedding` for other inputs, which distilled LoRAs of image-to-video
-models carry. A file of whose blocks no matrix fits was made for a model of another width, and no option applies it.
+A module is applied completely or not at all: pair, alpha, magnitude and bias difference belong together. One module may
+always be left out: a `patch_embedding` for other inputs, which occurs in distilled LoRAs of image-to-video models. If
+no matrix of a file's blocks fits, it was made for a model of another width, and no option applies it.
 """
 
 import math
@@ -32,14 +32,14 @@ from scail2_rt.export.checkpoint.lora_scale import Training
 from scail2_rt.export.checkpoint.tensors import TensorSource
 
 _LISTED = 8
-_FOR_INPUTS = "patch_embedding"  # the one module whose columns are the inputs of a model
+_FOR_INPUTS = "patch_embedding"  # the only module whose columns are a model's inputs
 _QUERY = "blocks.0.self_attn.q.weight"
 _REPLACEMENTS: tuple[tuple[Kind, str], ...] = (("new weight", "weight"), ("new bias", "bias"))
 _DIFFERENCES: tuple[tuple[Kind, str], ...] = (("weight", "weight"), ("bias", "bias"), ("modulation", "modulation"))
 
 
 class Misfit(Exception):
-    """Tensors that do not fit the transformer, and why."""
+    """Tensors that do not fit the transformer, and the reason."""
 
     def __init__(self, names: Sequence[str], reason: str) -> None:
         super().__init__(reason)
@@ -48,20 +48,20 @@ class Misfit(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A change of one Wan tensor with its strength; `rows`: of a change for a fused module, those of this tensor."""
+    """A change of one Wan tensor with its strength; `rows`: this tensor's rows of a change for a fused module."""
 
     change: Change
     strength: float
     rows: Rows = None
 
     def add_to(self, weight: Tensor) -> None:
-        """Adds the change to an fp32 tensor in place."""
+        """Add the change to an fp32 tensor in place."""
         self.change.apply(weight, self.strength, self.rows)
 
 
 @dataclass(slots=True)
 class Fusion:
-    """Checks one LoRA file against the transformer and collects its updates, or the reasons against them."""
+    """Checks one LoRA file against the transformer and collects its updates, or the problems that prevent them."""
 
     lora: TensorSource
     base: TensorSource
@@ -71,14 +71,14 @@ class Fusion:
     updates: dict[str, list[Update]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # LoRA tensor → why it cannot be applied
     left_out: list[str] = field(default_factory=list)
-    origins: dict[str, None] = field(default_factory=dict)  # where the alphas are from
+    origins: dict[str, None] = field(default_factory=dict)  # origins of the alphas
     applied: int = 0
     widths: Counter[tuple[int, int]] = field(default_factory=Counter)  # of pairs in blocks that do not fit
-    fitting: int = 0  # modules of blocks that do
+    fitting: int = 0  # number of block modules that fit
 
     @property
     def other_width(self) -> bool:
-        """Whether the file was made for a model of another width: of its blocks' matrices, none fits."""
+        """Whether the file was made for a model of another width: no matrix of its blocks fits."""
         return bool(self.widths) and not self.fitting
 
     def read(self, groups: Sequence[ModuleTensors], unknown: Sequence[str]) -> None:
@@ -88,34 +88,37 @@ class Fusion:
             self._module(group)
 
     def refusal(self, path: Path) -> str:
-        """Why the file as a whole is not applied. An option is named only where it helps."""
+        """Return why the file as a whole is not applied. An option is named only if it helps."""
         if self.other_width:
             (outputs, inputs), _ = self.widths.most_common(1)[0]
             width = self.base.shape(_QUERY)[0] if _QUERY in self.known else 0
             own = f"; this transformer has {width_name(width)}" if width else ""
             made = width_name(inputs if inputs != width else outputs)
-            return f"The LoRA {path} was made for another model, of {made}{own}: no matrix of its blocks fits"
+            return (
+                f"The LoRA {path} was made for another model, of {made}{own}: no matrix of its blocks fits. Use a LoRA "
+                "for this model."
+            )
         if not self.applied:
             network = network_of(self.problems) if not self.updates else None
-            what = f", it seems to be for {network}" if network else ""
+            what = f"; it seems to be for {network}" if network else ""
             listed = _listed(self.problems) or "; ".join(self.left_out)
             return f"{path} has no tensor that fits this transformer{what}: {listed}"
         return (
             f"The LoRA {path} is refused: {len(self.problems)} of its tensors cannot be applied: "
-            f"{_listed(self.problems)}. To apply the modules that fit, use --lora-partial"
+            f"{_listed(self.problems)}. To apply the modules that fit, use --lora-partial."
         )
 
     def _refuse_overlaps(self, groups: Sequence[ModuleTensors]) -> None:
-        """A fused tensor beside one of its own pieces would be applied twice: both are problems."""
+        """Report a fused tensor and a separate tensor of one of its parts: both would apply the same change."""
         single = {group.modules[0]: group for group in groups if len(group.modules) == 1}
         for fused in [group for group in groups if len(group.modules) > 1]:
             for other in [single[module] for module in fused.modules if module in single]:
                 for kind in set(other.tensors) & set(fused.tensors):
                     other.strays[other.tensors[kind]] = f"also part of {fused.tensors[kind]}"
-                    fused.strays[fused.tensors[kind]] = f"of which {other.tensors[kind]} is a part"
+                    fused.strays[fused.tensors[kind]] = f"overlaps {other.tensors[kind]}"
 
     def _module(self, group: ModuleTensors) -> None:
-        """All changes of a module, or none."""
+        """Collect all changes of a module, or none."""
         faults = dict(group.strays)
         for name in group.tensors.values():
             if name not in faults and (reason := self._unusable(name)):
@@ -147,7 +150,7 @@ class Fusion:
         return None if bool(torch.isfinite(tensor.float()).all()) else "not finite"
 
     def _is_for_other_inputs(self, group: ModuleTensors, product: Product | str | None) -> bool:
-        """Whether the module is a patch embedding of as many outputs and other inputs; then it is left out."""
+        """Return whether the module is a patch embedding for other inputs; if so, note that it is left out."""
         target = f"{_FOR_INPUTS}.weight"
         if group.modules != (_FOR_INPUTS,) or target not in self.known:
             return False
@@ -167,7 +170,7 @@ class Fusion:
         return True
 
     def _changes(self, group: ModuleTensors, product: Product | None) -> list[tuple[str, Change]]:
-        """(parameter, change) of everything in a module that is sound in itself. Misfit: it does not fit."""
+        """Return (parameter, change) of everything in a module. Raises Misfit if something does not fit."""
         changes: list[tuple[str, Change]] = []
         for kind, parameter in _REPLACEMENTS:
             if name := group.tensors.get(kind):
@@ -192,11 +195,11 @@ class Fusion:
         if product.made != (stacked[0], math.prod(stacked[1:])) or len(stacked) < 2:
             if in_block:
                 self.widths[product.made] += 1
-            raise Misfit(names, f"{_described(product)} do not make {list(shapes[0])}{_times(shapes)}")
+            raise Misfit(names, f"{_described(product)} do not give {list(shapes[0])}{_times(shapes)}")
         self.fitting += in_block
         own, magnitude = group.tensors.get("alpha"), group.tensors.get("magnitude")
         if own is not None and math.prod(self.lora.shape(own)) != 1:
-            raise Misfit(names, f"alpha of shape {list(self.lora.shape(own))}, one number is needed")
+            raise Misfit(names, f"alpha of shape {list(self.lora.shape(own))} instead of one number")
         scale = self.training.scale(
             group.module, product.rank, None if own is None else float(self.lora.get(own).reshape(()))
         )
@@ -206,9 +209,9 @@ class Fusion:
             shape = self.lora.shape(magnitude)
             by_row = magnitude_by_row(magnitude, shape, stacked)
             if by_row is None or (not by_row and len(targets) > 1):
-                raise Misfit((magnitude,), f"shape {list(shape)} is no magnitude for {list(stacked)}")
+                raise Misfit((magnitude,), f"shape {list(shape)} is not a magnitude for {list(stacked)}")
         elif self.training.dora:
-            raise Misfit(names, "of DoRA, but without its magnitude")
+            raise Misfit(names, "DoRA without a magnitude")
         changes: list[tuple[str, Change]] = [
             ("weight", Scaled(product, scale.value, self.lora, magnitude, bool(by_row)))
         ]
@@ -224,10 +227,10 @@ class Fusion:
         first = self.base.shape(targets[0])
         wanted = (len(targets) * first[0], *first[1:])
         if self.lora.shape(name) != wanted:
-            raise Misfit((name,), f"shape {list(self.lora.shape(name))}, {list(wanted)} is needed")
+            raise Misfit((name,), f"shape {list(self.lora.shape(name))} instead of {list(wanted)}")
 
     def _parameters(self, modules: Sequence[str], parameter: str) -> list[str]:
-        """Names of the tensors; a parameter of its own (a modulation) has no `.weight`."""
+        """Return the names of the target tensors; a parameter without a module (modulation) has no `.weight`."""
         named = [f"{module}.{parameter}" for module in modules]
         if parameter == "weight":
             named = [name if name in self.known else name.removesuffix(".weight") for name in named]
@@ -242,7 +245,7 @@ class Fusion:
 
 
 def _product_names(group: ModuleTensors) -> tuple[str, ...]:
-    """Tensors of a module that make its product, and what belongs to it."""
+    """Return the tensors of a module that make its product, and those that belong to it."""
     return tuple(name for kind, name in group.tensors.items() if kind not in CHANGES_BY_ITSELF)
 
 

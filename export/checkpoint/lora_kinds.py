@@ -1,8 +1,8 @@
-"""What a LoRA's tensors do to a weight: low-rank pairs, Kronecker and Hadamard products, magnitudes, differences.
+"""Effects of a LoRA's tensors on a weight: low-rank pairs, Kronecker and Hadamard products, magnitudes, differences.
 
-Every change adds to an fp32 tensor in place, one module at a time. A product P with scale s gives W + strength·s·P.
-With a magnitude m (DoRA) the trained weight is m·V/‖V‖, V = W + s·P, the norm over each output row or each input
-column; strength goes in a straight line from W to it.
+Every change is added to an fp32 tensor in place, one module at a time. A product P with scale s gives W +
+strength·s·P. With a magnitude m (DoRA) the trained weight is m·V/‖V‖, V = W + s·P, with the norm over each output row
+or each input column; strength interpolates linearly from W to it.
 Sources: LoRA (Hu 2021), LyCORIS (Yeh 2023; `lycoris/functional`), DoRA (Liu 2024; PEFT `tuners/lora/dora.py`).
 """
 
@@ -17,20 +17,20 @@ from torch import Tensor
 from scail2_rt.export.checkpoint.lora_names import Kind, ModuleTensors
 from scail2_rt.export.checkpoint.tensors import TensorSource
 
-Rows = tuple[int, int] | None  # of a change for a fused module, those of this tensor
+Rows = tuple[int, int] | None  # this tensor's rows of a change for a fused module
 _TUCKER = "i j ..., i p, j r -> p r ..."
 _EPS = torch.finfo(torch.float32).eps
 
 
 class Change(Protocol):
-    """Something done to one tensor."""
+    """A change of one tensor."""
 
     def apply(self, weight: Tensor, strength: float, rows: Rows) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """up·down, for a convolution perhaps with a core between them (`mid` [rank, rank, window...])."""
+    """up·down; in a convolution, optionally with a core between them (`mid` [rank, rank, window...])."""
 
     lora: TensorSource
     up: str
@@ -66,7 +66,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
-    """first ⊗ second (LoKr); each is one tensor or the product of two. core: between the two of `second`."""
+    """first ⊗ second (LoKr); each is one tensor or the product of two. core: between the two factors of `second`."""
 
     lora: TensorSource
     first: tuple[str, ...]
@@ -107,7 +107,7 @@ class Kronecker:
 
 @dataclass(frozen=True, slots=True)
 class Hadamard:
-    """(w1_a·w1_b) ⊙ (w2_a·w2_b) (LoHa), for a convolution perhaps with a core in each."""
+    """(w1_a·w1_b) ⊙ (w2_a·w2_b) (LoHa); in a convolution, optionally with a core in each product."""
 
     lora: TensorSource
     first: tuple[str, str]
@@ -142,12 +142,12 @@ class Hadamard:
         weight.add_(product.reshape(weight.shape), alpha=scale)
 
 
-Product = LowRank | Kronecker | Hadamard  # `made`: rows and columns (of a convolution: channels times its window)
+Product = LowRank | Kronecker | Hadamard  # `made`: rows and columns (in a convolution: channels times window)
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """A product with its scale, and with a magnitude for each output row (`by_row`) or each input column, if any."""
+    """A product with its scale, and optionally a magnitude per output row (`by_row`) or per input column."""
 
     product: Product
     scale: float
@@ -173,7 +173,7 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor that is added."""
+    """A tensor that is added to the weight."""
 
     lora: TensorSource
     name: str
@@ -187,7 +187,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A tensor that takes the place of the checkpoint's; strength goes in a straight line to it."""
+    """A tensor that replaces the checkpoint's; strength interpolates linearly towards it."""
 
     lora: TensorSource
     name: str
@@ -197,14 +197,14 @@ class Replacement:
 
 
 def product_of(group: ModuleTensors, lora: TensorSource) -> Product | str | None:
-    """The product that a module's tensors make; None when they make none; why not, when they should."""
+    """Return the product of a module's tensors; None if there is none; a reason (str) if it is invalid."""
     have = group.tensors
     families = {kind.partition(" ")[0] for kind in have} & {"down", "up", "lokr", "loha", "mid"}
     if not families:
         loose: tuple[Kind, ...] = ("alpha", "magnitude", "up bias")
         return "no matching up" if any(kind in have for kind in loose) else None
     if len({"pair" if family in ("down", "up", "mid") else family for family in families}) > 1:
-        return f"{', '.join(sorted(families))} of one module"
+        return f"{', '.join(sorted(families))} in one module"
     if "loha" in families:
         if missing := [part for part in ("w1_a", "w1_b", "w2_a", "w2_b") if f"loha {part}" not in have]:
             return f"no matching hada_{missing[0]}"
@@ -227,21 +227,21 @@ def _kronecker(have: dict[Kind, str], lora: TensorSource) -> "Kronecker | str":
     halves: tuple[tuple[Kind, Kind], ...] = (("lokr w1_a", "lokr w1_b"), ("lokr w2_a", "lokr w2_b"))
     for one, (a, b) in zip(whole, halves, strict=True):
         if one in have and (a in have or b in have):
-            return f"{one[5:]} both whole and in parts"
+            return f"{one[5:]} both complete and in parts"
         if one not in have and not (a in have and b in have):
             return f"no matching lokr_{one[5:]}"
         factors.append((have[one],) if one in have else (have[a], have[b]))
     core = have.get("lokr t2")
     if core and len(factors[1]) == 1:
-        return "lokr_t2 beside a whole lokr_w2"
+        return "lokr_t2 beside a complete lokr_w2"
     product = Kronecker(lora, factors[0], factors[1], core)
     return product.fault or product
 
 
 def magnitude_by_row(name: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> bool | None:
-    """Whether a magnitude has one number for each output row, or (False) for each input column; None: it fits neither.
+    """Return whether a magnitude has one number per output row, or (False) per input column; None if it fits neither.
 
-    PEFT's are by row; where both would fit, the shape decides: [1, n] is by column, as LyCORIS writes it."""
+    PEFT's are per row. If both fit, the shape decides: [1, n] is per column, as written by LyCORIS."""
     count, outputs, inputs = math.prod(shape), weight[0], weight[1] if len(weight) > 1 else 0
     by_column = len(shape) > 1 and shape[0] == 1 and count == inputs and "lora_magnitude_vector" not in name
     if count == outputs and not (by_column and shape[0] != outputs):
@@ -250,7 +250,7 @@ def magnitude_by_row(name: str, shape: tuple[int, ...], weight: tuple[int, ...])
 
 
 def _multiply(lora: TensorSource, names: Sequence[str], core: str | None) -> bool:
-    """Whether the factors of one matrix go together."""
+    """Return whether the factors of one matrix can be multiplied."""
     if len(names) == 1:
         return True
     left, right = (lora.shape(name) for name in names)
@@ -262,7 +262,7 @@ def _multiply(lora: TensorSource, names: Sequence[str], core: str | None) -> boo
 
 
 def _factor(lora: TensorSource, names: Sequence[str], core: str | None = None, rows: Rows = None) -> Tensor:
-    """One matrix [rows, columns] from its one or two tensors."""
+    """Compute one matrix [rows, columns] from its one or two tensors."""
     if len(names) == 1:
         return lora.get(names[0]).float().flatten(1)
     left, right = (lora.get(name).float() for name in names)
@@ -276,5 +276,5 @@ def _rows(tensor: Tensor, rows: Rows) -> Tensor:
 
 
 def _fp32(factor: float) -> float:
-    """A factor as fp32 holds it: one too large is infinite, and the result is found not to be of numbers."""
+    """Round a factor to fp32: one that is too large becomes infinite, and the result is then reported as not finite."""
     return float(torch.tensor(factor, dtype=torch.float32))

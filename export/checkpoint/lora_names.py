@@ -1,8 +1,8 @@
-"""What a tensor of a LoRA file is, by its name: which kind, of which Wan modules.
+"""Identifies a LoRA tensor by its name: its kind, and the Wan modules it changes.
 
-A name is a prefix, a module and a suffix. Suffixes tell the kind; modules follow the Wan branch, diffusers, the SAT
-checkpoint, or one of these with underscores (kohya, musubi, LyCORIS). A name whose module is known and whose suffix is
-not belongs to that module all the same, so that nobody applies the module without it.
+A name is a prefix, a module and a suffix. The suffix gives the kind; module names follow the Wan branch, diffusers, the
+SAT checkpoint, or one of these with underscores (kohya, musubi, LyCORIS). A name with a known module and an unknown
+suffix also belongs to that module, so that the module is not applied without it.
 """
 
 import re
@@ -37,8 +37,8 @@ _PREFIXES = (
     "lycoris.",
 )
 _KOHYA = re.compile(r"(?:lora|lycoris)_+|(?:unet|transformer|dit|diffusion_model|model|base_model)_+")
-_PART = r"lora_layer(?:\.(?P<part>\d+))?"  # `part` numbers the piece of a fused SAT module (query_key_value: 0 q, ...)
-_ADAPTER = r"(?:\.\w+)?"  # PEFT's name of an adapter, mostly `default`
+_PART = r"lora_layer(?:\.(?P<part>\d+))?"  # `part`: index in a fused SAT module (query_key_value: 0 q, ...)
+_ADAPTER = r"(?:\.\w+)?"  # PEFT's adapter name, usually `default`
 _SUFFIX_KINDS: tuple[tuple[str, Kind], ...] = (
     (rf"\.{_PART}\.down\.weight", "down"),
     (rf"\.{_PART}\.up\.weight", "up"),
@@ -61,7 +61,7 @@ _SUFFIX_KINDS: tuple[tuple[str, Kind], ...] = (
     (r"\.(?:diff_b|b_norm)", "bias"),
     (r"\.diff_m", "modulation"),
 )
-_ABSOLUTE_KINDS: tuple[tuple[str, Kind], ...] = (  # values that take the place of the checkpoint's
+_ABSOLUTE_KINDS: tuple[tuple[str, Kind], ...] = (  # values that replace the checkpoint's
     (r"(?:\.base_layer|\.modules_to_save(?:\.\w+)?)?\.weight", "new weight"),
     (r"(?:\.base_layer|\.modules_to_save(?:\.\w+)?)?\.bias", "new bias"),
 )
@@ -72,8 +72,8 @@ _PEFT_PAIR = re.compile(rf"\.lora_A{_ADAPTER}\.weight$|\.hada_w1_a$|\.lokr_w[12]
 
 @dataclass(frozen=True, slots=True)
 class TensorRole:
-    """What a LoRA tensor is: its kind, and the Wan modules it speaks of (several: stacked along dimension 0). module:
-    its name in the file; kind None: it belongs to the modules, in a way that nothing here knows."""
+    """Identity of a LoRA tensor: its kind, and the Wan modules it changes (several: stacked along dimension 0). module:
+    its module name in the file; kind None: it belongs to the modules, but its kind is unknown."""
 
     kind: Kind | None
     modules: tuple[str, ...]
@@ -82,8 +82,7 @@ class TensorRole:
 
 @dataclass(slots=True)
 class ModuleTensors:
-    """All tensors of one module of a file. tensors: kind → name; strays: those that nothing here knows or that are
-    there twice, with the reason."""
+    """All tensors of one module in a file. tensors: kind → name; strays: unknown or duplicate tensors → reason."""
 
     modules: tuple[str, ...]
     module: str
@@ -96,12 +95,12 @@ class ModuleTensors:
 
 
 def has_lora_tensors(names: Iterable[str]) -> bool:
-    """Whether a file is a LoRA at all: one that changes weights, whoever's they are."""
+    """Return whether a file is a LoRA, for any network: whether it has tensors that change weights."""
     return any(pattern.fullmatch(name) and kind != "alpha" for name in names for pattern, kind in _SUFFIXES)
 
 
 class ModuleIndex:
-    """Finds the Wan modules that a LoRA's module name means, whichever convention it follows."""
+    """Finds the Wan modules of a LoRA's module name, in any naming convention."""
 
     def __init__(self, tensor_names: Iterable[str]) -> None:
         names = list(tensor_names)
@@ -120,10 +119,10 @@ class ModuleIndex:
                         self._by_underscore.setdefault(name.format(i=i).replace(".", "_"), modules)
 
     def find(self, name: str) -> tuple[str, ...] | None:
-        """Wan modules of `name` (more than one for a fused module); None when this transformer has no such one."""
+        """Return the Wan modules of `name` (several for a fused module); None if this transformer lacks them."""
         if name.startswith(("lora_", "lycoris_")) and "." not in name:
             return self._find_underscored(name)
-        pending = [name.replace(".processor.", ".")]  # diffusers' attention processors of old
+        pending = [name.replace(".processor.", ".")]  # old attention processors of diffusers
         while pending:
             name = pending.pop()
             if name in self._modules:
@@ -142,8 +141,8 @@ class ModuleIndex:
         return None
 
     def role(self, name: str, absolute: bool = False) -> TensorRole | None:
-        """What the LoRA tensor called `name` is; None when it has nothing to do with this transformer. absolute: PEFT
-        has put whole biases and weights beside its pairs."""
+        """Identify the LoRA tensor `name`; None if it is unrelated to this transformer. absolute: PEFT has stored
+        complete biases and weights beside its pairs."""
         for pattern, kind in (*_SUFFIXES, *(_ABSOLUTE if absolute else ())):
             if match := pattern.fullmatch(name):
                 modules, part = self.find(match["module"]), match.groupdict().get("part")
@@ -160,7 +159,7 @@ class ModuleIndex:
 
 
 def by_module(lora: TensorSource, index: ModuleIndex) -> tuple[list[ModuleTensors], list[str]]:
-    """The tensors of a file by module, and those of no module of this transformer."""
+    """Group the tensors of a file by module; also return those of no module of this transformer."""
     names = list(lora.keys())
     absolute = any(_PEFT_PAIR.search(name) for name in names)
     groups: dict[tuple[str, ...], ModuleTensors] = {}
@@ -174,7 +173,7 @@ def by_module(lora: TensorSource, index: ModuleIndex) -> tuple[list[ModuleTensor
         if role.kind is None:
             group.strays[name] = "unknown tensor"
         elif role.kind in group.tensors:
-            group.strays[name] = f"the same as {group.tensors[role.kind]}"
+            group.strays[name] = f"a duplicate of {group.tensors[role.kind]}"
         else:
             group.tensors[role.kind] = name
     return list(groups.values()), unknown

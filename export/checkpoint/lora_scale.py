@@ -1,9 +1,9 @@
-"""How strongly a LoRA was trained to act: its alpha, whether rank-stabilised, and where that was found.
+"""Scale of a LoRA: its alpha, whether it is rank-stabilised, and where this was found.
 
-Trainers keep alpha in four places: beside each pair, in the `adapter_config.json` of a PEFT folder, in the safetensors
-header, or nowhere (then it is the rank). The header has it as JSON (`lora_adapter_metadata` of diffusers), under plain
-names with or without the part's prefix (`transformer.lora_alpha`, `network_alpha`, `alpha`), or under kohya's
-(`ss_network_alpha`). The scale is alpha/rank; with rsLoRA alpha/√rank.
+Trainers store alpha in four places: beside each pair, in the `adapter_config.json` of a PEFT folder, in the safetensors
+header, or nowhere (then it equals the rank). The header has it as JSON (`lora_adapter_metadata` of diffusers), under
+plain names with or without the network's prefix (`transformer.lora_alpha`, `network_alpha`, `alpha`), or under kohya's
+name (`ss_network_alpha`). The scale is alpha/rank; with rsLoRA, alpha/√rank.
 """
 
 import json
@@ -23,12 +23,12 @@ _RANK = ("r", "rank", "lora_rank", "network_dim", "ss_network_dim")
 _RSLORA = ("use_rslora", "rslora", "rs_lora", "ss_use_rslora")
 _PARTS = ("transformer", "unet", "dit", "model", "diffusion_model", "base_model")
 _TYPES = ("LORA", "LOHA", "LOKR")
-_INITIAL = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)  # these change the checkpoint's weights, too
+_INITIAL = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)  # these also change the checkpoint's weights
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Factor of a product. alpha None: there is none; origin: where it is from, or why there is none, for people."""
+    """Factor of a product. alpha None: there is none; origin: where it was found, or why there is none, in words."""
 
     value: float
     alpha: float | None
@@ -37,8 +37,8 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a file says of its training. origin: where alpha is from; dora: it has magnitudes; peft_type: of PEFT's
-    configuration, None without one; fault: why alpha cannot be told for pairs without a tensor of their own."""
+    """Training settings stored in a file. origin: where alpha was found; dora: it has magnitudes; peft_type: from
+    PEFT's configuration, None without one; fault: why alpha is unknown for pairs without an alpha tensor."""
 
     alpha: float | None = None
     origin: str = "none given, so it is the rank"
@@ -51,11 +51,13 @@ class Training:
     fault: str | None = None
 
     def scale(self, module: str, rank: int | None, own_alpha: float | None) -> Scale:
-        """rank None: of a product that has none (LoKr with full matrices). own_alpha: from the module's own tensor; 0
-        stands for the rank, as in kohya's and LyCORIS' trainers. InputError: the file contradicts itself."""
+        """Return the scale of a product. rank None: it has no rank (LoKr with full matrices). own_alpha: from the
+        module's alpha tensor; 0 means the rank, as in the trainers of kohya and LyCORIS.
+
+        Raises InputError if the file contradicts itself."""
         if rank is None:
             if self.peft_type != "LOKR" or self.alpha is None or self.rank is None:
-                return Scale(1.0, None, "none needed by full matrices")
+                return Scale(1.0, None, "not needed for full matrices")
             stated = _matching(self.ranks, module, self.rank)
             alpha = _matching(self.alphas, module, self.alpha)
             return Scale(alpha / stated, alpha, self.origin)
@@ -71,14 +73,14 @@ class Training:
 
 
 def config_of(path: Path) -> Path | None:
-    """PEFT's configuration of a LoRA file: `adapter_config.json` beside `adapter_model.*`, of no other file."""
+    """Return the PEFT configuration of a LoRA file: `adapter_config.json` beside `adapter_model.*`, else None."""
     file = path.parent / CONFIG
     return file if path.stem == "adapter_model" and file.is_file() else None
 
 
 def read_training(path: Path, lora: TensorSource) -> Training:
-    """What PEFT's configuration says, else the header. InputError: it cannot be read, or names a way of training that
-    cannot be fused."""
+    """Read the settings from PEFT's configuration, else from the header. Raises InputError if it cannot be read, or for
+    a training method that cannot be fused."""
     if (file := config_of(path)) is not None:
         try:
             config = json.loads(file.read_text())
@@ -87,17 +89,17 @@ def read_training(path: Path, lora: TensorSource) -> Training:
             peft_type = str(config.get("peft_type") or "LORA").upper()
             alpha = float(config["alpha" if peft_type in ("LOHA", "LOKR") else "lora_alpha"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} has no readable alpha ({error}); correct or remove it") from error
+            raise InputError(f"{file} has no readable alpha ({error}). Correct or remove it.") from error
         return _training(path, config, alpha, f"from {CONFIG}", peft_type)
     found = dict(_header(lora.metadata))
-    stated = sorted(found.values(), key=lambda entry: entry[0])  # the order of a header's entries is an accident
+    stated = sorted(found.values(), key=lambda entry: entry[0])  # a header's entries have no defined order
     alphas = {place: value for place, key, value in stated if key in _ALPHA and _number(value) is not None}
     settings = {key: value for _, key, value in found.values()}
     place, value = next(iter(alphas.items()), ("", None))
     training = _training(path, settings, _number(value), f"from header ({place})", None)
     if len({_number(value) for value in alphas.values()}) > 1:
         listed = ", ".join(f"{place} {value}" for place, value in alphas.items())
-        fault = f"{path} says different things of alpha in its header ({listed}); correct the header"
+        fault = f"{path} has different values of alpha in its header ({listed}). Correct the header."
         return replace(training, fault=fault)
     return training
 
@@ -107,16 +109,16 @@ def _training(
 ) -> Training:
     if peft_type is not None and peft_type not in _TYPES:
         raise InputError(
-            f"{path} is an adapter of PEFT's kind {peft_type}, not a LoRA, LoHa or LoKr; merge it with PEFT"
+            f"{path} is a PEFT adapter of the kind {peft_type}, not a LoRA, LoHa or LoKr. Merge it with PEFT."
         )
     initial = settings.get("init_lora_weights")
     if isinstance(initial, str) and _INITIAL.match(initial):
         raise InputError(
-            f"{path} was begun with {initial}, which changes the checkpoint's own weights; save it again with PEFT's "
-            "path_initial_model_for_weight_conversion"
+            f"{path} was initialised with {initial}, which changes the checkpoint's weights. Save it again with PEFT's "
+            "path_initial_model_for_weight_conversion."
         )
     rslora = any(_true(settings.get(key)) for key in _RSLORA)
-    fault = f"{path} says use_rslora without an alpha, so its strength is unknown; add lora_alpha to its header"
+    fault = f"{path} has use_rslora but no alpha, so its scale is unknown. Add lora_alpha to its header."
     given = {} if alpha is None else {"alpha": alpha, "origin": origin}
     return Training(
         rank=next((rank for key in _RANK if (rank := _number(settings.get(key))) is not None), None),
@@ -131,8 +133,8 @@ def _training(
 
 
 def _header(metadata: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str, Any]]]:
-    """(full name, (place, bare key, value)) of a header's settings. JSON objects are opened, but not kohya's (`ss_`:
-    what they say of rsLoRA is in the alpha tensors already); settings of text encoders are left out."""
+    """Yield (full name, (place, bare key, value)) of a header's settings. JSON objects are expanded, except kohya's
+    (`ss_`: its alpha tensors already include rsLoRA); settings of text encoders are ignored."""
     for key, text in metadata.items():
         value = _json(text)
         whole = not isinstance(value, dict) or key.endswith("_pattern") or key.startswith("ss_")
@@ -172,9 +174,9 @@ def _patterns(path: Path, value: Any) -> dict[str, float]:
             re.compile(pattern)
         return {str(pattern): float(number) for pattern, number in value.items()}
     except (re.error, TypeError, ValueError) as error:
-        raise InputError(f"{path} has an alpha or rank pattern that cannot be read ({error}); correct it") from error
+        raise InputError(f"{path} has an alpha or rank pattern that cannot be read ({error}). Correct it.") from error
 
 
 def _matching(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The number of the first pattern that is the end of the module's name, as PEFT compares them."""
+    """Return the number of the first pattern that matches the end of the module's name, as in PEFT."""
     return next((n for pattern, n in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)

@@ -1,10 +1,10 @@
-"""Opens a SCAIL-2 checkpoint in any layout that users have and gives every network's tensors under their Wan names.
+"""Opens a SCAIL-2 checkpoint in any layout and returns every network's tensors under their Wan names.
 
-Three layouts: the official folder (SAT keys in `model/<latest>/*.pt`, the others under their own names), Wan-key
+Three layouts: the official folder (SAT names in `model/<latest>/*.pt`, the other networks in separate files), Wan-name
 weights (one file or shards, with or without a prefix, quantised or not) with the VAE, umT5 and CLIP in the same folder,
-one in it or the one around it, and ComfyUI's models folder. What a file holds, its tensor names decide (`find.py`,
-`recognise.py`). Sizes are derived from shapes and every tensor is checked here, before anything is converted; nothing
-is read until a tensor is asked for.
+a sub-folder or the parent folder, and ComfyUI's models folder. Tensor names determine the network in a file (`find.py`,
+`recognise.py`). Sizes are derived from shapes and every tensor's shape is checked here, before anything is converted;
+data is read only when a tensor is used.
 """
 
 import json
@@ -34,7 +34,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.wording import counted
 
 COMPONENTS: tuple[Component, ...] = ("dit", "vae", "umt5", "clip")
-OPTIONS: dict[Component, str] = {"vae": "--vae", "umt5": "--t5", "clip": "--clip"}  # of the command line
+OPTIONS: dict[Component, str] = {"vae": "--vae", "umt5": "--t5", "clip": "--clip"}  # command-line options
 _OFFICIAL_PLACE: dict[Component, str] = {
     "dit": "model/1/fsdp2_rank_0000_checkpoint.pt (with model/latest holding 1)",
     "vae": "Wan2.1_VAE.pth",
@@ -58,15 +58,15 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that an engine made from this checkpoint depends on."""
+        """Every file that an engine built from this checkpoint depends on."""
         files = [file for source in self.sources.values() for file in source.files]
         return (*files, *((self.tokenizer,) if self.tokenizer else ()))
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a checkpoint's parts are. root: the folder that messages speak of; main: the files that the path itself
-    names (None: it is only a folder); searched: where the others may be, the nearest first."""
+    """Location of a checkpoint's networks. root: the folder named in messages; main: the files that the path names
+    (None: it is a folder); searched: where the others may be, the nearest first."""
 
     root: Path
     main: Group | None
@@ -74,7 +74,7 @@ class Place:
 
 
 class MissingPart(InputError):
-    """Networks that are in no file. unreadable: why files could not be read, one of which might hold them."""
+    """Networks that no file contains. unreadable: reasons why files could not be read; one might contain them."""
 
     def __init__(self, message: str, unreadable: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -89,9 +89,9 @@ def open_checkpoint(
     tokenizer: Path | str | None = None,
     components: Iterable[Component] = COMPONENTS,
 ) -> Checkpoint:
-    """Opens the checkpoint at `path` (a folder or a file); `vae`, `umt5`, `clip` and `tokenizer` override the search.
+    """Open the checkpoint at `path` (a folder or a file); `vae`, `umt5`, `clip` and `tokenizer` override the search.
 
-    Only `components` are opened; all of them must be there, complete and fitting together. InputError otherwise.
+    Only `components` are opened. Raises InputError unless all of them are found, complete and compatible.
     """
     path = Path(path)
     wanted = tuple(component for component in COMPONENTS if component in set(components))
@@ -109,11 +109,11 @@ def open_checkpoint(
 def open_sources(
     path: Path, wanted: Sequence[Component], overrides: Mapping[Component, Path] | None = None
 ) -> tuple[Path, dict[Component, TensorSource]]:
-    """The folder that the parts were searched in, and the tensors of the `wanted` ones, not checked yet.
+    """Return the searched folder, and the tensors of the `wanted` components, not checked yet.
 
-    InputError: one of them is not there or cannot be read."""
+    Raises InputError if one is missing or cannot be read."""
     if not path.exists():
-        raise InputError(f"There is no checkpoint at {path}; give a SCAIL-2 folder or a *.safetensors file")
+        raise InputError(f"There is no checkpoint at {path}. Give a SCAIL-2 folder or a *.safetensors file.")
     place = _locate(path)
     sources: Sources = {}
     if place.main and ("dit" in wanted or path.is_file()):
@@ -121,7 +121,7 @@ def open_sources(
         if component in wanted:
             sources[component] = source
         if component != "dit" and "dit" in wanted:
-            raise InputError(f"{path} holds a {LABELS[component]}; give the file or folder with the transformer")
+            raise InputError(f"{path} holds a {LABELS[component]}. Give the file or folder with the transformer.")
     for component in wanted:
         if overrides and component in overrides:
             sources[component] = _open_override(component, overrides[component])
@@ -131,7 +131,7 @@ def open_sources(
 
 
 def _locate(path: Path) -> Place:
-    """The official folder (given itself, its `model` folder or the file in it), ComfyUI's models folder, or any."""
+    """Locate the official folder (or its `model` folder, or the file in it), ComfyUI's models folder, or any folder."""
     if path.is_file():
         if path.parent.parent.name == "model" and (path.parent.parent / "latest").is_file():
             return Place(path.parents[2], group_of(path), (path.parents[2],))
@@ -148,18 +148,18 @@ def _locate(path: Path) -> Place:
     name = latest.read_text(errors="replace").strip()
     folder = latest.parent / name
     if not re.fullmatch(r"[\w.-]+", name) or not folder.is_dir():
-        raise InputError(f"{latest} says {name[:40]!r}, but there is no folder {latest.parent}/{name[:40]}; correct it")
+        raise InputError(
+            f"{latest} says {name[:40]!r}, but there is no folder {latest.parent}/{name[:40]}. Correct it."
+        )
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise InputError(
-            f"{folder} must hold one *.pt file with the transformer (found: {names}); give that file itself"
-        )
+        raise InputError(f"{folder} must hold one *.pt file with the transformer (found: {names}). Give that file.")
     return Place(path, (files[0],), (path,))
 
 
 def _above(folder: Path) -> tuple[Around, ...]:
-    """The folder around one that a named file lies in, which may hold the other parts; never a root or a home."""
+    """Return the parent of a named file's folder, which may hold the other networks; never a root or home folder."""
     above = folder.absolute().parent
     return () if above in (above.parent, Path.home(), folder.absolute()) else (Around(above),)
 
@@ -171,8 +171,8 @@ def _open_main(path: Path, group: Group) -> tuple[Component, TensorSource]:
         names = list(source.keys())
         raise InputError(
             f"{group[0]} holds no SCAIL-2 network: it has {counted(len(names), 'tensor')}, such as "
-            f"{', '.join(names[:3])}; SAT keys (model.diffusion_model.transformer.layers.0...) or Wan keys "
-            "(blocks.0.self_attn...) are needed"
+            f"{', '.join(names[:3])}. Give a file with SAT names (model.diffusion_model.transformer.layers.0...) or "
+            "Wan names (blocks.0.self_attn...)."
         )
     _refuse_other_model(group[0], found)
     return found.component, found.source
@@ -185,17 +185,17 @@ def _refuse_other_model(path: Path, found: Recognised) -> None:
 
 def _open_override(component: Component, path: Path) -> TensorSource:
     if not path.exists():
-        raise InputError(f"There is no {LABELS[component]} at {path}; give an existing file")
+        raise InputError(f"There is no {LABELS[component]} at {path}. Give an existing file.")
     found = recognise(open_group(group_of(path)))
     if found is None or found.component != component:
         held = f"a {LABELS[found.component]}" if found else "no network of SCAIL-2"
-        raise InputError(f"{path} was given as the {LABELS[component]}, but it holds {held}; give another file")
+        raise InputError(f"{path} was given as the {LABELS[component]}, but it holds {held}. Give another file.")
     _refuse_other_model(path, found)
     return found.source
 
 
 def _search(path: Path, place: Place, missing: list[Component], dit: TensorSource | None) -> Sources:
-    """Finds components beside the named file or in the folder. InputError names what is missing or doubled."""
+    """Find components beside the named file or in the folder. Raises InputError for missing or ambiguous ones."""
     found: dict[Component, TensorSource] = {}
     refused: dict[str, None] = {}
     for where in place.searched:
@@ -203,7 +203,7 @@ def _search(path: Path, place: Place, missing: list[Component], dit: TensorSourc
         if not sought:
             break
         result = search(where, place.main, sought)
-        if where == place.searched[0] or any(result.candidates.values()):  # what lies around a folder may be unrelated
+        if where == place.searched[0] or any(result.candidates.values()):  # a parent folder may be unrelated
             refused |= dict.fromkeys(result.refused)
         for component in sought:
             sources = _fitting(component, result.candidates[component], found.get("dit", dit))
@@ -217,7 +217,7 @@ def _search(path: Path, place: Place, missing: list[Component], dit: TensorSourc
 
 
 def _fitting(component: Component, sources: list[TensorSource], dit: TensorSource | None) -> list[TensorSource]:
-    """Of several candidates those that can be used, with this transformer; all of them when none can."""
+    """Return the candidates that can be used, with this transformer; all of them if none can."""
     if len(sources) < 2:
         return sources
     fitting = []
@@ -236,7 +236,7 @@ def _several(root: Path, component: Component, sources: list[TensorSource]) -> s
     files = [source.files[0] for source in sources]
     names = ", ".join(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in files)
     how = f"as CHECKPOINT: {files[0]}" if component == "dit" else f"with {OPTIONS[component]} {files[0]}"
-    return f"{root} holds several files with a {LABELS[component]} ({names}); name the one to use, for example {how}"
+    return f"{root} holds several files with a {LABELS[component]} ({names}). Name the one to use, for example {how}"
 
 
 def _absent(path: Path, root: Path, absent: list[Component], unreadable: list[str]) -> str:
@@ -245,21 +245,21 @@ def _absent(path: Path, root: Path, absent: list[Component], unreadable: list[st
         entries = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
         listed = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
         return (
-            f"{path} is no SCAIL-2 checkpoint: found {listed}; expected the official folder (model/latest and "
-            "model/1/fsdp2_rank_0000_checkpoint.pt) or Wan-key weights (*.safetensors with blocks.0.self_attn.q.weight)"
-            f".{problems}"
+            f"{path} is not a SCAIL-2 checkpoint: found {listed}. Give the official folder (with model/latest and "
+            "model/1/fsdp2_rank_0000_checkpoint.pt) or Wan-name weights (*.safetensors with "
+            f"blocks.0.self_attn.q.weight).{problems}"
         )
     comfy = model_folders(path)
     places = {c: comfy.root / KINDS[c][0] if comfy else root / _OFFICIAL_PLACE[c] for c in absent}
     listed = "; ".join(f"the {LABELS[c]} {'in' if comfy else 'at'} {where}" for c, where in places.items())
     options = ", ".join(f"{OPTIONS[component]} FILE" for component in absent)
-    return f"The checkpoint {path} is not complete. Missing: {listed} (or name each with {options}).{problems}"
+    return f"The checkpoint {path} is not complete. Missing: {listed}. Add them, or use {options}.{problems}"
 
 
 def _configured(component: Component, source: TensorSource, root: Path) -> TensorSource:
-    """The source with the `config.json` beside it as its metadata, unless it brings a configuration of its own.
+    """Add the `config.json` beside the source as its metadata, unless the source has a configuration.
 
-    A `config.json` speaks of the transformer, or of the network whose width its `dim` gives.
+    A `config.json` describes the transformer, or the network whose width equals its `dim`.
     """
     if "config" in source.metadata or component not in ("dit", "clip"):
         return source
@@ -271,11 +271,11 @@ def _configured(component: Component, source: TensorSource, root: Path) -> Tenso
             text = file.read_text()
             settings = json.loads(text)
         except (OSError, ValueError) as error:
-            raise InputError(f"{file} cannot be read as JSON ({error}); correct or remove it") from error
+            raise InputError(f"{file} cannot be read as JSON ({error}). Correct or remove it.") from error
         if not isinstance(settings, dict):
-            raise InputError(f"{file} must hold a JSON object; correct or remove it")
+            raise InputError(f"{file} is not a JSON object. Correct or remove it.")
         derive = dit_config if component == "dit" else clip_config
-        width = derive(shapes_of(source), {"config": '{"num_heads": 1}'}).dim  # the heads do not matter here
+        width = derive(shapes_of(source), {"config": '{"num_heads": 1}'}).dim  # the heads are irrelevant here
         if settings.get("dim", width if component == "dit" else None) == width:
             whole = {name: Rows(name) for name in source.keys()}  # noqa: SIM118
             return View(source, whole, {**source.metadata, "config": text})
@@ -283,7 +283,9 @@ def _configured(component: Component, source: TensorSource, root: Path) -> Tenso
 
 
 def check_sources(sources: Mapping[Component, TensorSource]) -> ModelConfig:
-    """Derives every component's sizes, checks every tensor, and that the components fit together."""
+    """Derive every component's sizes, check every tensor's shape, and check that the components are compatible.
+
+    Raises InputError otherwise."""
     shapes = {component: shapes_of(source) for component, source in sources.items()}
 
     def what(component: Component) -> str:
@@ -305,16 +307,25 @@ def check_sources(sources: Mapping[Component, TensorSource]) -> ModelConfig:
         expected = {name: shape for name, shape in clip_shapes(clip).items() if name not in _CLIP_UNUSED}
         check_shapes(used, expected, what("clip"))
     if dit and umt5 and dit.text_dim != umt5.dim:
-        raise InputError(f"The transformer takes text of width {dit.text_dim}, but the umT5 encoder gives {umt5.dim}")
+        raise InputError(
+            f"The transformer needs text of width {dit.text_dim}, but the umT5 encoder gives {umt5.dim}. Use matching "
+            "files."
+        )
     if dit and clip and dit.clip_dim != clip.dim:
-        raise InputError(f"The transformer takes CLIP features of width {dit.clip_dim}, but the tower gives {clip.dim}")
+        raise InputError(
+            f"The transformer needs CLIP features of width {dit.clip_dim}, but the tower gives {clip.dim}. Use "
+            "matching files."
+        )
     if dit and vae and dit.latent_channels != vae.z_dim:
-        raise InputError(f"The transformer takes {dit.latent_channels} latent channels, but the VAE has {vae.z_dim}")
+        raise InputError(
+            f"The transformer needs {dit.latent_channels} latent channels, but the VAE has {vae.z_dim}. Use matching "
+            "files."
+        )
     return ModelConfig(dit=dit, vae=vae, umt5=umt5, clip=clip)
 
 
 def find_tokenizer(root: Path, umt5_files: tuple[Path, ...], given: Path | None) -> Path:
-    """The `tokenizer.json` that was given, or the one with the umT5 encoder. InputError says what is there instead."""
+    """Return the given `tokenizer.json`, or the one beside the umT5 encoder. Raises InputError if there is none."""
     if given is not None:
         folders = [given.parent if given.is_file() else given]
         if given.is_file() and given.name.endswith(".json"):
@@ -328,9 +339,9 @@ def find_tokenizer(root: Path, umt5_files: tuple[Path, ...], given: Path | None)
     for folder in folders:
         if (folder / "spiece.model").is_file():
             raise InputError(
-                f"{folder} has only spiece.model; the tokenizer is read from tokenizer.json. Put the tokenizer.json of "
-                "google/umt5-xxl beside it, or write it with transformers' AutoTokenizer(...).save_pretrained(...)"
+                f"{folder} has only spiece.model, but tokenizer.json is needed. Put the tokenizer.json of "
+                "google/umt5-xxl beside it, or write it with transformers' AutoTokenizer(...).save_pretrained(...)."
             )
     raise InputError(
-        f"There is no tokenizer.json in {folders[0]}; put that of google/umt5-xxl there, or name it with --tokenizer"
+        f"There is no tokenizer.json in {folders[0]}. Put that of google/umt5-xxl there, or name it with --tokenizer."
     )

@@ -1,12 +1,12 @@
-"""Weights of quantised files as what they stand for: fp32, one tensor (or a few rows of it) at a time.
+"""Weights of quantised files, dequantised to fp32: one tensor (or a few rows of it) at a time.
 
-Which format a weight has, the names beside it tell:
-* ComfyUI: a JSON note `X.comfy_quant` (uint8 bytes), or the file's metadata `_quantization_metadata`, says it for each
+The names beside a weight show its format:
+* ComfyUI: a JSON note `X.comfy_quant` (uint8 bytes), or the file's metadata `_quantization_metadata`, describes each
   layer; scales are `X.weight_scale` (and `X.weight_scale_2`). The older fp8 form has no notes but `X.scale_weight`.
-* fp8 in blocks: `X.weight_scale_inv`, one number for 128 x 128 weights (DeepSeek's and Hugging Face's form).
+* fp8 in blocks: `X.weight_scale_inv`, one number per 128 x 128 weights (the form of DeepSeek and Hugging Face).
 * LightX2V: int8 or fp8 with `X.weight_scale`, without notes.  * quanto: `X.weight._data` and `X.weight._scale`.
-`input_scale` and its like speak of activations, which the engines quantise by their own rule. A format that is not in
-this list is refused by its name, and so are 8-bit integers without scales, whose values would be nonsense.
+`input_scale` and similar tensors are for activations, which the engines quantise by another rule. Any other format
+raises an error that names it, and so do 8-bit integers without scales, whose values would be meaningless.
 Source: Comfy-Org/ComfyUI, `QUANTIZATION.md`, `comfy/quant_ops.py`, `comfy/ops.py`; optimum-quanto, `tensor/weights`.
 """
 
@@ -39,16 +39,16 @@ _ACTIVATIONS = (".scale_input", ".input_scale", ".output_scale")
 _METADATA = "_quantization_metadata"
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _DATA, _SCALE, _SHIFT = "._data", "._scale", "._shift"  # quanto
-_BLOCK = 128  # rows and columns that share a weight_scale_inv
-_GROUP = 256  # columns that convrot rotates together, unless the note says otherwise
+_BLOCK = 128  # rows and columns per weight_scale_inv
+_GROUP = 256  # columns that convrot rotates together, unless the note gives another number
 _OTHER = "get the fp16, bf16 or fp8_scaled file of this model"
 _BITSANDBYTES = (".SCB", ".absmax", ".quant_map")
 
 
 def plain_weights(source: TensorSource) -> TensorSource:
-    """The source itself, or its weights dequantised when it holds scales. Nothing but scales and notes is read.
+    """Return the source, or, if it has scales, its dequantised weights. Reads only scales and notes.
 
-    InputError: a format that is not understood or whose library is missing, or scales that do not fit."""
+    Raises InputError for an unsupported format, a missing library, or scales that do not fit."""
     names = frozenset(source.keys())
     weights: dict[str, Stored] = {name: _quanto(source, names, name) for name in _quanto_weights(source, names)}
     notes = _notes(source, names) if any(name.endswith((*_SCALES, _NOTE)) for name in names) else {}
@@ -68,7 +68,7 @@ def plain_weights(source: TensorSource) -> TensorSource:
 
 
 class Dequantised(Derived):
-    """A source whose quantised weights are given in fp32; scales, notes and markers are not shown."""
+    """A source whose quantised weights are returned in fp32; scales, notes and markers are hidden."""
 
     def __init__(self, source: TensorSource, weights: Mapping[str, Stored]) -> None:
         super().__init__(source)
@@ -89,7 +89,7 @@ class Dequantised(Derived):
         return torch.float32 if name in self._weights else self._source.dtype(name)
 
     def stored_type(self, name: str) -> str:
-        """The type in the file."""
+        """Return the tensor's type in the file."""
         if name in self._weights:
             return self._weights[name].stored_type
         return str(self._source.dtype(name)).removeprefix("torch.")
@@ -106,7 +106,7 @@ class Dequantised(Derived):
 
 
 def _notes(source: TensorSource, names: Iterable[str]) -> dict[str, Mapping[str, Any]]:
-    """Layer → what the file says of its storage; layers of the older form are not in it. The file's metadata may name
+    """Return layer → the file's description of its storage; the older form has none. The file's metadata may name
     layers without the prefix of its tensors."""
     notes: dict[str, Mapping[str, Any]] = {}
     known = set(names)
@@ -120,21 +120,26 @@ def _notes(source: TensorSource, names: Iterable[str]) -> dict[str, Mapping[str,
             layer = next((f"{p}{bare}" for p in _PREFIXES if f"{p}{bare}.weight" in known), bare)
             notes[layer] = {**note.get("params", {}), **note, "format": note["format"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{_file(source)}: its quantisation notes are damaged ({error}); {_OTHER}") from error
+        raise InputError(
+            f"{_file(source)}: its quantisation notes are damaged ({error}). {_OTHER.capitalize()}."
+        ) from error
     return notes
 
 
 def _comfy(source: TensorSource, names: frozenset[str], layer: str, note: Mapping[str, Any]) -> Comfy:
-    """The weight of a layer in one of ComfyUI's own formats."""
+    """Return the weight of a layer in one of ComfyUI's formats."""
     kind = str(note["format"])
     if kind not in ("int8_tensorwise", "mxfp8", "nvfp4"):
-        raise InputError(f"{_file(source)} is quantised as {kind} ({layer} for one), which cannot be read; {_OTHER}")
+        raise InputError(
+            f"{_file(source)} is quantised as {kind} (for example {layer}), which is not supported. "
+            f"{_OTHER.capitalize()}."
+        )
     roles = {"weight": f"{layer}.weight_scale"} | ({"tensor": f"{layer}.weight_scale_2"} if kind == "nvfp4" else {})
     data = f"{layer}.weight"
     for name in (data, *roles.values()):
         if name not in names:
-            said = name.removeprefix(f"{layer}.")
-            raise InputError(f"{_file(source)}: the {kind} layer {layer} has no {said}. {_again()}")
+            missing = name.removeprefix(f"{layer}.")
+            raise InputError(f"{_file(source)}: the {kind} layer {layer} has no {missing}. {_again()}")
     if (pre_quant := f"{layer}.pre_quant_scale") in names:
         roles["pre_quant"] = pre_quant
     need_comfy_kitchen(_file(source), f"{kind} with rotation" if note.get("convrot") else kind)
@@ -150,20 +155,20 @@ def _comfy(source: TensorSource, names: frozenset[str], layer: str, note: Mappin
 
 
 def _rotation(source: TensorSource, layer: str, note: Mapping[str, Any]) -> int:
-    """Columns that were rotated together; a power of four that divides the row. 0: not rotated."""
+    """Return the number of columns that were rotated together, a power of four that divides the row; 0: not rotated."""
     if not note.get("convrot"):
         return 0
     size, columns = note.get("convrot_groupsize", _GROUP), source.shape(f"{layer}.weight")[-1]
     if not isinstance(size, int) or size < 4 or 4 ** round(math.log(size, 4)) != size or columns % size:
         raise InputError(
-            f"{_file(source)}: {layer} is said to be rotated in groups of {size!r}, which do not fit {columns} "
-            f"columns; {_OTHER}"
+            f"{_file(source)}: {layer} is described as rotated in groups of {size!r}, which do not fit {columns} "
+            f"columns. {_OTHER.capitalize()}."
         )
     return size
 
 
 def _check_comfy(source: TensorSource, weight: Comfy, full: tuple[int, ...]) -> None:
-    """InputError when types or sizes of the data and its scales do not fit."""
+    """Raise InputError if types or sizes of the data and its scales do not fit."""
     dtype = source.dtype(weight.data)
     if weight.kind == "int8_tensorwise":
         fitting, scales = dtype == torch.int8 and len(full) == 2, {1, full[0]}
@@ -174,8 +179,8 @@ def _check_comfy(source: TensorSource, weight: Comfy, full: tuple[int, ...]) -> 
     inside = len(weight.shape) == 2 and all(0 < n <= m for n, m in zip(weight.shape, full, strict=True))
     if not fitting or not inside:
         raise InputError(
-            f"{_file(source)}: {weight.data} is {dtype} {list(source.shape(weight.data))}, which is no weight in "
-            f"{weight.kind}; {_OTHER}"
+            f"{_file(source)}: {weight.data} is {dtype} {list(source.shape(weight.data))}, which is not a weight in "
+            f"{weight.kind}. {_OTHER.capitalize()}."
         )
     for role, name in weight.scales.items():
         allowed = {"weight": scales, "tensor": {1}, "pre_quant": {full[1]}}[role]
@@ -184,18 +189,21 @@ def _check_comfy(source: TensorSource, weight: Comfy, full: tuple[int, ...]) -> 
 
 
 def _scaled(source: TensorSource, names: frozenset[str], weight: str, scale: str, described: str | None) -> Scaled:
-    """A weight that is data times scale. described: the format that a note gives the layer."""
+    """Return a weight that is data times scale. described: the format given by the layer's note."""
     if weight not in names:
-        raise InputError(f"{_file(source)} has {scale}, but no {weight} that it could scale. {_again()}")
+        raise InputError(f"{_file(source)} has {scale}, but no {weight} to scale. {_again()}")
     stored, shape = source.dtype(weight), source.shape(weight)
     integer = stored == torch.int8 and described is None
     if not integer and stored not in FP8.values() and not (described and stored == torch.uint8):
         raise InputError(
-            f"{_file(source)}: {weight} is {stored} with the scale {scale}; only 8-bit floats and int8 are understood "
-            f"with one. {_OTHER.capitalize()}"
+            f"{_file(source)}: {weight} is {stored} with the scale {scale}; only 8-bit floats and int8 are supported "
+            f"with a scale. {_OTHER.capitalize()}."
         )
     if source.dtype(scale) not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(f"{_file(source)}: the scale {scale} is {source.dtype(scale)}, which is not understood")
+        raise InputError(
+            f"{_file(source)}: the scale {scale} is {source.dtype(scale)}, which is not supported. "
+            f"{_OTHER.capitalize()}."
+        )
     dtype = FP8[described] if described else stored
     block = _block(source, weight, scale) if scale.endswith("_inv") else None
     if block is None and math.prod(source.shape(scale)) != 1:
@@ -212,7 +220,7 @@ def _scaled(source: TensorSource, names: frozenset[str], weight: str, scale: str
 
 
 def _block(source: TensorSource, weight: str, scale: str) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None when there is one, or one for each row."""
+    """Return the rows and columns that share a scale; None if there is one scale, or one per row."""
     shape, count = source.shape(weight), source.shape(scale)
     if math.prod(count) == 1 or (count[:1] == shape[:1] and math.prod(count) == shape[0]):
         return None
@@ -225,13 +233,13 @@ def _block(source: TensorSource, weight: str, scale: str) -> tuple[int, int] | N
 
 
 def _quanto_weights(source: TensorSource, names: frozenset[str]) -> list[str]:
-    """Weights that optimum-quanto stored. InputError for its packed types (int4, int2)."""
+    """Return the weights stored by optimum-quanto. Raises InputError for its packed types (int4, int2)."""
     found = [name.removesuffix(_DATA) for name in sorted(names) if name.endswith(_DATA)]
     packed = [weight for weight in found if f"{weight}{_SHIFT}" in names]
     if packed:
         raise InputError(
-            f"{_file(source)} is quantised as int4 or int2 by quanto ({packed[0]} for one), which cannot be read; "
-            "get the fp16, bf16, fp8_scaled or quanto int8 file of this model"
+            f"{_file(source)} is quantised as int4 or int2 by quanto (for example {packed[0]}), which is not "
+            "supported. Get the fp16, bf16, fp8_scaled or quanto int8 file of this model."
         )
     return found
 
@@ -242,7 +250,9 @@ def _quanto(source: TensorSource, names: frozenset[str], weight: str) -> Scaled:
         raise InputError(f"{_file(source)}: {data} has no {scale.rpartition('.')[2]} beside it. {_again()}")
     dtype, shape = source.dtype(data), source.shape(data)
     if dtype != torch.int8 and dtype not in FP8.values():
-        raise InputError(f"{_file(source)}: {data} is {dtype}; of quanto's types int8 and fp8 are read. {_OTHER}")
+        raise InputError(
+            f"{_file(source)}: {data} is {dtype}; of quanto's types, int8 and fp8 are supported. {_OTHER.capitalize()}."
+        )
     count = math.prod(source.shape(scale))
     if count != 1 and (count != shape[0] or source.shape(scale)[0] != shape[0]):
         raise InputError(_misfit(source, weight, scale))
@@ -255,8 +265,8 @@ def _refuse_bare_integers(source: TensorSource, names: frozenset[str], weights: 
         if bare and len(source.shape(name)) > 1:
             by = "bitsandbytes" if any(other.endswith(_BITSANDBYTES) for other in names) else "an unknown tool"
             raise InputError(
-                f"{_file(source)}: {name} is {str(source.dtype(name)).removeprefix('torch.')} without a scale that is "
-                f"understood; it was quantised by {by}. {_OTHER.capitalize()}"
+                f"{_file(source)}: {name} is {str(source.dtype(name)).removeprefix('torch.')} without a known scale; "
+                f"it was quantised by {by}. {_OTHER.capitalize()}."
             )
 
 
@@ -264,14 +274,12 @@ def _misfit(source: TensorSource, weight: str, scale: str) -> str:
     stored = weight if weight in set(source.keys()) else f"{weight}{_DATA}"
     return (
         f"{_file(source)}: the scale {scale} is {list(source.shape(scale))} for a weight {list(source.shape(stored))}, "
-        f"which is not understood. {_OTHER.capitalize()}"
+        f"which is not supported. {_OTHER.capitalize()}."
     )
 
 
 def _again() -> str:
-    return (
-        "A part of it is missing: take the whole file from where it was published, or the fp16, bf16 or fp8_scaled one"
-    )
+    return "A part of it is missing. Get the complete file from its publisher, or the fp16, bf16 or fp8_scaled one."
 
 
 def _file(source: TensorSource) -> str:

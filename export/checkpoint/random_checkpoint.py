@@ -1,10 +1,10 @@
-"""A small checkpoint that anyone can make: seeded random weights in the official folder layout.
+"""A small checkpoint for everybody: seeded random weights in the official folder layout.
 
-Everything downstream of a download can then be run and tested without one: the SAT file with its fused tensors, the
-VAE, umT5 and CLIP pickles under their official names, and a real tokenizer file that encodes any text. Weights are
-scaled by their fan-in, norms are near one and modulations small, so that signals neither vanish nor explode; each
-tensor has its own seed from its name, so a preset can grow without changing what it had. `wide` makes a SAT file of
-several gigabytes whose large matrices are zero below their first row: holes in the file, written in a second.
+It allows running and testing everything after the download: the SAT file with its fused tensors, the VAE, umT5 and CLIP
+pickles under their official names, and a real tokenizer file that encodes any text. Weights are scaled by their fan-in,
+norms are near one and modulations small, so that signals neither vanish nor explode. Each tensor's seed depends on its
+name, so that a preset can grow without changing existing tensors. `wide` makes a SAT file of several gigabytes whose
+large matrices are zero below their first row: a sparse file, written in a second.
 """
 
 import math
@@ -62,7 +62,7 @@ _TINY = Preset(
 )
 PRESETS: dict[str, Preset] = {
     "tiny": _TINY,
-    # 3.6 GB of fp32, of which the largest fused tensor has 0.2 GB; the real one has 65.6 GB and 0.3 GB
+    # 3.6 GB of fp32; the largest fused tensor has 0.2 GB (the official checkpoint: 65.6 GB and 0.3 GB)
     "wide": Preset(
         dit=DiTConfig(dim=4096, heads=32, layers=3, ffn_dim=11264, text_dim=64, clip_dim=160),
         vae=_TINY.vae,
@@ -74,26 +74,28 @@ PRESETS: dict[str, Preset] = {
 
 
 def make_checkpoint(directory: Path | str, preset: str | Preset = "tiny", seed: int = 0) -> None:
-    """Writes a checkpoint of random weights in the official folder layout; `directory` appears when it is complete.
+    """Write a checkpoint of random weights in the official folder layout; `directory` appears when it is complete.
 
-    InputError: an unknown preset, or a `directory` that is not empty. Scail2Error: it cannot be written.
+    Raises InputError for an unknown preset, or a `directory` that is not empty; Scail2Error if it cannot be written.
     """
     directory = Path(directory)
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise InputError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+            raise InputError(f"There is no preset {preset!r}. Choose one of {', '.join(PRESETS)}.")
         preset = PRESETS[preset]
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists and is not an empty folder; give a new name, or remove it first")
+        raise InputError(f"{directory} exists and is not an empty folder. Give a new name, or remove it first.")
     partial: Path | None = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         _write(partial, preset, seed)
-        partial.chmod(0o755)  # mkdtemp keeps others out
-        partial.replace(directory)  # an empty folder may be there
+        partial.chmod(0o755)  # mkdtemp allows only the owner
+        partial.replace(directory)  # may replace an empty folder
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise Scail2Error(f"The checkpoint {directory} cannot be written ({error}); check space and rights") from error
+        raise Scail2Error(
+            f"The checkpoint {directory} cannot be written ({error}). Check space and permissions."
+        ) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -116,7 +118,7 @@ def _write(folder: Path, preset: Preset, seed: int) -> None:
 
 
 def sat_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A transformer's tensors under their SAT names, stacked as there."""
+    """Return a transformer's tensors under their SAT names, with fused tensors stacked."""
     return {
         SAT_PREFIX + sat: torch.cat([tensors[part] for part in parts])
         for sat, parts in wan_to_sat(set(tensors)).items()
@@ -124,8 +126,8 @@ def sat_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_sparse_sat(path: Path, shapes: Mapping[str, Shape], seed: int) -> None:
-    """The same, but of a large matrix only the first row is written: the rest is a hole in the file, which reads as
-    zero and takes neither disk nor memory."""
+    """Write a SAT file in which only the first row of a large matrix is written: the rest is a hole in the file, which
+    reads as zero and uses neither disk space nor memory."""
     stacks = wan_to_sat(set(shapes))
     module = {}
     for sat, parts in stacks.items():
@@ -150,14 +152,14 @@ def _weights(component: str, shapes: Mapping[str, Shape], seed: int) -> dict[str
 
 
 def random_tensor(component: str, name: str, shape: Shape, seed: int) -> Tensor:
-    """fp32 weights of one tensor, the same on every machine for a name, shape and seed."""
+    """Return fp32 weights of one tensor, the same on every machine for a name, shape and seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{component}/{name}".encode()))
     mean, deviation = distribution(component, name, shape)
     return torch.randn(shape, generator=generator) * deviation + mean
 
 
 def distribution(component: str, name: str, shape: Shape) -> tuple[float, float]:
-    """Mean and standard deviation: fan-in scaling for matrices, with the exceptions that each network needs."""
+    """Return mean and standard deviation: fan-in scaling for matrices, with exceptions for each network."""
     if name == "log_scale":
         return math.log(1 / 0.07), 0.0
     if name.endswith(".gamma") or (name.endswith(".weight") and len(shape) == 1):
@@ -174,13 +176,14 @@ def distribution(component: str, name: str, shape: Shape) -> tuple[float, float]
     if component == "vae" and ".residual." in name:
         return 0.0, math.sqrt(2 / fan_in)  # after SiLU
     if name == "decoder.head.2.weight":
-        return 0.0, 0.5 / math.sqrt(fan_in)  # pixels within -1..1, mostly
+        return 0.0, 0.5 / math.sqrt(fan_in)  # most pixels within -1..1
     return 0.0, 1 / math.sqrt(fan_in)
 
 
 def write_tokenizer(path: Path, vocab: int) -> None:
-    """A SentencePiece-style Unigram tokenizer with fewer than `vocab` ids: `<pad>` 0, `</s>` 1 (appended), `<unk>` 2,
-    all bytes (so that any text can be encoded), characters and common words."""
+    """Write a SentencePiece-style Unigram tokenizer with fewer than `vocab` ids: `<pad>` 0, `</s>` 1 (appended),
+    `<unk>` 2, all bytes (so that any text can be encoded), characters and common words. Raises ValueError if vocab is
+    small."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pieces: list[tuple[str, float]] = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]

@@ -1,8 +1,8 @@
-"""Which network a weights file holds, by its tensor names, and the tensors under the names of the Wan branch.
+"""Recognises the network in a weights file by its tensor names, and converts them to the names of the Wan branch.
 
-Fused SAT tensors become views of rows; prefixes go; what has Hugging Face's, diffusers' or llama.cpp's names is
-renamed. A name that no table knows stays as it is, so that the check of shapes lists it. Other models of the family,
-which share most names, are recognised as such.
+Fused SAT tensors become views of rows; prefixes are removed; names of Hugging Face, diffusers and llama.cpp are
+converted. Unknown names are kept, so that the shape check lists them. Other models of the family, which share most
+names, are recognised as such.
 """
 
 import re
@@ -29,8 +29,8 @@ _SIGNS: dict[Component, re.Pattern[str]] = {
 
 
 class Recognised(NamedTuple):
-    """A network: its tensors under Wan names without prefix, and whose names ("SAT", "Wan", "diffusers" and so on) with
-    which prefix the file has. foreign: what it is instead, when it is another model's."""
+    """A network: its tensors under Wan names without prefix, and the file's naming convention ("SAT", "Wan",
+    "diffusers" and so on) and prefix. foreign: description of another model's network, else None."""
 
     component: Component
     source: TensorSource
@@ -40,7 +40,7 @@ class Recognised(NamedTuple):
 
 
 def recognise(source: TensorSource) -> Recognised | None:
-    """Which network a source holds; None when it holds none of them."""
+    """Recognise the network in a source; None if it holds no known network."""
     names = tuple(source.keys())
     for prefix in _PREFIXES:
         inner = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
@@ -51,7 +51,7 @@ def recognise(source: TensorSource) -> Recognised | None:
 
 
 def _by_names(source: TensorSource, inner: Mapping[str, str]) -> tuple[Component, TensorSource, str] | None:
-    """The network that names without a prefix (→ names in the source) are of."""
+    """Recognise the network from names without prefix. `inner`: such a name → name in the source."""
 
     def has(sign: re.Pattern[str]) -> bool:
         return any(sign.fullmatch(name) for name in inner)
@@ -78,7 +78,7 @@ def _by_names(source: TensorSource, inner: Mapping[str, str]) -> tuple[Component
 
 
 def _sat_view(source: TensorSource, inner: Mapping[str, Rows]) -> View:
-    """SAT tensors under their Wan names; fused ones become views of equal rows. Unknown names stay as they are."""
+    """Return SAT tensors under Wan names; fused ones become views of equal rows. Unknown names are kept."""
     parts: dict[str, Rows] = {}
     for name, whole in inner.items():
         targets = sat_to_wan(name)
@@ -89,8 +89,9 @@ def _sat_view(source: TensorSource, inner: Mapping[str, Rows]) -> View:
         rows = shape[0] if shape else 1
         if rows % len(targets):
             raise InputError(
-                f"{source.files[0] if source.files else 'The checkpoint'}: {whole.name} is {list(shape)}; its first "
-                f"dimension must divide by {len(targets)}, for it stacks {', '.join(targets)}"
+                f"{source.files[0] if source.files else 'The checkpoint'}: {whole.name} is {list(shape)}, but its "
+                f"first dimension must be a multiple of {len(targets)}, because it stacks {', '.join(targets)}. Get "
+                "the file again."
             )
         each = rows // len(targets)
         parts |= {target: Rows(whole.name, i * each, (i + 1) * each) for i, target in enumerate(targets)}
@@ -98,7 +99,7 @@ def _sat_view(source: TensorSource, inner: Mapping[str, Rows]) -> View:
 
 
 def _clip_names(inner: Mapping[str, Rows]) -> dict[str, Rows]:
-    """The visual tower's tensors with their `visual.` prefix; a text tower in the same file is left out."""
+    """Return the visual tower's tensors with their `visual.` prefix; a text tower in the same file is ignored."""
     if not any(name.startswith("visual.") for name in inner):
         return {name if name == "log_scale" else f"visual.{name}": rows for name, rows in inner.items()}
     return {name: rows for name, rows in inner.items() if name.startswith("visual.") or name == "log_scale"}

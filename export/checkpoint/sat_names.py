@@ -1,8 +1,8 @@
-"""Tensor names of the official SAT checkpoint and what they are called in the Wan branch.
+"""Tensor names of the official SAT checkpoint, and the corresponding names of the Wan branch.
 
 One table serves the checkpoint reader, SAT LoRA files and the writer of random checkpoints. A fused SAT module stands
 for several Wan modules stacked along dimension 0, in the order given. `{i}` is the block number; names are modules
-(append `.weight` or `.bias`), except the modulations, which are parameters themselves.
+(append `.weight` or `.bias`), except the modulations, which are parameters.
 """
 
 import re
@@ -45,7 +45,7 @@ SAT_TO_WAN: dict[str, tuple[str, ...]] = {
 
 
 def sat_to_wan(name: str) -> tuple[str, ...] | None:
-    """Wan names of a SAT module or tensor (without `SAT_PREFIX`); None when the table does not know it.
+    """Return the Wan names of a SAT module or tensor (without `SAT_PREFIX`); None if the table does not contain it.
 
     `transformer.layers.3.attention.query_key_value.bias` gives the biases of `blocks.3.self_attn.{q,k,v}`.
     """
@@ -62,7 +62,7 @@ def sat_to_wan(name: str) -> tuple[str, ...] | None:
 
 
 def wan_to_sat(tensors: set[str]) -> dict[str, tuple[str, ...]]:
-    """SAT tensor → the Wan tensors that it stacks, for a complete set of Wan tensor names."""
+    """Return SAT tensor → the Wan tensors that it stacks, for a complete set of Wan tensor names."""
     stacked: dict[str, tuple[str, ...]] = {}
     for name in sorted(tensors):
         module, _, parameter = name.rpartition(".")

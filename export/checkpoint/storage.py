@@ -1,8 +1,8 @@
-"""How one weight lies in a quantised file, and what it stands for: fp32 rows, computed when asked for.
+"""Storage of one weight in a quantised file, and its dequantisation: fp32 rows, computed on demand.
 
-A weight is either a plain product with scales, which is ours (`Scaled`), or one of ComfyUI's formats, whose meaning is
-that of its own library: `comfy-kitchen`'s dequantisers, which run on a CPU (`Comfy`). Rows do not depend on each other
-in any of them; scales of the block formats are stored in tiles of 128 rows, so these are cut at multiples of 128.
+A weight is either a plain product with scales, computed here (`Scaled`), or in one of ComfyUI's formats, dequantised by
+its library `comfy-kitchen` on the CPU (`Comfy`). Rows are independent in all formats; scales of the block formats are
+stored in tiles of 128 rows, so these are cut at multiples of 128.
 """
 
 import importlib.util
@@ -17,13 +17,13 @@ from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.kernels.errors import InputError
 
 FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-BYTES = (torch.uint8, torch.int8)  # types under which older writers stored other bytes
-SCALE_TILE = 128  # rows that share a tile of block scales
-MX_BLOCK, NV_BLOCK = 32, 16  # columns that share a scale
+BYTES = (torch.uint8, torch.int8)  # types that older writers used for other 8-bit data
+SCALE_TILE = 128  # rows per tile of block scales
+MX_BLOCK, NV_BLOCK = 32, 16  # columns per scale
 
 
 class Stored(Protocol):
-    """One weight. format: as `inspect` names it; parts: the file's tensors that it is made of, the data first."""
+    """One weight. format: as shown by `inspect`; parts: the file's tensors that it consists of, the data first."""
 
     @property
     def format(self) -> str: ...
@@ -42,7 +42,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """Data times scale. block: rows and columns that share a scale; None: one scale, or one for each row."""
+    """Data times scale. block: rows and columns per scale; None: one scale, or one per row."""
 
     format: str
     data: str
@@ -76,7 +76,7 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class Comfy:
-    """A weight in one of ComfyUI's formats (`kind`). scales: role → tensor; rotation: columns that were rotated
+    """A weight in one of ComfyUI's formats (`kind`). scales: role → tensor; rotation: number of columns rotated
     together, 0 for none."""
 
     kind: str
@@ -100,9 +100,9 @@ class Comfy:
         else:
             first = start - start % SCALE_TILE
             values = self._blocks(source, first, stop)[start - first :]
-        values = values[:, : self.shape[1]]  # what was filled up to whole blocks
+        values = values[:, : self.shape[1]]  # remove the padding to complete blocks
         if "pre_quant" in self.scales:
-            values = values * source.get(self.scales["pre_quant"]).float()  # that of the input, one for each column
+            values = values * source.get(self.scales["pre_quant"]).float()  # scale of the input, one per column
         return values
 
     def _int8(self, source: TensorSource, start: int, stop: int) -> Tensor:
@@ -116,7 +116,7 @@ class Comfy:
         return eager.dequantize_int8_simple(data, scale)
 
     def _blocks(self, source: TensorSource, first: int, stop: int) -> Tensor:
-        """Rows from `first`, a multiple of the scales' tile."""
+        """Dequantise rows from `first` on, a multiple of the scales' tile."""
         from comfy_kitchen.backends.eager import quantization as eager
 
         data = source.rows(self.data, first, stop)
@@ -137,13 +137,14 @@ class Comfy:
 
 
 def need_comfy_kitchen(file: str, kind: str) -> None:
-    """InputError that names the extra when the library is not installed; it is not imported here (it takes seconds)."""
+    """Raise InputError that names the extra if the library is not installed; does not import it (slow)."""
     if importlib.util.find_spec("comfy_kitchen") is None:
         raise InputError(
-            f"{file} is quantised as {kind}, which ComfyUI's library comfy-kitchen dequantises: install the extra "
-            "`comfy`: pip install 'scail2-rt[comfy]'"
+            f"{file} is quantised as {kind}, which needs ComfyUI's library comfy-kitchen (the extra `comfy`). Run: "
+            "pip install 'scail2-rt[comfy]'"
         )
 
 
 def round_up(size: int, multiple: int) -> int:
+    """Round `size` up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple

@@ -1,10 +1,10 @@
-"""One lazy, memory-mapped view of weights, whatever file they come from.
+"""Lazy, memory-mapped access to weights in any file format.
 
-We map a file read-only and hand out tensors that point into the map: nothing is read before it is used, nothing is
-copied, and a tensor from a map must never be written to. We map files ourselves because `torch.load(mmap=True)` and
-safetensors ask for a private writable mapping, which Linux refuses when a file is larger than the machine's memory.
-Views rename tensors and cut fused ones, still without reading; a source that has to compute its values (quantised
-files) can do so for a few rows at a time.
+A file is mapped read-only, and tensors point into the mapping: nothing is read before it is used, nothing is copied,
+and a tensor from a mapping must never be written to. Files are mapped here because `torch.load(mmap=True)` and
+safetensors request a private writable mapping, which Linux refuses if a file is larger than the machine's memory. Views
+rename tensors and cut fused ones, still without reading; a source that computes its values (quantised files) can
+compute a few rows at a time.
 """
 
 import mmap
@@ -23,9 +23,9 @@ from scail2_rt.kernels.errors import InputError
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read only when asked for. `get` gives the stored type; never write to what it gives.
+    """Named tensors that are read on demand. `get` returns the stored type; never write to its result.
 
-    `rows` gives rows start to stop (dimension 0) of a tensor, without computing the others."""
+    `rows` returns rows start to stop (dimension 0) of a tensor, without computing the others."""
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
@@ -45,12 +45,12 @@ class TensorSource(Protocol):
 
 
 def shapes_of(source: TensorSource) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a source; nothing is read."""
+    """Return name → shape of every tensor of a source; reads no data."""
     return {name: source.shape(name) for name in source.keys()}  # noqa: SIM118  a source is not a mapping
 
 
 class Whole(ABC):
-    """`rows` of a source whose tensors cost nothing to get."""
+    """Implements `rows` for a source whose `get` is cheap."""
 
     @abstractmethod
     def get(self, name: str) -> Tensor: ...
@@ -102,12 +102,12 @@ class FileSource(Whole):
             return torch.empty(place.shape, dtype=place.dtype)
         raw = self._bytes[place.offset : place.offset + place.nbytes]
         if place.offset % place.dtype.itemsize:
-            raw = raw.clone()  # safetensors does not promise alignment, tensors need it
+            raw = raw.clone()  # safetensors does not guarantee alignment; tensors need it
         return raw.view(place.dtype).as_strided(place.shape, place.stride)
 
 
 class MappingSource(Whole):
-    """Tensors that are already in memory, for tests and for composing fixtures."""
+    """Tensors in memory, for tests and for composing fixtures."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         self._tensors = tensors
@@ -135,7 +135,7 @@ class MappingSource(Whole):
 
 
 class MergedSource:
-    """Several sources as one (shards). A name that occurs twice is a ValueError."""
+    """Several sources as one (shards). Raises ValueError if a name occurs twice."""
 
     def __init__(self, sources: Sequence[TensorSource]) -> None:
         self._owner: dict[str, TensorSource] = {}
@@ -172,7 +172,7 @@ class MergedSource:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows `start` to `stop` (dimension 0) of the tensor called `name`; the whole tensor when `stop` is None."""
+    """Rows `start` to `stop` (dimension 0) of the tensor `name`; the complete tensor if `stop` is None."""
 
     name: str
     start: int = 0
@@ -180,7 +180,7 @@ class Rows:
 
 
 class Derived(Whole):
-    """What a source that is made of another one has from it: its files, and its metadata unless others are given."""
+    """Base of a source derived from another: takes its files, and its metadata unless others are given."""
 
     def __init__(self, source: TensorSource, metadata: Mapping[str, str] | None = None) -> None:
         self._source = source
@@ -189,7 +189,7 @@ class Derived(Whole):
 
 
 class View(Derived):
-    """Tensors of a source under other names, some of them only rows of a fused tensor."""
+    """Tensors of a source under other names, some of them rows of a fused tensor."""
 
     def __init__(
         self, source: TensorSource, parts: Mapping[str, Rows], metadata: Mapping[str, str] | None = None
@@ -221,21 +221,21 @@ class View(Derived):
 
 
 def map_bytes(path: Path) -> Tensor:
-    """A file's bytes, mapped read-only, [size] uint8."""
+    """Map a file's bytes read-only: uint8 [size]."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mapped, dtype=torch.uint8)  # keeps the map alive
+        return torch.frombuffer(mapped, dtype=torch.uint8)  # keeps the mapping alive
 
 
 def open_weights(path: Path) -> TensorSource:
-    """Opens one weights file by its suffix: `.safetensors`, else what `torch.save` writes (`.pt`, `.pth`, `.bin`)."""
+    """Open one weights file by its suffix: `.safetensors`, else a `torch.save` file (`.pt`, `.pth`, `.bin`)."""
     return open_safetensors([path]) if path.suffix == ".safetensors" else open_torch(path)
 
 
 def open_safetensors(paths: Sequence[Path]) -> TensorSource:
-    """Maps one safetensors file, or the shards of one. InputError: unreadable, truncated, or a name occurs twice."""
+    """Map one safetensors file, or its shards. Raises InputError if unreadable, truncated, or a name occurs twice."""
     sources = [FileSource(path, *safetensors_places(path)) for path in paths]
     if len(sources) == 1:
         return sources[0]
@@ -244,10 +244,10 @@ def open_safetensors(paths: Sequence[Path]) -> TensorSource:
     except ValueError as error:
         names = ", ".join(path.name for path in paths)
         raise InputError(
-            f"The tensor {error} is in more than one of the shards {names}; keep one set of shards"
+            f"The tensor {error} is in more than one of the shards {names}. Keep one set of shards."
         ) from None
 
 
 def open_torch(path: Path) -> FileSource:
-    """Maps the tensors of a `torch.save` file. InputError as `torch_places`."""
+    """Map the tensors of a `torch.save` file. Raises InputError like `torch_places`."""
     return FileSource(path, torch_places(path), {})

@@ -1,1 +1,1 @@
-"""The four networks in plain PyTorch, their sizes and the precisions they run in. All else must agree with these."""
+"""The reference: the four networks in plain PyTorch, their sizes and precisions. All other code must agree with it."""

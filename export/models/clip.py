@@ -1,7 +1,7 @@
-"""The CLIP visual tower in plain PyTorch, with the key names of the Wan 2.1 checkpoint.
+"""The CLIP visual tower in plain PyTorch, with the tensor names of the Wan 2.1 checkpoint.
 
-The reference of the `clip` stage: class token and patches through all blocks but the last, and nothing after them. The
-tensors of a checkpoint that take no part (`unused`) have no place in the module. Source: Wan2.1 `wan/modules/clip.py`.
+The reference of the `clip` stage: class token and patches through all blocks but the last. The module omits the
+checkpoint's other tensors (`unused`). Source: Wan2.1 `wan/modules/clip.py`.
 """
 
 import torch
@@ -11,13 +11,15 @@ from scail2_rt.export.models.config import CLIPConfig
 
 
 def unused(name: str, config: CLIPConfig) -> bool:
-    """Whether a checkpoint tensor takes no part in the features: the last block, what follows it, the logit scale."""
+    """Return whether a checkpoint tensor is unused: the last block, everything after it, and the logit scale."""
     return name in ("log_scale", "visual.head") or name.startswith(
         ("visual.post_norm.", f"visual.transformer.{config.layers - 1}.")
     )
 
 
 class Attention(nn.Module):
+    """Self-attention: x [B, n, C] → the same shape."""
+
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -31,6 +33,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """One pre-norm block: x [B, n, C] → the same shape."""
+
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, config.eps)
@@ -66,7 +70,7 @@ class Tower(nn.Module):
 
 
 class CLIPVisual(nn.Module):
-    """pixels [B, 3, S, S], normalised by CLIP's mean and std → features [B, tokens, C], class token first."""
+    """Maps pixels [B, 3, S, S], normalised by CLIP's mean and std → features [B, tokens, C], class token first."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()

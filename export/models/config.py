@@ -1,5 +1,5 @@
-"""Sizes of the four networks. Nothing here is chosen: every field follows from the shapes of a checkpoint's tensors,
-except the head width of the transformer and of CLIP, which a file's metadata or a `config.json` beside it may give."""
+"""Sizes of the four networks. Every field is derived from the shapes of a checkpoint's tensors, except the head widths
+of the transformer and of CLIP, which a file's metadata or a `config.json` beside it may give."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class DiTConfig:
 
 @dataclass(frozen=True, slots=True)
 class VAEConfig:
-    """The Wan 2.1 causal VAE. Real: dim 96."""
+    """The Wan 2.1 causal VAE. Official size: dim 96."""
 
     dim: int
     z_dim: int = 16
@@ -59,7 +59,7 @@ class UMT5Config:
 
 @dataclass(frozen=True, slots=True)
 class CLIPConfig:
-    """The CLIP visual tower. ViT-H/14: image 224, patch 14, dim 1280, heads 16, 32 layers in the file, 31 run."""
+    """The CLIP visual tower. ViT-H/14: image 224, patch 14, dim 1280, heads 16, 32 layers in the file, 31 used."""
 
     image_size: int
     patch: int
@@ -76,7 +76,7 @@ class CLIPConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The networks of one checkpoint; a component that is absent is None (test fixtures hold parts)."""
+    """The networks of one checkpoint; None for an absent component (test fixtures hold single networks)."""
 
     dit: DiTConfig | None = None
     vae: VAEConfig | None = None

@@ -1,7 +1,7 @@
-"""The SCAIL-2 transformer in plain PyTorch, with the key names of the Wan-branch checkpoint.
+"""The SCAIL-2 transformer in plain PyTorch, with the tensor names of the Wan-branch checkpoint.
 
-This is the reference that every stage, executor and kernel must agree with: one sequence, no chunks, no constants taken
-out of the loop, everything in the type of its weights. Every tensor may have batch dimensions in front.
+The reference for every stage, executor and kernel: one sequence, no chunks, no constants moved out of the loop, all
+arithmetic in the type of its weights. Every tensor may have leading batch dimensions.
 Source: SCAIL-2 `wan/modules/model_scail2.py`.
 """
 
@@ -17,7 +17,7 @@ from scail2_rt.kernels.rope import Rope, rope_table, rotate
 
 @dataclass(frozen=True, slots=True)
 class DiTInputs:
-    """What one forward pass takes, besides the timestep.
+    """Inputs of one forward pass, besides the timestep.
 
     latent [16, F, h, w]; history_mask [4, F, h, w] or None for zeros; driving [16, F, h/2, w/2];
     reference [16, 1, h, w]; reference_mask [28, 1+F, h, w] (the pipeline passes zeros after the first frame);
@@ -38,7 +38,7 @@ class DiTInputs:
 
 
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
-    """[cos | sin] of t·10000^(-i/half), computed in fp64. timesteps [N] → fp32 [N, width]."""
+    """Compute [cos | sin] of t·10000^(-i/half) in fp64. timesteps [N] → fp32 [N, width]."""
     half = width // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
     angle = timesteps.double()[:, None] * frequency
@@ -46,6 +46,8 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, in fp32."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -57,12 +59,14 @@ class RMSNorm(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """q [L, C], k and v [M, C] → [L, C]."""
+    """Compute attention of q [L, C] over k and v [M, C] → [L, C]."""
     q, k, v = (t.to(v.dtype).unflatten(-1, (heads, -1)).transpose(-2, -3) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
 
 
 class SelfAttention(nn.Module):
+    """Self-attention with RMS-normed and rotated q and k: x [L, C] → [L, C]."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -78,6 +82,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Attention over text [512, C] and image [257, C], outputs added: x [L, C] → [L, C]."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -92,6 +98,8 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
+    """One transformer block: self-attention, cross-attention, feed-forward."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -105,7 +113,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, rope: Rope) -> Tensor:
-        """x [L, C], time [6, C], text [512, C], image [257, C] → [L, C]."""
+        """Run the block: x [L, C], time [6, C], text [512, C], image [257, C] → [L, C]."""
         m = (self.modulation[0] + time).unsqueeze(-2).unbind(-3)
         x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], rope)
         x = x + self.cross_attn(self.norm3(x), text, image)
@@ -113,6 +121,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """Modulated norm and projection of tokens to velocity patches."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -120,12 +130,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x [L, C], e [C]."""
+        """Project x [L, C] with modulation input e [C] → [L, 4·out_channels]."""
         m = (self.modulation[0] + e.unsqueeze(-2)).unsqueeze(-2).unbind(-3)
         return self.head(self.norm(x) * (1 + m[1]) + m[0])
 
 
 class ImageEmbedding(nn.Module):
+    """Maps CLIP features [257, clip_dim] → [257, C]."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.proj = nn.Sequential(
@@ -141,7 +153,7 @@ class ImageEmbedding(nn.Module):
 
 
 class DiT(nn.Module):
-    """velocity = DiT(config)(inputs, t)."""
+    """The complete transformer: velocity = DiT(config)(inputs, t)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -158,7 +170,7 @@ class DiT(nn.Module):
         self.head = Head(config)
 
     def tokens(self, inputs: DiTInputs) -> Tensor:
-        """Patch embeddings in sequence order → [L, C]."""
+        """Return the patch embeddings in sequence order: [L, C]."""
 
         def with_channels(latent: Tensor, value: Tensor | float) -> Tensor:
             *batch, _, frames, height, width = latent.shape
@@ -181,14 +193,15 @@ class DiT(nn.Module):
         return torch.cat([part.flatten(-3).transpose(-1, -2) for part in parts], dim=-2)
 
     def rope(self, inputs: DiTInputs) -> Rope:
-        """The rotary table of the inputs' layout, on their device."""
+        """Return the rotary table of the inputs' layout, on their device."""
         frames, height, width = inputs.latent.shape[-3:]
         additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
         table = rope_table(frames, height // 2, width // 2, self.config.head_dim, additional, inputs.replace)
         return table.to(inputs.latent.device)
 
     def forward(self, inputs: DiTInputs, t: float | Tensor) -> Tensor:
-        """→ velocity [16, F, h, w] at scheduler timestep t (0…1000; a tensor of the batch dimensions for a batch)."""
+        """Predict the velocity [16, F, h, w] at scheduler timestep t (0…1000; for a batch, a tensor of its
+        dimensions)."""
         *batch, _, frames, height, width = inputs.latent.shape
         additional = 0 if inputs.additional_refs is None else inputs.additional_refs.shape[-3]
         rope = self.rope(inputs)
@@ -206,13 +219,13 @@ class DiT(nn.Module):
 
 
 def patchify(latent: Tensor) -> Tensor:
-    """[C, F, h, w] → [F·h/2·w/2, C·4], each row in the order of the patch convolution's weight (C, 1, 2, 2)."""
+    """Reorder [C, F, h, w] → [F·h/2·w/2, C·4], each row in the order of the patch convolution's weight (C, 1, 2, 2)."""
     channels, frames, height, width = latent.shape
     patches = latent.view(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
     return patches.reshape(-1, channels * 4)
 
 
 def unpatchify(rows: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """Head rows [F·h/2·w/2, 2·2·16], channel last, → [16, F, h, w]."""
+    """Reorder head rows [F·h/2·w/2, 2·2·16], channel last, → [16, F, h, w]."""
     patches = rows.unflatten(-2, (frames, height // 2, width // 2)).unflatten(-1, (2, 2, -1))
     return torch.einsum("...fhwabc->...cfhawb", patches).flatten(-4, -3).flatten(-2)

@@ -1,8 +1,8 @@
-"""What each precision flag means for each component (the table in docs/engines.md).
+"""Types of each component under each precision flag (the table in docs/engines.md).
 
-A `Numerics` says how one stage stores its weights and in which type it computes. Arithmetic can differ from storage:
-ONNX Runtime on a CPU has no bf16 GEMM, so a bf16 or fp8 stage runs there in fp32 arithmetic on the same stored values.
-The residual stream, norms, modulation, RoPE, the time embedding and the head are fp32 everywhere.
+A `Numerics` gives the storage type of a stage's weights and the type it computes in. They may differ: ONNX Runtime on a
+CPU has no bf16 GEMM, so a bf16 or fp8 stage runs there in fp32 arithmetic on the same stored values. The residual
+stream, norms, modulation, RoPE, the time embedding and the head are always fp32.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Numerics:
     fp8: bool = False
 
     def in_arithmetic(self, compute: torch.dtype) -> "Numerics":
-        """The same stored values, computed in another type."""
+        """Return the same storage, with arithmetic in another type."""
         return Numerics(self.storage, compute, self.fp8)
 
 
-# How the e4m3 GEMM of each fp8 linear adds up on a GPU: "fast" leaves the sum to the tensor core, "accurate" carries
-# it over to fp32 registers every few steps. GELU outputs share an offset, and over the feed-forward's 13,824 addends
-# the fast sum is off by 0.033; over 5,120 normed ones nothing shows beside the rounding of the operands (0.0375).
+# Accumulation of the e4m3 GEMM of each fp8 linear on a GPU: "fast" sums in the tensor core, "accurate" adds the partial
+# sum to fp32 registers every few steps. GELU outputs share an offset: over the feed-forward's 13,824 addends the fast
+# sum has an error of 0.033; over 5,120 normed ones the error is hidden by the rounding of the operands (0.0375).
 Accumulation = Literal["fast", "accurate"]
 FP8_ACCUMULATION: dict[str, Accumulation] = {
     "qkv.linear": "fast",
@@ -55,7 +55,7 @@ _COMPONENTS: dict[str, dict[str, Numerics]] = {
 
 
 def numerics_of(stage: str, precision: Precision) -> Numerics:
-    """Numerics of the stage called `stage` (`dit.blocks.7.ffn`, `vae.decode_step`, ...) under a precision flag."""
+    """Return the types of the stage `stage` (`dit.blocks.7.ffn`, `vae.decode_step`, ...) under a precision flag."""
     component, _, rest = stage.partition(".")
     if component != "dit":
         return _COMPONENTS[component][precision]

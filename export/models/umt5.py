@@ -1,7 +1,8 @@
-"""The umT5 encoder in plain PyTorch, with the key names of the Wan 2.1 checkpoint.
+"""The umT5 encoder in plain PyTorch, with the tensor names of the Wan 2.1 checkpoint.
 
-The reference of the text stages: whole padded batches, everything in the type of its weights. A relative-position table
-in every layer, attention without scaling, tanh-gated feed-forward, no biases. Source: Wan2.1 `wan/modules/t5.py`.
+The reference of the text stages: complete padded batches, all arithmetic in the type of its weights. Every layer has a
+relative-position table, attention without scaling, a tanh-gated feed-forward, and no biases.
+Source: Wan2.1 `wan/modules/t5.py`.
 """
 
 import math
@@ -13,11 +14,11 @@ from scail2_rt.export.models.config import UMT5Config
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each key position relative to each query position → int64 [length, length], row = query.
+    """Return the bucket of each key position relative to each query position: int64 [length, length], row = query.
 
-    Half of the buckets are for keys after the query. Of each half, the nearer half holds one distance per bucket and
-    the rest grow logarithmically up to `max_distance`. Everything farther shares the last one (T5 paper, section
-    2.1)."""
+    Half of the buckets are for keys after the query. In each half, the nearer half of the buckets holds one distance
+    per bucket, and the others grow logarithmically up to `max_distance`. All farther keys share the last bucket (T5
+    paper, section 2.1)."""
     position = torch.arange(length)
     relative = position[None, :] - position[:, None]
     distance = relative.abs()
@@ -42,6 +43,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention without scaling, with a position bias."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.heads = config.heads
@@ -49,7 +52,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.attn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, position_bias: Tensor, mask: Tensor) -> Tensor:
-        """x [B, n, C], position_bias [heads, n, n], mask [B, n] (0 = padding) → [B, n, C]."""
+        """Compute attention: x [B, n, C], position_bias [heads, n, n], mask [B, n] (0 = padding) → [B, n, C]."""
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         logits = q @ k.transpose(2, 3) + position_bias
         logits = logits.masked_fill(mask[:, None, None] == 0, torch.finfo(logits.dtype).min)
@@ -58,6 +61,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Feed-forward with a tanh-GELU gate: x [B, n, C] → the same shape."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
@@ -70,16 +75,20 @@ class FeedForward(nn.Module):
 
 
 class PositionBias(nn.Module):
+    """The relative-position table: a bias per bucket and head."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.buckets, config.heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """int64 [n, n] → [heads, n, n]."""
+        """Look up the bias: int64 [n, n] → [heads, n, n]."""
         return self.embedding(buckets).permute(2, 0, 1)
 
 
 class Block(nn.Module):
+    """One layer: x [B, n, C], buckets int64 [n, n], mask [B, n] → [B, n, C]."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.dim, config.eps)
@@ -94,6 +103,8 @@ class Block(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
+    """The complete encoder: token ids → hidden states."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config
@@ -102,7 +113,7 @@ class UMT5Encoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.eps)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids int64 [B, n], mask [B, n] (1 = token, 0 = padding) → last hidden state [B, n, C], zero at the padding."""
+        """Encode ids int64 [B, n], mask [B, n] (1 token, 0 padding) → last hidden state [B, n, C], zero at padding."""
         buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance).to(ids.device)
         x = self.token_embedding(ids)
         for block in self.blocks:

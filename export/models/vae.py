@@ -1,12 +1,13 @@
-"""The Wan 2.1 VAE as a stream: one latent frame per call, with the meaning of one pass over the whole video.
+"""The Wan 2.1 VAE as a stream: one latent frame per call, equivalent to one pass over the complete video.
 
-Every convolution in time is causal and keeps its last input frames in a cache, so a chunk of four frames sees what it
-would see inside the whole video. Caches are explicit: a flat list, in layer order, of the same shapes after the first
-frame and after every later chunk (a layer that has seen one frame caches [zeros, x]). Keys are the checkpoint's.
-The same layers serve the fp32 reference and the engine stages, which pass other `Numerics`: convolutions in the compute
-type, norms and SiLU in fp32, sums between blocks always in fp32. So an fp16 convolution sees either a normed value (at
-most √C·gamma) or a sum saturated to the largest finite fp16: only a single convolution's own output could overflow.
-Source of the layers: Wan2.1 `wan/modules/vae.py` and the whole-sequence sentences of the model's specification.
+Every temporal convolution is causal and keeps its last input frames in a cache, so a chunk of four frames has the same
+context as in the complete video. Caches are explicit: a flat list, in layer order, with the same shapes after the first
+frame and after every later chunk (a layer that has seen one frame caches [zeros, x]). Names are the checkpoint's.
+The same layers serve the fp32 reference and the engine stages, which use other `Numerics`: convolutions in the compute
+type, norms and SiLU in fp32, sums between blocks always in fp32. So the input of an fp16 convolution is either normed
+(at most √C·gamma) or a sum saturated to the largest finite fp16: only the output of a single convolution could
+overflow. Source of the layers: Wan2.1 `wan/modules/vae.py`, and the model specification's description of the complete
+sequence.
 """
 
 import math
@@ -33,14 +34,14 @@ LATENT_STD = (
 )
 # fmt: on
 NORM_FLOOR = 1e-12  # smallest norm that RMSNorm divides by
-FRAMES_PER_LATENT = 4  # pixel frames of every latent frame but the first
-PIXELS_PER_CELL = 8  # pixels of a latent cell, per side
+FRAMES_PER_LATENT = 4  # pixel frames per latent frame, except the first
+PIXELS_PER_CELL = 8  # pixels per latent cell and side
 
 
 class Caches:
-    """The caches of one call: layers take the old ones and add the new ones in the same order.
+    """The caches of one call: layers read the old ones and append the new ones in the same order.
 
-    Made from None for the first frame of a video, when nothing came before."""
+    `old` is None for the first frame of a video, which has no history."""
 
     def __init__(self, old: Sequence[Tensor] | None) -> None:
         self.first = old is None
@@ -48,18 +49,18 @@ class Caches:
         self.new: list[Tensor] = []
 
     def extend(self, x: Tensor, frames: int) -> Tensor:
-        """x [B, C, T, H, W] with the `frames` frames before it on the left, zeros at the start; keeps the last ones."""
+        """Prepend the previous `frames` frames (zeros at the start) to x [B, C, T, H, W], and cache the last ones."""
         x = F.pad(x, (0, 0, 0, 0, frames, 0)) if self.first else torch.cat([next(self._old), x], dim=2)
         self.new.append(x[:, :, -frames:].clone())  # a view would keep all of x alive until the next call
         return x
 
     def start(self, frames: Tensor) -> None:
-        """What a layer that skips the first frame leaves for the next call."""
+        """Store the cache of a layer that skips the first frame."""
         self.new.append(frames)
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast an fp32 sum between blocks for a convolution: fp16 keeps it finite, the other types have fp32's range."""
+    """Cast an fp32 sum between blocks for a convolution: saturates in fp16; the other types have fp32's range."""
     if dtype == torch.float16:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
@@ -67,7 +68,7 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Conv(nn.Module):
-    """Weights of a convolution in the storage type; `kernel` is (t, y, x) or (y, x)."""
+    """Weights of a convolution in the storage type. `kernel` is (t, y, x) or (y, x)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...], numerics: Numerics) -> None:
         super().__init__()
@@ -82,8 +83,9 @@ class Conv(nn.Module):
 def conv3d(
     x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...] = (1, 1, 1), padding: tuple[int, ...] = (0, 0, 0)
 ) -> Tensor:
-    """`F.conv3d`, with oneDNN on a CPU: for clips of few channels and rows PyTorch takes a path of its own that is nine
-    times slower. oneDNN's operator has no ONNX form, so an export sees the plain one."""
+    """Call `F.conv3d`, but oneDNN on a CPU: for few channels and rows, PyTorch's default path is nine times slower.
+
+    oneDNN's operator has no ONNX form, so an export uses the plain one."""
     plain = torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing()
     if plain or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return F.conv3d(x, weight, bias, stride, padding)
@@ -91,7 +93,7 @@ def conv3d(
 
 
 class CausalConv3d(Conv):
-    """Stride 1, same size in space, zero frames on the left and none on the right.
+    """Convolution with stride 1 and unchanged height and width; zero frames on the left, none on the right.
 
     x [B, C, T, H, W] of any float type → [B, O, T, H, W] in the compute type."""
 
@@ -103,7 +105,7 @@ class CausalConv3d(Conv):
 
 
 class Conv2d(Conv):
-    """A convolution of single frames. x [N, C, H, W] of any float type → [N, O, H', W'] in the compute type."""
+    """Convolution of single frames. x [N, C, H, W] of any float type → [N, O, H', W'] in the compute type."""
 
     def __init__(
         self,
@@ -122,17 +124,17 @@ class Conv2d(Conv):
 
 
 def frames_of(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] → single frames [B·T, C, H, W]."""
+    """Reorder [B, C, T, H, W] → single frames [B·T, C, H, W]."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def video_of(frames: Tensor, batch: int) -> Tensor:
-    """The inverse of `frames_of`."""
+    """Reorder single frames [B·T, C, H, W] → [B, C, T, H, W]."""
     return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
-    """x / ‖x‖₂ · √C · gamma over the channels, in fp32. `trailing`: dimensions after them, 3 in videos, 2 in frames.
+    """x / ‖x‖₂ · √C · gamma over the channels, in fp32. `trailing`: dimensions after them, 3 for videos, 2 for frames.
 
     Written as x / rms(x) · gamma, so that a graph's optimiser finds no constant to fold into the weight."""
 
@@ -173,7 +175,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + single-head attention over h·w of each frame. x fp32 [B, C, T, h, w] → the same."""
+    """x + single-head attention over the h·w cells of each frame. x fp32 [B, C, T, h, w] → the same shape."""
 
     def __init__(self, channels: int, numerics: Numerics) -> None:
         super().__init__()
@@ -191,16 +193,16 @@ class AttentionBlock(nn.Module):
 
 
 def _twice(x: Tensor) -> Tensor:
-    """Nearest ×2 in height and width, as expand and reshape. x [N, C, H, W] → [N, C, 2·H, 2·W]."""
+    """Up-sample ×2 (nearest) in height and width, by expand and reshape. x [N, C, H, W] → [N, C, 2·H, 2·W]."""
     count, channels, height, width = x.shape
     x = x[:, :, :, None, :, None].expand(count, channels, height, 2, width, 2)
     return x.reshape(count, channels, 2 * height, 2 * width)
 
 
 class Downsample(nn.Module):
-    """Half size by a stride-2 convolution (zero row below, zero column right); then, if `temporal`, half the frames.
+    """Halves the size by a stride-2 convolution (zero row below, zero column right); if `temporal`, also the frames.
 
-    In time: the first frame passes, every later pair follows from itself and the frame before it.
+    In time, the first frame is kept; every later pair is computed from itself and the preceding frame.
     x fp32 [B, C, T, H, W] → fp32 [B, C, T', H/2, W/2]."""
 
     def __init__(self, channels: int, temporal: bool, numerics: Numerics) -> None:
@@ -215,7 +217,7 @@ class Downsample(nn.Module):
         return self.in_time(x, caches).float()
 
     def in_time(self, x: Tensor, caches: Caches) -> Tensor:
-        """x [B, C, T, h, w] → [B, C, T', h, w]."""
+        """Halve the frames: x [B, C, T, h, w] → [B, C, T', h, w]."""
         if self.temporal and caches.first:
             caches.start(x)
         elif self.time_conv is not None:
@@ -224,10 +226,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """If `temporal`, twice the frames; then nearest ×2 and a convolution to half the channels.
+    """If `temporal`, doubles the frames; then nearest ×2 and a convolution to half the channels.
 
-    In time: the first frame passes; each later one becomes the two halves of a causal convolution, which starts at the
-    second frame as if there had been none before. x fp32 [B, C, T, H, W] → fp32 [B, C/2, T', 2·H, 2·W]."""
+    In time, the first frame is kept; each later one becomes the two halves of a causal convolution, which starts at the
+    second frame as if no frame preceded it. x fp32 [B, C, T, H, W] → fp32 [B, C/2, T', 2·H, 2·W]."""
 
     def __init__(self, channels: int, temporal: bool, numerics: Numerics) -> None:
         super().__init__()
@@ -241,7 +243,7 @@ class Upsample(nn.Module):
         return video_of(self.resample["1"](_twice(frames_of(x))), len(x)).float()
 
     def in_time(self, x: Tensor, caches: Caches) -> Tensor:
-        """x [B, C, T, h, w] → [B, C, T', h, w]."""
+        """Double the frames: x [B, C, T, h, w] → [B, C, T', h, w]."""
         batch, channels, _, height, width = x.shape
         if self.temporal and caches.first:
             caches.start(x.new_zeros(batch, channels, 2, height, width))
@@ -251,21 +253,21 @@ class Upsample(nn.Module):
 
     @staticmethod
     def doubled(x: Tensor, caches: Caches, time_conv: CausalConv3d) -> Tensor:
-        """x [B, C, T, h, w] → [B, C, 2·T, h, w]: the two halves of what the convolution gives for each frame."""
+        """Convolve x [B, C, T, h, w] → [B, C, 2·T, h, w]: the two halves of the convolution's output per frame."""
         batch, channels, frames, height, width = x.shape
         halves = time_conv(x, caches).reshape(batch, 2, channels, frames, height, width)
         return halves.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * frames, height, width)
 
 
 def drop_time_convs(layers: nn.ModuleList) -> None:
-    """Remove the temporal convolutions of resamplings, which the first frame of a video never meets."""
+    """Remove the temporal convolutions of resampling layers, which are not used for the first frame of a video."""
     for layer in layers:
         if isinstance(layer, Downsample | Upsample):
             layer.time_conv = None
 
 
 class Head(nn.ModuleDict):
-    """Norm, SiLU, convolution. x fp32 → the compute type."""
+    """Norm, SiLU, convolution. x fp32 → output in the compute type."""
 
     def __init__(self, in_channels: int, out_channels: int, numerics: Numerics) -> None:
         conv = CausalConv3d(in_channels, out_channels, (3, 3, 3), numerics)
@@ -286,7 +288,7 @@ def _middle(channels: int, numerics: Numerics) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """Pixels [B, 3, T, H, W] → [B, 2·z, 1, h, w]."""
+    """Encodes pixels [B, 3, T, H, W] → [B, 2·z, 1, h, w]."""
 
     def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -312,7 +314,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z, 1, h, w] → pixels [B, 3, T, H, W]."""
+    """Decodes latents [B, z, 1, h, w] → pixels [B, 3, T, H, W]."""
 
     def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -340,12 +342,13 @@ class Decoder(nn.Module):
 
 
 def channel_mixing(channels: int, numerics: Numerics) -> CausalConv3d:
-    """The 1×1×1 convolution between encoder and latent (`conv1`, 2·z channels) or latent and decoder (`conv2`, z)."""
+    """Return the 1×1×1 convolution between encoder and latent (`conv1`, 2·z channels) or latent and decoder
+    (`conv2`)."""
     return CausalConv3d(channels, channels, (1, 1, 1), numerics)
 
 
 def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """LATENT_MEAN and LATENT_STD, [1, 16, 1, 1, 1]."""
+    """Return LATENT_MEAN and LATENT_STD, [1, 16, 1, 1, 1]."""
     mean, std = (
         torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1, 1)
         for values in (LATENT_MEAN, LATENT_STD)
@@ -356,7 +359,7 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 def encode_chunk(
     encoder: Encoder, conv1: CausalConv3d, video: Tensor, caches: Sequence[Tensor] | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The first frame (caches None) or the next four frames of a video in -1..1.
+    """Encode the first frame (caches None) or the next four frames of a video in -1..1.
 
     video [1, 3, 1 or 4, H, W] → normalised mean, fp32 [1, 16, 1, h, w], and the new caches."""
     state = Caches(caches)
@@ -368,7 +371,7 @@ def encode_chunk(
 def decode_chunk(
     decoder: Decoder, conv2: CausalConv3d, latent: Tensor, caches: Sequence[Tensor] | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The first (caches None) or the next normalised latent frame.
+    """Decode the first (caches None) or the next normalised latent frame.
 
     latent [1, 16, 1, h, w] → unclamped pixels, fp32 [1, 3, 1 or 4, H, W], and the new caches."""
     state = Caches(caches)
@@ -378,18 +381,18 @@ def decode_chunk(
 
 
 def check_config(config: VAEConfig) -> None:
-    """InputError when the VAE is not of the Wan 2.1 kind: 16 latent channels, 8×8×4 pixels per latent cell."""
+    """Raise InputError unless the VAE is a Wan 2.1 VAE: 16 latent channels, 8×8×4 pixels per latent cell."""
     side, frames = 2 ** (len(config.dim_mult) - 1), 2 ** sum(config.temporal_downsample)
     levels_agree = len(config.temporal_downsample) == len(config.dim_mult) - 1
     if (config.z_dim, side, frames) != (len(LATENT_MEAN), PIXELS_PER_CELL, FRAMES_PER_LATENT) or not levels_agree:
         raise InputError(
-            f"The VAE has {config.z_dim} latent channels and {side}×{side}×{frames} pixels per latent cell; the Wan "
-            "2.1 VAE of SCAIL-2 has 16 and 8×8×4. Give the checkpoint's own Wan2.1_VAE file."
+            f"The VAE has {config.z_dim} latent channels and {side}×{side}×{frames} pixels per latent cell, but the "
+            "Wan 2.1 VAE of SCAIL-2 has 16 and 8×8×4. Give the checkpoint's Wan2.1_VAE file."
         )
 
 
 class VAE(nn.Module):
-    """Both halves in one module, with the keys of the checkpoint: the reference."""
+    """Both halves in one module, with the tensor names of the checkpoint: the reference."""
 
     def __init__(self, config: VAEConfig, numerics: Numerics = FP32) -> None:
         super().__init__()
@@ -401,25 +404,25 @@ class VAE(nn.Module):
         self.decoder = Decoder(config, numerics)
 
     def encode_first(self, video: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """video [1, 3, 1, H, W] → latent [1, 16, 1, h, w], caches."""
+        """Encode video [1, 3, 1, H, W] → latent [1, 16, 1, h, w], caches."""
         return encode_chunk(self.encoder, self.conv1, video, None)
 
     def encode_step(self, video: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """video [1, 3, 4, H, W] → latent [1, 16, 1, h, w], caches."""
+        """Encode video [1, 3, 4, H, W] → latent [1, 16, 1, h, w], caches."""
         return encode_chunk(self.encoder, self.conv1, video, caches)
 
     def decode_first(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """latent [1, 16, 1, h, w] → video [1, 3, 1, H, W], caches."""
+        """Decode latent [1, 16, 1, h, w] → video [1, 3, 1, H, W], caches."""
         return decode_chunk(self.decoder, self.conv2, latent, None)
 
     def decode_step(self, latent: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """latent [1, 16, 1, h, w] → video [1, 3, 4, H, W], caches."""
+        """Decode latent [1, 16, 1, h, w] → video [1, 3, 4, H, W], caches."""
         return decode_chunk(self.decoder, self.conv2, latent, caches)
 
     def encode(self, video: Tensor) -> Tensor:
-        """video [1, 3, T, H, W] in -1..1, H and W multiples of 8 → normalised latent [1, 16, F, h, w].
+        """Encode video [1, 3, T, H, W] in -1..1, H and W multiples of 8 → normalised latent [1, 16, F, h, w].
 
-        F = 1 + (T-1)//4: up to three frames at the end that fill no group of four are dropped."""
+        F = 1 + (T-1)//4: up to three frames at the end that do not fill a group of four are dropped."""
         latent, caches = self.encode_first(video[:, :, :1])
         latents = [latent]
         for start in range(1, video.shape[2] - FRAMES_PER_LATENT + 1, FRAMES_PER_LATENT):
@@ -428,7 +431,7 @@ class VAE(nn.Module):
         return torch.cat(latents, dim=2)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Normalised latent [1, 16, F, h, w] → unclamped video [1, 3, 4·(F-1)+1, H, W]."""
+        """Decode a normalised latent [1, 16, F, h, w] → unclamped video [1, 3, 4·(F-1)+1, H, W]."""
         frames, caches = self.decode_first(latent[:, :, :1])
         videos = [frames]
         for index in range(1, latent.shape[2]):

@@ -1,14 +1,13 @@
-"""The whole transformer as one ONNX graph: the baseline to compare the staged engines with.
+"""The complete transformer as one ONNX graph: the baseline for comparisons with the staged engines.
 
-Nothing of the model is written twice. The token-wise parts are the graphs of the engine stages themselves
-(`onnx.stages.stage_model`), taken in with their weights still being references into the weight store; this module only
-adds what the runtime does between the stages: patches, the time sinusoid, RMS norm, RotaryEmbedding and Attention
-(opset 23), and the cut back to a latent. Making it costs eight small traces, however many blocks there are, and memory
-for names, never for weights.
-The rotary multipliers are inputs (their modulus is not one for driving tokens), so that one graph serves animate and
-replace mode; every size is free, and N, the number of additional references, may be 0. The angles of the time sinusoid
-are fp32 here (the runtime's are fp64): at most 1e-4 rad off. The stage graphs are of opset 21: what they use changed
-between 21 and 23 in the types it accepts, not in what it computes.
+No part of the model is duplicated. The token-wise parts are the graphs of the engine stages
+(`onnx.stages.stage_model`), inlined with their weights as references into the weight store. This module adds only the
+operations that the runtime runs between the stages: patches, the time sinusoid, RMS norm, RotaryEmbedding and Attention
+(opset 23), and the selection of the latent's rows. It needs eight small traces, whatever the number of blocks, and no
+memory for weights. The rotary multipliers are inputs (their modulus is not one for driving tokens), so that one graph
+serves animate and replace mode. Every size is free, and N, the number of additional references, may be 0. The angles of
+the time sinusoid are fp32 here (fp64 in the runtime): at most 1e-4 rad off. The stage graphs use opset 21: between 21
+and 23, their operators changed only in the types they accept.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,14 +30,14 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
-IR_VERSION = 11  # the one that came with opset 23
-TABLES = "tables"  # the store's names for the runtime's tables: `tables.blocks.0.modulation`
+IR_VERSION = 11  # released with opset 23
+TABLES = "tables"  # prefix of the runtime's tables in the store: `tables.blocks.0.modulation`
 CLIP_TOKENS = 257
 
 
 def signature(config: DiTConfig, clip_tokens: int = CLIP_TOKENS) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec]]:
-    """Inputs and output, all fp32. F latent frames; h, w latent cells (multiples of 4); N additional references, 0 or
-    more; L = (N+1+F)·h/2·w/2 + F·h/4·w/4 tokens."""
+    """Return inputs and output, all fp32. F latent frames; h, w latent cells (multiples of 4); N additional references,
+    0 or more; L = (N+1+F)·h/2·w/2 + F·h/4·w/4 tokens."""
     z, mask = config.latent_channels, config.mask_channels
     dims: dict[str, tuple[int | str, ...]] = {
         "latent": (z, "F", "h", "w"),
@@ -60,8 +59,8 @@ def signature(config: DiTConfig, clip_tokens: int = CLIP_TOKENS) -> tuple[tuple[
 
 
 def graph_inputs(config: DiTConfig, inputs: DiTInputs, timestep: float) -> dict[str, Tensor]:
-    """What the graph takes for one forward pass, by name: the text padded to its full length, no history as zeros, no
-    additional references as N = 0, and the rotary table of the layout."""
+    """Return the graph's inputs for one forward pass, by name: the text padded to its full length, zeros for no
+    history, N = 0 for no additional references, and the layout's rotary table."""
     _, frames, height, width = inputs.latent.shape
     empty = inputs.latent.new_zeros(config.latent_channels + config.mask_channels, 0, height, width)
     refs, masks = inputs.additional_refs, inputs.additional_masks
@@ -95,12 +94,12 @@ def transformer_model(
     store: WeightLocations,
     clip_tokens: int = CLIP_TOKENS,
 ) -> "onnx.ModelProto":
-    """The graph, its weights as references into `weights.safetensors` beside it.
+    """Return the graph, its weights as references into `weights.safetensors` beside it.
 
-    numerics  those of each stage, usually `definition.numerics(precision)`
+    numerics  types of each stage, usually `definition.numerics(precision)`
     store     holds `<stage>.<parameter>` of every `dit` stage, and `tables.<name>` of every runtime table
 
-    Scail2Error when the store holds a tensor in another type or shape."""
+    Raises Scail2Error if the store holds a tensor in another type or shape."""
     import onnx
 
     inputs, outputs = signature(config, clip_tokens)
@@ -127,7 +126,7 @@ Stage = Callable[..., tuple[str, ...]]  # stage name, input values → output va
 
 
 def _transformer(graph: "_Graph", stage: Stage, tables: Mapping[str, str]) -> None:
-    """The forward pass of `export.models.dit.DiT`, as nodes."""
+    """Append the forward pass of `export.models.dit.DiT` as nodes."""
     op, config = graph.op, graph.config
     grid = _Grid.of(graph)
     e, projection = stage("time", _sinusoid(graph))
@@ -158,7 +157,7 @@ def _transformer(graph: "_Graph", stage: Stage, tables: Mapping[str, str]) -> No
 
 
 def _rotated(graph: "_Graph", t: str, weight: str, rope: tuple[str, ...]) -> str:
-    """RMS norm over all heads and RoPE, both in fp32. t [L, C] → [1, H, L, D] in t's type."""
+    """Append RMS norm over all heads and RoPE, both in fp32. t [L, C] → [1, H, L, D] in t's type."""
     normed = graph.op(
         "RMSNormalization", graph.cast(t, torch.float32), weight, axis=-1, epsilon=graph.config.eps, stash_type=1
     )
@@ -167,19 +166,19 @@ def _rotated(graph: "_Graph", t: str, weight: str, rope: tuple[str, ...]) -> str
 
 
 def _attention(graph: "_Graph", q: str, k: str, v: str) -> str:
-    """Softmax attention, scale 1/√D, [1, H, L, D] each.
+    """Append softmax attention, scale 1/√D, [1, H, L, D] each.
 
-    By the operator's definition a 16-bit softmax is summed in 16 bits (bf16 over 512 keys: 14 % off) unless the node
-    asks for fp32, which the parsers of TensorRT refuse; their fused kernels sum in fp32 anyway. In fp32 there is no
-    fused kernel, and the node would have to say that it may be taken apart, by an attribute that ONNX does not know."""
+    By the operator's definition, a 16-bit softmax is summed in 16 bits (bf16 over 512 keys: 14 % off) unless the node
+    asks for fp32, which TensorRT's parsers reject; their fused kernels sum in fp32 anyway. In fp32 there is no fused
+    kernel, and the node would need an attribute unknown to ONNX to allow decomposition, so plain nodes are used."""
     if graph.types[q] == torch.float32:
         return _spelt_out(graph, q, k, v)
     return graph.op("Attention", q, k, v)
 
 
 def _spelt_out(graph: "_Graph", q: str, k: str, v: str) -> str:
-    """The same in plain nodes, its softmax in fp32. A second Attention node on the same q crashes the compiler of
-    TensorRT for RTX 1.7, so the few keys of the image go this way."""
+    """Append the same in plain nodes with an fp32 softmax. A second Attention node on the same q crashes the compiler
+    of TensorRT for RTX 1.7, so this form is used for the few keys of the image."""
     keys = graph.op("Transpose", k, perm=[0, 1, 3, 2])
     scores = graph.cast(graph.op("MatMul", q, keys), torch.float32)
     scale = graph.constant(torch.tensor(graph.config.head_dim**-0.5))
@@ -188,18 +187,18 @@ def _spelt_out(graph: "_Graph", q: str, k: str, v: str) -> str:
 
 
 def _heads(graph: "_Graph", t: str) -> str:
-    """[L, C] → [1, H, L, D]."""
+    """Append a reordering [L, C] → [1, H, L, D]."""
     split = graph.op("Reshape", t, graph.ints(1, -1, graph.config.heads, graph.config.head_dim))
     return graph.op("Transpose", split, perm=[0, 2, 1, 3])
 
 
 def _rows(graph: "_Graph", t: str) -> str:
-    """[1, H, L, D] → [L, C]."""
+    """Append a reordering [1, H, L, D] → [L, C]."""
     return graph.op("Reshape", graph.op("Transpose", t, perm=[0, 2, 1, 3]), graph.ints(-1, graph.config.dim))
 
 
 def _sinusoid(graph: "_Graph") -> str:
-    """[cos | sin] of timestep · 10000^(-i/half), [1, width]; the frequencies are rounded from fp64."""
+    """Append [cos | sin] of timestep · 10000^(-i/half), [1, width]; the frequencies are rounded from fp64."""
     half = graph.config.freq_dim // 2
     frequencies = graph.constant((10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)).float())
     angle = graph.op("Mul", graph.op("Unsqueeze", "timestep", graph.ints(1)), frequencies)
@@ -208,7 +207,7 @@ def _sinusoid(graph: "_Graph") -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """Sizes as int64 values [1]: frames F, h, w, the token grid h/2 and w/2, and where the video's rows are."""
+    """Sizes as int64 values [1]: frames F, h, w, the token grid h/2 and w/2, and the position of the video's rows."""
 
     frames: str
     height: str
@@ -229,9 +228,10 @@ class _Grid:
 
 
 def _tokens(graph: "_Graph", grid: _Grid) -> tuple[str, str, str]:
-    """Inputs of the embed stage for the whole sequence: additional references | reference | video | driving.
+    """Append the inputs of the embed stage for the complete sequence: additional references | reference | video |
+    driving.
 
-    The history channels are 1 for references and driving; the last value says which rows are driving's."""
+    The history channels are 1 for references and driving; the last value flags the driving rows."""
     op, config = graph.op, graph.config
     one = graph.constant(torch.ones(1))
     channels = config.history_channels
@@ -263,13 +263,13 @@ def _tokens(graph: "_Graph", grid: _Grid) -> tuple[str, str, str]:
 
 
 def _patchify(graph: "_Graph", value: str, size: list[str], channels: int) -> str:
-    """`export.models.dit.patchify` with `size` = (h/2, w/2): [C, T, h, w] → [T·h/2·w/2, C·4]."""
+    """Append `export.models.dit.patchify` with `size` = (h/2, w/2): [C, T, h, w] → [T·h/2·w/2, C·4]."""
     cells = graph.op("Reshape", value, graph.shape(channels, -1, size[0], 2, size[1], 2))
     return graph.op("Reshape", graph.op("Transpose", cells, perm=[1, 2, 4, 0, 3, 5]), graph.ints(-1, channels * 4))
 
 
 class _Graph:
-    """Nodes and initialisers as they come, and the type of every value."""
+    """Nodes and initialisers in order, and the type of every value."""
 
     def __init__(self, config: DiTConfig, inputs: Mapping[str, torch.dtype]) -> None:
         self.config = config
@@ -279,11 +279,11 @@ class _Graph:
         self._ints: dict[tuple[int, ...], str] = {}
 
     def op(self, kind: str, *inputs: str, result: str = "", **attributes: Any) -> str:
-        """Add a node of one output, which has the type of the first input."""
+        """Append a node with one output, which has the type of the first input."""
         return self._node(kind, inputs, [result or f"{kind}_{len(self.nodes)}"], attributes)[0]
 
     def split(self, value: str, count: int) -> list[str]:
-        """Equal parts along the last axis."""
+        """Append a split into equal parts along the last axis."""
         names = [f"Split_{len(self.nodes)}_{i}" for i in range(count)]
         return self._node("Split", (value,), names, {"axis": -1, "num_outputs": count})
 
@@ -295,7 +295,7 @@ class _Graph:
         return outputs
 
     def cast(self, value: str, dtype: torch.dtype) -> str:
-        """The value in another type; itself when it has that type."""
+        """Append a cast to another type; a value that has the type is returned unchanged."""
         if self.types[value] == dtype:
             return value
         result = self.op("Cast", value, to=element_type(dtype))
@@ -303,7 +303,7 @@ class _Graph:
         return result
 
     def constant(self, tensor: Tensor) -> str:
-        """A small tensor stored in the graph."""
+        """Store a small tensor in the graph."""
         import onnx
 
         name = f"constant_{len(self.initializers)}"
@@ -312,23 +312,23 @@ class _Graph:
         return name
 
     def ints(self, *values: int) -> str:
-        """int64 [n]; equal ones are stored once."""
+        """Return an int64 constant [n]; equal constants are stored once."""
         if values not in self._ints:
             self._ints[values] = self.constant(torch.tensor(values))
         return self._ints[values]
 
     def size(self, value: str, axis: int) -> str:
-        """int64 [1]: one dimension of a value."""
+        """Append int64 [1]: one dimension of a value."""
         result = self.op("Shape", value, start=axis, end=axis + 1)
         self.types[result] = torch.int64
         return result
 
     def shape(self, *sizes: int | str) -> str:
-        """A shape from fixed sizes and int64 values [1]."""
+        """Append a shape made of fixed sizes and int64 values [1]."""
         return self.op("Concat", *(self.ints(size) if isinstance(size, int) else size for size in sizes), axis=0)
 
     def weight(self, name: str, store: WeightLocations) -> str:
-        """The store's tensor `name`, by reference."""
+        """Add the store's tensor `name` by reference."""
         import onnx
 
         offset, length, dtype, shape = store.location(name)
@@ -343,9 +343,9 @@ class _Graph:
     def inline(
         self, model: "onnx.ModelProto", definition: StageDefinition, numerics: Numerics, values: tuple[str, ...]
     ) -> tuple[str, ...]:
-        """Take in a stage's graph, its names behind the stage's, and return the names of its outputs.
+        """Inline a stage's graph, its names prefixed by the stage's name, and return the names of its outputs.
 
-        Values of another type than the stage takes are cast."""
+        Inputs of another type than the stage needs are cast."""
         inputs, outputs = definition.io(numerics)
         names = {"": ""}
         for spec, value in zip(inputs, values, strict=True):

@@ -1,12 +1,12 @@
-"""Engine stages as ONNX files that hold no weights.
+"""Engine stages as ONNX files without weights.
 
-`torch.onnx.export` traces the stage's own module, so the graph and the PyTorch form cannot drift apart. The weights are
-*inputs* of the traced function and become initialisers afterwards: nothing can fold or copy one, no memory is spent on
-them, and each ends as a reference (offset, length) into the engine folder's weight store. Stages of one family share a
-graph; only the references differ. A trace takes seconds (a VAE stage half a minute), so graphs are also kept in a cache
-on disk, under a key of everything that a graph follows from.
+`torch.onnx.export` traces the stage's module, so the graph and the PyTorch form always agree. The weights are *inputs*
+of the traced function and become initialisers afterwards: nothing can fold or copy one, they use no memory, and each
+becomes a reference (offset, length) into the engine folder's weight store. Stages of one family share a graph; only the
+references differ. A trace takes seconds (a VAE stage half a minute), so graphs are also kept in the disk cache, under a
+key of everything that a graph depends on.
 The e4m3 operations become QuantizeLinear and DequantizeLinear with the scalar scale 1 around one MatMul, the form that
-TensorRT fuses. Opset 21 is the newest in which RMS norms stay plain fp32 operations, which TensorRT 10.13 knows.
+TensorRT fuses. Opset 21 is the newest in which RMS norms remain plain fp32 operations, which TensorRT 10.13 supports.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 OPSET = 21
 WEIGHTS_FILE = "weights.safetensors"
-EXAMPLE_SIZES = (5, 7, 11, 13, 17)  # of the symbols while tracing: different from one another, none 0 or 1
-TRACERS = ("torch", "onnxscript", "onnx", "onnx-ir")  # the packages that a graph's form depends on
+EXAMPLE_SIZES = (5, 7, 11, 13, 17)  # of the symbols during tracing: all different, none 0 or 1
+TRACERS = ("torch", "onnxscript", "onnx", "onnx-ir")  # packages that affect a graph's form
 
 
 class WeightLocations(Protocol):
-    """Where the weight store keeps a tensor: offset and length in bytes from the start of its file, type, shape."""
+    """Location of tensors in the weight store: offset and length in bytes from the start of its file, type, shape."""
 
     def location(self, name: str) -> tuple[int, int, torch.dtype, tuple[int, ...]]: ...
 
 
 def split_dim(dim: Dim) -> tuple[int, str]:
-    """A dimension as factor and symbol: 5120 → (5120, ""), "rows" → (1, "rows"), "8*h" → (8, "h")."""
+    """Split a dimension into factor and symbol: 5120 → (5120, ""), "rows" → (1, "rows"), "8*h" → (8, "h")."""
     if isinstance(dim, int):
         return dim, ""
     factor, _, symbol = dim.rpartition("*")
@@ -57,17 +57,17 @@ def split_dim(dim: Dim) -> tuple[int, str]:
 def export_stage(definition: StageDefinition, numerics: Numerics, path: Path, store: WeightLocations) -> None:
     """Write one stage as ONNX.
 
-    path      the file; `weights.safetensors`, which it refers to, belongs in the same folder (ONNX Runtime follows no
+    path      the file; `weights.safetensors`, which it refers to, must be in the same folder (ONNX Runtime follows no
               reference out of it)
-    store     where each tensor `<stage name>.<parameter name>` lies in that file
+    store     location of each tensor `<stage name>.<parameter name>` in that file
 
-    Scail2Error when the store holds a tensor in another type or shape than the stage needs; OSError when the file
+    Raises Scail2Error if the store holds a tensor in another type or shape than the stage needs; OSError if the file
     cannot be written."""
     path.write_bytes(stage_model(definition, numerics, store).SerializeToString(deterministic=True))
 
 
 def stage_model(definition: StageDefinition, numerics: Numerics, store: WeightLocations) -> "onnx.ModelProto":
-    """The stage's graph with its weights as references into `weights.safetensors`."""
+    """Return the stage's graph with its weights as references into `weights.safetensors`."""
     import onnx
 
     weightless = stage_graph(definition, numerics)
@@ -78,13 +78,13 @@ def stage_model(definition: StageDefinition, numerics: Numerics, store: WeightLo
     weights = [value for value in weightless.graph.input if value.name not in inputs]
     del model.graph.input[len(inputs) :]
     for value in weights:
-        if value.name in used:  # a stage may carry the weights of layers that it skips
+        if value.name in used:  # a stage may have weights of layers that it skips
             model.graph.initializer.append(_reference(value, f"{definition.name}.{value.name}", store))
     return model
 
 
 def _reference(value: "onnx.ValueInfoProto", name: str, store: WeightLocations) -> "onnx.TensorProto":
-    """The initialiser that stands for the store's tensor `name`."""
+    """Return the initialiser that refers to the store's tensor `name`. Raises Scail2Error for another type or shape."""
     import onnx
 
     offset, length, dtype, shape = store.location(name)
@@ -92,7 +92,7 @@ def _reference(value: "onnx.ValueInfoProto", name: str, store: WeightLocations) 
     data_type = value.type.tensor_type.elem_type
     if element_type(dtype) != data_type or tuple(shape) != needed:
         raise Scail2Error(
-            f"The weight store holds {name} as {dtype} {list(shape)}; the stage needs "
+            f"The weight store holds {name} as {dtype} {list(shape)}, but the stage needs "
             f"{onnx.TensorProto.DataType.Name(data_type)} {list(needed)}. Build the engine folder again."
         )
     tensor = onnx.TensorProto(name=value.name, dims=needed, data_type=data_type)
@@ -103,7 +103,7 @@ def _reference(value: "onnx.ValueInfoProto", name: str, store: WeightLocations) 
 
 
 def element_type(dtype: torch.dtype) -> int:
-    """ONNX's number of a tensor type."""
+    """Return ONNX's number of a tensor type."""
     from onnx import TensorProto
 
     return {
@@ -117,16 +117,16 @@ def element_type(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What a graph follows from; equal values have equal graphs."""
+    """Everything that a graph depends on; equal values have equal graphs."""
 
     family: str
-    module: str  # where the stage's module class is defined
+    module: str  # the module that defines the stage's class
     recipe: object  # the class and its arguments
     numerics: Numerics
     definition: StageDefinition = field(compare=False)
 
     def kept(self) -> Path | None:
-        """The graph's file in the cache on disk; None when the recipe has no stable text form."""
+        """Return the graph's file in the disk cache; None if the recipe has no stable text form."""
         text = repr((self.family, self.recipe, self.numerics, OPSET, _sources(self.module)))
         if " at 0x" in text:
             return None
@@ -134,9 +134,9 @@ class _Trace:
 
 
 def stage_graph(definition: StageDefinition, numerics: Numerics) -> "onnx.ModelProto":
-    """The graph of the stage's family; its inputs are the stage's inputs, then every weight by parameter name.
+    """Return the graph of the stage's family. Its inputs are the stage's inputs, then every weight by parameter name.
 
-    Shared between calls: not to be changed."""
+    The graph is shared between calls: do not change it."""
     build: Any = definition.build
     recipe: object = build
     if isinstance(build, functools.partial):
@@ -168,8 +168,8 @@ def _graph(trace: _Trace) -> "onnx.ModelProto":
 
 @functools.cache
 def _sources(module: str) -> str:
-    """Digest of what decides the form of a graph: the code of `module`, of this module and of every module of ours that
-    they import, and the versions of the packages that trace."""
+    """Return a digest of everything that determines a graph's form: the code of `module`, of this module and of every
+    module of this project that they import, and the versions of the packages that trace."""
     digest = hashlib.sha256(repr([(name, importlib.metadata.version(name)) for name in TRACERS]).encode())
     found: set[str] = set()
     queue = [module, __name__]
@@ -185,11 +185,11 @@ def _sources(module: str) -> str:
 
 
 class _Functional(nn.Module):
-    """A module as a function of its inputs and its weights, all given as inputs."""
+    """A module as a function of its inputs and weights, all given as inputs."""
 
     def __init__(self, module: nn.Module, weights: list[str], inputs: int) -> None:
         super().__init__()
-        self.call = functools.partial(torch.func.functional_call, module, strict=True)  # unregistered: no own weights
+        self.call = functools.partial(torch.func.functional_call, module, strict=True)  # not registered: no weights
         self.weights, self.inputs = weights, inputs
 
     def forward(self, *tensors: Tensor) -> object:
@@ -197,7 +197,7 @@ class _Functional(nn.Module):
 
 
 def _traced(definition: StageDefinition, numerics: Numerics) -> "onnx.ModelProto":
-    """The stage's module through `torch.onnx.export`, weights as inputs, named and sized by the specs."""
+    """Trace the stage's module with `torch.onnx.export`: weights as inputs, named and sized by the specs."""
     import onnx
 
     inputs, outputs = definition.io(numerics)
@@ -244,7 +244,7 @@ def _free(dim: Dim, free: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that are not installed."""
+    """Suppress the exporter's messages about packages that are not installed."""
     logger = logging.getLogger("torch.onnx")
     filters = [child for name, child in logging.root.manager.loggerDict.items() if name.startswith("torch.onnx")]
     levels = [(child, child.level) for child in {logger, *filters} if isinstance(child, logging.Logger)]
@@ -260,7 +260,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Our e4m3 operations in ONNX: unit scales, no Cast between DequantizeLinear and MatMul, weight kept [out, in]."""
+    """Return our e4m3 operations in ONNX: unit scales, no Cast between DequantizeLinear and MatMul, weight [out,
+    in]."""
     import onnx_ir as ir
     from onnxscript import opset21
 
@@ -285,7 +286,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _tidy(model: "onnx.ModelProto", name: str, specs: tuple[TensorSpec, ...]) -> None:
-    """Names and dimensions of the specs; nothing that names the machine; no attribute that says the default."""
+    """Set names and dimensions from the specs; remove machine-specific text and attributes with default values."""
     import onnx
 
     del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
@@ -298,7 +299,7 @@ def _tidy(model: "onnx.ModelProto", name: str, specs: tuple[TensorSpec, ...]) ->
         value = onnx.helper.make_tensor_value_info(spec.name, element_type(spec.dtype), spec.dims)
         traced = values[spec.name].type.tensor_type
         if traced.elem_type != element_type(spec.dtype) or len(traced.shape.dim) != len(spec.dims):
-            raise Scail2Error(f"The stage {name} gives {spec.name} another type or rank than its specification says.")
+            raise Scail2Error(f"The stage {name} gives {spec.name} another type or rank than its specification.")
         values[spec.name].CopyFrom(value)
     for node in model.graph.node:
         del node.metadata_props[:]

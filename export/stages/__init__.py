@@ -1,1 +1,1 @@
-"""The networks cut into engine stages: what a stage is, its layers, one file per network."""
+"""The networks cut into engine stages: definition of a stage, its layers, one file per network."""

@@ -1,6 +1,6 @@
 """The CLIP visual tower as one engine stage.
 
-The residual stream and the norms are fp32. What follows the last-but-one block is not in it.
+The residual stream and the norms are fp32. The stage ends after the last-but-one block.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from scail2_rt.kernels.rows.ops import layer_norm
 
 
 class CLIPBlock(nn.Module):
-    """One pre-norm block; x [tokens, C] fp32 → the same."""
+    """One pre-norm block; x [tokens, C] fp32 → the same shape and type."""
 
     def __init__(self, config: CLIPConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class CLIPBlock(nn.Module):
 
 
 class CLIPFeatures(nn.Module):
-    """pixels [1, 3, S, S] in the compute type → features [tokens, C] fp32, class token first."""
+    """Maps pixels [1, 3, S, S] in the compute type → features [tokens, C] fp32, class token first."""
 
     def __init__(self, config: CLIPConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CLIPFeatures(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         side = pixels.shape[-1] // self.patch
         patches = pixels[0].reshape(3, side, self.patch, side, self.patch).permute(1, 3, 0, 2, 4)
-        patches = patches.reshape(side * side, 3 * self.patch**2)  # in the order of the convolution's weight
+        patches = patches.reshape(side * side, 3 * self.patch**2)  # the order of the convolution's weight
         x = torch.cat([self.cls_embedding, self.patch_embedding(patches).float()]) + self.pos_embedding
         x = layer_norm(x, self.eps, self.pre_norm.weight, self.pre_norm.bias)
         for block in self.blocks:
@@ -95,7 +95,7 @@ def _weights(config: CLIPConfig) -> dict[str, tuple[str, ...]]:
 
 
 def definitions(config: CLIPConfig) -> list[StageDefinition]:
-    """The one stage of the CLIP tower."""
+    """Return the CLIP tower's only stage."""
     return [
         StageDefinition(
             name="clip",

@@ -1,4 +1,4 @@
-"""Every engine stage of a checkpoint, by name, in the order in which a build makes them."""
+"""All engine stages of a checkpoint by name, in build order."""
 
 from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.stages import clip, dit, umt5, vae
@@ -6,7 +6,7 @@ from scail2_rt.export.stages.spec import StageDefinition
 
 
 def stage_definitions(config: ModelConfig) -> dict[str, StageDefinition]:
-    """Name → definition for the components that the checkpoint has."""
+    """Return name → definition for the components that the checkpoint has."""
     stages: list[StageDefinition] = []
     if config.umt5 is not None:
         stages += umt5.definitions(config.umt5)

@@ -1,8 +1,8 @@
 """The transformer cut into token-wise engine stages.
 
-Between `qkv` and `mid` the runtime runs self-attention, between `mid` and `ffn` cross-attention; everything here works
-on rows alone, so that one engine serves every resolution, length and number of references, in chunks of any size.
-The residual stream x is fp32 in every stage; `mod` holds the block's six modulation rows.
+The runtime runs self-attention between `qkv` and `mid`, and cross-attention between `mid` and `ffn`. The stages work on
+single rows, so that one engine serves every resolution, length and number of references, in chunks of any size. The
+residual stream x is fp32 in every stage; `mod` holds the block's six modulation rows.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,9 @@ IMG_EMB_EPS = 1e-5
 
 
 class Embed(nn.Module):
-    """Patches to tokens: latent patches through the video or the driving embedding, plus the mask embedding."""
+    """Embeds patches as tokens: latent patches by the video or the driving embedding, plus the mask embedding.
+
+    latent [rows, 80], mask [rows, 112], driving [rows, 1] (1 for driving rows, else 0) → fp32 [rows, C]."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class Embed(nn.Module):
 
 
 class Time(nn.Module):
-    """Sinusoids to the time embedding e and its projection to six modulation rows; fp32."""
+    """Maps sinusoids [rows, freq_dim] to the time embedding e [rows, C] and six modulation rows [rows, 6·C]; fp32."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class Time(nn.Module):
 
 
 class Context(nn.Module):
-    """Text and CLIP features to the contexts of the cross-attentions."""
+    """Maps text [t, text_dim] and CLIP features [i, clip_dim] to the cross-attention contexts [t, C] and [i, C]."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class Context(nn.Module):
 
 
 class ContextKV(nn.Module):
-    """Contexts to one block's cross-attention keys and values, k | v, keys RMS-normed."""
+    """Maps contexts [n, C] to one block's cross-attention keys and values [n, 2·C] as k | v, keys RMS-normed."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class ContextKV(nn.Module):
 
 
 class QKV(nn.Module):
-    """LN, modulate, q | k | v."""
+    """LayerNorm, modulation, and projection of x fp32 [rows, C] to q | k | v [rows, 3·C]."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class QKV(nn.Module):
 class Mid(nn.Module):
     """Self-attention's output projection, gate and residual; then LN3 and the normed query of cross-attention.
 
-    `out`: where x and q go; x may go to its own place."""
+    `out`: destinations of x and q; that of x may be x."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -135,9 +137,9 @@ class Mid(nn.Module):
 
 
 class FFN(nn.Module):
-    """Cross-attention's output projection and residual; then LN, modulate, feed-forward, gate, residual.
+    """Cross-attention's output projection and residual; then LayerNorm, modulation, feed-forward, gate, residual.
 
-    `out`: where x goes, which may be its own place. The widest intermediate is given up as soon as it is activated."""
+    `out`: destination of x, may be x. The widest intermediate is freed as soon as it is activated."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -154,7 +156,7 @@ class FFN(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens to velocity patches; fp32. `mod` is [2, C]: shift, scale."""
+    """Maps tokens fp32 [rows, C] to velocity patches [rows, 64]; fp32. `mod` is [2, C]: shift, scale."""
 
     def __init__(self, config: DiTConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -166,7 +168,7 @@ class Head(nn.Module):
 
 
 def _linear(parameter_name: str, *sources: str) -> dict[str, tuple[str, ...]]:
-    """Weight and bias of one linear, fed by one or several stacked checkpoint linears."""
+    """Return the sources of one linear's weight and bias: one or several stacked checkpoint linears."""
     return {f"{parameter_name}.{kind}": tuple(f"{source}.{kind}" for source in sources) for kind in ("weight", "bias")}
 
 
@@ -192,7 +194,7 @@ def _stage(
     outputs: Tensors,
     weights: dict[str, tuple[str, ...]],
 ) -> StageDefinition:
-    """Stages of different blocks with the same last name are one family."""
+    """Define a stage. Stages of different blocks with the same last name form one family."""
     parts = name.split(".")
     family = f"dit.blocks.{parts[-1]}" if len(parts) == 4 else name
     return StageDefinition(
@@ -280,13 +282,13 @@ def _head(config: DiTConfig) -> StageDefinition:
 
 
 def definitions(config: DiTConfig) -> list[StageDefinition]:
-    """All stages of the transformer, in the order in which a generation first needs them."""
+    """Return all stages of the transformer, in the order in which a generation first needs them."""
     blocks = [stage for index in range(config.layers) for stage in _block(config, index)]
     return [_context(config), _time(config), _embed(config), *blocks, _head(config)]
 
 
 def table_sources(config: DiTConfig) -> dict[str, str]:
-    """Runtime table → checkpoint tensor: what the runtime itself needs between the stages."""
+    """Return runtime table → checkpoint tensor: the constants that the runtime needs between the stages."""
     tables = {"head.modulation": "head.modulation"}
     for i in range(config.layers):
         tables[f"blocks.{i}.modulation"] = f"blocks.{i}.modulation"

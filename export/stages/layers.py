@@ -1,8 +1,8 @@
 """The linear layer of the engine stages, and the weights of their norms.
 
-`Linear` carries the precision rule, so that a stage reads like the model: weights in the storage type, GEMM operands
-in the compute type, and, where the numerics say fp8, the unit-scale e4m3 rule of `kernels.rows.ops`. A row operation
-that feeds a linear asks for its `form` and hands the rows to `project`; `forward` is for rows in any float type.
+`Linear` implements the precision rule, so that a stage reads like the model: weights in the storage type, GEMM operands
+in the compute type, and, for fp8, the unit-scale e4m3 rule of `kernels.rows.ops`. A row operation that feeds a linear
+uses its `form` and passes the rows to `project`; `forward` takes rows of any float type.
 """
 
 from typing import cast
@@ -51,7 +51,7 @@ class Linear(nn.Module):
         return self.project(as_rows(x, self.form), out)
 
     def project(self, rows: Rows, out: Tensor | None = None) -> Tensor:
-        """The product for rows [L, in] in `form`, written to `out` [L, out] when it is given."""
+        """Compute the product for rows [L, in] in `form`; written to `out` [L, out] if given."""
         compute = self.numerics.compute
         if self.scale is not None:
             fast = self.accumulation == "fast"
@@ -66,9 +66,9 @@ class Linear(nn.Module):
         return torch.addmm(bias, rows, weight.t(), out=out)
 
     def project_gelu(self, rows: Rows, form: RowForm) -> Rows:
-        """GELU, tanh form, of the product, as rows in `form`; no second buffer where `form` is the product's own type.
+        """Compute GELU (tanh form) of the product, as rows in `form`; reuses the product's buffer if `form` allows it.
 
-        A 16-bit product on a GPU applies it before it stores, elsewhere it is a row operation."""
+        On a GPU, a 16-bit GEMM applies GELU in its epilogue; otherwise it is a row operation."""
         compute = self.numerics.compute
         sixteen_bit = self.scale is None and compute in (torch.bfloat16, torch.float16)
         if sixteen_bit and self.bias is not None and self.weight.is_cuda and form == RowForm(compute):
@@ -86,5 +86,5 @@ class Norm(nn.Module):
 
     @property
     def affine(self) -> Affine:
-        """Of a LayerNorm."""
+        """The weights as the affine map of a LayerNorm."""
         return Affine(self.weight, cast(Tensor, self.bias))

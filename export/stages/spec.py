@@ -1,8 +1,8 @@
-"""What a stage is: named tensors in, named tensors out, and which dimension is free.
+"""Definition of a stage: named input and output tensors, and their free dimensions.
 
-A `StageDefinition` is everything that export and the executors need to know about one engine stage, without any weight
-being read: how to make its module, which checkpoint tensors feed which parameter, and the names, types and symbolic
-dimensions of its inputs and outputs.
+A `StageDefinition` contains everything that export and the executors need to know about one engine stage without
+reading any weight: how to create its module, which checkpoint tensors feed each parameter, and the names, types and
+symbolic dimensions of its inputs and outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,9 +13,9 @@ from torch import nn
 
 from scail2_rt.export.models.precision import Numerics, Precision, numerics_of
 
-ROWS = "rows"  # the token dimension of a token-wise stage: any value, may be cut into chunks
+ROWS = "rows"  # the token dimension of a token-wise stage: any size, may be cut into chunks
 
-Dim = int | str  # a fixed size, or a symbol; "2*h" style products are allowed
+Dim = int | str  # a fixed size, or a symbol, optionally with a factor: "2*h"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class StageDefinition:
     """One engine stage.
 
     name      `dit.blocks.7.ffn`
-    build     makes the module for given numerics (on whatever default device is set: `meta` costs nothing)
+    build     creates the module for given numerics (on the current default device: `meta` costs nothing)
     io        input and output specs for given numerics
     weights   parameter name → checkpoint tensor names, concatenated along dimension 0 and reshaped to the parameter
               (an e4m3 parameter `x.weight` also fills `x.scale`)
-    family    stages with equal family are structurally identical: one ONNX graph, other weights
+    family    stages of one family are structurally identical: one ONNX graph, different weights
     """
 
     name: str

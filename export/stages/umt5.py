@@ -1,9 +1,9 @@
-"""The text encoder cut by layer, as engine stages.
+"""The text encoder as engine stages, one per layer.
 
-umT5 is cut like the transformer: its layers are structurally identical, so they build cheaply and their weights stream.
-The linears run in the compute type; the residual stream, the norms and the attention (at most 512 tokens: its cost does
-not show) are fp32, because umT5 does not scale its logits. Projections of the same rows are stacked into one.
-The token embedding is no stage: at most 512 of its rows are read straight from the weight store.
+umT5 is cut like the transformer: its layers are structurally identical, so they build quickly and their weights can be
+streamed. The linears run in the compute type. The residual stream, the norms and the attention (at most 512 tokens, so
+its cost is negligible) are fp32, because umT5 does not scale its logits. Projections of the same rows are stacked.
+The token embedding is not a stage: at most 512 of its rows are read from the weight store.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ TOKENS = "n"  # text tokens: 1 to 512
 
 
 class UMT5Layer(nn.Module):
-    """x [n, C] fp32, buckets [n, n] int64, mask [n] fp32 (1 token, 0 padding) → x [n, C] fp32."""
+    """One layer: x [n, C] fp32, buckets [n, n] int64, mask [n] fp32 (1 token, 0 padding) → x [n, C] fp32."""
 
     def __init__(self, config: UMT5Config, numerics: Numerics) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class UMT5Layer(nn.Module):
         return x + self.down(up * F.gelu(gate, approximate="tanh")).float()
 
     def _attention(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
-        """→ [n, attention width] fp32."""
+        """Compute attention over x [n, C] → [n, attention width] fp32."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(0, 1) for t in self.qkv(x).float().chunk(3, dim=-1))
         logits = q @ k.transpose(1, 2) + F.embedding(buckets, self.table).permute(2, 0, 1)
         logits = torch.where(mask > 0, logits, torch.finfo(torch.float32).min)
@@ -92,7 +92,7 @@ def _layer(config: UMT5Config, index: int) -> StageDefinition:
 
 
 def definitions(config: UMT5Config) -> list[StageDefinition]:
-    """`umt5.layers.0` … and `umt5.final`, in run order."""
+    """Return the stages `umt5.layers.0` … and `umt5.final`, in run order."""
     final = StageDefinition(
         name="umt5.final",
         build=partial(UMT5Final, config),

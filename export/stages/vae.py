@@ -1,10 +1,10 @@
 """The VAE as four engine stages: first frame and later frames, of encoder and decoder.
 
-A stage is one chunk with its causal caches as inputs and outputs, so an executor needs no state of its own: `*_first`
-takes none and gives the caches that `*_step` takes and gives back. The layers, and so the parameter names, are those of
-`export.models.vae`; the weights of a stage are its half of the checkpoint. Sizes are symbols in latent cells: a video
-is 8·h by 8·w. The specs of the caches follow from the layers; running the network on the meta device would take
-seconds.
+A stage processes one chunk, with its causal caches as inputs and outputs, so an executor keeps no state: `*_first` has
+no cache inputs and returns the caches that `*_step` takes and returns. Layers and parameter names are those of
+`export.models.vae`; a stage's weights are its half of the checkpoint. Sizes are symbols in latent cells: a video has
+8·h by 8·w pixels. The specs of the caches are derived from the layers; running the network on the meta device would
+take seconds.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ from scail2_rt.export.stages.spec import Dim, Specs, StageDefinition, TensorSpec
 
 
 class EncoderHalf(nn.Module):
-    """The encoder and the convolution behind it."""
+    """The encoder and the convolution after it."""
 
     def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class DecoderHalf(nn.Module):
 
 
 class EncodeFirst(EncoderHalf):
-    """video [1, 3, 1, 8h, 8w] → latent [1, 16, 1, h, w] fp32, caches."""
+    """Maps video [1, 3, 1, 8h, 8w] → latent [1, 16, 1, h, w] fp32, caches."""
 
     def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
         super().__init__(config, numerics)
@@ -65,7 +65,7 @@ class EncodeFirst(EncoderHalf):
 
 
 class EncodeStep(EncoderHalf):
-    """video [1, 3, 4, 8h, 8w], caches → latent [1, 16, 1, h, w] fp32, caches."""
+    """Maps video [1, 3, 4, 8h, 8w], caches → latent [1, 16, 1, h, w] fp32, caches."""
 
     def forward(self, video: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         latent, new = encode_chunk(self.encoder, self.conv1, video, caches)
@@ -73,7 +73,7 @@ class EncodeStep(EncoderHalf):
 
 
 class DecodeFirst(DecoderHalf):
-    """latent [1, 16, 1, h, w] fp32 → video [1, 3, 1, 8h, 8w] fp32, caches."""
+    """Maps latent [1, 16, 1, h, w] fp32 → video [1, 3, 1, 8h, 8w] fp32, caches."""
 
     def __init__(self, config: VAEConfig, numerics: Numerics) -> None:
         super().__init__(config, numerics)
@@ -85,7 +85,7 @@ class DecodeFirst(DecoderHalf):
 
 
 class DecodeStep(DecoderHalf):
-    """latent [1, 16, 1, h, w] fp32, caches → video [1, 3, 4, 8h, 8w] fp32, caches."""
+    """Maps latent [1, 16, 1, h, w] fp32, caches → video [1, 3, 4, 8h, 8w] fp32, caches."""
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         video, new = decode_chunk(self.decoder, self.conv2, latent, caches)
@@ -98,7 +98,7 @@ def _multiple(factor: int, symbol: str) -> str:
 
 @cache
 def _cache_dims(config: VAEConfig) -> dict[str, tuple[tuple[Dim, ...], ...]]:
-    """Dimensions of every cache: "encode" and "decode" → one tuple each, in layer order."""
+    """Return the dimensions of every cache: "encode" and "decode" → one tuple per cache, in layer order."""
     with torch.device("meta"):
         vae = VAE(config)
     halves = {
@@ -121,7 +121,7 @@ def _in_channels(conv: Any) -> int:
 
 
 def _layer_caches(layers: nn.ModuleList, scale: int) -> Iterator[tuple[int, int, int]]:
-    """(channels, frames, cells per latent cell) of the caches of these layers, which start at `scale`."""
+    """Yield (channels, frames, cells per latent cell) of the caches of these layers, which start at `scale`."""
     for layer in layers:
         if isinstance(layer, ResidualBlock):
             for conv in ("2", "6"):
@@ -137,7 +137,7 @@ def _layer_caches(layers: nn.ModuleList, scale: int) -> Iterator[tuple[int, int,
 
 
 def _io(numerics: Numerics, config: VAEConfig, half: str, first: bool) -> Specs:
-    """`half` is "encode" or "decode". Caches are in the compute type, and so are the pixels that go in."""
+    """Return a stage's specs. `half` is "encode" or "decode". Caches and input pixels are in the compute type."""
     frames = 1 if first else FRAMES_PER_LATENT
     pixels = numerics.compute if half == "encode" else torch.float32
     video = TensorSpec(
@@ -166,7 +166,7 @@ def _stage(
 
 
 def definitions(config: VAEConfig) -> list[StageDefinition]:
-    """The four stages. InputError when the configuration is not that of a Wan 2.1 VAE."""
+    """Return the four stages. Raises InputError if the configuration is not that of a Wan 2.1 VAE."""
     check_config(config)
     return [
         _stage("vae.encode_first", EncodeFirst, config, "encode", True),

@@ -1,13 +1,15 @@
-"""Triton self-attention: 8-bit (int8 QK, PV in e4m3 or 16-bit) and 16-bit, tiles by TMA where the GPU has it.
+"""Triton self-attention: 8-bit (int8 QK, PV in e4m3 or 16-bit) and 16-bit. Tiles are loaded by TMA if available.
 
-Accuracy decided the 8-bit form: the fp8 tensor core keeps few bits of a running accumulator, so each tile's P·V starts
-from zero and is added to the output in fp32 registers; row sums are taken in fp32 from the unrounded p; p carries 2⁸
-inside its exponent so that small weights survive e4m3. Instruction issue decides the speed: int8 scores are read as
-floats by adding the bits of 1.5·2²³ (an exact float for every score) instead of a conversion, the row maximum is an
-integer maximum, and scale and maximum enter exp2's argument as one multiply-add.
-Padded keys are zero and score exactly 0: exp2(−max) per padded key is taken off the row sum instead of masking.
-NaN in a scale of q or k drops out of the row maximum, but every p of that row and tile is exp2(NaN) and enters the row
-sum, by which the whole row is divided; that of V comes in with the last multiply-add. In 16 bit p and V carry it.
+Accuracy decided the 8-bit form. The fp8 tensor core keeps few bits of a running accumulator, so each tile's P·V starts
+from zero and is added to the output in fp32 registers. Row sums are taken in fp32 from the unrounded p. p carries a
+factor of 2⁸ inside its exponent so that small weights survive e4m3.
+The number of issued instructions limits the speed. Int8 scores are read as floats by adding the bits of 1.5·2²³ (an
+exact float for every score) instead of by a conversion. The row maximum is an integer maximum. Scale and maximum enter
+exp2's argument as one multiply-add.
+Padded keys are zero and score exactly 0. Instead of masking them, the kernel subtracts exp2(−max) per padded key from
+the row sum.
+NaN: a NaN scale of q or k drops out of the row maximum, but every p of that row and tile is exp2(NaN) and enters the
+row sum, which divides the complete row. A NaN scale of V enters with the last multiply-add. 16-bit p and V carry NaN.
 """
 
 # mypy: ignore-errors
@@ -29,7 +31,7 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Query rows and keys of a tile, warps, pipeline stages."""
+    """Launch parameters: query rows and keys per tile, warps, pipeline stages."""
 
     rows: int = 64
     keys: int = 128
@@ -39,7 +41,7 @@ class Config:
 
 @triton.jit
 def _tile(source, row, column, row_stride, rows_end, R: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
-    """[R, C] at (row, column) of a matrix with contiguous rows; rows from rows_end on are zero."""
+    """Load [R, C] at (row, column) of a matrix with contiguous rows; rows from rows_end on are zero."""
     if TMA:
         return source.load([row, column])
     else:
@@ -53,7 +55,7 @@ def _attention_8bit(
     q, k, v, q_scale, k_scale, v_scale, v_shift, out, length, padded, v_stride, channels,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, IMPRECISE: tl.constexpr,
 ):  # fmt: skip
-    """One head × M query rows. q int8 [H·Lp, D]; k the same; v e4m3 [H·D, Lp] in stored order, or 16-bit [L, C]."""
+    """One head × M query rows. q and k int8 [H·Lp, D]; v e4m3 [H·D, Lp] in stored order, or 16-bit [L, C]."""
     head = tl.program_id(1)
     start_row = tl.program_id(0) * M
     rows = start_row + tl.arange(0, M)
@@ -78,7 +80,7 @@ def _attention_8bit(
         total = total * alpha + tl.sum(p, 1)
         top = highest
         if FP8:
-            # the softmax's registers in stored order: no data moves between threads
+            # p8 takes the softmax's registers in stored order: no data moves between threads
             p8 = tl.reshape(p.to(tl.float8e4nv), (M, N // 16, 2, 4, 2))
             p8 = tl.reshape(tl.permute(p8, (0, 1, 3, 2, 4)), (M, N))
             value = _tile(v, head * D, start, padded, (head64 + 1) * D, D, N, TMA)
@@ -100,7 +102,7 @@ def _attention_8bit(
 @triton.jit
 def _softmax_step(query, k, v, row, k_column, v_column, k_stride, v_stride, end, scale, top, total, acc,
                   N: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """One tile of N keys, rows `row`… of the matrices k and v, of an online softmax in base 2."""
+    """Online softmax in base 2: the step for one tile of N keys, which starts at row `row` of the matrices k and v."""
     key = _tile(k, row, k_column, k_stride, end, N, D, TMA)
     score = tl.dot(query, key.T)
     if MASK:
@@ -115,7 +117,7 @@ def _softmax_step(query, k, v, row, k_column, v_column, k_stride, v_stride, end,
 @triton.jit
 def _attend(query, k, v, k_column, v_column, k_stride, v_stride, keys, scale,
             D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """softmax(query·kᵀ·scale/log2(e))·v over `keys` keys, fp32 [M, D]; only the last tile pays for a mask."""
+    """Return softmax(query·kᵀ·scale/log2(e))·v over `keys` keys, fp32 [M, D]; only the last tile is masked."""
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
@@ -134,7 +136,7 @@ def _attention_16bit(
     q, k, v, out, length, k_stride, v_stride, channels, scale,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One head × M query rows; q, k and v [L, C], q and k with one row stride, v with its own."""
+    """One head × M query rows. q, k and v [L, C]; q and k share one row stride, v has a separate one."""
     column = tl.program_id(1) * D
     start_row = tl.program_id(0) * M
     query = _tile(q, start_row, column, k_stride, length, M, D, TMA)
@@ -163,27 +165,29 @@ def _cross_attention(
 
 
 def _matrix(x: Tensor, rows: int, columns: int, tma: bool) -> Tensor | TensorDescriptor:
-    """x [n, ·] with contiguous rows as the kernel takes it, read in tiles of rows × columns."""
+    """Return x [n, ·] with contiguous rows as the kernel expects it: a TMA descriptor of tiles, or x unchanged."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]) if tma else x
 
 
 def _major(device: torch.device) -> int:
-    """The GPU's major capability; the interpreter (a CPU) sees the same kernels as sm90."""
+    """Return the GPU's major compute capability. The interpreter (a CPU) runs the same kernels as sm90."""
     return 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
 
 
 def has_tma(device: torch.device) -> bool:
-    """TMA came with sm90; before it the threads load the tiles."""
+    """Return whether the device has TMA (sm90 and later). Older GPUs load tiles with ordinary loads."""
     return _major(device) >= 9
 
 
 def default_config_8bit(device: torch.device, fp8_pv: bool) -> Config:
-    """As `default_config`, for 8-bit QK."""
+    """Return the launch parameters for 8-bit QK, as `default_config` does for 16-bit attention."""
     return Config() if _major(device) == 9 else Config(rows=64, keys=64, warps=4, stages=2 if fp8_pv else 3)
 
 
 def default_config(device: torch.device, cross: bool = False) -> Config:
-    """Fixed choices by capability: what fits shared memory (99 KiB on sm86, 89 and 120) and the registers."""
+    """Return fixed launch parameters by compute capability.
+
+    They fit the registers and the shared memory (99 KiB per block on sm86, sm89 and sm120)."""
     major = _major(device)
     if major == 9:
         return Config(rows=64, keys=64, warps=4, stages=3)
@@ -193,7 +197,7 @@ def default_config(device: torch.device, cross: bool = False) -> Config:
 
 
 def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = None, tma: bool | None = None) -> Tensor:
-    """Both 8-bit variants. `out` [L, C] bf16 or fp16, contiguous, is written and returned."""
+    """Run 8-bit attention in either variant. `out` [L, C] bf16 or fp16, contiguous, is written and returned."""
     heads, padded, dim = prepared.q.shape
     fp8 = prepared.v_scale is not None
     device = prepared.q.device
@@ -203,7 +207,7 @@ def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = Non
     q, k = prepared.q.view(-1, dim), prepared.k.view(-1, dim)
     v = prepared.v.view(-1, padded) if fp8 else flat_heads(prepared.v)
     value_tile = (dim, n) if fp8 else (n, dim)
-    # Hopper's fp8 product never sees `acc`; elsewhere a named precision keeps Triton from folding the sum into it
+    # Hopper's fp8 product starts from zero; elsewhere an explicit precision keeps Triton from folding `acc` into it
     imprecise = None if _major(device) == 9 else n
     _attention_8bit[(triton.cdiv(prepared.tokens, m), heads)](
         _matrix(q, m, dim, tma), _matrix(k, n, dim, tma), _matrix(v, *value_tile, tma),
@@ -216,21 +220,23 @@ def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = Non
 
 
 def flat_heads(x: Tensor) -> Tensor:
-    """The [L, C] matrix behind a [H, L, D] view of it."""
+    """Return the [L, C] matrix of which x is a [H, L, D] view."""
     return x.transpose(0, 1).flatten(1)
 
 
 def attention_16bit(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: Config | None = None, tma: bool | None = None
 ) -> Tensor:
-    """q, k, v [H, L, D] views of [L, C] matrices (q and k with one row stride); `out` [L, C] contiguous."""
+    """Run 16-bit attention. q, k, v: [H, L, D] views of [L, C] matrices; `out` [L, C], contiguous, is returned.
+
+    Raises ValueError if q and k have different row strides."""
     heads, length, dim = q.shape
     tma = has_tma(q.device) if tma is None else tma
     config = config or default_config(q.device)
     m, n = config.rows, config.keys
     q, k, v = flat_heads(q), flat_heads(k), flat_heads(v)
     if q.stride(0) != k.stride(0):
-        raise ValueError(f"q and k have row strides {q.stride(0)} and {k.stride(0)}; they must be equal")
+        raise ValueError(f"q and k have row strides {q.stride(0)} and {k.stride(0)}; make them equal")
     _attention_16bit[(triton.cdiv(length, m), heads)](
         _matrix(q, m, dim, tma), _matrix(k, n, dim, tma), _matrix(v, n, dim, tma), out,
         length, k.stride(0), v.stride(0), heads * dim, math.log2(math.e) / math.sqrt(dim),
@@ -243,12 +249,14 @@ def cross_attention(
     q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int, out: Tensor, config: Config | None = None,
     tma: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """q [L, C], text_kv and image_kv [n, 2·C], all 16-bit with contiguous rows; `out` [L, C] contiguous."""
+    """Run two-softmax cross-attention. q [L, C], text_kv and image_kv [n, 2·C] as k | v; `out` [L, C] is returned.
+
+    All are 16-bit with contiguous rows; `out` is contiguous."""
     length, channels = q.shape
     tma = has_tma(q.device) if tma is None else tma
     config = config or default_config(q.device, cross=True)
     m, n = config.rows, config.keys
-    n_image = min(n, 64)  # 257 image keys: a last tile of 64 wastes less
+    n_image = min(n, 64)  # of 257 image keys, a last tile of 64 wastes less
     _cross_attention[(triton.cdiv(length, m), channels // head_dim)](
         q, _matrix(text_kv, n, head_dim, tma), _matrix(image_kv, n_image, head_dim, tma), out,
         length, text_kv.shape[0], image_kv.shape[0], q.stride(0), text_kv.stride(0), image_kv.stride(0), channels,

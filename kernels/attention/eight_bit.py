@@ -1,15 +1,15 @@
-"""8-bit attention in plain PyTorch: what the quantised operands are, and the arithmetic the kernels must agree with.
+"""8-bit attention in plain PyTorch: the quantised operands, and the arithmetic that the kernels must agree with.
 
-Scores are int8 products. q and k are rotated by a Hadamard matrix over the head dimension (orthogonal, so q·k keeps its
-value while outlier channels spread over all of them) and the mean key is removed (it adds one number to all scores of a
-row, which softmax ignores). q has one scale per token, k one per 128 tokens.
-P·V is e4m3 × e4m3: V has one scale per channel and loses its mean; what e4m3 rounding leaves out on average is added
-back with the mean. Tokens are permuted inside each 16 so that the softmax's registers already are the operand of the
-second product. The variant with 16-bit PV keeps V as it was projected.
-The mean key is that of an even subsample: any common vector will do, and it makes the largest score of every row ≥ 0
-up to rounding, which the kernels rely on (their running maximum starts at 0).
-Int8 has no NaN. What is not finite makes the scale of its row of q, of its tile of k, or scale and shift of its channel
-of V NaN, and by these every value is multiplied: so it comes out as it would of exact attention.
+Scores are int8 products. q and k are rotated by a Hadamard matrix over the head dimension. The matrix is orthogonal, so
+q·k keeps its value while an outlier channel spreads over all channels. The mean key is removed: it adds one number to
+all scores of a row, which softmax ignores. q has one scale per token, k one scale per 128 tokens.
+P·V is e4m3 × e4m3. V has one scale per channel and its mean is removed. The average rounding error of e4m3 is added
+back with the mean. Tokens are permuted inside each group of 16 so that the softmax's registers are already laid out as
+the operand of the second product. The variant with 16-bit PV keeps V as projected.
+The mean key is the mean of an evenly spaced subsample: any common vector is allowed. It makes the largest score of
+every row ≥ 0 up to rounding, and the kernels rely on that (their running maximum starts at 0).
+Int8 has no NaN. A value that is not finite therefore makes a scale NaN: that of its row of q, of its tile of k, or
+scale and shift of its channel of V. Every value is multiplied by these, so NaN appears where exact attention has it.
 """
 
 import math
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
     from scail2_rt.kernels.attention.shared_rows import RowShare
 
 TILE = 128  # tokens that share one key scale; L is padded to a multiple of it
-SAMPLES = 1024  # tokens that the mean key is taken over, at most
+SAMPLES = 1024  # upper limit of the tokens in the mean key
 INT8_MAX = 127.0
-TINY = 1e-12  # a scale's floor: all-zero rows stay zero
+TINY = 1e-12  # lower limit of a scale: all-zero rows stay zero
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared8:
-    """Operands of 8-bit attention for `tokens` = L tokens, Lp = L rounded up to 128, rows beyond L zero.
+    """Operands of 8-bit attention for `tokens` = L tokens. Lp is L rounded up to 128; rows beyond L are zero.
 
-    q int8 [H, Lp, D] and q_scale fp32 [H, Lp], which holds log2(e)/√D too: score·log2(e) = (q·k)·q_scale·k_scale;
+    q int8 [H, Lp, D] and q_scale fp32 [H, Lp], which includes log2(e)/√D: score·log2(e) = (q·k)·q_scale·k_scale;
     k int8 [H, Lp, D] and k_scale fp32 [H, Lp/128];
     v e4m3 [H, D, Lp]: token a·8 + b·2 + c of each 16 lies at b·4 + a·2 + c; the attended value is
-    Σp·v/Σp · v_scale + v_shift, both fp32 [H, D]. With 16-bit PV v is [H, L, D] as projected (a view of qkv), unscaled.
+    Σp·v/Σp · v_scale + v_shift, both fp32 [H, D]. With 16-bit PV, v is [H, L, D] as projected (a view of qkv),
+    unscaled.
     """
 
     q: Tensor
@@ -54,16 +55,17 @@ class Prepared8:
 
 
 def padded_length(tokens: int) -> int:
+    """Return L rounded up to a multiple of TILE."""
     return -(-tokens // TILE) * TILE
 
 
 def sample_step(tokens: int) -> int:
-    """Every how-many-th token enters the mean key."""
+    """Return the stride n: every n-th token enters the mean key."""
     return -(-tokens // SAMPLES)
 
 
 def empty_prepared8(heads: int, tokens: int, head_dim: int, v: Tensor | None, device: torch.device) -> Prepared8:
-    """Uninitialised buffers; `v` is V itself for 16-bit PV, None for e4m3."""
+    """Allocate uninitialised buffers. `v` is V for 16-bit PV, None for e4m3."""
     lp = padded_length(tokens)
 
     def floats(*shape: int) -> Tensor:
@@ -79,14 +81,14 @@ def empty_prepared8(heads: int, tokens: int, head_dim: int, v: Tensor | None, de
 
 
 def sixteen_bit_v(qkv: Tensor, head_dim: int) -> Tensor:
-    """V for 16-bit PV: a view [H, L, D] of qkv if that is 16-bit, a bf16 copy if it is fp32."""
+    """Return V for 16-bit PV as [H, L, D]: a view of a 16-bit qkv [L, 3·C], a bf16 copy of an fp32 one."""
     v = qkv.chunk(3, dim=-1)[2]
     v = v.bfloat16() if v.dtype == torch.float32 else v
     return v.unflatten(-1, (-1, head_dim)).transpose(0, 1)
 
 
 def hadamard(n: int) -> Tensor:
-    """The ±1 Sylvester matrix, fp32 [n, n]; n a power of two. Divided by √n it is orthonormal."""
+    """Return the ±1 Sylvester matrix, fp32 [n, n]; n is a power of two. Divided by √n it is orthonormal."""
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < n:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -94,7 +96,7 @@ def hadamard(n: int) -> Tensor:
 
 
 def stored_order(tokens: int) -> Tensor:
-    """int64 [tokens]: which token lies at each position of v's last axis. `tokens` a multiple of 16."""
+    """Return int64 [tokens]: the token at each position of v's last axis. `tokens` is a multiple of 16."""
     return torch.arange(tokens).view(-1, 2, 4, 2).transpose(1, 2).flatten()
 
 
@@ -104,18 +106,19 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _padded_to(x: Tensor, rows: int) -> Tensor:
+    """Pad x [H, L, D] with zeros to [H, rows, D]."""
     return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[1]))
 
 
 def _int8(x: Tensor, scale: Tensor) -> Tensor:
-    """Any number where the scale is NaN."""
+    """Quantise x to int8. Where the scale is NaN the result is an arbitrary number."""
     return (x * (1 / scale)).round().clamp(-127, 127).to(torch.int8)
 
 
 def _quantised_v(v: Tensor, share: "RowShare | None") -> tuple[Tensor, Tensor, Tensor]:
-    """v fp32 [H, L, D] → e4m3 [H, D, Lp] in stored order, scale and shift fp32 [H, D].
+    """Quantise v fp32 [H, L, D] → e4m3 [H, D, Lp] in stored order, scale and shift fp32 [H, D].
 
-    A channel that is constant, as all are of one token, is zeros of any scale: 1."""
+    A constant channel (with one token, every channel is) becomes zeros with scale 1."""
     tokens, processes = (v.shape[1], 1) if share is None else (share.tokens, share.peers.size)
     mean = _over_all(v.sum(1, keepdim=True), share).sum(0) / tokens
     reach = (v - mean).abs()
@@ -132,12 +135,12 @@ def _quantised_v(v: Tensor, share: "RowShare | None") -> tuple[Tensor, Tensor, T
 
 
 def _over_all(x: Tensor, share: "RowShare | None") -> Tensor:
-    """x of every process that shares the rows → [N, …]."""
+    """Gather x from every rank that shares the rows → [N, …]; without a share, N is 1."""
     return x[None] if share is None else share.peers.gather(x.contiguous())
 
 
 def _mean_key(k: Tensor, share: "RowShare | None") -> Tensor:
-    """k fp32 [H, L, D] → the mean of the sampled tokens [H, 1, D]."""
+    """Return the mean of the sampled tokens [H, 1, D] of k fp32 [H, L, D]."""
     step = sample_step(k.shape[1] if share is None else share.tokens)
     first = 0 if share is None else -share.first % step
     count = k[:, ::step].shape[1] if share is None else -(-share.tokens // step)
@@ -153,10 +156,10 @@ def prepare_8bit(
     fp8_pv: bool = True,
     share: "RowShare | None" = None,
 ) -> Prepared8:
-    """qkv [L, 3·C] (q | k | v), weights fp32 [C] → `Prepared8`; all arithmetic in fp32.
+    """Norm, rotate and quantise qkv [L, 3·C] (q | k | v), weights fp32 [C] → `Prepared8`; all arithmetic in fp32.
 
-    share: qkv holds R rows of a longer sequence; so does the result, whose v_shift is a part of the sum over all
-    processes."""
+    share: qkv holds R rows of a longer sequence, and so does the result. Its v_shift is then this rank's part of a sum
+    over all ranks."""
     rows, head_dim = qkv.shape[0], rope.head_dim
     valid = rows if share is None else share.valid
     q, k, v = (part[:valid].unflatten(-1, (-1, head_dim)) for part in qkv.chunk(3, dim=-1))  # [L, H, D]
@@ -170,7 +173,7 @@ def prepare_8bit(
     tiles = k.unflatten(1, (-1, TILE))
     k_scale = (tiles.abs().amax((2, 3), keepdim=True) / INT8_MAX).clamp_min(TINY)
     q8, k8 = _int8(q, q_scale), _int8(tiles, k_scale).flatten(1, 2)
-    # each rotation by the ±1 matrix leaves a factor √D, and the softmax asks for log2(e)/√D
+    # each rotation by the ±1 matrix leaves a factor √D, and the softmax needs log2(e)/√D
     factor = math.log2(math.e) / head_dim
     q_scale, k_scale = q_scale[..., 0] * factor, k_scale[..., 0, 0] / math.sqrt(head_dim)
     if not fp8_pv:
@@ -180,9 +183,9 @@ def prepare_8bit(
 
 
 def attention_8bit(prepared: Prepared8) -> Tensor:
-    """Softmax attention on the quantised values in plain fp32 → bf16 [L, C].
+    """Compute softmax attention on the quantised values in plain fp32 → bf16 [L, C].
 
-    P is not rounded here: the kernels' e4m3 or bf16 P is part of their error against this."""
+    P is not rounded here. The kernels round P to e4m3 or bf16; that is part of their error against this function."""
     length = prepared.tokens
     out = []
     for head in range(prepared.q.shape[0]):
@@ -196,7 +199,7 @@ def attention_8bit(prepared: Prepared8) -> Tensor:
 
 
 def values(prepared: Prepared8, head: int) -> Tensor:
-    """V of one head as the attention sees it: fp32 [L, D]."""
+    """Return V of one head as the attention reads it: dequantised, fp32 [L, D]."""
     if prepared.v_scale is None or prepared.v_shift is None:
         return prepared.v[head].float()
     stored = prepared.v[head].float()

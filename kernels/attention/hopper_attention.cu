@@ -1,49 +1,49 @@
 // Self-attention for sm_90a: int8 Q.K^T, softmax in fp32, fp8 (e4m3) P.V with two-level accumulation. Head width 128.
 //
-// One block = three consumer warpgroups of 64 query rows + one producer warpgroup (one thread of it issues TMA loads).
-// Keys and values pass in tiles of 128 through two rings of STAGES buffers in shared memory.
+// One block = three consumer warpgroups of 64 query rows + one producer warpgroup, one thread of which issues TMA
+// loads. Keys and values pass in tiles of 128 through two rings of STAGES buffers in shared memory.
 //
 // Fragments (PTX ISA, wgmma m64nNk32, lane l of warp w, r = 16w + l/4, b = l%4):
 //   accumulator  element 4g + 2i + c holds  row r + 8i, column 8g + 2b + c   (i, c in 0..1; g: group of 8)
 //   8-bit A      register 2h + i, byte e    row r + 8i, k      16h + 4b + e         (h, i in 0..1, e in 0..3)
-// So a thread owns tokens 8a + 2b + c (a = g % 2) of each 16, and A wants it to own k positions 4b + 0..3: with token
-// 8a + 2b + c stored at position 4b + 2a + c (which is how V is laid out), e = 2a + c and the packed probabilities ARE
-// the A operand: register 2h + i of k-step t packs accumulator groups g = 4t + 2h (low half) and 4t + 2h + 1 (high).
-// No shuffle, no shared memory. A sum over keys does not care about their order.
+// So a thread owns tokens 8a + 2b + c (a = g % 2) of each 16, and A needs it to own k positions 4b + 0..3. Token
+// 8a + 2b + c is stored at position 4b + 2a + c (V is laid out this way), so e = 2a + c and the packed probabilities
+// ARE the A operand: register 2h + i of k-step t packs accumulator groups g = 4t + 2h (low half) and 4t + 2h + 1
+// (high). This needs no shuffle and no shared memory. A sum over keys does not depend on their order.
 //
 // Two-level accumulation: the fp8 tensor core keeps few bits of a running accumulator, so each tile's P.V starts from
 // zero and is added to the output in fp32 registers.
 //
 // Integer scores become floats without a conversion: the int32 accumulator starts at the bits of 1.5 * 2^23, and as
-// |score| <= 127*127*128 < 2^22 the result, read as a float, is exactly 1.5 * 2^23 + score. The offset leaves again in
-// the constant of the multiply-add in front of exp2.
+// |score| <= 127*127*128 < 2^22 the result, read as a float, is exactly 1.5 * 2^23 + score. The constant of the
+// multiply-add in front of exp2 subtracts the offset.
 //
 // The running maximum starts at 0: keys have their mean removed, so no row's largest score is (much) below 0. Keys
-// beyond L are zero: their score is 0, they never raise the maximum, their V is zero, and their exp leaves the row sum
-// at the end.
+// beyond L are zero: their score is 0, so they never raise the maximum; their V is zero; their exp is subtracted from
+// the row sum at the end.
 //
-// Numbers that are not numbers arrive in the scales, since int8 has none (see prepare_triton.py). A NaN q_scale, or the
-// NaN k_scale of a tile, makes scale0 or scale1 NaN: comparison and fmaxf leave it out of the running maximum, but every
-// fma in front of exp2 gives NaN, so do the p of that row and tile, and with them the row sum, whose reciprocal
-// multiplies the whole row in store_row. A NaN of v_scale or v_shift enters in the fma of store_row, for its channel of
-// every row. So nothing is tested in the loop; e4m3 of a NaN p is NaN too, but nothing depends on it.
+// NaN arrives in the scales, since int8 has none (see prepare_triton.py). A NaN q_scale, or the NaN k_scale of a tile,
+// makes scale0 or scale1 NaN. Comparison and fmaxf leave it out of the running maximum, but every fma in front of exp2
+// gives NaN. So the p of that row and tile are NaN, and so is the row sum, whose reciprocal multiplies the complete row
+// in store_row. A NaN v_scale or v_shift enters in the fma of store_row, for its channel of every row. So the loop
+// needs no test. e4m3 of a NaN p is NaN too, but nothing depends on it.
 //
-// The consumer warpgroups run freely: the softmax of one hides behind the products of the others, and handing turns
-// around costs more than it orders. The compiler gets `hopper_ptx.cu` in front of this file.
+// The consumer warpgroups are not synchronised with each other: the softmax of one overlaps the products of the others.
+// Enforcing an order costs more than it gains. `hopper_ptx.cu` is compiled in front of this file.
 #ifndef STAGES
 #define STAGES 4  // buffers of each ring
 #endif
 
 constexpr int WIDTH = 128;                  // head width
-constexpr int KEYS = 128;                   // keys a tile
+constexpr int KEYS = 128;                   // keys per tile
 constexpr int GROUPS = 3;                   // consumer warpgroups
-constexpr int ROWS = 64 * GROUPS;           // query rows a block
-constexpr int TILE_BYTES = KEYS * WIDTH;    // one K or V tile, 1 byte an element
+constexpr int ROWS = 64 * GROUPS;           // query rows per block
+constexpr int TILE_BYTES = KEYS * WIDTH;    // one K or V tile, 1 byte per element
 constexpr int Q_BYTES = ROWS * WIDTH;
 constexpr int OFFSET_BITS = 0x4B400000;
 constexpr float OFFSET = 12582912.0f;
 constexpr float P_LOG2 = 8.0f;              // probabilities are scaled by 2^8 to use the range of e4m3
-// The output is rescaled only in warps where a maximum grew by more than e4m3 absorbs: 2^(8 + 0.75) = 431 < 448.
+// A warp rescales the output only where a maximum grew by more than e4m3 absorbs: 2^(8 + 0.75) = 431 < 448.
 constexpr float SLACK = 0.75f;
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ __device__ __forceinline__ void wgmma_pv(float (&t)[64], u32 a0, u32 a1, u32 a2,
         : LIST64("+f", t) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(v), "r"(accumulate) : "memory");
 }
 
-// Scores of 64 rows and one tile of keys; q and k are descriptors. Finished after the next wait.
+// Scores of 64 rows and one tile of keys; q and k are descriptors. Complete after the next wait.
 __device__ __forceinline__ void issue_qk(int (&s)[64], u64 q, u64 k) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) s[i] = OFFSET_BITS;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void issue_qk(int (&s)[64], u64 q, u64 k) {
     wgmma_commit();
 }
 
-// One tile's P.V, from zero.
+// P.V of one tile, accumulated from zero.
 __device__ __forceinline__ void issue_pv(float (&t)[64], const u32 (&p)[16], u64 v) {
     wgmma_fence();
 #pragma unroll
@@ -118,13 +118,13 @@ __device__ __forceinline__ u32 pack_bf16(float x0, float x1) {
     return out;
 }
 
-// A row lives in the four lanes of a quad.
+// The four lanes of a quad hold one row.
 __device__ __forceinline__ int quad_max(int x) {
     x = max(x, __shfl_xor_sync(~0u, x, 1));
     return max(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// What a thread carries from tile to tile for its two rows.
+// State that a thread keeps from tile to tile for each of its two rows.
 struct Row {
     float scale;  // q_scale
     float top;    // running maximum, log2 units, >= 0
@@ -134,8 +134,8 @@ struct Row {
 // 2^(P_LOG2 - top + score * scale) is exp2(fma(score read as a float, scale, shift(...))).
 __device__ __forceinline__ float shift(const Row& row, float scale) { return fmaf(-OFFSET, scale, P_LOG2 - row.top); }
 
-// Raises the maxima of both rows to cover the scores of this tile, and rescales the sums to them. If it returns true,
-// the output has to be multiplied by alpha0 and alpha1.
+// Raises the maxima of both rows to cover the scores of this tile, and rescales the sums to them. Returns true if the
+// output has to be multiplied by alpha0 and alpha1.
 __device__ __forceinline__ bool raise_maximum(const int (&s)[64], float scale0, float scale1, Row& row0, Row& row1,
                                               float& alpha0, float& alpha1) {
     int top0 = OFFSET_BITS, top1 = OFFSET_BITS;
@@ -172,7 +172,7 @@ __device__ __forceinline__ void add(float (&acc)[64], const float (&t)[64]) {
     for (int i = 0; i < 64; ++i) acc[i] += t[i];
 }
 
-// Scores -> probabilities, packed as the A operand of PV (see the head of this file); adds them to the row sums.
+// Scores -> probabilities, packed as the A operand of PV (see the top of this file); adds them to the row sums.
 __device__ __forceinline__ void probabilities(const int (&s)[64], float scale0, float scale1, Row& row0, Row& row1,
                                               u32 (&p)[16]) {
     const float shift0 = shift(row0, scale0), shift1 = shift(row1, scale1);
@@ -220,7 +220,7 @@ __device__ __forceinline__ void produce(const Shared& at, const TensorMap* q, co
     }
 }
 
-// (acc / sum) * v_scale + v_shift of one row -> bf16. The test lets a NaN sum through.
+// (acc / sum) * v_scale + v_shift of one row -> bf16. The comparison lets a NaN sum through.
 template <int I>
 __device__ __forceinline__ void store_row(const float (&acc)[64], float sum, const float* v_scale, const float* v_shift,
                                           u32* out, int lane) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ void store_row(const float (&acc)[64], float sum, con
     }
 }
 
-// What a thread of a consumer warpgroup holds: its part of the output and its two rows.
+// State of a thread of a consumer warpgroup: its part of the output and its two rows.
 struct Consumer {
     float acc[64];
     Row row0, row1;
@@ -244,7 +244,7 @@ struct Consumer {
     int lane;
 };
 
-// Scales for `tile`; the key's was asked for one tile ahead.
+// Sets the scales for `tile`; key_scale was loaded one tile ahead.
 __device__ __forceinline__ void next_scales(Consumer& c, float& key_scale, int tile, int tiles) {
     c.scale0 = c.row0.scale * key_scale, c.scale1 = c.row1.scale * key_scale;
     key_scale = __ldg(c.k_scale + min(tile + 1, tiles - 1));
@@ -292,7 +292,7 @@ __device__ __forceinline__ void consume(const Shared& at, const float* q_scale, 
     for (int i = 0; i < 64; ++i) c.acc[i] = 0.0f;
     barrier_wait(at.q_full, 0);
     attend(at, c, tiles);
-    // A padded key's score is 0: its exp, computed as in the last tile, is the same number bit for bit.
+    // A padded key's score is 0. Its exp, computed as in the last tile, is bit-identical to that of the loop.
     const float padded = tiles * KEYS - tokens;
     const float zero0 = exp2_fast(fmaf(OFFSET, c.scale0, shift(c.row0, c.scale0)));
     const float zero1 = exp2_fast(fmaf(OFFSET, c.scale1, shift(c.row1, c.scale1)));
@@ -304,8 +304,8 @@ __device__ __forceinline__ void consume(const Shared& at, const float* q_scale, 
     if (r1 < tokens) store_row<1>(c.acc, sum1, v_scale, v_shift, out + r1 * pitch, lane);
 }
 
-// Grid (query blocks, heads). Dynamic shared memory: 1024 to align, Q_BYTES, 2 * STAGES tiles, 8 + 32 * STAGES of
-// barriers.
+// Grid (query blocks, heads). Dynamic shared memory: 1024 bytes for alignment, Q_BYTES, 2 * STAGES tiles, and
+// 8 + 32 * STAGES bytes of barriers.
 // q, k int8 [H, Lp, 128], v e4m3 [H, 128, Lp] as tensor maps; q_scale [H, Lp], k_scale [H, Lp / 128],
 // v_scale, v_shift [H, 128] fp32; out bf16 [L, H * 128] as pairs.
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
@@ -327,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(at.k_full + 8 * i, 1);
             barrier_init(at.v_full + 8 * i, 1);
-            barrier_init(at.k_empty + 8 * i, 4 * GROUPS);  // one arrival a consumer warp
+            barrier_init(at.k_empty + 8 * i, 4 * GROUPS);  // one arrival per consumer warp
             barrier_init(at.v_empty + 8 * i, 4 * GROUPS);
         }
         barrier_init_done();

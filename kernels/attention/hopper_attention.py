@@ -1,4 +1,4 @@
-"""8-bit self-attention in CUDA C++ for Hopper (sm_90): the launch of `hopper_attention.cu`, which explains itself."""
+"""Launch of `hopper_attention.cu`: 8-bit self-attention in CUDA C++ for Hopper (sm_90). See its header."""
 
 import ctypes
 import functools
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from scail2_rt.kernels.attention.eight_bit import Prepared8
 
 WIDTH = 128  # head width
-KEYS = 128  # keys a tile
-ROWS = 192  # query rows a block
+KEYS = 128  # keys per tile
+ROWS = 192  # query rows per block
 
 
 def kernel(stages: int = 4) -> Kernel:
-    """The kernel with rings of `stages` tiles. Shared memory: 1024 to align, Q, both rings, barriers."""
+    """Return the kernel with rings of `stages` tiles. Shared memory: 1024 bytes to align, Q, both rings, barriers."""
     shared = 1024 + ROWS * WIDTH + 2 * stages * KEYS * WIDTH + 8 + 32 * stages
     return Kernel(Path(__file__).with_suffix(".cu"), 2 * ROWS + 128, shared, (("STAGES", stages),))
 
@@ -28,7 +28,7 @@ DEFAULT = kernel()
 
 
 def available() -> str | None:
-    """None if this process can run the kernel on the current GPU, else the reason why not. Compiles it if need be."""
+    """Return None if this process can run the kernel on the current GPU, else the reason. Compiles it if necessary."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     return _availability(torch.cuda.current_device())
@@ -40,9 +40,10 @@ def _availability(device: int) -> str | None:
 
 
 def hopper_attention(prepared: "Prepared8", out: Tensor, build: Kernel = DEFAULT) -> Tensor:
-    """Softmax attention over all `prepared.tokens` = L tokens, written to `out` bf16 [L, H·128], which is returned.
+    """Compute softmax attention over all `prepared.tokens` = L tokens; writes and returns `out` bf16 [L, H·128].
 
-    Needs fp8 V (`v_scale` present), head width 128, contiguous tensors on one sm_90 GPU."""
+    Raises ValueError unless V is fp8 (`v_scale` present), the head width is 128, and all tensors are contiguous on one
+    sm_90 GPU."""
     heads, padded = _checked_shapes(prepared, out)
     if heads == 0 or prepared.tokens == 0:
         return out
@@ -52,22 +53,22 @@ def hopper_attention(prepared: "Prepared8", out: Tensor, build: Kernel = DEFAULT
         tensor_map(prepared.q, (WIDTH, padded, heads), (WIDTH, ROWS, 1), 128),
         tensor_map(prepared.k, (WIDTH, padded, heads), (WIDTH, KEYS, 1), 128),
         tensor_map(prepared.v, (padded, WIDTH, heads), (KEYS, WIDTH, 1), 128),
-        *(pointer(t) for t in tensors if t is not None),  # none is: checked
+        *(pointer(t) for t in tensors if t is not None),  # _checked_shapes raises if one is None
         *(ctypes.c_int(n) for n in numbers),
     ]
-    blocks = -(-prepared.tokens // ROWS)  # of one head, neighbours: they read the same keys
+    blocks = -(-prepared.tokens // ROWS)  # blocks of one head are neighbours: they read the same keys
     launch(build, (blocks, heads), arguments, out.device)
     return out
 
 
 def _checked_shapes(prepared: "Prepared8", out: Tensor) -> tuple[int, int]:
-    """→ heads, padded length; the kernel trusts its pointers, so nothing else may pass."""
+    """Return (heads, padded length). Raises ValueError on any other operand: the kernel does not check its pointers."""
     heads, padded, width = prepared.q.shape
     if prepared.v_scale is None or prepared.v_shift is None:
-        raise ValueError("the Hopper kernel multiplies by fp8 V; these operands hold V in 16 bits")
+        raise ValueError("the Hopper kernel multiplies by fp8 V; these operands hold V in 16 bits. Pass fp8 V.")
     if width != WIDTH or padded != -(-prepared.tokens // KEYS) * KEYS:
         raise ValueError(
-            f"q {list(prepared.q.shape)} for {prepared.tokens} tokens: needs head width {WIDTH}, padding {KEYS}"
+            f"q {list(prepared.q.shape)} for {prepared.tokens} tokens: needs head width {WIDTH}, padding to {KEYS}"
         )
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("q", prepared.q, (heads, padded, WIDTH), torch.int8),

@@ -1,40 +1,40 @@
 // Self-attention for sm_90a with bf16 or fp16 operands, softmax and sums in fp32. Head width 128.
 //
-// One block = three consumer warpgroups of 64 query rows + one producer warpgroup, of which one thread fills the ring of
-// key tiles and one that of value tiles. The order of the tiles is from the last to the first: only the first one can
-// hold keys beyond L, which are masked there.
+// One block = three consumer warpgroups of 64 query rows + one producer warpgroup, in which one thread fills the ring
+// of key tiles and one thread the ring of value tiles. Tiles are processed from the last to the first: only the first
+// one processed can hold keys beyond L, which are masked there.
 //
 // Shared memory: a tile of n tokens is two halves of 64 dimensions, [half][token][128 bytes], each with the 128-byte
 // swizzle; one TMA box of three dimensions (64 dimensions, n tokens, 2 halves) writes it. Q and K are read as K-major
-// operands (k = dimension), V as an MN-major one (k = token), so that V stays as it was projected.
+// operands (k = dimension), V as an MN-major one (k = token), so that V is used as projected.
 //
 // Fragments (PTX ISA, wgmma m64nNk16, lane l of warp w, r = 16w + l/4, b = l%4):
 //   accumulator  element 4g + 2i + c holds  row r + 8i, column 8g + 2b + c          (i, c in 0..1; g: group of 8)
 //   16-bit A     register 2h + i, half c    row r + 8i, k      8h + 2b + c          (h, i, c in 0..1)
 // So the packed accumulator elements 2j and 2j + 1 of the scores ARE register j of the A operands of P.V, in order.
 //
-// A warpgroup issues Q.K of the next tile before P.V of this one and does the next tile's softmax while P.V runs. So it
-// holds scores, probabilities and output at once, and tiles of 80 keys are what the registers of three warpgroups leave
-// room for. The warpgroups run freely, as in `hopper_attention.cu`.
+// A warpgroup issues Q.K of the next tile before P.V of this one, and computes the next tile's softmax while P.V runs.
+// It therefore holds scores, probabilities and output at once. With the registers of three warpgroups, 80 keys per tile
+// fit. The warpgroups are not synchronised with each other, as in `hopper_attention.cu`.
 //
-// The running maximum is raised, and the output rescaled, only where a weight would exceed 2^SLACK; up to there weights
-// above 1 lose nothing, neither in 16-bit operands nor in fp32 sums.
+// The running maximum is raised, and the output rescaled, only where a weight would exceed 2^SLACK. Up to that limit,
+// weights above 1 lose no accuracy, neither in 16-bit operands nor in fp32 sums.
 //
-// The compiler gets `hopper_ptx.cu` in front of this file.
+// `hopper_ptx.cu` is compiled in front of this file.
 #ifndef FP16
 #define FP16 0  // operands and output: 0 bf16, 1 fp16
 #endif
 
 constexpr int WIDTH = 128;                        // head width
 constexpr int GROUPS = 3;                         // consumer warpgroups
-constexpr int KEYS = 80;                          // keys a tile
+constexpr int KEYS = 80;                          // keys per tile
 constexpr int STAGES = 4;                         // buffers of each ring
-constexpr int ROWS = 64 * GROUPS;                 // query rows a block
-constexpr int ROW_BYTES = 128;                    // of one half of a token
+constexpr int ROWS = 64 * GROUPS;                 // query rows per block
+constexpr int ROW_BYTES = 128;                    // one half of a token
 constexpr int Q_BYTES = 2 * ROWS * ROW_BYTES;
 constexpr int TILE_BYTES = 2 * KEYS * ROW_BYTES;  // one K or V tile
-constexpr int SCORES = KEYS / 2;                  // accumulator elements a thread
-constexpr int PAIRS = KEYS / 4;                   // packed probabilities a thread
+constexpr int SCORES = KEYS / 2;                  // accumulator elements per thread
+constexpr int PAIRS = KEYS / 4;                   // packed probabilities per thread
 constexpr int STEPS = KEYS / 16;                  // k-steps of P.V
 constexpr float SCALE = 1.4426950408889634f * 0.08838834764831845f;  // log2(e) / sqrt(WIDTH)
 constexpr float SLACK = 8.0f;
@@ -61,7 +61,7 @@ constexpr float SLACK = 8.0f;
 __device__ __forceinline__ void wait_scores(float (&s)[SCORES]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST40("+f", s)::"memory");
 }
-// P.V, issued after the scores, may still run.
+// Waits for the scores only: P.V, issued after them, may still run.
 __device__ __forceinline__ void wait_scores_only(float (&s)[SCORES]) {
     asm volatile("wgmma.wait_group.sync.aligned 1;" : LIST40("+f", s)::"memory");
 }
@@ -69,7 +69,7 @@ __device__ __forceinline__ void wait_output(float (&acc)[64], u32 (&p)[PAIRS]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST64("+f", acc), LIST20("+r", p)::"memory");
 }
 
-// Keeps the compiler from moving what makes these values behind the next wait, where no products hide it.
+// Keeps the compiler from moving the computation of these values behind the next wait, where no products overlap it.
 __device__ __forceinline__ void made_here(float (&s)[SCORES], float& sum0, float& sum1) {
     asm volatile("" : LIST40("+f", s), "+f"(sum0), "+f"(sum1));
 }
@@ -89,8 +89,9 @@ __device__ __forceinline__ void wgmma_pv(float (&acc)[64], u32 a0, u32 a1, u32 a
                  : LIST64("+f", acc) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(v) : "memory");
 }
 
-// MN-major operand with the 128-byte swizzle: rows of 64 dimensions; the leading field leads to the other half, the
-// stride field to the next 8 tokens. A k-step of 16 tokens adds 2048 bytes, 128.
+// MN-major operand with the 128-byte swizzle: rows of 64 dimensions. The leading field is the offset to the other half,
+// the stride field the offset to the next 8 tokens. A k-step of 16 tokens adds 2048 bytes, which is 128 in the
+// descriptor.
 __device__ __forceinline__ u64 value_descriptor(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | ((u64)(KEYS * ROW_BYTES / 16) << 16) | (64ull << 32) | (1ull << 62);
 }
@@ -126,19 +127,19 @@ __device__ __forceinline__ u32 pack(float x0, float x1) {
     return out;
 }
 
-// A row lives in the four lanes of a quad.
+// The four lanes of a quad hold one row.
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// What a thread carries from tile to tile for one of its two rows.
+// State that a thread keeps from tile to tile for each of its two rows.
 struct Row {
-    float top;  // running maximum, as the scores are
+    float top;  // running maximum, in the unit of the scores
     float sum;  // this lane's part of the sum of p
 };
 
-// Keys from `rest` of the tile on get no weight.
+// Masks the tile's keys from `rest` on: they get no weight.
 __device__ __forceinline__ void mask(float (&s)[SCORES], int rest, int lane) {
     rest -= 2 * (lane % 4);
 #pragma unroll
@@ -146,8 +147,8 @@ __device__ __forceinline__ void mask(float (&s)[SCORES], int rest, int lane) {
         if (8 * (i / 4) + i % 2 >= rest) s[i] = MINUS_INFINITY;
 }
 
-// Raises the maxima of both rows to cover the scores of this tile, and rescales the sums to them. If it returns true,
-// the output has to be multiplied by alpha0 and alpha1.
+// Raises the maxima of both rows to cover the scores of this tile, and rescales the sums to them. Returns true if the
+// output has to be multiplied by alpha0 and alpha1.
 __device__ __forceinline__ bool raise_maximum(const float (&s)[SCORES], Row& row0, Row& row1, float& alpha0,
                                               float& alpha1) {
     float new0 = fmaxf(s[0], s[1]), new1 = fmaxf(s[2], s[3]);
@@ -207,7 +208,7 @@ struct Position {
 __device__ __forceinline__ void init_ring(const Ring& ring) {
     for (int i = 0; i < STAGES; ++i) {
         barrier_init(ring.full + 8 * i, 1);
-        barrier_init(ring.empty + 8 * i, 4 * GROUPS);  // one arrival a consumer warp
+        barrier_init(ring.empty + 8 * i, 4 * GROUPS);  // one arrival per consumer warp
     }
 }
 
@@ -223,7 +224,7 @@ __device__ __forceinline__ void fill(const Ring& ring, const TensorMap* map, int
     }
 }
 
-// A consumer's view of a ring: waits for the next tile; gives a tile back.
+// A consumer's side of a ring: wait for the next tile; release a tile.
 __device__ __forceinline__ u32 take(const Ring& ring, const Position& at) {
     barrier_wait(ring.full + 8 * at.stage, at.parity);
     return ring.data + at.stage * TILE_BYTES;
@@ -233,7 +234,7 @@ __device__ __forceinline__ void release(const Ring& ring, Position& at, int lane
     at.next();
 }
 
-// What a thread of a consumer warpgroup holds: its part of the output and its two rows.
+// State of a thread of a consumer warpgroup: its part of the output and its two rows.
 struct Consumer {
     float acc[64];
     Row row0, row1;
@@ -261,7 +262,7 @@ __device__ __forceinline__ void attend(const Ring& keys, const Ring& values, Con
         const bool grew = raise_maximum(s, c.row0, c.row1, alpha0, alpha1);
         exponentials(s, c.row0, c.row1);
         made_here(s, c.row0.sum, c.row1.sum);
-        if (tile + 1 < tiles) key_tile = take(keys, k_at);  // a loop, which the assembler leaves in front of the wait
+        if (tile + 1 < tiles) key_tile = take(keys, k_at);  // a loop that the assembler keeps in front of the wait
         wait_output(c.acc, p);
         release(values, v_at, c.lane);
         if (grew) rescale(c.acc, alpha0, alpha1);
@@ -284,7 +285,7 @@ __device__ __forceinline__ void consume(u32 q, u32 q_full, const Ring& keys, con
                                         int tokens, int tiles, int heads, int head) {
     Consumer c;
     c.row0 = c.row1 = {MINUS_INFINITY, 0.0f};
-    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // so that the compiler knows it is the same in all lanes
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // tells the compiler that all lanes have the same value
     c.lane = threadIdx.x % 32;
     c.q = descriptor<ROW_BYTES>(q + group * 64 * ROW_BYTES);
 #pragma unroll
@@ -299,8 +300,8 @@ __device__ __forceinline__ void consume(u32 q, u32 q_full, const Ring& keys, con
     if (r1 < tokens) store_row<1>(c.acc, sum1, out + r1 * pitch, c.lane);
 }
 
-// Grid (query blocks, heads). Dynamic shared memory: 1024 to align, Q_BYTES, 2 * STAGES tiles, 8 + 32 * STAGES of
-// barriers.
+// Grid (query blocks, heads). Dynamic shared memory: 1024 bytes for alignment, Q_BYTES, 2 * STAGES tiles, and
+// 8 + 32 * STAGES bytes of barriers.
 // q, k, v 16-bit [L, H * 128] as tensor maps [2 H halves, L, 64]; out 16-bit [L, H * 128] as pairs.
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     hopper_attention_16bit(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,

@@ -1,6 +1,6 @@
-"""16-bit self-attention in CUDA C++ for Hopper (sm_90): the launch of `hopper_attention_16bit.cu`, which says how.
+"""Launch of `hopper_attention_16bit.cu`: 16-bit self-attention in CUDA C++ for Hopper (sm_90).
 
-Tensor maps read q, k and v where the projections left them, with their own row strides: nothing is copied.
+Tensor maps read q, k and v in place, each with its row stride: nothing is copied.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ from torch import Tensor
 from scail2_rt.kernels.cuda.nvrtc import Kernel, launch, pointer, tensor_map, unavailable
 
 WIDTH = 128  # head width
-KEYS = 80  # keys a tile
-ROWS = 192  # query rows a block
-STAGES = 4  # tiles of each ring
-SHARED = 1024 + 2 * WIDTH * (ROWS + 2 * STAGES * KEYS) + 8 + 32 * STAGES  # to align, Q, both rings, barriers
+KEYS = 80  # keys per tile
+ROWS = 192  # query rows per block
+STAGES = 4  # tiles per ring
+SHARED = 1024 + 2 * WIDTH * (ROWS + 2 * STAGES * KEYS) + 8 + 32 * STAGES  # alignment, Q, both rings, barriers
 KERNELS = {
     dtype: Kernel(Path(__file__).with_suffix(".cu"), 2 * ROWS + 128, SHARED, (("FP16", fp16),))
     for dtype, fp16 in ((torch.bfloat16, 0), (torch.float16, 1))
@@ -25,7 +25,7 @@ KERNELS = {
 
 
 def available(dtype: torch.dtype) -> str | None:
-    """None if this process can run the kernel on the current GPU, else the reason why not. Compiles it if need be."""
+    """Return None if this process can run the kernel on the current GPU, else the reason. Compiles it if necessary."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if dtype not in KERNELS:
@@ -39,10 +39,10 @@ def _availability(dtype: torch.dtype, device: int) -> str | None:
 
 
 def hopper_attention_16bit(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """Softmax attention over all L tokens, scale 1/√128, written to `out` [L, H·128], which is returned.
+    """Compute softmax attention over all L tokens, scale 1/√128; writes and returns `out` [L, H·128].
 
-    q, k, v [H, L, 128]: views of matrices with the heads side by side, each with its own row stride. All bf16 or all
-    fp16, on one sm_90 GPU."""
+    q, k, v [H, L, 128]: views of matrices with the heads side by side; each may have a different row stride. All bf16
+    or all fp16, on one sm_90 GPU. Raises ValueError for other operands."""
     _check(q, k, v, out)
     heads, tokens, _ = q.shape
     if heads == 0 or tokens == 0:
@@ -52,32 +52,33 @@ def hopper_attention_16bit(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tens
         pointer(out),
         *(ctypes.c_int(n) for n in (tokens, -(-tokens // KEYS), heads)),
     ]
-    blocks = -(-tokens // ROWS)  # of one head, neighbours: they read the same keys
+    blocks = -(-tokens // ROWS)  # blocks of one head are neighbours: they read the same keys
     launch(KERNELS[q.dtype], (blocks, heads), arguments, out.device)
     return out
 
 
 def _halves(x: Tensor, tokens: int) -> Any:
-    """x [H, L, 128] as [2·H halves of a head, L, 64], read in boxes of `tokens` rows of one head: a swizzled row of
-    shared memory holds 64 elements."""
+    """Describe x [H, L, 128] as [2·H halves of a head, L, 64], read in boxes of `tokens` rows of one head.
+
+    A swizzled row of shared memory holds 64 elements."""
     heads, length, width = x.shape
     half = width // 2
     return tensor_map(x, (half, length, 2 * heads), (half, tokens, 2), 128, (x.stride(1), half))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """The kernel trusts its pointers and strides, so nothing else may pass."""
+    """Raise ValueError for operands that the kernel cannot read: it does not check its pointers and strides."""
     heads, tokens, width = q.shape
     if width != WIDTH or q.dtype not in KERNELS or q.device.type != "cuda":
         raise ValueError(
             f"q is {q.dtype} {list(q.shape)} on {q.device}; needed: bf16 or fp16, {WIDTH} wide heads, on a GPU"
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
-        aligned = x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0  # what TMA takes
+        aligned = x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0  # TMA requires this
         if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device) or not aligned or x.stride(2) != 1:
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}, unlike q")
         if heads > 1 and x.stride(0) != WIDTH:
-            raise ValueError(f"{name} has strides {x.stride()}; needed: heads side by side, {WIDTH} apart")
+            raise ValueError(f"{name} has strides {x.stride()}; needed: heads side by side, {WIDTH} elements apart")
     if out.shape != (tokens, heads * WIDTH) or (out.dtype, out.device) != (q.dtype, q.device):
         raise ValueError(f"out is {out.dtype} {list(out.shape)} on {out.device}; needed: {q.dtype} of q's shape")
     if not out.is_contiguous():

@@ -1,9 +1,9 @@
 """The kernels that mix tokens: preparation of q, k, v, self-attention, and the two-softmax cross-attention.
 
-One function each; what it runs follows from the tensors' device and from the attention variant (`attention.variants`),
-which `prepare_qkv` is given and its result carries. On a CPU these are the PyTorch twins, and what ONNX graphs are
-checked against; on a GPU the Triton kernels or a library's attention. Only this module knows what a variant needs:
-`PreparedQKV` feeds the 16-bit ones, `Prepared8` (kernels.eight_bit) the 8-bit ones.
+Each is one function. The tensors' device and the attention variant (`attention.variants`) select the implementation;
+`prepare_qkv` receives the variant and stores it in its result. On a CPU the PyTorch twins run, against which ONNX
+graphs are checked; on a GPU the Triton kernels or a library's attention. Only this module knows the operands of each
+variant: `PreparedQKV` for the 16-bit variants, `Prepared8` (`kernels.attention.eight_bit`) for the 8-bit ones.
 """
 
 from dataclasses import dataclass, replace
@@ -39,9 +39,9 @@ EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class PreparedQKV:
-    """q, k: RMS-normed and rotated; v: as projected. Each [H, L, D] in the attention's type.
+    """Operands of 16-bit attention. q, k: RMS-normed and rotated; v: as projected. Each [H, L, D] in one type.
 
-    On a GPU q and k are views of contiguous [L, C] buffers and v of qkv, so that every kernel's output is [L, C]."""
+    On a GPU, q and k are views of contiguous [L, C] buffers and v is a view of qkv: every kernel returns [L, C]."""
 
     q: Tensor
     k: Tensor
@@ -60,10 +60,10 @@ def prepare_qkv(
     variant: AttentionVariant = SDPA,
     share: RowShare | None = None,
 ) -> Prepared:
-    """RMS norm over all heads, then RoPE; for the 8-bit variants also rotation and quantisation.
+    """Apply RMS norm over all heads, then RoPE; for the 8-bit variants also Hadamard rotation and quantisation.
 
-    qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. In 16 bit v stays a view of qkv.
-    share: qkv and rope are the rows of a longer sequence that this process holds, for `shared_attention`."""
+    qkv [L, 3·C] (q | k | v), q_weight and k_weight fp32 [C], rope for L tokens. In 16 bits, v stays a view of qkv.
+    share: qkv and rope are the rows of a longer sequence that this rank holds, for `shared_attention`."""
     if variant.eight_bit:
         made = _prepare_8bit(qkv, q_weight, k_weight, rope, variant.v is not None, share)
         return replace(made, variant=variant)
@@ -97,19 +97,21 @@ def _prepare_8bit(
 
 
 def shared_attention(prepared: Prepared, exchange: HeadExchange, head_dim: int) -> Tensor:
-    """`self_attention` over a sequence whose rows several processes share: of this one's rows [R, C] → [R, C]."""
+    """Run `self_attention` over a sequence that several ranks share; returns this rank's rows [R, C].
+
+    prepared: operands of this rank's R rows and all heads."""
     prepared = exchange.to_heads(prepared)
     out = exchange.attended(prepared, head_dim)
     attended = self_attention(prepared, out)
-    if attended is not out:  # a library's attention, which returns a tensor of its own
+    if attended is not out:  # a library's attention returns a new tensor
         out.copy_(attended)
     return exchange.to_rows()
 
 
 def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
-    """Softmax attention over all tokens, scale 1/√D, no mask, by the variant it was prepared for.
+    """Compute softmax attention over all tokens, scale 1/√D, no mask, by the variant it was prepared for.
 
-    → [L, C] in the attention's 16-bit type (bf16 where v was quantised); kernels of ours write it to `out`."""
+    Returns [L, C] in the attention's 16-bit type (bf16 where v was quantised); our kernels write it to `out`."""
     if isinstance(prepared, Prepared8):
         return _eight_bit_attention(prepared, out)
     q, k, v = prepared.q, prepared.k, prepared.v
@@ -148,7 +150,7 @@ def _eight_bit_attention(prepared: Prepared8, out: Tensor | None) -> Tensor:
 
 
 def _library_attention(prepared: PreparedQKV) -> Tensor:
-    """flash-attn or SageAttention, both on [1, L, H, D] → [L, C]."""
+    """Run flash-attn or SageAttention, both on [1, L, H, D] → [L, C]."""
     q, k, v = (t.transpose(0, 1)[None] for t in (prepared.q, prepared.k, prepared.v))
     if prepared.variant == FLASH:
         from flash_attn import flash_attn_func
@@ -160,10 +162,10 @@ def _library_attention(prepared: PreparedQKV) -> Tensor:
 
 
 def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int) -> Tensor:
-    """softmax(q·k_textᵀ)·v_text + softmax(q·k_imageᵀ)·v_image: two softmaxes, outputs added.
+    """Compute softmax(q·k_textᵀ)·v_text + softmax(q·k_imageᵀ)·v_image: two softmaxes, outputs added, scale 1/√D.
 
-    q [L, C] (RMS-normed), text_kv [T, 2·C] and image_kv [I, 2·C] as k | v → [L, C] in q's type. 16-bit tensors on a
-    GPU take one Triton launch that reads all three in place; fp32 ones take the twin (tensor cores round fp32)."""
+    q [L, C] (RMS-normed), text_kv [T, 2·C] and image_kv [I, 2·C] as k | v → [L, C] in q's type. For 16-bit tensors on a
+    GPU, one Triton launch reads all three in place. fp32 tensors use the twin (tensor cores round fp32)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from scail2_rt.kernels.attention import attention_triton
 

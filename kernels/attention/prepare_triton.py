@@ -1,16 +1,17 @@
 """Triton kernels that turn q | k | v of one block into attention's operands.
 
-16-bit: one launch norms and rotates q and k; V stays where it is. 8-bit: memory traffic is all that counts, so qkv is
-read twice: once for what needs whole rows or columns (RMS of q and k, range and mean of V, the mean key of a sample),
-once to write the 8-bit operands. Sums over tokens go through partial buffers, never atomics: the result is repeatable.
-The Hadamard rotation takes its first two stages as additions between neighbours that RoPE splits anyway; the rest is a
-small tensor-core product with ±1 in fp16: normed values stay below √C·|weight|, far inside fp16's range, and its
-rounding (2⁻¹¹) is a twentieth of int8's.
-Numbers that are not numbers travel in the scales: int8 has no NaN, and a plain maximum on a GPU drops it. So a range is
-taken by `_larger` and `_peak`, which keep NaN, and a token of q or k that holds one gives its row (q) or tile (k) a NaN
-scale, a channel of V a NaN scale and shift. Infinity becomes NaN on the way (its reciprocal RMS is 0, its distance from
-the mean undefined). The attention multiplies by each of these scales anyway.
-No kernel is compiled apart for a count of 1, which Triton does by itself: one token runs the code of all others.
+16-bit: one launch norms and rotates q and k; V stays in place. 8-bit: memory traffic limits the speed, so qkv is read
+only twice: once for statistics over complete rows or columns (RMS of q and k, range and mean of V, the mean key of a
+sample), once to write the 8-bit operands. Sums over tokens use partial buffers, never atomics, so results are
+bit-identical from run to run.
+The Hadamard rotation computes its first two stages as additions between neighbours, which RoPE splits anyway. The rest
+is a small tensor-core product with ±1 in fp16: normed values stay below √C·|weight|, far inside fp16's range, and the
+rounding of fp16 (2⁻¹¹) is a twentieth of int8's.
+NaN is carried by the scales, because int8 has no NaN and a plain maximum on a GPU drops it. `_larger` and `_peak` keep
+NaN in a range: a token of q or k that holds NaN gives its row (q) or tile (k) a NaN scale, a channel of V a NaN scale
+and shift. Infinity becomes NaN on the way (its reciprocal RMS is 0, its distance from the mean undefined). The
+attention multiplies by each of these scales anyway.
+`do_not_specialize` keeps Triton from compiling a separate kernel for a count of 1: one token runs the same code.
 Only `kernels.attention.ops` calls the launchers.
 """
 
@@ -29,29 +30,30 @@ from scail2_rt.kernels.rope import Rope
 if TYPE_CHECKING:
     from scail2_rt.kernels.attention.shared_rows import RowShare
 
-# how the 8-bit preparation is cut up
-Q_TOKENS = 64  # of a program that quantises q; those of k and v take a TILE
-HEADS_TOGETHER = 8  # at most, in a program that quantises q or k
-SUM_TOKENS = 512  # of a program that sums up V
+# sizes of the 8-bit preparation
+Q_TOKENS = 64  # tokens per program that quantises q; programs for k and v take a TILE
+HEADS_TOGETHER = 8  # maximum heads per program that quantises q or k
+SUM_TOKENS = 512  # tokens per program that sums V
 
 
 @triton.jit
 def _larger(a, b):
-    """The larger of two, NaN if one is: one instruction, as the maximum that drops NaN is."""
+    """Return the larger of two, NaN if one is NaN: one instruction, like the maximum that drops NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _peak(x, axis: tl.constexpr):
-    """The largest magnitude of fp32 x along an axis, NaN if one is: as integers, magnitudes have the order of floats,
-    and NaN comes after infinity."""
+    """Return the largest magnitude of fp32 x along an axis, NaN if one is NaN.
+
+    Compares bit patterns as integers: magnitudes have the order of floats, and NaN comes after infinity."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(bits, axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["length"])
 def _row_rms(x, stride, out, length, channels, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out fp32 [2, L]: 1/rms of each token's q (program axis 1 = 0) and k (= 1)."""
+    """Write out fp32 [2, L]: 1/rms of each token's q (program axis 1 = 0) and k (= 1)."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     inside = (rows < length)[:, None]
@@ -70,7 +72,7 @@ def _norm_rope(
     x, stride, q_weight, k_weight, cos, sin, q_out, k_out, length, channels, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """16-bit operands: q_out, k_out [L, C] in x's type; program axis 1 picks q or k. The second read hits the cache."""
+    """Write the 16-bit q_out, k_out [L, C] in x's type; program axis 1 picks q or k. The second read hits the cache."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     inside = (rows < length)[:, None]
@@ -99,7 +101,7 @@ def _norm_rope(
 @triton.jit(do_not_specialize=["length"])
 def _v_statistics(v, stride, partial, length, channels, CHUNK: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
                   STAGES: tl.constexpr):  # fmt: skip
-    """partial fp32 [3, chunks, C]: sum, minimum and maximum of V over CHUNK tokens; one head per program."""
+    """Write partial fp32 [3, chunks, C]: sum, minimum and maximum of V over CHUNK tokens; one head per program."""
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * D + tl.arange(0, D)
     total = tl.zeros((T, D), tl.float32)
@@ -122,7 +124,7 @@ def _v_statistics(v, stride, partial, length, channels, CHUNK: tl.constexpr, T: 
 def _key_sample(
     k, stride, weight, row_rms, cos, sin, partial, samples, step, channels, T: tl.constexpr, D: tl.constexpr
 ):
-    """partial fp32 [programs, C]: sums of normed, rotated keys over T of the sampled tokens; one head per program."""
+    """Write partial fp32 [programs, C]: sums of normed, rotated keys over T sampled tokens; one head per program."""
     index = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     inside = index < samples
     rows = index * step
@@ -143,9 +145,9 @@ def _finish_statistics(
     v_partial, k_partial, v_mean, v_scale, k_mean, chunks, k_chunks, length, samples, channels,
     P: tl.constexpr, D: tl.constexpr, HAS_V: tl.constexpr,
 ):  # fmt: skip
-    """Reduce the partials of one head: mean of V and its e4m3 scale, mean key. All fp32 [C].
+    """Reduce the partials of one head: mean of V, its e4m3 scale, mean key. All fp32 [C].
 
-    The mean carries NaN into the scale. A channel that is constant, as all are of one token, is zeros of any scale."""
+    The mean carries NaN into the scale. A constant channel (as every channel of one token) becomes zeros, scale 1."""
     columns = tl.program_id(0) * D + tl.arange(0, D)
     total = tl.zeros((P, D), tl.float32)
     for start in range(0, k_chunks, P):
@@ -172,7 +174,7 @@ def _finish_statistics(
 
 @triton.jit
 def _signs(J: tl.constexpr):
-    """The ±1 Sylvester matrix [J, J] in fp16: the sign is the parity of the bits that row and column share."""
+    """Return the ±1 Sylvester matrix [J, J] in fp16: the sign is the parity of the bits shared by row and column."""
     bits = tl.arange(0, J)[:, None] & tl.arange(0, J)[None]
     bits = bits ^ (bits >> 4)
     bits = bits ^ (bits >> 2)
@@ -182,13 +184,13 @@ def _signs(J: tl.constexpr):
 
 @triton.jit
 def _pairs(at, inside, T: tl.constexpr, D: tl.constexpr):
-    """Even and odd columns of a table's [T, D/2], each [T, D/4]."""
+    """Load even and odd columns of a table's [T, D/2], each [T, D/4]."""
     return tl.split(tl.reshape(tl.load(at, mask=inside, other=0.0), (T, D // 4, 2)))
 
 
 @triton.jit
 def _split4(y, T: tl.constexpr, D: tl.constexpr):
-    """[T, D] → its channels 4j, 4j+1, 4j+2, 4j+3, each [T, D/4]."""
+    """Split [T, D] into its channels 4j, 4j+1, 4j+2, 4j+3, each [T, D/4]."""
     even, odd = tl.split(tl.reshape(y, (T, D // 2, 2)))
     y0, y2 = tl.split(tl.reshape(even, (T, D // 4, 2)))
     y1, y3 = tl.split(tl.reshape(odd, (T, D // 4, 2)))
@@ -197,8 +199,8 @@ def _split4(y, T: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _int8(y, inverse):
-    """Round half to even: adding 1.5·2²³ leaves no fraction bits. |y·inverse| ≤ 127 by construction; of NaN comes some
-    number, which the scale makes NaN again."""
+    """Round half to even: adding 1.5·2²³ leaves no fraction bits. |y·inverse| ≤ 127 by construction. NaN becomes an
+    arbitrary number, which the NaN scale turns into NaN again."""
     return ((y * inverse + 12582912.0) - 12582912.0).to(tl.int8)
 
 
@@ -207,9 +209,9 @@ def _quantise_qk(
     x, stride, weight, row_rms, cos, sin, mean, out, scale_out, length, padded, factor,
     D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """int8 [H, Lp, D] and scales (q: one a token, k: one per T = 128 tokens) of HEADS heads × T tokens.
+    """Write int8 [H, Lp, D] and scales (q: one per token, k: one per T = 128 tokens) of HEADS heads × T tokens.
 
-    Heads share the RoPE rows, which are as wide as a head: they are read once and kept in registers."""
+    All heads use the same RoPE rows, as wide as one head: they are read once and kept in registers."""
     block = tl.program_id(0).to(tl.int64)
     rows = block * T + tl.arange(0, T)
     inside = (rows < length)[:, None]
@@ -252,7 +254,7 @@ def _quantise_qk(
 
 @triton.jit(do_not_specialize=["length"])
 def _quantise_v(v, stride, mean, scale, out, residual, length, padded, channels, T: tl.constexpr, D: tl.constexpr):
-    """e4m3 [H, D, Lp] in stored order, and residual fp32 [blocks, C]: sums of what rounding left out."""
+    """Write e4m3 [H, D, Lp] in stored order, and residual fp32 [blocks, C]: sums of the rounding errors."""
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place = tl.arange(0, T)
     within = place % 16
@@ -273,7 +275,7 @@ def _quantise_v(v, stride, mean, scale, out, residual, length, padded, channels,
 
 @triton.jit(do_not_specialize=["blocks", "length"])
 def _v_shift(mean, residual, shift, blocks, length, channels, P: tl.constexpr, D: tl.constexpr):
-    """shift = mean + Σ residual / L."""
+    """Write shift = mean + Σ residual / L."""
     columns = tl.program_id(0) * D + tl.arange(0, D)
     total = tl.zeros((P, D), tl.float32)
     for start in range(0, blocks, P):
@@ -286,8 +288,8 @@ def _v_shift(mean, residual, shift, blocks, length, channels, P: tl.constexpr, D
 def prepare_16bit(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, q: Tensor, k: Tensor
 ) -> None:
-    """Write normed, rotated q and k, each contiguous [L, C] in qkv's type. qkv [L, 3·C], last stride 1."""
-    rows = 4  # of one program
+    """Write normed, rotated q and k, each contiguous [L, C] in qkv's type. qkv [L, 3·C] with last stride 1."""
+    rows = 4  # per program
     length, channels = q.shape
     block = min(1024, triton.next_power_of_2(channels))
     _norm_rope[(triton.cdiv(length, rows), 2)](
@@ -303,9 +305,9 @@ def _floats(device: torch.device, *shape: int) -> Tensor:
 def _statistics(
     qkv: Tensor, k_weight: Tensor, rope: Rope, eps: float, v_scale: Tensor | None, share: "RowShare | None"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First read of qkv: 1/rms [2, L] of q and k, mean key [C], mean [C] of V; `v_scale` [H, D] is written.
+    """Read qkv the first time: returns 1/rms [2, L] of q and k, mean key [C], mean [C] of V; writes `v_scale` [H, D].
 
-    share: means and ranges are those of all processes' rows."""
+    share: means and ranges are taken over the rows of all ranks."""
     fp8_pv = v_scale is not None
     length, channels, device = qkv.shape[0], qkv.shape[1] // 3, qkv.device
     heads, dim, stride = channels // rope.head_dim, rope.head_dim, qkv.stride(0)
@@ -340,7 +342,7 @@ def _statistics(
 
 
 def _of_all(k_partial: Tensor, v_partial: Tensor, share: "RowShare") -> tuple[Tensor, Tensor]:
-    """The partials of this process [chunks, C] and [3, chunks, C] → one of every process, [N, C] and [3, N, C]."""
+    """Reduce this rank's partials [chunks, C] and [3, chunks, C], gather one per rank → [N, C] and [3, N, C]."""
     sums, low, high = v_partial
     own = torch.stack([k_partial.sum(0), sums.sum(0), low.amin(0), high.amax(0)])
     gathered = share.peers.gather(own).transpose(0, 1).contiguous()  # [4, N, C]
@@ -356,9 +358,9 @@ def prepare_8bit(
     out: Prepared8,
     share: "RowShare | None" = None,
 ) -> None:
-    """Fill `out`'s buffers (its v too, if it is e4m3) from qkv [L, 3·C], last stride 1.
+    """Fill `out`'s buffers (including v, if it is e4m3) from qkv [L, 3·C] with last stride 1.
 
-    share: qkv holds R rows of a longer sequence; so does `out`, whose v_shift is a part of the sum over processes."""
+    share: qkv holds R rows of a longer sequence, and so does `out`; its v_shift is this rank's part of the sum."""
     channels, dim = qkv.shape[1] // 3, rope.head_dim
     fp8_pv, stride, padded = out.v_scale is not None, qkv.stride(0), out.q.shape[1]
     qkv = qkv if share is None else qkv[: share.valid]
@@ -367,13 +369,13 @@ def prepare_8bit(
     heads, blocks = channels // dim, padded // TILE
     group = next(n for n in range(HEADS_TOGETHER, 0, -1) if heads % n == 0)
     k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
-    # a rotation by the ±1 matrix leaves a factor √D in each; q also takes the softmax's log2(e)/√D
+    # each rotation by the ±1 matrix leaves a factor √D; q's factor also includes the softmax's log2(e)/√D
     q_factor, k_factor = math.log2(math.e) / dim, 1 / math.sqrt(dim)
     for source, weight, row_rms, data, scale, factor, key, size in (
         (qkv, q_weight, rms[0], out.q, out.q_scale, q_factor, False, Q_TOKENS),
         (k, k_weight, rms[1], out.k, out.k_scale, k_factor, True, TILE),
     ):
-        warps = size // 16  # as many values a thread for q as for k
+        warps = size // 16  # the same number of values per thread for q and k
         _quantise_qk[(padded // size, heads // group)](
             source, stride, weight, row_rms, rope.cos, rope.sin, k_mean, data, scale, length, padded, factor,
             D=dim, T=size, HEADS=group, KEY=key, STAGES=3, num_warps=warps,

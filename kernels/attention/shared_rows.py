@@ -1,10 +1,10 @@
-"""Self-attention over a sequence whose rows are held by several processes (Ulysses).
+"""Self-attention over a sequence whose rows are distributed over several ranks (Ulysses).
 
-Every process holds R rows of all H heads before and after attention, and all rows of H/N heads during it: two
-all-to-alls around the kernel, which sees what it would see on one GPU. Operands travel as they are prepared, in 8 bit
-with their scales where attention is 8 bit. Only the end of the sequence is padded. For 8-bit attention R is a multiple
-of the tile that shares a key scale, so that the tiles are those of one process; its means and ranges over tokens are
-taken over all processes before anything is quantised.
+Before and after attention, every rank holds R rows of all H heads; during attention, all rows of H/N heads. There are
+two all-to-alls around the kernel, which sees the same operands as on one GPU. Operands are exchanged as prepared: for
+8-bit attention as 8-bit values with their scales. Only the end of the sequence is padded. For 8-bit attention, R is a
+multiple of the tile that shares a key scale, so that the tiles are the same as on one rank; means and ranges over
+tokens are taken over all ranks before quantisation.
 Source: DeepSpeed-Ulysses (Jacobs et al. 2023), section 3.
 """
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RowShare:
-    """The rows of a sequence of `tokens` = L tokens that this process holds: `rows` = R from row `first` on, of which
-    `valid` are tokens and the others padding."""
+    """The rows of a sequence of `tokens` = L tokens that this rank holds: `rows` = R rows from row `first` on.
+
+    Of these, `valid` rows are tokens and the others are padding."""
 
     peers: Peers
     tokens: int
@@ -34,6 +35,7 @@ class RowShare:
 
     @classmethod
     def of(cls, peers: Peers, tokens: int, eight_bit: bool) -> "RowShare":
+        """Divide `tokens` rows over the ranks of `peers`; `eight_bit` rounds R up to a multiple of TILE."""
         unit = TILE if eight_bit else 1
         units = -(-tokens // unit)
         return cls(peers, tokens, -(-units // peers.size) * unit)
@@ -47,32 +49,32 @@ class RowShare:
         return min(max(self.tokens - self.first, 0), self.rows)
 
     def held(self, part: slice) -> tuple[slice, slice]:
-        """Of the sequence's rows `part`, those that are here: which of this process's rows, and which of the part's."""
+        """Intersect the sequence's rows `part` with this rank's: (slice of this rank's rows, slice of `part`)."""
         start = min(max(part.start, self.first), self.first + self.valid)
         stop = min(max(part.stop, start), self.first + self.valid)
         return slice(start - self.first, stop - self.first), slice(start - part.start, stop - part.start)
 
     def rope(self, table: Rope) -> Rope:
-        """The rotary table of these rows; padding has none."""
+        """Return the rotary table of these rows; padded rows are zero."""
         padding = (0, 0, 0, self.peers.size * self.rows - self.tokens)
         cos, sin = (F.pad(t, padding)[self.first : self.first + self.rows].contiguous() for t in (table.cos, table.sin))
         return Rope(cos, sin)
 
 
 class HeadExchange:
-    """The all-to-alls of one forward pass. Its buffers are made at the first block and serve all others, so that a
-    recorded pass has one set of them."""
+    """The all-to-alls of one forward pass. Its buffers are allocated at the first block and used by all others, so that
+    a captured graph has one set of them."""
 
     def __init__(self, share: RowShare) -> None:
         self.share = share
         self._buffers: dict[str, Tensor] = {}
 
     def to_heads(self, prepared: "PreparedQKV | Prepared8") -> "PreparedQKV | Prepared8":
-        """Operands of this process's rows and all heads → of all L tokens and this process's heads."""
+        """Exchange operands of this rank's rows and all heads → all L tokens and this rank's heads."""
         return self._eight_bit(prepared) if isinstance(prepared, Prepared8) else self._sixteen_bit(prepared)
 
     def attended(self, prepared: "PreparedQKV | Prepared8", head_dim: int) -> Tensor:
-        """Where attention writes: [L, C/N], the first rows of a buffer that `to_rows` sends."""
+        """Return the output buffer of attention: [L, C/N], the first rows of the buffer that `to_rows` sends."""
         dtype = prepared.v.dtype
         if isinstance(prepared, Prepared8) and prepared.v_scale is not None:
             dtype = torch.bfloat16
@@ -81,7 +83,7 @@ class HeadExchange:
         return self._zeros("attended", shape, dtype, prepared.q.device)[: self.share.tokens]
 
     def to_rows(self) -> Tensor:
-        """What attention wrote → [R, C]: this process's rows of all heads."""
+        """Exchange the attention output → [R, C]: this rank's rows of all heads."""
         size, rows = self.share.peers.size, self.share.rows
         parts = self._buffers["attended"].view(size, rows, -1)
         arrived = self.share.peers.exchange(parts, self._like("attended back", parts))
@@ -90,7 +92,7 @@ class HeadExchange:
         return ordered.flatten(1)
 
     def _sixteen_bit(self, prepared: "PreparedQKV") -> "PreparedQKV":
-        """q | k | v of a row and a process's heads side by side: what arrives is read in place."""
+        """Exchange 16-bit operands. q | k | v of a row and a rank's heads lie side by side, to be read in place."""
         size, rows = self.share.peers.size, self.share.rows
         heads, _, dim = prepared.q.shape
         operands = (prepared.q, prepared.k, prepared.v)
@@ -108,7 +110,7 @@ class HeadExchange:
         q = self._whole("q", prepared.q, 1, padded)
         k = self._whole("k", prepared.k, 1, padded)
         scales = [prepared.q_scale, prepared.k_scale]
-        if prepared.v_shift is not None:  # each process knows its part of the shift: they are summed
+        if prepared.v_shift is not None:  # each rank has its part of the shift: the parts are summed
             scales.append(prepared.v_shift)
         parts = torch.cat([scale.reshape(size, -1) for scale in scales], 1)
         arrived = self.share.peers.exchange(parts, self._like("scales", parts))
@@ -127,7 +129,7 @@ class HeadExchange:
         )
 
     def _whole(self, name: str, operand: Tensor, axis: int, length: int) -> Tensor:
-        """operand [H, …] with this process's rows on `axis` → [H/N, …] with `length` rows of all processes there."""
+        """Exchange operand [H, …] with this rank's rows on `axis` → [H/N, …] with `length` rows of all ranks there."""
         size, rows = self.share.peers.size, operand.shape[axis]
         parts = operand.unflatten(0, (size, -1))
         arrived = self.share.peers.exchange(parts, self._like(f"{name} back", parts))
@@ -140,7 +142,7 @@ class HeadExchange:
         return whole
 
     def _v16(self, v: Tensor) -> Tensor:
-        """V in 16 bit [H, R, D] → [H/N, L, D], heads side by side."""
+        """Exchange V in 16 bits [H, R, D] → [H/N, L, D], heads side by side."""
         size, rows = self.share.peers.size, self.share.rows
         heads, _, dim = v.shape
         parts = self._zeros("v", (size, rows, heads // size * dim), v.dtype, v.device)
@@ -162,7 +164,7 @@ class HeadExchange:
 
 
 def _copy(source: Tensor, place: Tensor) -> None:
-    """Copy in numbers of 8 bytes where both can be cut so: PyTorch copies strided tensors number by number, and single
+    """Copy in 8-byte units where both tensors allow it: PyTorch copies strided tensors element by element, and single
     bytes at a fraction of the memory's speed."""
     if _in_eights(source) and _in_eights(place):
         source, place = source.view(torch.int64), place.view(torch.int64)

@@ -1,9 +1,9 @@
-"""Which self-attention runs: chosen once, at start, with the reason in words.
+"""Attention variants: which self-attention runs, chosen once at start, and the reason in words.
 
-`auto` takes the fastest one whose accuracy the precision asks for; a variant the user named is used or refused. Lossy
-ones (those of 8 bit) come with the fp8 precision or by name, never otherwise. `8bit` and `bf16` (16 bit, bf16 or fp16)
-are two kernels each for the same operands: the one written for sm90 where that runs, else the Triton one; `8bit-triton`
-is always the latter.
+`auto` takes the fastest variant whose accuracy matches the precision; a variant named by the user is used or refused.
+Lossy variants (8-bit) are used with the fp8 precision or by name, never otherwise. `8bit` and `bf16` (16-bit, bf16 or
+fp16) each have two kernels for the same operands: the sm90 kernel where it runs, else the Triton kernel. `8bit-triton`
+always uses Triton.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ import torch
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.rows.ops import E4M3
 
-WIDTHS = (64, 128)  # of the heads that our kernels take
+WIDTHS = (64, 128)  # head widths that our kernels support
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """One way to compute self-attention: what it is, what is prepared for it and what it needs.
+    """One way to compute self-attention: its operands and its requirements.
 
     name     on the command line and in reports; description: in words
-    qk       type of q and k as prepared; None: that of the stages
-    v        type of v as prepared; None: as it was projected, so that it stays where it is
-    sm90     there is a second kernel for the same operands, which runs on sm90 where it can
-    lowest   compute capability that it needs; None: it runs on every device
-    widths   head widths that it takes, () for any; package: what must be installed, None for nothing"""
+    qk       type of the prepared q and k; None: the type of the stages
+    v        type of the prepared v; None: as projected, left in place
+    sm90     a second kernel for the same operands exists for sm90 and is preferred there
+    lowest   minimum compute capability; None: any device
+    widths   supported head widths, () for any; package: required Python package, None for none"""
 
     name: str
     description: str
@@ -42,16 +42,17 @@ class AttentionVariant:
 
     @property
     def eight_bit(self) -> bool:
-        """Are q and k quantised? Lossy, and on a CPU computed by a twin in PyTorch."""
+        """Whether q and k are quantised. Such a variant is lossy; on a CPU a PyTorch twin computes it."""
         return self.qk is not None
 
     def operand_type(self, precision: str) -> torch.dtype:
-        """Of q and k as a kernel on a GPU reads them."""
+        """Return the type of q and k that a kernel on a GPU reads. precision: fp32, bf16, fp16 or fp8."""
         return self.qk or (torch.float16 if precision == "fp16" else torch.bfloat16)
 
     def prepared_bytes(self, element: int) -> int:
-        """Bytes a channel of one token beside q k v as projected, with `element` bytes a value there: q and k, and v
-        or, where v stays in place, the attention's output."""
+        """Return the bytes per channel of one token added by preparation to the projected q k v (`element` bytes each).
+
+        They hold q and k, and v or, where v stays in place, the attention's output."""
         return 2 * _size(self.qk, element) + _size(self.v, element)
 
 
@@ -64,7 +65,7 @@ EIGHT_BIT = AttentionVariant(
     sm90=True,
     lowest=(8, 9),
     widths=WIDTHS,
-    package="triton",  # its preparation is Triton's always
+    package="triton",  # the preparation always uses Triton
 )
 EIGHT_BIT_TRITON = AttentionVariant(
     *("8bit-triton", "int8 QK, fp8 PV with two-level accumulation (Triton)", torch.int8, E4M3),
@@ -80,32 +81,32 @@ CUDNN = AttentionVariant("cudnn", "16-bit, cuDNN through PyTorch")
 FLASH = AttentionVariant("flash", "16-bit, the flash-attn package", package="flash_attn")
 SAGE = AttentionVariant("sage", "8-bit QK, the sageattention package", package="sageattention")
 SDPA = AttentionVariant("sdpa", "PyTorch's own choice", lowest=None)
-NO_ATTENTION = AttentionVariant("none", "there is no transformer", lowest=None)  # of a folder without one
+NO_ATTENTION = AttentionVariant("none", "there is no transformer", lowest=None)  # for a folder without a transformer
 
 VARIANTS = {
     variant.name: variant
     for variant in (EIGHT_BIT, EIGHT_BIT_TRITON, EIGHT_BIT_16BIT_PV, SIXTEEN_BIT, CUDNN, FLASH, SAGE, SDPA)
 }
-# major capability → what auto takes for bf16 and fp16, as measured; ours only where its sm90 kernel runs, else cuDNN
+# major capability → auto's choice for bf16 and fp16, as measured; ours only where its sm90 kernel runs, else cuDNN
 FASTEST_16_BIT = {9: SIXTEEN_BIT, 10: CUDNN}
 
 
 def usual_attention(precision: str) -> AttentionVariant:
-    """What auto takes on a GPU that has what the precision asks for: for estimates, where no device is asked."""
+    """Return auto's choice on a GPU that supports the precision, for estimates without a device."""
     return EIGHT_BIT if precision == "fp8" else SDPA
 
 
 def is_eight_bit(requested: str) -> bool:
-    """Is "auto" or a variant's name one of 8 bit? Auto is none: it follows the precision."""
+    """Return whether `requested` names an 8-bit variant. False for "auto", which follows the precision."""
     return requested in VARIANTS and VARIANTS[requested].eight_bit
 
 
 def choose_attention(
     requested: str, precision: str, device: torch.device | str, head_dim: int
 ) -> tuple[AttentionVariant, str]:
-    """→ (variant, why). requested: "auto" or a key of VARIANTS; precision: fp32, bf16, fp16 or fp8.
+    """Return (variant, reason). requested: "auto" or a key of VARIANTS; precision: fp32, bf16, fp16 or fp8.
 
-    Raises InputError if the named variant is unknown or cannot run here."""
+    Raises InputError if the named variant is unknown or cannot run on this device."""
     device = torch.device(device)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if requested != "auto":
@@ -138,7 +139,7 @@ def choose_attention(
 
 
 def _description(variant: AttentionVariant, device: torch.device, head_dim: int, precision: str) -> str:
-    """What `variant` is; on a GPU, where it has two kernels, also which of them runs and why not the other."""
+    """Describe `variant`; on a GPU, if it has two kernels, add which of them runs and why."""
     if not variant.sm90 or device.type != "cuda":
         return variant.description
     problem = hopper_obstacle(device, head_dim, variant.operand_type(precision))
@@ -147,8 +148,10 @@ def _description(variant: AttentionVariant, device: torch.device, head_dim: int,
 
 
 def hopper_obstacle(device: torch.device, head_dim: int, operands: torch.dtype) -> str | None:
-    """Why the kernel written for sm90 for int8, bf16 or fp16 q and k cannot run on this GPU, or None. The first call
-    may compile and load it: `choose_attention` makes that call, so that none falls into the capture of a CUDA graph."""
+    """Return why the sm90 kernel for int8, bf16 or fp16 q and k cannot run on this GPU, or None if it can.
+
+    The first call may compile and load it: `choose_attention` makes that call, so that it never happens during the
+    capture of a CUDA graph."""
     from scail2_rt.kernels.attention import hopper_attention, hopper_attention_16bit
 
     if head_dim != hopper_attention.WIDTH:
@@ -162,9 +165,9 @@ def hopper_obstacle(device: torch.device, head_dim: int, operands: torch.dtype) 
 def obstacle(
     variant: AttentionVariant, precision: str, capability: tuple[int, int] | None, head_dim: int
 ) -> str | None:
-    """Why `variant` cannot run on a GPU of this capability (None: a CPU), or None if it can."""
+    """Return why `variant` cannot run on a GPU of this capability (None: a CPU), or None if it can."""
     if variant.lowest is None or (variant.eight_bit and capability is None):
-        return None  # the twins of the 8-bit ones run anywhere
+        return None  # the twins of the 8-bit variants run on any device
     if capability is None:
         return "it needs an NVIDIA GPU and the device is a CPU"
     if precision == "fp32" and not variant.eight_bit:

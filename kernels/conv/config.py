@@ -1,8 +1,8 @@
-"""Which tile a convolution uses: a fixed table by GPU and channels, measured, with nothing tuned at run time.
+"""Tile sizes of the convolutions: a fixed, measured table by GPU and channels. Nothing is tuned at run time.
 
-A program computes `rows` pixels × (columns0 + columns1) channels: two powers of two side by side, since 96 = 64 + 32
-and 192 = 128 + 64 would else waste a quarter of the tensor core's work. Many rows keep the traffic of weights from the
-L2 cache low, which is what limits the shapes with few channels."""
+A program computes `rows` pixels × (columns0 + columns1) channels. The channels are two powers of two side by side,
+because rounding 96 = 64 + 32 and 192 = 128 + 64 up to a power of two would waste a quarter of the tensor core's work.
+Many rows keep the traffic of weights from the L2 cache low, which limits the shapes with few channels."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,9 +12,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ConvConfig:
-    """Tile of one program. `tma`: operands come through TMA descriptors (Hopper and later), else through pointers.
+    """Tile of one program: pixels, channels, depth of a K step, warps, pipeline stages.
 
-    `merged`: a row of the TMA view holds the kx pixels of a tap row, so that blocks cross pixels; else one pixel."""
+    `tma`: operands are loaded through TMA descriptors (Hopper and later), else through pointers. `merged`: a row of the
+    TMA view holds the kx pixels of a tap row, so that K steps cross pixels; else one pixel."""
 
     rows: int
     columns0: int
@@ -31,7 +32,7 @@ class ConvConfig:
 
 
 def choose_conv(device: torch.device, c_in: int, c_out: int, stride: int) -> ConvConfig:
-    """The configuration for padded channel counts on this device; a CPU means Triton's interpreter."""
+    """Return the configuration for padded channel counts on this device; a CPU means Triton's interpreter."""
     if device.type != "cuda":
         return _small(c_in, c_out, stride == 1)
     return _choose(torch.cuda.get_device_capability(device), c_in, c_out, stride)
@@ -51,7 +52,7 @@ def _choose(capability: tuple[int, int], c_in: int, c_out: int, stride: int) -> 
 
 
 def _hopper_other(c_in: int, c_out: int, capability: tuple[int, int], stride: int) -> ConvConfig:
-    """Heads, first layers and strided convolutions, and GPUs newer than Hopper (not measured: modest tiles)."""
+    """First and last layers and strided convolutions, and GPUs newer than Hopper (not measured: modest tiles)."""
     tma = stride == 1
     depth = 64 if c_in % 64 == 0 or c_in < 32 else 32
     if c_out <= 32:
@@ -62,7 +63,7 @@ def _hopper_other(c_in: int, c_out: int, capability: tuple[int, int], stride: in
 
 
 def _ampere(c_in: int, c_out: int) -> ConvConfig:
-    """Ampere and Ada: operands through asynchronous copies; small stages, as Ada has 99 KiB of shared memory."""
+    """Ampere and Ada: operands are copied asynchronously; small pipeline stages, since Ada has 99 KiB shared memory."""
     columns = (16, 0) if c_out <= 16 else (32, 0) if c_out <= 32 else (64, 32) if c_out == 96 else (64, 0)
     if c_out % 128 == 0:
         columns = (128, 0)
@@ -70,6 +71,6 @@ def _ampere(c_in: int, c_out: int) -> ConvConfig:
 
 
 def _small(c_in: int, c_out: int, tma: bool) -> ConvConfig:
-    """For the interpreter, which runs a program at a time."""
+    """For the interpreter, which runs one program at a time."""
     columns = (16, 0) if c_out <= 16 else (32, 0) if c_out <= 32 else (32, 16) if c_out <= 48 else (64, 32)
     return ConvConfig(64, *columns, 32 if c_in <= 32 else 64, 4, 2, tma)

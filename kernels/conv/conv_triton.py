@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of `ops.py`: the implicit GEMM and the RMS norm over channels.
 
-A program computes `ROWS` output pixels of one frame. With TMA a tile is a stretch of the flattened, bordered source
-(border pixels are computed and not stored: two of a row), so that every tap is a two-dimensional box of a view whose
-rows are kx·C values long and C apart; without TMA it is a stretch of output pixels, and strides are free. Neighbouring
-programs share a tile across channels and frames, which keeps the six source frames of four outputs in the L2 cache."""
+A program computes `ROWS` output pixels of one frame. With TMA, a tile is a contiguous range of the flattened, bordered
+source (the two border pixels per row are computed but not stored), so that every tap is a two-dimensional box of a view
+whose rows are kx·C values long and C apart. Without TMA, a tile is a contiguous range of output pixels, and any stride
+works. Neighbouring programs share a tile across channels and frames, which keeps the six source frames of four outputs
+in the L2 cache."""
 
 import triton
 import triton.language as tl
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _saturated(y, dtype: tl.constexpr):
-    """fp32 → dtype; fp16 keeps to its finite range."""
+    """Cast fp32 to dtype; fp16 saturates to its finite range."""
     if dtype == tl.float16:
         y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
     return y.to(dtype)
@@ -20,14 +21,14 @@ def _saturated(y, dtype: tl.constexpr):
 
 @triton.jit
 def _frame_of(data, clock, counter, offset, ring, frame, frame_rows, channels):
-    """Pointer to the slot of `frame`: 64 bits once, so that offsets inside a frame need 32 only."""
+    """Return the pointer to the slot of `frame`: a 64-bit offset, so that offsets inside a frame take 32 bits."""
     slot = (tl.load(clock + counter) + offset + frame) % ring
     return data + slot.to(tl.int64) * frame_rows * channels
 
 
 @triton.jit
 def _finish(acc, rescale, columns, bias, residual, rows, residual_rescale, valid, c_out, HAS_RESIDUAL: tl.constexpr):
-    """acc · rescale + bias + residual, zero beyond c_out. residual: a frame [*, c_out]; rows int32 [ROWS]."""
+    """Return acc · rescale + bias + residual, zero beyond c_out. residual: a frame [*, c_out]; rows int32 [ROWS]."""
     inside = columns < c_out
     y = acc * rescale + tl.load(bias + columns, mask=inside, other=0.0)[None, :]
     if HAS_RESIDUAL:
@@ -39,14 +40,14 @@ def _finish(acc, rescale, columns, bias, residual, rows, residual_rescale, valid
 
 @triton.jit
 def _store(out, rows, columns, y, valid, c_out):
-    """out: a frame [*, c_out]; rows int32 [ROWS]."""
+    """Store y to out: a frame [*, c_out]; rows int32 [ROWS]."""
     mask = valid[:, None] & (columns < c_out)[None, :]
     tl.store(out + (rows[:, None] * c_out + columns[None, :]), _saturated(y, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gamma_silu(y, scale, gamma, columns, c_out, SILU: tl.constexpr):
-    """y · scale[:, None] · gamma, then SiLU."""
+    """Return y · scale[:, None] · gamma, then SiLU."""
     y = y * scale[:, None] * tl.load(gamma + columns, mask=columns < c_out, other=0.0)[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
@@ -55,7 +56,7 @@ def _gamma_silu(y, scale, gamma, columns, c_out, SILU: tl.constexpr):
 
 @triton.jit
 def _store_planar(planar, columns, y, valid, frame, frames, pixel, plane, PLANAR: tl.constexpr):
-    """planar fp32 [PLANAR, frames, plane]."""
+    """Store y to planar fp32 [PLANAR, frames, plane]."""
     mask = valid[:, None] & (columns < PLANAR)[None, :]
     at = (columns[None, :].to(tl.int64) * frames + frame) * plane + pixel[:, None]
     tl.store(planar + at, y, mask=mask)
@@ -105,11 +106,11 @@ def conv_kernel(
     KT: tl.constexpr,
     KY: tl.constexpr,
     GROUP: tl.constexpr,  # kx·C
-    SPAN: tl.constexpr,  # what one row of the source view holds: a whole group, or one pixel
+    SPAN: tl.constexpr,  # values in one row of the source view: a complete group, or one pixel
     GROUP_PITCH: tl.constexpr,  # the same in the weight matrix
     STRIDE: tl.constexpr,
     TIME_STRIDE: tl.constexpr,
-    PHASES: tl.constexpr,  # 1, 2 in time, 4 in space
+    PHASES: tl.constexpr,  # 1; 2 in time; 4 in space
     COLUMN_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS0: tl.constexpr,
@@ -123,6 +124,7 @@ def conv_kernel(
     SILU: tl.constexpr,
     PLANAR: tl.constexpr,
 ):
+    """Convolve ROWS output pixels × (COLUMNS0 + COLUMNS1) channels of one frame and phase (see the module)."""
     pid = tl.program_id(0)
     column_block = pid % COLUMN_BLOCKS
     phase = (pid // COLUMN_BLOCKS) % PHASES
@@ -161,9 +163,9 @@ def conv_kernel(
     PER_GROUP: tl.constexpr = GROUP // SPAN * BLOCKS
     for step in tl.range(0, KT * KY * PER_GROUP, num_stages=STAGES):
         group = step // PER_GROUP
-        dx = step % PER_GROUP // BLOCKS  # 0 where a row holds the whole group
+        dx = step % PER_GROUP // BLOCKS  # 0 where a row holds the complete group
         inner = (step % BLOCKS) * DEPTH
-        # a block that reaches beyond SPAN meets zeros of the source, so that its weights there do not matter
+        # a block that reaches beyond SPAN reads zeros from the source, so its weights there have no effect
         w_inner = group * GROUP_PITCH + dx * SPAN + inner
         at = slot + group // KY
         at = tl.where(at >= src_ring, at - src_ring, at)
@@ -207,7 +209,7 @@ def conv_kernel(
         if COLUMNS1 > 0:
             _store(raw, rows, columns1, y1 * raw_scale, valid, c_out)
     if HAS_NORM:
-        # columns beyond c_out hold what the next phase's weights gave
+        # columns beyond c_out hold values of the next phase's weights
         squares = tl.sum(tl.where((columns0 < c_out)[None, :], y0 * y0, 0.0), axis=1)
         if COLUMNS1 > 0:
             squares += tl.sum(tl.where((columns1 < c_out)[None, :], y1 * y1, 0.0), axis=1)
@@ -246,6 +248,7 @@ def norm_kernel(
     BLOCK: tl.constexpr,  # power of two ≥ channels
     SILU: tl.constexpr,
 ):
+    """RMS-norm ROWS pixels of one frame over their channels, times gamma, optionally with SiLU."""
     frame = tl.program_id(1)
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = pixel < pixels

@@ -2,28 +2,28 @@
 //
 // A block is persistent: GROUPS consumer warpgroups, each with TILES accumulators of 64 pixels x COLUMNS channels, and
 // one producer warpgroup (one thread of it issues TMA loads), which runs ahead into the next tile during an epilogue.
-// A tile is a stretch of ROWS = 64 * TILES * GROUPS flattened pixels of one output frame; those of the border are
-// computed and not stored. Tap (dt, dy, dx) of channel chunk c reads the pixels shifted by a constant.
+// A tile is a range of ROWS = 64 * TILES * GROUPS flattened pixels of one output frame; border pixels are computed but
+// not stored. Tap (dt, dy, dx) of channel chunk c reads the pixels shifted by a constant.
 //
-// One pipeline stage holds 32 channels (64 bytes, 64-byte swizzle) of a stretch of pixels, and the weights of all three
-// dx: their three A operands are the same pixels in shared memory, one row further each. A row further means 64 bytes
-// more in the descriptor. The swizzle is a function of the address itself, of which the tile's start is a multiple of
-// the pattern's 512 bytes, so that a shifted operand reads what TMA wrote. That leaves a third of the pixel traffic
-// from the L2 cache, which is what limits 96 channels.
+// One pipeline stage holds 32 channels (64 bytes, 64-byte swizzle) of a range of pixels, and the weights of all three
+// dx. The three A operands are the same pixels in shared memory, each shifted by one row, which is 64 bytes more in the
+// descriptor. The swizzle is a function of the address, and the tile's start is a multiple of the pattern's 512 bytes,
+// so a shifted operand reads the data that TMA wrote. This cuts the pixel traffic from the L2 cache, the limit for 96
+// channels, to a third.
 //
 // Epilogue: y = sum * rescale + bias + residual; raw = y * scale; normed = silu(y / rms(y) * gamma), where a thread's
 // quad holds all channels of a row. Values pass through a 4 x 4 transposition within the quad, so that memory is
-// accessed in 16 bytes a thread and 64 bytes a row.
+// accessed in 16 bytes per thread and 64 bytes per row.
 //
-// The compiler gets `hopper_ptx.cu` in front of this file.
+// `hopper_ptx.cu` is compiled in front of this file.
 #ifndef COLUMNS
-#define COLUMNS 96  // output channels a block: 96 or 192
+#define COLUMNS 96  // output channels per block: 96 or 192
 #endif
 #ifndef GROUPS
 #define GROUPS 3  // consumer warpgroups: 2 or 3
 #endif
 #ifndef TILES
-#define TILES 2  // accumulators of a warpgroup; TILES * COLUMNS / 2 registers a thread
+#define TILES 2  // accumulators per warpgroup; TILES * COLUMNS / 2 registers per thread
 #endif
 #ifndef STAGES
 #define STAGES 4
@@ -33,8 +33,8 @@
 #endif
 
 constexpr int ROWS = 64 * TILES * GROUPS;
-constexpr int VALUES = COLUMNS / 2;            // accumulator elements a thread
-constexpr int TAPS = 3;                        // of a stage: all dx
+constexpr int VALUES = COLUMNS / 2;            // accumulator elements per thread
+constexpr int TAPS = 3;                        // per stage: all dx
 constexpr int ROW_BYTES = 64;                  // 32 channels
 constexpr int BOXES = (ROWS + TAPS - 1 + BOX - 1) / BOX;
 constexpr int A_BYTES = BOXES * BOX * ROW_BYTES;
@@ -43,7 +43,7 @@ constexpr int B_AT = (A_BYTES + 1023) / 1024 * 1024;
 constexpr int STAGE_BYTES = (B_AT + TAPS * B_BYTES + 1023) / 1024 * 1024;
 constexpr float LARGEST = 65504.0f;
 
-struct Frames {  // frame t at slot (clock[counter] + offset + t) mod ring; data 0: absent
+struct Frames {  // frame t is at slot (clock[counter] + offset + t) mod ring; data 0: absent
     u32* data;
     int ring, counter, offset;
     float scale;
@@ -53,8 +53,8 @@ struct Problem {
     const int* clock;
     const float* bias;
     const float* gamma;
-    Frames src, residual, raw, normed;  // scale: of src and residual what values read are multiplied by
-    int frames, height, width, pitch, frame_rows, c_in, c_out, group_pitch, tiles;  // tiles: of ROWS pixels per frame
+    Frames src, residual, raw, normed;  // scale of src and residual: factor applied to the values read
+    int frames, height, width, pitch, frame_rows, c_in, c_out, group_pitch, tiles;  // tiles of ROWS pixels per frame
     float norm_channels, norm_floor;
     int silu;
 };
@@ -86,12 +86,12 @@ __device__ __forceinline__ void product(float (&acc)[VALUES], u64 a, u64 b) {
     asm volatile(PRODUCT : LIST("+f", acc) : "l"(a), "l"(b) : "memory");
 }
 
-// The registers are operands, so that the compiler cannot read them before.
+// Waits for the products. The registers are operands, so that the compiler cannot read them earlier.
 __device__ __forceinline__ void finish(float (&acc)[VALUES]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST("+f", acc)::"memory");
 }
 
-// ---- which tile -------------------------------------------------------------------------------------------------
+// ---- tile index -------------------------------------------------------------------------------------------------
 
 struct Tile {
     int row, frame, column;  // first flattened pixel, output frame, first output channel
@@ -179,7 +179,7 @@ __device__ __forceinline__ float2 unpack_f16(u32 pair) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + exp2_fast(-1.4426950408889634f * x)); }
 
-// Lane b of a quad holds element i of its row in v.i; afterwards it holds element b of lane i's row. Its own inverse.
+// Lane b of a quad holds element i of its row in v.i; afterwards it holds element b of lane i's row. Self-inverse.
 __device__ __forceinline__ uint4 transpose(uint4 v, int b) {
     const bool odd = b & 1, high = b & 2;
     const u32 s0 = __shfl_xor_sync(~0u, odd ? v.x : v.y, 1), s1 = __shfl_xor_sync(~0u, odd ? v.z : v.w, 1);
@@ -191,7 +191,7 @@ __device__ __forceinline__ uint4 transpose(uint4 v, int b) {
     return v;
 }
 
-// Row I (0, 1) of a thread: element 4g + 2I + c of acc is channel 8g + 2b + c.
+// Row I (0, 1) of a thread: element 4g + 2I + c of acc is channel 8g + 2b + c. Adds bias and residual.
 template <int I>
 __device__ __forceinline__ void add_inputs(float (&acc)[VALUES], float rescale, const float* bias, const uint4* residual,
                                            float residual_rescale, bool valid, int b) {
@@ -245,7 +245,7 @@ __device__ __forceinline__ void normalise(float (&acc)[VALUES], const Problem& p
     }
 }
 
-// Address of a pixel's channels in `frame`, 0 where the frames are absent; `at` counts pixels within the frame.
+// Address of a pixel's channels in `frame`, null if the frames are absent; `at` counts pixels within the frame.
 __device__ __forceinline__ uint4* pixel_of(const Problem& p, const Frames& f, int frame, int at, int column) {
     if (!f.data) return nullptr;
     const long long pixel = (long long)slot_of(p, f, frame) * p.frame_rows + at;
@@ -268,7 +268,7 @@ __device__ __forceinline__ void store_row(float (&acc)[VALUES], const Problem& p
 
 // ---- consumer ---------------------------------------------------------------------------------------------------
 
-// The products of one stage; a and b are descriptors, that of a of the warpgroup's first pixel.
+// The products of one stage; a and b are descriptors, a at the warpgroup's first pixel.
 __device__ __forceinline__ void multiply(float (&acc)[TILES][VALUES], u64 a, u64 b) {
     wgmma_fence();
 #pragma unroll
@@ -297,7 +297,7 @@ __device__ __forceinline__ void consume(const Ring& ring, const Problem& p, int 
             const u32 data = ring.data + at.stage * STAGE_BYTES;
             barrier_wait(ring.full + 8 * at.stage, at.parity);
             multiply(acc, descriptor<ROW_BYTES>(data + first * ROW_BYTES), descriptor<ROW_BYTES>(data + B_AT));
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the products of the stage before
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the products of the previous stage
             if (step && lane == 0) barrier_arrive(previous);
             previous = ring.empty + 8 * at.stage;
             at.next();
@@ -315,7 +315,7 @@ __device__ __forceinline__ void consume(const Ring& ring, const Problem& p, int 
     }
 }
 
-// Grid: at most one block per multiprocessor. Dynamic shared memory: 1024 to align, STAGES stages, their barriers.
+// Grid: at most one block per multiprocessor. Dynamic shared memory: 1024 bytes for alignment, STAGES stages, barriers.
 // pixels: fp16 [slots * (H+2) * (W+2), c_in] in boxes of BOX x 32; weights: fp16 [c_out, 9 * group_pitch] in boxes of
 // COLUMNS x 32, channel i of tap (dt, dy, dx) at (dt * 3 + dy) * group_pitch + dx * c_in + i.
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
@@ -329,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(ring.full + 8 * i, 1);
-            barrier_init(ring.empty + 8 * i, 4 * GROUPS);  // one arrival a consumer warp
+            barrier_init(ring.empty + 8 * i, 4 * GROUPS);  // one arrival per consumer warp
         }
         barrier_init_done();
     }

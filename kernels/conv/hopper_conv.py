@@ -1,6 +1,6 @@
-"""3×3×3 convolutions of the causal video VAE in CUDA C++ for Hopper (sm_90): when and how `hopper_conv.cu` runs.
+"""Launch of `hopper_conv.cu`: 3×3×3 convolutions of the causal video VAE in CUDA C++ for Hopper (sm_90).
 
-It does what `launch.launch_conv` does, for fp16 frames and the layers that hold most of the work."""
+It replaces `launch.launch_conv` for fp16 frames and for the layers that hold most of the work."""
 
 import ctypes
 import functools
@@ -15,14 +15,14 @@ from scail2_rt.kernels.conv.ops import NORM_FLOOR, ConvCall, Frames
 from scail2_rt.kernels.cuda.nvrtc import HOPPER, Kernel, launch, tensor_map, unavailable
 
 CHUNK = 32  # channels per stage
-FUSED_CHANNELS = 192  # at most, for a norm in the same launch: one block holds all channels of a pixel
+FUSED_CHANNELS = 192  # maximum for a norm in the same launch: one block holds all channels of a pixel
 SHARED_LIMIT = 227 * 1024
-SMALL_TILE_COST = 1.07  # of a pixel in tiles of 128 rows, which read the weights more often, over one in 192
+SMALL_TILE_COST = 1.07  # cost per pixel in tiles of 128 rows (they read the weights more often), relative to 192 rows
 
 
 @dataclass(frozen=True, slots=True)
 class ConvTile:
-    """The switches of the source, which explains them."""
+    """Compile-time constants of `hopper_conv.cu`, which documents them."""
 
     columns: int
     groups: int
@@ -34,7 +34,7 @@ class ConvTile:
 
     @property
     def box(self) -> int:
-        """Pixels of one TMA load: a tile and what its taps reach beyond it, in equal loads of at most 256."""
+        """Pixels per TMA load: a tile and the two pixels its taps reach beyond it, in equal loads of at most 256."""
         pixels = self.rows + 2
         loads = -(-pixels // 256)
         return -(-pixels // (8 * loads)) * 8
@@ -92,7 +92,7 @@ class _Problem(ctypes.Structure):
 
 
 def takes(call: ConvCall, planar: Tensor | None) -> bool:
-    """Whether `launch_conv` runs this convolution here: a 3×3×3 of stride 1, in fp16, on an sm_90 GPU."""
+    """Return whether `launch_conv` can run this convolution: 3×3×3, stride 1, fp16, on an sm_90 GPU."""
     src, weights = call.src, call.weights
     return (
         src.data.is_cuda
@@ -107,7 +107,9 @@ def takes(call: ConvCall, planar: Tensor | None) -> bool:
 
 
 def launch_conv(call: ConvCall, clock: Tensor, fused: bool, tile: ConvTile | None = None) -> None:
-    """`conv` of `ops.py` for what it `takes`, its norm `fused` (at most 192 channels) or left out."""
+    """Run `conv` of `ops.py` for calls that `takes` accepts, with the norm `fused` (at most 192 channels) or omitted.
+
+    Raises ValueError for operands that the kernel does not support."""
     _check(call, clock, fused)
     src, weights, frames, residual = call.src, call.weights, call.frames, call.residual
     raw, normed, norm = call.destinations(fused)
@@ -146,7 +148,7 @@ def _frames(frames: Frames | None, scale: float) -> _Frames:
 
 @functools.cache
 def _choose(device: int, pixels: int, frames: int, c_out: int) -> ConvTile:
-    """Tiles of few pixels only where large ones would leave multiprocessors idle."""
+    """Choose small tiles only where large ones would leave multiprocessors idle."""
     if c_out == 96:
         return NARROW
 
@@ -171,14 +173,14 @@ def _available(device: int) -> bool:
 
 
 def _check(call: ConvCall, clock: Tensor, fused: bool) -> None:
-    """ValueError for what the kernel does not do or would read or write out of bounds."""
+    """Raise ValueError for operands that the kernel does not support or would access out of bounds."""
     src, weights = call.src, call.weights
     if weights.taps != (3, 3, 3) or weights.phases != "none" or weights.stride != 1:
         raise ValueError("the kernel is for 3×3×3 convolutions of stride 1 between frames")
     if src.data.shape[3] != weights.c_in or weights.c_in % CHUNK or weights.c_out not in (96, 192, 384):
         raise ValueError(f"no kernel for {src.data.shape[3]} channels to {weights.c_out}")
     if fused and weights.c_out > FUSED_CHANNELS:
-        raise ValueError("384 channels are two blocks: their norm is a pass of its own")
+        raise ValueError("384 channels take two blocks: run their norm in a separate launch")
     if clock.dtype != torch.int32:
         raise ValueError("the clock must be int32")
     for frames in (src, call.raw, call.residual, call.normed):

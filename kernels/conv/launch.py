@@ -1,4 +1,4 @@
-"""Launching the convolution kernels: grids, descriptors and the arguments that follow from the frames' shapes."""
+"""Launch of the Triton convolution kernels: grids, descriptors and arguments derived from the frames' shapes."""
 
 import math
 from typing import Any
@@ -14,7 +14,9 @@ from scail2_rt.kernels.conv.ops import GROUP_STEP, NORM_FLOOR, ConvCall, ConvWei
 
 
 def launch_conv(call: ConvCall, clock: Tensor, config: ConvConfig, fused: bool, planar: Tensor | None) -> None:
-    """`conv` of `ops.py`, its norm `fused` or left out. TMA takes stride 1 only."""
+    """Run `conv` of `ops.py`, with its norm `fused` or omitted. TMA supports stride 1 only.
+
+    Raises ValueError for operands that the kernel would access out of bounds."""
     _check(call, clock, config, planar)
     src, weights, frames, residual = call.src, call.weights, call.frames, call.residual
     raw, normed, norm = call.destinations(fused)
@@ -93,7 +95,7 @@ def launch_conv(call: ConvCall, clock: Tensor, config: ConvConfig, fused: bool, 
 
 
 def launch_norm(src: Frames, dst: Frames, norm: Norm, clock: Tensor, frames: int) -> None:
-    """`rms_norm_frames` of `ops.py`; src and dst have the same size."""
+    """Run `rms_norm_frames` of `ops.py`. Raises ValueError unless src and dst have the same frame size."""
     if src.data.shape[1:] != dst.data.shape[1:]:
         raise ValueError(f"a norm cannot go from frames of {tuple(src.data.shape[1:])} to {tuple(dst.data.shape[1:])}")
     bordered_height, pitch, channels = src.data.shape[1:]
@@ -131,7 +133,7 @@ def _floor(norm: Norm | None) -> float:
 
 
 def _source(src: Frames, weights: ConvWeights, config: ConvConfig) -> Any:
-    """The frames as overlapping rows of kx pixels each, one pixel apart; or as rows of single pixels."""
+    """Describe the frames as overlapping rows of kx pixels each, one pixel apart, or as rows of single pixels."""
     kx, channels = weights.taps[2] if config.merged else 1, weights.c_in
     rows = src.data.numel() // channels - kx + 1
     return TensorDescriptor(src.data, [rows, kx * channels], [channels, 1], [config.rows, config.depth])
@@ -142,7 +144,7 @@ def _box(matrix: Tensor, columns: int, depth: int) -> Any:
 
 
 def _check(call: ConvCall, clock: Tensor, config: ConvConfig, planar: Tensor | None) -> None:
-    """ValueError for what the kernel would read or write out of bounds."""
+    """Raise ValueError for operands that the kernel would access out of bounds."""
     src, weights = call.src, call.weights
     if src.data.shape[3] != weights.c_in or not src.data.is_contiguous():
         raise ValueError(f"the convolution takes {weights.c_in} channels, the frames have {src.data.shape[3]}")

@@ -1,14 +1,14 @@
 """Convolutions of the causal video VAE over frames kept as [slot, H+2, W+2, C] with a border of zero pixels.
 
-With the border inside the buffer a convolution needs no padding, and a tap is nothing but a shift of the flattened
-pixels: row m of the implicit GEMM reads the pixels m + shift, and the taps of one kernel row (dx) lie side by side in
-memory, so they form one stretch of kx·C values. Frames live in rings: what produced them wrote them at slot
-(clock + offset + t) mod ring, where `clock` is a counter on the device, so that a step reads the last two frames of
-the step before without a copy and launches kernels with the same arguments. The epilogue adds bias and residual and,
-where one program holds all channels of its pixels, also writes the RMS-normed and SiLU'd result into the next ring.
-Values that are not normed are stored times `Frames.scale`, a power of two: fp16 has a sixth of its exponents to spare
-below, and RMS norm does not see the factor. Nearest ×2 before a 3×3 convolution is four 2×2 convolutions (phases) with
-summed weights on the small input. Each op has a PyTorch twin on the same buffers.
+With the border inside the buffer, a convolution needs no padding, and a tap is only a shift of the flattened pixels:
+row m of the implicit GEMM reads the pixels m + shift. The taps of one kernel row (dx) lie side by side in memory and
+form one contiguous range of kx·C values. Frames are kept in rings: frame t lies at slot (clock + offset + t) mod ring,
+where `clock` is a counter on the device. A step can thus read the last two frames of the previous step without a copy,
+and always launches kernels with the same arguments. The epilogue adds bias and residual and, where one program holds
+all channels of its pixels, also writes the RMS-normed and SiLU'd result into the next ring.
+Values that are not normed are stored times `Frames.scale`, a power of two: the lowest sixth of fp16's exponents is
+unused, and RMS norm is invariant to the factor. Nearest ×2 before a 3×3 convolution is four 2×2 convolutions (phases)
+with summed weights on the small input. Each op has a PyTorch twin on the same buffers.
 """
 
 import math
@@ -21,15 +21,15 @@ from torch.nn import functional as F
 
 from scail2_rt.kernels.conv.config import ConvConfig, choose_conv
 
-Implementation = Literal["triton", "library"]  # library: what PyTorch calls; also on a CPU
+Implementation = Literal["triton", "library"]  # library: PyTorch's convolutions; also on a CPU
 Phases = Literal["none", "space", "time"]
 NORM_FLOOR = 1e-12  # smallest norm that RMS norm divides by
-CHANNEL_STEP = 8  # channels are padded to it: 16-byte pixels, which TMA needs
-GROUP_STEP = 64  # values of one kernel row in the weight matrix are padded to it
+CHANNEL_STEP = 8  # channels are padded to a multiple of it: pixels of 16 bytes, which TMA needs
+GROUP_STEP = 64  # values of one kernel row in the weight matrix are padded to a multiple of it
 
 
 def padded(channels: int) -> int:
-    """Channels as they are stored."""
+    """Return the channel count as stored: rounded up to a multiple of CHANNEL_STEP."""
     return -(-channels // CHANNEL_STEP) * CHANNEL_STEP
 
 
@@ -48,27 +48,27 @@ class Frames:
 
     @property
     def pitch(self) -> int:
-        """Pixels of one row, border included."""
+        """Pixels per row, border included."""
         return self.data.shape[2]
 
     def slots(self, clock: Tensor, count: int) -> Tensor:
-        """Slots of the first `count` frames, on the clock's device."""
+        """Return the slots of the first `count` frames, int64 [count] on the clock's device."""
         steps = torch.arange(count, device=clock.device, dtype=torch.int64)
         return (clock[self.counter] + self.offset + steps) % self.ring
 
     def read(self, clock: Tensor, count: int) -> Tensor:
-        """Copy of the first `count` frames with their border [count, H+2, W+2, C], fp32, unscaled."""
+        """Copy the first `count` frames with their border: fp32 [count, H+2, W+2, C], unscaled."""
         return self.data.index_select(0, self.slots(clock, count)).float() / self.scale
 
     def write(self, clock: Tensor, values: Tensor) -> None:
-        """Stores unscaled fp32 values [count, H, W, C'] with C' ≤ C; the border and further channels become zero."""
+        """Store unscaled fp32 values [count, H, W, C'] with C' ≤ C; border and remaining channels become zero."""
         values = store_cast(values * self.scale, self.data.dtype)
         channels = self.data.shape[3] - values.shape[3]
         self.data.index_copy_(0, self.slots(clock, len(values)), F.pad(values, (0, channels, 1, 1, 1, 1)))
 
 
 def store_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 → dtype; fp16 saturates, so that one large value does not turn the frame into NaN at the next norm."""
+    """Cast fp32 to dtype; fp16 saturates, so that one large value does not turn the frame into NaN at the next norm."""
     if dtype == torch.float16:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
@@ -77,8 +77,9 @@ def store_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ConvWeights:
-    """A convolution's weights, laid out once. `matrix`: [phases·c_out, kt·ky·group] in the compute type for Triton,
-    [phases·c_out, c_in, kt, ky, kx] fp32 (values rounded to it) for the library. `bias` fp32 [phases·c_out].
+    """Weights of one convolution in the layout of an implementation. `matrix`: [phases·c_out, kt·ky·group] in the
+    compute type for Triton, [phases·c_out, c_in, kt, ky, kx] fp32 (rounded to the compute type) for the library. `bias`
+    fp32 [phases·c_out].
 
     c_in and c_out are padded channel counts. `phases`: "space" writes output pixel (2y+a, 2x+b), "time" frame 2t+a."""
 
@@ -97,7 +98,7 @@ class ConvWeights:
         return {"none": 1, "space": 4, "time": 2}[self.phases]
 
     def origin(self, phase: int) -> tuple[int, int]:
-        """Row and column, in the bordered frame, of the first tap of output pixel (0, 0)."""
+        """Return row and column, in the bordered frame, of the first tap of output pixel (0, 0)."""
         if self.phases == "space":
             return phase // 2, phase % 2
         inside = self.taps[1] == 1 or self.stride == 2
@@ -106,8 +107,8 @@ class ConvWeights:
 
 @dataclass(frozen=True, slots=True)
 class ConvForm:
-    """What a convolution does besides its weights. `phases` "space": a 3×3 convolution behind nearest ×2; "time": 2·C
-    outputs that are two frames of C channels. `pad_out`: outputs are padded to a multiple of it."""
+    """The form of a convolution. `phases` "space": a 3×3 convolution after nearest ×2; "time": 2·C outputs that are two
+    frames of C channels. `pad_out`: the output channels are padded to a multiple of it."""
 
     stride: int = 1
     time_stride: int = 1
@@ -126,8 +127,8 @@ def prepare_conv(
     implementation: Implementation,
     form: ConvForm = PLAIN,
 ) -> ConvWeights:
-    """Weights as in the checkpoint → `ConvWeights`. weight [O, I, kt, ky, kx] or [O, I, ky, kx], bias [O]; kernels
-    3×3×3, 3×1×1, 1×1×1."""
+    """Convert a checkpoint's weights to `ConvWeights`. weight [O, I, kt, ky, kx] or [O, I, ky, kx], bias [O]; kernel
+    sizes 3×3×3, 3×1×1, 1×1×1."""
     weight, bias = weight.detach().to(device, torch.float32), bias.detach().to(device, torch.float32)
     if weight.ndim == 4:
         weight = weight[:, :, None]
@@ -152,7 +153,7 @@ def prepare_conv(
 
 
 def _fold_nearest(weight: Tensor) -> Tensor:
-    """3×3 weights behind nearest ×2 → 2×2 weights of the four output parities: [O, I, 1, 3, 3] → [4, O, I, 1, 2, 2].
+    """Fold nearest ×2 into 3×3 weights → 2×2 weights of the four output parities: [O, I, 1, 3, 3] → [4, O, I, 1, 2, 2].
 
     Output row 2y reads input rows y-1, y, y; output row 2y+1 reads y, y, y+1; columns likewise. Sums in fp32."""
     pick = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # parity, small tap, large tap
@@ -161,7 +162,7 @@ def _fold_nearest(weight: Tensor) -> Tensor:
 
 
 def pad_channels(values: Tensor, channels: int) -> Tensor:
-    """A norm's gamma, any trailing ones → contiguous fp32 [channels], zero beyond its own."""
+    """Flatten a norm's gamma (any trailing ones) → contiguous fp32 [channels], padded with zeros."""
     values = values.detach().float().flatten()
     return F.pad(values, (0, channels - len(values))).contiguous()
 
@@ -180,9 +181,9 @@ class ConvCall:
     """One convolution between buffers: y = conv(src) + bias + residual for `frames` output frames (before "time" phases
     double them).
 
-    Stores y in `raw` and norm(y) in `normed`. With `norm`, `raw` must be given: it is scratch when the configuration
-    cannot fuse the norm, and it is written anyway if `keep_raw`. `residual` may be `raw`. All frames have the padded
-    channels of the weights. ValueError: a norm without its destination, or one that would be stored scaled."""
+    Stores y in `raw` and norm(y) in `normed`. With `norm`, `raw` must be given: it is scratch memory if the
+    configuration cannot fuse the norm, and is written in any case if `keep_raw`. `residual` may be `raw`. All frames
+    have the padded channels of the weights. Raises ValueError unless `normed` is given with `norm`, unscaled."""
 
     src: Frames
     weights: ConvWeights
@@ -195,19 +196,21 @@ class ConvCall:
 
     def __post_init__(self) -> None:
         if (self.norm is None) != (self.normed is None):
-            raise ValueError("a norm and its destination belong together")
+            raise ValueError("`norm` and `normed` must be given together")
         if self.normed is not None and self.normed.scale != 1:
             raise ValueError("normed frames are stored unscaled")
 
     def destinations(self, fused: bool) -> tuple[Frames | None, Frames | None, Norm | None]:
-        """`raw`, `normed` and `norm` of a launch that computes the norm too, or leaves it to a launch of its own."""
+        """Return (raw, normed, norm) of a launch that also computes the norm, or leaves it to a separate launch."""
         if fused:
             return self.raw if self.keep_raw else None, self.normed, self.norm
         return self.raw, None, None
 
 
 def conv(call: ConvCall, clock: Tensor, planar: Tensor | None = None, config: ConvConfig | None = None) -> None:
-    """Run `call`; the first channels of y also go to `planar` fp32 [c, frames, H, W]. `config`: not the chosen one."""
+    """Run `call`. If `planar` fp32 [c, frames, H, W] is given, it receives the first c channels of y.
+
+    clock: int32 counters on the device. config: overrides the configuration of `choose_conv`."""
     weights, norm = call.weights, call.norm
     if weights.implementation == "library":
         _torch_conv(call, clock, planar)
@@ -225,14 +228,14 @@ def conv(call: ConvCall, clock: Tensor, planar: Tensor | None = None, config: Co
         launch_conv(call, clock, config, fused, planar)
     if norm is not None and not fused:
         if call.raw is None or call.normed is None:
-            raise ValueError("a norm that cannot be fused needs both destinations")
+            raise ValueError("a norm that cannot be fused needs both `raw` and `normed`")
         launch_norm(call.raw, call.normed, norm, clock, call.frames * (2 if weights.phases == "time" else 1))
 
 
 def rms_norm_frames(
     src: Frames, dst: Frames, norm: Norm, clock: Tensor, frames: int, implementation: Implementation
 ) -> None:
-    """dst = [silu](x / rms(x) · gamma) for every pixel of `frames` frames."""
+    """Compute dst = [silu](x / rms(x) · gamma) for every pixel of `frames` frames. src, dst: frames of equal size."""
     if implementation == "library":
         dst.write(clock, _torch_norm(src.read(clock, frames)[:, 1:-1, 1:-1], norm))
         return
@@ -242,7 +245,7 @@ def rms_norm_frames(
 
 
 def _torch_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x fp32 [..., padded C] → the same."""
+    """Norm x fp32 [..., padded C] over its real channels → the same shape."""
     rms = (x * x).sum(-1, keepdim=True).div(norm.channels).sqrt()
     y = x / rms.clamp_min(NORM_FLOOR / math.sqrt(norm.channels)) * norm.gamma
     return F.silu(y) if norm.silu else y
@@ -261,7 +264,7 @@ def _torch_conv(call: ConvCall, clock: Tensor, planar: Tensor | None) -> None:
 
 
 def convolved(src: Frames, weights: ConvWeights, clock: Tensor, frames: int) -> Tensor:
-    """conv(src) + bias by `F.conv3d`, for the library's weights → fp32 [frames', H', W', c_out]."""
+    """Compute conv(src) + bias by `F.conv3d` with the library's weights → fp32 [frames', H', W', c_out]."""
     kt, ky, kx = weights.taps
     window = src.read(clock, (frames - 1) * weights.time_stride + kt).permute(3, 0, 1, 2)[None]
     height, width = (size - 2 for size in window.shape[3:])

@@ -1,4 +1,4 @@
-// What the sm_90a kernels share: barriers, TMA and wgmma of PTX as functions. Put in front of a kernel's source.
+// Functions shared by the sm_90a kernels: PTX barriers, TMA and wgmma. Compiled in front of a kernel's source.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
         "@!done bra again;\n\t}" ::"r"(bar), "r"(parity) : "memory");
 }
 
-// Coordinates fastest first; what lies outside the tensor arrives as zeros and counts towards the bytes expected.
+// Coordinates fastest first. Data outside the tensor arrives as zeros and counts towards the bytes expected.
 __device__ __forceinline__ void load_tile(u32 dst, const TensorMap* map, u32 bar, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -54,9 +54,9 @@ __device__ __forceinline__ void load_tile(u32 dst, const TensorMap* map, u32 bar
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------
 
-// K-major operand whose rows are ROW_BYTES (128 or 64) long, with the swizzle of that width: groups of 8 rows follow
-// each other (stride field, in 16 bytes); the leading field is unused; the top two bits name the swizzle. A k-step of
-// 32 bytes adds 2.
+// K-major operand whose rows are ROW_BYTES (128 or 64) long, with the swizzle of that width. Groups of 8 rows follow
+// each other (stride field, in units of 16 bytes); the leading field is unused; the top two bits select the swizzle. A
+// k-step of 32 bytes adds 2.
 template <int ROW_BYTES>
 __device__ __forceinline__ u64 descriptor(u32 address) {
     constexpr u64 swizzle = ROW_BYTES == 128 ? 1 : 2;
@@ -78,7 +78,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// Over the four lanes that hold a row of an accumulator.
+// Sums over the four lanes that hold a row of an accumulator.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);

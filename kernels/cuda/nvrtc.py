@@ -1,8 +1,8 @@
-"""CUDA C++ kernels of this package: compiled by NVRTC, kept on disk, launched through the driver.
+"""CUDA C++ kernels of this package: compiled by NVRTC, cached on disk, launched through the driver.
 
-A CUDA toolkit is not needed, only cuda-python. The cubin is kept under a name that holds the hash of all it depends on
-(source, options, NVRTC's version): a stale one is never found. Kernels run on PyTorch's current stream. Tensor maps are
-passed by value, so a captured CUDA graph replays with them; the tensors they describe must then stay where they are.
+Only cuda-python is needed, not a CUDA toolkit. The cubin's file name holds a hash of everything it depends on (source,
+options, NVRTC's version), so a stale cubin is never used. Kernels run on PyTorch's current stream. Tensor maps are
+passed by value, so a captured CUDA graph replays with them; the tensors they describe must then keep their addresses.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from scail2_rt.kernels.errors import Scail2Error
 
 HOPPER = (9, 0)
 _SHARED_PTX = Path(__file__).with_name("hopper_ptx.cu")
-_ELEMENTS = {  # what a tensor map calls a type; 8-bit ones are bytes
+_ELEMENTS = {  # type names of tensor maps; 8-bit types are bytes
     torch.int8: "UINT8",
     torch.float8_e4m3fn: "UINT8",
     torch.float16: "FLOAT16",
@@ -35,8 +35,8 @@ _ELEMENTS = {  # what a tensor map calls a type; 8-bit ones are bytes
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A `__global__` function of the name of its file `source_file` (a .cu file), for sm_90a, compiled behind
-    `hopper_ptx.cu` with `defines`."""
+    """A `__global__` function named like its .cu file `source_file`, compiled for sm_90a after `hopper_ptx.cu` with
+    `defines`. `threads` per block; `shared_bytes` of dynamic shared memory."""
 
     source_file: Path
     threads: int
@@ -55,7 +55,7 @@ class Kernel:
 
 
 def unavailable(kernel: Kernel, device: int) -> str | None:
-    """None if this GPU can run the kernel, else the reason why not. Compiles it if need be."""
+    """Return None if this GPU can run the kernel, else the reason. Compiles it if necessary."""
     found = torch.cuda.get_device_capability(device)
     if found != HOPPER:
         return f"compute capability {found[0]}.{found[1]}; the kernel is for 9.0"
@@ -67,7 +67,9 @@ def unavailable(kernel: Kernel, device: int) -> str | None:
 
 
 def compile_cubin(kernel: Kernel) -> bytes:
-    """The kernel's machine code, from disk or from NVRTC; needs no GPU. Raises `Scail2Error` with NVRTC's messages."""
+    """Return the kernel's machine code, from disk or from NVRTC; needs no GPU.
+
+    Raises Scail2Error with NVRTC's messages if it does not compile, or if cuda-python is missing."""
     nvrtc = _bindings("nvrtc")
     source, options = kernel.source(), kernel.options()
     version = _call(nvrtc.nvrtcVersion)
@@ -81,13 +83,15 @@ def compile_cubin(kernel: Kernel) -> bytes:
 
 
 def kernel_directory() -> Path:
-    """$SCAIL2_RT_KERNELS, or `kernels` in this program's cache."""
+    """Return $SCAIL2_RT_KERNELS, or `kernels` in the cache folder."""
     own = os.environ.get("SCAIL2_RT_KERNELS")
     return Path(own) if own else cache_directory() / "kernels"
 
 
 def launch(kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Any], device: torch.device) -> None:
-    """Runs the kernel on the current stream. `arguments`: ctypes values and structures in the kernel's order."""
+    """Run the kernel on the current stream. `arguments`: ctypes values and structures in the kernel's order.
+
+    Raises Scail2Error if the driver reports an error."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     function = _load(kernel, index)
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
@@ -102,17 +106,19 @@ def launch(kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Any], devi
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Return the tensor's address as a kernel argument."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def tensor_map(
     tensor: Tensor, sizes: Sequence[int], box: Sequence[int], swizzle: int, strides: Sequence[int] | None = None
 ) -> Any:
-    """Elements from `tensor`'s first one on as a tensor of `sizes`, fastest first, read in boxes; `swizzle` 64 or 128
-    bytes, zeros outside. `strides`, in elements, of all dimensions but the first, which is dense; None: all are.
+    """Encode a TMA descriptor of `tensor`'s storage from its first element on; returns an array of 128 bytes.
 
-    The driver asks for a descriptor at a multiple of 64 bytes, which cuda-python's own wrapper does not give: hence
-    ctypes. → an array of the descriptor's 128 bytes that lies so."""
+    sizes and box: elements per dimension, fastest first; reads outside `sizes` give zeros. swizzle: 64 or 128 bytes.
+    strides: in elements, of all dimensions but the first, which is contiguous; None: all dimensions are contiguous.
+    The driver requires a descriptor aligned to 64 bytes, which cuda-python's wrapper does not guarantee; hence ctypes.
+    Raises Scail2Error if the driver rejects it."""
     driver = _bindings("driver")
     storage = (ctypes.c_ubyte * 192)()
     descriptor = (ctypes.c_ubyte * 128).from_buffer(storage, -ctypes.addressof(storage) % 64)  # keeps `storage` alive
@@ -154,12 +160,12 @@ def _bindings(name: str) -> Any:
     try:
         return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
-        raise Scail2Error(f"cuda-python is missing ({error}); pip install cuda-python") from error
+        raise Scail2Error(f"cuda-python is missing ({error}). Install it with: pip install cuda-python") from error
 
 
 @functools.cache
 def _load(kernel: Kernel, device: int) -> Any:
-    """The loaded function, its shared memory limit raised. Loading synchronises, so do it before capturing a graph."""
+    """Load the function and raise its shared memory limit. Loading synchronises: do it before capturing a graph."""
     driver = _bindings("driver")
     cubin = compile_cubin(kernel)
     with torch.cuda.device(device):
@@ -179,12 +185,14 @@ def _primary_context(device: int) -> Any:
 
 
 def _make_current(device: int) -> None:
-    """The driver needs a current context; a thread that has not called CUDA's runtime yet has none."""
+    """Make the device's context current: the driver needs one, and a thread new to CUDA has none."""
     _call(_bindings("driver").cuCtxSetCurrent, _primary_context(device))
 
 
 def _call(function: Any, *arguments: Any) -> Any:
-    """Calls a function of cuda.bindings; its results without the return code, or `Scail2Error` naming the code."""
+    """Call a function of cuda.bindings and return its results without the return code.
+
+    Raises Scail2Error naming the code if it is not 0, or if the shared library is missing."""
     try:
         code, *results = function(*arguments)
     except RuntimeError as error:  # the shared library is missing
@@ -210,7 +218,7 @@ def _nvrtc_compile(nvrtc: Any, name: str, source: bytes, options: list[str]) -> 
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    """A cache that cannot be written is not a fault: the kernel is compiled again next time."""
+    """Write the file through a temporary one. A failure is ignored: the kernel is then compiled again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:

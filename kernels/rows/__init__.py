@@ -1,1 +1,1 @@
-"""Row operations: norm with modulation, gated residual, GELU, each with quantisation where it is wanted."""
+"""Row operations: norm with modulation, gated residual, GELU, each optionally followed by quantisation."""

@@ -1,16 +1,16 @@
 # mypy: disable-error-code="no-untyped-def"
 """The row operations as Triton kernels.
 
-One program works on one row at a time and keeps the whole row in registers: it is read once, normed or activated, and
-written once as the GEMM's operand. The row length is a compile-time constant: lanes of the power-of-two block beyond it
-are then known to be empty and cost nothing. `VEC` neighbouring columns belong to a thread: without the hint the layout
-would follow the one-byte output, and the fp32 loads would touch 64 bytes per thread.
-A grid of one program per row lets many short programs hide each other's latency; a grid of a few programs a
-multiprocessor (`LOOP`) keeps the weights in registers and prefetches the next row (`STAGES`). One compiled kernel
+A program works on one row at a time and keeps it in registers: it is read once, normed or activated, and written once
+as the GEMM's operand. The row length is a compile-time constant, so that lanes of the power-of-two block beyond it are
+known to be empty and cost nothing. Each thread holds `VEC` neighbouring columns: without the hint, the layout would
+follow the one-byte output, and the fp32 loads would touch 64 bytes per thread.
+With a grid of one program per row, many short programs hide each other's latency. With a grid of a few programs per
+multiprocessor (`LOOP`), the weights stay in registers and the next row is prefetched (`STAGES`). One compiled kernel
 serves every number of rows.
-Everything is fp32 between load and store. e4m3 is rounded from fp32 once, in hardware where there is an instruction
+All arithmetic between load and store is fp32. e4m3 is rounded from fp32 once: in hardware where there is an instruction
 (sm89 and later), else by integer arithmetic with the same result.
-Every row is read before it is written, so outputs may be the inputs' own storage.
+Every row is read before it is written, so an output may share the storage of its input.
 """
 
 import functools
@@ -25,26 +25,26 @@ E4M3 = torch.float8_e4m3fn
 
 
 class Config(NamedTuple):
-    """How a kernel is launched."""
+    """Launch parameters of a kernel."""
 
     warps: int
-    vec: int  # neighbouring columns of one thread
+    vec: int  # neighbouring columns per thread
     programs: int = 0  # per multiprocessor, each looping over rows; 0: one program per row
-    stages: int = 1  # rows in flight of a looping program
+    stages: int = 1  # rows in flight per looping program
 
 
 @triton.jit
 def _e4m3(x, NATIVE: tl.constexpr):
-    """fp32, at most 448 in magnitude, to e4m3: the type itself, or its bits in a byte."""
+    """Convert fp32, at most 448 in magnitude, to e4m3: to the type, or to its bits in a byte."""
     if NATIVE:
         return x.to(tl.float8e4nv)
     else:
         bits = x.to(tl.int32, bitcast=True)
         sign = (bits >> 24) & 0x80
         bits &= 0x7FFFFFFF
-        # 3 of 23 mantissa bits stay, to nearest even; the exponent bias goes from 127 to 7
+        # keep 3 of 23 mantissa bits, round to nearest even; the exponent bias changes from 127 to 7
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-        # below 2^-6 codes are multiples of 2^-9, the last bit of 2^14: adding it rounds
+        # below 2^-6, codes are multiples of 2^-9, which is the last bit of 2^14: adding 2^14 rounds
         small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
         code = tl.where(bits < 0x3C800000, small, tl.minimum(normal, 0x7F))
         return (code | sign).to(tl.uint8)
@@ -54,11 +54,11 @@ def _e4m3(x, NATIVE: tl.constexpr):
 def _store_rows(
     values, data, scales, row, columns, inside, C: tl.constexpr, QUANTISE: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """values fp32 [BLOCK], 0 outside → data [row], cast, or with scales [row] fp32 = amax/448 as e4m3.
+    """Store values fp32 [BLOCK], 0 outside → data [row], cast, or as e4m3 with scales [row] fp32 = amax/448.
 
-    The scale of a row with NaN is NaN: a maximum of floats drops it, one of their bits does not (as integers,
-    magnitudes have the order of floats, and NaN comes after infinity). Infinity makes the scale infinite and its own
-    value NaN."""
+    The scale of a row with NaN is NaN: a maximum of floats would drop it, a maximum of their bits does not (as
+    integers, magnitudes have the order of floats, and NaN comes after infinity). Infinity gives scale ∞ and value
+    NaN."""
     target = data + tl.cast(row, tl.int64) * C + columns
     if QUANTISE:
         amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
@@ -94,7 +94,7 @@ def _norm_kernel(
 ):
     columns = tl.max_contiguous(tl.arange(0, BLOCK), VEC)
     inside = columns < C
-    if LOOP:  # one load for all rows; a program of one row loads each where it is needed, for fewer registers
+    if LOOP:  # load once for all rows; a program of one row loads each value where it is needed, for fewer registers
         multiplier = tl.load(weight + columns, mask=inside, other=0.0) + offset
         addend = tl.load(bias + columns, mask=inside, other=0.0)
         if GATED:
@@ -161,7 +161,7 @@ def _rms_kernel(
     LOOP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x any float type [rows, C], weight fp32 [C] → out [rows, C], may be x."""
+    """Compute RMS norm: x any float type [rows, C], weight fp32 [C] → out [rows, C], may be x."""
     columns = tl.max_contiguous(tl.arange(0, BLOCK), VEC)
     inside = columns < C
     multiplier = tl.load(weight + columns, mask=inside, other=0.0)
@@ -179,7 +179,7 @@ def _residual_kernel(
     x, y, gate, out, rows, C: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, GATED: tl.constexpr,
     LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x fp32 [rows, C] + gate fp32 [C] · y any float type [rows, C] → out fp32, may be x."""
+    """Compute x fp32 [rows, C] + gate fp32 [C] · y any float type [rows, C] → out fp32, may be x."""
     columns = tl.max_contiguous(tl.arange(0, BLOCK), VEC)
     inside = columns < C
     if GATED:
@@ -208,7 +208,7 @@ def norm_rows(
     x_out: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
-    """LN(x + gate·y)·(weight + offset) + bias → data, and x + gate·y → x_out when y is given.
+    """Write LN(x + gate·y)·(weight + offset) + bias to data, and x + gate·y to x_out if y is given.
 
     x fp32 [L, C]; y [L, C]; gate, weight, bias fp32 [C]; data [L, C] in any type, e4m3 with scales fp32 [L, 1]."""
     rows, c = x.shape
@@ -223,7 +223,7 @@ def norm_rows(
 def activation_rows(
     h: Tensor, data: Tensor, scales: Tensor | None, gelu: bool = True, config: Config | None = None
 ) -> None:
-    """gelu(h), or h itself → data. h [L, C]; data [L, C] in any type, may be h; e4m3 with scales fp32 [L, 1]."""
+    """Write gelu(h), or h unchanged, to data. h [L, C]; data [L, C] in any type, may be h; e4m3 with scales [L, 1]."""
     rows, c = h.shape
     config = config or _config("gelu" if gelu else "quantise", c)
     _activation_kernel[_grid(rows, h.device, config)](
@@ -233,7 +233,7 @@ def activation_rows(
 
 
 def rms_rows(x: Tensor, weight: Tensor, eps: float, out: Tensor, config: Config | None = None) -> None:
-    """x / rms(x) · weight → out. x [L, C], weight fp32 [C], out [L, C] may be x."""
+    """Write x / rms(x) · weight to out. x [L, C], weight fp32 [C], out [L, C] may be x."""
     rows, c = x.shape
     config = config or _config("rms", c)
     _rms_kernel[_grid(rows, x.device, config)](
@@ -243,7 +243,7 @@ def rms_rows(x: Tensor, weight: Tensor, eps: float, out: Tensor, config: Config 
 
 
 def residual_rows(x: Tensor, y: Tensor, gate: Tensor | None, out: Tensor, config: Config | None = None) -> None:
-    """x + gate·y → out. x fp32 [L, C], y [L, C], gate fp32 [C], out fp32 [L, C] may be x."""
+    """Write x + gate·y to out. x fp32 [L, C], y [L, C], gate fp32 [C], out fp32 [L, C] may be x."""
     rows, c = x.shape
     config = config or _config("residual", c)
     _residual_kernel[_grid(rows, x.device, config)](
@@ -253,7 +253,7 @@ def residual_rows(x: Tensor, y: Tensor, gate: Tensor | None, out: Tensor, config
     )  # fmt: skip
 
 
-# The fastest of those measured on an H200 at 5,120 (norms, quantisation) and 13,824 columns (GELU)
+# The fastest measured on an H200 at 5,120 (norms, quantisation) and 13,824 columns (GELU)
 CONFIGS = {
     "norm": Config(8, 4),
     "gelu": Config(8, 8),
@@ -264,7 +264,7 @@ CONFIGS = {
 
 
 def _config(operation: str, c: int) -> Config:
-    """Short rows need fewer warps: a thread should have at least one vector."""
+    """Reduce the warps for short rows: a thread should have at least one vector."""
     config = CONFIGS[operation]
     most = max(1, triton.next_power_of_2(c) // (32 * config.vec))
     return config._replace(warps=min(config.warps, most))
@@ -281,11 +281,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _native(device: torch.device) -> bool:
-    """Does the device round to e4m3 in hardware? (The interpreter's own cast is wrong where a carry moves the
+    """Return whether the device rounds to e4m3 in hardware. (The interpreter's cast is wrong where a carry changes the
     exponent.)"""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _bits(data: Tensor) -> Tensor:
-    """Where e4m3 is not native Triton refuses the type, and the kernels write its bits."""
+    """Return data as bytes where e4m3 is not native: Triton rejects the type there, and the kernels write its bits."""
     return data.view(torch.uint8) if data.dtype == E4M3 and not _native(data.device) else data

@@ -1,1 +1,1 @@
-"""One generation on several GPUs: the processes, how they talk, and what each of them does. Read `team` first."""
+"""One generation on several GPUs: starting the ranks, communication, and the work of each rank. Read `team` first."""

@@ -1,7 +1,7 @@
-"""The connection between the leading process and each of the others: Python objects over TCP, with a key.
+"""Connection between the leader (rank 0) and one other rank: Python objects over TCP, authenticated with a key.
 
-Both sides have a thread that reads, so that either notices at once when the other is gone: its socket closes, however
-it ends. Plain pickle: tensors travel by value, whatever host they go to."""
+Both sides have a reading thread, so either notices at once when the other ends: its socket closes, however it ends.
+Messages are plain pickles: tensors are copied, whether or not both ranks run on one host."""
 
 import pickle
 import threading
@@ -13,8 +13,8 @@ KEY_BYTES = 32
 
 
 class Channel:
-    """One connection. `send` from any thread; what arrives goes to `heard`, the end of the connection to `gone`, both
-    in a thread of this channel."""
+    """One connection. `send` may be called from any thread; received messages and the end of the connection are
+    reported by callbacks in a thread of this channel (see `listen`)."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
         self._connection = connection
@@ -25,26 +25,28 @@ class Channel:
         return cls(Client(address, authkey=key))
 
     def send(self, message: object) -> None:
-        """OSError when the other side is gone."""
+        """Pickle and send a message. Raises OSError if the other side has ended."""
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         with self._sending:
             self._connection.send_bytes(data)
 
     def receive(self) -> Any:
-        """The next message; EOFError or OSError when there will be none. For the reading thread, and before it."""
+        """Return the next message. Raises EOFError or OSError at the end of the connection.
+
+        Call it only from the reading thread, or before `listen`."""
         return pickle.loads(self._connection.recv_bytes())
 
-    def listen(self, heard: Callable[[Any], None], gone: Callable[[], None]) -> threading.Thread:
-        """Read from now on, in the thread that is returned."""
+    def listen(self, on_message: Callable[[Any], None], on_close: Callable[[], None]) -> threading.Thread:
+        """Start a thread that reads from now on and calls the callbacks; returns the thread."""
 
         def read() -> None:
             while True:
                 try:
                     message = self.receive()
                 except (EOFError, OSError):
-                    gone()
+                    on_close()
                     return
-                heard(message)
+                on_message(message)
 
         thread = threading.Thread(target=read, name="scail2-rt channel", daemon=True)
         thread.start()
@@ -55,5 +57,5 @@ class Channel:
 
 
 def listener(host: str, key: bytes, backlog: int) -> Listener:
-    """Where the other processes connect to; `listener.address` says its port."""
+    """Open the socket that the other ranks connect to; `listener.address` holds its port."""
     return Listener((host, 0), backlog=backlog, authkey=key)

@@ -1,8 +1,9 @@
-"""One set of processes beside the leader: starting them, talking to them, noticing what becomes of them, ending them.
+"""One set of ranks beside the leader: start them, talk to them, notice failures, end them.
 
-Each has a connection that closes when either end is gone, and, if it was started here, a thread that waits for it. The
-first bad news ends all of them and releases what waits for them in this process. Threads are joined and what is held is
-let go by whoever ends the crew: a thread that is inside a library when the interpreter ends would end the process.
+Each rank has a connection that closes when either side ends. If it was started here, a thread also waits for its
+process. The first failure ends all ranks and releases every wait for them in this process. The caller that ends the
+crew joins its threads and frees its resources: a thread that is inside a library when the interpreter exits would crash
+the process.
 """
 
 import contextlib
@@ -29,15 +30,15 @@ from scail2_rt.runtime.distributed.torchrun import Place, announce
 from scail2_rt.runtime.distributed.worker import Opener, Start
 
 LOCAL = "127.0.0.1"
-START_S = 300.0  # for all processes to import, connect and open their engines
-END_S = 3.0  # for a process that was told to close
-JOIN_S = 5.0  # for a thread whose process or connection has ended
-DOUBT_S = 5.0  # for the news that a process died to arrive behind the error that its death made here
+START_S = 300.0  # limit for all ranks to import, connect and open their engines
+END_S = 3.0  # limit for a rank that was told to close
+JOIN_S = 5.0  # limit for a thread whose process or connection has ended
+DOUBT_S = 5.0  # wait for the report that a rank died, which may arrive after the error that its death caused here
 
 
 class Crew:
-    """One set of processes, from their start to their end. The leader is number 0; `place` says that torchrun has
-    started them, else they are started here."""
+    """One set of ranks, from start to end. The leader is rank 0. With `place`, torchrun has started the ranks;
+    otherwise they are started here."""
 
     def __init__(self, size: int, device: torch.device, opener: Opener, place: Place | None) -> None:
         import torch.distributed as dist
@@ -47,7 +48,7 @@ class Crew:
         self.failure: Scail2Error | None = None
         self.in_call = False
         self._groups: Groups | None = None
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._ready: set[int] = set()
         self._closed: set[int] = set()
         self._closing = False
@@ -58,7 +59,7 @@ class Crew:
         self._accepted = threading.Event()
         self._store: Any = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         started = range(1, size) if place is None else ()
-        self._logs = [tempfile.TemporaryFile() for _ in started]  # noqa: SIM115 (closed by _let_go)
+        self._logs = [tempfile.TemporaryFile() for _ in started]  # noqa: SIM115 (closed by _release)
         self.processes = [self._launch(rank, log) for rank, log in enumerate(self._logs, 1)]
         if place is not None:
             announce(self._host, self._port, self._key)
@@ -76,7 +77,7 @@ class Crew:
         return self._groups
 
     def wait_ready(self) -> None:
-        """Until all processes have opened their engines and are joined in groups. Scail2Error when one does not."""
+        """Wait until all ranks have opened their engines and joined the groups. Raises Scail2Error if a rank fails."""
         if self._groups is None:
             self._wait(lambda: len(self._ready) == self.size - 1)
             self.call("join")
@@ -86,23 +87,24 @@ class Crew:
         self.check()
 
     def _join(self) -> None:
-        """Make the groups, in a thread: it waits for the others, of which one may be gone."""
+        """Create the groups, in a separate thread: it waits for the other ranks, one of which may have ended."""
         try:
             groups = Groups(self._store, 0, self.size, self.device, local=self._host == LOCAL)
         except Exception as error:
-            self._fail(f"process 0 cannot reach the others ({' '.join(str(error).split())[:200]})")
+            self._fail(f"Rank 0 cannot reach the other ranks ({' '.join(str(error).split())[:200]})")
             return
-        with self._news:
+        with self._changed:
             self._groups = groups
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def _wait(self, done: Callable[[], bool]) -> None:
         limit = time.monotonic() + START_S
-        with self._news:
+        with self._changed:
             while self.failure is None and not done():
-                self._news.wait(0.2)
+                self._changed.wait(0.2)
                 if time.monotonic() > limit:
-                    raise Scail2Error(f"The {self.size} processes of this session did not start in {START_S:.0f} s.")
+                    ranks = f"The {self.size} ranks of this session"
+                    raise Scail2Error(f"{ranks} did not start in {START_S:.0f} s. Run the command again.")
         self.check()
 
     def check(self) -> None:
@@ -114,35 +116,34 @@ class Crew:
             channel.send((name, arguments))
 
     def failure_behind(self, error: BaseException) -> Scail2Error | None:
-        """The failure of another process that made an error here: the news of it may come a moment later."""
+        """Return the failure of another rank that caused an error here: its report may arrive a moment later."""
         if isinstance(error, RuntimeError | OSError) and not isinstance(error, torch.OutOfMemoryError):
-            with self._news:
-                self._news.wait_for(lambda: self.failure is not None, DOUBT_S if self.in_call else 0)
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure is not None, DOUBT_S if self.in_call else 0)
         return self.failure if isinstance(error, Exception) and error is not self.failure else None
 
     def end(self) -> None:
         self._closing = True
         for process in self.processes:
             process.kill()
-        self._let_go()
+        self._release()
 
     def close(self) -> None:
         self._closing = True
         with contextlib.suppress(OSError):
             self.call("close")
         limit = time.monotonic() + END_S
-        with self._news:  # others than ours cannot be awaited otherwise
-            self._news.wait_for(lambda: self.failure is not None or len(self._closed) == len(self._channels), END_S)
+        with self._changed:  # the only way to wait for ranks that this process did not start
+            self._changed.wait_for(lambda: self.failure is not None or len(self._closed) == len(self._channels), END_S)
         for process in self.processes:
             try:
                 process.wait(max(limit - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 process.kill()
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
-        """All that is held goes in this thread, not in one that happens to be the last: some of it waits for threads of
-        its own."""
+    def _release(self) -> None:
+        """Free all resources in this thread: some wait for other threads, so garbage collection must not do it."""
         for process in self.processes:
             process.wait()
         if self._groups is not None:
@@ -162,7 +163,7 @@ class Crew:
             log.close()
 
     def _launch(self, rank: int, log: IO[bytes]) -> "subprocess.Popen[bytes]":
-        """A process of its own session, so that Ctrl-C in a terminal reaches the leader alone."""
+        """Start a rank in a separate process session, so that Ctrl-C in a terminal reaches the leader only."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
         process = subprocess.Popen(
             [sys.executable, "-m", "scail2_rt.runtime.distributed.worker"],
@@ -187,34 +188,34 @@ class Crew:
                 store = (self._host, self._store.port)
                 channel.send(Start(rank, self.size, store, self._host == LOCAL, device, self._opener))
                 self._channels[rank] = channel
-                self._threads.append(channel.listen(partial(self._heard, rank), partial(self._lost, rank)))
+                self._threads.append(channel.listen(partial(self._on_message, rank), partial(self._on_close, rank)))
         except (AttributeError, AuthenticationError, EOFError, OSError):
-            return  # it was let go, or what connected is gone: which process that was, `_watch` says
+            return  # this crew was released, or the connecting rank ended: `_watch` reports which
         finally:
             self._accepted.set()
 
-    def _heard(self, rank: int, message: tuple[str, Any]) -> None:
+    def _on_message(self, rank: int, message: tuple[str, Any]) -> None:
         what, detail = message
         if what in ("ready", "closed"):
-            with self._news:
+            with self._changed:
                 (self._ready if what == "ready" else self._closed).add(rank)
-                self._news.notify_all()
+                self._changed.notify_all()
         elif what == "failed":
-            self._fail(f"process {rank} of {self.size} failed: {detail}")
+            self._fail(f"Rank {rank} of {self.size} failed: {detail.rstrip('.')}")
 
-    def _lost(self, rank: int) -> None:
-        """A connection has ended. How the process ended is told by `_watch`, where this one has started it."""
+    def _on_close(self, rank: int) -> None:
+        """Handle the end of a connection. `_watch` reports how the process ended if it was started here."""
         if not self.processes:
-            self._fail(f"process {rank} of {self.size} is gone")
+            self._fail(f"The connection to rank {rank} of {self.size} was lost")
 
     def _watch(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         code = process.wait()
-        time.sleep(0.05)  # its own words, if any, come first
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._fail(f"process {rank} of {self.size} ended by {how}{self._last_words(rank)}")
+        time.sleep(0.05)  # let its own report, if any, arrive first
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._fail(f"Rank {rank} of {self.size} {how}{self._last_line(rank)}")
 
-    def _last_words(self, rank: int) -> str:
-        """The last line that a process wrote."""
+    def _last_line(self, rank: int) -> str:
+        """Return the last line that a rank wrote, in brackets, or nothing."""
         try:
             log = self._logs[rank - 1]
             log.seek(0)
@@ -225,11 +226,11 @@ class Crew:
         return f" ({last[:200]})" if last else ""
 
     def _fail(self, what: str) -> None:
-        with self._news:
+        with self._changed:
             if self._closing or self.failure is not None:
                 return
-            self.failure = Scail2Error(f"Of the {self.size} processes that share this run, {what}; all were ended.")
-            self._news.notify_all()
+            self.failure = Scail2Error(f"{what}; all ranks of this run were stopped. Run the command again.")
+            self._changed.notify_all()
         for process in self.processes:
             process.kill()
         if self._groups is not None:

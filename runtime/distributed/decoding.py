@@ -1,6 +1,6 @@
-"""Decoding shared out by height: each process decodes a part of every picture, and all of them get the whole.
+"""Decoding divided by height: each rank decodes a strip of every frame, and all ranks receive the complete frame.
 
-Parts overlap by the rows that their pixels depend on (`engines.torch_backend.vae_streams.halo`), so that nothing is
+Strips overlap by the rows that their pixels depend on (`engines.torch_backend.vae_streams.halo`), so that nothing is
 exchanged between layers."""
 
 import torch
@@ -14,7 +14,7 @@ from scail2_rt.kernels.peers import Peers
 
 
 class SharedDecoding:
-    """One clip. latent [16, F, h, w]: that of process 0 is written over the others'."""
+    """Shared decoding of one clip. latent [16, F, h, w] is overwritten with that of rank 0."""
 
     def __init__(self, engines: EngineSet, peers: Peers, latent: Tensor) -> None:
         self._peers, self._latent, self._next = peers, peers.broadcast(latent), 0
@@ -22,7 +22,7 @@ class SharedDecoding:
         self._stream = engines.part_stream(self._part)
 
     def frame(self) -> Tensor:
-        """The next latent frame's unclamped pixels [3, 1 or 4, 8h, 8w]; after the last the memory is given back."""
+        """Decode the next latent frame: unclamped pixels [3, 1 or 4, 8h, 8w]. Frees the memory after the last frame."""
         _, frames, height, _ = self._latent.shape
         latent, self._next = self._latent[:, self._next : self._next + 1], self._next + 1
         start, stop = self._part.rows(height)

@@ -1,4 +1,4 @@
-"""The leading process's constants and transformers: each call is done in every process of the team."""
+"""The leader's constants and transformers: each call runs on every rank of the team."""
 
 import contextlib
 from collections.abc import Generator, Sequence
@@ -18,14 +18,14 @@ from scail2_rt.runtime.pipeline.transformer import BlockKV, References, Schedule
 
 
 class LeadingConstants(Constants):
-    """`Constants` of a team."""
+    """`Constants` whose calls run on every rank of a team."""
 
     def __init__(self, engines: EngineSet, team: Team) -> None:
         super().__init__(engines, team)
         self.team = team
 
     def place(self, placement: Placement | None) -> None:
-        """The others place their weights as this process has placed its own."""
+        """Make the other ranks place their weights as this rank has placed its weights."""
         with self.team.together("place", placement):
             pass
 
@@ -46,7 +46,7 @@ class LeadingConstants(Constants):
             super().begin_segment(placement)
 
     def decode(self, latent: Tensor) -> Generator[Tensor, None, None]:
-        """Each process decodes a part of every picture, frame by frame, so that a run can end between them."""
+        """Decode frame by frame, each rank a strip of every frame, so that a run can end between frames."""
         if not self.engines.splits_pictures:
             yield from super().decode(latent)
             return
@@ -68,7 +68,7 @@ class LeadingConstants(Constants):
 
 
 class LeadingTransformer(Transformer):
-    """`Transformer` of a team."""
+    """`Transformer` whose calls run on every rank of a team."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Opening one engine folder in every process of a session."""
+"""Opening one engine folder on every rank of a session."""
 
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,16 @@ from scail2_rt.runtime.distributed.torchrun import Place, follow
 def open_team(
     folder: Path, backend: str, execution: Execution, device: str | None, gpus: Gpus
 ) -> tuple[EngineSet, Team | None]:
-    """The engines of this process, and the team of `gpus` of them, whose other processes are being started; None for
-    one GPU. InputError as `open_engines`, and for a number of GPUs that cannot be. Of processes that torchrun started
-    only the first returns from here: the others follow it and end with it."""
+    """Open the engines of this rank, and start the other ranks: (engines, team), with None instead of a team for 1 GPU.
+
+    Raises InputError as `open_engines`, and for an impossible number of GPUs. Under torchrun, only rank 0 returns from
+    here: the others follow the leader and end with it."""
     if gpus == 1:
         return open_engines(folder, backend, execution, device), None
     place = Place.here()
     if place is not None and place.rank:
         follow(place)
-    if torch.cuda.is_available():  # process 0 takes GPU 0, as number n takes GPU n
+    if torch.cuda.is_available():  # rank 0 uses GPU 0, as rank n uses GPU n
         torch.cuda.set_device(0)
     engines = open_engines(folder, backend, execution, device)
     try:
@@ -39,5 +40,5 @@ def open_team(
 
 
 def open_on(folder: Path, backend: str, execution: Execution, device: torch.device) -> EngineSet:
-    """The engines of a folder on a device, in a process that uses no other."""
+    """Open the engines of a folder on a device, in a process that uses no other device."""
     return open_engines(folder, backend, execution, device.type)

@@ -1,8 +1,8 @@
 """Process groups: NCCL between GPUs, gloo between CPUs.
 
-Groups are made directly, not through `torch.distributed.init_process_group`: a session must not take the one default
-group of a program that may have its own. Tensors travel as bytes, so that every type can. A collective runs on the
-current stream, as any kernel: it can be recorded in a CUDA graph, and the caller's next kernel may use its result.
+Groups are created directly, not through `torch.distributed.init_process_group`: the default group may belong to the
+program that opened the session. Tensors are sent as bytes, so that every type is supported. A collective runs on the
+current stream like a kernel: it can be captured in a CUDA graph, and the caller's next kernel may use its result.
 """
 
 import os
@@ -21,9 +21,9 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from scail2_rt.runtime.pipeline.sharing import Sharing
 
-# Of a collective that waits for a process which compiles or loads; the death of that process ends it at once.
+# Limit of a collective that waits for a rank which compiles or loads; the death of that rank ends it at once.
 TIMEOUT = timedelta(minutes=10)
-# A process that dies is noticed through its connection (`distributed.team`). NCCL's own threads would end this process.
+# `distributed.team` notices a dead rank through its connection. NCCL's threads would end this process.
 NCCL_DEFAULTS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -32,17 +32,17 @@ NCCL_DEFAULTS = {
 
 
 Seconds = Callable[[], float]
-Seen = dict[str, list[tuple[int, Seconds]]]  # kind of collective → bytes given and, when it is over, seconds of each
+Seen = dict[str, list[tuple[int, Seconds]]]  # kind of collective → (bytes sent, seconds once it is complete) per call
 
 
 @dataclass(slots=True)
 class Watch:
-    """Who looks at the collectives of a process's groups, for benchmarks; nobody: None."""
+    """Records the collectives of a rank's groups for benchmarks; `seen` is None while nothing is recorded."""
 
     seen: Seen | None = None
 
     def run(self, kind: str, given: Tensor, start: Callable[[], Any]) -> None:
-        """Start a collective; on a GPU the stream waits for it, not this thread."""
+        """Start a collective. On a GPU the stream waits for it, not this thread."""
         if self.seen is None:
             if (work := start()) is not None:
                 work.wait()
@@ -54,7 +54,9 @@ class Watch:
 
 
 def _timed(device: torch.device, call: Callable[[], None]) -> Seconds:
-    """Call, and say how long it took: on a GPU when that has come past it, waiting for others included."""
+    """Call it and return a function that gives its duration in seconds, on a GPU once the device has completed it.
+
+    The duration includes waiting for other ranks."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -103,14 +105,14 @@ def _flat(x: Tensor) -> Tensor:
 
 
 class Groups:
-    """All groups of one process of a session: everyone, and the half that it belongs to where there are halves. Waits
-    for the other processes to make theirs."""
+    """All groups of one rank of a session: `everyone`, and `half`, the half of the ranks it belongs to, if there are
+    halves. The constructor waits until the other ranks create theirs."""
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, local: bool) -> None:
         for name, value in NCCL_DEFAULTS.items():
             os.environ.setdefault(name, value)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # of the thread that makes them
+            torch.cuda.set_device(device)  # for the thread that creates the groups
         self.rank, self.size, self.device = rank, size, device
         self._made: list[Any] = []
         self._watch = Watch()
@@ -122,14 +124,14 @@ class Groups:
             self.half = self._group(store, f"half{half}", index, size // 2, local)
 
     def sharing(self, passes: int) -> Sharing:
-        """`pipeline.sharing.Ranks`: two passes on two halves of the processes, else all share the rows of each."""
+        """Implement `pipeline.sharing.Ranks`: two passes on two halves of the ranks, else all ranks share each pass."""
         if passes == 2 and self.size % 2 == 0:
             return Sharing(self.everyone, self.half, halves=2)
         return Sharing(self.everyone, self.everyone)
 
     @contextmanager
     def watched(self) -> Iterator[Seen]:
-        """Bytes and seconds of every collective of this process while this lasts."""
+        """Record bytes and seconds of every collective of this rank inside the `with` block."""
         seen: Seen = {}
         self._watch.seen = seen
         try:
@@ -138,11 +140,11 @@ class Groups:
             self._watch.seen = None
 
     def abort(self) -> list[threading.Thread]:
-        """End what runs in these groups, here: a kernel that waits for a process that is gone would wait for ever.
+        """Abort the collectives of these groups: a kernel that waits for a dead rank would wait for ever.
 
-        NCCL ends the kernels at once, but then waits until no recorded graph refers to a group, so each group has a
-        thread → those threads. They are to be joined when the graphs are gone: a thread that is inside a library when
-        the interpreter ends would end the process with it."""
+        NCCL ends the kernels at once, but then waits until no captured graph refers to a group; so each group is
+        aborted in a thread. Returns the threads. Join them after the graphs are freed: a thread that is inside a
+        library when the interpreter exits would crash the process."""
         if self.device.type == "cuda" and not self._aborting:
             self._aborting = [
                 threading.Thread(target=group.abort, name="scail2-rt abort", daemon=True) for group in self._made
@@ -155,7 +157,7 @@ class Groups:
         backend = self._backend(dist.PrefixStore(name, store), rank, size, local)
         self._made.append(backend)
         peers = GroupPeers(backend, rank, size, self._watch)
-        peers.gather(torch.zeros(1, device=self.device))  # connects: later there is nothing to wait for but the work
+        peers.gather(torch.zeros(1, device=self.device))  # connects now: later collectives wait for the work only
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return peers

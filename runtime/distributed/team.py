@@ -1,10 +1,10 @@
-"""The processes of a session as the leading one sees them: it starts them, calls them, and notices when one is gone.
+"""The ranks of a session as the leader sees them: it starts them, calls them, and notices when one ends.
 
-The leader runs the whole pipeline, as alone; only what is shared is called in every process (`distributed.leading`).
-A call is sent first and then done here too, so that all meet in its collectives; nothing is answered. Between calls
-the others wait, so a run can end there at any time. A call that is cut off here leaves them in the middle of
-something: they are ended, and started again for the next run. When a process fails, all are ended, what waits for them
-here is released, and whoever calls hears one sentence."""
+The leader runs the complete pipeline as on one GPU; only shared work is called on every rank (`distributed.leading`). A
+call is sent to the other ranks and then executed here too, so that all meet in its collectives; there is no reply.
+Between calls the other ranks wait, so a run can end at any time there. A call that is interrupted here leaves them in
+an unknown state: they are ended, and started again for the next run. When a rank fails, all ranks are ended, every wait
+for them is released, and the caller gets one error."""
 
 import atexit
 import contextlib
@@ -24,10 +24,10 @@ from scail2_rt.runtime.pipeline.transformer import Transformer
 
 
 class Team:
-    """`size` processes, this one among them as number 0, on device `device` of each ("cpu" or "cuda").
+    """`size` ranks, of which this process is rank 0, on device `device` of each ("cpu" or "cuda").
 
-    opener: makes the engines of the others; place: of this process, where torchrun has started all of them. Processes
-    start with `start` and are awaited when they are first called."""
+    opener: opens the engines on the other ranks; place: this rank, if torchrun has started all ranks. `start` starts
+    the ranks; the first call waits for them."""
 
     def __init__(self, size: int, device: torch.device, opener: Opener, place: Place | None = None) -> None:
         self.size, self.device, self.place, self._opener = size, device, place, opener
@@ -36,31 +36,32 @@ class Team:
         self._recording: weakref.WeakSet[Transformer] = weakref.WeakSet()
 
     def start(self) -> None:
-        """Start the processes if there are none; does not wait for them. Those of torchrun cannot be started again."""
+        """Start the ranks if there are none; does not wait. Raises Scail2Error if the ranks of torchrun have ended."""
         if self._crew is None:
             if self.place is not None and self._gone:
-                raise Scail2Error("The processes that torchrun started have ended: start the command again.")
+                raise Scail2Error("The ranks that torchrun started have ended. Start the command again.")
             self._crew, self._gone = Crew(self.size, self.device, self._opener, self.place), True
-            atexit.register(self.end)  # threads of a crew must be over when the interpreter ends
+            atexit.register(self.end)  # the threads of a crew must end before the interpreter exits
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """Process ids of the others."""
+        """Process ids of the other ranks, those started here."""
         return () if self._crew is None else tuple(process.pid for process in self._crew.processes)
 
     @property
     def groups(self) -> Groups:
-        """This process's groups, when all processes are ready."""
+        """This rank's process groups; waits until all ranks are ready."""
         return self._ready().groups
 
     def sharing(self, passes: int) -> Sharing:
-        """`pipeline.sharing.Ranks`."""
+        """Return how a forward pass of `passes` contexts is divided; see `pipeline.sharing.Ranks`."""
         return self.groups.sharing(passes)
 
     @contextlib.contextmanager
     def together(self, name: str, *arguments: Any) -> Iterator[Groups]:
-        """Every other process does `Worker.name(*arguments)` while this one does what is inside. Scail2Error when a
-        process fails."""
+        """Run `Worker.name(*arguments)` on every other rank while this rank runs the `with` block.
+
+        Raises Scail2Error if a rank fails."""
         crew = self._ready()
         try:
             crew.in_call = True
@@ -68,36 +69,36 @@ class Team:
             yield crew.groups
             crew.check()
         except BaseException as error:
-            if told := crew.failure_behind(error):
-                raise told from error
+            if failure := crew.failure_behind(error):
+                raise failure from error
             raise
         crew.in_call = False
 
     def told(self, error: BaseException) -> BaseException:
-        """What to raise for an error of a run: the failure of another process that is behind it, or the error."""
+        """Return the error to raise for a run's error: the failure of another rank that caused it, or the error."""
         crew = self._crew
         return error if crew is None else crew.failure_behind(error) or error
 
     @property
     def broken(self) -> bool:
-        """Has a process died or failed, or was a call cut off?"""
+        """Whether a rank has died or failed, or a call was interrupted."""
         return self._crew is not None and (self._crew.in_call or self._crew.failure is not None)
 
     def settle(self) -> None:
-        """Before a run, and after one that was ended from outside: processes of a broken team go."""
+        """End the ranks if the team is broken. Called before a run, and after one that was ended from outside."""
         if self.broken:
             self.end()
 
     def end(self) -> None:
-        """End the processes at once; the next call starts new ones."""
+        """End the ranks at once; the next call starts new ones."""
         self._leave(Crew.end)
 
     def close(self) -> None:
-        """Let the processes finish and end."""
+        """Let the ranks finish and end."""
         self._leave(Crew.close)
 
     def leads(self, transformer: Transformer) -> None:
-        """Its recorded steps hold the groups: they go before these do."""
+        """Register a transformer. Its captured steps refer to the groups, so they are freed before the groups."""
         self._recording.add(transformer)
 
     def _leave(self, how: Callable[[Crew], None]) -> None:

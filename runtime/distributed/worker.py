@@ -1,8 +1,8 @@
-"""A process beside the leading one: opens the same engines on its own GPU and does its part of every call.
+"""A rank beside the leader: opens the same engines on its GPU and runs its part of every call.
 
-It runs `python -m scail2_rt.runtime.distributed.worker` and reads from its standard input where to connect. It ends
-when it is told to, when a call fails (the leader hears why first), and at once when the leader is gone, whatever it is
-doing then: a collective without the leader would never return."""
+It runs as `python -m scail2_rt.runtime.distributed.worker` and reads the leader's address from standard input. It ends
+when the leader says so, when a call fails (after reporting the error to the leader), and at once when the connection to
+the leader closes, even during a call: a collective without the leader would never return."""
 
 import json
 import os
@@ -29,13 +29,13 @@ from scail2_rt.runtime.pipeline.placement import Placement, apply
 from scail2_rt.runtime.pipeline.transformer import BlockKV, References, Schedule, Transformer
 
 Opener = Callable[[torch.device], EngineSet]
-LOST = 3  # exit code of a process whose leader is gone
+LOST = 3  # exit code after the connection to the leader is lost
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a process is told when it has connected. store: address of the process groups' store; local: all processes
-    are on this host; opener: makes the engines on a device."""
+    """Instructions for a rank that has connected. store: address of the process groups' store; local: all ranks are on
+    this host; opener: opens the engines on a device."""
 
     rank: int
     size: int
@@ -46,7 +46,7 @@ class Start:
 
 
 class Worker:
-    """One process's engines and constants. Every method is a call of the leader, by its name."""
+    """One rank's engines and constants. Every method implements the leader's call of the same name."""
 
     def __init__(self, start: Start, store: Any) -> None:
         self.device = torch.device(start.device)
@@ -113,12 +113,12 @@ class Worker:
 
 
 def serve(channel: Channel, start: Start) -> None:
-    """Do what the leader calls until it says `close`."""
+    """Run the leader's calls until it sends `close`. Reports an error to the leader and ends the process."""
     import torch.distributed as dist
 
     calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
-    told_to_end = threading.Event()
-    channel.listen(calls.put, lambda: os._exit(0 if told_to_end.is_set() else LOST))
+    closing = threading.Event()
+    channel.listen(calls.put, lambda: os._exit(0 if closing.is_set() else LOST))
     try:
         store = dist.TCPStore(*start.store, is_master=False)
         worker = Worker(start, store)
@@ -130,24 +130,24 @@ def serve(channel: Channel, start: Start) -> None:
                     break
                 getattr(worker, name)(*arguments)
         worker.close()
-        told_to_end.set()
+        closing.set()
         channel.send(("closed", None))
     except BaseException as error:
-        channel.send(("failed", _told(error)))
+        channel.send(("failed", _described(error)))
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
 
 
-def _told(error: BaseException) -> str:
-    """What went wrong as one sentence."""
+def _described(error: BaseException) -> str:
+    """Describe an error in one sentence."""
     from scail2_rt.kernels.errors import Scail2Error
 
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory ran out ({text.partition('.')[0]})"
     if isinstance(error, MemoryError):
-        return "the computer's memory ran out"
+        return "the host's memory ran out"
     return text if isinstance(error, Scail2Error) else f"{type(error).__name__}: {text}"
 
 
@@ -158,7 +158,7 @@ def main() -> None:
     channel = Channel.to((where["host"], where["port"]), bytes.fromhex(where["key"]))
     channel.send(("hello", (where["rank"], where["rank"])))
     serve(channel, channel.receive())
-    os._exit(0)  # libraries' threads may outlive their groups
+    os._exit(0)  # threads of libraries may outlive their groups
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""From checked input to frames: conditions, segments, denoising, decoding. Read `pipeline` first."""
+"""From a checked request to frames: conditions, segments, denoising, decoding. Read `pipeline` first."""

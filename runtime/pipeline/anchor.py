@@ -1,15 +1,15 @@
-"""Colours of later segments, held to those of an earlier one by what should not have changed: the background.
+"""Colour anchor: keep the colours of later segments close to an earlier one by matching the background.
 
-Mean and deviation of each LAB channel over the background are matched by an affine map, applied to the whole picture.
-Background is what the driving mask gives to no character, a margin around the characters left out. What it should look
-like differs by mode. `animate` shows the reference's background, which stands still: the anchor segment leaves first
-and second moments of every pixel, and a later frame is held against the moments of the very pixels that it shows, so a
-character that moves across does not count as a change of colour. `replace` shows the driving video's scene, which may
-change: a frame's statistics are held against those of its driving frame, and the relation of the two that the anchor
-segment had is what later ones keep.
+Mean and deviation of each LAB channel over the background are matched by an affine map, which is applied to the
+complete frame. Background is every pixel that the driving mask assigns to no character, without a margin around the
+characters. The target depends on the mode. `animate` shows the reference's background, which does not move: the anchor
+segment leaves first and second moments of every pixel, and a later frame is compared with the moments of the same
+pixels that it shows, so a character that moves across the frame does not count as a change of colour. `replace` shows
+the driving video's scene, which may change: a frame's statistics are compared with those of its driving frame, and
+later segments keep the relation between the two that the anchor segment had.
 
-Groups of frames are matched as they are decoded, with the map running from one to the next, and not whole segments: the
-drift grows within a segment, and one map for all of it would make a step where it starts.
+The map is computed per group of decoded frames, with a linear transition from one group to the next, not per segment:
+the drift grows within a segment, and a single map would cause a visible step at its start.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ from scail2_rt.runtime.media.colour import lab_to_rgb, rgb_to_lab
 from scail2_rt.runtime.pipeline.driving import DrivingClip
 from scail2_rt.runtime.pipeline.preprocess import normalise_video
 
-_FLAT = 1.0  # LAB units added to both deviations: of a flat background they say nothing
-_LARGEST_SHIFT, _LARGEST_GAIN = 12.0, 1.25  # beyond it is another picture, not drift
-_SMALLEST_REGION = 0.02  # share of a group's pixels that must be background
-_MARGIN = 32  # around the characters: a 32nd of the shorter side
-_DARK = 64  # 8-bit: a mask pixel above it in any channel is no black background
+_FLAT = 1.0  # LAB units added to both deviations: the deviation of a flat background carries no information
+_LARGEST_SHIFT, _LARGEST_GAIN = 12.0, 1.25  # beyond these the content differs; it is not drift
+_SMALLEST_REGION = 0.02  # fraction of a group's pixels that must be background
+_MARGIN = 32  # margin around the characters: a 32nd of the shorter side
+_DARK = 64  # 8-bit: a mask pixel above it in any channel is not black background
 
 
 def background(mask: Tensor) -> Tensor:
-    """Driving mask uint8 [n, 3, H, W] → bool [n, H, W]: neither a character nor near one."""
+    """Return the background of a driving mask: uint8 [n, 3, H, W] → bool [n, H, W], not near a character."""
     character = (mask > _DARK).any(1) & ~(mask > ON_ABOVE).all(1)
     margin = max(min(mask.shape[-2:]) // _MARGIN, 1)
     size = 2 * margin + 1
@@ -40,7 +40,7 @@ def background(mask: Tensor) -> Tensor:
 
 
 def statistics(lab: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [3] and deviation [3] of lab [3, n, H, W] under weight [n, H, W]."""
+    """Return mean [3] and standard deviation [3] of lab [3, n, H, W] under weight [n, H, W]."""
     total = weight.sum()
     mean = (lab * weight).sum((1, 2, 3)) / total
     variance = ((lab - mean.view(3, 1, 1, 1)).square() * weight).sum((1, 2, 3)) / total
@@ -48,7 +48,7 @@ def statistics(lab: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Plate:
-    """A background that stands still: count [H, W], and sums [3, H, W] of LAB and of its squares over a segment."""
+    """A background that does not move: count [H, W], and sums [3, H, W] of LAB and of LAB² over a segment."""
 
     def __init__(self, count: Tensor, total: Tensor, squares: Tensor) -> None:
         self.count, self.total, self.squares = count, total, squares
@@ -60,11 +60,11 @@ class Plate:
         self.squares = self.squares + (lab.square() * weight).sum(1)
 
     def known(self, region: Tensor) -> Tensor:
-        """Of this region [n, H, W], what was seen as background before."""
+        """Return the part of `region` [n, H, W] that was seen as background before."""
         return region & (self.count > 0)
 
     def target(self, region: Tensor, driving: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation over time and place of the pixels of a region, each as often as it occurs there."""
+        """Return mean and deviation [3] over time and position, pixels counted as often as in `region`."""
         weight = region.sum(0, dtype=torch.float32)
         count = self.count.clamp_min(1)
         mean_at = self.total / count
@@ -82,8 +82,8 @@ class Plate:
 
 
 class Scene:
-    """A background that the driving video shows: how far a segment was from it, summed over `count` groups. shift [3]
-    is the difference of the means, ratio [3] that of the deviations' logarithms."""
+    """A background that the driving video shows: its difference from a segment, summed over `count` frames. shift [3]
+    is the difference of the means, ratio [3] the difference of the logarithms of the deviations."""
 
     def __init__(self, count: Tensor, shift: Tensor, ratio: Tensor) -> None:
         self.count, self.shift, self.ratio = count, shift, ratio
@@ -114,15 +114,15 @@ class Scene:
 def open_anchor(
     choice: str, mode: str, clip: DrivingClip, state: Mapping[str, Tensor], device: torch.device
 ) -> "ColourAnchor | None":
-    """The anchor for the segment of `clip`; None where colours are left alone."""
+    """Return the anchor for the segment of `clip`, or None if colours are not anchored ("off")."""
     return None if choice == "off" else ColourAnchor(choice, mode == "replace", clip, state, device)
 
 
 class ColourAnchor:
-    """`shade` corrects the frames of one segment in the order in which they are decoded.
+    """Corrects the frames of one segment with `shade`, in decoding order.
 
-    choice: `first` holds every later segment to the first, `previous` to the one before it. `state`: what `state()`
-    gave after the segment before; empty in the first, which is not corrected."""
+    choice: `first` matches every later segment to the first, `previous` to the preceding one. `state`: the result of
+    `state()` after the preceding segment; empty for the first segment, which is not corrected."""
 
     def __init__(
         self, choice: str, replace: bool, clip: DrivingClip, state: Mapping[str, Tensor], device: torch.device
@@ -132,15 +132,15 @@ class ColourAnchor:
         self.anchor = self.kind(**{name: value.to(device) for name, value in state.items()}) if state else None
         collects = self.anchor is None or choice == "previous"
         self.seen = self.kind.empty(clip.frames.shape[2], clip.frames.shape[3], device) if collects else None
-        self.map: tuple[Tensor, Tensor] | None = None  # gain and bias [3] of the group before
+        self.map: tuple[Tensor, Tensor] | None = None  # gain and bias [3] of the preceding group
 
     def shade(self, start: int, pixels: Tensor) -> Tensor:
-        """Frames [3, n, H, W] in -1..1 from number `start` of the segment on → the same, corrected."""
+        """Correct frames [3, n, H, W] in -1..1, which begin at frame `start` of the segment → the same shape."""
         group = slice(start, start + pixels.shape[1])
         region = background(self.clip.mask[group].to(self.device))
         driving = torch.empty(0, device=self.device)
         if self.kind is Scene:
-            region &= (self.clip.mask[group].to(self.device) > ON_ABOVE).all(1)  # margins of the frame show no scene
+            region &= (self.clip.mask[group].to(self.device) > ON_ABOVE).all(1)  # exclude the frame's margins
             frames = normalise_video(self.clip.frames[group].to(self.device))
             driving = rgb_to_lab(frames.transpose(0, 1).add(1).div(2))
         lab = rgb_to_lab(pixels.add(1).div(2))
@@ -148,7 +148,7 @@ class ColourAnchor:
         if self.anchor is not None:
             gain, bias = self._maps(self.anchor, lab, region, driving)
             corrected = gain * lab + bias
-            # as a difference, so that a map that changes nothing changes not one bit
+            # added as a difference, so that an identity map leaves the pixels bit-identical
             shown = (pixels + 2 * (lab_to_rgb(corrected) - lab_to_rgb(lab))).clamp(-1, 1)
             lab = corrected
         if self.seen is not None:
@@ -156,13 +156,13 @@ class ColourAnchor:
         return shown
 
     def state(self) -> dict[str, Tensor]:
-        """What the next segment is held to."""
+        """Return the statistics that the next segment is matched to."""
         kept = self.seen or self.anchor
         assert kept is not None
         return kept.state()
 
     def _maps(self, anchor: Plate | Scene, lab: Tensor, region: Tensor, driving: Tensor) -> tuple[Tensor, Tensor]:
-        """Gain and bias [3, n, 1, 1] of each frame: from those of the group before to this group's own."""
+        """Return gain and bias [3, n, 1, 1] per frame: a transition from the preceding group's map to this group's."""
         before, known = self.map, anchor.known(region)
         if known.float().mean() >= _SMALLEST_REGION:
             mean, deviation = statistics(lab, known.float())

@@ -1,6 +1,6 @@
-"""What a generation is conditioned on, encoded once: prompts, CLIP features, reference latents and their masks.
+"""The conditions of a generation, encoded once: prompts, CLIP features, reference latents and their masks.
 
-A prompt whose encoding is in the cache on disk never loads the text encoder. Encoders leave memory when they are done.
+If a prompt's encoding is in the disk cache, the text encoder is not loaded. Encoders are released after use.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from scail2_rt.runtime.pipeline.transformer import References
 from scail2_rt.runtime.pipeline.vae import encode_clip
 
 BLACK: RGB = PALETTE["black"]
-AHEAD = 4  # layers of the text encoder whose weights are on their way while one is used
+AHEAD = 4  # layers of the text encoder to prefetch beyond the one in use
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
-    """contexts: text encodings [n, text_dim], one per guidance pass (positive first); clip [257, clip_dim];
-    references: the latents and masks of the reference images."""
+    """Encoded conditions. contexts: text encodings [n, text_dim], one per guidance pass (positive first); clip
+    [257, clip_dim]; references: the latents and masks of the reference images."""
 
     contexts: tuple[Tensor, ...]
     clip: Tensor
@@ -42,13 +42,13 @@ class Conditions:
 def encode_conditions(
     plan: Plan, engines: EngineSet, progress: RunProgress, cache: PromptCache | None = None
 ) -> Conditions:
-    """Prompts, CLIP features and references of a request."""
+    """Encode prompts, CLIP features and references of a request."""
     request = plan.request
     prompts = [request.prompt, request.negative_prompt][: request.passes]
     with progress.phase("text"):
         contexts = encode_prompts(engines, prompts, cache)
     with progress.phase("reference"):
-        fits = (plan.fit, *(None for _ in request.extra_refs))  # other views and close-ups keep their framing
+        fits = (plan.fit, *(None for _ in request.extra_refs))  # additional views and close-ups keep their framing
         pictures = [
             load_reference(*pair, window, fit)
             for pair, window, fit in zip(request.references, plan.reference_windows, fits, strict=True)
@@ -60,7 +60,7 @@ def encode_conditions(
 
 
 def encode_prompts(engines: EngineSet, prompts: Sequence[str], cache: PromptCache | None) -> tuple[Tensor, ...]:
-    """Each prompt, cleaned → fp32 [n ≤ 512, text_dim] on the CPU, its true length."""
+    """Clean and encode each prompt → fp32 [n, text_dim] on the CPU, n ≤ 512 tokens, without padding."""
     assert engines.config.umt5 is not None
     texts = [clean_prompt(prompt) for prompt in prompts]
     found = {text: cache.load(text) if cache else None for text in texts}
@@ -76,8 +76,9 @@ def encode_prompts(engines: EngineSet, prompts: Sequence[str], cache: PromptCach
 
 
 def encode_ids(engines: EngineSet, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """umT5 over each prompt's token ids, without padding: the encoder masks padding, so it changes nothing. All
-    prompts pass a layer before its weights leave memory."""
+    """Run umT5 over each prompt's token ids → [n, text_dim] fp32 each. No padding: the encoder would mask it anyway.
+
+    All prompts pass a layer before its weights are released."""
     config = engines.config.umt5
     assert config is not None
     rows = [engines.embedding_rows(torch.tensor(ids)).to(engines.device, torch.float32) for ids in prompts]
@@ -93,7 +94,7 @@ def encode_ids(engines: EngineSet, prompts: Sequence[Sequence[int]]) -> list[Ten
 
 
 def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
-    """Resized reference image [3, H, W] in -1..1 → fp32 [257, clip_dim]."""
+    """Encode a resized reference image [3, H, W] in -1..1 → fp32 [257, clip_dim]."""
     assert engines.config.clip is not None
     pixels = clip_pixels(image, engines.config.clip.image_size)
     (features,) = engines.run("clip", pixels.to(engines.device, engines.compute_dtype("clip")))
@@ -104,7 +105,7 @@ def clip_features(engines: EngineSet, image: Tensor) -> Tensor:
 def load_reference(
     image: ImageSource, mask: ImageSource, window: Window, fit: ReferenceFit | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Image and mask → fp32 [3, H, W] each: scaled to -1..1, then laid into the frame as the window, or `fit`, says."""
+    """Load image and mask → fp32 [3, H, W] each, scaled to -1..1 and placed in the frame by the window or `fit`."""
 
     def prepared(pixels: np.ndarray, margin: RGB) -> Tensor:
         picture = normalise_image(torch.from_numpy(pixels).permute(2, 0, 1))[None]
@@ -114,13 +115,13 @@ def load_reference(
 
 
 def encode_reference(engines: EngineSet, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Image and mask [3, H, W] in -1..1 → latent [16, 1, h, w], mask latent [28, 1, h, w]."""
+    """Encode image and mask [3, H, W] in -1..1 → latent [16, 1, h, w], mask latent [28, 1, h, w]."""
     latent = encode_clip(engines, image[:, None])
     return latent, mask_latents(mask[None]).to(latent.device)
 
 
 def encode_references(engines: EngineSet, references: Sequence[tuple[Tensor, Tensor]]) -> References:
-    """(image, mask) pairs [3, H, W] in -1..1, the primary one first."""
+    """Encode (image, mask) pairs [3, H, W] in -1..1, the primary reference first."""
     pairs = [encode_reference(engines, image, mask) for image, mask in references]
     latents, masks = (torch.cat(tensors, dim=1) for tensors in zip(*pairs, strict=True))
     return References(latents[:, :1], masks[:, :1], latents[:, 1:], masks[:, 1:])

@@ -1,9 +1,9 @@
-"""What a session keeps from segment to segment and from request to request.
+"""Tensors that a session keeps between segments and requests.
 
-By token layout: the transformer with its rotary table, its token buffers and, on a GPU, its recorded step. By schedule:
-the time embeddings. Besides, the buffers of the cross-attention keys and values, for one or two passes.
-A clip of equal segments therefore records one graph and loads `dit.time` once, and a second request of the same layout
-records none.
+Per token layout: the transformer with its rotary table, token buffers and, on a GPU, its captured step. Per schedule:
+the time embeddings. In addition, the buffers of the cross-attention keys and values, for one or two passes.
+A clip of equal segments therefore captures one graph and loads `dit.time` once, and a second request with the same
+layout captures no graph.
 """
 
 from collections import OrderedDict
@@ -20,14 +20,14 @@ from scail2_rt.runtime.pipeline.sharing import Ranks, Sharing
 from scail2_rt.runtime.pipeline.transformer import BlockKV, Schedule, Transformer, context_kv
 from scail2_rt.runtime.pipeline.vae import decode_unclamped
 
-LAYOUTS = 3  # token buffers of 48,832 tokens of the 14B take 0.2 GiB; recorded steps share their memory
+LAYOUTS = 3  # token buffers of 48,832 tokens of the 14B model take 0.2 GiB; captured steps share their memory
 SCHEDULES = 8
 
 
 class Constants:
-    """The constants of one set of engines. `graphs_recorded` and `schedules_made` count what was not found here.
+    """The constants of one set of engines. `graphs_recorded` and `schedules_made` count cache misses.
 
-    ranks: the processes that share the work, None when it is this one alone."""
+    ranks: the ranks that share the work, None for a single process."""
 
     def __init__(self, engines: EngineSet, ranks: Ranks | None = None) -> None:
         self.engines, self.ranks = engines, ranks
@@ -44,19 +44,20 @@ class Constants:
         return self._graphs_recorded + self._pool.recorded
 
     def contexts(self, texts: Sequence[Tensor], clip: Tensor) -> list[BlockKV]:
-        """Cross-attention keys and values for these texts [n, text_dim] and this image [257, clip_dim]; they are valid
-        until the next call. Of shared passes, those that this process computes."""
+        """Compute cross-attention keys and values for texts [n, text_dim] and image [257, clip_dim].
+
+        They are valid until the next call. If passes are divided, only this rank's passes are returned."""
         sharing = None if self.ranks is None else self.ranks.sharing(len(texts))
         mine, peers = (texts, None) if sharing is None else (sharing.mine(texts), sharing.rows)
         if self._contexts is not None and (len(self._contexts) != len(mine) or self._sharing != sharing):
-            self.drop_transformers()  # their steps read the old buffers
+            self.drop_transformers()  # their captured steps read the old buffers
             self._contexts = None
         self._sharing = sharing
         self._contexts = context_kv(self.engines, mine, clip, self._contexts, peers)
         return self._contexts
 
     def transformer(self, layout: Layout, contexts: list[BlockKV]) -> Transformer:
-        """The transformer of a layout over the contexts that `contexts` gave."""
+        """Return the transformer of a layout over the result of `contexts`, from the cache if possible."""
         found = self._transformers.pop(layout, None)
         if found is None or found.contexts is not contexts:
             found = self._made(layout, contexts, self._pool, self._sharing)
@@ -69,7 +70,7 @@ class Constants:
         return Transformer(self.engines, layout, contexts, pool, sharing)
 
     def schedule(self, timesteps: Sequence[float]) -> Schedule:
-        """The time embeddings of these timesteps."""
+        """Return the time embeddings of these timesteps, from the cache if possible."""
         key = tuple(float(t) for t in timesteps)
         if key in self._schedules:
             self._schedules.move_to_end(key)
@@ -87,16 +88,16 @@ class Constants:
             self.engines.prefetch(f"dit.blocks.{i}.context_kv" for i in range(placement.contexts_ahead))
 
     def begin_segment(self, placement: Placement | None) -> None:
-        """Weights that stay loaded while denoising are on their way while the driving clip is encoded."""
+        """Prefetch the resident weights while the driving clip is encoded."""
         if placement is not None:
             self.engines.prefetch(placement.resident)
 
     def decode(self, latent: Tensor) -> Generator[Tensor, None, None]:
-        """Normalised latent [16, F, h, w] → unclamped pixels [3, 1, H, W], then [3, 4, H, W] each."""
+        """Decode a normalised latent [16, F, h, w] → unclamped pixels [3, 1, H, W], then [3, 4, H, W] each."""
         return decode_unclamped(self.engines, latent)
 
     def make_room(self, placement: Placement | None) -> None:
-        """Give the VAE what denoising held, as far as the placement says so."""
+        """Free memory of the transformer for the VAE, as far as the placement requires it."""
         if placement is not None and placement.drops_blocks:
             self.engines.release("dit.blocks.")
         if placement is not None and not placement.keeps_graphs:
@@ -104,13 +105,13 @@ class Constants:
             torch.cuda.empty_cache()
 
     def drop_transformers(self) -> None:
-        """Give back the memory of token buffers and recorded steps."""
+        """Free token buffers and captured steps."""
         self._transformers.clear()
         self._graphs_recorded += self._pool.recorded
         self._pool = GraphPool()
 
     def drop(self) -> None:
-        """Give back everything."""
+        """Free everything."""
         self.drop_transformers()
         self._schedules.clear()
         self._contexts = None

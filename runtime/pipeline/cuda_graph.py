@@ -1,11 +1,12 @@
-"""CUDA graphs: a function of a few tensors, recorded once and replayed.
+"""CUDA graphs: capture a function of a few tensors once, then replay it.
 
-The first call runs eagerly (kernels compile, libraries make their workspaces, weights finish loading); the second is
-recorded, and from then on a call copies its inputs into the recorded ones and replays. The results are copied out, so
-they live as long as the caller likes. Whatever else the function reads must stay at its address. A recording that fails
-is an error, never a silent return to eager running.
+The first call runs eagerly (kernels compile, libraries allocate their workspaces, weights finish loading). The second
+call is captured. From then on, a call copies its inputs into the captured ones, replays, and copies the results out, so
+that the caller may keep them. All other memory that the function reads must keep its address. A capture that fails
+raises; it never falls back silently to eager execution.
 
-Graphs that are never replayed at the same time share one memory pool: each replay computes everything that it reads.
+Graphs that are never replayed at the same time share one memory pool: each replay computes all intermediate data it
+reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ Function = Callable[..., list[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A recorded call: its inputs and outputs at fixed addresses, and what computes the latter from the former."""
+    """A captured call: inputs and outputs at fixed addresses, and the function that replays the graph."""
 
     inputs: tuple[Tensor, ...]
     outputs: list[Tensor]
@@ -30,33 +31,33 @@ class Recording:
 
 
 class GraphPool:
-    """The memory that the graphs of a session share; counts what was recorded."""
+    """The memory shared by a session's graphs. `recorded` counts the captures."""
 
     def __init__(self) -> None:
         self.recorded = 0
         self._handle: Any = None
 
     def record(self, function: Function, inputs: Sequence[Tensor]) -> Recording:
-        """Record `function(*inputs)`. Scail2Error when it cannot be captured."""
+        """Capture `function(*inputs)`. Raises Scail2Error if it cannot be captured."""
         self._handle = self._handle or torch.cuda.graph_pool_handle()
         static = tuple(tensor.clone() for tensor in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the threads that read weights and write video may go on using the device
+            # thread_local: the threads that read weights and write video may keep using the device
             with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
                 outputs = function(*static)
         except Exception as error:
             raise Scail2Error(
-                f"the denoising step cannot be captured in a CUDA graph ({error}); run with --no-graphs."
+                f"the denoising step cannot be captured in a CUDA graph ({error}). Use --no-graphs."
             ) from error
         self.recorded += 1
         return Recording(static, outputs, graph.replay)
 
 
 class StepGraph:
-    """`call(function, *tensors)` behind a CUDA graph: always the same function of tensors of the same shapes.
+    """Runs `call(function, *tensors)` through a CUDA graph; always the same function, with tensors of the same shapes.
 
-    It does not hold the function, whose owner may hold it: so memory goes back as soon as the owner is dropped."""
+    It holds no reference to the function: its owner may hold this object, and is then freed without a cycle."""
 
     def __init__(self, pool: GraphPool) -> None:
         self.pool = pool

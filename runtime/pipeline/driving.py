@@ -1,8 +1,8 @@
-"""The driving video and its mask, one segment at a time.
+"""The driving clip and its mask, read one segment at a time.
 
-Only the frames of the current segment are in memory, and of files those of the next, which a thread reads meanwhile;
-the overlap with the segment before is kept, so that every frame is decoded once. The last segment is padded by
-repeating its last frame.
+Only the frames of the current segment are in memory and, if the sources are files, those of the next one, which a
+thread reads meanwhile. The overlap with the previous segment is kept, so that every frame is decoded once. The last
+segment is padded by repeating its last frame.
 """
 
 from collections.abc import Generator, Iterator
@@ -31,7 +31,7 @@ FRAMES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class DrivingClip:
-    """frames and mask: uint8 [T, 3, H, W], T = segment.padded_frames, already at the output size."""
+    """Frames and masks of one segment: uint8 [T, 3, H, W] each, T = segment.padded_frames, at the output size."""
 
     segment: Segment
     frames: Tensor
@@ -40,8 +40,9 @@ class DrivingClip:
 
 @contextmanager
 def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
-    """`read_clips`. Where both sources are files, a thread begins to read the first segment at once, and each further
-    one while the one before is used; a caller's own frames are asked for in the caller's thread."""
+    """Give the segments of `read_clips`. If both sources are files, a thread starts to read the first segment at once
+    and each further one while the preceding one is used. Frames passed by the caller are read in the caller's thread.
+    """
     files = all(isinstance(source, Path) for source in (plan.request.driving, plan.request.mask_video))
     with closing(read_clips(plan, first)) as clips:
         if not files:
@@ -73,7 +74,9 @@ def _read_ahead(clips: Iterator[DrivingClip]) -> Iterator[Iterator[DrivingClip]]
 
 
 def read_clips(plan: Plan, first: int = 0) -> Generator[DrivingClip, None, None]:
-    """The plan's segments from number `first` on, in order; there may be none left."""
+    """Yield the plan's segments from number `first` on, in order; none if `first` is past the last.
+
+    Raises Scail2Error if a video ends early."""
     segments = plan.segments[first:]
     if not segments:
         return
@@ -96,21 +99,22 @@ def read_clips(plan: Plan, first: int = 0) -> Generator[DrivingClip, None, None]
 
 
 def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
-    """The next `count` frames as they lie in the frame; only a few at a time are held at the video's own size."""
+    """Read the next `count` frames, placed in the frame; only a few are in memory at the video's original size."""
     parts = []
     for wanted in range(count, 0, -FRAMES_AT_ONCE):
         frames = reader.read(min(wanted, FRAMES_AT_ONCE))
         if len(frames) < min(wanted, FRAMES_AT_ONCE):
+            end = reader.position + wanted - len(frames)
             raise Scail2Error(
-                f"{reader.name} ended at frame {reader.position}, {wanted - len(frames)} frames early: it changed or "
-                "cannot be decoded to its end. Re-encode it and try again."
+                f"{reader.name} ended at frame {reader.position} instead of {end}: it "
+                "changed or cannot be decoded to its end. Re-encode it and try again."
             )
         parts.append(through_window(torch.from_numpy(frames).permute(0, 3, 1, 2), window))
     return torch.cat(parts)
 
 
 def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tensor]:
-    """→ half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
+    """Encode a clip → half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
 
     def half(frames: Tensor) -> Tensor:
         return half_resolution(normalise_video(frames))

@@ -1,9 +1,8 @@
-"""How segments meet: what a segment takes over from the one before, and how the overlap is shown.
+"""Segment joins: the frames that a segment takes over from the previous one, and how the overlap is shown.
 
-Every later segment starts from the last O frames of the one before ("history"), rounded to bf16 and encoded as a clip
-of their own. The overlap exists twice, decoded from either segment. Without a fade the earlier version is shown; with
-one, its last frames pass linearly into the later version, for which they are held back until the later segment is
-decoded.
+Every later segment starts from the last O frames of the previous one ("history"), rounded to bf16 and encoded as a
+separate clip. The overlap is decoded twice, once from each segment. Without a fade the earlier version is shown. With a
+fade, its last frames change linearly into the later version; they are held back until the later segment is decoded.
 """
 
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from scail2_rt.runtime.pipeline.vae import encode_clip
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """All that a segment leaves to the next. finished: segments done so far; history: its last O frames as they are
-    seen, fp32 [3, O, H, W] in -1..1, None when nothing is to follow; anchor: the state of the colour anchor."""
+    """The state that a segment passes to the next one. finished: completed segments; history: its last O frames as
+    shown, fp32 [3, O, H, W] in -1..1, None if no segment follows; anchor: the state of the colour anchor."""
 
     finished: int = 0
     history: Tensor | None = None
@@ -31,14 +30,15 @@ class Carry:
 
 
 def encode_history(engines: EngineSet, history: Tensor) -> tuple[Tensor, Tensor]:
-    """→ the frames that were encoded [3, O, H, W], and the history's latents [16, (O-1)/4+1, h, w]."""
+    """Encode the history → the encoded frames [3, O, H, W], and their latents [16, (O-1)/4+1, h, w]."""
     pixels = history.to(torch.bfloat16).float()
     return pixels, encode_clip(engines, pixels)
 
 
 def cross_fade(shown: Tensor, start: int, history: Tensor | None, overlap: int, blend: int) -> Tensor:
-    """Frames [3, n, H, W] from number `start` of a segment on, of which the overlap's last `blend` are faded in: at the
-    i-th of them (from 1) the segment's own picture has the weight i / (blend + 1)."""
+    """Fade in the overlap's last `blend` frames in frames [3, n, H, W], which begin at number `start` of a segment.
+
+    At the i-th faded frame (from 1), the segment's own version has the weight i / (blend + 1)."""
     first, last = max(overlap - blend - start, 0), min(overlap - start, shown.shape[1])
     if history is None or first >= last:
         return shown

@@ -1,4 +1,4 @@
-"""Intermediate tensors for whoever wants to see them: the parity tests compare them with recorded ones.
+"""Access to intermediate tensors: the parity tests compare them with recorded ones.
 
     with observing(look):          # look(name, tensor)
         for frames in animate(…): …
@@ -16,14 +16,14 @@ _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 def observe(name: str, value: Tensor) -> None:
-    """Tell the observer, if there is one."""
+    """Pass a tensor to the observer, if there is one."""
     if (look := _observer.get()) is not None:
         look(name, value)
 
 
 @contextmanager
 def observing(look: Observer) -> Iterator[None]:
-    """Everything that this context computes meanwhile is shown to `look`."""
+    """Pass every tensor that this context observes inside the `with` block to `look`."""
     token = _observer.set(look)
     try:
         yield

@@ -1,7 +1,7 @@
-"""One generation, top to bottom: conditions, then for each segment noise, denoising, decoding.
+"""One generation, top to bottom: conditions, then per segment noise, denoising, decoding.
 
-`animate_plan` makes the frames of a checked request; writing them is the session's work. `animate` is the part between
-encoded conditions and finished frames, which the parity tests drive with recorded inputs.
+`animate_plan` generates the frames of a checked request; the session writes them. `animate` is the part between encoded
+conditions and finished frames, which the parity tests run with recorded inputs.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -35,13 +35,13 @@ DrawNoise = Callable[[Layout], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a video is made from noise, and how its segments are joined.
+    """Sampling settings, and how segments are joined.
 
     scheduler, steps, shift   name, number of steps, sigma shift
-    guidance                  its scale; ≤ 1: one pass
+    guidance                  guidance scale; ≤ 1: one pass
     mode                      animate or replace
-    overlap                   how many last frames of a segment the next one starts from
-    blend                     how many of the overlap's last frames fade from segment to segment
+    overlap                   number of a segment's last frames that the next segment starts from
+    blend                     number of the overlap's last frames that fade from one segment to the next
     anchor_color              off, first or previous (`pipeline.anchor`)"""
 
     scheduler: str
@@ -70,7 +70,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a generation runs on. placement: None where weights are not placed (on a CPU, say)."""
+    """Engines, constants and progress of a generation. placement: None if weights are not placed (e.g. on a CPU)."""
 
     engines: EngineSet
     constants: Constants
@@ -80,8 +80,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Finished frames, uint8 [n, H, W, 3] on the CPU. The last of a segment (n may be 0 there) come with what the
-    segment leaves to the next."""
+    """Finished frames, uint8 [n, H, W, 3] on the CPU. The last frames of a segment (n may be 0) include the carry to
+    the next segment."""
 
     pixels: Tensor
     carry: Carry | None = None
@@ -94,7 +94,7 @@ class Frames:
 def animate_plan(
     plan: Plan, machine: Machine, noise: torch.Generator, carry: Carry | None = None, cache: PromptCache | None = None
 ) -> Generator[Frames, None, None]:
-    """The plan's frames from the segment after `carry` on, made as they are asked for."""
+    """Generate the plan's frames from the segment after `carry` on, as the caller consumes them."""
     carry = carry or Carry()
     steps = plan.request.steps
     rest = 1.0 if plan.estimate is None else plan.estimate.rest(steps)
@@ -117,9 +117,9 @@ def animate(
     draw_noise: DrawNoise,
     carry: Carry | None = None,
 ) -> Generator[Frames, None, None]:
-    """Frames of the driving clips in order, every driving frame once.
+    """Generate the frames of the driving clips in order, every driving frame once.
 
-    `carry`: what the segment before the first clip left, when that is not the video's first."""
+    `carry`: the state after the segment before the first clip, if the first clip is not the start of the video."""
     engines, progress, carry = machine.engines, machine.progress, carry or Carry()
     passes = 2 if sampling.guidance > 1 else 1
     contexts: list[BlockKV] | None = None
@@ -151,12 +151,12 @@ def animate(
             for part in parts:
                 yield part
                 carry = part.carry or carry
-    if sampling.blend and carry.history is not None:  # held back for a segment that does not come
+    if sampling.blend and carry.history is not None:  # frames held back for a segment that does not exist
         yield Frames(quantise_frames(carry.history[:, -sampling.blend :]).cpu(), Carry(carry.finished))
 
 
 def timed(clips: Iterable[DrivingClip], progress: RunProgress) -> Iterator[DrivingClip]:
-    """The clips; making each is a phase of its own."""
+    """Yield the clips; reading each is a separate progress phase."""
     made = iter(clips)
     while True:
         with progress.phase("read", wait=False):
@@ -167,16 +167,17 @@ def timed(clips: Iterable[DrivingClip], progress: RunProgress) -> Iterator[Drivi
 
 
 def layout_of(clip: DrivingClip, conditions: Conditions, sampling: Sampling) -> Layout:
-    """The token layout of a segment."""
+    """Return the token layout of a segment."""
     frames, _, height, width = clip.frames.shape
     extra = conditions.references.additional_refs.shape[1]
     return Layout.of(frames, height, width, additional_refs=extra, replace=sampling.mode == "replace")
 
 
 def denoise(machine: Machine, transformer: Transformer, sampling: Sampling, x: Tensor, clean: Tensor | None) -> Tensor:
-    """From noise x fp32 [16, F, h, w] to a clean latent. `clean` [16, Th, h, w] holds the history latents: they
-    overwrite the first Th frames before every model call and after every step, where the history mask is 1.
-    NotFinite at the step that makes something else than numbers, on a GPU when the next one has been queued."""
+    """Denoise noise x fp32 [16, F, h, w] to a clean latent. `clean` [16, Th, h, w] holds the history latents: they
+    overwrite the first Th frames before every model call and after every step; the history mask is 1 there.
+
+    Raises NotFinite after the step that makes NaN or infinity; on a GPU once the next step has been queued."""
     scheduler = make_scheduler(sampling.scheduler, sampling.steps, sampling.shift)
     schedule = machine.constants.schedule(scheduler.timesteps)
     history_mask = x.new_zeros(4, *x.shape[1:])
@@ -202,16 +203,17 @@ def denoise(machine: Machine, transformer: Transformer, sampling: Sampling, x: T
 
 
 def overwrite_history(x: Tensor, clean: Tensor | None) -> Tensor:
-    """x [16, F, h, w] with its first frames replaced by the history latents [16, Th, h, w], if there are any."""
+    """Replace the first frames of x [16, F, h, w] by the history latents [16, Th, h, w], if there are any."""
     return x if clean is None else torch.cat([clean, x[:, clean.shape[1] :]], dim=1)
 
 
 def decode_segment(
     machine: Machine, clip: DrivingClip, latent: Tensor, sampling: Sampling, carry: Carry
 ) -> Generator[Frames, None, None]:
-    """The frames that a segment adds, in order: colours anchored, the overlap faded in where the segment before has
-    left its own version of it, as many held back at the end for the next one's fade. NotFinite for a group that is
-    not of numbers; a segment of one colour is a warning."""
+    """Yield the frames that a segment adds, in order, with colours anchored and the overlap faded in if the previous
+    segment left its version; `blend` frames are held back at the end for the next segment's fade.
+
+    Raises NotFinite for a group with NaN or infinity. Warns if the segment has one flat colour."""
     segment, before = clip.segment, carry.history
     blend = sampling.blend if before is not None else 0
     first, last = segment.overlap - min(blend, segment.overlap), segment.valid_frames - sampling.blend
@@ -242,9 +244,8 @@ def decode_segment(
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Frames of one latent frame: the number of the first, decoded pixels [3, 1 or 4, H, W], the same as they are
-    shown; on their way to the CPU those as uint8 [1 or 4, H, W, 3], and the range of each colour as the network gave
-    it, fp32 [2, 3]."""
+    """Frames of one latent frame: number of the first, decoded pixels [3, 1 or 4, H, W], and the frames as shown. Being
+    copied to the CPU: the shown frames as uint8 [1 or 4, H, W, 3], and the network's range per colour, fp32 [2, 3]."""
 
     start: int
     pixels: Tensor
@@ -256,8 +257,8 @@ class Group:
 def decoded_groups(
     machine: Machine, latent: Tensor, finish: Callable[[int, Tensor], Tensor]
 ) -> Generator[Group, None, None]:
-    """The groups of a latent in order, each shown as `finish(start, pixels)` makes it. On a GPU a group leaves while
-    the next is decoded: it is handed out when the next has been queued."""
+    """Decode a latent to groups in order, each shown as `finish(start, pixels)` returns it. On a GPU, a group is copied
+    while the next is decoded: it is yielded once the next has been queued."""
     start, waiting = 0, None
     with closing(machine.constants.decode(latent)) as chunks:
         while True:

@@ -1,4 +1,4 @@
-"""How the weights of a run lie in GPU memory: a decision of `session.memory`, carried out by the pipeline."""
+"""Placement of a run's weights in GPU memory: decided by `session.memory`, applied by the pipeline."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,14 +13,14 @@ Kind = Literal["resident", "phased", "streamed"]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """kind             resident: the transformer stays loaded while the VAE decodes; phased: it is dropped before;
-                        streamed: of the transformer's blocks only the first stay, the others pass through two buffers
-                        per stage family, read from the engine folder while the block before them runs
-    resident_blocks     how many blocks keep their weights while denoising, of `blocks`
-    keeps_graphs        recorded steps stay from segment to segment; else their memory goes to the VAE
-    needed, budget      bytes of PyTorch's allocator: what the run takes at once, and what it may take
-    contexts_ahead      how many blocks' context weights may be loaded while the driving clip is encoded, without a
-                        higher peak"""
+    """kind             resident: the transformer stays loaded while the VAE decodes; phased: it is released before;
+                        streamed: only the first blocks stay loaded, the others pass through two buffers per stage
+                        family, read from the engine folder while the preceding block runs
+    resident_blocks     number of blocks (of `blocks`) whose weights stay loaded during denoising
+    keeps_graphs        captured steps are kept between segments; otherwise their memory is freed for the VAE
+    needed, budget      bytes of PyTorch's allocator: the run's peak, and its limit
+    contexts_ahead      number of blocks whose context weights may be loaded while the driving clip is encoded, without
+                        a higher peak"""
 
     kind: Kind
     resident_blocks: int
@@ -32,7 +32,7 @@ class Placement:
 
     @property
     def line(self) -> str:
-        """One printable line."""
+        """The placement as one printable line."""
         what = {
             "resident": "all blocks stay in GPU memory",
             "phased": "all blocks in GPU memory while denoising, dropped for decoding",
@@ -43,17 +43,17 @@ class Placement:
 
     @property
     def drops_blocks(self) -> bool:
-        """Do the blocks leave memory before the VAE decodes?"""
+        """Whether the blocks are released before the VAE decodes."""
         return self.kind != "resident"
 
     @property
     def resident(self) -> list[str]:
-        """The block stages that stay loaded while denoising, in the order in which they are first run."""
+        """The block stages that stay loaded during denoising, in execution order."""
         return _stages(range(self.resident_blocks))
 
     @property
     def streamed(self) -> list[str]:
-        """The block stages that are streamed, in that order."""
+        """The block stages that are streamed, in execution order."""
         return _stages(range(self.resident_blocks, self.blocks))
 
 
@@ -62,7 +62,9 @@ def _stages(blocks: range) -> list[str]:
 
 
 def apply(placement: Placement, engines: EngineSet, others: int = 0) -> None:
-    """Tell the engines and the allocator, which counts the bytes that others in this process hold, too."""
+    """Apply the placement to the engines and set the allocator's limit.
+
+    others: bytes that the process's other sessions hold; the allocator counts them too."""
     total = torch.cuda.mem_get_info()[1]
     limited = engines.execution.vram_limit is not None
     torch.cuda.set_per_process_memory_fraction(min((placement.budget + others) / total, 1.0) if limited else 1.0)
@@ -70,6 +72,6 @@ def apply(placement: Placement, engines: EngineSet, others: int = 0) -> None:
 
 
 def lift_limit(engines: EngineSet) -> None:
-    """The limit is the run's: what else the process does on the GPU may use all of it."""
+    """Remove the allocator's limit after a run: it does not apply to other work of this process."""
     if engines.execution.vram_limit is not None:
         torch.cuda.set_per_process_memory_fraction(1.0)

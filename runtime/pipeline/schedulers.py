@@ -1,13 +1,13 @@
 """Flow-matching schedulers: noise levels, model timesteps and the update of the latent after each model call.
 
 The forward process is x_σ = (1-σ)·x₀ + σ·noise and the model predicts v = noise - x₀. Euler integrates v. The other two
-work on the prediction x₀ = x - σ·v over λ = log((1-σ)/σ), and every update is a weighted sum of the latent and of
-earlier predictions. All weights depend on the noise levels only, so they are computed once, in fp64 on the host; `step`
-is a few scalar-times-tensor operations on whatever device the latent is on, in fp32, without a host synchronisation.
-Weights are written in a form that stays finite where λ is not: σ = 1 (where DPM++ starts) and σ = 0 (where all end).
+use the prediction x₀ = x - σ·v over λ = log((1-σ)/σ), and every update is a weighted sum of the latent and of earlier
+predictions. All weights depend on the noise levels only, so they are computed once, in fp64 on the host. `step` is a
+few scalar-times-tensor operations in fp32 on the latent's device, without host synchronisation. The weights are written
+in a form that stays finite where λ is infinite: σ = 1 (the start of DPM++) and σ = 0 (the end of all three).
 
 Sources: UniPC (arXiv 2302.04867, bh2, data prediction), DPM-Solver++ 2M (arXiv 2211.01095), and the settings that the
-SCAIL-2 pipeline gives to Wan 2.1 `wan/utils/fm_solvers*.py` and the diffusers Euler scheduler.
+SCAIL-2 pipeline passes to Wan 2.1 `wan/utils/fm_solvers*.py` and the diffusers Euler scheduler.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ TRAINING_STEPS = 1000
 
 
 def _fp32(value: float) -> float:
-    """`value` rounded to fp32: the official schedules are stored so, and later values follow from the rounded ones."""
+    """Round to fp32: the official schedules store levels so, and compute later values from the rounded ones."""
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-# UniPC starts at the highest level of its training table, 1 - 1/1000 read back from fp32; the others at pure noise.
+# UniPC starts at the highest level of its training table, 1 - 1/1000 rounded to fp32; the others at pure noise.
 _START = {"unipc": _fp32(1 - 1 / TRAINING_STEPS), "dpm++": 1.0, "euler": 1.0}
 
 
@@ -51,10 +51,10 @@ class _Update:
 
 
 class Scheduler:
-    """One trajectory from noise to latent; make a new one for every segment.
+    """One trajectory from noise to latent; create a new one per segment.
 
-    sigmas     N+1 noise levels, falling to 0 (values representable in fp32)
-    timesteps  what the model is told at step i: truncated integers (unipc, dpm++) or floats (euler)"""
+    sigmas     N+1 noise levels, decreasing to 0 (values representable in fp32)
+    timesteps  the model's time input at step i: truncated integers (unipc, dpm++) or floats (euler)"""
 
     def __init__(self, name: str, sigmas: tuple[float, ...], timesteps: tuple[int | float, ...]) -> None:
         self.name = name
@@ -63,16 +63,18 @@ class Scheduler:
         self._done = 0
 
     def step(self, velocity: Tensor, x: Tensor) -> Tensor:
-        """Latent after the next step: v at `timesteps[i]` and the latent x it was computed for (any shape, device and
-        float type) → a new fp32 tensor. Neither argument is changed. Raises Scail2Error past the last step."""
+        """Return the latent after the next step, given v at `timesteps[i]` and the latent x it was computed for.
+
+        Any shape, device and float type; returns a new fp32 tensor and changes neither argument. Raises Scail2Error
+        after the last step."""
         if self._done == len(self.timesteps):
-            raise Scail2Error(f"This {self.name} trajectory has ended after {self._done} steps: make a new scheduler.")
+            raise Scail2Error(f"This {self.name} trajectory has ended after {self._done} steps. Make a new scheduler.")
         result = self._advance(self._done, velocity.float(), x.float())
         self._done += 1
         return result
 
     def _advance(self, i: int, velocity: Tensor, x: Tensor) -> Tensor:
-        """x ← x + (σ_next - σ)·v, the explicit Euler step."""
+        """Take the explicit Euler step x ← x + (σ_next - σ)·v."""
         return x.add(velocity, alpha=self.sigmas[i + 1] - self.sigmas[i])
 
 
@@ -85,12 +87,12 @@ class MultistepScheduler(Scheduler):
         self._predictors = [_predictor(sigmas, i) for i in steps]
         self._correctors = [_corrector(sigmas, i) for i in steps[1:]] if name == "unipc" else []
         self._predictions: tuple[Tensor, ...] = ()  # x₀ of the last two steps, newest first
-        self._base: Tensor | None = None  # corrected latent that the last predictor started from
+        self._base: Tensor | None = None  # corrected latent from which the last predictor started
 
     def _advance(self, i: int, velocity: Tensor, x: Tensor) -> Tensor:
         prediction = x.add(velocity, alpha=-self.sigmas[i])
         if self._correctors:
-            # The first x is the caller's own tensor, which may be overwritten in place before the next step.
+            # The first x belongs to the caller, which may overwrite it in place before the next step.
             x = (
                 x.clone()
                 if self._base is None
@@ -102,44 +104,45 @@ class MultistepScheduler(Scheduler):
 
 
 def make_scheduler(name: str, steps: int, shift: float) -> Scheduler:
-    """A scheduler for one trajectory of `steps` model calls: `unipc`, `dpm++` or `euler`.
+    """Create a scheduler for one trajectory of `steps` model calls: `unipc`, `dpm++` or `euler`.
 
-    Levels fall linearly from the start to 0 and are shifted by σ ← s·σ / (1 + (s-1)·σ). Raises InputError for an
+    Levels decrease linearly from the start to 0 and are shifted by σ ← s·σ / (1 + (s-1)·σ). Raises InputError for an
     unknown name, steps outside 1 … 1000, a shift that is not positive, or one so extreme that two levels coincide."""
     if name not in SCHEDULERS:
-        raise InputError(f"There is no scheduler called {name!r}: use one of {', '.join(SCHEDULERS)}.")
+        raise InputError(f"There is no scheduler called {name!r}. Use one of {', '.join(SCHEDULERS)}.")
     if not 1 <= steps <= TRAINING_STEPS:
-        raise InputError(f"The number of steps must be between 1 and {TRAINING_STEPS}, not {steps}; 40 is usual.")
+        raise InputError(f"The number of steps must be between 1 and {TRAINING_STEPS}, not {steps}. Use, say, 40.")
     if not 0 < shift < math.inf:
-        raise InputError(f"The shift must be a number above 0, not {shift}; 1, 3 and 5 are usual.")
-    if shift < 1e-6:  # far below sense, and 1 + (s-1)·σ would lose its digits at σ = 1
-        raise InputError(f"A shift of {shift} is too small: 1, 3 and 5 are usual.")
+        raise InputError(f"The shift must be a number above 0, not {shift}. Use, say, 1, 3 or 5.")
+    if shift < 1e-6:  # not useful, and 1 + (s-1)·σ would lose its digits at σ = 1
+        raise InputError(f"A shift of {shift} is too small. Use, say, 1, 3 or 5.")
     start = _START[name]
     linear = [i * (-start / steps) + start for i in range(steps)]
     shifted = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in linear]
     sigmas = (*map(_fp32, shifted), 0.0)
     if any(low >= high for high, low in pairwise(sigmas)):
-        raise InputError(f"A shift of {shift} makes noise levels of {steps} steps coincide; 1, 3 and 5 are usual.")
+        raise InputError(f"A shift of {shift} makes noise levels of {steps} steps coincide. Use, say, 1, 3 or 5.")
     if name == "euler":
         return Scheduler(name, sigmas, tuple(_fp32(sigma * TRAINING_STEPS) for sigma in sigmas[:-1]))
     return MultistepScheduler(name, sigmas, tuple(int(sigma * TRAINING_STEPS) for sigma in shifted))
 
 
 def _log_snr(sigma: float) -> float:
-    """λ = log((1-σ)/σ): -∞ at pure noise. σ is above 0."""
+    """Return λ = log((1-σ)/σ), which is -∞ at pure noise. σ is above 0."""
     return -math.inf if sigma == 1 else math.log((1 - sigma) / sigma)
 
 
 def _first_order(start: float, end: float) -> tuple[float, float]:
-    """Weights of x and of x₀ for constant x₀ from level `start` to `end`: σ_t/σ_s and α_t(1 - e^-h), the latter
-    written as α_t - α_s·σ_t/σ_s, which needs no logarithm."""
+    """Return the weights of x and of x₀ for constant x₀ from level `start` to `end`: σ_t/σ_s and α_t(1 - e^-h).
+
+    The latter is written as α_t - α_s·σ_t/σ_s, which needs no logarithm."""
     keep = end / start
     return keep, (1 - end) - (1 - start) * keep
 
 
 def _predictor(sigmas: tuple[float, ...], i: int) -> _Update:
-    """DPM-Solver++ 2M, equation for x_{i+1}; UniP-2 with B = bh2 is the same. First order at the first step (no earlier
-    prediction) and at the last (λ is infinite at σ = 0)."""
+    """Return the DPM-Solver++ 2M update to x_{i+1}, identical to UniP-2 with B = bh2. First order at the first step (no
+    earlier prediction) and at the last (λ is infinite at σ = 0)."""
     keep, weight = _first_order(sigmas[i], sigmas[i + 1])
     if i == 0 or i == len(sigmas) - 2:
         return _Update(keep, (weight,))
@@ -149,7 +152,7 @@ def _predictor(sigmas: tuple[float, ...], i: int) -> _Update:
 
 
 def _corrector(sigmas: tuple[float, ...], i: int) -> _Update:
-    """UniC with B = bh2: redo the step to level i from level i-1, now that x₀ at i is known.
+    """Return the UniC corrector with B = bh2: repeat the step from level i-1 to i, now that x₀ at i is known.
 
     Its order is that of the predictor it corrects: weights for x₀ at (i, i-1) after a first-order step, at
     (i, i-1, i-2) otherwise. There ρ solves ρ₁ + ρ₂ = φ₂/φ₁ and r·ρ₁ + ρ₂ = 2·φ₃/φ₁ with h = λ_i - λ_{i-1},

@@ -1,6 +1,6 @@
-"""How a forward pass is shared out: rows of every pass to some processes, the two passes of guidance to two halves.
+"""How a forward pass is divided: its rows among ranks, and the two guidance passes between two halves of the ranks.
 
-Only what the network asks for is here; processes and process groups are `runtime.distributed`'s."""
+This module defines only what the network needs; `runtime.distributed` implements ranks and process groups."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,34 +17,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """everyone: all processes; rows: those that this one shares the rows of its passes with, None when it holds them
-    all; halves: 2 where each half of the processes computes one of two passes, else 1."""
+    """everyone: all ranks; rows: the ranks that share the rows of this rank's passes, None if this rank holds all rows;
+    halves: 2 if each half of the ranks computes one of two passes, else 1."""
 
     everyone: Peers
     rows: Peers | None
     halves: int = 1
 
     def mine(self, passes: Sequence[T]) -> list[T]:
-        """The passes that this process computes."""
+        """Return the passes that this rank computes."""
         if self.halves == 1:
             return list(passes)
         half = self.everyone.rank // (self.everyone.size // self.halves)
         return list(passes[half : half + 1])
 
     def share(self, tokens: int, eight_bit: bool) -> RowShare | None:
-        """The rows of a sequence that this process holds; None for all."""
+        """Return this rank's rows of a sequence of `tokens` rows; None for all."""
         return None if self.rows is None else RowShare.of(self.rows, tokens, eight_bit)
 
     def collect(self, results: Sequence[Tensor], part: slice) -> list[Tensor]:
-        """Rows `part` of every pass, from what each process has of its own passes [R, n] each."""
-        gathered = self.everyone.gather(torch.stack(list(results)))  # [processes, passes here, R, n]
+        """Gather rows `part` of every pass; results: this rank's rows [R, n] of each of its passes."""
+        gathered = self.everyone.gather(torch.stack(list(results)))  # [ranks, passes here, R, n]
         grouped = gathered.unflatten(0, (self.halves, -1))
         return [rows.flatten(0, 1)[part] for half in grouped for rows in half.unbind(1)]
 
 
 class Ranks(Protocol):
-    """The processes of a session."""
+    """The ranks of a session."""
 
     def sharing(self, passes: int) -> Sharing:
-        """How forward passes of this many contexts are shared out."""
+        """Return how forward passes of `passes` contexts are divided."""
         ...

@@ -1,15 +1,15 @@
-"""The denoising network over engine stages and kernels: what the model's forward pass is in this runtime.
+"""The denoising network over engine stages and kernels: the model's forward pass in this runtime.
 
-What is constant over the denoising steps is computed once: reference and driving tokens, the rotary table, all time
-embeddings, and every block's cross-attention keys and values (whose weights are then let go). A step embeds the noisy
-video, runs the blocks, and returns one velocity per context; the passes of guidance share everything up to block 0's
+Everything constant over the denoising steps is computed once: reference and driving tokens, the rotary table, all time
+embeddings, and every block's cross-attention keys and values (whose weights are then released). A step embeds the noisy
+video, runs the blocks, and returns one velocity per context; the guidance passes share all work up to block 0's
 cross-attention.
 
-A `Transformer` belongs to a token layout and a number of passes, not to a segment: what a segment shows it is written
-into buffers that stay where they are, so that a step that was recorded for one segment serves every later one.
+A `Transformer` belongs to a token layout and a number of passes, not to a segment: a segment's inputs are written into
+buffers with fixed addresses, so that a step captured for one segment serves all later ones.
 
-Several processes may share the work (`pipeline.sharing`): then each holds a part of the rows, at the same places in the
-sequence throughout, and what is given and returned is whole in every one of them.
+Several ranks may share the work (`pipeline.sharing`). Each then holds a part of the rows, always at the same positions
+of the sequence; arguments and results are complete on every rank.
 """
 
 from collections.abc import Sequence
@@ -34,13 +34,13 @@ from scail2_rt.runtime.core.geometry import Layout
 from scail2_rt.runtime.pipeline.cuda_graph import GraphPool, StepGraph
 from scail2_rt.runtime.pipeline.sharing import Sharing
 
-AHEAD = 4  # blocks whose context weights are on their way while one is used
+AHEAD = 4  # blocks whose context weights are prefetched beyond the one in use
 BlockKV = list[tuple[Tensor, Tensor]]  # per block: text k|v [512, 2C], image k|v [257, 2C]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class References:
-    """What every segment of a generation shows the model: reference [16, 1, h, w], its mask [28, 1, h, w],
+    """The references shown to the model in every segment: reference [16, 1, h, w], its mask [28, 1, h, w],
     additional_refs [16, N, h, w] and additional_masks [28, N, h, w], N ≥ 0."""
 
     reference: Tensor
@@ -51,19 +51,18 @@ class References:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What the model knows of each denoising step: time fp32 [n, C] and its projection to modulation, fp32
-    [n, 6, C]."""
+    """The model's time inputs per denoising step: time fp32 [n, C] and its projection to modulation, fp32 [n, 6, C]."""
 
     time: Tensor
     modulation: Tensor
 
     @classmethod
     def of(cls, engines: EngineSet, timesteps: Sequence[float]) -> "Schedule":
-        """The time embeddings of these timesteps; the weights leave memory."""
+        """Compute the time embeddings of these timesteps and release the weights."""
         assert engines.config.dit is not None
         times = sinusoid(torch.tensor(timesteps, dtype=torch.float64), engines.config.dit.freq_dim)
         time, projection = engines.run("dit.time", times.to(engines.device))
-        engines.release("dit.time")  # fp32, and all its results are here
+        engines.release("dit.time")  # fp32, and all its results have been computed
         return cls(time, projection.view(len(timesteps), 6, engines.config.dit.dim))
 
 
@@ -74,11 +73,11 @@ def context_kv(
     into: list[BlockKV] | None = None,
     peers: Peers | None = None,
 ) -> list[BlockKV]:
-    """Cross-attention keys and values of every block for each text context.
+    """Compute cross-attention keys and values of every block for each text context.
 
-    contexts: text encodings [n ≤ 512, text_dim], zero-padded to 512 rows here; clip [257, clip_dim]. `into`: the result
-    for another prompt or image, as many contexts: it is overwritten in place and returned. `peers`: processes that ask
-    for the same; each computes the same number of blocks, and one gather gives all of them to everybody."""
+    contexts: text encodings [n ≤ 512, text_dim], zero-padded to 512 rows here; clip [257, clip_dim]. `into`: an earlier
+    result with as many contexts, overwritten in place and returned. `peers`: ranks that make the same call; each
+    computes the same number of blocks, and one gather gives all blocks to every rank."""
     assert engines.config.dit is not None
     config = engines.config.dit
     compute = engines.compute_dtype("dit.context")
@@ -120,7 +119,7 @@ def release_contexts(engines: EngineSet) -> None:
 
 
 def _keep(kv: BlockKV, i: int, text: Tensor, image: Tensor) -> None:
-    """Block i's keys and values over those that are there; a copy, which may be written to later, where none are."""
+    """Write block i's keys and values into kv, or append a copy if kv has no such block yet."""
     if i == len(kv):
         kv.append((text.clone(), image.clone()))
     else:
@@ -129,17 +128,17 @@ def _keep(kv: BlockKV, i: int, text: Tensor, image: Tensor) -> None:
 
 
 def _of_all_blocks(own: BlockKV, padding: Tensor, peers: Peers) -> Tensor:
-    """The blocks of every process, `padding` where one has fewer than its part → [blocks and padding, rows, 2C]."""
+    """Gather the blocks of every rank → [blocks and padding, rows, 2C]; `padding` fills ranks with fewer."""
     rows = torch.stack([torch.cat(pair) for pair in own]) if own else padding[:0]
     return peers.gather(torch.cat([rows, padding[len(own) :]])).flatten(0, 1)
 
 
 class Transformer:
-    """The denoising network of one token layout. `show_references` and `show_driving` say what it sees beside the noisy
-    video; then `velocities` is all that the denoising loop calls.
+    """The denoising network of one token layout. `show_references` and `show_driving` set its inputs beside the noisy
+    video; the denoising loop then calls `velocities` only.
 
-    contexts: one BlockKV per guidance pass, read where they lie; of shared work, those of this process. `pool`: the
-    memory of recorded steps, where the engines allow to record them. `sharing`: the other processes, None for none."""
+    contexts: one BlockKV per guidance pass, not copied; if passes are divided, those of this rank. `pool`: memory of
+    captured steps, used if the engines allow CUDA graphs. `sharing`: the other ranks, None for a single process."""
 
     def __init__(
         self,
@@ -167,13 +166,13 @@ class Transformer:
             torch.empty(rows.stop - rows.start, self.config.dim, device=engines.device)
             for rows in (references, driving)
         )
-        masks = video.stop - video.start, self.config.mask_channels * 4  # of 2×2 latents
+        masks = video.stop - video.start, self.config.mask_channels * 4  # for 2×2 latents
         self._video_mask = torch.zeros(masks, dtype=self.embed_dtype, device=engines.device)
         self._shown: References | None = None
         self._graph = StepGraph(pool) if pool is not None and engines.cuda_graphs else None
 
     def show_references(self, shown: References) -> None:
-        """Embed these references, unless they are those that were shown last.
+        """Embed these references, unless they are already shown.
 
         `reference_mask` may be [28, 1+F, h, w], to give the video frames a mask too."""
         if shown is self._shown:
@@ -189,23 +188,25 @@ class Transformer:
         self._shown = shown
 
     def show_driving(self, driving: Tensor, driving_mask: Tensor) -> None:
-        """Embed a segment's driving clip [16, F, h/2, w/2] and its mask [28, F, h/2, w/2]."""
+        """Embed a segment's driving latent [16, F, h/2, w/2] and its mask [28, F, h/2, w/2]."""
         self._embed(self._with_history(driving, 1.0), driving_mask, self.layout.driving, self._driving)
 
     def velocities(self, latent: Tensor, history_mask: Tensor, schedule: Schedule, step: int) -> list[Tensor]:
-        """latent fp32 [16, F, h, w], history_mask [4, F, h, w] → one fp32 velocity [16, F, h, w] per context."""
+        """Predict from latent fp32 [16, F, h, w] and history_mask [4, F, h, w]: fp32 [16, F, h, w] per context."""
         inputs = torch.cat([latent, history_mask]), schedule.modulation[step], schedule.time[step]
         return self._network(*inputs) if self._graph is None else self._graph.call(self._network, *inputs)
 
     def drop_recording(self) -> None:
-        """Forget the recorded step: the next is recorded again."""
+        """Drop the captured step; the next step is captured again."""
         if self._graph is not None:
             self._graph = StepGraph(self._graph.pool)
 
     def _network(self, video: Tensor, modulation: Tensor, time: Tensor) -> list[Tensor]:
-        """video fp32 [20, F, h, w], modulation fp32 [6, C], time fp32 [C]: a function of these tensors and of buffers
-        that stay where they are, so that it can be captured. The residual stream is one buffer that the stages update
-        in place; with several contexts each but the last continues from block 0 in a buffer of its own."""
+        """Run the network: video fp32 [20, F, h, w], modulation fp32 [6, C], time fp32 [C] → velocities.
+
+        Reads only these tensors and buffers with fixed addresses, so that it can be captured. The residual stream is
+        one buffer, updated in place by the stages; with several contexts, each but the last continues from block 0 in a
+        separate buffer."""
         layout = self.layout
         mods = (self.block_modulation + modulation).unbind()
         exchange = None if self.share is None else HeadExchange(self.share)
@@ -214,7 +215,7 @@ class Transformer:
         held, source = self._held(layout.video)
         place = x[held]
         tokens = self._embed_rows(self._rows(video)[source], self._video_mask, out=place)
-        if tokens is not place:  # an executor that does not write where it is told
+        if tokens is not place:  # a backend that does not support `out`
             place.copy_(tokens)
         head = self.engines.tables["head.modulation"] + time
         shared_x, shared_q = self._attend(0, x, mods[0], exchange)
@@ -230,29 +231,29 @@ class Transformer:
                 attention = cross_attention(q, *kv[i], self.config.head_dim)
                 into = x if i > 0 or last else torch.empty_like(x)
                 (x,) = self.engines.run(f"dit.blocks.{i}.ffn", x, attention, mods[i], out=into)
-                del q, attention  # the next block's qkv needs the room
+                del q, attention  # free memory for the next block's qkv
             result.append(self._head(x, head))
         if self.sharing is not None:
             result = self.sharing.collect(result, slice(0, layout.tokens) if self.share is None else layout.video)
         return [unpatchify(rows, layout.frames, layout.height, layout.width) for rows in result]
 
     def _attend(self, i: int, x: Tensor, mod: Tensor, exchange: HeadExchange | None) -> tuple[Tensor, Tensor]:
-        """Block i up to its cross-attention query: x [L, C], updated in place where the executor can → x, q."""
+        """Run block i up to its cross-attention query: x [L, C], updated in place if the backend can → x, q."""
         tables = self.engines.tables
         (qkv,) = self.engines.run(f"dit.blocks.{i}.qkv", x, mod)
         norms = tables[f"blocks.{i}.norm_q"], tables[f"blocks.{i}.norm_k"]
         prepared = prepare_qkv(qkv, *norms, self.rope, self.engines.attention, self.share)
-        del qkv  # in 8 bit nothing refers to it any more, and attention needs the room
+        del qkv  # in 8 bits nothing refers to it any more, and attention needs the memory
         if exchange is None:
             attended = self_attention(prepared)
         else:
             attended = shared_attention(prepared, exchange, self.config.head_dim)
-        attended = attended.to(self.block_dtype)  # 8 bit gives bf16, whatever the engines' type
+        attended = attended.to(self.block_dtype)  # 8-bit attention returns bf16, whatever the engines' type
         x, q = self.engines.run(f"dit.blocks.{i}.mid", x, attended, mod, out=x)
         return x, q
 
     def _head(self, x: Tensor, head: Tensor) -> Tensor:
-        """x [L, C] → the video's rows [Lv, 64]; of shared rows all that are here [R, 64], the others zero."""
+        """Project x [L, C] → the video's rows [Lv, 64]; with shared rows, all rows here [R, 64], others zero."""
         held, _ = self._held(self.layout.video)
         if self.share is None:
             return self.engines.run("dit.head", x[held], head)[0]
@@ -262,11 +263,11 @@ class Transformer:
         return placed
 
     def _held(self, part: slice) -> tuple[slice, slice]:
-        """Of the sequence's rows `part`, those that are here: which of our rows, and which of the part's."""
+        """Intersect the sequence's rows `part` with this rank's: (slice of this rank's rows, slice of `part`)."""
         return (part, slice(0, part.stop - part.start)) if self.share is None else self.share.held(part)
 
     def _residual_stream(self) -> Tensor:
-        """Room for the tokens; padding is zero."""
+        """Allocate the residual stream; padding is zero."""
         if self.share is None:
             return torch.empty(self.layout.tokens, self.config.dim, device=self.engines.device)
         return torch.zeros(self.share.rows, self.config.dim, device=self.engines.device)
@@ -278,15 +279,15 @@ class Transformer:
         return patchify(latent).to(self.engines.device, self.embed_dtype)
 
     def _embed(self, latent: Tensor, mask: Tensor, part: slice, into: Tensor) -> None:
-        """latent [20, F, h, w] and mask [28, F, h, w] of a part of the sequence → those of its tokens that are here."""
+        """Embed latent [20, F, h, w] and mask [28, F, h, w] of a part of the sequence; writes this rank's tokens."""
         _, source = self._held(part)
         rows, masks = self._rows(latent)[source], self._rows(mask)[source]
         if len(into):
             into.copy_(self._embed_rows(rows, masks, driving=part == self.layout.driving))
 
     def _embed_rows(self, rows: Tensor, masks: Tensor, driving: bool = False, out: Tensor | None = None) -> Tensor:
-        """The same of patches: rows [L, 80] and masks [L, 112]. `out`: where the tokens may be written."""
-        if out is not None and not len(out):  # none of them is here
+        """Embed patches: rows [L, 80] and masks [L, 112] → [L, C]. `out`: the backend may write the tokens there."""
+        if out is not None and not len(out):  # this rank has no row of this part
             return out
         flag = rows.new_full((rows.shape[0], 1), float(driving))
         (tokens,) = self.engines.run("dit.embed", rows, masks, flag, out=out)

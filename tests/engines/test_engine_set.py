@@ -173,7 +173,7 @@ def test_inputs_of_the_wrong_type_are_named(engines: EngineSet) -> None:
 
 
 def test_what_the_folder_lacks_is_named(engines: EngineSet) -> None:
-    with pytest.raises(InputError, match=r"has no stage vae\.decode_first.*lacks the vae part"):
+    with pytest.raises(InputError, match=r"has no stage vae\.decode_first.*has no vae part"):
         engines.run("vae.decode_first", torch.zeros(1))
     with pytest.raises(InputError, match=r"no tokenizer/tokenizer\.json"):
         _ = engines.tokenizer_path
@@ -343,12 +343,12 @@ class TestBackends:
     def test_where_a_memory_limit_can_be_kept(self, folder: Path) -> None:
         obstacles = {name: registry.backend(name).limit_obstacle("cuda") for name in registry.BACKENDS}
         assert obstacles == {
-            "tensorrt": "plans carry their weights",
-            "tensorrt-rtx": "plans carry their weights",
+            "tensorrt": "plans include their weights",
+            "tensorrt-rtx": "plans include their weights",
             "torch": None,
             "onnxruntime": "onnxruntime runs on the cuda here",
         }
-        with pytest.raises(InputError, match=r"needs the torch executor on a GPU, but torch runs on the cpu here"):
+        with pytest.raises(InputError, match=r"needs the torch backend on a GPU, but torch runs on the cpu here"):
             open_engines(folder, "torch", Execution(vram_limit=1 << 30), device="cpu")
 
     def test_on_a_cpu_no_weights_are_placed_and_no_steps_recorded(self, engines: EngineSet) -> None:
@@ -413,5 +413,5 @@ class TestChoice:
             registry.choose_backend("onnxruntime")
 
     def test_nothing_that_can_run(self) -> None:
-        with pytest.raises(InputError, match="none of the executors"):
+        with pytest.raises(InputError, match="none of the backends"):
             registry.choose_backend("auto", ["tensorrt"])

@@ -36,7 +36,7 @@ def test_the_parts_that_take_long(scail2: Run, tmp_path: Path) -> None:
     parts = json.loads((tmp_path / "r.json").read_text())["parts"]
     assert parts["generate"]["decode"]["difference"] <= 1e-3
     assert parts["generate"]["13f_2steps"]["wall_s"] > 0
-    assert parts["failures"]["killed_told"].startswith("Of the 2 processes that share this run, process 1 of 2 ended")
+    assert parts["failures"]["killed_told"].startswith("Rank 1 of 2 was ended")
     assert parts["failures"]["left"] == []
 
 

@@ -103,7 +103,7 @@ class TestInterruption:
         """
         found = run_python(script, tmp_path / "e")
         assert found.stdout.startswith("Scail2Error the disk of"), found.stdout + found.stderr
-        assert "the same command continues" in found.stdout
+        assert "run the same command again" in found.stdout
         assert build_small(tmp_path / "e").stages > 0
 
 

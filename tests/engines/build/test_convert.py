@@ -160,7 +160,7 @@ def test_text_for_people_and_a_second_call(scail2: Run, tiny_checkpoint: Path, t
     first = scail2("convert", tiny_checkpoint, "-o", output)
     assert first.returncode == 0, first.stderr
     assert f"{hash_file(output)}  {output}" in first.stdout
-    assert "VAE, umT5, CLIP and tokenizer are not in it" in first.stdout
+    assert "VAE, umT5, CLIP and tokenizer are not included" in first.stdout
     before = output.stat()
     second = scail2("convert", tiny_checkpoint, "-o", output, "--json")
     assert one_json(second)["files"][0]["up_to_date"] is True
@@ -266,7 +266,7 @@ class TestInterruption:
                 if step.name == "blocks.1":
                     os.utime(tmp_path / "c/dit.safetensors", (0, 0))
 
-        with pytest.raises(InputError, match="changed while it was converted"):
+        with pytest.raises(InputError, match="changed during the conversion"):
             convert(ConvertRequest(tmp_path / "x.safetensors"), small(tmp_path / "c"), Touch())
         assert not (tmp_path / "x.safetensors").exists()
 
@@ -285,7 +285,7 @@ class TestInterruption:
         result = scail2(*words, **sabotage(tmp_path, code))
         told = result.stderr
         assert result.returncode == 130, told
-        assert "what is written is kept; the same command continues" in told
+        assert "finished work is kept; the same command continues" in told
         assert told.endswith("error: interrupted\n")
         assert not output.exists()
         reply = one_json(scail2(*words, "--json"))
@@ -310,7 +310,7 @@ class TestInterruption:
         opened = small(tmp_path / "c")
         found = run_python(script, tmp_path / "c/dit.safetensors", tmp_path / "x.safetensors")
         assert found.stdout.startswith("Scail2Error the disk of"), found.stdout + found.stderr
-        assert "the same command continues" in found.stdout
+        assert "run the same command again" in found.stdout
         assert not (tmp_path / "x.safetensors").exists()
         assert convert(ConvertRequest(tmp_path / "x.safetensors"), opened).files[0].tensors == len(dit_shapes(DIT))
 
@@ -321,17 +321,17 @@ class TestRefusals:
         (tmp_path / "mine.safetensors").write_text("mine")
         (tmp_path / "folder.safetensors").mkdir()
         cases = [
-            (tmp_path / "c/dit.safetensors", "is a file of the checkpoint itself"),
-            (tmp_path / "mine.safetensors", "exists; give another -o, or --overwrite"),
+            (tmp_path / "c/dit.safetensors", "is a file of the checkpoint"),
+            (tmp_path / "mine.safetensors", "exists. Use --overwrite to replace it"),
             (tmp_path / "folder.safetensors", "is a folder"),
-            (tmp_path / "x.bin", r"must be named \*\.safetensors"),
+            (tmp_path / "x.bin", r"Name it \*\.safetensors"),
             (tmp_path / "mine.safetensors/x.safetensors", "cannot be"),
         ]
         for output, said in cases:
             with pytest.raises(InputError, match=said):
                 convert(ConvertRequest(output), opened)
         assert (tmp_path / "mine.safetensors").read_text() == "mine"
-        with pytest.raises(InputError, match="is a file of the checkpoint itself"):
+        with pytest.raises(InputError, match="is a file of the checkpoint"):
             convert(ConvertRequest(tmp_path / "c/dit.safetensors", overwrite=True), opened)
 
     def test_all_in_a_folder_that_has_the_parts(self, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -232,8 +232,8 @@ class TestDrawn:
     @pytest.mark.parametrize(
         ("header", "said"),
         [
-            ({"lora_alpha": "8", "alpha": "4"}, "says different things of alpha in its header (alpha 4, lora_alpha 8)"),
-            ({"use_rslora": "true"}, "says use_rslora without an alpha"),
+            ({"lora_alpha": "8", "alpha": "4"}, "has different values of alpha in its header (alpha 4, lora_alpha 8)"),
+            ({"use_rslora": "true"}, "has use_rslora but no alpha"),
         ],
     )
     def test_headers_that_cannot_be_followed(
@@ -388,4 +388,4 @@ def test_conversion_keeps_types_and_knows_its_loras(scail2: Run, tiny_checkpoint
     other = (*plain, "--lora", f"{tmp_path / 'l.safetensors'}:0.6")
     assert "was made from other files or with another --dtype or --lora" in error_of(scail2(*other))
     itself = ("convert", tiny_checkpoint, "-o", tmp_path / "l.safetensors", "--lora", tmp_path / "l.safetensors")
-    assert "is the LoRA itself" in error_of(scail2(*itself, "--overwrite"))
+    assert "is the LoRA file" in error_of(scail2(*itself, "--overwrite"))

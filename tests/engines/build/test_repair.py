@@ -78,14 +78,14 @@ def test_a_kill_half_way_is_found_again(whole: Path, copy: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         from scail2_rt.engines.build.build import BuildRequest, build
-        from scail2_rt.engines.folder.store import StoreMender
+        from scail2_rt.engines.folder.store import StoreRepairer
         from tests.support.small import small_checkpoint
 
         def killed(self, name, data, start=0):
             os.pwrite(self._file, bytes(7), self.layout.location(name).offset)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        StoreMender.write = killed
+        StoreRepairer.write = killed
         build(BuildRequest(Path("small"), Path(sys.argv[1]), ("torch",), "fp8"), small_checkpoint())
     """
     assert run_python(script, copy).returncode == -signal.SIGKILL
@@ -140,7 +140,7 @@ class TestWithoutSums:
 
     def test_not_to_a_damaged_folder(self, copy: Path) -> None:
         flip_tensor(without_sums(copy), UP)
-        with pytest.raises(InputError, match=rf"{STORE} has another hash than the manifest.*--rebuild"):
+        with pytest.raises(InputError, match=rf"{STORE} has another hash than in the manifest.*--rebuild"):
             build(request(copy, "fp8"), small_checkpoint())
 
     def test_an_interrupted_build_of_a_version_without_sums(self, whole: Path, tmp_path: Path) -> None:

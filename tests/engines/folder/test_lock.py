@@ -54,6 +54,6 @@ def test_a_file_system_without_locks_is_told_and_used(
     steps = Steps()
     assert build(request(tmp_path / "e"), small_checkpoint(), steps).added == ("torch",)
     assert [note for note in steps.notes if "cannot be locked" in note] == [
-        f"{tmp_path / 'e'} cannot be locked (no locks here): let nothing else write to it meanwhile"
+        f"{tmp_path / 'e'} cannot be locked (no locks here). Do not let another program write to it meanwhile."
     ]
     assert not (tmp_path / "e" / LOCK).exists()

@@ -135,5 +135,5 @@ def test_a_damaged_store_is_refused(tmp_path: Path, damage: str) -> None:
     path.unlink()
     if damage in broken:
         path.write_bytes(broken[damage])
-    with pytest.raises(InputError, match="rebuild the engine folder"):
+    with pytest.raises(InputError, match="Rebuild the engine folder"):
         StoreLayout.read(path)

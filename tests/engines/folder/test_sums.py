@@ -117,8 +117,8 @@ class TestOneBit:
                 with pytest.raises(DamagedError) as caught:
                     run(engines)
         assert str(caught.value) == (
-            f"stage dit.blocks.1.ffn of {copy} is damaged: tensor {UP} has another checksum than the build gave it. "
-            f"Repair this stage alone with: scail2-rt build-engines small -o {copy} --precision fp32 --backend torch"
+            f"stage dit.blocks.1.ffn of {copy} is damaged: tensor {UP} does not match its checksum. "
+            f"Repair only this stage with: scail2-rt build-engines small -o {copy} --precision fp32 --backend torch"
         )
 
     def test_a_stage_is_checked_once(self, copy: Path) -> None:
@@ -139,12 +139,12 @@ class TestOneBit:
     def test_the_header_when_the_folder_is_opened(self, copy: Path, place: int) -> None:
         header = len(StoreReader(copy / STORE).layout.header)
         flip(copy / STORE, place % header)
-        with pytest.raises(DamagedError, match="the header of the weight store has another checksum"):
+        with pytest.raises(DamagedError, match="the header of the weight store does not match its checksum"):
             open_engines(copy, "torch", device="cpu")
 
     def test_tables_when_the_folder_is_opened(self, copy: Path) -> None:
         flip(copy / "tables.safetensors", -3)
-        with pytest.raises(DamagedError, match=r"file tables\.safetensors has another checksum"):
+        with pytest.raises(DamagedError, match=r"file tables\.safetensors does not match its checksum"):
             open_engines(copy, "torch", device="cpu")
 
     def test_a_graph_and_weights_before_onnxruntime_maps_them(self, tmp_path: Path) -> None:
@@ -165,14 +165,14 @@ class TestOneBit:
         assert manifest.sums is not None
         assert find_damage(copy, manifest, manifest.sums) == ()
         health = check_health(copy, manifest)
-        assert health.text == f"{health.parts} tensors and files have the checksums that the build gave them"
+        assert health.text == f"{health.parts} tensors and files have the checksums recorded by the build"
         flip_tensor(copy, UP)
         assert "stage dit.blocks.1.ffn of" in check_health(copy, manifest).text
         flip_tensor(copy, "dit.blocks.1.ffn.down.weight")
         flip(copy / "tables.safetensors", -3)
         text = check_health(copy, manifest).text
         assert "is damaged: stage dit.blocks.1.ffn (tensor dit.blocks.1.ffn." in text
-        assert "and 1 more), file tables.safetensors. Repair that alone with: scail2-rt build-engines small" in text
+        assert "and 1 more), file tables.safetensors. Repair only this with: scail2-rt build-engines small" in text
 
     def test_what_cannot_be_read_is_damaged(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read = StoreReader.read_into
@@ -183,7 +183,7 @@ class TestOneBit:
             read(self, name, start, target)
 
         monkeypatch.setattr(StoreReader, "read_into", fail)
-        assert f"tensor {UP}, which cannot be read, has" in check_health(copy, read_manifest(copy)).text
+        assert f"tensor {UP}, which cannot be read, does" in check_health(copy, read_manifest(copy)).text
 
 
 GRAPH = "stages/dit.blocks.1.ffn.onnx"

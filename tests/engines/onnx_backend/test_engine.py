@@ -213,7 +213,7 @@ def test_failure_while_running(tmp_path: Path) -> None:
 
 
 def test_provider_that_is_not_there(head: Case) -> None:
-    with pytest.raises(InputError, match=r"no TensorrtExecutionProvider.*choose --backend torch"):
+    with pytest.raises(InputError, match=r"no TensorrtExecutionProvider.*use --backend torch"):
         OnnxEngine(head.definition, FP32, head.path, providers=["TensorrtExecutionProvider"])
 
 
@@ -240,7 +240,7 @@ def test_a_provider_that_does_not_start_is_refused(head: Case, monkeypatch: pyte
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    with pytest.raises(InputError, match=r"could not start its CUDAExecutionProvider .* choose --backend torch"):
+    with pytest.raises(InputError, match=r"could not start its CUDAExecutionProvider .* use --backend torch"):
         OnnxEngine(head.definition, FP32, head.path, providers=[CUDA, "CPUExecutionProvider"])
     name, chosen = asked[0]  # type: ignore[misc]
     assert (name, chosen["use_tf32"]) == (CUDA, "0")

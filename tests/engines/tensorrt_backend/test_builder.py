@@ -125,7 +125,7 @@ def test_a_stage_that_cannot_be_built(recorder: Recorder, tmp_path: Path) -> Non
         build(recorder, tmp_path / "e", layout)
     assert "stage dit.context cannot be built from" in str(caught.value)
     assert "dit.context.trt.onnx" in str(caught.value)
-    assert "Nor could umt5.final, vae.picture." in str(caught.value), "the others were not tried"
+    assert "umt5.final, vae.picture could not be built either." in str(caught.value), "the others were not tried"
     assert "Could not find any implementation for node gemm" in str(caught.value)
     assert "any implementation for node gemm" in log_path(tmp_path / "e", "dit.context", recorder.library).read_text()
     assert not plan_path(tmp_path / "e/stages", "dit.context", recorder.library).exists()
@@ -134,7 +134,7 @@ def test_a_stage_that_cannot_be_built(recorder: Recorder, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("setting", "text"), [("no_gpu", "could not start"), ("refuse_profile", "refuses its profile")]
+    ("setting", "text"), [("no_gpu", "could not start"), ("refuse_profile", "rejects its profile")]
 )
 def test_other_refusals(recorder: Recorder, tmp_path: Path, setting: str, text: str) -> None:
     layout = make_folder(tmp_path / "e", small_stages(), FP32)
@@ -199,7 +199,7 @@ def test_machines_that_cannot_build(recorder: Recorder, monkeypatch: pytest.Monk
             check_machine(TENSORRT, precision)  # type: ignore[arg-type]
     monkeypatch.setattr(recorder.module, "__version__", "10.9.0.34")
     with pytest.raises(
-        InputError, match=r"needs TensorRT 10\.13 or newer, and 10\.9\.0\.34 is installed; update it with"
+        InputError, match=r"needs TensorRT 10\.13 or newer, and 10\.9\.0\.34 is installed. Update it with"
     ):
         require_library(TENSORRT)
 

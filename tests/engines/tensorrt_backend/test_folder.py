@@ -109,7 +109,7 @@ def test_a_damaged_plan_is_refused_and_built_alone(recorder: Recorder, tmp_path:
     flip(tmp_path / "e/stages/dit.head.plan", 30)
     inputs = torch.randn(5, 32), torch.randn(2, 32)
     with open_engines(tmp_path / "e", "tensorrt", device="cpu") as plans:
-        message = r"stage dit\.head of .*file stages/dit\.head\.plan has another.*small -o .* --backend tensorrt$"
+        message = r"stage dit\.head of .*file stages/dit\.head\.plan does not match.*small -o .* --backend tensorrt$"
         with pytest.raises(DamagedError, match=message):
             plans.run("dit.head", *inputs)
     recorder.built.clear()
@@ -149,7 +149,7 @@ def test_what_a_card_must_hold_is_said_before_anything_is_made(rtx: Recorder, tm
             raise KeyboardInterrupt(text)
 
     request = BuildRequest(Path("small"), tmp_path / "e", ("tensorrt-rtx",), "fp32")
-    with pytest.raises(KeyboardInterrupt, match=r"a card must hold 0\.0 GiB of them at once .* --vram-limit"):
+    with pytest.raises(KeyboardInterrupt, match=r"a GPU must hold 0\.0 GiB of them at once .* --vram-limit"):
         build(request, small_checkpoint(), Stopping())
     assert not (tmp_path / "e").exists()
 
@@ -212,9 +212,9 @@ def test_a_failed_verify_takes_the_record_away(rtx: Recorder, tmp_path: Path) ->
         (
             ("sm86", "sm89"),
             "fp8",
-            r"needs an architecture among sm89, sm120, sm121, which sm86 is not; .*fp32 or bf16 or fp16\.$",
+            r"needs an architecture among sm89, sm120, sm121, which sm86 is not\. .*fp32 or bf16 or fp16\.$",
         ),
-        (("sm75",), "bf16", r"among sm80, .* which sm75 is not; use --precision fp32\.$"),
+        (("sm75",), "bf16", r"among sm80, .* which sm75 is not\. Use --precision fp32\.$"),
     ],
 )
 def test_targets_that_cannot_be(
@@ -239,7 +239,7 @@ def test_the_command_that_replaces_a_folder_keeps_the_options_of_plans(rtx: Reco
 def test_some_stages_for_another_card(rtx: Recorder, tmp_path: Path) -> None:
     make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm89",)))
     rtx.built.clear()
-    with pytest.raises(InputError, match=r"--target sm120 would leave plans for different cards in .* has sm89: "):
+    with pytest.raises(InputError, match=r"--target sm120 would leave plans for different cards in .* has sm89\. "):
         make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)), stages=("dit.head",))
     assert rtx.built == []
     make(tmp_path / "e", ("tensorrt-rtx",), plan_options=PlanOptions(targets=("sm120",)))
@@ -252,7 +252,7 @@ def test_a_plan_that_is_not_whole_is_built_alone(recorder: Recorder, tmp_path: P
     file = tmp_path / "e/stages/dit.head.plan"
     whole = file.read_bytes()
     file.unlink() if damage == "missing" else file.write_bytes(whole[:9])
-    with pytest.raises(InputError, match=r"dit\.head\.plan: .*Repair that alone with: .* --backend tensorrt$"):
+    with pytest.raises(InputError, match=r"dit\.head\.plan: .*Repair only this with: .* --backend tensorrt$"):
         open_engines(tmp_path / "e", "tensorrt", device="cpu")
     recorder.built.clear()
     assert make(tmp_path / "e").repaired == ("dit.head",)

@@ -38,7 +38,7 @@ def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = scail2("build-engines", tiny_checkpoint, "-o", folder, "--precision", "fp8", *BUILD)
     assert done.returncode == 0, done.stderr
     assert "plans for sm89, sm120" in done.stderr
-    assert "a card must hold" in done.stderr
+    assert "a GPU must hold" in done.stderr
     return folder
 
 
@@ -73,7 +73,7 @@ def test_what_a_target_cannot_do_is_refused_before_anything_is_built(tiny_checkp
     where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "tensorrt-rtx")
     message = error_of(scail2(*where, "--precision", "fp8", "--target", "sm86,sm89"))
     assert "precision fp8 needs an architecture among sm89, sm120, sm121, which sm86 is not" in message
-    assert message.endswith("use --precision fp32 or bf16 or fp16.")
+    assert message.endswith("Use --precision fp32 or bf16 or fp16.")
     assert "TensorRT for RTX builds for sm75, sm80" in error_of(scail2(*where, "--target", "sm90"))
     assert not (tmp_path / "e").exists()
 
@@ -99,7 +99,7 @@ if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
     message = error_of(failed, 1)
     assert message.startswith("stage dit.time cannot be built from ")
     assert "was ended by the signal SIGSEGV" in message
-    assert message.endswith("The 3 other plans are kept; the same command makes what is missing.")
+    assert message.endswith("All other plans (3) are kept. Run the same command again to build the missing ones.")
     assert not (tmp_path / "e/manifest.json").exists()
     again = scail2(*where, *dit)
     assert again.returncode == 0, again.stderr
@@ -116,7 +116,9 @@ if "scail2_rt.engines.tensorrt_backend.compiling" in sys.orig_argv:
 """
     where = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--precision", "fp8", *BUILD, "--stages", "dit.*")
     message = error_of(scail2(*where, env=unmeasured() | sabotage(tmp_path, code)), 1)
-    assert message.startswith(f"the disk of {tmp_path / 'e'} is full; finished steps are kept, and the same command")
+    assert message.startswith(
+        f"the disk of {tmp_path / 'e'} is full. Finished steps are kept; correct this and run the same command"
+    )
     assert not list((tmp_path / "e").rglob("*.partial"))
 
 
@@ -248,7 +250,7 @@ def test_a_weight_that_lost_its_quantisation(job: PlanJob, which: int) -> None:
 def test_a_bad_profile(job: PlanJob) -> None:
     profile = {**job.profiles[0], "x": ((1, 256), (64, 255), (128, 256))}
     text = refused(replace(job, profiles=(profile,)))
-    assert "refuses its profile" in text
+    assert "rejects its profile" in text
     assert "MIN<=OPT<=MAX" in text
     assert "driver" not in text, "which a machine that only compiles need not have"
     assert "its inputs attention, x have sizes without a range" in refused(replace(job, profiles=()))
@@ -260,7 +262,7 @@ def test_missing_weights(job: PlanJob, tmp_path: Path) -> None:
 
 
 def test_another_signature(job: PlanJob) -> None:
-    assert "the parser gave it the inputs" in refused(replace(job, inputs={**job.inputs, "x": "HALF"}))
+    assert "the parser gave the inputs" in refused(replace(job, inputs={**job.inputs, "x": "HALF"}))
 
 
 def test_an_unsupported_operator(job: PlanJob) -> None:
@@ -286,7 +288,7 @@ def test_a_killed_compiler(job: PlanJob, monkeypatch: pytest.MonkeyPatch) -> Non
     os.kill(child._process.pid, signal.SIGKILL)
     while (outcome := child.outcome()) is None:
         time.sleep(0.01)
-    assert "the compiler of TensorRT for RTX was ended by the signal SIGKILL, as happens when memory" in str(
+    assert "the compiler of TensorRT for RTX was ended by the signal SIGKILL, which happens when memory" in str(
         outcome.error
     )
 

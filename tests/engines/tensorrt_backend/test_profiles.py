@@ -81,5 +81,5 @@ def test_a_range_holds_shapes() -> None:
 
 def test_an_unknown_size_is_a_fault() -> None:
     stage = replace(PICTURE, io=lambda n: ((TensorSpec("video", n.compute, ("q",)),), ()))
-    with pytest.raises(Scail2Error, match="nothing is known about the size q of its input video"):
+    with pytest.raises(Scail2Error, match="the size q of its input video is unknown"):
         stage_profiles(stage, stage.numerics("fp32"), FULL, PlanOptions())

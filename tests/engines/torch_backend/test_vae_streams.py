@@ -94,11 +94,11 @@ def test_a_stream_changes_its_size_only_between_videos() -> None:
     vae, pixels, _ = reference(config, noise(16, 2, 2, 3), noise(3, 1, 16, 16))
     stream = DecodeStream(vae.state_dict(), config, DEVICE, torch.float32)
     stream.step(noise(16, 1, 3, 2).to(DEVICE))
-    with pytest.raises(InputError, match="reset"):
+    with pytest.raises(InputError, match="Reset"):
         stream.step(noise(16, 1, 2, 3).to(DEVICE))
     stream.reset()
     assert error(decode(stream, noise(16, 2, 2, 3)), pixels) < 1e-5
-    with pytest.raises(InputError, match="4 at a time"):
+    with pytest.raises(InputError, match="4 per call"):
         EncodeStream(vae.state_dict(), config, DEVICE, torch.float32).step(noise(3, 4, 16, 16))
 
 

@@ -177,7 +177,7 @@ class TestDamage:
         (check,) = [check for check in report.checks if check.name == "checksums"]
         assert check.passed is False
         assert "stage dit.head of" in check.detail
-        assert "tensor dit.head.linear.bias has another checksum" in check.detail
+        assert "tensor dit.head.linear.bias does not match its checksum" in check.detail
         assert f"scail2-rt build-engines small -o {small} --precision fp32 --backend torch" in check.detail
         (check,) = [check for check in report.checks if check.name == "files"]
         assert check.passed is False
@@ -193,7 +193,7 @@ class TestDamage:
         report = run(small, small_checkpoint())
         assert report.passed
         assert verdicts(report)["checksums"] is None
-        assert "add them, without a new build, with: scail2-rt build-engines small" in report.text
+        assert "Add them, without rebuilding, with: scail2-rt build-engines small" in report.text
 
     def test_a_graph_of_another_block(self, tmp_path: Path) -> None:
         """Weights and tables are right and every hash agrees: only running the stage finds it."""
@@ -286,7 +286,7 @@ class TestLoRA:
         assert f"tensor blocks.0.ffn.0.weight has NaN or infinite values once the LoRA is fused into it: {lora}" in (
             check.detail
         )
-        assert "at strength 1e+60; give a smaller strength" in check.detail
+        assert "at strength 1e+60. Use a smaller strength" in check.detail
 
     def test_a_lora_that_changed_or_is_gone(self, tmp_path: Path, lora: Path) -> None:
         build_small(tmp_path / "e", loras=(LoRASpec(lora, 0.7),))

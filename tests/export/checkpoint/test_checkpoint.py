@@ -164,7 +164,7 @@ class TestOfficialFolder:
         name = "model.diffusion_model.transformer.layers.1.cross_attention.key_value.bias"
         content["module"][name] = torch.zeros(511)
         torch.save(content, official / SAT_FILE)
-        assert f"{name} is [511]; its first dimension must divide by 2" in refused(official)
+        assert f"{name} is [511], but its first dimension must be a multiple of 2" in refused(official)
 
 
 class TestWanKeys:
@@ -238,7 +238,7 @@ class TestWanKeys:
         assert "given as the CLIP tower, but it holds a VAE" in refused(official, clip=official / VAE_FILE)
         assert "no VAE at" in refused(official, vae=tmp_path / "nowhere.pth")
         (tmp_path / "notes.txt").write_text("hello")
-        assert "is no weights file" in refused(official, vae=tmp_path / "notes.txt")
+        assert "is not a weights file" in refused(official, vae=tmp_path / "notes.txt")
         assert "must hold one set of weights" in refused(official, vae=official)
 
     def test_two_candidates_ask_for_a_choice(self, official, wan):
@@ -286,7 +286,7 @@ class TestHeadWidth:
         assert dit is not None
         assert dit.heads == 8
 
-    @pytest.mark.parametrize(("text", "said"), [("{", "cannot be read as JSON"), ("[]", "must hold a JSON object")])
+    @pytest.mark.parametrize(("text", "said"), [("{", "cannot be read as JSON"), ("[]", "is not a JSON object")])
     def test_a_damaged_config_is_named(self, tmp_path, wan, text, said):
         file = self.write(tmp_path, wan["dit"], None)
         (tmp_path / "config.json").write_text(text)
@@ -296,20 +296,20 @@ class TestHeadWidth:
 class TestRefusals:
     def test_nothing_there(self, tmp_path):
         assert "There is no checkpoint at" in refused(tmp_path / "nowhere")
-        assert "found nothing; expected the official folder" in refused(tmp_path)
+        assert "found nothing. Give the official folder" in refused(tmp_path)
 
     def test_unknown_layouts_say_what_was_found(self, tmp_path):
         save_file({"unet.conv_in.weight": torch.zeros(4)}, tmp_path / "sd.safetensors")
         (tmp_path / "unet").mkdir()
-        assert "found sd.safetensors, unet/; expected" in refused(tmp_path)
+        assert "found sd.safetensors, unet/. Give" in refused(tmp_path)
         assert "holds no SCAIL-2 network: it has 1 tensor, such as unet.conv_in.weight" in refused(
             tmp_path / "sd.safetensors"
         )
         (tmp_path / "a.txt").write_text("x")
-        assert "is no weights file" in refused(tmp_path / "a.txt")
+        assert "is not a weights file" in refused(tmp_path / "a.txt")
 
     def test_a_part_is_no_checkpoint(self, official):
-        assert "holds a VAE; give the file or folder with the transformer" in refused(official / VAE_FILE)
+        assert "holds a VAE. Give the file or folder with the transformer" in refused(official / VAE_FILE)
         assert open_checkpoint(official / VAE_FILE, components=("vae",)).config.vae is not None
 
     def test_missing_and_misshapen_tensors_name_the_file(self, tmp_path, wan):
@@ -443,7 +443,7 @@ class TestRefusals:
 class TestTokenizer:
     def test_spiece_alone_is_not_enough(self, official):
         (official / "umt5-xxl/tokenizer.json").rename(official / "umt5-xxl/spiece.model")
-        assert "has only spiece.model; the tokenizer is read from tokenizer.json" in refused(official)
+        assert "has only spiece.model, but tokenizer.json is needed" in refused(official)
 
     def test_none_at_all(self, official):
         (official / "umt5-xxl/tokenizer.json").unlink()

@@ -73,7 +73,7 @@ def test_what_to_name_is_said_and_works(scail2: Run, models: Path, opened: Check
     write_gguf(second, tensors_of(opened.sources["dit"]), "Q8_0")
     convert = ("--all", "-o", models.parent / "out/dit.safetensors")
     message = error_of(scail2("convert", models, *convert))
-    assert f"several files with a transformer ({DIT}, unet/scail2-Q8_0.gguf); name the one to use" in message
+    assert f"several files with a transformer ({DIT}, unet/scail2-Q8_0.gguf). Name the one to use" in message
     named = message.rpartition("as CHECKPOINT: ")[2]
     shutil.copy(models / VAE, models / "vae/copy.safetensors")
     message = error_of(scail2("convert", named, *convert))
@@ -92,7 +92,7 @@ def test_two_transformers_in_a_folder_beside_the_other_parts(tiny_checkpoint: Pa
     tensors = tensors_of(open_checkpoint(tiny_checkpoint).sources["dit"])
     for name in ("a", "b"):
         save_file(tensors, folder / f"transformers/{name}.safetensors")
-    with pytest.raises(InputError, match="name the one to use") as caught:
+    with pytest.raises(InputError, match="Name the one to use") as caught:
         open_checkpoint(folder)
     named = Path(str(caught.value).rpartition("as CHECKPOINT: ")[2])
     assert open_checkpoint(named).sources["dit"].files == (folder / "transformers/a.safetensors",)

@@ -96,9 +96,9 @@ def test_metadata_sets_clip_heads_and_constants():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ('{"num_heads": 3}', "whole heads"),
-        ('{"num_heads": 0}', "whole heads"),
-        ('{"num_heads": "two"}', "a number is needed"),
+        ('{"num_heads": 3}', "multiple of its heads"),
+        ('{"num_heads": 0}', "multiple of its heads"),
+        ('{"num_heads": "two"}', "Write a number"),
         ("[2]", "JSON object"),
         ("{", "not JSON"),
     ],
@@ -151,11 +151,11 @@ def test_several_problems_are_counted_and_unknown_tensors_named():
 @pytest.mark.parametrize(
     ("derive", "shapes", "said"),
     [
-        (dit_config, {"blocks.0.ffn.0.bias": (8,)}, "none of the tensors that show one of its sizes"),
+        (dit_config, {"blocks.0.ffn.0.bias": (8,)}, "no tensor that shows one of its sizes"),
         (dit_config, {"patch_embedding.bias": (128,)}, "has no blocks"),
-        (vae_config, {"conv1.weight": (32, 32, 1, 1, 1)}, "Wan 2.1 VAE is needed"),
+        (vae_config, {"conv1.weight": (32, 32, 1, 1, 1)}, "Give a Wan 2.1 VAE"),
         (umt5_config, {"token_embedding.weight": (8, 8)}, "pos_embedding"),
-        (clip_config, {"visual.pos_embedding": (1, 257, 80)}, "none of the tensors"),
+        (clip_config, {"visual.pos_embedding": (1, 257, 80)}, "no tensor that shows"),
     ],
 )
 def test_fragments_say_what_they_lack(derive, shapes, said):

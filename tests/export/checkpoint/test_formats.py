@@ -132,7 +132,7 @@ class TestComfy:
         cases: list[tuple[Tensors, str]] = [
             ({**rotated, f"{Q}.comfy_quant": torch.tensor(list(note), dtype=torch.uint8)}, "in groups of 100"),
             ({**rotated, f"{Q}.weight_scale": torch.ones(3, 1)}, "weight_scale is [3, 1] for a weight [256, 256]"),
-            ({**rotated, f"{Q}.weight": dit[f"{Q}.weight"]}, "is no weight in int8_tensorwise"),
+            ({**rotated, f"{Q}.weight": dit[f"{Q}.weight"]}, "is not a weight in int8_tensorwise"),
             ({**packed, f"{Q}.weight_scale_2": torch.ones(2)}, "weight_scale_2 is [2]"),
             ({name: t for name, t in packed.items() if name != f"{Q}.weight_scale_2"}, "has no weight_scale_2"),
         ]
@@ -165,7 +165,7 @@ class TestOthers:
             ({**quanto, f"{Q}.weight._shift": torch.zeros(256, 1)}, "int4 or int2 by quanto"),
             ({**quanto, f"{Q}.weight._scale": torch.ones(1, 256)}, "is [1, 256]"),
             ({n: t for n, t in quanto.items() if n != f"{Q}.weight._scale"}, "has no _scale"),
-            (bare, f"{Q}.weight is int8 without a scale that is understood"),
+            (bare, f"{Q}.weight is int8 without a known scale"),
             ({**bare, f"{Q}.SCB": torch.ones(256)}, "quantised by bitsandbytes"),
         ]
         for tensors, said in cases:
@@ -263,8 +263,8 @@ class TestGGUF:
         write_gguf(tmp_path / "dit.gguf", dit, "Q8_0")
         data = (tmp_path / "dit.gguf").read_bytes()
         for kept, said in (
-            (0, "no GGUF file"),
-            (3, "no GGUF file"),
+            (0, "not a GGUF file"),
+            (3, "not a GGUF file"),
             (50, "truncated"),
             (len(data) - 99, "is truncated"),
         ):

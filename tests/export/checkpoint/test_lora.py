@@ -236,7 +236,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
             "blocks.1.ffn.0.lora_up.weight": noise(512, 4),
             "blocks.1.ffn.0.diff_b": noise(512),
         },
-        {"blocks.1.ffn.0.dora_scale": "shape [500, 1] is no magnitude for [512, 256]"}
+        {"blocks.1.ffn.0.dora_scale": "shape [500, 1] is not a magnitude for [512, 256]"}
         | dict.fromkeys(
             (
                 "blocks.1.ffn.0.lora_down.weight",
@@ -252,7 +252,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
             "blocks.1.ffn.0.lora_up.weight": noise(512, 4),
             "blocks.1.ffn.0.diff_b": noise(500),
         },
-        {"blocks.1.ffn.0.diff_b": "shape [500], [512] is needed"}
+        {"blocks.1.ffn.0.diff_b": "shape [500] instead of [512]"}
         | dict.fromkeys(
             ("blocks.1.ffn.0.lora_down.weight", "blocks.1.ffn.0.lora_up.weight"), "belongs to blocks.1.ffn.0.diff_b"
         ),
@@ -290,7 +290,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
         {"blocks.0.ffn.2.lora_up.weight": noise(256, 4), "blocks.0.ffn.2.lora_down.weight": noise(4, 511)},
         dict.fromkeys(
             ("blocks.0.ffn.2.lora_up.weight", "blocks.0.ffn.2.lora_down.weight"),
-            "up [256, 4] and down [4, 511] do not make [256, 512]",
+            "up [256, 4] and down [4, 511] do not give [256, 512]",
         ),
     ),
     "other ranks": (
@@ -302,7 +302,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
     ),
     "misshapen difference": (
         {"blocks.0.norm3.diff": noise(255)},
-        {"blocks.0.norm3.diff": "shape [255], [256] is needed"},
+        {"blocks.0.norm3.diff": "shape [255] instead of [256]"},
     ),
     "not finite": (
         {"blocks.1.ffn.0.lora_down.weight": NAN, "blocks.1.ffn.0.lora_up.weight": noise(512, 4)},
@@ -331,7 +331,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
         },
         dict.fromkeys(
             ("blocks.1.ffn.0.alpha", "blocks.1.ffn.0.lora_down.weight", "blocks.1.ffn.0.lora_up.weight"),
-            "alpha of shape [2], one number is needed",
+            "alpha of shape [2] instead of one number",
         ),
     ),
     "integers": (
@@ -355,7 +355,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
             "blocks.1.ffn.0.lora_up.weight": noise(512, 4),
             "diffusion_model.blocks.1.ffn.0.lora_up.weight": noise(512, 4),
         },
-        {"diffusion_model.blocks.1.ffn.0.lora_up.weight": "the same as blocks.1.ffn.0.lora_up.weight"}
+        {"diffusion_model.blocks.1.ffn.0.lora_up.weight": "a duplicate of blocks.1.ffn.0.lora_up.weight"}
         | dict.fromkeys(
             ("blocks.1.ffn.0.lora_down.weight", "blocks.1.ffn.0.lora_up.weight"),
             "belongs to diffusion_model.blocks.1.ffn.0.lora_up.weight",
@@ -405,9 +405,9 @@ class TestPeftFolder:
         ("config", "said"),
         [
             ({"r": 8}, "no readable alpha"),
-            ({"lora_alpha": 8, "use_dora": True}, "of DoRA, but without its magnitude"),
-            ({"lora_alpha": 8, "peft_type": "VERA"}, "an adapter of PEFT's kind VERA"),
-            ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, "changes the checkpoint's own weights"),
+            ({"lora_alpha": 8, "use_dora": True}, "DoRA without a magnitude"),
+            ({"lora_alpha": 8, "peft_type": "VERA"}, "a PEFT adapter of the kind VERA"),
+            ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, "changes the checkpoint's weights"),
             ({"lora_alpha": 8, "alpha_pattern": {"(": 4}}, "an alpha or rank pattern that cannot be read"),
         ],
     )
@@ -434,7 +434,7 @@ class TestPeftFolder:
 
     def test_a_folder_without_an_adapter(self, tmp_path):
         (tmp_path / "style.safetensors").touch()
-        with pytest.raises(InputError, match=r"is no PEFT adapter.*it holds style\.safetensors: name one of them"):
+        with pytest.raises(InputError, match=r"is not a PEFT adapter.*it holds style\.safetensors\. Name one of them"):
             parse_lora(str(tmp_path))
 
 
@@ -465,10 +465,10 @@ class TestParse:
         ("spec", "said"),
         [
             ("nowhere.safetensors", "no LoRA file nowhere.safetensors"),
-            ("nowhere.safetensors:0.5", "no LoRA file nowhere.safetensors;"),
+            ("nowhere.safetensors:0.5", "no LoRA file nowhere.safetensors. Give"),
             ("C:nowhere", "no LoRA file C:nowhere"),
-            ("a.safetensors:strong", "'strong' in 'a.safetensors:strong' is no number"),
-            ("a.safetensors:", "is no number"),
+            ("a.safetensors:strong", "'strong' in 'a.safetensors:strong' is not a number"),
+            ("a.safetensors:", "is not a number"),
             ("a.safetensors:nan", "is not finite"),
             ("a.safetensors:inf", "is not finite"),
             ("", "no LoRA file"),

@@ -45,7 +45,7 @@ class TestNoWeights:
     @pytest.mark.parametrize(
         ("content", "said"),
         [
-            (POINTER, "is a Git LFS pointer that stands for a file of 32,800 bytes"),
+            (POINTER, "is a Git LFS pointer for a file of 32,800 bytes"),
             (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is a web page (HTML)"),
             (b"\xef\xbb\xbf\n  <!-- x -->\n<html lang='en'>", "is a web page (HTML)"),
             (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML answer of a server"),
@@ -79,8 +79,8 @@ class TestNoWeights:
         header = json.dumps({"blocks.0.self_attn.q.weight": entry}).encode()
         (tmp_path / "dit.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
         message = error_of(scail2("inspect", tmp_path / "dit.safetensors"))
-        assert f"holds {said} weights (type {kind}, 1 tensors)" in message
-        assert "get the fp16, bf16" in message
+        assert f"holds {said} weights (type {kind}; tensors: 1)" in message
+        assert "Get the fp16, bf16" in message
         assert not AGAIN.search(message)
 
 

@@ -97,7 +97,7 @@ def test_refuses_what_exists_and_unknown_presets(tmp_path):
         make_checkpoint(tmp_path)
     with pytest.raises(InputError, match="not an empty folder"):
         make_checkpoint(tmp_path / "note.txt")
-    with pytest.raises(InputError, match="choose one of tiny, wide"):
+    with pytest.raises(InputError, match="Choose one of tiny, wide"):
         make_checkpoint(tmp_path / "new", preset="huge")
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
 

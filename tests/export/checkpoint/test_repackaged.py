@@ -132,8 +132,8 @@ class TestScaled:
         cases: list[tuple[Tensors, str]] = [
             ({scale: torch.ones(4, 2)}, f"the scale {scale} is [4, 2] for a weight [512, 256]"),
             ({scale: torch.ones(256)}, f"the scale {scale} is [256] for a weight [512, 256]"),
-            ({scale: torch.ones(1, dtype=torch.int32)}, "int32, which is not understood"),
-            ({weight: stored[weight].float()}, "only 8-bit floats and int8 are understood"),
+            ({scale: torch.ones(1, dtype=torch.int32)}, "int32, which is not supported"),
+            ({weight: stored[weight].float()}, "only 8-bit floats and int8 are supported"),
         ]
         for changed, said in cases:
             save_file({**stored, **changed}, tmp_path / "dit.safetensors")

@@ -292,7 +292,7 @@ class TestFolders:
             export_onnx(small_dit(), tmp_path / "m", "monolithic")
 
     def test_wrong_requests(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=f"use one of {', '.join(LAYOUTS)}"):
+        with pytest.raises(InputError, match=f"Use one of {', '.join(LAYOUTS)}"):
             export_onnx(small_dit(), tmp_path / "m", "flat")
         with pytest.raises(InputError, match="precision 'int4' is unknown"):
             export_onnx(small_dit(), tmp_path / "m", "monolithic", "int4")

@@ -117,7 +117,7 @@ def test_refused_nodes_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (found,) = refused_nodes(file, TENSORRT_RTX)
     assert found.startswith(f"Attention {attention.name} (")
     assert "Setting softmax precision is not supported" in found
-    with pytest.raises(Scail2Error, match=r"does not take the exported graphs: transformer\.onnx: Attention .*--check"):
+    with pytest.raises(Scail2Error, match=r"rejects the exported graphs: transformer\.onnx: Attention .*--check"):
         check_capability([file])
     with pytest.raises(Scail2Error, match="could not inspect"):
         refused_nodes(tmp_path / "none.onnx", TENSORRT_RTX)

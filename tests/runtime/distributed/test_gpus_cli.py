@@ -80,8 +80,8 @@ def test_two_processes_make_the_video_of_one(
 @pytest.mark.parametrize(
     ("gpus", "said"),
     [
-        ("3", "2 attention heads cannot be divided among 3 GPUs: use --gpus 1, 2; with guidance also 4."),
-        ("4", "cannot be divided among 4 GPUs without guidance: use --gpus 1, 2; with guidance also 4."),
+        ("3", "2 attention heads cannot be divided among 3 GPUs. Use --gpus 1, 2, with guidance also 4."),
+        ("4", "cannot be divided among 4 GPUs without guidance. Use --gpus 1, 2, with guidance also 4."),
         ("none", "'none' is not a number of GPUs: write it as in 2, or all"),
     ],
 )
@@ -134,7 +134,7 @@ def test_all_processes_end_and_finished_segments_are_kept(
     assert took_s < 60
     if how == "a process is killed":
         assert process.returncode == 1
-        assert "error: Of the 2 processes that share this run, process 1 of 2 ended by signal 9" in said
+        assert "error: Rank 1 of 2 was ended by signal 9" in said
     if how == "Ctrl-C":
         assert process.returncode == 130
     if how != "the leader is killed":

@@ -254,7 +254,7 @@ def refuse(folder: Path, device: torch.device) -> EngineSet:
 def test_a_process_that_cannot_open_its_engines_says_why(engines: Path) -> None:
     team = Team(2, torch.device("cpu"), partial(refuse, engines))
     with (
-        pytest.raises(Scail2Error, match=r"process 1 of 2 failed: there is nothing to open\.; all were ended"),
+        pytest.raises(Scail2Error, match="Rank 1 of 2 failed: there is nothing to open; all ranks of this run"),
         team.together("place", None),
     ):
         pass

@@ -50,7 +50,7 @@ def test_a_flipped_bit_from_refusal_to_repair(folder: Path, case: Path, tmp_path
     flip_tensor(folder, TENSOR, bit=1)
     words = ("generate", "engines", "--case", case, "-o", tmp_path / "v.mp4", *SMALL, "--frames", "5")
     refused = error_of(scail2(*words, cwd=folder.parent))
-    assert refused.startswith(f"stage {STAGE} of engines is damaged: tensor {TENSOR} has another checksum")
+    assert refused.startswith(f"stage {STAGE} of engines is damaged: tensor {TENSOR} does not match its checksum")
     assert not (tmp_path / "v.mp4").exists()
 
     inspected = one_json(scail2("inspect", folder, "--json"))
@@ -72,7 +72,7 @@ def test_a_flipped_bit_from_refusal_to_repair(folder: Path, case: Path, tmp_path
     assert "weights " not in repaired.stderr
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
     assert generated(scail2, folder, case, tmp_path / "second.mp4") == first
-    assert "have the checksums that the build gave them" in scail2("inspect", folder).stdout
+    assert "have the checksums recorded by the build" in scail2("inspect", folder).stdout
     again = scail2(*command_of(refused))
     assert "nothing to do" in again.stdout
 

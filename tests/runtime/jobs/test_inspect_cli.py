@@ -237,10 +237,10 @@ def _damaged_manifest(folder: Path, checkpoint: Path) -> Path:
     [
         (_truncated, "is truncated: it has 5000 bytes"),
         (_other_model, "neither a network of SCAIL-2 nor a LoRA: it has 1 tensor, such as double_blocks.0"),
-        (_text_file, "is no weights file"),
+        (_text_file, "is not a weights file"),
         (_pickle, "is truncated or damaged"),
         (_damaged_manifest, "is damaged: field 'precision' is missing"),
-        (lambda folder, checkpoint: folder, "is no SCAIL-2 checkpoint: found nothing"),
+        (lambda folder, checkpoint: folder, "is not a SCAIL-2 checkpoint: found nothing"),
         (lambda folder, checkpoint: folder / "none", "There is nothing at"),
     ],
 )

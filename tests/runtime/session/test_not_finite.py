@@ -95,7 +95,7 @@ def test_finished_segments_stay_and_the_run_can_go_on(
         session.generate(session.check(quick()), tmp_path / "a.mp4")
     message = str(caught.value)
     assert message.startswith(says)
-    for cause in ("LoRA strength", "none is fused", "fp16", "these are fp32", "scail2-rt verify"):
+    for cause in ("LoRA strength", "no LoRA is fused", "fp16", "these are fp32", "scail2-rt verify"):
         assert cause in message
     assert caught.value.exit_code == 1
     assert session.engines.loaded == ()
@@ -191,12 +191,12 @@ def test_an_absurd_lora_strength(scail2: Run, tiny_checkpoint: Path, lora: Path,
     words = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "torch", "--precision", "bf16")
     refused = error_of(scail2(*words, "--lora", f"{lora}:1e39"))
     assert "tensor blocks.0.ffn.0.weight has NaN or infinite values once the LoRA is fused into it" in refused
-    assert f"{lora} at strength 1e+39; give a smaller strength" in refused
+    assert f"{lora} at strength 1e+39. Use a smaller strength" in refused
     assert scail2(*words, "--lora", f"{lora}:1e30", "--rebuild").returncode == 0
     result = scail2("generate", tmp_path / "e", "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
     message = error_of(result, code=1)
     assert message.startswith("The latent has NaN or infinite values after step 1 of 2 of segment 1 of 2")
-    assert "these engines hold light.safetensors at strength 1e+30: build them with less" in message
+    assert "these engines hold light.safetensors at strength 1e+30: build them with a smaller strength" in message
     assert "these are bf16" in message
     assert "no segment was finished" in result.stderr
     assert json.loads((tmp_path / "a.json").read_text())["status"] == "failed"

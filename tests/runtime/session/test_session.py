@@ -418,5 +418,5 @@ def test_inputs_of_a_wrong_kind_are_named(quick: Callable[..., Request], changes
 
 
 def test_a_device_that_does_not_exist_is_named(engines: Path) -> None:
-    with pytest.raises(InputError, match="the device 'mars' is unknown: use cpu or cuda"):
+    with pytest.raises(InputError, match=r"the device 'mars' is unknown\. Use cpu or cuda"):
         Session.open(engines, device="mars")

@@ -87,7 +87,7 @@ def test_the_command_changes_the_decoder_alone_and_goes_on(tmp_path: Path) -> No
     ("checkpoint", "words", "says"),
     [
         (CHECKPOINT, (), "exists"),
-        (Path(__file__).parent, (), "is no SCAIL-2 checkpoint"),
+        (Path(__file__).parent, (), "is not a SCAIL-2 checkpoint"),
         (CHECKPOINT, ("--cases", "0"), "0 is not in the range"),
     ],
 )

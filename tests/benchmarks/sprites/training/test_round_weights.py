@@ -85,7 +85,7 @@ def test_the_command_rounds_fp8_layers_alone(tmp_path: Path) -> None:
     ("checkpoint", "words", "says"),
     [
         (CHECKPOINT, (), "exists"),
-        (Path(__file__).parent, (), "is no SCAIL-2 checkpoint"),
+        (Path(__file__).parent, (), "is not a SCAIL-2 checkpoint"),
         (CHECKPOINT, ("--cases", "0"), "0 is not in the range"),
     ],
 )

@@ -91,7 +91,7 @@ def last_line(log: Path) -> dict[str, float]:
         (("--only", "dit"), "no vae.pt"),
         (("--minutes", "0"), "0.0 is not in the range"),
         (("--vae-from", "nothing.pt"), "does not exist"),
-        (("--from", str(Path(__file__).parent)), "is no SCAIL-2 checkpoint"),
+        (("--from", str(Path(__file__).parent)), "is not a SCAIL-2 checkpoint"),
         (("--from", str(CHECKPOINT), "--only", "vae"), "Leave out --only vae"),
         (("--from", str(CHECKPOINT), "--vae-from", __file__), "and --vae-from"),
     ],
