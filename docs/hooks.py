@@ -16,7 +16,7 @@ from mkdocs.plugins import event_priority
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "export", "engines", "runtime")
 CODE_IN_ROW = re.compile(r"(?<=[ |])`[^`\n]*\\\|[^`\n]*`")
-SHORT_CODE = re.compile(r"<code>([^<\n]{1,32})</code>")
+SHORT_CODE = re.compile(r"<code>([^<]{1,32})</code>")
 ROW = re.compile(r"^(\S[^\n]*?) {2,}(\S.*)$", re.MULTILINE)
 
 
