@@ -1,4 +1,5 @@
-"""What mkdocs calls while it builds the site: it finds the packages, and shows field lists of docstrings as tables.
+"""What mkdocs calls while it builds the site: it finds the packages, shows field lists of docstrings as tables, and
+formats inline code.
 
 The packages of `scail2_rt` are the top-level folders of the repository. mkdocstrings reads every module below its
 search path, so it gets a folder with links to these packages alone: `.typecheck` would lead it through the virtual
@@ -14,6 +15,8 @@ from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "export", "engines", "runtime")
+CODE_IN_ROW = re.compile(r"(?<=[ |])`[^`\n]*\\\|[^`\n]*`")
+SHORT_CODE = re.compile(r"<code>([^<]{1,32})</code>")
 ROW = re.compile(r"^(\S[^\n]*?) {2,}(\S.*)$", re.MULTILINE)
 
 
@@ -29,6 +32,16 @@ def on_config(config: Any) -> Any:
     handler["paths"] = [str(links.parent)]
     handler["options"]["extensions"] = [__file__]
     return config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Remove the backslash of `a\\|b` in tables: GitHub needs it there, and Python-Markdown would show it."""
+    return CODE_IN_ROW.sub(lambda found: found[0].replace("\\|", "|"), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark short inline code, which `style.css` keeps on one line: a break after the hyphens of `--option` misleads."""
+    return SHORT_CODE.sub(r'<code class="short">\1</code>', html)
 
 
 class Tables(griffe.Extension):
