@@ -21,7 +21,7 @@ ABOUT = {
     "points": "Making masks: characters by points on them, ['[frame:|image:]x,y[:colour]', …].",
     "boxes": "Making masks: characters by boxes, ['[frame:|image:]x0,y0,x1,y1[:colour]', …].",
     "pairs": "Making masks: driving character = reference character, as in '1=2,2=1'.",
-    "one_to_many": "Making masks: use one reference character for every driving character.",
+    "one_to_many": "Making masks: give each reference character the driving character that its mask overlaps most.",
     "model": "Name of the model in /v1/models; default: the only one.",
     "size": "WxH of the video in pixels, multiples of 32; default: derived from the scene.",
     "seconds": "Length of the video in seconds; default: the length of the driving clip.",
