@@ -138,6 +138,7 @@ def test_links_resolve(page: Path) -> None:
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+    assert not re.search(r"^(<{7}|>{7}|={7}$)", page.read_text(), re.MULTILINE), "an unfinished merge"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

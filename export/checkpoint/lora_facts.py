@@ -3,6 +3,7 @@ origin, targets, whether it is step-distilled.
 
 Names are read by the same table as for fusing, against the module names that every SCAIL-2 transformer has."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -107,8 +108,13 @@ def _product(group: ModuleTensors, source: TensorSource) -> Product | None:
 
 
 def _alpha(group: ModuleTensors, source: TensorSource) -> float | None:
+    """Return the module's own alpha; None if it has none. Raises InputError if it is not one number."""
     name = group.tensors.get("alpha")
-    return None if name is None else float(source.get(name).float().flatten()[0])
+    if name is None:
+        return None
+    if math.prod(shape := source.shape(name)) != 1:
+        raise InputError(f"{name} is an alpha of shape {list(shape)} instead of one number.")
+    return float(source.get(name).reshape(()))
 
 
 def _kind(groups: list[ModuleTensors], products: list[Product]) -> str:

@@ -120,13 +120,13 @@ class Fusion:
     def _module(self, group: ModuleTensors) -> None:
         """Collect all changes of a module, or none."""
         faults = dict(group.strays)
-        for name in group.tensors.values():
-            if name not in faults and (reason := self._unusable(name)):
+        for kind, name in group.tensors.items():
+            if name not in faults and (reason := self._unusable(kind, name)):
                 faults[name] = reason
         changes: list[tuple[str, Change]] = []
         if not faults:
             product = product_of(group, self.lora)
-            if self._is_for_other_inputs(group, product):
+            if self._leave_out_patch_embedding(group, product):
                 return
             if isinstance(product, str):
                 faults = dict.fromkeys(_product_names(group), product)
@@ -143,21 +143,23 @@ class Fusion:
             self._add(group.modules, parameter, change)
         self.applied += len(group.names)
 
-    def _unusable(self, name: str) -> str | None:
-        if not self.lora.dtype(name).is_floating_point and not name.endswith("alpha"):
+    def _unusable(self, kind: Kind, name: str) -> str | None:
+        """Return why a tensor's values cannot be used (integers, not finite); None if they can. Alpha may be an
+        integer."""
+        if not self.lora.dtype(name).is_floating_point and kind != "alpha":
             return f"type {self.lora.dtype(name)}"
         tensor = self.lora.get(name)
         return None if bool(torch.isfinite(tensor.float()).all()) else "not finite"
 
-    def _is_for_other_inputs(self, group: ModuleTensors, product: Product | str | None) -> bool:
-        """Return whether the module is a patch embedding for other inputs; if so, note that it is left out."""
+    def _leave_out_patch_embedding(self, group: ModuleTensors, product: Product | str | None) -> bool:
+        """Leave out a patch embedding for other inputs, and note it; return whether this was done."""
         target = f"{_FOR_INPUTS}.weight"
         if group.modules != (_FOR_INPUTS,) or target not in self.known:
             return False
         rows, channels, *window = self.base.shape(target)
         name = group.tensors.get("weight", group.tensors.get("new weight"))
         if isinstance(product, Product):
-            made = product.made
+            made = product.rows_columns
         elif name is not None and len(shape := self.lora.shape(name)) > 1:
             made = (shape[0], math.prod(shape[1:]))
         else:
@@ -192,9 +194,9 @@ class Fusion:
         shapes = [self.base.shape(target) for target in targets]
         stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         in_block = group.modules[0].startswith("blocks.")
-        if product.made != (stacked[0], math.prod(stacked[1:])) or len(stacked) < 2:
+        if product.rows_columns != (stacked[0], math.prod(stacked[1:])) or len(stacked) < 2:
             if in_block:
-                self.widths[product.made] += 1
+                self.widths[product.rows_columns] += 1
             raise Misfit(names, f"{_described(product)} do not give {list(shapes[0])}{_times(shapes)}")
         self.fitting += in_block
         own, magnitude = group.tensors.get("alpha"), group.tensors.get("magnitude")
@@ -252,7 +254,7 @@ def _product_names(group: ModuleTensors) -> tuple[str, ...]:
 def _described(product: Product) -> str:
     if isinstance(product, LowRank):
         return f"up {list(product.lora.shape(product.up))} and down {list(product.lora.shape(product.down))}"
-    return f"the {'LoKr' if isinstance(product, Kronecker) else 'LoHa'} factors of {list(product.made)}"
+    return f"the {'LoKr' if isinstance(product, Kronecker) else 'LoHa'} factors of {list(product.rows_columns)}"
 
 
 def _times(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -25,7 +25,8 @@ _EPS = torch.finfo(torch.float32).eps
 class Change(Protocol):
     """A change of one tensor."""
 
-    def apply(self, weight: Tensor, strength: float, rows: Rows) -> None: ...
+    def apply(self, weight: Tensor, strength: float, rows: Rows) -> None:
+        """Change an fp32 weight in place. rows: those of a fused module that belong to this weight; None for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +40,18 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """The number that alpha is divided by."""
         return self.lora.shape(self.down)[0]
 
     @property
-    def made(self) -> tuple[int, int]:
+    def rows_columns(self) -> tuple[int, int]:
+        """(rows, columns) of the change; for a convolution, columns are channels times the size of the window."""
         window = math.prod(self.lora.shape(self.mid)[2:]) if self.mid else 1
         return self.lora.shape(self.up)[0], math.prod(self.lora.shape(self.down)[1:]) * window
 
     @property
     def fault(self) -> str | None:
+        """Why the shapes do not go together; None if they do."""
         up, down = self.lora.shape(self.up), self.lora.shape(self.down)
         core = self.lora.shape(self.mid) if self.mid else (0, 0)
         fits = len(up) >= 2 and len(down) >= 2 and up[1] == down[0] > 0 and all(n == 1 for n in up[2:])
@@ -81,7 +85,7 @@ class Kronecker:
         return None
 
     @property
-    def made(self) -> tuple[int, int]:
+    def rows_columns(self) -> tuple[int, int]:
         (a, b), (c, d) = self._shape(self.first), self._shape(self.second, self.core)
         return a * c, b * d
 
@@ -119,7 +123,7 @@ class Hadamard:
         return self.lora.shape(self.first[1])[0]
 
     @property
-    def made(self) -> tuple[int, int]:
+    def rows_columns(self) -> tuple[int, int]:
         left, right = (self.lora.shape(name) for name in self.first)
         if self.cores:
             return left[1], right[1] * math.prod(self.lora.shape(self.cores[0])[2:])
@@ -142,7 +146,7 @@ class Hadamard:
         weight.add_(product.reshape(weight.shape), alpha=scale)
 
 
-Product = LowRank | Kronecker | Hadamard  # `made`: rows and columns (in a convolution: channels times window)
+Product = LowRank | Kronecker | Hadamard  # `rows_columns`: rows and columns (in a convolution: channels times window)
 
 
 @dataclass(frozen=True, slots=True)

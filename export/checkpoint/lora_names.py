@@ -39,6 +39,13 @@ _PREFIXES = (
 _KOHYA = re.compile(r"(?:lora|lycoris)_+|(?:unet|transformer|dit|diffusion_model|model|base_model)_+")
 _PART = r"lora_layer(?:\.(?P<part>\d+))?"  # `part`: index in a fused SAT module (query_key_value: 0 q, ...)
 _ADAPTER = r"(?:\.\w+)?"  # PEFT's adapter name, usually `default`
+
+
+def _factors(family: str) -> list[tuple[Kind, str]]:
+    """Return (kind, name of the factor) of a family, as ("lokr w1", "w1")."""
+    return [(kind, kind.removeprefix(f"{family} ")) for kind in get_args(Kind) if kind.startswith(family)]
+
+
 _SUFFIX_KINDS: tuple[tuple[str, Kind], ...] = (
     (rf"\.{_PART}\.down\.weight", "down"),
     (rf"\.{_PART}\.up\.weight", "up"),
@@ -55,8 +62,8 @@ _SUFFIX_KINDS: tuple[tuple[str, Kind], ...] = (
     (rf"\.lora_B{_ADAPTER}\.bias", "up bias"),
     (r"(?:\.lora_linear_layer|_lora)?\.alpha", "alpha"),
     (r"\.(?:dora_scale|magnitude|lora_magnitude_vector(?:\.(?:weight|\w+\.weight|\w+))?)", "magnitude"),
-    *((rf"\.lokr_{kind[5:]}(?:\.default)?", kind) for kind in get_args(Kind) if kind.startswith("lokr")),
-    *((rf"\.hada_{kind[5:]}(?:\.default)?", kind) for kind in get_args(Kind) if kind.startswith("loha")),
+    *((rf"\.lokr_{factor}(?:\.default)?", kind) for kind, factor in _factors("lokr")),
+    *((rf"\.hada_{factor}(?:\.default)?", kind) for kind, factor in _factors("loha")),
     (r"\.(?:diff|w_norm)", "weight"),
     (r"\.(?:diff_b|b_norm)", "bias"),
     (r"\.diff_m", "modulation"),
@@ -106,6 +113,7 @@ class ModuleIndex:
         names = list(tensor_names)
         self._modules = {re.sub(r"\.(weight|bias)$", "", name) for name in names}
         self._modules |= {name.removesuffix(".modulation") for name in names if name.endswith(".modulation")}
+        # modules with a weight or bias: an unknown suffix may belong to them
         self._owners = {re.sub(r"\.(weight|bias)$", "", name) for name in names if name.endswith((".weight", ".bias"))}
         self._by_underscore: dict[str, tuple[str, ...]] = {
             module.replace(".", "_"): (module,) for module in self._modules

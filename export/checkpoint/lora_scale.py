@@ -1,9 +1,9 @@
 """Scale of a LoRA: its alpha, whether it is rank-stabilised, and where this was found.
 
-Trainers store alpha in four places: beside each pair, in the `adapter_config.json` of a PEFT folder, in the safetensors
-header, or nowhere (then it equals the rank). The header has it as JSON (`lora_adapter_metadata` of diffusers), under
-plain names with or without the network's prefix (`transformer.lora_alpha`, `network_alpha`, `alpha`), or under kohya's
-name (`ss_network_alpha`). The scale is alpha/rank; with rsLoRA, alpha/√rank.
+Trainers store alpha in one of three places, or not at all (then it equals the rank): beside each pair, in the
+`adapter_config.json` of a PEFT folder, or in the safetensors header. The header has it as JSON (`lora_adapter_metadata`
+of diffusers), under plain names with or without the network's prefix (`transformer.lora_alpha`, `network_alpha`,
+`alpha`), or under kohya's name (`ss_network_alpha`). The scale is alpha/rank; with rsLoRA, alpha/√rank.
 """
 
 import json
@@ -54,7 +54,7 @@ class Training:
         """Return the scale of a product. rank None: it has no rank (LoKr with full matrices). own_alpha: from the
         module's alpha tensor; 0 means the rank, as in the trainers of kohya and LyCORIS.
 
-        Raises InputError if the file contradicts itself."""
+        Raises InputError if alpha is needed but unknown (`fault`)."""
         if rank is None:
             if self.peft_type != "LOKR" or self.alpha is None or self.rank is None:
                 return Scale(1.0, None, "not needed for full matrices")

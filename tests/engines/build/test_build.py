@@ -130,8 +130,8 @@ class TestBadWeights:
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
     @pytest.mark.parametrize("strength", [1e38, -1e38, 1e60])
-    def test_a_lora_that_leaves_no_numbers_is_named(self, tmp_path: Path, strength: float, precision: str) -> None:
-        """Its own tensors are of numbers, and so are the checkpoint's."""
+    def test_a_lora_that_makes_weights_infinite_is_named(self, tmp_path: Path, strength: float, precision: str) -> None:
+        """Its tensors and the checkpoint's are finite."""
         small, large = lora_file(tmp_path / "s.safetensors"), lora_file(tmp_path / "l.safetensors", value=10.0)
         specs = LoRASpec(small, 0.5), LoRASpec(large, strength)
         with pytest.raises(InputError) as caught:

@@ -200,8 +200,8 @@ def apply(base: Tensors, lora: Path, partial: bool = False) -> FusedSource:
     return apply_loras(MappingSource(base), [LoRASpec(lora)], partial)
 
 
-class TestDrawn:
-    """The same kinds, drawn here in other forms."""
+class TestMade:
+    """The same kinds in other forms, made by the test."""
 
     @pytest.mark.parametrize(
         ("header", "scale"),
@@ -289,7 +289,7 @@ class TestDrawn:
         assert_weights(found, base, expected)
         assert "alpha: from adapter_config.json" in said
         text = scail2("inspect", folder).stdout
-        assert "alpha: 3 (1 pairs), 8 (1 pairs), from adapter_config.json" in text
+        assert "alpha: 3 (1 pair), 8 (1 pair), from adapter_config.json" in text
         assert "step-distilled: not as far as can be told" in text
 
     def test_a_changed_configuration_is_other_weights(self, scail2: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
 def test_what_cannot_be_read_is_called_by_its_name(
     scail2: Run, tiny_checkpoint: Path, base: Tensors, tmp_path: Path, case: str
 ) -> None:
-    """With --lora-partial too, which nothing advises."""
+    """With --lora-partial too, which the message does not suggest."""
     tensors, said = REFUSED[case]
     save_file(tensors, tmp_path / "l.safetensors")
     words = ("convert", tiny_checkpoint, "-o", tmp_path / "o.safetensors", "--lora", tmp_path / "l.safetensors")
@@ -357,7 +357,7 @@ def test_what_cannot_be_read_is_called_by_its_name(
     assert not (tmp_path / "o.safetensors").exists()
 
 
-def test_partial_is_advised_where_it_works(
+def test_partial_is_suggested_where_it_helps(
     scail2: Run, tiny_checkpoint: Path, base: Tensors, fused, tmp_path: Path
 ) -> None:
     tensors = pair(f"diffusion_model.{Q}", 256, 256)

@@ -418,7 +418,7 @@ class TestPeftFolder:
         assert said in str(caught.value)
         assert "--lora-partial" not in str(caught.value)
 
-    def test_a_file_of_another_name_is_not_spoken_of(self, base, tmp_path):
+    def test_a_configuration_beside_another_file_name_is_ignored(self, base, tmp_path):
         _, tensors = self.write(tmp_path, {"lora_alpha": 64, "use_dora": True})
         up, down = tensors.values()
         assert_fused(fuse(base, tmp_path / "other.safetensors", tensors), base, {f"{LINEAR}.weight": up @ down})
