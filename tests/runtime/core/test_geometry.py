@@ -1,4 +1,4 @@
-"""Sizes, segments, token layout and work figures. Segments also against the golden plans."""
+"""Sizes, segments, token layout and FLOP counts. Segments are also compared with the golden plans."""
 
 import json
 from itertools import product

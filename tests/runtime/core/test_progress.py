@@ -1,4 +1,4 @@
-"""Progress events of a run: phases, positions, fractions; and cancelling."""
+"""Progress events of a run: phases, positions, fractions, cancellation."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ def test_events_say_where_a_run_is() -> None:
     progress.end()
     first, start, phase, step, end = events
     assert (first.phase, first.position, first.fraction, first.seconds_left) == ("text", "", 0, None)
-    assert (start.position, start.fraction) == ("segment 2/3, step 0/4", 5 / 15)  # a segment: its steps and one more
+    assert (start.position, start.fraction) == ("segment 2/3, step 0/4", 5 / 15)  # 4 steps and `rest` 1 per segment
     assert phase.phase == step.phase == "denoise"
     assert (step.position, step.fraction) == ("segment 2/3, step 2/4", 7 / 15)
     assert step.seconds_left is not None
@@ -45,7 +45,7 @@ def test_what_is_left_follows_from_the_work_of_this_run() -> None:
     progress.begin(2, 3, before=1, rest=0)
     time.sleep(0.01)
     progress.segment(1)
-    assert events[-1].seconds_left is None  # the first segment is of an earlier run, so nothing of this run is done
+    assert events[-1].seconds_left is None  # an earlier run made the first segment, so this run has done nothing yet
     progress.step(1)
     left = events[-1].seconds_left
     assert left is not None

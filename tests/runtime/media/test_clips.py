@@ -1,4 +1,4 @@
-"""Frames that are chosen by time, and folders of images as clips."""
+"""Selection of frames by time, and folders of images as clips."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -15,7 +15,7 @@ from scail2_rt.runtime.media.lossless import write_video
 
 
 def numbered(count: int) -> np.ndarray:
-    """Frames [count, 32, 32, 3] whose level is their number."""
+    """Frames [count, 32, 32, 3] whose level is the frame number."""
     return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 32, 32, 3)).copy()
 
 
@@ -24,7 +24,7 @@ def numbered(count: int) -> np.ndarray:
     [
         (8, 16, 8, [0, 2, 4, 6]),
         (9, 16, 8, [0, 2, 4, 6, 8]),
-        (4, 8, 16, [0, 0, 1, 1, 2, 2, 3, 3]),  # of two equally near, the earlier
+        (4, 8, 16, [0, 0, 1, 1, 2, 2, 3, 3]),  # the earlier of two equally near frames
         (6, 24, 16, [0, 1, 3, 4]),
         (5, Fraction(30000, 1001), Fraction(30000, 1001), [0, 1, 2, 3, 4]),
         (1, 25, 1, [0]),
