@@ -162,7 +162,7 @@ def test_some_frames_of_the_clip_warn(scail2: Run, engines: Path, tmp_path: Path
     assert "in frames 7-8" in scail2(*generate).stdout
     assert "in frames 7-8" in scail2(*generate, "--start", "2").stdout
     assert "cropped" not in scail2(*generate, "--frames", "5").stdout
-    assert "--fit auto keeps it: it moves the window onto the characters (--fit crop)" in text
+    assert "Use --fit auto, which moves the window onto the characters (--fit crop)" in text
 
 
 def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_path: Path) -> None:

@@ -81,14 +81,14 @@ def test_clean_maps_colours_swaps_the_background_and_removes_specks(scail2: Run,
         (("m.png", "-o", "out.jpg"), "must end in .png"),
         (("m.mp4", "-o", "out.png"), "must end in .mp4"),
         (("m.png", "-o", "folder.png"), "is a folder"),
-        (("m.png", "-o", "text/out.png"), "output text/out.png cannot be made because text is a file"),
+        (("m.png", "-o", "text/out.png"), "output text/out.png cannot be written because text is a file"),
         (("m.png", "-o", "out.png", "--fps", "25"), "--fps is for a folder"),
         (("m.png", "-o", "out.png", "--fps", "x"), "'x' is not a frame rate"),
         (("nothing", "-o", "out.mp4"), "holds no image"),
         (("sizes", "-o", "out.mp4"), "Frame 1 of sizes is 64x60"),
         (("m.png", "-o", "out.png", "--map", "1,2=red"), "does not begin with a colour"),
         (("m.png", "-o", "out.png", "--map", "1,2,300=red"), "does not begin with a colour"),
-        (("m.png", "-o", "out.png", "--map", "1,2,3=pink"), "'pink' is none of"),
+        (("m.png", "-o", "out.png", "--map", "1,2,3=pink"), "'pink' is not a mask colour"),
         (("m.png", "-o", "out.png", "--speck", "-1"), "-1 is not in the range"),
         (("m.png", "-o", "out.png", "--background", "red"), "'red' is not one of"),
         (("m.png",), "Missing option '-o'"),
@@ -126,8 +126,8 @@ def test_from_alpha(scail2: Run, tmp_path: Path) -> None:
         assert (pixels_of(tmp_path / "m.png") == blocks(background, "blue")).all()
     assert scail2(*words).returncode == 0  # an image is a reference, and red
     assert (pixels_of(tmp_path / "m.png") == blocks("black", "red")).all()
-    assert "nothing of it the character" in error_of(scail2(*words, "--threshold", "200"))
-    assert "all of it the character" in error_of(scail2(*words, "--threshold", "60"))
+    assert "the character is nowhere" in error_of(scail2(*words, "--threshold", "200"))
+    assert "the character is everywhere" in error_of(scail2(*words, "--threshold", "60"))
 
 
 def test_from_alpha_of_what_has_none(scail2: Run, tmp_path: Path) -> None:
@@ -280,11 +280,11 @@ def test_from_labels_of_a_video(scail2: Run, tmp_path: Path, codec: str) -> None
 @pytest.mark.parametrize(
     ("order", "says"),
     [
-        ("red,pink", "'pink' is none of"),
+        ("red,pink", "'pink' is not a mask colour"),
         ("red,red", "two labels the colour red"),
         ("1=red,1=blue", "the label 1 two colours"),
         ("x=red", "'x' is not a label number"),
-        ("", "'' is none of"),
+        ("", "'' is not a mask colour"),
         ("7=red,1=background", "does not name: 2"),
         ("1=background,2=background", "holds background only"),
     ],
@@ -300,7 +300,7 @@ def test_labels_in_colour_are_refused(scail2: Run, tmp_path: Path) -> None:
     picture = image(tmp_path / "rgb.png", blocks("white", "red"))
     words = ("masks", "from-labels", picture, "-o", tmp_path / "m.png", "--mode", "animate")
     message = error_of(scail2(*words))
-    assert "colour picture" in message
+    assert "is in colour" in message
     assert "masks clean" in message
 
 

@@ -140,7 +140,7 @@ def test_another_size_of_the_same_shape_is_a_note(scail2: Run, tmp_path: Path) -
     double = np.repeat(np.repeat(blocks("white", "red", "green"), 2, 0), 2, 1)
     found = findings(scail2, "--case", make_case(tmp_path / "case", ref=double))
     assert (set(found), found["size"]["severity"]) == ({"size"}, "note")
-    assert "is 128x192 and its picture 64x96" in found["size"]["says"]
+    assert "is 128x192 and its image 64x96" in found["size"]["says"]
 
 
 def test_a_character_that_walks_out_is_no_flicker(scail2: Run, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
         (("text.mp4",), "cannot be opened as a video"),
         (("text.png",), "not an image"),
         (("empty.png",), "empty"),
-        ((".",), "is a folder"),
+        (("case",), "is a case folder"),
         (("--case", "case", "--image", "a.png"), "--case and --image were both given"),
         (("--case", "case", "good.png"), "beside a case"),
         (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video are missing"),

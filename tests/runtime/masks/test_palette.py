@@ -211,7 +211,7 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("reference", "driving", "mode", "says"),
         [
-            (mask(WHITE, "red"), mask(WHITE, "red"), "animate", "which is how replace masks look"),
+            (mask(WHITE, "red"), mask(WHITE, "red"), "animate", "as in masks for replace mode"),
             (mask(BLACK, "red"), mask(BLACK, "red"), "replace", "shows only where it is white"),
             (mask(BLACK, "red"), mask(BLACK, "red"), "animate", "reference's background will not be kept"),
             (mask(WHITE, "red"), mask(WHITE, "red"), "replace", "would be kept from the reference"),

@@ -42,7 +42,7 @@ def test_several_errors_are_counted(scail2: Run, engines: Path, copy: Path, tmp_
     recolour(copy / "ref_mask.png", (255, 0, 0), (0, 255, 0))
     recolour(copy / "ref_mask.png", (255, 255, 255), (255, 140, 0))
     message = error_of(scail2("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL))
-    assert "(1 more: run `scail2-rt masks check`.)" in message
+    assert "Run `scail2-rt masks check` to see 1 more." in message
 
 
 def test_another_colour_offers_to_recolour(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:

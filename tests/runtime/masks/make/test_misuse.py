@@ -26,10 +26,10 @@ VIDEO = VideoInfo("clip", 96, 64, 9, Fraction(16), False, None, 9, ())
     [
         ({"start": -1}, "--start must be 0 or more, not -1"),
         ({"frames": 0}, "--frames must be 1 or more, not 0"),
-        ({"boxes": (f"{BOX}:red", "40,5,70,55:red")}, "Two --box of one picture are red"),
+        ({"boxes": (f"{BOX}:red", "40,5,70,55:red")}, "Two --box of one image are red"),
         (
             {"boxes": (BOX, "40,5,70,55"), "points": ("80,30",)},
-            "show 3 figures in one picture, and --max-characters is 2",
+            "mark 3 characters in one image, but --max-characters is 2",
         ),
     ],
 )
@@ -45,7 +45,7 @@ def test_points_and_boxes_of_one_colour_or_of_several_pictures_are_no_more_figur
 
 def test_frame_0_is_not_the_first_that_is_used() -> None:
     check_places(MaskOptions(boxes=(BOX,), start=5), (64, 96), VIDEO)
-    with pytest.raises(InputError, match="in frame 0; the frames used are 5 to 8"):
+    with pytest.raises(InputError, match="in frame 0: use one of the frames 5 to 8"):
         check_places(MaskOptions(boxes=(f"0:{BOX}",), start=5), (64, 96), VIDEO)
 
 
@@ -54,7 +54,7 @@ def test_pairs_of_a_figure_that_is_not_there(places: tuple[str, ...], refused: b
     mask = np.ones((4, 4), bool)
     pairing = Pairing(MaskOptions(pairs="2=1", boxes=places), [mask], [""])
     if refused:
-        with pytest.raises(InputError, match="names the driving video's figure 2, and its first frame shows 1"):
+        with pytest.raises(InputError, match="names driving character 2, but the first frame .* shows 1"):
             pairing.begin([mask], [""])
     else:  # who is shown later may be figure 2
         pairing.begin([mask], [""])

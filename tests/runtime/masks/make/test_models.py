@@ -15,7 +15,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime import Clip, MaskOptions, Masks, make_masks
 from scail2_rt.runtime.masks.make.folders import find_segmenter, open_folder
 from scail2_rt.runtime.masks.make.options import AUTHORS_PROMPT
-from scail2_rt.runtime.masks.make.pixels import Taken, network_picture
+from scail2_rt.runtime.masks.make.pixels import InputFormat, network_picture
 from scail2_rt.runtime.masks.make.segmenters import dino_size, open_segmenter
 from scail2_rt.runtime.masks.make.tracker import Given
 from scail2_rt.runtime.masks.palette import PALETTE
@@ -112,7 +112,7 @@ def test_the_pil_processor_of_grounding_dino_agrees(folders: Path, frames: np.nd
     from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
     theirs = GroundingDinoImageProcessorPil()(frames[0], return_tensors="pt")["pixel_values"][0]
-    ours = network_picture(frames[0], Taken(dino_size(*SIZE)))
+    ours = network_picture(frames[0], InputFormat(dino_size(*SIZE)))
     assert ours.shape == theirs.shape
     assert float((ours - theirs).abs().max()) < 0.02  # one level of 255
 
@@ -138,7 +138,7 @@ class TestFolders:
         for folder, told in (
             (tmp_path, "holds llama, and a segmenter is a sam2_video or sam3_video model"),
             (tmp_path / "none", "does not exist"),
-            (folders / "sam2" / "detector", "holds Grounding DINO alone"),
+            (folders / "sam2" / "detector", "holds only Grounding DINO"),
         ):
             with pytest.raises(InputError, match=told):
                 open_folder(folder)

@@ -113,13 +113,13 @@ def test_a_video_with_alpha(tmp_path: Path) -> None:
         (lambda file: torch.save({"masks": torch.zeros(1)}, file.with_suffix(".pt")), "holds no packed_masks"),
         (
             lambda file: torch.save({"packed_masks": torch.zeros(2, 2)}, file.with_suffix(".pt")),
-            "not uint8 [T, N, H, W/8]",
+            "must be uint8 [T, N, H, W/8]",
         ),
         (
             lambda file: saved(track_data([[(2, 2, 20, 28)]] * 3, [1.0]), file.with_suffix(".pt")),
             "has 3 frames and the driving",
         ),
-        (lambda file: write_image(file.with_suffix(".png"), np.zeros((*SIZE, 3), np.uint8)), "shows no figure"),
+        (lambda file: write_image(file.with_suffix(".png"), np.zeros((*SIZE, 3), np.uint8)), "shows no character"),
         (
             lambda file: write_image(file.with_suffix(".png"), np.full((*SIZE, 3), (250, 20, 20), np.uint8)),
             "a matte is grey",
@@ -132,15 +132,15 @@ def test_a_video_with_alpha(tmp_path: Path) -> None:
         ),
         (
             lambda file: torch.save({"packed_masks": torch.zeros(FRAMES, 1, 0, 4).byte()}, file.with_suffix(".pt")),
-            "not uint8 [T, N, H, W/8]",
+            "must be uint8 [T, N, H, W/8]",
         ),
         (
             lambda file: saved(track_data([[(2, 2, 20, 28)]] * (FRAMES + 1), [1.0]), file.with_suffix(".pt")),
-            "has 6 frames and the driving video 5",
+            "has 6 frames and the driving clip 5",
         ),
         (
             lambda file: write_video(file.with_suffix(".mp4"), np.zeros((FRAMES, *SIZE, 3), np.uint8), Fraction(16)),
-            "shows no figure",
+            "shows no character",
         ),
     ],
 )
@@ -165,10 +165,10 @@ def test_tracks_of_the_used_frames_alone(tmp_path: Path) -> None:
 def test_a_matte_of_the_reference_shows_somebody(tmp_path: Path) -> None:
     clip = saved(track_data([[(2, 2, 20, 28)]] * FRAMES, [1.0]), tmp_path / "clip.pt")
     write_image(tmp_path / "black.png", np.zeros((*SIZE, 3), np.uint8))
-    for name, told in (("black.png", "shows no figure of 1 %"), ("missing.pt", "does not exist")):
+    for name, told in (("black.png", "shows no character of at least 1 %"), ("missing.pt", "does not exist")):
         with pytest.raises(InputError, match=told):
             made(tmp_path, image_from=tmp_path / name, driving_from=clip)
-    with pytest.raises(InputError, match="--image-from gives figures of"):
+    with pytest.raises(InputError, match="whose characters --image-from gives"):
         made(tmp_path, image_from=clip, driving_from=clip, points=("image:5,5",))
 
 

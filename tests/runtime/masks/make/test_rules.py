@@ -115,7 +115,7 @@ def test_a_figure_below_one_percent_of_the_first_frame_is_none(make: Callable[..
     """60 of 6,000 pixels are one per cent."""
     made = make(picture({ANN: LEFT, BEN: (80, 10, 86, 20)}), still({CLEO: RIGHT, BEN: (10, 10, 15, 21)}))
     assert made.reference_colour(BEN) == "white"  # a figure without a driving figure
-    assert any("Nobody in the clip drives figure 2" in note for note in made.masks.notes)
+    assert any("No character of the driving clip moves character 2" in note for note in made.masks.notes)
     assert made.masks.characters == ("blue",)
     assert made.driving_colour(CLEO) == "blue"
     assert made.driving_colour(BEN) == "black"
@@ -125,7 +125,7 @@ def test_fewer_references_than_drivers_take_the_nearest(make: Callable[..., Made
     made = make(picture({ANN: RIGHT}), still({BEN: LEFT, CLEO: (70, 5, 90, 55)}))
     assert made.driving_colour(CLEO) == made.reference_colour(ANN) == "blue"
     assert made.driving_colour(BEN) == "black"
-    assert "figure 1 of the clip" in made.masks.notes[0]
+    assert "character 1 of the driving clip" in made.masks.notes[0]
 
 
 def test_one_to_many_takes_the_driver_that_the_reference_overlaps(make: Callable[..., Made]) -> None:
@@ -149,7 +149,7 @@ def test_pairs_say_who_drives_whom(make: Callable[..., Made]) -> None:
 def test_animals_by_prompt(make: Callable[..., Made]) -> None:
     image, frames = picture({REX: LEFT}), still({REX: RIGHT, ANN: LEFT})
     message = refused(lambda: make(image, frames))
-    assert 'Nobody was found in the reference image with "human. character."' in message
+    assert 'No character was found in the reference image with "human. character."' in message
     assert "--mask-prompt" in message
     made = make(image, frames, prompt="dog.")
     assert made.driving_colour(REX) == "blue"
@@ -192,7 +192,7 @@ def test_who_comes_late_has_a_colour_from_the_first_frame_that_shows_it(make: Ca
     made = make(picture({ANN: LEFT, BEN: RIGHT}), frames)
     assert [made.driving_colour(CLEO, t) for t in (14, 18, 29)] == ["red"] * 3
     assert [made.driving_colour(BEN, t) for t in (0, 14, 29)] == ["blue"] * 3
-    assert any("comes in late" in note for note in made.masks.notes)
+    assert any("enters late" in note for note in made.masks.notes)
 
 
 @pytest.mark.parametrize("forgets", [False, True])
@@ -207,14 +207,14 @@ def test_who_leaves_and_comes_back_keeps_the_colour(
     made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames)
     assert [made.driving_colour(CLEO, t) for t in (0, 26, 39)] == ["red"] * 3
     assert [made.driving_colour(BEN, t) for t in (0, 26, 39)] == ["blue"] * 3
-    assert any("was taken for figure 2" in note for note in made.masks.notes) == forgets
+    assert any("was identified as character 2" in note for note in made.masks.notes) == forgets
 
 
 def test_a_stranger_gets_no_colour(make: Callable[..., Made]) -> None:
     frames = [picture({BEN: LEFT} if t < 10 else {CLEO: RIGHT}) for t in range(25)]
     made = make(picture({ANN: LEFT}), frames)
     assert made.driving_colour(CLEO, 24) == "black"
-    assert any("for whom the reference has no figure" in note for note in made.masks.notes)
+    assert any("that the reference image lacks enters" in note for note in made.masks.notes)
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -239,7 +239,7 @@ def test_an_exchange_is_set_right_or_reported(
     made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames, **points)
     after = "blue" if text else "red"
     assert [made.driving_colour(BEN, t) for t in (0, 19, 20, 23, 24, 39)] == ["blue", "blue", *[after] * 4]
-    told = "At frame 24, figure(s) 1, 2 of the clip" if text else "From frame 24 on, figures 1 and 2"
+    told = "At frame 24, characters 1, 2 of the driving clip" if text else "From frame 24 on, characters 1 and 2"
     assert len([note for note in made.masks.notes if told in note]) == 1
 
 
@@ -278,7 +278,7 @@ def test_nobody_in_the_first_frames(make: Callable[..., Made]) -> None:
     frames = [picture({} if t < 10 else {BEN: LEFT}) for t in range(20)]
     made = make(picture({ANN: LEFT}), frames)
     assert made.driving_colour(BEN, 19) == "blue"
-    assert "Nobody was found in the driving video" in refused(lambda: make(picture({ANN: LEFT}), still({})))
+    assert "No character was found in the driving clip" in refused(lambda: make(picture({ANN: LEFT}), still({})))
 
 
 def test_progress_tells_seconds_and_cancelling_leaves_nothing(segmenter: FlatSegmenter, tmp_path: Path) -> None:
