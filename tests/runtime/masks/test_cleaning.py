@@ -1,4 +1,4 @@
-"""Repairing masks: the restored share of damaged masks, on drawn figures after real H.264 and JPEG coding."""
+"""Repairing masks: the share of pixels restored, on drawn characters after H.264 and JPEG coding."""
 
 import io
 from pathlib import Path
@@ -60,9 +60,9 @@ def test_cleaning_twice_changes_nothing(tmp_path: Path) -> None:
 def test_specks_and_holes_take_the_colour_around_them() -> None:
     true = figures("black", "red")
     spotted = true.copy()
-    spotted[20:23, 20:23] = PALETTE["cyan"]  # 9 pixels of no class
+    spotted[20:23, 20:23] = PALETTE["cyan"]  # 9 pixels, a speck
     spotted[128:131, 54:57] = PALETTE["black"]  # a hole in the body
-    spotted[200:220, 300:320] = PALETTE["green"]  # 400 pixels: meant
+    spotted[200:220, 300:320] = PALETTE["green"]  # 400 pixels, not a speck
     clean = clean_frame(spotted, PLAIN, "m")
     expected = true.copy()
     expected[200:220, 300:320] = PALETTE["green"]

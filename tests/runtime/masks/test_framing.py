@@ -38,7 +38,7 @@ def box(
     inside: tuple[int, int, int] = RED,
     outside: tuple[int, int, int] = BLACK,
 ) -> np.ndarray:
-    """A block on a background, its sides as shares of the frame's."""
+    """A block on a background; its sides are shares of those of the frame."""
     frame = np.full((height, width, 3), outside, np.uint8)
     frame[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = inside
     return frame
@@ -66,13 +66,13 @@ def request_of(case: Path, **changes: object) -> Request:
 
 @pytest.fixture
 def giant(tmp_path: Path) -> Path:
-    """A portrait that fills the picture, and a driving character of half the frame's height in most frames."""
+    """A portrait that fills the image, and a driving character of half the frame's height in most frames."""
     rows = [(0.25, 0.75)] * (FRAMES - 4) + [(0.0, 1.0), (0.7, 0.75), (0.6, 0.75), (0.0, 1.0)]
     return write_case(tmp_path / "giant", (0.05, 0.95), rows, (160, 80))
 
 
 def official_heights(mask: np.ndarray) -> dict[str, float]:
-    """In a frame of 64x96 with the official crop."""
+    """Heights of the characters in a frame of 64x96 with the official crop."""
     return heights(image_stats(mask), Window.official(mask.shape[:2], (64, 96)))
 
 
@@ -116,7 +116,7 @@ def test_a_fitted_reference_is_as_tall_and_wholly_there(
     on = (mask[0] > 0) & (mask[1] < 0)
     there = torch.nonzero(on.any(1))[:, 0]
     assert abs(len(there) / 64 - 0.6) <= 2 / 64
-    true_width = 0.2 * shape[1] / ((rows[1] - rows[0]) * shape[0]) * 0.6 * 64  # its own proportions
+    true_width = 0.2 * shape[1] / ((rows[1] - rows[0]) * shape[0]) * 0.6 * 64  # it keeps its proportions
     assert len(torch.nonzero(on.any(0))) == pytest.approx(min(true_width, 96), abs=2)
     assert plan.warnings == ()
 
@@ -129,7 +129,7 @@ def test_the_margin_is_hidden_and_continues_the_border(giant: Path) -> None:
     assert (mask[:, :, :10] == -1).all()
     expected = torch.tensor(SKY).view(3, 1, 1) / 255 * 2 - 1
     assert (image[:, :, :10] - expected).abs().max() < 1e-6
-    full = np.full((64, 96, 3), RED, np.uint8)  # no border pixel is hidden: a neutral grey
+    full = np.full((64, 96, 3), RED, np.uint8)  # without hidden border pixels, the margin is neutral grey
     assert fit_reference(full, full, {"red": 0.5}, Window.official((64, 96), (64, 96))).margin == (127, 127, 127)
 
 

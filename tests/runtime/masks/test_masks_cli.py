@@ -238,8 +238,8 @@ def test_preview_of_a_case(scail2: Run, tmp_path: Path) -> None:
     sheet = load_mask_image(Path(reply["sheet"]))
     assert sheet.shape[0] > 600
     assert sheet.shape[1] > 800
-    assert ((sheet == (255, 120, 0)).all(-1)).any()  # frame 7 is on it, with its grey in orange
-    assert ((sheet == (205, 0, 0)).all(-1)).any()  # and framed in red
+    assert ((sheet == (255, 120, 0)).all(-1)).any()  # frame 7, with its grey in orange
+    assert ((sheet == (205, 0, 0)).all(-1)).any()  # in a red box
     info = probe_video(Path(reply["video"]))
     assert (info.frames, info.height, info.width, info.frame_rate) == (FRAMES, HEIGHT, WIDTH, 16)
     red, hidden = pixels_of(Path(reply["video"]))[0][32, 12], pixels_of(Path(reply["video"]))[0][32, 90]

@@ -1,4 +1,4 @@
-"""A mask that is missing: every door names the command that makes both."""
+"""A missing mask: the errors of all interfaces name the command that makes masks."""
 
 import shlex
 from pathlib import Path

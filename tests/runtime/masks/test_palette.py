@@ -57,7 +57,7 @@ class TestLatents:
             assert torch.nonzero(white)[:, 0].tolist() == rule[name]
 
     def test_channels(self) -> None:
-        """Each colour has its channel; the first frame fills a group; later frames form groups of four."""
+        """Each colour has a channel; the first frame fills a group; later frames form groups of four."""
         names = [*COLOURS, "white", "red"]  # 9 frames
         frames = torch.tensor([COLOURS[name] for name in names], dtype=torch.uint8)[..., None, None].expand(
             -1, -1, 16, 24
@@ -128,7 +128,7 @@ class TestGuess:
 
 
 def accepted(*arguments: Any, **options: Any) -> MaskReport:
-    """The report of usable masks; raises InputError for others."""
+    """The report of the mask check; raises InputError if it has an error."""
     report = check_masks(*arguments, **options)
     refuse(report.findings)
     return report

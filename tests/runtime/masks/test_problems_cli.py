@@ -16,7 +16,7 @@ pytest_plugins = ["tests.support.runtime_fixtures"]
 
 @pytest.fixture
 def copy(case: Path, tmp_path: Path) -> Path:
-    """The animate case of 21 frames, to be spoiled."""
+    """A copy of the animate case of 21 frames, which a test damages."""
     return Path(shutil.copytree(case, tmp_path / "case"))
 
 
@@ -60,7 +60,7 @@ def test_allowed_problems_are_warnings_in_the_report(scail2: Run, engines: Path,
     recolour(copy / "ref_mask.png", (255, 0, 0), (0, 255, 0))
     mask = np.zeros((64, 96, 3), np.uint8)
     mask[10:50, 20:40] = (255, 0, 0)
-    write_video(copy / "rendered_mask_v2.mp4", iter([mask] * 18), Fraction(16))  # three too few
+    write_video(copy / "rendered_mask_v2.mp4", iter([mask] * 18), Fraction(16))  # three frames too few
     words = ("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL, "--json")
     assert "has 21 frames but its mask" in scail2(*words).stderr
     result = scail2(*words, "--allow-mask-problems")
@@ -72,7 +72,7 @@ def test_allowed_problems_are_warnings_in_the_report(scail2: Run, engines: Path,
     for finding in errors.values():
         assert any(finding["says"] in warning for warning in reply["warnings"])
         assert finding["says"] in result.stderr
-    assert reply["frames"] == read_video(tmp_path / "a.mp4").frames == 18  # frames that both have
+    assert reply["frames"] == read_video(tmp_path / "a.mp4").frames == 18  # the frames that both videos have
     assert reply["options"]["allow_mask_problems"] is True
 
 

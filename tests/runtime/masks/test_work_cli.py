@@ -1,4 +1,4 @@
-"""The commands on masks tell how far they are, when they take longer than two seconds."""
+"""Progress of the `masks` commands, shown after two seconds."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_the_time_left_follows_from_the_share_that_is_done(monkeypatch: pytest.M
     monkeypatch.setattr("scail2_rt.runtime.core.progress.time.perf_counter", lambda: next(now))
     work = Work("masks", told.append)
     second_half = within(work, 0.5, 1.0)
-    work(0.2)  # after one second: silent
+    work(0.2)  # one second: no progress
     second_half(0.5)
-    work(1.0)  # the end is told by the result
+    work(1.0)  # no progress at the end
     assert [(event.phase, event.fraction, event.seconds_left) for event in told] == [("masks", 0.75, 1.0)]
