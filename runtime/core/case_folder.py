@@ -123,10 +123,10 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
         f"the driving clip ({' or '.join(DRIVING)})": DRIVING,
         f"the mask video ({' or '.join(masks)})": masks,
     }
-    there = _files_of(directory)
-    found = {what: _candidates(there, names) for what, names in wanted.items()}
+    files = _files_of(directory)
+    found = {what: _candidates(files, names) for what, names in wanted.items()}
     if missing := [what for what, paths in found.items() if not paths]:
-        holds = ", ".join(path.name for path in list(there.values())[:20]) or "no file"
+        holds = ", ".join(path.name for path in list(files.values())[:20]) or "no file"
         remedy = "Add the missing files."
         if any("mask" in what for what in missing):
             picture, _, clip, _ = (shlex.quote(str(paths[0])) if paths else "" for paths in found.values())
@@ -134,12 +134,12 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
             remedy = f"Make both masks with `{words}`."
         raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}. {remedy}")
     image, mask_image, driving, mask_video = (paths[0] for paths in found.values())
-    says: Mode = "replace" if _is_replace_mask(mask_video) else "animate"
+    named: Mode = "replace" if _is_replace_mask(mask_video) else "animate"
     # The mask videos of the two modes are not alternatives: the mode selects one.
     alike = [
         [path for path in paths if _is_replace_mask(path) == _is_replace_mask(paths[0])] for paths in found.values()
     ]
-    return CaseFiles(image, mask_image, driving, mask_video, mode or says, there.get(PROMPT), _choices(alike))
+    return CaseFiles(image, mask_image, driving, mask_video, mode or named, files.get(PROMPT), _choices(alike))
 
 
 def _is_replace_mask(path: Path) -> bool:
@@ -148,11 +148,11 @@ def _is_replace_mask(path: Path) -> bool:
 
 def read_unmasked_case(directory: Path) -> UnmaskedCase | None:
     """Return the files of a case folder with a reference image, a driving clip and no mask; None for other folders."""
-    there = _files_of(directory)
-    if any(_candidates(there, names) for names in (MASK_IMAGES, ANIMATE_MASKS + REPLACE_MASKS)):
+    files = _files_of(directory)
+    if any(_candidates(files, names) for names in (MASK_IMAGES, ANIMATE_MASKS + REPLACE_MASKS)):
         return None
-    images, clips = found = _candidates(there, IMAGES), _candidates(there, DRIVING)
-    return UnmaskedCase(images[0], clips[0], there.get(PROMPT), _choices(found)) if images and clips else None
+    images, clips = found = _candidates(files, IMAGES), _candidates(files, DRIVING)
+    return UnmaskedCase(images[0], clips[0], files.get(PROMPT), _choices(found)) if images and clips else None
 
 
 def _files_of(directory: Path) -> dict[str, Path]:
@@ -166,9 +166,9 @@ def _files_of(directory: Path) -> dict[str, Path]:
     return {path.name.lower(): path for path in sorted(directory.iterdir()) if path.is_file()}
 
 
-def _candidates(there: Mapping[str, Path], names: Sequence[str]) -> list[Path]:
+def _candidates(files: Mapping[str, Path], names: Sequence[str]) -> list[Path]:
     """The files that have one of these names, in the order of `names`."""
-    return [there[name] for name in _with_other_endings(names) if name in there]
+    return [files[name] for name in _with_other_endings(names) if name in files]
 
 
 def _choices(found: Iterable[Sequence[Path]]) -> str:

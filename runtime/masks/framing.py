@@ -47,8 +47,8 @@ def fit_reference(image: np.ndarray, mask: np.ndarray, driving: Mapping[str, flo
     driving       character → its height relative to the frame
 
     Raises InputError if no character is in both."""
-    whole = {name: share * window.height / window.frame[0] for name, share in image_stats(mask).heights().items()}
-    ratio = Framing(whole, driving).ratio
+    full = {name: share * window.height / window.frame[0] for name, share in image_stats(mask).heights().items()}
+    ratio = Framing(full, driving).ratio
     if ratio is None:
         raise InputError(
             "--fit-reference found no character that both the reference mask and the driving mask show: run "

@@ -164,10 +164,10 @@ def warnings_of(findings: Iterable[Finding]) -> tuple[str, ...]:
 
 
 def clean_command(name: str, options: str = "") -> str:
-    """The `masks clean` command that repairs a mask file."""
+    """The `masks clean` command that repairs a mask, in words that follow "use"."""
     path = Path(name)
     if not path.suffix:  # a mask in memory
-        return f"`scail2-rt masks clean`{options and f' with {options}'} of a file that holds it"
+        return f"`scail2-rt masks clean{options and f' {options}'}` on a file of this mask"
     output = path.with_name(f"{path.stem}_clean{'.png' if is_image(path) else '.mp4'}")
     words = ["scail2-rt", "masks", "clean", shlex.quote(name), "-o", shlex.quote(str(output))]
     return f"`{' '.join(words)}{options and ' ' + options}`"
@@ -372,7 +372,7 @@ def video_pair(driving: VideoInfo, mask: VideoInfo) -> list[Finding]:
     rates = ["" if driving.frame_rate == mask.frame_rate else f" at {_fps(video)}" for video in (driving, mask)]
     if driving.frames != mask.frames:
         says = (
-            f"The driving video {driving.name} has {counted(driving.frames, 'frame')}{rates[0]} but its mask "
+            f"The driving clip {driving.name} has {counted(driving.frames, 'frame')}{rates[0]} but its mask "
             f"{mask.name} has {mask.frames}{rates[1]}."
         )
         remedy = " ".join(
@@ -381,12 +381,12 @@ def video_pair(driving: VideoInfo, mask: VideoInfo) -> list[Finding]:
         first, end = sorted((driving.frames, mask.frames))
         found.append(Finding("error", "frame count", mask.name, says, remedy, ((first, end - 1),)))
     elif rates[0] and driving.frames > 1 and not driving.variable_frame_rate:
-        says = f"The driving video runs at {_fps(driving)} but its mask at {_fps(mask)}."
+        says = f"The driving clip runs at {_fps(driving)} but its mask at {_fps(mask)}."
         found.append(Finding("warning", "rate", mask.name, says, "The n-th mask is used for the n-th frame."))
     size, mask_size = (driving.height, driving.width), (mask.height, mask.width)
     if _aspects_differ(size, mask_size):
         says = (
-            f"The driving video is {size[0]}x{size[1]} but its mask is {mask_size[0]}x{mask_size[1]} (height x width): "
+            f"The driving clip is {size[0]}x{size[1]} but its mask is {mask_size[0]}x{mask_size[1]} (height x width): "
             "both are cropped to the output's aspect ratio, so the mask may not cover the character."
         )
         found.append(Finding("warning", "size", mask.name, says, "Make the mask from this clip."))

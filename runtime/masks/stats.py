@@ -187,8 +187,8 @@ class MaskStats:
                 moved = np.bincount(self._last.astype(np.intp).ravel() * 9 + labels.ravel(), minlength=81).reshape(9, 9)
                 self.changes += _changes(moved, self.frames)
             self._last = labels
-            taken = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
-            self._net.append(taken / labels.size)
+            gained = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
+            self._net.append(gained / labels.size)
             # The grid is finer here, so that a gap of two pixels between arm and body connects the background there.
             self._shapes.append(shapes(MODEL_LABEL[codes(frame[:: self.shape_step, :: self.shape_step])]))
             sides = zip(labels.shape, self.shape, strict=True)

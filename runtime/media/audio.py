@@ -42,7 +42,7 @@ _Timed = tuple[Fraction, Any]  # seconds in the result, packet
 def open_audio(path: Path) -> Any:
     """Open a file that may hold audio. Raises InputError if it cannot be opened."""
     try:
-        return av.open(str(path.absolute()))  # absolute: FFmpeg takes what precedes a colon for a protocol
+        return av.open(str(path.absolute()))  # absolute: FFmpeg reads text before a colon as a protocol
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"The audio of {path} cannot be read ({error}): re-encode the file.") from error
 

@@ -148,7 +148,7 @@ def check_start(start: int, total: int, rate: Fraction | None) -> None:
     if start >= total:
         at = "" if rate is None else f" at {float(rate):.6g} fps"
         raise InputError(
-            f"--start {start} is beyond the end of the driving video, whose frames are 0 to {total - 1}{at}: start "
+            f"--start {start} is beyond the end of the driving clip, whose frames are 0 to {total - 1}{at}: start "
             "earlier."
         )
 

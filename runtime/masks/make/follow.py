@@ -159,7 +159,7 @@ class ClipFollower:
                 yield from self._release()
         yield from self._release()
         if not self.cast.characters:
-            raise InputError(nobody(self.looking))
+            raise InputError(not_found(self.looking))
 
     def _release(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """The frames and labels that are held, which are final now."""
@@ -192,7 +192,7 @@ class ClipFollower:
         figures = figures_in(frame, self.segmenter, self.looking, places)
         if not figures:
             if self.looking.text is None and not any(place.frame > number for place in self.looking.places):
-                raise InputError(nobody(self.looking))
+                raise InputError(not_found(self.looking))
             return np.zeros(size, np.uint8)
         for figure in figures:
             self.cast.enter(number, frame, figure.mask, figure.colour)
@@ -329,7 +329,7 @@ def present_in(labels: np.ndarray) -> dict[int, np.ndarray]:
     return {int(n): labels == n for n in np.flatnonzero(counts >= SEEN_AREA * labels.size) if n}
 
 
-def nobody(looking: Looking) -> str:
+def not_found(looking: Looking) -> str:
     """The error message if no character is found."""
     option = "image:" if "image" in looking.picture else ""
     if looking.text is None:

@@ -19,7 +19,7 @@ from scail2_rt.runtime.core.progress import Cancelled, Listener, Progress
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.masks.make.figures import Cast, stretched
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder
-from scail2_rt.runtime.masks.make.follow import ClipFollower, Figure, Looking, figures_in, nobody, present_in
+from scail2_rt.runtime.masks.make.follow import ClipFollower, Figure, Looking, figures_in, not_found, present_in
 from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.pairs import Pairing
 from scail2_rt.runtime.masks.make.ready import ready_labels, ready_masks
@@ -110,7 +110,7 @@ class Work:
         looking = self.looking(image=True)
         found = figures_in(self.picture, segmenter, looking, looking.places)
         if not found:
-            raise InputError(nobody(looking))
+            raise InputError(not_found(looking))
         return _apart([figure.mask for figure in found]), [figure.colour for figure in found]
 
     def looking(self, image: bool) -> Looking:

@@ -86,7 +86,7 @@ def test_heights_are_medians_of_what_the_cropped_frame_shows() -> None:
     assert official_heights(speck) == {"red": pytest.approx(0.5, abs=0.02)}
 
 
-def test_the_ratio_is_that_of_shared_characters() -> None:
+def test_the_ratio_is_of_shared_characters() -> None:
     assert Framing({"red": 0.8, "blue": 0.1}, {"red": 0.4, "green": 0.9}).ratio == pytest.approx(2)
     assert Framing({"blue": 0.1}, {"red": 0.4}).ratio is None
     assert not Framing({"blue": 0.1}, {"red": 0.4}).differs
@@ -105,7 +105,7 @@ def test_the_lint_warns_beyond_a_quarter(tmp_path: Path, rows: tuple[float, floa
 
 @pytest.mark.parametrize("shape", [(160, 80), (64, 96), (100, 300)])
 @pytest.mark.parametrize("rows", [(0.05, 0.95), (0.3, 0.6), (0.0, 0.3), (0.62, 1.0)])
-def test_a_fitted_reference_is_as_tall_and_wholly_there(
+def test_a_fitted_reference_has_the_height_and_is_complete(
     tmp_path: Path, shape: tuple[int, int], rows: tuple[float, float]
 ) -> None:
     case = write_case(tmp_path / "case", rows, [(0.2, 0.8)] * 5, shape)
@@ -133,7 +133,7 @@ def test_the_margin_is_hidden_and_continues_the_border(giant: Path) -> None:
     assert fit_reference(full, full, {"red": 0.5}, Window.official((64, 96), (64, 96))).margin == (127, 127, 127)
 
 
-def test_what_cannot_be_fitted_is_refused(giant: Path) -> None:
+def test_fit_without_a_shared_character_is_refused(giant: Path) -> None:
     with pytest.raises(InputError, match="for replace mode"):
         check_request(request_of(giant, fit_reference=True, mode="animate"))
     Image.fromarray(box(160, 80, 0.1, 0.9, 0.2, 0.8, GREEN)).save(giant / "ref_mask.png")

@@ -89,9 +89,7 @@ def test_a_phone_clip_with_a_landscape_reference(scail2: Run, engines: Path, tal
     assert left == 30
 
 
-def test_official_is_refused_with_the_option_that_cures_it(
-    scail2: Run, engines: Path, tall: Path, tmp_path: Path
-) -> None:
+def test_official_is_refused_with_the_remedy(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
     case = ("--case", tall, "--size", "64x96", "--fit", "official")
     checked = scail2("masks", "check", *case, "--json")
     assert checked.returncode == 2
@@ -135,7 +133,7 @@ def test_replacing_a_character_at_the_edge_keeps_the_scene(
     assert one_json(small)["framing"]["inputs"][0]["kept"] == {"red": 1}
 
 
-def test_a_scene_with_margins_is_said(scail2: Run, edge: Path) -> None:
+def test_a_scene_with_margins_is_reported(scail2: Run, edge: Path) -> None:
     text = scail2("masks", "check", "--case", edge, "--size", "64x64", "--fit", "pad").stdout
     assert "black margins above and below" in text
     assert "the video shows the scene with these margins" in text
@@ -187,7 +185,7 @@ def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_p
     assert shapes == {"pad": (224, 336), "official": (224, 126), "crop": (126, 224)}
 
 
-def test_the_fit_is_part_of_a_runs_identity(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_fit_is_refused(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
     words = ("generate", engines, "--case", tall, "--size", "64x96", *QUICK, "-o", tmp_path / "a.mp4", "--resume")
     assert scail2(*words).returncode == 0
     assert "nothing to resume" in scail2(*words).stderr
@@ -207,7 +205,7 @@ def test_a_batch_frames_every_case(scail2: Run, engines: Path, tall: Path, edge:
     assert "of the red character" in refused.stderr
 
 
-def test_fit_of_mask_files_alone_is_a_mistake(scail2: Run, tall: Path) -> None:
+def test_fit_without_a_case_is_refused(scail2: Run, tall: Path) -> None:
     assert "--fit belongs to a case" in error_of(scail2("masks", "check", tall / "ref_mask.png", "--fit", "pad"))
 
 
@@ -228,7 +226,7 @@ def test_the_reported_phone_clip(scail2: Run, engines: Path, reports: Path, tmp_
     )
 
 
-def test_the_reported_person_at_the_edge(scail2: Run, engines: Path, reports: Path, tmp_path: Path) -> None:
+def test_the_reported_character_at_the_edge(scail2: Run, engines: Path, reports: Path, tmp_path: Path) -> None:
     names = ("ref_portrait.png", "ref_mask_portrait_black.png", "edge_driving.mp4", "edge_replace_mask.mp4")
     words = ("generate", engines, *files(reports, *names), "--mode", "replace", "-o", tmp_path / "a.mp4")
     dry = one_json(scail2(*words, "--dry-run", "--json"))

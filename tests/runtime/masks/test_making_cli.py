@@ -130,7 +130,7 @@ def test_from_alpha(scail2: Run, tmp_path: Path) -> None:
     assert "the character is everywhere" in error_of(scail2(*words, "--threshold", "60"))
 
 
-def test_from_alpha_of_what_has_none(scail2: Run, tmp_path: Path) -> None:
+def test_from_alpha_without_alpha(scail2: Run, tmp_path: Path) -> None:
     words = ("-o", "m.png", "--mode", "animate")
     image(tmp_path / "rgb.png", blocks("white", "red"))
     assert "has no alpha channel" in error_of(scail2("masks", "from-alpha", "rgb.png", *words, cwd=tmp_path))
@@ -208,7 +208,7 @@ def test_from_grey(scail2: Run, tmp_path: Path) -> None:
     assert (pixels_of(tmp_path / "m.png") == blocks("white", "red", "red")).all()
 
 
-def test_from_grey_of_what_is_none(scail2: Run, tmp_path: Path) -> None:
+def test_from_grey_of_unusable_files(scail2: Run, tmp_path: Path) -> None:
     words = ("-o", tmp_path / "m.png", "--mode", "animate")
     colour = image(tmp_path / "colour.png", blocks("white", "red"))
     assert "is in colour" in error_of(scail2("masks", "from-grey", colour, *words))

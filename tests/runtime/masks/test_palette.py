@@ -149,7 +149,7 @@ class TestCheck:
         assert driving.shares["cyan"] == pytest.approx(0.9 * 56 * 18 / 96 / 160, rel=0.2)
         assert warnings_of(report.findings) == ()
 
-    def test_only_the_frames_in_use_are_read(self, tmp_path: Path) -> None:
+    def test_only_used_frames_are_read(self, tmp_path: Path) -> None:
         frames = [*[mask(BLACK, "blue")] * 4, *[mask(BLACK, "red")] * 12, *[mask(BLACK, "blue")] * 4]
         report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames), start=4, frames=12)
         assert (report.facts[1].frames, report.facts[1].presence) == (12, {"red": ((4, 15),)})
@@ -179,7 +179,7 @@ class TestCheck:
         report = accepted([mask(WHITE, "red"), mask(WHITE, "green")], path)
         assert report.facts[-1].presence == {"red": ((0, 5),), "green": ((3, 5),)}
 
-    def test_a_clean_background_is_a_fine_extra_reference(self, tmp_path: Path) -> None:
+    def test_an_extra_reference_may_show_background_only(self, tmp_path: Path) -> None:
         report = accepted([mask(WHITE, "red"), mask(WHITE)], video(tmp_path / "m.mp4", [mask(BLACK, "red")]))
         assert report.facts[1].shares == {"white": 1}
         assert warnings_of(report.findings) == ()

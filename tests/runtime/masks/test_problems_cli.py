@@ -26,7 +26,7 @@ def recolour(path: Path, old: tuple[int, int, int], new: tuple[int, int, int]) -
     Image.fromarray(pixels).save(path)
 
 
-def test_a_wrong_colour_names_the_command_that_mends_it(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
+def test_a_wrong_colour_names_the_remedy(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
     recolour(copy / "ref_mask.png", (255, 0, 0), (255, 140, 0))
     words = ("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL)
     message = error_of(scail2(*words, "--dry-run"))
@@ -45,7 +45,7 @@ def test_several_errors_are_counted(scail2: Run, engines: Path, copy: Path, tmp_
     assert "Run `scail2-rt masks check` to see 1 more." in message
 
 
-def test_another_colour_offers_to_recolour(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
+def test_one_other_colour_can_be_recoloured(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
     recolour(copy / "ref_mask.png", (255, 0, 0), (0, 255, 0))
     words = ("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL, "--dry-run")
     message = error_of(scail2(*words))
@@ -76,7 +76,7 @@ def test_allowed_problems_are_warnings_in_the_report(scail2: Run, engines: Path,
     assert reply["options"]["allow_mask_problems"] is True
 
 
-def test_a_good_case_has_nothing_to_report(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+def test_a_good_case_has_no_findings(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
     reply = one_json(scail2("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL, "--json"))
     assert (reply["warnings"], reply["mask_findings"], reply["reference_fit"]) == ([], [], None)
     assert reply["framing"]["ratio"] == pytest.approx(1, abs=0.1)

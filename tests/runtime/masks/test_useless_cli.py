@@ -40,7 +40,7 @@ def perforated(frame: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("rule", "spoil"), [("fragments", islands), ("holes", perforated)])
-def test_the_remedy_mends_fragments_and_holes(scail2: Run, tmp_path: Path, rule: str, spoil: object) -> None:
+def test_the_remedy_repairs_fragments_and_holes(scail2: Run, tmp_path: Path, rule: str, spoil: object) -> None:
     frames = [spoil(square()) if i in (4, 5, 9) else square() for i in range(FRAMES)]  # type: ignore[operator]
     clip = video(tmp_path / "clip.mp4", *frames)
     found = findings(scail2, clip)
@@ -55,7 +55,7 @@ def test_the_remedy_mends_fragments_and_holes(scail2: Run, tmp_path: Path, rule:
     assert findings(scail2, tmp_path / "clip_clean.mp4") == {}
 
 
-def test_a_reference_of_noise_is_to_be_made_again(scail2: Run, tmp_path: Path) -> None:
+def test_a_noisy_reference_must_be_made_again(scail2: Run, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).random((HEIGHT // 2, WIDTH // 2)) < 0.3
     mask = np.where(np.kron(noise, np.ones((2, 2), bool))[..., None], PALETTE["red"], PALETTE["white"])
     found = findings(scail2, image(tmp_path / "ref_mask.png", mask.astype(np.uint8)))
@@ -91,7 +91,7 @@ def test_an_area_that_jumps_and_returns(scail2: Run, tmp_path: Path) -> None:
         assert "masks make" in found["area jump"]["remedy"]
 
 
-def test_a_lasting_jump_is_told_from_a_cut(scail2: Run, tmp_path: Path) -> None:
+def test_a_lasting_jump_is_distinguished_from_a_cut(scail2: Run, tmp_path: Path) -> None:
     case = make_case(tmp_path / "case", driving=areas((6, 20)), ref=blocks("white", "red"))
     assert findings(scail2, "--case", case)["area jump"]["frames"] == [[6, 6]]
     assert findings(scail2, case / "rendered_mask_v2.mp4") == {}  # without the driving clip it may be a cut
@@ -100,7 +100,7 @@ def test_a_lasting_jump_is_told_from_a_cut(scail2: Run, tmp_path: Path) -> None:
     assert findings(scail2, "--case", case) == {}
 
 
-def test_who_walks_in_and_who_is_hidden_does_not_jump(scail2: Run, tmp_path: Path) -> None:
+def test_entering_and_occlusion_are_no_jumps(scail2: Run, tmp_path: Path) -> None:
     frames = []
     for i in range(FRAMES):  # the red block enters at the left and passes behind the green one
         frame = np.zeros((HEIGHT, WIDTH, 3), np.uint8)

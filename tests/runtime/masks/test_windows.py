@@ -126,7 +126,7 @@ def test_auto_takes_the_first_that_keeps_the_characters(
     assert all(found.share >= 0.98 and not found.cut for found in kept.values())
 
 
-def test_one_window_holds_the_whole_clip() -> None:
+def test_one_window_for_the_complete_clip() -> None:
     """A walking character is cropped if one window contains its path, otherwise padded."""
     near = [drawn((128, 224), (0, 0, 0), red=(0.1, 0.9, 0.02 + t, 0.15 + t)) for t in (0, 0.05, 0.1)]
     far = [*near, drawn((128, 224), (0, 0, 0), red=(0.1, 0.9, 0.8, 0.93))]
@@ -165,7 +165,7 @@ def test_a_small_character_is_measured_like_a_large_one() -> None:
     [("animate", "auto", (896, 512)), ("animate", "official", (896, 512)), ("replace", "auto", (512, 896)),
      ("replace", "pad", (512, 896)), ("replace", "crop", (512, 896)), ("replace", "official", (896, 512))],
 )  # fmt: skip
-def test_default_size_is_that_of_the_scene_that_is_shown(mode: str, fit: str, expected: tuple[int, int]) -> None:
+def test_the_default_size_follows_the_shown_scene(mode: str, fit: str, expected: tuple[int, int]) -> None:
     pictures = Pictures([(192, 128)], (128, 224), fit)  # type: ignore[arg-type]
     assert pictures.frame(mode) == expected  # type: ignore[arg-type]
     assert replace(pictures, size=(64, 64)).frame(mode) == (64, 64)  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def test_clip_and_mask_use_one_window(mode: str, scale: int) -> None:
     assert (pixels[0] > 200).float().mean() > 0.9  # the drawn clip is red there
 
 
-def test_both_inputs_and_extra_references_have_windows_of_their_own() -> None:
+def test_every_input_has_a_window() -> None:
     request = request_of("animate", ((128, 256), LEFT), ((192, 108), STANDING), size=(64, 64))
     tall = drawn((160, 80), PALETTE["white"], red=STANDING)
     aside = drawn((80, 160), PALETTE["white"], red=(0.1, 0.9, 0.8, 0.95))
@@ -238,7 +238,7 @@ def test_both_inputs_and_extra_references_have_windows_of_their_own() -> None:
     assert plan.warnings == ()
 
 
-def test_only_the_frames_that_are_used_count() -> None:
+def test_only_used_frames_count() -> None:
     """The character leaves the centre after the second frame."""
     request = request_of("animate", ((64, 96), STANDING), ((128, 224), STANDING), size=(64, 64))
     masks = [drawn((128, 224), (0, 0, 0), red=STANDING)] * 2 + [drawn((128, 224), (0, 0, 0), red=LEFT)] * 3
@@ -270,14 +270,14 @@ def test_the_reference_is_scaled_inside_its_window(fit: str, size: tuple[int, in
     assert not [finding for finding in plan.masks if finding.rule in ("cropped", "framing")]
 
 
-def test_a_cropped_reference_that_a_fit_mends_is_not_refused() -> None:
+def test_a_cropped_reference_with_fit_reference_is_accepted() -> None:
     request = request_of("replace", ((100, 400), LEFT), ((128, 192), STANDING), fit="official")
     with pytest.raises(InputError, match=r"shows \d+ % of the red character of reference mask"):
         check_request(request)
     assert check_request(replace(request, fit_reference=True)).warnings == ()
 
 
-def test_a_driving_figure_that_is_lost_is_refused_before_the_reference_is_scaled() -> None:
+def test_a_lost_driving_character_is_refused_before_scaling() -> None:
     request = request_of("replace", ((64, 96), STANDING), ((128, 224), LEFT), size=(96, 64), fit="official")
     with pytest.raises(InputError, match=r"0 % of the red character of driving mask video; .*--fit auto"):
         check_request(replace(request, fit_reference=True))

@@ -22,7 +22,7 @@ from tests.support.mask_cases import blocks, make_case, video
         (("from-labels", "grey.mp4", "-o", "m.mp4", "--mode", "animate", "--order", "255=red"), "masks"),
     ],
 )
-def test_what_takes_long_tells_how_far_it_is(
+def test_long_work_shows_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], phase: str, silent: bool
 ) -> None:
     make_case(tmp_path / "case")
@@ -35,7 +35,7 @@ def test_what_takes_long_tells_how_far_it_is(
     assert " %  " not in result.stdout
 
 
-def test_the_time_left_follows_from_the_share_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Progress] = []
     now = iter([100.0, 101.0, 103.0, 104.0])
     monkeypatch.setattr("scail2_rt.runtime.core.progress.time.perf_counter", lambda: next(now))

@@ -70,7 +70,7 @@ class TestProbe:
         assert frames[:, 0, 0].tolist() == [[200, 100, 50], [0, 0, 0], [0, 0, 0]]
         assert frames[:, 31, 0].tolist() == [[200, 100, 50], [200, 100, 50], [0, 0, 250]]
 
-    def test_audio_is_seen(self, tmp_path: Path) -> None:
+    def test_audio_is_detected(self, tmp_path: Path) -> None:
         assert probe_video(write_clip(tmp_path / "a.mp4", ramp(5), audio=[("aac", 44100, "mono")])).audio
 
     def test_file_cut_short(self, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ class TestProbe:
         assert f"30 frames, but {info.frames} can be decoded" in info.warnings[0]
         assert len(read_all(path)) == info.frames
 
-    def test_hdr_is_announced(self, tmp_path: Path) -> None:
+    def test_hdr_causes_a_warning(self, tmp_path: Path) -> None:
         path = write_clip(tmp_path / "a.mp4", ramp(3), pixel_format="yuv420p10le", transfer=16)
         assert "HDR" in probe_video(path).warnings[0]
 

@@ -189,14 +189,14 @@ class TestAudio:
         assert kinds == [("aac", 48000, 2), ("aac", 11025, 1)]
         assert clicks_s(path, 0) == pytest.approx(clicks_s(path, 1), abs=1e-3)
 
-    def test_rate_that_aac_has_not(self, tmp_path: Path) -> None:
+    def test_sample_rates_that_aac_lacks(self, tmp_path: Path) -> None:
         source = write_clip(tmp_path / "in.mkv", ramp(20), 25, audio=[("pcm_s16le", 37800, "mono")])
         path = write(tmp_path / "out.mp4", ramp(20), audio_from=source)
         with av.open(str(path)) as container:
             assert container.streams.audio[0].rate == 44100
         assert clicks_s(path)[:3] == pytest.approx([0, 0.25, 0.5], abs=2e-3)
 
-    def test_long_audio_is_cut_and_short_audio_stays_short(self, tmp_path: Path) -> None:
+    def test_audio_longer_or_shorter_than_the_video(self, tmp_path: Path) -> None:
         for seconds in (8.0, 0.5):
             source = write_clip(tmp_path / "in.mp4", ramp(25), 25, audio=[("aac", 11025, "mono")], audio_s=seconds)
             with av.open(str(write(tmp_path / "out.mp4", ramp(25), audio_from=source))) as container:
@@ -255,7 +255,7 @@ class TestOtherKinds:
             assert (track.codec_context.name, track.rate, track.channels) == ("opus", 48000, 1)
             assert container.streams.video[0].start_time == 0
 
-    def test_a_gif_has_one_good_palette_exact_times_and_a_comment(self, tmp_path: Path) -> None:
+    def test_a_gif_has_one_palette_exact_times_and_a_comment(self, tmp_path: Path) -> None:
         colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (250, 250, 250), (0, 0, 0), (90, 120, 60)]
         path = write(tmp_path / "out.gif", flat(colours), 3, rate=Fraction(16), comment="c" * 600)
         with VideoReader(path) as reader:
@@ -279,7 +279,7 @@ class TestOtherKinds:
             "GIF players show at most 50 frames per second, so 12 of 24 frames will be missing: use .webm to keep them."
         ]
 
-    def test_png_files_hold_every_bit(self, tmp_path: Path) -> None:
+    def test_png_files_are_lossless(self, tmp_path: Path) -> None:
         frames = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), dtype=np.uint8)
         folder = write(tmp_path / "frames", frames, 4, comment="ü")
         assert only(folder, *(f"{number:06d}.png" for number in range(9)))
@@ -289,7 +289,7 @@ class TestOtherKinds:
                 assert image.info["comment"] == "ü"
         assert only(tmp_path, "frames")
 
-    def test_an_older_folder_survives_until_the_new_one_is_there(
+    def test_an_existing_folder_remains_until_it_is_replaced(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = write(tmp_path / "frames", ramp(5))
@@ -364,7 +364,7 @@ class TestEndings:
             writer.finish()
         assert only(tmp_path)
 
-    def test_an_older_result_survives_until_the_new_one_is_there(self, tmp_path: Path) -> None:
+    def test_an_existing_output_remains_until_it_is_replaced(self, tmp_path: Path) -> None:
         old = write(tmp_path / "out.mp4", ramp(3)).read_bytes()
         (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
         writer = VideoWriter(tmp_path / "out.mp4", SMALL)
@@ -376,7 +376,7 @@ class TestEndings:
         assert numbers(tmp_path / "out.mp4") == [0, 1, 2, 3]
         assert only(tmp_path, "out.mp4")
 
-    def test_a_stale_partial_file_is_not_called_ours(self, tmp_path: Path) -> None:
+    def test_a_stale_partial_file_is_not_reported(self, tmp_path: Path) -> None:
         (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
         assert VideoWriter(tmp_path / "out.mp4", SMALL).abort() is None
 
@@ -397,7 +397,7 @@ class TestEndings:
         assert numbers(tmp_path / "out.partial.mp4") == list(range(6))
         assert only(tmp_path, "out.partial.mp4")
 
-    def test_encoder_fault_surfaces_in_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_encoder_errors_are_raised_in_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: object) -> None:
             raise av.error.ExternalError(-542398533, "Generic error in an external library")
 
@@ -408,7 +408,7 @@ class TestEndings:
         assert writer.abort() is None
         assert only(tmp_path)
 
-    def test_a_failed_end_keeps_the_partial_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failed_finish_keeps_the_partial_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
