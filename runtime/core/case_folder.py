@@ -253,8 +253,8 @@ def read_text(what: str, file: Path) -> str:
         ) from error
     if "\0" in text:
         raise InputError(
-            f"The {what} {file} contains NUL bytes, so it is UTF-16 without a byte order mark, or not text: save it as "
-            "UTF-8."
+            f"The {what} {file} contains NUL bytes, so it is UTF-16 without a byte order mark, or not text: "
+            "save it as UTF-8."
         )
     return text
 

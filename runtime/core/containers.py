@@ -45,8 +45,8 @@ def container_of(output: Path) -> Container:
         return CONTAINERS[ending]
     known = [name for name in CONTAINERS if name]
     raise InputError(
-        f"The output {output} must end in {', '.join(known[:-1])} or {known[-1]}, or be a name without an ending for a "
-        "folder of PNG files."
+        f"The output {output} must end in {', '.join(known[:-1])} or {known[-1]}, "
+        "or be a name without an ending for a folder of PNG files."
     )
 
 
@@ -62,7 +62,7 @@ def resolve_encoding(output: Path, codec: str | None, crf: int | None) -> tuple[
     codec = container.codecs[0] if codec is None else codec
     if codec not in container.codecs and codec in _MP4.codecs:
         raise InputError(
-            f"{container.what} cannot hold {codec} video: use --codec {' or '.join(container.codecs)}, or name the "
-            "output .mp4."
+            f"{container.what} cannot hold {codec} video: "
+            f"use --codec {' or '.join(container.codecs)}, or name the output .mp4."
         )
     return codec, DEFAULT_CRF if crf is None else crf

@@ -50,8 +50,8 @@ def _alpha(path: Path) -> np.ndarray:
     alpha = load_alpha(path)
     if alpha is None:
         raise InputError(
-            f"{path} has no alpha channel: save it as PNG with transparency, or make a mask from a grey matte with "
-            "`scail2-rt masks from-grey`."
+            f"{path} has no alpha channel: "
+            "save it as PNG with transparency, or make a mask from a grey matte with `scail2-rt masks from-grey`."
         )
     return alpha
 
@@ -148,8 +148,8 @@ def masks_from_labels(
         yield np.take(PALETTE_RGB, labels, axis=0)
     if not found:
         raise InputError(
-            f"{source.path} holds background only, and none of the labels {_order_text(order)}: name its labels with "
-            "--order."
+            f"{source.path} holds background only, and none of the labels {_order_text(order)}: "
+            "name its labels with --order."
         )
 
 

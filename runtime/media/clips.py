@@ -148,8 +148,8 @@ def check_start(start: int, total: int, rate: Fraction | None) -> None:
     if start >= total:
         at = "" if rate is None else f" at {float(rate):.6g} fps"
         raise InputError(
-            f"--start {start} is beyond the end of the driving clip, whose frames are 0 to {total - 1}{at}: start "
-            "earlier."
+            f"--start {start} is beyond the end of the driving clip, whose frames are 0 to {total - 1}{at}: "
+            "start earlier."
         )
 
 
@@ -200,8 +200,8 @@ class ClipReader:
         self.skip(start)
         if self.position < start:
             raise InputError(
-                f"{self.name} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: start "
-                "earlier."
+                f"{self.name} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: "
+                "start earlier."
             )
 
     def skip(self, count: int) -> None:
@@ -303,8 +303,8 @@ class _Spooled:
             write_video(self._path, itertools.chain([first], frames), clip.rate)
         except OSError as error:
             raise Scail2Error(
-                f"The {clip.name} could not be kept in the temporary file {path} ({error}): free space there, or give "
-                "frames that can be read twice."
+                f"The {clip.name} could not be kept in the temporary file {path} ({error}): "
+                "free space there, or give frames that can be read twice."
             ) from error
 
     def __iter__(self) -> Iterator[np.ndarray]:

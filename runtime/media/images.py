@@ -115,8 +115,8 @@ def _register_heic(path: Path) -> None:
         from pillow_heif import register_heif_opener
     except ImportError as error:
         raise InputError(
-            f"{path} is a HEIC image, which needs the package pillow-heif: pip install 'scail2-rt[heic]', or save the "
-            "image as PNG or JPEG."
+            f"{path} is a HEIC image, which needs the package pillow-heif: "
+            "pip install 'scail2-rt[heic]', or save the image as PNG or JPEG."
         ) from error
     register_heif_opener()
 

@@ -131,8 +131,8 @@ def _length_warnings(path: Path, stream: Any, frames: int, times: tuple[Fraction
         ends_early = times[-1] + 2 * longest < declared_s
     if stream.frames > frames and (ends_early or declared_s is None or times is None):
         return [
-            f"The header of {path} states {counted(stream.frames, 'frame')}, but {frames} can be decoded: it may be "
-            "damaged or cut short."
+            f"The header of {path} states {counted(stream.frames, 'frame')}, but {frames} can be decoded: "
+            "it may be damaged or cut short."
         ]
     if 0 < stream.frames < frames:
         return [
@@ -184,8 +184,8 @@ class VideoReader:
             self.skip(start)
             if self.position < start:
                 raise InputError(
-                    f"{self.path} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: start "
-                    "earlier."
+                    f"{self.path} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: "
+                    "start earlier."
                 )
         except InputError:
             self.close()

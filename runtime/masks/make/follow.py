@@ -78,8 +78,8 @@ def figures_in(frame: np.ndarray, segmenter: Segmenter, looking: Looking, places
         mask = masks[number]
         if score == GIVEN_SCORE and not mask.any():
             raise InputError(
-                f"The segmenter finds no character at a --point or --box of {looking.picture}: move the point to its "
-                "centre, or use a box around it."
+                f"The segmenter finds no character at a --point or --box of {looking.picture}: "
+                "move the point to its centre, or use a box around it."
             )
         small = area(mask) < LEAST_AREA and score != GIVEN_SCORE
         if not small and not any(iou(mask, k.mask) > SAME or inside(mask, k.mask) > COVERED for k in kept):
@@ -334,8 +334,8 @@ def not_found(looking: Looking) -> str:
     option = "image:" if "image" in looking.picture else ""
     if looking.text is None:
         return (
-            f"No character is marked in {looking.picture}: use --point {option}x,y, --box {option}x0,y0,x1,y1 or "
-            "--mask-prompt."
+            f"No character is marked in {looking.picture}: "
+            f"use --point {option}x,y, --box {option}x0,y0,x1,y1 or --mask-prompt."
         )
     return (
         f'No character was found in {looking.picture} with "{looking.text}": describe it with --mask-prompt, or '

@@ -119,8 +119,8 @@ def make_masks(
                 folder.rmdir()
         if isinstance(error, OSError):
             raise Scail2Error(
-                f"Masks could not be written to {folder} ({error}): free some space, change its permissions, or choose "
-                "another -o."
+                f"Masks could not be written to {folder} ({error}): "
+                "free some space, change its permissions, or choose another -o."
             ) from error
         raise
     return masks
@@ -184,8 +184,8 @@ def segmenter_for(options: MaskOptions) -> SegmenterFolder | None:
         if ready is None and asks and folder.name == "sam2" and folder.detector is None:
             raise InputError(
                 f"{folder.model} holds SAM 2 without Grounding DINO, so characters must be marked: use --point or "
-                f"--box for the {'reference image (image:x,y)' if image else 'driving clip'}, or put Grounding DINO "
-                "into its subfolder `detector`."
+                f"--box for the {'reference image (image:x,y)' if image else 'driving clip'}, "
+                "or put Grounding DINO into its subfolder `detector`."
             )
     return folder
 

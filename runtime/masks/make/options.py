@@ -66,8 +66,8 @@ class Place:
             kind, what = ("--box", "box") if len(self.numbers) == 4 else ("--point", "point")
             at = ",".join(f"{number:g}" for number in self.numbers)
             raise InputError(
-                f"The {what} {at} ({kind}) is outside {picture}, which is {size[1]} wide and {size[0]} high: give it "
-                "in pixels of that image."
+                f"The {what} {at} ({kind}) is outside {picture}, which is {size[1]} wide and {size[0]} high: "
+                "give it in pixels of that image."
             )
 
 

@@ -96,8 +96,8 @@ class Pairing:
         driven = set(self.reference_of.values())
         if idle := [r + 1 for r in range(len(self._references)) if r not in driven]:
             self.notes.append(
-                f"No character of the driving clip moves {_characters(idle)} of the reference image: no colour is used "
-                "there."
+                f"No character of the driving clip moves {_characters(idle)} of the reference image: "
+                "no colour is used there."
             )
         return [(self._references[r], self._colours[r]) for r in sorted(driven)]
 

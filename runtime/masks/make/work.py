@@ -182,8 +182,8 @@ class Work:
             yield labels
         if count not in (self.video.frames, options.start + self.used):
             raise InputError(
-                f"{path} has {counted(count, 'frame')} and the driving clip {self.video.frames}: make the masks from "
-                "this clip."
+                f"{path} has {counted(count, 'frame')} and the driving clip {self.video.frames}: "
+                "make the masks from this clip."
             )
         if not self.cast.characters:
             raise InputError(f"{path} shows no character in the used frames: choose other frames, or another file.")
