@@ -118,8 +118,8 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in ("image", "mask_image", "driving", "mask_video"):
-            object.__setattr__(self, name, _as_path(getattr(self, name)))
-        pairs = [tuple(map(_as_path, pair)) if isinstance(pair, tuple | list) else () for pair in self.extra_refs]
+            object.__setattr__(self, name, as_path(getattr(self, name)))
+        pairs = [tuple(map(as_path, pair)) if isinstance(pair, tuple | list) else () for pair in self.extra_refs]
         if any(len(pair) != 2 for pair in pairs):
             raise InputError("Extra references must be pairs: extra_refs=((image, mask), …).")
         object.__setattr__(self, "extra_refs", tuple(pairs))
@@ -216,7 +216,7 @@ def _one_of(option: str, value: str, offered: tuple[str, ...]) -> str:
     return f"{option} must be one of {', '.join(offered)}, not {value}"
 
 
-def _as_path(source: Any) -> Any:
+def as_path(source: Any) -> Any:
     """Convert text to a path; return other sources unchanged."""
     return Path(source) if isinstance(source, str | os.PathLike) else source
 

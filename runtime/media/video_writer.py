@@ -126,7 +126,7 @@ class VideoFormat:
     width, height   in pixels
     frame_rate      frames per second
     codec           a name of `CODECS`; None: lossless, for an output that is made from the partial file
-    crf             constant rate factor, smaller is better; None: the default
+    crf             constant rate factor, smaller is better; None without a codec
 
     Raises InputError for odd sides, and for a codec or crf that this installation cannot encode."""
 

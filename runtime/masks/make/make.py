@@ -21,7 +21,7 @@ from typing import Any
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.progress import Listener
-from scail2_rt.runtime.core.request import ClipSource, ImageSource
+from scail2_rt.runtime.core.request import ClipSource, ImageSource, as_path
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder, find_segmenter
 from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.record import RECORD, fingerprint, recorded
@@ -84,7 +84,7 @@ def make_masks(
     Raises InputError for unusable inputs or options, and Scail2Error if the files cannot be written. No files remain
     after an error."""
     began, options, folder = time.perf_counter(), options or MaskOptions(), Path(directory)
-    image, driving = _as_path(image), rereadable(_as_path(driving), "driving video")
+    image, driving = as_path(image), rereadable(as_path(driving), "driving video")
     plan = plan_masks(image, driving, folder, options)
     if plan.there is not None:
         return plan.there
@@ -203,10 +203,6 @@ def check_places(options: MaskOptions, size: tuple[int, int], video: VideoInfo) 
                 f"A --point or --box is in frame {frame}: use one of the frames {options.start} to {end - 1}."
             )
         place.check_inside((video.height, video.width), "the driving clip")
-
-
-def _as_path(source: Any) -> Any:
-    return Path(source) if isinstance(source, str | os.PathLike) else source
 
 
 def _plain(value: object) -> object:

@@ -25,8 +25,8 @@ ON = 128  # 8-bit level from which a pixel of a matte is the character's
 
 
 def ready_masks(path: Path, most: int, sort: str) -> list[np.ndarray]:
-    """Masks bool [h, w] of the characters of a reference image, sorted; at most `most`. Raises InputError if the file
-    cannot be read or a matte shows nothing."""
+    """Masks bool [h, w] of the characters of a reference image, sorted; at most `most`, none if a matte shows no
+    character of `LEAST_AREA`. Raises InputError if the file cannot be read."""
     if path.suffix.lower() in TRACKS:
         tracks = load_tracks(path)
         return [tracks.masks(0)[i] for i in tracks.kept(most, sort)]
