@@ -1,11 +1,11 @@
-"""Convert the graph's mask types to frames of a colour mask, a few frames at a time when they are read.
+"""Converts mask inputs of a graph to frames of a colour mask, a few frames at a time when they are read.
 
-    IMAGE, VIDEO     colour-coded already: used unchanged, except for the background if requested
+    IMAGE, VIDEO     already colour-coded: used unchanged, except for the background if requested
     MASK             a matte of one character, 1 inside and 0 outside
     SAM3_TRACK_DATA  SAM 3's characters, one bit per pixel; they get colours in the palette's order
     SCAIL2_MASK      output of the Masks node
 
-A track is a dict: `packed_masks` uint8 [T, N, h, w/8] (bit i of a byte is the i-th of its eight pixels; None: no
+A track is a dict: `packed_masks` uint8 [T, N, h, w/8] (bit i of a byte is the i-th of its eight pixels; None if no
 character was found), `orig_size` (H, W) and `n_frames`."""
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.comfyui.clip_inputs import file_of
 from scail2_rt.runtime.comfyui.frames import TensorFrames, one_by_one, to_levels
 from scail2_rt.runtime.masks.make.options import AUTHORS_ORDER as ORDER
@@ -28,11 +29,11 @@ SORTS = ("left-to-right", "area", "none")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskFrames:
-    """Colour masks that are computed when they are read; usable as frames of `Clip`.
+    """Colour masks that are computed when they are read. They can be the frames of a `Clip`.
 
     shape       (T, H, W, 3)
     make        (first, last) → uint8 [last - first, H, W, 3]
-    described   their source, for messages"""
+    described   description of their source, for messages"""
 
     shape: tuple[int, int, int, int]
     make: Callable[[int, int], np.ndarray]
@@ -90,11 +91,12 @@ def mask_frames(source: Any, style: MaskStyle, name: str) -> MaskFrames:
 
 def _of_picture(images: Any, style: MaskStyle, name: str) -> MaskFrames:
     frames = TensorFrames(images, name)
-    return MaskFrames(frames.shape, lambda first, last: _styled(frames[first:last], style), "coloured pictures")
+    return MaskFrames(frames.shape, lambda first, last: _styled(frames[first:last], style), "colour-coded images")
 
 
 def frames_of_file(path: Path, style: MaskStyle) -> MaskFrames:
-    """The colour masks of a video file. Consecutive reads continue; any other read opens the file again."""
+    """The colour masks of a video file. Consecutive reads continue; other reads open the file again. Raises InputError
+    if it is not a video."""
     info = probe_video(path)
     reader = VideoReader(path)
 
@@ -105,7 +107,7 @@ def frames_of_file(path: Path, style: MaskStyle) -> MaskFrames:
             reader = VideoReader(path, first)
         return _styled(reader.read(last - first), style)
 
-    return MaskFrames((info.frames, info.height, info.width, 3), make, f"coloured frames of {path.name}")
+    return MaskFrames((info.frames, info.height, info.width, 3), make, f"colour-coded frames of {path.name}")
 
 
 def _styled(masks: np.ndarray, style: MaskStyle) -> np.ndarray:
@@ -157,11 +159,11 @@ def _of_track(track: dict[str, Any], style: MaskStyle, name: str) -> MaskFrames:
         made = np.empty((last - first, *size, 3), np.uint8)
         for frame, out in zip(bits[first:last], made, strict=True):
             masks = unpacked(frame)[order][:, rows][:, :, columns]
-            anybody: np.ndarray = np.logical_or.reduce(masks)
-            out[:] = np.where(anybody[..., None], colours[masks.argmax(0)], background)
+            covered: np.ndarray = np.logical_or.reduce(masks)
+            out[:] = np.where(covered[..., None], colours[masks.argmax(0)], background)
         return made
 
-    return MaskFrames((len(bits), *size, 3), make, f"a track of {len(order)} character(s)")  # type: ignore[arg-type]
+    return MaskFrames((len(bits), *size, 3), make, f"a track of {counted(len(order), 'character')}")  # type: ignore[arg-type]
 
 
 def _own_size(bits: np.ndarray) -> tuple[int, int]:

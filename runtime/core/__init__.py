@@ -1,1 +1,1 @@
-"""Types that every room of the runtime uses: request and plan, geometry, progress, case folders."""
+"""Types that every part of the runtime uses: request and plan, geometry, progress, case folders."""

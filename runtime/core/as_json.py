@@ -1,4 +1,4 @@
-"""Values as JSON can hold them."""
+"""Conversion of records to values that JSON can hold."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -6,7 +6,8 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, paths, fractions and tuples as JSON can hold them."""
+    """Convert dataclasses to dicts and tuples and sets to lists. Anything else that JSON cannot hold, such as a path or
+    a fraction, becomes its text."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):

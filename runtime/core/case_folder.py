@@ -1,10 +1,10 @@
-"""Case folders, batch files and prompt files as people have them on disk (MODEL §1).
+"""Case folders, batch files and prompt files (MODEL §1).
 
-A case folder holds a reference image, its mask, a driving clip and its mask video under the official names; where
-several names are possible the first in the list is taken, and `replace_mask.mp4` means replace mode. A video may also
-end in .mov, .mkv and so on. `prompt.txt` is the prompt when none is given. A batch file has one case per line, as
-`prompt@@case_dir` or as a JSON object of options. Images and videos are only looked up by name here: whether one can
-be read is found out when it is read.
+A case folder holds a reference image, its mask, a driving clip and its mask video under the official names. If several
+possible names exist, the first in the list is used. `replace_mask.mp4` selects replace mode. A video may also end in
+.mov, .mkv and so on. `prompt.txt` is the prompt if none is given. A batch file has one case per line, as
+`prompt@@case_dir` or as a JSON object of options. This module finds images and videos by name only: it does not check
+whether they can be decoded.
 """
 
 import codecs
@@ -31,15 +31,15 @@ ANIMATE_MASKS = ("rendered_mask_v2.mp4", "rendered_mask.mp4")
 REPLACE_MASKS = ("replace_mask.mp4",)
 PROMPT = "prompt.txt"
 SEPARATOR = "@@"
-FILES = ("image", "mask_image", "driving", "mask_video")  # fields of `CaseFiles`, and options where each is named
+FILES = ("image", "mask_image", "driving", "mask_video")  # fields of `CaseFiles`, and names of options
 
 
 @dataclass(frozen=True, slots=True)
 class CaseFiles:
-    """The files of one case and the mode that its folder says.
+    """The files of one case, and the mode that they select.
 
     prompt_file   `prompt.txt`, if the folder has one
-    choices       what was taken where several files were possible, as "ref.png (not ref.jpg)"; else empty"""
+    choices       the files used if several were possible, as "ref.png (not ref.jpg)"; else empty"""
 
     image: Path
     mask_image: Path
@@ -51,7 +51,7 @@ class CaseFiles:
 
 
 class UnmaskedCase(NamedTuple):
-    """The files of a case folder without masks; fields as those of `CaseFiles`."""
+    """The files of a case folder without masks, with the fields of `CaseFiles`."""
 
     image: Path
     driving: Path
@@ -61,9 +61,10 @@ class UnmaskedCase(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """One line of a batch file: its number from 1 and the options that it gives by name, or what is wrong with it.
+    """One line of a batch file: its number (from 1) and its options by name, or an error if it is malformed.
 
-    A line `prompt@@case_dir` gives `case`, and `prompt` unless nothing precedes the `@@`; `None` is an empty prompt."""
+    A line `prompt@@case_dir` sets `case`, and `prompt` unless nothing precedes the `@@`. The text `None` there means an
+    empty prompt."""
 
     number: int
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class BatchLine:
 
 @dataclass(frozen=True, slots=True)
 class CaseInputs:
-    """How a case was given: a folder, or its files one by one."""
+    """A case as the user named it: a folder, or its four files."""
 
     case: Path | None
     image: Path | None
@@ -81,8 +82,8 @@ class CaseInputs:
     mask_video: Path | None
 
     def files(self, instead: str) -> "NamedFiles | None":
-        """The files that were named one by one: all four, or None. InputError when some are missing (`instead` says
-        what to give) and when a folder is named beside them."""
+        """Return the four files if they were named, or None if none was. `instead` is the part of the error message
+        that says what to give. Raises InputError if only some of the four were named, or a folder as well."""
         given = [name for name in FILES if getattr(self, name) is not None]
         if given and self.case is not None:
             raise InputError(f"--case and {flags(given)} were both given: use the folder or the four files.")
@@ -106,15 +107,15 @@ class NamedFiles(NamedTuple):
 
 
 def flags(names: Iterable[str]) -> str:
-    """`--image, --extra-ref` of the names of options' values."""
+    """The flags of options, as "--image, --extra-ref". names: of the options' values, such as `extra_refs`."""
     return ", ".join("--" + name.rstrip("s").replace("_", "-") for name in names)
 
 
 def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
-    """Find the files of a case folder; `mode` overrides what the presence of `replace_mask.mp4` says.
+    """Find the files of a case folder. `mode` overrides the mode that the name of the mask video selects.
 
-    With an overriding mode that mode's mask is preferred, and the other one is taken when it is the only one. Raises
-    InputError that lists every missing file with the names it may have."""
+    If `mode` is given, the mask video of that mode is preferred, and the other mode's is used if it is the only one.
+    Raises InputError, which lists every missing file with its possible names."""
     masks = {"replace": REPLACE_MASKS + ANIMATE_MASKS, "animate": ANIMATE_MASKS + REPLACE_MASKS}[mode or "replace"]
     wanted: dict[str, Sequence[str]] = {
         "the reference image (ref.png, ref.jpg, ref_image.png or ref_image.jpg)": IMAGES,
@@ -122,23 +123,23 @@ def read_case(directory: Path, mode: Mode | None = None) -> CaseFiles:
         f"the driving clip ({' or '.join(DRIVING)})": DRIVING,
         f"the mask video ({' or '.join(masks)})": masks,
     }
-    there = _files_of(directory)
-    found = {what: _candidates(there, names) for what, names in wanted.items()}
+    files = _files_of(directory)
+    found = {what: _candidates(files, names) for what, names in wanted.items()}
     if missing := [what for what, paths in found.items() if not paths]:
-        holds = ", ".join(path.name for path in list(there.values())[:20]) or "no file"
-        remedy = "Add what is missing."
+        holds = ", ".join(path.name for path in list(files.values())[:20]) or "no file"
+        remedy = "Add the missing files."
         if any("mask" in what for what in missing):
             picture, _, clip, _ = (shlex.quote(str(paths[0])) if paths else "" for paths in found.values())
             words = f"scail2-rt masks make --image {picture or 'IMAGE'} --driving {clip or 'VIDEO'} -o DIR"
             remedy = f"Make both masks with `{words}`."
         raise InputError(f"The case folder {directory} lacks {'; '.join(missing)}. It holds {holds}. {remedy}")
     image, mask_image, driving, mask_video = (paths[0] for paths in found.values())
-    says: Mode = "replace" if _is_replace_mask(mask_video) else "animate"
-    # Mask videos of the two modes are no alternatives: the mode decides between them.
+    named: Mode = "replace" if _is_replace_mask(mask_video) else "animate"
+    # The mask videos of the two modes are not alternatives: the mode selects one.
     alike = [
         [path for path in paths if _is_replace_mask(path) == _is_replace_mask(paths[0])] for paths in found.values()
     ]
-    return CaseFiles(image, mask_image, driving, mask_video, mode or says, there.get(PROMPT), _choices(alike))
+    return CaseFiles(image, mask_image, driving, mask_video, mode or named, files.get(PROMPT), _choices(alike))
 
 
 def _is_replace_mask(path: Path) -> bool:
@@ -146,16 +147,16 @@ def _is_replace_mask(path: Path) -> bool:
 
 
 def read_unmasked_case(directory: Path) -> UnmaskedCase | None:
-    """The files of a case folder that holds a reference image, a driving clip and no mask; of another one None."""
-    there = _files_of(directory)
-    if any(_candidates(there, names) for names in (MASK_IMAGES, ANIMATE_MASKS + REPLACE_MASKS)):
+    """Return the files of a case folder with a reference image, a driving clip and no mask; None for other folders."""
+    files = _files_of(directory)
+    if any(_candidates(files, names) for names in (MASK_IMAGES, ANIMATE_MASKS + REPLACE_MASKS)):
         return None
-    images, clips = found = _candidates(there, IMAGES), _candidates(there, DRIVING)
-    return UnmaskedCase(images[0], clips[0], there.get(PROMPT), _choices(found)) if images and clips else None
+    images, clips = found = _candidates(files, IMAGES), _candidates(files, DRIVING)
+    return UnmaskedCase(images[0], clips[0], files.get(PROMPT), _choices(found)) if images and clips else None
 
 
 def _files_of(directory: Path) -> dict[str, Path]:
-    """Name in lower case → file of a case folder."""
+    """Map lower-case names to the files of a case folder. Raises InputError if it is not an existing folder."""
     refuse_url("case folder", directory)
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
@@ -165,25 +166,26 @@ def _files_of(directory: Path) -> dict[str, Path]:
     return {path.name.lower(): path for path in sorted(directory.iterdir()) if path.is_file()}
 
 
-def _candidates(there: Mapping[str, Path], names: Sequence[str]) -> list[Path]:
-    """Files that may play one part, in the order of preference."""
-    return [there[name] for name in _with_other_endings(names) if name in there]
+def _candidates(files: Mapping[str, Path], names: Sequence[str]) -> list[Path]:
+    """The files that have one of these names, in the order of `names`."""
+    return [files[name] for name in _with_other_endings(names) if name in files]
 
 
 def _choices(found: Iterable[Sequence[Path]]) -> str:
-    """`ref.png (not ref.jpg), rendered.mp4 (not driving.mp4)` of candidates of which the first is taken."""
+    """Describe choices as `ref.png (not ref.jpg), rendered.mp4 (not driving.mp4)`. found: candidates, the used one
+    first."""
     several = (paths for paths in found if paths[1:])
     return ", ".join(f"{paths[0].name} (not {', '.join(path.name for path in paths[1:])})" for paths in several)
 
 
 def official_files(directory: Path) -> list[Path]:
-    """Files of a folder that have one of the official names."""
+    """The files of a folder that have one of the official names, sorted."""
     names = set(_with_other_endings((*IMAGES, *MASK_IMAGES, *DRIVING, *ANIMATE_MASKS, *REPLACE_MASKS)))
     return sorted(path for path in directory.glob("*") if path.name.lower() in names)
 
 
 def _with_other_endings(names: Sequence[str]) -> list[str]:
-    """The names; each video's (`.mp4`) is followed by the same with the other endings that videos have."""
+    """The names, each video name (`.mp4`) expanded to all of `VIDEO_ENDINGS`."""
     return [
         name.removesuffix(".mp4") + ending if name.endswith(".mp4") else name
         for name in names
@@ -192,9 +194,9 @@ def _with_other_endings(names: Sequence[str]) -> list[str]:
 
 
 def read_batch(file: Path) -> list[BatchLine]:
-    """Lines of a batch file without blank lines and lines that start with `#`; a malformed line carries its error.
+    """Read a batch file; blank lines and lines that start with `#` are skipped, and a malformed line carries its error.
 
-    Raises InputError for a file that cannot be read or holds no case. Whether a folder exists is not checked here."""
+    Raises InputError if the file cannot be read or holds no case. Case folders are not looked up."""
     lines = [
         _batch_line(number, stripped)
         for number, line in enumerate(re.split(r"\r\n?|\n", read_text("batch file", file)), 1)
@@ -231,10 +233,9 @@ _BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
 
 
 def read_text(what: str, file: Path) -> str:
-    """The text of a file: UTF-8, or UTF-16 or UTF-32 with a byte order mark. Other encodings cannot be told apart.
+    """Read a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Other encodings cannot be told apart.
 
-    Raises InputError, with `what` as the file's name in messages, for a file that cannot be read or is not such
-    text."""
+    `what` describes the file in messages. Raises InputError if it cannot be read or is in another encoding."""
     refuse_url(what, file)
     try:
         data = file.read_bytes()
@@ -248,23 +249,23 @@ def read_text(what: str, file: Path) -> str:
         raise InputError(
             f"The {what} {file} is not {encoding.removesuffix('-sig').upper()} text (byte 0x{data[error.start]:02x} in "
             f"line {line}): save it as UTF-8. If it is Latin-1, "
-            f"`iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW` does so."
+            f"`iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW` converts it."
         ) from error
     if "\0" in text:
         raise InputError(
-            f"The {what} {file} holds zero bytes, so it is UTF-16 without a byte order mark or no text: save it as "
-            "UTF-8."
+            f"The {what} {file} contains NUL bytes, so it is UTF-16 without a byte order mark, or not text: "
+            "save it as UTF-8."
         )
     return text
 
 
 def refuse_url(what: str, source: Path | str) -> None:
-    """Raise InputError for a URL that is given as an input."""
+    """Raise InputError if `source` is a URL. `what` describes the input in the message."""
     if url := url_of(source):
         raise InputError(f"The {what} {url} is a URL: download it first, then give its path.")
 
 
 def url_of(source: Path | str) -> str | None:
-    """The URL that a source is, also if it lost a slash when it became a path; None for a path."""
+    """Return `source` if it is a URL, else None. A slash that `Path` removed from it is restored."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", str(source))
     return f"{match[1]}://{match[2]}" if match and not Path(source).exists() else None

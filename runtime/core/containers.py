@@ -1,4 +1,4 @@
-"""The kinds of output, told apart by the ending of the name, and what each can hold."""
+"""Output formats: the ending that selects each, and the codecs and audio that it can hold."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ from scail2_rt.kernels.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One kind of output.
+    """An output format.
 
-    what     what messages call it
+    what     its name in messages
     muxer    FFmpeg's name of the format; "" for a folder of PNG files
-    codecs   the video codecs that it holds, the default first; none where frames are stored without a choice of codec
-    audio    whether it holds audio"""
+    codecs   video codecs it can hold, the default first; empty if the format has only one codec
+    audio    whether it can hold audio"""
 
     what: str
     muxer: str
@@ -33,34 +33,36 @@ CONTAINERS: Final = {
     ".gif": Container("A .gif file", "gif", audio=False),
     "": _FOLDER,
 }
-MP4_ENDINGS: Final = (".mp4", ".m4v", ".mov")  # what the service and the commands of `masks` write
+MP4_ENDINGS: Final = (".mp4", ".m4v", ".mov")  # formats that the service and the `masks` commands write
 DEFAULT_CRF: Final = 18
 
 
 def container_of(output: Path) -> Container:
-    """The kind of an output; a name without an ending is a folder of PNG files. Raises InputError for other endings."""
+    """The format of an output; a name without an ending is a folder of PNG files. Raises InputError for other
+    endings."""
     ending = output.suffix.lower()
     if ending in CONTAINERS and output.name.strip(".") and output.name.lower() not in CONTAINERS:
         return CONTAINERS[ending]
     known = [name for name in CONTAINERS if name]
     raise InputError(
-        f"The output {output} must end in {', '.join(known[:-1])} or {known[-1]}, or be a name without an ending for a "
-        "folder of PNG files."
+        f"The output {output} must end in {', '.join(known[:-1])} or {known[-1]}, "
+        "or be a name without an ending for a folder of PNG files."
     )
 
 
 def resolve_encoding(output: Path, codec: str | None, crf: int | None) -> tuple[str | None, int | None]:
-    """Codec and crf of an output, defaults filled in; (None, None) where its kind has no such choice. Raises InputError
-    for a codec or crf that its kind cannot use."""
-    kind = container_of(output)
-    if not kind.codecs:
+    """Codec and crf of an output with defaults filled in; (None, None) if its format has no choice of codec. Raises
+    InputError if the format cannot hold the codec, or has no choice of codec or crf."""
+    container = container_of(output)
+    if not container.codecs:
         if codec is not None or crf is not None:
             option = "--crf" if codec is None else "--codec"
-            raise InputError(f"{kind.what} has no choice of {option}: leave it out, or name the output .mp4.")
+            raise InputError(f"{container.what} has no choice of {option}: leave it out, or name the output .mp4.")
         return None, None
-    codec = kind.codecs[0] if codec is None else codec
-    if codec not in kind.codecs and codec in _MP4.codecs:
+    codec = container.codecs[0] if codec is None else codec
+    if codec not in container.codecs and codec in _MP4.codecs:
         raise InputError(
-            f"{kind.what} cannot hold {codec} video: use --codec {' or '.join(kind.codecs)}, or name the output .mp4."
+            f"{container.what} cannot hold {codec} video: "
+            f"use --codec {' or '.join(container.codecs)}, or name the output .mp4."
         )
     return codec, DEFAULT_CRF if crf is None else crf

@@ -1,5 +1,5 @@
-"""What the mask check found and measured, as records: findings, how each picture lies in the frame and what of its
-characters is left there, their heights, how a reference is scaled."""
+"""Results of the mask check, as records: findings, the framing of each input, how much of each character stays visible,
+the characters' heights, and how the reference is scaled."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from scail2_rt.runtime.core.window import Fit, Window
 RGB = tuple[int, int, int]
 Ranges = tuple[tuple[int, int], ...]
 Severity = Literal["error", "warning", "note"]
-TOLERANCE = 1.25  # ratio of the characters' heights from which the difference is worth a warning
+TOLERANCE = 1.25  # ratio of the characters' heights above which the check warns
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`rule` names the check, `frames` are (first, last) pairs counted in the video file from 0."""
+    """One result of a check. `rule` names the check; `frames` are (first, last) pairs, counted from 0 in the video
+    file."""
 
     severity: Severity
     rule: str
@@ -31,7 +32,7 @@ class Finding:
 
 
 def ranges(frames: Iterable[int], start: int = 0) -> Ranges:
-    """Frame numbers as (first, last) pairs, `start` added."""
+    """Merge frame numbers into sorted (first, last) pairs, after adding `start` to each."""
     found: list[tuple[int, int]] = []
     for frame in sorted({int(frame) + start for frame in frames}):
         if found and found[-1][1] == frame - 1:
@@ -42,7 +43,7 @@ def ranges(frames: Iterable[int], start: int = 0) -> Ranges:
 
 
 def ranges_text(frames: Ranges, most: int = 6) -> str:
-    """`frames 3-5, 9`"""
+    """Describe ranges as `frames 3-5, 9`, with an ellipsis after `most` ranges."""
     texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in frames[:most]]
     single = len(frames) == 1 and frames[0][0] == frames[0][1]
     return f"frame{'' if single else 's'} {', '.join(texts)}{', …' if frames[most:] else ''}"
@@ -50,8 +51,11 @@ def ranges_text(frames: Ranges, most: int = 6) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What of a character a window leaves: its share over the clip, its share in the frame that loses most, and the
-    frames (counted from the first one used) that lose a tenth of it or more."""
+    """How much of a character stays visible through a window.
+
+    share   visible share of its pixels over the clip, 0 to 1
+    least   the same in the frame that loses most
+    cut     frames, counted from the first one used, that lose more than a tenth of it"""
 
     share: float
     least: float
@@ -60,8 +64,11 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Framed:
-    """One input in the frame: what messages call it, its window, what of each character that leaves, and what share of
-    it over the clip the official middle crop would leave."""
+    """The framing of one input.
+
+    name       the input in messages
+    kept       character → how much of it stays visible through `window`
+    official   character → the share, over the clip, that the official centre crop would keep"""
 
     name: str
     window: Window
@@ -102,12 +109,13 @@ def percent(share: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How the inputs lie in the frame.
+    """How the inputs are placed in the frame.
 
-    reference, driving   height of each character over the frame's, in the reference and (median) in the driving video
-    fit                  as it was asked for
-    inputs               the driving video, the reference and the additional ones, each with its window
-    scene_padded         replace mode shows a driving scene with margins"""
+    reference, driving   height of each character relative to the frame, in the reference and (median) in the driving
+                         clip
+    fit                  the requested `Fit`
+    inputs               the driving clip, the reference and the additional references, each with its window
+    scene_padded         whether replace mode shows a driving scene with margins"""
 
     reference: Mapping[str, float]
     driving: Mapping[str, float]
@@ -117,7 +125,8 @@ class Framing:
 
     @property
     def ratio(self) -> float | None:
-        """How many times taller the reference's characters are, the median over those that both show."""
+        """How many times taller characters are in the reference than in the driving clip: the median over those that
+        both show; None if there are none."""
         ratios = [self.reference[name] / self.driving[name] for name in self.reference if name in self.driving]
         return median(ratios) if ratios else None
 
@@ -135,7 +144,7 @@ class Framing:
 
     @property
     def line(self) -> str:
-        """What was done, for people; "" where nothing is known."""
+        """One line that describes the framing; "" if there are no inputs."""
         if not self.inputs:
             return ""
         texts = "; ".join(framed.text for framed in self.inputs)
@@ -149,9 +158,12 @@ class Framing:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceFit:
-    """Where the scaled reference goes: its size, its place in the frame (negative: cut off there), the margin's colour.
+    """How the reference is scaled and placed.
 
-    scale: relative to the size that its window gives it, which is what a reference has without a fit."""
+    scale           relative to the size in its window without this scaling
+    height, width   the scaled size in pixels
+    top, left       position of its corner in the frame, in pixels; negative if it is cut off there
+    margin          colour of the frame outside it"""
 
     scale: float
     height: int

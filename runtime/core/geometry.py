@@ -1,9 +1,9 @@
-"""Everything that follows from the size and length of a clip: output size, segments, token layout, work.
+"""Values derived from the size and length of a clip: output size, segments, token layout, FLOP.
 
-One module derives them all, so nothing else counts tokens or frames. It imports no torch: `--dry-run` and request
-checks use it before anything heavy loads. Two units of length occur and are never mixed: T pixel frames and F latent
-frames, T = 4 (F - 1) + 1. The work figures are multiply-adds counted twice, in FLOP; the transformer's are exact for
-its matrix products, the VAE's scale the measured figures of the reference VAE with the number of pixels.
+No other module counts tokens or frames. This one does not import torch, because `--dry-run` and request checks use it
+before anything heavy loads. There are two units of length: T pixel frames and F latent frames, T = 4 (F - 1) + 1. FLOP
+counts are two per multiply-add. Those of the transformer are exact for its matrix products. Those of the VAE are
+measured on the reference VAE and scaled by the number of pixels.
 """
 
 from dataclasses import dataclass
@@ -13,29 +13,29 @@ from scail2_rt.export.models.config import DiTConfig
 from scail2_rt.kernels.errors import InputError, Scail2Error
 
 SIZE_STEP = 32  # VAE ÷8, patch ÷2, driving at half resolution ÷2
-SPATIAL_STEP = 8  # pixels a latent
-TEMPORAL_STEP = 4  # pixel frames a latent frame, but for the first
+SPATIAL_STEP = 8  # pixels per latent
+TEMPORAL_STEP = 4  # pixel frames per latent frame, except the first, which holds one
 CLIP_TOKENS = 257
 
 
 def latent_frames(frames: int) -> int:
-    """T pixel frames → F latent frames. T must be 4n+1."""
+    """T pixel frames → F latent frames. Raises Scail2Error unless T is 4n+1."""
     if frames < 1 or frames % TEMPORAL_STEP != 1:
-        raise Scail2Error(f"A clip of {frames} frames has no latent form; pad it to {padded_length(frames)} frames.")
+        raise Scail2Error(f"A clip of {frames} frames has no latent form: pad it to {padded_length(frames)} frames.")
     return (frames - 1) // TEMPORAL_STEP + 1
 
 
 def padded_length(frames: int) -> int:
-    """The smallest 4n+1 that holds `frames` pixel frames."""
+    """The smallest 4n+1 that is at least `frames`."""
     return max(-(-(frames - 1) // TEMPORAL_STEP), 0) * TEMPORAL_STEP + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the tokens of one forward pass are: [additional references | reference | video | driving].
+    """Token order of one forward pass: [additional references | reference | video | driving].
 
-    frames F, height h and width w are the latent sizes of the video part; h and w are multiples of 4 because the
-    driving part has half of both and a token covers 2×2 latents."""
+    `frames` F, `height` h and `width` w are the latent sizes of the video part. h and w are multiples of 4 because the
+    driving part has half of each and a token covers 2×2 latents. Raises Scail2Error for other sizes."""
 
     frames: int
     height: int
@@ -46,29 +46,29 @@ class Layout:
     def __post_init__(self) -> None:
         if self.frames < 1 or self.additional_refs < 0:
             raise Scail2Error(
-                f"A layout needs at least 1 latent frame and no negative number of references, not "
+                f"A layout needs at least 1 latent frame and at least 0 additional references, not "
                 f"{self.frames} and {self.additional_refs}."
             )
         if min(self.height, self.width) < 4 or self.height % 4 or self.width % 4:
             raise Scail2Error(
-                f"A latent of {self.height}x{self.width} cannot be cut into tokens: both must be multiples of 4."
+                f"A latent of {self.height}x{self.width} cannot be split into tokens: use multiples of 4."
             )
 
     @classmethod
     def of(cls, frames: int, height: int, width: int, additional_refs: int = 0, replace: bool = False) -> "Layout":
-        """Layout of T pixel `frames` (4n+1) of H×W pixels (multiples of 32). Raises InputError on other sizes."""
+        """Layout of T pixel `frames` (4n+1) of H×W pixels (multiples of 32). Raises InputError for other sizes."""
         check_size(height, width)
         latents = latent_frames(frames)
         return cls(latents, height // SPATIAL_STEP, width // SPATIAL_STEP, additional_refs, replace)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tokens of one video frame: (h/2, w/2)."""
+        """Rows and columns of tokens per video frame: (h/2, w/2)."""
         return self.height // 2, self.width // 2
 
     @property
     def driving_grid(self) -> tuple[int, int]:
-        """Tokens of one driving frame: (h/4, w/4)."""
+        """Rows and columns of tokens per driving frame: (h/4, w/4)."""
         return self.height // 4, self.width // 4
 
     @property
@@ -77,7 +77,7 @@ class Layout:
 
     @property
     def reference_tokens(self) -> int:
-        """Tokens of the additional references and the reference together."""
+        """Number of tokens of the additional references and the reference together."""
         return (self.additional_refs + 1) * self.frame_tokens
 
     @property
@@ -95,7 +95,7 @@ class Layout:
 
     @property
     def references(self) -> slice:
-        """Rows of the additional references, in their order, followed by the reference."""
+        """Rows of the additional references, in the order given, and then of the reference."""
         return slice(0, self.reference_tokens)
 
     @property
@@ -109,11 +109,12 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One run of the denoising loop, in pixel frames of the driving video.
+    """One run of the denoising loop, in pixel frames of the driving clip.
 
     start, valid_end   driving frames start … valid_end - 1 are read
-    padded_frames      the 4n+1 frames computed; the last driving frame is repeated up to there, then cut off again
-    overlap            leading frames that the previous segment has already produced (0 in the first)"""
+    padded_frames      number of frames computed, 4n+1: the last driving frame is repeated to fill them, and the surplus
+                       is dropped from the output
+    overlap            number of leading frames that the previous segment has already produced (0 in the first)"""
 
     start: int
     valid_end: int
@@ -122,17 +123,17 @@ class Segment:
 
     @property
     def valid_frames(self) -> int:
-        """Driving frames read, history included."""
+        """Number of driving frames read, including the overlap."""
         return self.valid_end - self.start
 
     @property
     def new_frames(self) -> int:
-        """Frames this segment adds to the output."""
+        """Number of frames that this segment adds to the output."""
         return self.valid_frames - self.overlap
 
     @property
     def padding(self) -> int:
-        """Repeats of the last driving frame."""
+        """How often the last driving frame is repeated."""
         return self.padded_frames - self.valid_frames
 
     @property
@@ -141,18 +142,19 @@ class Segment:
 
     @property
     def history_latents(self) -> int:
-        """Clean leading latent frames taken from the previous segment: (O-1)/4+1, or 0 in the first segment."""
+        """Number of clean leading latent frames from the previous segment: (overlap - 1) / 4 + 1, or 0 in the first."""
         return latent_frames(self.overlap) if self.overlap else 0
 
 
 def plan_segments(total: int, length: int = 81, overlap: int = 5) -> tuple[Segment, ...]:
-    """Segments that produce each of `total` driving frames exactly once.
+    """Plan segments that produce each of `total` driving frames exactly once.
 
-    Each segment starts `overlap` frames before the end of the one before; only the last may be short, and it is padded
-    to the next 4n+1. Raises InputError unless total > 0, both lengths are 4n+1, and 0 < overlap < length.
-    The official scripts drop a trailing partial segment instead (zai-org/SCAIL-2, `wan-scail2` pipeline)."""
+    Each segment starts `overlap` frames before the end of the previous one. Only the last may be shorter than `length`;
+    it is padded to the next 4n+1. Raises InputError unless total > 0, `length` and `overlap` are 4n+1, and
+    0 < overlap < length. The official scripts drop an incomplete last segment instead (zai-org/SCAIL-2, `wan-scail2`
+    pipeline)."""
     if total <= 0:
-        raise InputError(f"There are {total} driving frames to animate; at least one is needed.")
+        raise InputError(f"There are {total} driving frames to animate: give at least one.")
     _check_segment_lengths(length, overlap)
     segments = [Segment(0, min(total, length), padded_length(min(total, length)), 0)]
     while (end := segments[-1].valid_end) < total:
@@ -178,7 +180,7 @@ def _check_segment_lengths(length: int, overlap: int) -> None:
 
 
 def _nearest(value: int, lowest: int, highest: int | None) -> str:
-    """The nearest 4n+1 at or below and above `value` within bounds (both 4n+1), as "77 or 81"."""
+    """The 4n+1 numbers next below (or equal to) and above `value`, within bounds that are 4n+1, as "77 or 81"."""
     below = (value - 1) // TEMPORAL_STEP * TEMPORAL_STEP + 1
     top = max(below + TEMPORAL_STEP, lowest) if highest is None else highest
     clamped = {min(max(candidate, lowest), top) for candidate in (below, below + TEMPORAL_STEP)}
@@ -186,8 +188,8 @@ def _nearest(value: int, lowest: int, highest: int | None) -> str:
 
 
 def oriented(size: tuple[int, int], image_height: int, image_width: int) -> tuple[int, int]:
-    """`size` (H, W), swapped if one of size and reference image is portrait and the other landscape. A square one
-    of either kind swaps nothing. Source: the orientation rule of the SCAIL-2 Wan branch."""
+    """Return `size` (H, W), with its sides swapped if one of `size` and the image is portrait and the other landscape.
+    If either is square, nothing is swapped. Source: the orientation rule of the SCAIL-2 Wan branch."""
     height, width = size
     opposed = (height > width and image_height < image_width) or (height < width and image_height > image_width)
     return (width, height) if opposed else size
@@ -206,14 +208,15 @@ def check_size(height: int, width: int) -> None:
 
 
 def covering_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
-    """Size (H, W) with the source's aspect that covers the target; the free side is truncated to whole pixels."""
+    """The smallest size (H, W) with the aspect ratio of height × width that covers the target. The side that exceeds
+    the target is rounded down to a pixel."""
     if width * target_height > target_width * height:
         return target_height, width * target_height // height
     return height * target_width // width, target_width
 
 
 def forward_flops(config: DiTConfig, layout: Layout, clip_tokens: int = CLIP_TOKENS) -> int:
-    """FLOP of the matrix products of one transformer forward pass, everything computed anew.
+    """FLOP of the matrix products of one transformer forward pass with nothing cached.
 
     3.16e15 for the 14B model at 512×896×81 frames, 9.9e15 at 704×1280×81."""
     c, rows, context = config.dim, layout.tokens, config.text_len + clip_tokens
@@ -229,11 +232,11 @@ def forward_flops(config: DiTConfig, layout: Layout, clip_tokens: int = CLIP_TOK
 
 
 def vae_encode_flops(frames: int, height: int, width: int) -> float:
-    """FLOP to encode T pixel frames (4n+1) of H×W: 3.1e12 for one frame of 512×896, 12.4e12 for five; a frame after
-    the first costs 3/4 of it, since the deep levels see it at half and at a quarter of the rate."""
+    """FLOP to encode T pixel frames (4n+1) of H×W: 3.1e12 for one frame of 512×896, 12.4e12 for five. Each later frame
+    costs 3/4 of the first, because the deeper levels run at a half and a quarter of the frame rate."""
     return 3.1e12 * (1 + 0.75 * (frames - 1)) * height * width / (512 * 896)
 
 
 def vae_decode_flops(frames: int, height: int, width: int) -> float:
-    """FLOP to decode to T pixel frames of H×W: 317e12 for 81 frames of 512×896, scaled by pixels."""
+    """FLOP to decode T pixel frames of H×W: 317e12 for 81 frames of 512×896, proportional to the number of pixels."""
     return 317e12 * frames * height * width / (81 * 512 * 896)

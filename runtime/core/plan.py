@@ -1,4 +1,4 @@
-"""What a checked request will do: the plan that the pipeline carries out, and what it is expected to cost."""
+"""The plan of a checked request, which the pipeline executes, and the estimate of its cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from scail2_rt.runtime.core.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """FLOP, bytes of memory and seconds by phase.
+    """Expected cost of a run; `flop`, `memory` (bytes) and `seconds` are by phase.
 
-    memory     bytes that weights and activations hold at once while a phase runs, without the libraries themselves
-    peak       bytes of the whole run: the largest phase and, on a GPU, what CUDA and its libraries take
-    placement  how the weights are placed in GPU memory, as one line; "" where nothing is placed
+    memory     peak bytes of weights and activations in each phase, without the libraries
+    peak       peak bytes of the run: the largest phase plus, on a GPU, the memory of CUDA and its libraries
+    placement  one line about the placement of the weights in GPU memory; "" if nothing is placed
     basis      where the seconds come from"""
 
     flop: Mapping[str, float]
@@ -32,28 +32,29 @@ class Estimate:
         return sum(self.seconds.values())
 
     def rest(self, steps: int) -> float:
-        """How many denoising steps take as long as what a segment costs besides."""
+        """Time of a segment outside denoising (reading, encoding, decoding), in denoising steps. steps: of a
+        segment."""
         step_s = self.seconds["denoise"] / steps
         return (self.seconds["driving"] + self.seconds["decode"]) / step_s if step_s else 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A request that can be carried out.
+    """A request that has been checked and can be executed.
 
-    request      as given, with cleaned prompts; a clip that could be read once only is a re-readable one here
+    request      as given, with cleaned prompts; a clip that can be read only once is replaced by a re-readable one
     frames       T, the length of the output; segments count from its first frame
     mode, layout the resolved mode, and the token layout of the largest segment
     driving_window, reference_windows
-                 how the driving video, the reference and the additional ones lie in the frame
+                 placement in the frame of the driving clip, and of the reference and the additional references
     warnings     sentences for the user
-    timestamps   presentation times of the output's frames in the driving video, in seconds, where its rate varies
-    audio        whether the driving video has any
-    masks        what the mask check found, errors among it if they are allowed
-    framing, fit what the frame shows of the characters, and how the reference is scaled if that was asked for
-    chosen       with `fps`: for each frame of the output, the number of the driving clip's frame that it shows
-    notes        sentences about where inputs came from, for the report
-    estimate     what it will cost with the engines of the session that checked it; None before a session has"""
+    timestamps   presentation times of the output's frames in the driving clip, in seconds, if its rate varies
+    audio        whether the driving clip has audio
+    masks        findings of the mask check, with errors if the request allows them
+    framing, fit how much of the characters the frame shows, and how the reference is scaled with `fit_reference`
+    chosen       with `fps`: for each output frame, the number of the driving frame that it shows
+    notes        sentences for the report about where inputs came from
+    estimate     cost with the engines of the session that checked the request; None without a session"""
 
     request: Request
     height: int
@@ -77,7 +78,7 @@ class Plan:
 
     @property
     def start_s(self) -> Fraction:
-        """Seconds of the driving video before the output's first frame."""
+        """Time in the driving clip of the output's first frame, in seconds."""
         return self.request.start / self.frame_rate if self.timestamps is None else self.timestamps[0]
 
     def segment_layout(self, segment: Segment) -> Layout:

@@ -1,8 +1,9 @@
-"""What a run tells whoever waits for it, and how long each phase took.
+"""Progress events of a run, and the duration of each phase.
 
-The pipeline enters phases and counts segments and steps on a `RunProgress`; each event goes to a callback as a
-`Progress` record. Phases that are entered again add up. A phase ends when the GPU has finished what was queued in it,
-except where work of the next is queued already (decoding). At every event a cancelled run ends with `Cancelled`.
+The pipeline enters phases and counts segments and steps on a `RunProgress`, which sends each event to a callback as a
+`Progress` record. The durations of a phase that is entered several times are added. A phase ends when the GPU has
+finished the work queued in it, unless work of the next phase is already queued (decoding). A cancelled run raises
+`Cancelled` at its next event.
 """
 
 import re
@@ -17,7 +18,7 @@ from scail2_rt.kernels.errors import Scail2Error
 
 
 class Cancelled(Scail2Error):
-    """The run was told to end by its `cancel` event."""
+    """Raised in a run whose `cancel` event is set."""
 
     exit_code = 130
 
@@ -30,11 +31,11 @@ class Progress:
     """One event of a run.
 
     phase                text, clip, reference, context, read, driving, denoise, decode or finish; one of `WORK_PHASES`
-                         outside the run
-    segment, segments    number of the current segment from 1 (0 before the first), and how many there are
-    step, steps          denoising steps of this segment that are done, and how many it has
-    fraction             of the whole run's work that is done, 0 to 1
-    seconds_left         estimate; None before the first step is done"""
+                         outside a run
+    segment, segments    number of the current segment from 1 (0 before the first), and the number of segments
+    step, steps          finished denoising steps of this segment, and the number of its steps
+    fraction             finished share of the run's work, 0 to 1
+    seconds_left         estimate; None before the first step is finished"""
 
     phase: str
     segment: int = 0
@@ -46,7 +47,7 @@ class Progress:
 
     @property
     def position(self) -> str:
-        """`segment 2/3, step 5/40`; empty before the segments begin."""
+        """`segment 2/3, step 5/40`; empty before the first segment."""
         return f"segment {self.segment}/{self.segments}, step {self.step}/{self.steps}" if self.segment else ""
 
     def __str__(self) -> str:
@@ -55,22 +56,22 @@ class Progress:
 
 
 Listener = Callable[[Progress], object]
-Tell = Callable[[float], object]  # called with the share of some work that is done, 0 to 1
+Tell = Callable[[float], object]  # called with the finished share of some work, 0 to 1
 
 
 def untold(_share: float) -> None:
-    """The `Tell` of work that nobody follows."""
+    """A `Tell` that does nothing."""
 
 
 def within(tell: Tell, begin: float, end: float) -> Tell:
-    """The `Tell` of the part of some work between two shares of it."""
+    """A `Tell` for one part of some work: maps its share 0 … 1 to begin … end of the whole."""
     return lambda share: tell(begin + min(share, 1.0) * (end - begin))
 
 
 class Work:
-    """A `Tell` that tells a listener of work without segments (checking and writing masks), after `SILENT_S` seconds.
+    """A `Tell` that reports work without segments (checking and writing masks) to a listener, after `SILENT_S` seconds.
 
-    phase: one of `WORK_PHASES`, which the commands show in lines of their own."""
+    phase: one of `WORK_PHASES`, which the commands show on separate lines."""
 
     SILENT_S = 2.0
 
@@ -84,7 +85,7 @@ class Work:
 
 
 class RunProgress:
-    """Times phases, counts steps, tells a listener, and ends a cancelled run.
+    """Measures phases, counts steps, informs a listener, and stops a cancelled run.
 
     timings: seconds by phase. `cancel`: once it is set, the next event raises `Cancelled`."""
 
@@ -96,7 +97,8 @@ class RunProgress:
 
     @contextmanager
     def phase(self, name: str, wait: bool = True) -> Iterator[None]:
-        """Time what runs inside as `name`; with `wait` until the GPU has finished it."""
+        """Measure the body of a `with` statement as phase `name`; with `wait`, until the GPU has finished its work.
+        Raises Scail2Error, with advice, if the body runs out of memory."""
         start = time.perf_counter()
         self._phase = name
         self._tell()
@@ -105,37 +107,36 @@ class RunProgress:
             if wait:
                 _wait_for_gpu()
         except Exception as error:
-            told = _told(error, name)
-            if told is error:
+            if (advice := _memory_error(error, name)) is None:
                 raise
-            raise told from error
+            raise advice from error
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     def begin(self, segments: int, steps: int, before: int = 0, rest: float = 1.0) -> None:
-        """The run has this many segments of this many denoising steps; `before` of them were done in an earlier one.
-        rest: how many steps take as long as what a segment costs besides (reading, encoding, decoding)."""
+        """Set the number of segments, of denoising steps per segment, and of segments `before` that an interrupted run
+        has finished. rest: time of a segment outside denoising, in steps (`Estimate.rest`)."""
         self._segments, self._steps, self._rest = segments, steps, rest
         self._before = before * (steps + rest)
         self._started = time.perf_counter()
 
     def segment(self, index: int) -> None:
-        """Segment `index`, from 0, starts."""
+        """Report that segment `index`, from 0, starts."""
         self._segment, self._step = index + 1, 0
         self._tell()
 
     def step(self, index: int) -> None:
-        """Step `index`, from 0, of the current segment is done."""
+        """Report that step `index`, from 0, of the current segment is finished."""
         self._step = index + 1
         self._tell()
 
     @property
     def now(self) -> Progress:
-        """Where the run is."""
+        """The current state of the run."""
         return self._event(finished=False)
 
     def end(self) -> None:
-        """Everything is done."""
+        """Report that the run is finished."""
         self._tell(finished=True)
 
     def _tell(self, finished: bool = False) -> None:
@@ -162,35 +163,35 @@ def _wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-_LESS_MEMORY = {  # by phase: what makes its largest buffers smaller
+_LESS_MEMORY = {  # by phase: options that make its largest buffers smaller
     "denoise": "a smaller --size, --segment-length or --max-rows",
     "read": "a smaller --segment-length or --size",
     "reference": "a smaller --size",
     "decode": "a smaller --size",
 }
 _OTHERWISE = "a smaller --size, --segment-length or --max-rows"
-# How PyTorch on a GPU, PyTorch on a CPU, NumPy and ONNX Runtime say what they asked for.
-_ASKED = re.compile(
+# The requested size in messages of PyTorch on a GPU, PyTorch on a CPU, NumPy and ONNX Runtime.
+_REQUESTED = re.compile(
     r"Tried to allocate ([\d.]+ \w+)|tried to allocate (\d+) bytes|Unable to allocate ([\d.]+ \w+)|"
     r"buffer of size (\d+)"
 )
 
 
-def _told(error: Exception, phase: str) -> Exception:
-    """An error of memory as a sentence that says where, how much was asked for and what to do; any other as it is."""
+def _memory_error(error: Exception, phase: str) -> Scail2Error | None:
+    """For an out-of-memory error, one that names the phase, the requested size and the remedy; None for other
+    errors."""
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    asked = _ASKED.search(str(error))
-    refused = asked is not None and re.search("allocat", str(error)) is not None
+    requested = _REQUESTED.search(str(error))
+    refused = requested is not None and "allocat" in str(error)
     if isinstance(error, Scail2Error) or not (on_gpu or isinstance(error, MemoryError) or refused):
-        return error
+        return None
     what = ""
-    if asked is not None:
-        size = next(group for group in asked.groups() if group)
-        what = f", which asked for another {f'{int(size) / 2**30:.2f} GiB' if size.isdecimal() else size}"
+    if requested is not None:
+        size = next(group for group in requested.groups() if group)
+        what = f", which requested another {f'{int(size) / 2**30:.2f} GiB' if size.isdecimal() else size}"
     remedy = _LESS_MEMORY.get(phase, _OTHERWISE)
     if on_gpu:
-        remedy = f"--vram-limit with a size below what is free, or {remedy}"
-    return Scail2Error(
-        f"{'the GPU' if on_gpu else 'the computer'}'s memory ran out in the phase {phase}{what}: give {remedy}."
-    )
+        remedy = f"--vram-limit with less than the free memory, or {remedy}"
+    memory = "GPU" if on_gpu else "Host"
+    return Scail2Error(f"{memory} memory ran out in the phase {phase}{what}: use {remedy}.")

@@ -1,8 +1,8 @@
-"""What a user asks for: one generation, and where its video goes.
+"""The user's request for one generation, and its output.
 
-A `Request` names the inputs and how the model is to run; an `Output` names the file. Both check their own numbers, and
-nothing here opens a file: `session.check` does. Inputs are paths, or what is in memory: an image as an array or a PIL
-image, a clip as `Clip`.
+A `Request` holds the inputs and the settings of the model; an `Output` holds the file to write. Both check their
+numbers but open no file; `session.check` does. An input is a path or data in memory: an image as an array or a PIL
+image, a clip as a `Clip`.
 """
 
 import math
@@ -34,18 +34,20 @@ NOISE_DEVICES = ("cpu", "cuda")
 
 ImageSource: TypeAlias = "Path | str | np.ndarray | Image"
 ClipSource: TypeAlias = "Path | str | Clip"
-_WHOLE = ("start", "frames", "steps", "seed", "segment_length", "segment_overlap", "overlap_blend")
+_INTEGERS = ("start", "frames", "steps", "seed", "segment_length", "segment_overlap", "overlap_blend")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clip:
     """A video in memory.
 
-    frames   uint8 RGB: an array [T, H, W, 3], what has such a `shape` and gives such arrays when it is sliced (frames
-             that are made when they are read), or an iterable of frames [H, W, 3] (arrays or PIL images). An iterable
-             that can be read once only (a generator) is written to a temporary file, without loss, when it is checked
+    frames   uint8 RGB: an array [T, H, W, 3], an object with such a `shape` whose slices are such arrays (frames that
+             are computed when they are read), or an iterable of frames [H, W, 3] (arrays or PIL images). An iterable
+             that can be read only once (a generator) is written losslessly to a temporary file when it is checked
     rate     frames per second: a Fraction, a whole number, a float, or text like "30000/1001"
-    name     what messages call it"""
+    name     its name in messages
+
+    Raises InputError unless the rate is above 0 and at most 1000."""
 
     frames: "np.ndarray | Iterable[Any]"
     rate: Fraction
@@ -62,31 +64,31 @@ class Clip:
 class Request:
     """One generation.
 
-    image, mask_image     the character and its colour mask: a path, an array uint8 [H, W, 3], or a PIL image
-    driving, mask_video   the motion and its colour mask: a path (of a video or a folder of images) or a `Clip`
+    image, mask_image     the reference image and its mask: a path, an array uint8 [H, W, 3], or a PIL image
+    driving, mask_video   the driving clip and its mask video: a path (of a video or a folder of images) or a `Clip`
     extra_refs            (image, mask) pairs in the order in which the model sees them
-    mode                  `auto` reads it from the driving mask's background
-    size                  (H, W) in pixels, taken as given; None: 512×896 turned to the orientation of the scene that is
-                          shown: the reference's in animate, the driving clip's in replace mode
-    fit                   how pictures of another shape lie in the frame: official is the public code's middle crop;
-                          crop moves one window per clip onto the characters; pad shows the whole picture with margins;
-                          auto takes the first of the three that keeps the characters. With official the default size
-                          follows the reference in both modes
+    mode                  `auto` derives it from the background of the mask video
+    size                  output (H, W) in pixels; None: 512×896, turned to the orientation of the scene that is shown:
+                          the reference's in animate mode, the driving clip's in replace mode
+    fit                   placement of inputs of another aspect ratio in the frame. official: the centre crop of the
+                          official code; crop: one window per clip, moved onto the characters; pad: the complete input
+                          with margins; auto: the first of the three that keeps the characters. With official, the
+                          default size follows the reference in both modes
     fps                   frames per second (whole number, float, Fraction or text like "30000/1001") at which the
-                          driving clip is sampled: each frame is the one nearest in time. None: the clip's own rate. Of
-                          a folder of images it is the rate itself, 16 by default
-    start, frames         first driving frame and how many, None to the end; both count frames at the rate `fps`
+                          driving clip is sampled, by the frame nearest in time. None: the clip's own rate. For a folder
+                          of images, the rate of its frames, 16 by default
+    start, frames         first driving frame, and the number of frames (None: to the end), both at the rate `fps`
     scheduler, steps, shift, guidance
-                          how the noise is removed; guidance ≤ 1 runs one pass per step instead of two
+                          settings of the denoising loop; guidance ≤ 1 runs one pass per step instead of two
     segment_length, segment_overlap
-                          frames denoised together, and those that a segment takes over from the one before; both 4n+1
-    overlap_blend         how many of the overlap's last frames fade from one segment into the next
-    anchor_color          what later segments' colours are held to (`pipeline.anchor`)
-    noise_device          cpu: equal seeds give equal noise on any machine; cuda: the official pipeline's draw
+                          frames denoised together, and frames that a segment shares with the previous one; both 4n+1
+    overlap_blend         number of frames, at the end of the overlap, that fade from one segment into the next
+    anchor_color          segment that sets the colours of later segments (`pipeline.anchor`)
+    noise_device          cpu: equal seeds give equal noise on any machine; cuda: the noise of the official pipeline
     fit_reference         replace mode: make the reference character as tall as the driving one
-    allow_mask_problems   go on with masks that the check calls unusable
+    allow_mask_problems   continue with masks that the check calls unusable
 
-    InputError for inputs of another kind and for numbers out of range."""
+    Raises InputError for inputs of other types and for numbers out of range."""
 
     image: ImageSource
     mask_image: ImageSource
@@ -116,8 +118,8 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in ("image", "mask_image", "driving", "mask_video"):
-            object.__setattr__(self, name, _as_path(getattr(self, name)))
-        pairs = [tuple(map(_as_path, pair)) if isinstance(pair, tuple | list) else () for pair in self.extra_refs]
+            object.__setattr__(self, name, as_path(getattr(self, name)))
+        pairs = [tuple(map(as_path, pair)) if isinstance(pair, tuple | list) else () for pair in self.extra_refs]
         if any(len(pair) != 2 for pair in pairs):
             raise InputError("Extra references must be pairs: extra_refs=((image, mask), …).")
         object.__setattr__(self, "extra_refs", tuple(pairs))
@@ -131,12 +133,12 @@ class Request:
 
     @property
     def references(self) -> tuple[tuple[ImageSource, ImageSource], ...]:
-        """(image, mask) of the reference and of the additional ones."""
+        """(image, mask) of the reference and of the additional references."""
         return ((self.image, self.mask_image), *self.extra_refs)
 
     @property
     def inputs(self) -> dict[str, "ImageSource | ClipSource"]:
-        """Label → path, array, image or clip, for everything that is read."""
+        """Label → path, array, image or clip of every input."""
         found = {
             "reference image": self.image,
             "reference mask": self.mask_image,
@@ -149,11 +151,11 @@ class Request:
 
     @property
     def names(self) -> dict[str, str]:
-        """Label → what messages call the input: its path, or the label of what is in memory."""
+        """Label → name of the input in messages: its path, or the label if it is in memory."""
         return {label: str(source) if isinstance(source, Path) else label for label, source in self.inputs.items()}
 
     def _check_kinds(self) -> None:
-        """Inputs are paths, pictures or clips; numbers of other libraries become Python's."""
+        """Check that inputs are paths, images or clips, and convert numbers of other libraries to Python's."""
         for label, source in self.inputs.items():
             if isinstance(source, Path):
                 refuse_url(label, source)
@@ -171,7 +173,7 @@ class Request:
                 raise InputError(
                     f"The {name.replace('_', ' ')} must be text, not a {type(getattr(self, name)).__name__}."
                 )
-        for name in _WHOLE:
+        for name in _INTEGERS:
             value = getattr(self, name)
             if value is not None or name != "frames":
                 object.__setattr__(self, name, _whole(name, value))
@@ -185,7 +187,7 @@ class Request:
             object.__setattr__(self, "size", tuple(_whole("size", value) for value in self.size))
 
     def _check_numbers(self) -> None:
-        """All at once, so that a long command is mended in one go."""
+        """Check all numbers, so that one error reports everything that is out of range."""
         limits = {
             f"--steps must be 1 to {MAX_STEPS}, not {self.steps}": 1 <= self.steps <= MAX_STEPS,
             f"--shift must be a number above 0, not {self.shift}": math.isfinite(self.shift) and self.shift > 0,
@@ -214,13 +216,13 @@ def _one_of(option: str, value: str, offered: tuple[str, ...]) -> str:
     return f"{option} must be one of {', '.join(offered)}, not {value}"
 
 
-def _as_path(source: Any) -> Any:
-    """Text becomes a path; everything else stays."""
+def as_path(source: Any) -> Any:
+    """Convert text to a path; return other sources unchanged."""
     return Path(source) if isinstance(source, str | os.PathLike) else source
 
 
 def _rate(name: str, given: Any) -> Fraction:
-    """Frames per second as a fraction. Raises InputError for what is no number above 0 and at most 1000."""
+    """Frames per second as a fraction. Raises InputError unless it is a number above 0 and at most 1000."""
     try:
         plain = given.item() if hasattr(given, "item") else given  # NumPy's numbers
         rate = Fraction(plain).limit_denominator(100_000)
@@ -250,17 +252,17 @@ def _option(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a video goes.
+    """The output of a generation.
 
     path        .mp4, .m4v, .mov, .mkv, .webm or .gif; a name without an ending is a folder of PNG files
     codec       h264, hevc, av1 or vp9; by default vp9 in .webm, else h264; None for .gif and PNG files
     crf         constant rate factor, 0 is lossless, by default 18; None for .gif and PNG files
-    overwrite   an existing output, or an interrupted run, may be replaced
-    resume      continue an interrupted run of the same request where there is one
+    overwrite   replace an existing output or interrupted run
+    resume      continue an interrupted run of the same request if there is one
     metadata    store the settings of the run in the output
-    config      the file of `--config` that options come from; for the report alone
+    config      file given with `--config`; used in the report only
 
-    Raises InputError for another ending, and for a codec that files of this ending cannot hold."""
+    Raises InputError for other endings, and for a codec that the format cannot hold."""
 
     path: Path
     codec: str | None = None
@@ -280,5 +282,5 @@ class Output:
 
     @classmethod
     def of(cls, output: "Output | Path | str") -> "Output":
-        """A path with the defaults, or the output itself."""
+        """Convert a path to an output with the defaults; return an output unchanged."""
         return output if isinstance(output, Output) else cls(Path(output))

@@ -1,6 +1,6 @@
-"""Sentences for the user that come up while work goes on: a cache that cannot be written, sound that is damaged.
+"""Warnings for the user that arise during work, such as a cache that cannot be written or damaged audio.
 
-Whoever works for somebody collects them (`collecting`); without a collector they go to the module `logging`."""
+A caller collects them with `collecting`; without a collector they go to the module `logging`."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _collected: ContextVar[list[str] | None] = ContextVar("warnings", default=None)
 
 
 def warn(sentence: str) -> None:
-    """Tell the collector of this context."""
+    """Give a sentence to the collector of the current context, or to `logging` if there is none."""
     collected = _collected.get()
     if collected is None:
         logging.getLogger("scail2_rt").warning("%s", sentence)
@@ -21,7 +21,7 @@ def warn(sentence: str) -> None:
 
 @contextmanager
 def collecting(sentences: list[str]) -> Iterator[None]:
-    """What this context warns of meanwhile is added to `sentences`."""
+    """Append the warnings of this context to `sentences` while the `with` statement runs."""
     token = _collected.set(sentences)
     try:
         yield

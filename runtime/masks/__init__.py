@@ -1,1 +1,1 @@
-"""Colour-coded masks: meaning, statistics, rules, mending, pictures; and how they frame a character."""
+"""Colour-coded masks: classes, statistics, checks, repair, conversion, previews, and the framing of characters."""

@@ -1,6 +1,6 @@
-"""Connected areas of a mask, with which `masks.cleaning` mends a frame and `masks.lint` tells a useless matte.
+"""Connected areas of a mask: `masks.cleaning` repairs frames with them, and `masks.useless` detects useless mattes.
 
-Areas are found with runs and a union of minima in NumPy: 30 lines, where SciPy would be a dependency for one function.
+Areas are found from runs of equal pixels by union-find in NumPy: 30 lines instead of SciPy for one function.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import numpy as np
 
 from scail2_rt.runtime.masks.palette import BLACK
 
-_CHARACTERS = sum(1 << label for label in range(1, BLACK))  # bits
-_LEAST, _LEAST_SHARE = 3, 1 / 40_000  # points, and share of the picture, that a piece or a hole has at least
+_CHARACTERS = sum(1 << label for label in range(1, BLACK))  # one bit per label
+_LEAST, _LEAST_SHARE = 3, 1 / 40_000  # grid points, and share of the frame: smaller pieces and holes do not count
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One character in one frame, in grid points.
+    """The shape of one character in one frame; areas are in grid points.
 
-    area: all of it; main, second: its two largest pieces; pieces: how many it has; holes: how many background areas it
-    encloses without another character; hole_area: their sum; largest_hole: the largest of them; beside: it touches
-    another character"""
+    area           of the complete character
+    main, second   area of its largest and second-largest piece
+    pieces         number of its pieces
+    holes          number of background areas that it alone encloses
+    hole_area      their total area
+    largest_hole   area of the largest hole
+    beside         whether it touches another character"""
 
     area: int
     main: int
@@ -34,17 +38,17 @@ class Shape:
 
     @property
     def scattered(self) -> float:
-        """Share of the character outside its largest piece."""
+        """Share of the character's area outside its largest piece."""
         return 1 - self.main / self.area
 
     @property
     def hollow(self) -> float:
-        """Share of holes in the filled outline of the character."""
+        """Share of the holes in the area of the character's filled outline."""
         return self.hole_area / (self.area + self.hole_area)
 
 
 def shapes(labels: np.ndarray) -> dict[int, Shape]:
-    """Label of each character in uint8 labels [H, W] (0 to 7, `palette.MODEL_LABEL`) → its shape."""
+    """Map the label of each character in `labels` (uint8 [H, W], 0 to 7 as in `palette.MODEL_LABEL`) to its shape."""
     ids = connected(labels)
     sizes = np.bincount(ids.ravel())
     least = max(_LEAST, labels.size * _LEAST_SHARE)
@@ -75,7 +79,7 @@ def shapes(labels: np.ndarray) -> dict[int, Shape]:
 
 
 def _around(ids: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """A bit per label that touches each area (of `count`) above, below, left or right, [count]."""
+    """For each of `count` areas, one bit per label that touches it above, below, left or right; int [count]."""
     bits = np.zeros((count, BLACK + 1), bool)
     for axis in (0, 1):
         before, after = (slice(None, -1), slice(1, None))
@@ -87,7 +91,8 @@ def _around(ids: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def connected(labels: np.ndarray) -> np.ndarray:
-    """Number of each pixel's area of equal label, diagonal neighbours included; int [H, W], numbers from 0."""
+    """The number (from 0) of the area of equal labels that each pixel belongs to, int [H, W]. Diagonal neighbours are
+    connected."""
     starts = np.ones(labels.shape, bool)
     starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
     runs = starts.ravel().cumsum().reshape(labels.shape) - 1

@@ -1,6 +1,6 @@
-"""`scail2-rt masks check`: what the masks of a case, or single mask files, show and what is wrong with them.
+"""`scail2-rt masks check`: reports the content and the faults of the masks of a case, or of single mask files.
 
-Unlike `generate` it does not stop at the first error. Files that cannot be read end it, as anywhere.
+Unlike `generate`, it reports all errors. Only a file that cannot be read stops it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.case_folder import CaseFiles, CaseInputs, read_case
 from scail2_rt.runtime.core.findings import Finding, Framing, ranges_text
 from scail2_rt.runtime.core.progress import Tell, untold, within
@@ -32,7 +33,7 @@ Pairs = Sequence[tuple[Path, Path]]
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """`mode` and `framing` are known for a case only."""
+    """Facts and findings about masks. `mode` and `framing` are None for files that were checked without their case."""
 
     facts: tuple[MaskFacts, ...]
     findings: tuple[Finding, ...]
@@ -75,9 +76,7 @@ class CheckResult:
             if finding.remedy:
                 lines.append(f"    {finding.remedy}")
         verdict = "these masks can be used" if self.usable else "these masks cannot be used"
-        counts = ", ".join(
-            f"{n} {name}{'' if n == 1 else 's'}" for name in ("error", "warning", "note") if (n := self.count(name))
-        )
+        counts = ", ".join(counted(n, name) for name in ("error", "warning", "note") if (n := self.count(name)))
         return "\n".join([*lines, f"{verdict}{f' ({counts})' if counts else ', nothing was found'}"])
 
 
@@ -92,9 +91,9 @@ def _facts_text(facts: MaskFacts) -> str:
 
 
 def case_files(inputs: CaseInputs, mode: Literal["auto", "animate", "replace"]) -> CaseFiles | None:
-    """The files of a case folder, or the four that were named; None when neither is there. `mode` is "animate" for
-    `auto` without a folder, and not to be looked at."""
-    given = inputs.files("give --case DIR, all four files of a case, or mask files by themselves")
+    """Return the files of a case folder, or the four named files; None if neither was given. For four files and `auto`,
+    the mode of the result is a placeholder. Raises InputError for incomplete or contradictory inputs."""
+    given = inputs.files("give --case DIR, all four files of a case, or mask files only")
     if inputs.case is not None:
         return read_case(inputs.case, None if mode == "auto" else mode)
     return CaseFiles(*given, mode="replace" if mode == "replace" else "animate") if given else None
@@ -110,8 +109,12 @@ def check_case(
     frames: int | None = None,
     tell: Tell = untold,
 ) -> CheckResult:
-    """Check the masks of one case in the driving frames from `start` on, `frames` of them or all. `tell` is called with
-    the share that is done."""
+    """Check the masks of one case. Raises InputError if a file cannot be read.
+
+    extra_refs      (image, mask) of additional references
+    size, fit       as in `Request`
+    start, frames   part of the driving clip; None: to its end
+    tell            called with the finished share, 0 to 1"""
     pairs = ((case.image, case.mask_image), *extra_refs)
     images = [load_image(image).shape[:2] for image, _ in pairs]
     masks = [load_mask_image(mask) for _, mask in pairs]
@@ -137,7 +140,7 @@ def check_case(
 
 
 def check_file(path: Path, tell: Tell = untold) -> CheckResult:
-    """Check one mask file without its case: an image or a video."""
+    """Check one mask file, an image or a video, without its case. Raises InputError if it cannot be read."""
     if is_image(path):
         stats = image_stats(load_mask_image(path))
         return CheckResult((MaskFacts.of(stats, str(path)),), tuple(image_findings(stats, str(path))))
@@ -146,7 +149,7 @@ def check_file(path: Path, tell: Tell = untold) -> CheckResult:
 
 
 def check_files(paths: Sequence[Path], tell: Tell = untold) -> CheckResult:
-    """Check several mask files without their case."""
+    """Check several mask files without their case. Raises InputError if one cannot be read."""
     count = len(paths)
     results = [check_file(path, within(tell, i / count, (i + 1) / count)) for i, path in enumerate(paths)]
     facts = tuple(fact for result in results for fact in result.facts)

@@ -1,13 +1,13 @@
-"""Giving every pixel of a mask one of its colours: what `masks clean` does to a frame.
+"""Repairs mask frames (`masks clean`): gives every pixel one of the mask colours.
 
-Where video coding has damaged a mask, its luma is right to the pixel and its chroma is smeared over several. So a pixel
-that is clear (all channels near off or on) keeps its colour if it belongs to an area at least three pixels thick
-(a fringe of false yellow between red and white never is); any other one gets, among the colours of such areas within
-`_REACH` pixels, the one nearest to it with luma counting more than chroma. Flat colours close to the palette snap to
-it, flat grey becomes black, as the model reads it; other flat colours are refused, because which character they stand
-for is for the user to say. Last, areas of less than `speck` pixels take the colour around them.
+Video coding keeps the luma of a mask exact to the pixel but blurs its chroma over several pixels. A pixel is *clear* if
+all channels are near off or on. A clear pixel keeps its colour if its area is at least three pixels thick; a fringe of
+false yellow between red and white is thinner. Every other pixel gets the most similar colour among those of such areas
+within `_REACH` pixels, where luma counts more than chroma. Flat colours close to a mask colour become that colour, and
+flat grey becomes black, as the model reads it. Other flat colours are refused, because only the user knows which
+character they mean. At the end, areas of less than `speck` pixels get the colour around them.
 
-A mask that is exact already is left as it is but for specks.
+If all pixels are exact mask colours, only specks change.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from scail2_rt.runtime.masks.palette import (
 )
 from scail2_rt.runtime.masks.stats import SAME_COLOUR, Stranger, flat_strangers
 
-SNAP = 80  # largest distance in a channel at which a flat colour counts as the palette colour it is closest to
-SPECK_SHARE = 0.0001  # of a frame: areas below it are specks; 46 pixels at 512×896
-_SPECK_PASSES = 8  # a speck in a speck takes two
-_REACH = 16  # pixels; 4 loses half of the fingers that coding has left without one clear pixel, 32 gains nothing
-_CHROMA = 0.15  # weight of squared chroma differences against luma's; 0.05 to 0.25 are as good, 1 is a third worse
+SNAP = 80  # largest difference in any channel at which a flat colour becomes the nearest mask colour
+SPECK_SHARE = 0.0001  # share of the frame below which an area is a speck; 46 pixels at 512×896
+_SPECK_PASSES = 8  # a speck inside a speck needs two
+_REACH = 16  # pixels; 4 loses half of the fingers that have no clear pixel after coding, 32 is no better
+_CHROMA = 0.15  # weight of squared chroma differences, luma has 1; 0.05 to 0.25 are equally good, 1 is a third worse
 _TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]).T  # BT.601
 _WEIGHTS = np.array([1, _CHROMA, _CHROMA])
 
 
 @dataclass(frozen=True, slots=True)
 class Cleaning:
-    """What to do beside giving each pixel a colour.
+    """Options of the repair.
 
-    recolour: colours (or palette colours) that become another one; background: `white` or `black`, which the other one
-    becomes; speck: pixels below which an area takes the colour around it."""
+    recolour     RGB to replace → name of the mask colour
+    background   `white` or `black`: the other of the two becomes this one; None: unchanged
+    speck        areas of fewer pixels get the colour around them; None: `SPECK_SHARE` of the frame"""
 
     recolour: Mapping[RGB, str]
     background: str | None = None
@@ -54,7 +55,8 @@ class Cleaning:
 
 
 def clean_frame(frame: np.ndarray, cleaning: Cleaning, name: str) -> np.ndarray:
-    """uint8 [H, W, 3] → the same with palette colours only. `name` is for the error about a colour that is none."""
+    """Repair a frame, uint8 [H, W, 3]; the result has mask colours only. Raises InputError, which mentions `name`, for
+    a flat colour that is no mask colour and not in `recolour`."""
     seen = codes(frame)
     labels = CLEAR_LABEL[seen]
     frame_levels = frame.astype(np.int16)
@@ -79,11 +81,13 @@ def clean_frame(frame: np.ndarray, cleaning: Cleaning, name: str) -> np.ndarray:
 
 
 def _near(levels: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    """bool [H, W]: pixels that differ from `colour` by at most `SAME_COLOUR` in each channel."""
     return (np.abs(levels - np.array(colour, np.int16)) <= SAME_COLOUR).all(-1)
 
 
 def _flat_labels(frame: np.ndarray, recolour: Mapping[RGB, str], name: str) -> Iterator[tuple[RGB, int]]:
-    """(colour, label) of the flat areas whose colour is not in the palette."""
+    """Yield (colour, label) for each flat colour outside the palette. Raises InputError if it is close to no mask
+    colour."""
     for colour, share in flat_strangers(frame):
         if any(max(abs(a - b) for a, b in zip(colour, known, strict=True)) <= SAME_COLOUR for known in recolour):
             continue
@@ -100,28 +104,31 @@ def _flat_labels(frame: np.ndarray, recolour: Mapping[RGB, str], name: str) -> I
 
 
 def snapped(colour: RGB) -> int | None:
-    """The label of the palette colour that a flat colour is taken for; None when it is near none."""
+    """The label of the mask colour within `SNAP` of a flat colour; None if there is none."""
     distances = np.abs(PALETTE_RGB.astype(int) - colour).max(-1)
     return int(distances.argmin()) if distances.min() <= SNAP else None
 
 
 def _colour_distances(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [n, 3] → distance to each colour of the palette, [n, 8]."""
+    """uint8 [n, 3] → squared distance to each colour of the palette, [n, 8], with chroma weighted by `_CHROMA`."""
     differences = (pixels @ _TO_YCC)[:, None] - PALETTE_RGB @ _TO_YCC
     distances: np.ndarray = (differences**2 * _WEIGHTS).sum(-1)
     return distances
 
 
 def settle(labels: np.ndarray, distances: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-    """A label for every pixel that is unclear, or clear but in an area that is nowhere three pixels thick: of those
-    around it the nearest by `distances`, which gives the distances of pixels (y, x) to each label, [n, 8]."""
+    """Relabel, in place, each pixel that is unclear or in an area that is nowhere three pixels thick. It gets the
+    nearest of the labels of thick areas within `_REACH`.
+
+    labels      uint8 [H, W]
+    distances   (y [n], x [n]) → distances of these pixels to each label, [n, 8]"""
     ids = connected(labels)
     same = np.ones(labels.shape, bool)
     for axis in (0, 1):
         for shift in (-1, 1):
             same &= labels == _shifted(labels, axis, shift)
     core = same.copy()
-    for shift in (-1, 1):  # with the rows above and below, whose left and right neighbours agree: a 3×3 block
+    for shift in (-1, 1):  # the rows above and below also agree with their neighbours: a 3×3 block of one label
         core &= _shifted(same, 0, shift)
     thick = np.zeros(ids.max() + 1, bool)
     thick[ids[core & (labels != UNCLEAR)]] = True
@@ -129,19 +136,20 @@ def settle(labels: np.ndarray, distances: Callable[[np.ndarray, np.ndarray], np.
     y, x = np.nonzero(~kept)
     if not len(y):
         return
-    there = np.stack([_within_reach(kept & (labels == label), y, x) for label in range(len(PALETTE_RGB))], axis=1)
-    there |= ~there.any(1, keepdims=True)  # nothing certain is near: all colours are possible
-    labels[y, x] = np.where(there, distances(y, x), np.inf).argmin(1)
+    offered = np.stack([_within_reach(kept & (labels == label), y, x) for label in range(len(PALETTE_RGB))], axis=1)
+    offered |= ~offered.any(1, keepdims=True)  # if no thick area is near, all colours are possible
+    labels[y, x] = np.where(offered, distances(y, x), np.inf).argmin(1)
 
 
 def _shifted(values: np.ndarray, axis: int, by: int) -> np.ndarray:
-    """Each pixel's neighbour; beyond the border, the pixel at the border."""
+    """The neighbour of each pixel, `by` pixels along `axis`; beyond the border, the pixel at the border."""
     index = np.clip(np.arange(values.shape[axis]) + by, 0, values.shape[axis] - 1)
     return np.take(values, index, axis=axis)
 
 
 def _within_reach(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Whether the square of `_REACH` pixels around each (y, x) holds a pixel of the plane."""
+    """bool [n]: whether a pixel of `plane` (bool [H, W]) is within `_REACH` pixels of each (y, x) in both
+    directions."""
     if not plane.any():
         return np.zeros(len(y), bool)
     sums = np.pad(plane, ((1, 0), (1, 0))).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
@@ -152,8 +160,8 @@ def _within_reach(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray
 
 
 def _remove_specks(labels: np.ndarray, least: int) -> bool:
-    """Give areas of fewer than `least` pixels the most frequent label of larger areas around them. Return whether some
-    are left because they have small areas around them only."""
+    """Give areas of fewer than `least` pixels the most frequent label of the larger areas around them, in place. Return
+    whether some remain because only small areas surround them."""
     ids = connected(labels)
     small = np.bincount(ids.ravel()) < least
     if not small.any() or small.all():

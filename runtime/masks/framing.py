@@ -1,14 +1,14 @@
-"""How large the reference character is beside the driving one, and making it as large.
+"""Compares the heights of the reference character and the driving character, and scales the reference to match.
 
-In replace mode the character comes out at the size it has in the reference frame, so a portrait that fills the picture
-makes a giant in the driving scene. The measure is the height of the character's bounding box relative to the frame, in
-the part of the picture that is left after cropping (what the model sees), and over the driving video its median: one
-frame in a crouch, cut by the border or badly tracked does not move it, and unlike an area it hardly changes with limbs.
-What it cannot know is how much of a character that touches the border lies outside.
+In replace mode the output shows the character at the size that it has in the reference frame, so a portrait that fills
+the image becomes a giant in the driving scene. The measure is the height of the character's bounding box relative to
+the frame, in the part that remains after cropping, which is what the model sees. For the driving clip it is the median
+over its frames: single frames with a crouch, a cut by the border or a tracking error do not change it, and moving limbs
+change a height less than an area. It does not include parts of a character beyond the border of the image.
 
-`--fit-reference` scales the whole reference, what cropping would cut away too, until the heights agree, keeping the
-character's centre. The new margin is black in the mask: it must not show. In the image it takes the median colour of
-the hidden border, so that a cut-out on white stays one and a photo gets no hard edge, which VAE and CLIP would see.
+`--fit-reference` scales the complete reference, including parts that cropping would remove, until the heights agree.
+The centre of the character stays in place. The new margin is black in the mask, that is, hidden. In the image it has
+the median colour of the hidden border, because VAE and CLIP would see a hard edge.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ from scail2_rt.runtime.masks.windows import kept
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NEUTRAL: RGB = (127, 127, 127)  # 0 in the networks' range
-_BORDER = 0.02  # of a side: the border whose colour the margin continues
+_NEUTRAL: RGB = (127, 127, 127)  # 0 in the -1..1 range of the networks
+_BORDER = 0.02  # share of a side: width of the border whose colour the margin gets
 
 
 def heights(stats: MaskStats, window: Window) -> dict[str, float]:
-    """Character → its height over the frame's: in the one frame of an image, or the median over a clip's."""
+    """Character → its height relative to the frame: of an image, or the median over a clip."""
     part = window.part_of_mask(stats.shape)
     filled = min(window.height, window.frame[0]) / window.frame[0]
     return {name: height * filled for name, height in stats.heights(part).items()}
 
 
 def fit_reference(image: np.ndarray, mask: np.ndarray, driving: Mapping[str, float], window: Window) -> ReferenceFit:
-    """How a reference (uint8 [H, W, 3] each), shown through `window`, is fitted to the driving characters' heights.
+    """Compute how to scale a reference shown through `window` so that its characters are as tall as the driving ones.
 
-    driving: character → its height over the frame's."""
-    whole = {name: share * window.height / window.frame[0] for name, share in image_stats(mask).heights().items()}
-    ratio = Framing(whole, driving).ratio
+    image, mask   uint8 [H, W, 3]
+    driving       character → its height relative to the frame
+
+    Raises InputError if no character is in both."""
+    full = {name: share * window.height / window.frame[0] for name, share in image_stats(mask).heights().items()}
+    ratio = Framing(full, driving).ratio
     if ratio is None:
         raise InputError(
             "--fit-reference found no character that both the reference mask and the driving mask show: run "
@@ -57,18 +60,19 @@ def fit_reference(image: np.ndarray, mask: np.ndarray, driving: Mapping[str, flo
     corner = []
     characters = _characters(mask)
     for axis, (side, begins) in enumerate(zip(window.frame, (window.top, window.left), strict=True)):
-        there = np.flatnonzero(characters.any(axis=1 - axis)) / characters.shape[axis]
-        first, last = there[0], there[-1] + 1 / characters.shape[axis]  # of the picture's side
-        centre = min(max((first + last) / 2 * base[axis] + begins, 0), side)  # where the frame shows it
+        covered = np.flatnonzero(characters.any(axis=1 - axis)) / characters.shape[axis]
+        first, last = covered[0], covered[-1] + 1 / characters.shape[axis]  # as shares of the image's side
+        centre = min(max((first + last) / 2 * base[axis] + begins, 0), side)  # in the frame, before scaling
         begin = centre - (first + last) / 2 * scaled[axis]
-        if (last - first) * scaled[axis] <= side:  # then no part of the character may leave the frame
+        if (last - first) * scaled[axis] <= side:  # it fits, so the complete character must be in the frame
             begin = min(max(begin, -first * scaled[axis]), side - last * scaled[axis])
         corner.append(round(begin))
     return ReferenceFit(scale, *scaled, corner[0], corner[1], _margin(image, mask))
 
 
 def framed_by_fit(framed: Framed, mask: np.ndarray, fit: ReferenceFit) -> Framed:
-    """The reference in the frame once it is scaled: what is left of its characters."""
+    """Update `framed.kept`, the visible share of each character, for a reference scaled by `fit`. mask: uint8 [H, W,
+    3]."""
     labels = CLEAR_LABEL[codes(mask)]
     spans = []
     for side, scaled, begins, shown in zip(
@@ -86,13 +90,13 @@ def framed_by_fit(framed: Framed, mask: np.ndarray, fit: ReferenceFit) -> Framed
 
 
 def _characters(mask: np.ndarray) -> np.ndarray:
-    """bool [H, W]: where the mask clearly shows a character."""
+    """bool [H, W]: the pixels that are clearly of a character."""
     labels = CLEAR_LABEL[codes(mask)]
     return (labels > 0) & (labels < BLACK)
 
 
 def _margin(image: np.ndarray, mask: np.ndarray) -> RGB:
-    """Median colour of the image's border where the mask shows no character."""
+    """Median colour of the image's border where the mask shows no character; `_NEUTRAL` if it shows one everywhere."""
     labels = CLEAR_LABEL[codes(mask)]
     rows = np.arange(image.shape[0]) * mask.shape[0] // image.shape[0]
     columns = np.arange(image.shape[1]) * mask.shape[1] // image.shape[1]
@@ -106,8 +110,8 @@ def _margin(image: np.ndarray, mask: np.ndarray) -> RGB:
 
 
 def place(picture: Tensor, fit: ReferenceFit, margin: RGB, height: int, width: int) -> Tensor:
-    """Scales [1, 3, h, w] in -1..1 (bicubic, anti-aliased, overshoot kept) and lays it into a frame [1, 3, height,
-    width] of the colour `margin`."""
+    """Scale an image [1, 3, h, w] in -1..1 (bicubic, anti-aliased, overshoot not clipped) and place it in a frame
+    [1, 3, height, width] filled with the 8-bit colour `margin`."""
     import torch
     from torch.nn import functional as F
 

@@ -1,8 +1,8 @@
-"""What is wrong with the masks of a case, without weights: the rules behind `masks check` and before every `generate`.
+"""The rules of the mask check, which `masks check` and `generate` run. They need no weights.
 
-A finding is an *error* when generation cannot work or would silently bind the wrong things, a *warning* when it may be
-meant, a *note* when it is harmless (lossy coding leaves noise that the model's threshold removes). Each says where it
-is, in frame numbers, and what to do, with the command that mends it. Rules look at the numbers of `masks.stats` only.
+A finding is an *error* if generation cannot work or would silently bind the wrong characters, a *warning* if it may be
+intended, and a *note* if it is harmless (the model's threshold removes the noise of lossy coding). Each states the
+frames, and the remedy with its command. The rules read the statistics of `masks.stats` only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.findings import TOLERANCE, Finding, Framing, Ranges, ranges, ranges_text
 from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
@@ -26,18 +27,22 @@ from scail2_rt.runtime.masks.framing import heights
 from scail2_rt.runtime.masks.palette import CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
 from scail2_rt.runtime.masks.stats import MaskStats, image_stats, video_stats
 from scail2_rt.runtime.masks.useless import jump_findings, shape_findings
-from scail2_rt.runtime.masks.windows import Pictures, cropped_findings, cure_of, frame_picture
+from scail2_rt.runtime.masks.windows import Pictures, cropped_findings, frame_picture, remedy_for
 from scail2_rt.runtime.media.images import is_image
 from scail2_rt.runtime.media.video_reader import VideoInfo
 
-SOFT = 0.03  # share of a mask in no clear class from which edges are worth a warning; crf 23 leaves about 1 %
-ASPECT_TOLERANCE = 0.02
+SOFT = 0.03  # share of unclear pixels above which edges cause a warning; at crf 23 it is about 1 %
+ASPECT_TOLERANCE = 0.02  # relative difference of aspect ratios that is ignored
 
 
 @dataclass(frozen=True, slots=True)
 class MaskFacts:
-    """One mask file: mean share of its pixels in each colour (those that occur), neither on nor off, and not exactly of
-    a mask colour; the frames that show each character."""
+    """Facts about one mask file.
+
+    shares     mean share of the pixels of each colour that occurs
+    unclear    mean share of pixels whose channels are neither on nor off
+    inexact    mean share of pixels that are not exactly a mask colour
+    presence   the frames that show each character"""
 
     file: str
     frames: int
@@ -52,24 +57,24 @@ class MaskFacts:
     def of(cls, stats: MaskStats, file: str, start: int = 0) -> MaskFacts:
         labels = stats.labels
         means = dict(zip(PALETTE, labels.mean(0).tolist(), strict=False))
-        there = {
+        presence = {
             name: ranges(np.flatnonzero(labels[:, list(PALETTE).index(name)] >= SPECK), start)
             for name in stats.characters
         }
         shares = {name: share for name, share in means.items() if share > 0}
         unclear, inexact = float(labels[:, UNCLEAR].mean()), float(stats.inexact.mean())
-        return cls(file, stats.frames, *stats.shape, shares, unclear, inexact, there)
+        return cls(file, stats.frames, *stats.shape, shares, unclear, inexact, presence)
 
 
 @dataclass(frozen=True, slots=True)
 class MaskReport:
-    """What `check_masks` saw. Frame numbers are counted in the mask video from 0."""
+    """The result of `check_masks`. Frame numbers count from 0 in the mask video."""
 
     mode: Mode
     size: Size  # (H, W) of the frame
     findings: tuple[Finding, ...]
     framing: Framing
-    facts: tuple[MaskFacts, ...]  # of the reference masks and, last, of the driving mask
+    facts: tuple[MaskFacts, ...]  # of the reference masks, and last of the driving mask
 
 
 def check_masks(
@@ -84,18 +89,22 @@ def check_masks(
     driving_clip: ClipSource | None = None,
     tell: Tell = untold,
 ) -> MaskReport:
-    """Reads the driving mask once and holds it against the reference masks (uint8 [H, W, 3], the primary one first).
+    """Check the masks of a case. The driving mask is read once. Raises InputError if it cannot be read; errors in the
+    masks are findings, for which `refuse` raises.
 
-    `names` are the reference masks' names for messages; `pictures` what the masks belong to, by default pictures of
-    their own sizes; `driving_clip` is read for cuts if a character's area jumps. `refuse` raises for findings that are
-    errors."""
+    reference_masks   uint8 [H, W, 3], the primary reference first
+    names             of the reference masks in messages
+    start, frames     part of the driving mask; None: to its end
+    pictures          sizes of the images and the clip; None: those of their masks
+    driving_clip      read for scene cuts if the area of a character jumps
+    tell              called with the finished share, 0 to 1"""
     names = tuple(names) or tuple(f"reference mask {i + 1}" for i in range(len(reference_masks)))
     references = [image_stats(mask) for mask in reference_masks]
     driving, guessed = video_stats(driving_mask, start, frames, tell)
     mode = guessed if mode == "auto" else mode
     pictures = pictures or Pictures([stats.shape for stats in references], driving.shape)
     known = dict(zip(names, references, strict=True))
-    framing, cropped = _laid_out(driving, references, pictures, mode, (str(driving_mask), *names), start)
+    framing, cropped = _framed(driving, references, pictures, mode, (str(driving_mask), *names), start)
     findings = [
         *itertools.chain(*(image_findings(stats, name) for name, stats in known.items())),
         *video_findings(driving, str(driving_mask), start, driving_clip),
@@ -117,7 +126,7 @@ def check_masks(
     )
 
 
-def _laid_out(
+def _framed(
     driving: MaskStats,
     references: Sequence[MaskStats],
     pictures: Pictures,
@@ -125,7 +134,8 @@ def _laid_out(
     files: Sequence[str],
     start: int,
 ) -> tuple[Framing, list[Finding]]:
-    """How the pictures lie in the frame, and which characters that cuts. files: the driving mask and the others."""
+    """The framing of the inputs, and findings about characters that it cuts. files: of the driving mask and the
+    reference masks, for messages."""
     frame, fit = pictures.frame(mode), pictures.fit
     names = ["driving video", "reference", *(f"extra reference {i}" for i in range(1, len(references)))]
     stats = [driving, *references]
@@ -133,31 +143,31 @@ def _laid_out(
     inputs = tuple(frame_picture(*about, frame, fit) for about in zip(names, stats, shapes, strict=True))
     findings: list[Finding] = []
     for number, (framed, mask) in enumerate(zip(inputs, stats, strict=True)):
-        cure = cure_of(framed, mask)
-        findings += cropped_findings(framed, files[number], cure, None if number else start)
+        remedy = remedy_for(framed, mask)
+        findings += cropped_findings(framed, files[number], remedy, None if number else start)
     tall = [heights(mask, framed.window) for mask, framed in zip(stats[:2], inputs[:2], strict=True)]
     padded = mode == "replace" and bool(inputs[0].window.margins)
     return Framing(tall[1], tall[0], fit, inputs, padded), findings
 
 
 def refuse(findings: Iterable[Finding], allow: bool = False) -> None:
-    """Raises `InputError` for the first error, unless errors are allowed."""
+    """Raise InputError for the first error, unless errors are allowed."""
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors and not allow:
-        more = f" ({len(errors) - 1} more: run `scail2-rt masks check`.)" if errors[1:] else ""
-        raise InputError(f"{errors[0].sentence}{more} (--allow-mask-problems goes on all the same.)")
+        more = f" Run `scail2-rt masks check` to see {len(errors) - 1} more." if errors[1:] else ""
+        raise InputError(f"{errors[0].sentence}{more} Use --allow-mask-problems to continue anyway.")
 
 
 def warnings_of(findings: Iterable[Finding]) -> tuple[str, ...]:
-    """Sentences of warnings, and of errors that are allowed."""
+    """The sentences of all findings except notes, for a run that continues."""
     return tuple(finding.sentence for finding in findings if finding.severity != "note")
 
 
 def clean_command(name: str, options: str = "") -> str:
-    """The command that mends a mask file."""
+    """The `masks clean` command that repairs a mask, in words that follow "use"."""
     path = Path(name)
     if not path.suffix:  # a mask in memory
-        return f"`scail2-rt masks clean`{options and f' with {options}'} of a file that holds it"
+        return f"`scail2-rt masks clean{options and f' {options}'}` on a file of this mask"
     output = path.with_name(f"{path.stem}_clean{'.png' if is_image(path) else '.mp4'}")
     words = ["scail2-rt", "masks", "clean", shlex.quote(name), "-o", shlex.quote(str(output))]
     return f"`{' '.join(words)}{options and ' ' + options}`"
@@ -173,7 +183,7 @@ def image_findings(stats: MaskStats, name: str) -> list[Finding]:
     if not stats.first_frames:
         remedy = "Paint the character in its colour and the background white or black"
         if any(stranger.is_grey for stranger in stats.strangers):
-            remedy += ", or make a mask of a grey matte with `scail2-rt masks from-grey`"
+            remedy += ", or make a mask from a grey matte with `scail2-rt masks from-grey`"
         says = f"{name} has none of the mask colours, so the model sees no character."
         found.append(Finding("error", "no colour", name, says, f"{remedy}. The colours are {PALETTE_TEXT}."))
     return found
@@ -182,19 +192,19 @@ def image_findings(stats: MaskStats, name: str) -> list[Finding]:
 def video_findings(
     stats: MaskStats, name: str, start: int = 0, driving: ClipSource | None = None, tell: Tell = untold
 ) -> list[Finding]:
-    """Findings about one mask video; with its driving clip, cuts are told from areas that jump."""
+    """Findings about one mask video. With its driving clip, a jump in area at a scene cut is not reported."""
     found = [*_strangers(stats, name, start), *_edges(stats, name, start)]
     if not stats.characters:
-        says = f"{name} shows no character in any of its {stats.frames} frames."
+        says = f"{name} shows no character in any of its {counted(stats.frames, 'frame')}."
         remedy = "Paint each character in the colour that it has in the reference mask"
         if stats.shares[:, 0].max() >= SPECK or any(stranger.is_grey for stranger in stats.strangers):
-            remedy += ", or make a mask of a white or grey matte with `scail2-rt masks from-grey`"
+            remedy += ", or make a mask from a white or grey matte with `scail2-rt masks from-grey`"
         found.append(Finding("error", "no character", name, says, f"{remedy}. The colours are {PALETTE_TEXT}."))
         return found
     for colour in stats.characters:
         if gaps := ranges(stats.short_gaps(colour), start):
-            says = f"The {colour} character of {name} vanishes for moments ({ranges_text(gaps)})."
-            remedy = "Repair these frames in the tool that tracked it, or paint them; a lost mask makes the body blink."
+            says = f"The {colour} character of {name} vanishes for short times ({ranges_text(gaps)})."
+            remedy = "Repair or paint these frames, because the character flickers without its mask."
             found.append(Finding("warning", "flicker", name, says, remedy, gaps))
     found += [
         *shape_findings(stats, name, start, clean_command),
@@ -208,8 +218,8 @@ def video_findings(
         found.append(Finding("warning", "colour change", name, says, remedy, where))
     if absent := ranges(np.flatnonzero((stats.shares[:, 1:] < SPECK).all(1)), start):
         count = sum(last - first + 1 for first, last in absent)
-        says = f"{name} shows no character in {count} of {stats.frames} frames ({ranges_text(absent)})."
-        remedy = "If it is in the picture there, its mask is missing."
+        says = f"{name} shows no character in {count} of {counted(stats.frames, 'frame')} ({ranges_text(absent)})."
+        remedy = "If the driving clip shows it there, add its mask."
         found.append(Finding("warning", "absence", name, says, remedy, absent))
     return found
 
@@ -225,7 +235,7 @@ def _strangers(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
         covers = f"{100 * stranger.share:.1f} %"
         if stranger.is_grey:
             says = f"{name} is grey ({r},{g},{b}) on {covers} of its pixels{at}: grey counts as hidden, like black."
-            remedy = f"If it is a matte, use `scail2-rt masks from-grey`; else {clean_command(name)} makes it black."
+            remedy = f"Use `scail2-rt masks from-grey` if it is a matte, else {clean_command(name)} to make it black."
             found.append(Finding("warning", "grey", name, says, remedy, where))
             continue
         says = f"({r},{g},{b}) covers {covers} of {name}{at}"
@@ -236,14 +246,14 @@ def _strangers(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
         else:
             says += ", and is not one of the mask colours."
             remedy = "Repaint it"
-        mends = clean_command(name, f"--map {r},{g},{b}=COLOUR" if snapped(stranger.colour) is None else "")
-        remedy += f": {mends}. The colours are {PALETTE_TEXT}."
+        command = clean_command(name, f"--map {r},{g},{b}=COLOUR" if snapped(stranger.colour) is None else "")
+        remedy += f": {command}. The colours are {PALETTE_TEXT}."
         found.append(Finding("error", "wrong colour", name, says, remedy, where))
     return found
 
 
 def _edges(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
-    """Soft edges and coding noise; flat colours outside the palette are judged apart."""
+    """Soft edges and coding noise, unless there are flat colours outside the palette, which `_strangers` reports."""
     if stats.strangers:
         return []
     unclear, inexact = stats.labels[:, UNCLEAR], stats.inexact
@@ -253,14 +263,14 @@ def _edges(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
         where = () if start is None else ranges(soft, start)
         at = f" in {ranges_text(where)}" if where else ""
         says = f"{100 * unclear.max():.1f} % of {name}{at} is neither on nor off: soft edges, or JPEG or video coding."
-        remedy = f"Such pixels mean nothing or the wrong character; {clean_command(name)} gives each a mask colour."
+        remedy = f"They belong to no character or the wrong one: use {clean_command(name)} to give each a mask colour."
         found.append(Finding("warning", "soft edges", name, says, remedy, where))
     elif inexact.max() > 0:
         says = (
-            f"{100 * inexact.mean():.2f} % of {name} is not exactly of a mask colour and {100 * unclear.mean():.2f} % "
+            f"{100 * inexact.mean():.2f} % of {name} is not exactly a mask colour and {100 * unclear.mean():.2f} % "
             "is neither on nor off: lossy coding or soft edges."
         )
-        remedy = f"That is harmless for most clips; {clean_command(name)} removes it."
+        remedy = f"This is harmless for most clips. Use {clean_command(name)} to remove it."
         found.append(Finding("note", "coding noise", name, says, remedy))
     return found
 
@@ -279,7 +289,7 @@ def _identities(driving: MaskStats, name: str, references: Mapping[str, MaskStat
         )
         remedy = "Paint the character in the reference mask in the same colour, or add a reference with --extra-ref."
         if not known:
-            remedy += " A grey or white matte of it becomes a mask with `scail2-rt masks from-grey`."
+            remedy += " Use `scail2-rt masks from-grey` to make a mask from a grey or white matte."
         elif len(known) == len(driving.characters) == 1:
             r, g, b = PALETTE[colour]
             remedy += f" Or recolour the driving mask: {clean_command(name, f'--map {r},{g},{b}={have}')}."
@@ -288,12 +298,20 @@ def _identities(driving: MaskStats, name: str, references: Mapping[str, MaskStat
         for colour in stats.characters:
             if colour not in driving.characters:
                 says = f"{file} has a {colour} character that never appears in the driving mask."
-                found.append(Finding("warning", "never driven", file, says, "It will not move, or not be there."))
+                found.append(
+                    Finding(
+                        "warning",
+                        "never driven",
+                        file,
+                        says,
+                        "It will be still or missing; remove it, or add it to the driving mask.",
+                    )
+                )
     return found
 
 
 def _conventions(driving: MaskStats, name: str, references: Mapping[str, MaskStats], mode: Mode) -> list[Finding]:
-    """White and black background against the mode."""
+    """Backgrounds that contradict the mode."""
     found = []
     white = driving.shares[:, 0].mean()
     if mode == "replace" and white < SPECK:
@@ -301,8 +319,8 @@ def _conventions(driving: MaskStats, name: str, references: Mapping[str, MaskSta
         found.append(_background(name, says, "white"))
     if mode == "animate" and white >= SPECK:
         says = (
-            f"{name} is white on {100 * white:.1f} % of its pixels, which is how replace masks look; in animate mode "
-            "the driving background is black."
+            f"{name} is white on {100 * white:.1f} % of its pixels, as in masks for replace mode. In animate mode "
+            "the background of the driving mask is black."
         )
         found.append(_background(name, says, "black"))
     for file, stats in references.items():
@@ -317,12 +335,12 @@ def _conventions(driving: MaskStats, name: str, references: Mapping[str, MaskSta
 
 
 def _background(name: str, says: str, wanted: str) -> Finding:
-    remedy = f"{clean_command(name, f'--background {wanted}')} makes it {wanted}; or give the other --mode."
+    remedy = f"Use {clean_command(name, f'--background {wanted}')} to make it {wanted}, or use the other --mode."
     return Finding("warning", "background", name, says, remedy)
 
 
 def _framing(framing: Framing, name: str, mode: Mode) -> list[Finding]:
-    """Only in replace mode does the driving scene set a size for the character."""
+    """In replace mode, warn if the heights of reference and driving character differ."""
     ratio = framing.ratio
     if mode != "replace" or ratio is None or not framing.differs:
         return []
@@ -332,45 +350,46 @@ def _framing(framing: Framing, name: str, mode: Mode) -> list[Finding]:
         for colour in shared
     )
     says = (
-        f"The character of {name} is {ratio:.2f} times as tall as the driving one (of the frame's height: {heights}; "
-        f"up to {TOLERANCE} is fine), and in replace mode it comes out that size."
+        f"The character of {name} is {ratio:.2f} times as tall as the driving one (relative to the frame: {heights}; "
+        f"up to {TOLERANCE} is fine), and in replace mode the output shows it at its size in the reference."
     )
-    return [Finding("warning", "framing", name, says, "--fit-reference scales the reference to match.")]
+    return [Finding("warning", "framing", name, says, "Use --fit-reference to scale the reference to match.")]
 
 
 def image_pair(image: str, size: tuple[int, int], mask: str, mask_size: tuple[int, int]) -> list[Finding]:
-    """A reference and its mask, sizes (H, W), must have one aspect ratio: else the mask lies beside the character."""
+    """Findings about the sizes (H, W) of a reference image and its mask. With different aspect ratios, the mask would
+    not cover the character."""
     (height, width), (mask_height, mask_width) = size, mask_size
     if not _aspects_differ(size, mask_size):
         return _scaled(mask, mask_size, size)
     says = f"The mask {mask} is {mask_height}x{mask_width}, but its image {image} is {height}x{width} (height x width)."
-    return [Finding("error", "size", mask, says, "Make the mask from this very image.")]
+    return [Finding("error", "size", mask, says, "Make the mask from this image.")]
 
 
 def video_pair(driving: VideoInfo, mask: VideoInfo) -> list[Finding]:
-    """A driving video and its mask: as many frames, one rate, one aspect ratio."""
+    """Findings about the number of frames, the rate and the aspect ratio of a driving clip and its mask video."""
     found = []
     rates = ["" if driving.frame_rate == mask.frame_rate else f" at {_fps(video)}" for video in (driving, mask)]
     if driving.frames != mask.frames:
         says = (
-            f"The driving video {driving.name} has {driving.frames} frames{rates[0]} but its mask {mask.name} has "
-            f"{mask.frames}{rates[1]}."
+            f"The driving clip {driving.name} has {counted(driving.frames, 'frame')}{rates[0]} but its mask "
+            f"{mask.name} has {mask.frames}{rates[1]}."
         )
         remedy = " ".join(
-            ["Make the mask video from this very clip, one mask a frame.", *driving.warnings, *mask.warnings]
+            ["Make the mask video from this clip, with one mask per frame.", *driving.warnings, *mask.warnings]
         )
-        first, behind = sorted((driving.frames, mask.frames))
-        found.append(Finding("error", "frame count", mask.name, says, remedy, ((first, behind - 1),)))
+        first, end = sorted((driving.frames, mask.frames))
+        found.append(Finding("error", "frame count", mask.name, says, remedy, ((first, end - 1),)))
     elif rates[0] and driving.frames > 1 and not driving.variable_frame_rate:
-        says = f"The driving video runs at {_fps(driving)} but its mask at {_fps(mask)}."
+        says = f"The driving clip runs at {_fps(driving)} but its mask at {_fps(mask)}."
         found.append(Finding("warning", "rate", mask.name, says, "The n-th mask is used for the n-th frame."))
     size, mask_size = (driving.height, driving.width), (mask.height, mask.width)
     if _aspects_differ(size, mask_size):
         says = (
-            f"The driving video is {size[0]}x{size[1]} but its mask is {mask_size[0]}x{mask_size[1]} (height x width): "
-            "both are cropped to the output's shape, so the mask may lie beside the character."
+            f"The driving clip is {size[0]}x{size[1]} but its mask is {mask_size[0]}x{mask_size[1]} (height x width): "
+            "both are cropped to the output's aspect ratio, so the mask may not cover the character."
         )
-        found.append(Finding("warning", "size", mask.name, says, "Make the mask from this very clip."))
+        found.append(Finding("warning", "size", mask.name, says, "Make the mask from this clip."))
         return found
     return [*found, *_scaled(mask.name, mask_size, size)]
 
@@ -380,11 +399,11 @@ def _fps(video: VideoInfo) -> str:
 
 
 def _scaled(mask: str, mask_size: tuple[int, int], size: tuple[int, int]) -> list[Finding]:
-    """A mask of the right shape and another size."""
+    """A note if a mask has the right aspect ratio but another size."""
     if mask_size == size:
         return []
-    says = f"The mask {mask} is {mask_size[0]}x{mask_size[1]} and its picture {size[0]}x{size[1]} (height x width)."
-    return [Finding("note", "size", mask, says, "Their shapes agree, so both are scaled alike.")]
+    says = f"The mask {mask} is {mask_size[0]}x{mask_size[1]} and its image {size[0]}x{size[1]} (height x width)."
+    return [Finding("note", "size", mask, says, "Their aspect ratios agree, so both are scaled to the same size.")]
 
 
 def _aspects_differ(size: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -1,10 +1,10 @@
-"""Pictures that show a person what a mask says: each frame with the mask laid over it.
+"""`scail2-rt masks preview`: a contact sheet and a video of masks drawn over their images.
 
-A character is tinted in its colour and outlined; background that shows (white) is left as it is; what is hidden (black)
-is dimmed and hatched; pixels that are in no class though they are not black get a loud orange, which is no mask colour.
-The sheet shows the reference first and then frames evenly spread over the clip, those that the lint complains of before
-others, each with its number; the video shows all of them. A mask without a picture is laid over grey. Of a case, the
-window that the frame shows is drawn: what it leaves out is faded, margins that it adds are hidden like black.
+A character is tinted in its colour and outlined. Visible background (white) is unchanged; hidden background (black) is
+dimmed and hatched. Pixels in no class that are not black are orange, which is no mask colour. The sheet shows the
+references, and then numbered frames spread evenly over the clip, up to half of them with findings. The video shows all
+frames. A mask without an image is drawn over grey. For a case, the border of the output frame is drawn too: the image
+outside it is faded, and margins look like hidden background.
 """
 
 from __future__ import annotations
@@ -52,16 +52,17 @@ ORANGE: RGB = (255, 120, 0)
 _PAPER, _INK, _ALARM = (250, 250, 248), (30, 30, 30), (205, 0, 0)
 _TINT, _DIM, _STRIPE, _FADE = 0.5, 0.35, 0.22, 0.35
 _FADED = (_FADE * np.arange(256) + (1 - _FADE) * _PAPER[0]).astype(np.uint8)
-_LARGEST = 1280  # pixels of a side of the video: reading, drawing and coding 2K takes six times as long
-_BARE = 150  # level of the grey that a mask without a picture is laid over
+_LARGEST = 1280  # pixels, longer side of the video; at 2K, reading, drawing and encoding take six times as long
+_BARE = 150  # grey level behind a mask without an image
 _CELL, _GAP, _LINE, _FONT, _ENTRY = 420, 14, 26, 16, 330  # pixels
 _FRAMES_AT_ONCE = 8
 
-
-# What is drawn where: labels 0 to 8 (7 hidden, 8 in no class), then stripes of what is hidden, then outlines 11 to 16.
+# Kinds of drawn pixels: labels 0 to 8 (7 hidden, 8 in no class), 9 stripes on hidden pixels, 11 to 16 outlines.
 _STRIPED, _OUTLINED = 9, 10
-_KIND = np.where((CLEAR_LABEL == UNCLEAR) & (MODEL_LABEL == BLACK), UNCLEAR, MODEL_LABEL).astype(np.uint8)  # by code
-_FACTOR = np.array(  # of the picture, in 256ths
+_KIND = np.where((CLEAR_LABEL == UNCLEAR) & (MODEL_LABEL == BLACK), UNCLEAR, MODEL_LABEL).astype(
+    np.uint8
+)  # code → kind
+_FACTOR = np.array(  # kind → weight of the image, in 1/256
     [256, *[256 * (1 - _TINT)] * 6, 256 * _DIM, 0, 256 * _DIM, *[0] * 7]
 ).astype(np.uint16)
 _TINTED = _TINT * PALETTE_RGB[1:BLACK]
@@ -72,8 +73,11 @@ _ADDED = np.array([[0] * 3, *_TINTED, [0] * 3, ORANGE, [255 * _STRIPE] * 3, [0] 
 
 @dataclass(frozen=True, slots=True)
 class Still:
-    """A picture (None: only its mask is there) and its mask, uint8 [H, W, 3]; `marked` where the lint complains;
-    `window`: how the picture lies in the frame."""
+    """One picture of the sheet.
+
+    picture, mask   uint8 [H, W, 3]; picture is None if only the mask is known
+    marked          whether the mask check has a finding here
+    window          placement of the image in the output frame, None if unknown"""
 
     caption: str
     picture: np.ndarray | None
@@ -83,14 +87,14 @@ class Still:
 
     @property
     def drawn(self) -> np.ndarray:
-        """The mask laid over the picture, with the window, uint8 [H, W, 3]."""
+        """The mask drawn over the image, with the border of the frame, uint8 [H, W, 3]."""
         laid = overlay(self.picture, self.mask)
         return laid if self.window is None else draw_window(laid, self.window)
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A mask video and what it belongs to, the frames that the lint complains of, and how it lies in the frame."""
+    """A mask video, its driving clip, the numbers of frames with findings, and its placement in the output frame."""
 
     mask: Path
     driving: Path | None = None
@@ -99,7 +103,8 @@ class Clip:
 
 
 def overlay(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3], of the mask's size; the picture is stretched to it, as their shapes are compared elsewhere."""
+    """Draw a mask over an image, both uint8 [H, W, 3]. The image is stretched to the size of the mask; `masks.lint`
+    compares their aspect ratios."""
     base = np.full(mask.shape, _BARE, np.uint8) if picture is None else _resized(picture, mask.shape[:2])
     kinds = np.take(_KIND, codes(mask))
     y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
@@ -123,11 +128,11 @@ def overlay(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
 
 
 def draw_window(laid: np.ndarray, window: Window) -> np.ndarray:
-    """A mask over its picture, with the frame's border; larger than it was where the frame has margins."""
+    """Draw the border of the output frame on an image, uint8 [H, W, 3], which is enlarged if the frame has margins."""
     height, width = laid.shape[:2]
     own = Window.official((height, width), window.frame) if window.way == "official" else window
     row_scale, column_scale = height / own.height, width / own.width
-    top, left = round(-own.top * row_scale), round(-own.left * column_scale)  # of the frame, in pixels of `laid`
+    top, left = round(-own.top * row_scale), round(-own.left * column_scale)  # corner of the frame, in pixels of `laid`
     bottom = round((own.frame[0] - own.top) * row_scale)
     right = round((own.frame[1] - own.left) * column_scale)
     above, beside = max(0, -top), max(0, -left)
@@ -149,7 +154,8 @@ def draw_window(laid: np.ndarray, window: Window) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _hidden(size: tuple[int, int]) -> np.ndarray:
-    """A hidden picture, the same for each frame of a clip; not to be written to."""
+    """The drawing of hidden background, uint8 [H, W, 3]. It is cached for all frames of a clip and must not be
+    changed."""
     return overlay(None, np.zeros((*size, 3), np.uint8))
 
 
@@ -164,7 +170,8 @@ def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def reference_stills(
     files: Sequence[Path], case: CaseFiles | None, extra_refs: Sequence[tuple[Path, Path]], result: CheckResult
 ) -> list[Still]:
-    """The reference masks of a case over their images, or those of `files` that are images."""
+    """The references of a case with their masks; without a case, the masks in `files` that are images. Raises
+    InputError if a file cannot be read."""
     marked = {finding.file for finding in result.findings if finding.severity != "note" and finding.rule != "framing"}
     if case is None:
         images = [path for path in files if is_image(path)]
@@ -178,7 +185,7 @@ def reference_stills(
 
 
 def clip_of(files: Sequence[Path], case: CaseFiles | None, result: CheckResult) -> Clip | None:
-    """The driving mask of a case, or the video among `files`."""
+    """The mask video of a case, or the video among `files`, if any. Raises InputError if `files` holds two videos."""
     videos = [path for path in files if not is_image(path)] if case is None else [case.mask_video]
     if len(videos) > 1:
         raise InputError(f"{videos[0]} and {videos[1]} are both videos: preview one at a time.")
@@ -198,7 +205,8 @@ def clip_of(files: Sequence[Path], case: CaseFiles | None, result: CheckResult) 
 def write_preview(
     folder: Path, references: Sequence[Still], clip: Clip | None, count: int, tell: Tell = untold
 ) -> tuple[Path, Path | None]:
-    """Write the sheet, `masks.png`, of the references and `count` frames, and for a clip the video `masks.mp4`."""
+    """Write the sheet `masks.png` with the references and `count` frames of the clip, and the video `masks.mp4` if
+    there is a clip. Returns both paths. Raises InputError if there is nothing to show or a file cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     stills, video = list(references), None
     if clip is not None:
@@ -210,21 +218,22 @@ def write_preview(
 
 
 def chosen_frames(total: int, count: int, marked: frozenset[int]) -> list[int]:
-    """`count` frame numbers spread over the clip; of the marked ones as many as fill half of them, spread too."""
-    complained = [frame for frame in sorted(marked) if frame < total]
-    some = [complained[i] for i in _spread(len(complained), count // 2)]
+    """Choose `count` of `total` frames, spread evenly. Up to half of them are marked frames, also spread evenly."""
+    reported = [frame for frame in sorted(marked) if frame < total]
+    some = [reported[i] for i in _spread(len(reported), count // 2)]
     rest = [frame for frame in range(total) if frame not in some]
     return sorted({*some, *(rest[i] for i in _spread(len(rest), count - len(some)))})
 
 
 def _spread(total: int, count: int) -> list[int]:
+    """Up to `count` numbers below `total`, spread evenly from first to last."""
     if count >= total:
         return list(range(total))
     return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
 
 
 def _write_overlay_video(output: Path, clip: Clip, count: int, tell: Tell) -> list[Still]:
-    """Write all frames of the clip with the mask over them; return those for the sheet."""
+    """Write all frames of the clip with the mask drawn over them. Return the frames for the sheet."""
     info = probe_video(clip.mask)
     wanted = set(chosen_frames(info.frames, count, clip.marked))
     stills: list[Still] = []
@@ -246,13 +255,14 @@ def _write_overlay_video(output: Path, clip: Clip, count: int, tell: Tell) -> li
 
 
 def _fitting(height: int, width: int) -> tuple[int, int]:
-    """The size at which a mask is drawn: its own, or smaller with sides of at most `_LARGEST`."""
+    """The size (H, W) at which a mask is drawn: its own, reduced if a side exceeds `_LARGEST`."""
     scale = min(1.0, _LARGEST / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _pairs(clip: Clip) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
-    """(driving frame, mask frame); where the driving video ends early, its frames are missing."""
+    """Yield (driving frame, mask frame). The driving frame is None after the end of the driving clip, or without
+    one."""
     driving = chain(_frames(clip.driving), repeat(None)) if clip.driving else repeat(None)
     yield from ((picture, mask) for mask, picture in zip(_frames(clip.mask), driving, strict=False))
 
@@ -264,16 +274,17 @@ def _frames(path: Path) -> Iterator[np.ndarray]:
 
 
 def contact_sheet(stills: Sequence[Still]) -> np.ndarray:
-    """All stills with captions on one picture, a legend at its foot; uint8 [H, W, 3]."""
+    """Arrange stills with captions on one sheet with a legend at the bottom, uint8 [H, W, 3]. Raises InputError if
+    there are none."""
     from PIL import Image, ImageDraw, ImageFont
 
     if not stills:
-        raise InputError("There is no mask to show.")
+        raise InputError("There is no mask to show: give a case or mask files.")
     font = ImageFont.load_default(_FONT)
     pictures = [_thumbnail(still.drawn) for still in stills]
     tallest = max(picture.height for picture in pictures)
     columns = min(len(stills), max(2, round(math.sqrt(len(stills) * tallest / _CELL * 16 / 10))))
-    tops, foot = [], _GAP  # of each row, and where the legend begins
+    tops, foot = [], _GAP  # top of each row, and of the legend
     for first in range(0, len(pictures), columns):
         tops.append(foot)
         foot += max(picture.height for picture in pictures[first : first + columns]) + _LINE + _GAP
@@ -298,39 +309,41 @@ def contact_sheet(stills: Sequence[Still]) -> np.ndarray:
 
 
 def _caption(still: Still) -> str:
-    there = [f"{name} {100 * share:.1f} %" for name, share in _shares(still.mask).items()]
-    text = f"{still.caption}: {', '.join(there) or 'no mask colour'}"
+    covered = [f"{name} {100 * share:.1f} %" for name, share in _shares(still.mask).items()]
+    text = f"{still.caption}: {', '.join(covered) or 'no mask colour'}"
     return text if len(text) <= 52 else f"{text[:51]}…"
 
 
 def _shares(mask: np.ndarray) -> dict[str, float]:
-    """Colours that cover more than a speck."""
+    """Colour → share of the mask, for colours that cover at least `SPECK` of it."""
     shares = dict(zip(COLOURS, class_shares(mask, clean=True).tolist(), strict=True))
     return {name: share for name, share in shares.items() if share >= SPECK}
 
 
 def _legend(stills: Sequence[Still]) -> list[tuple[np.ndarray, str]]:
+    """(swatch, text) of the entries that these stills need."""
+
     def swatch(rgb: RGB) -> np.ndarray:
         return overlay(None, np.full((18, 22, 3), rgb, np.uint8))
 
     seen = {name for still in stills for name in _shares(still.mask)}
     entries = [(swatch(COLOURS[name]), f"{name} character") for name in CHARACTERS if name in seen]
     entries += [
-        (swatch(COLOURS["white"]), "as it is: background shows (white)"),
+        (swatch(COLOURS["white"]), "unchanged: visible (white)"),
         (swatch((0, 0, 0)), "dark, hatched: hidden (black)"),
-        (swatch((128, 128, 128)), "orange: in no class, soft or grey"),
+        (swatch((128, 128, 128)), "orange: no class (soft, grey)"),
     ]
     if any(still.window is not None for still in stills):
         entries.append(
-            (np.pad(np.full((12, 16, 3), 110, np.uint8), ((3, 3), (3, 3), (0, 0))), "border: the video's frame")
+            (np.pad(np.full((12, 16, 3), 110, np.uint8), ((3, 3), (3, 3), (0, 0))), "border: the output frame")
         )
     if any(still.marked for still in stills):
-        entries.append((np.full((18, 22, 3), _ALARM, np.uint8), "red frame: see `masks check`"))
+        entries.append((np.full((18, 22, 3), _ALARM, np.uint8), "red box: see `masks check`"))
     return entries
 
 
 def _thumbnail(pixels: np.ndarray, width: int = _CELL, height: int = _CELL) -> Image:
-    """Scaled to fit, up for small masks (pixels stay visible) and down for large ones."""
+    """Scale to fit into width × height. Small masks are enlarged with sharp pixels."""
     from PIL import Image as Images
 
     picture = Images.fromarray(pixels)

@@ -1,9 +1,9 @@
-"""Masks from what other tools write: an alpha channel, a grey matte, or numbered labels.
+"""Converts the output of other tools to masks: an alpha channel, a grey matte, or label numbers.
 
-Each function turns a source into mask frames: the character in its colour on the background that mode and role ask for.
-Nothing is guessed: a source that has no alpha, no pixel above the threshold, colours where numbers are due, or a label
-that the order does not name is refused. A label is bound to its colour by its number and not by its rank among those
-that occur, so that a character keeps its colour in a picture that lacks another one.
+Each function converts a source to mask frames that show a character in its colour on a background. Sources without
+alpha, without pixels above the threshold, with colours instead of labels, or with labels that `--order` does not name
+are refused. The colour of a label depends on its number and not on the labels that occur, so a character keeps its
+colour if another one is missing.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from scail2_rt.runtime.masks.stats import REGION
 from scail2_rt.runtime.media.images import load_alpha, load_image, load_labels
 
 BACKGROUND = "background"
-_COLOURFUL = 24  # spread between a pixel's channels above which it is no grey, after lossy coding too
-_COLOUR_SHARE = 0.01
-_LOSSY = 8  # levels that lossy coding may move a label by
+_COLOURFUL = 24  # difference of a pixel's channels above which it is not grey, even after lossy coding
+_COLOUR_SHARE = 0.01  # share of such pixels above which a frame is in colour
+_LOSSY = 8  # levels by which lossy coding may change a label
 
 
 @dataclass(frozen=True, slots=True)
 class Matte:
-    """A character's colour, what lies around it, and the 8-bit level from which on a pixel is the character's."""
+    """How a matte becomes a mask: pixels with an 8-bit level of at least `threshold` (below it with `invert`) get the
+    mask colour `colour`, the others get the RGB `background`."""
 
     colour: str
     background: RGB
@@ -40,7 +41,8 @@ class Matte:
 
 
 def masks_from_alpha(source: Source, matte: Matte, tell: Tell = untold) -> Iterator[np.ndarray]:
-    """Masks of an image, a video or a folder of images with transparency: the character is where it is opaque."""
+    """Yield mask frames, uint8 [H, W, 3], of an image, a video or a folder of images with transparency. The character
+    is where it is opaque. Raises InputError if there is no alpha, or if all pixels or none are the character's."""
     return _matted(source, frames_of(source, _alpha, tell, alpha=True), matte)
 
 
@@ -48,62 +50,69 @@ def _alpha(path: Path) -> np.ndarray:
     alpha = load_alpha(path)
     if alpha is None:
         raise InputError(
-            f"{path} has no alpha channel: save it as PNG with transparency, or make a mask from a grey matte with "
-            "`scail2-rt masks from-grey`."
+            f"{path} has no alpha channel: "
+            "save it as PNG with transparency, or make a mask from a grey matte with `scail2-rt masks from-grey`."
         )
     return alpha
 
 
 def masks_from_grey(source: Source, matte: Matte, tell: Tell = untold) -> Iterator[np.ndarray]:
-    """Masks of a grey image, video or folder of images: the character is where it is bright (dark with `invert`)."""
+    """Yield mask frames, uint8 [H, W, 3], of a grey image, video or folder of images. The character is where it is
+    bright (dark with `invert`). Raises InputError if it is in colour, or if all pixels or none are the character's."""
     return _matted(source, (grey_levels(frame, source.path) for frame in frames_of(source, load_image, tell)), matte)
 
 
 def grey_levels(frame: np.ndarray, path: Path) -> np.ndarray:
-    """Levels uint8 [H, W] of a frame that is grey but for what lossy coding does."""
-    r, g, b = (frame[..., i] for i in range(3))  # reductions over an axis of three are ten times slower
+    """The levels, uint8 [H, W], of a grey frame, uint8 [H, W, 3]: the median of the channels. Raises InputError, which
+    mentions `path`, if the frame is in colour."""
+    r, g, b = (frame[..., i] for i in range(3))  # ten times faster than reductions over an axis of three
     low, high = np.minimum(r, g), np.maximum(r, g)
     spread = np.maximum(high, b) - np.minimum(low, b)
     if np.count_nonzero(spread > _COLOURFUL) > _COLOUR_SHARE * spread.size:
         raise InputError(
-            f"{path} is in colour, and a matte is grey: if its colours stand for characters, use "
-            "`scail2-rt masks clean` with --map R,G,B=COLOUR; if it has an alpha channel, `scail2-rt masks from-alpha`."
+            f"{path} is in colour, and a matte is grey: if its colours mean characters, use `scail2-rt masks clean` "
+            "with --map R,G,B=COLOUR; if it has an alpha channel, use `scail2-rt masks from-alpha`."
         )
     median: np.ndarray = np.maximum(low, np.minimum(high, b))
     return median
 
 
 def _matted(source: Source, levels: Iterator[np.ndarray], matte: Matte) -> Iterator[np.ndarray]:
+    """Yield the mask frames, uint8 [H, W, 3], of levels uint8 [H, W]."""
     brightest, darkest = 0, 255
-    found = whole = False
+    inside_seen = outside_seen = False
     colours = np.array((matte.background, PALETTE[matte.colour]), np.uint8)
     for frame in levels:
         inside = (frame >= matte.threshold) != matte.invert
-        found, whole = found or bool(inside.any()), whole or not inside.all()
+        inside_seen, outside_seen = inside_seen or bool(inside.any()), outside_seen or not inside.all()
         brightest, darkest = max(brightest, int(frame.max())), min(darkest, int(frame.min()))
         yield np.take(colours, inside.view(np.uint8), axis=0)
-    if not (found and whole):
+    if not (inside_seen and outside_seen):
         raise InputError(
-            f"{source.path} has levels from {darkest} to {brightest}, so a threshold of {matte.threshold} makes "
-            f"{'all' if found else 'nothing'} of it the character: choose another --threshold, or a file that tells "
-            "the character apart."
+            f"{source.path} has levels from {darkest} to {brightest}, so with --threshold {matte.threshold} the "
+            f"character is {'everywhere' if inside_seen else 'nowhere'}: use another threshold, or another file."
         )
 
 
 def parse_order(text: str) -> dict[int, str]:
-    """`red,green` (labels 1 and 2) or `128=red,255=background` → label → colour or `background`."""
+    """Parse `red,green` (labels 1 and 2) or `128=red,255=background` to label → colour or `background`. Raises
+    InputError for other text, and for a label or colour that occurs twice."""
     order: dict[int, str] = {}
     for position, part in enumerate(text.split(","), 1):
         number, equals, name = part.strip().rpartition("=")
         if equals and not number.strip().isdigit():
-            raise InputError(f"--order {text!r}: {number!r} is not a label number; write it as in 1=red,2=green.")
+            raise InputError(f"--order {text!r}: {number!r} is not a label number: write it as in 1=red,2=green.")
         label = int(number) if equals else position
         if name not in (*CHARACTERS, BACKGROUND):
-            raise InputError(f"--order {text!r}: {name!r} is none of {', '.join((*CHARACTERS, BACKGROUND))}.")
+            raise InputError(
+                f"--order {text!r}: {name!r} is not a mask colour: use {', '.join((*CHARACTERS, BACKGROUND))}."
+            )
         if label in order:
-            raise InputError(f"--order {text!r} gives the label {label} two colours.")
+            raise InputError(f"--order {text!r} gives the label {label} two colours: name it once.")
         if name != BACKGROUND and name in order.values():
-            raise InputError(f"--order {text!r} gives two labels the colour {name}: one colour is one character.")
+            raise InputError(
+                f"--order {text!r} gives two labels the colour {name}: give each character its own colour."
+            )
         order[label] = name
     return {0: BACKGROUND, **order}
 
@@ -111,14 +120,16 @@ def parse_order(text: str) -> dict[int, str]:
 def masks_from_labels(
     source: Source, order: Mapping[int, str], background: RGB, tell: Tell = untold
 ) -> Iterator[np.ndarray]:
-    """Masks of an indexed or grey image, a folder of them, or a grey video, whose pixels are label numbers.
+    """Yield mask frames, uint8 [H, W, 3], of an indexed or grey image, a folder of them, or a grey video, whose pixels
+    are label numbers. order: label → colour or `background`.
 
-    Coding blurs the labels of a lossy video, and between 0 and 255 lies the label 128: there an area that is nowhere
-    three pixels thick takes a label from around it."""
+    Lossy coding blurs edges between labels, and an edge between 0 and 255 passes through the label 128. Therefore, in a
+    video, an area that is nowhere three pixels thick gets a label of its surroundings. Raises InputError for labels
+    that are not in `order`, and if the source holds background only."""
     known = np.array(sorted(order), np.int64)
-    behind = next(name for name in ("white", "black") if PALETTE[name] == background)
-    names = [behind if order[int(label)] == BACKGROUND else order[int(label)] for label in known]
-    meaning = np.array([list(PALETTE).index(name) for name in names], np.uint8)  # of each known label
+    ground = next(name for name in ("white", "black") if PALETTE[name] == background)
+    names = [ground if order[int(label)] == BACKGROUND else order[int(label)] for label in known]
+    meaning = np.array([list(PALETTE).index(name) for name in names], np.uint8)  # palette label of each known label
     gap = int(np.diff(known).min()) if len(known) > 1 else 2 * _LOSSY
     tolerance = min(_LOSSY, (gap - 1) // 2) if source.kind == "video" else 0
     found = False
@@ -137,13 +148,14 @@ def masks_from_labels(
         yield np.take(PALETTE_RGB, labels, axis=0)
     if not found:
         raise InputError(
-            f"{source.path} holds background only, no label of {_order_text(order)}: give the labels that it has with "
-            "--order."
+            f"{source.path} holds background only, and none of the labels {_order_text(order)}: "
+            "name its labels with --order."
         )
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers, int64 [n], and the place of each value among them, so that work is done per number and not per pixel."""
+    """(distinct numbers int64 [n], index of each value in them), so that later work is per number instead of per
+    pixel."""
     if values.dtype.kind != "u":
         values = values.astype(np.int64)
     if values.min() >= 0 and values.max() < 1 << 16:
@@ -155,7 +167,7 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _label_distances(
     values: np.ndarray, known: np.ndarray, meaning: np.ndarray, y: np.ndarray, x: np.ndarray
 ) -> np.ndarray:
-    """Of the values at (y, x), [n], to the labels that stand for each colour of the palette, [n, 8]."""
+    """Distances of the values at the n pixels (y, x) to the nearest label of each colour of the palette, [n, 8]."""
     distances = np.full((len(y), len(PALETTE)), np.inf)
     for label, colour in zip(known, meaning, strict=True):
         distances[:, colour] = np.minimum(distances[:, colour], np.abs(values[y, x] - label))
@@ -166,8 +178,8 @@ def _labels(path: Path) -> np.ndarray:
     labels = load_labels(path)
     if labels is None:
         raise InputError(
-            f"{path} is a colour picture, and labels are numbers (an indexed or a grey image): if its colours stand "
-            "for characters, use `scail2-rt masks clean` with --map R,G,B=COLOUR."
+            f"{path} is in colour, and labels are numbers in an indexed or grey image: if its colours mean characters, "
+            "use `scail2-rt masks clean` with --map R,G,B=COLOUR."
         )
     return labels
 
@@ -175,7 +187,8 @@ def _labels(path: Path) -> np.ndarray:
 def _refuse_unknown(
     values: np.ndarray, unknown: np.ndarray, source: Source, number: int, order: Mapping[int, str]
 ) -> None:
-    """In an image no pixel may be of an unknown label; in a video edges may, after lossy coding, but no flat area."""
+    """Raise InputError for unknown labels. In a video, lossy coding makes unknown labels at edges, so only flat areas
+    count."""
     if source.kind == "video":
         flat = np.zeros_like(unknown)
         middle = values[2:-2, 2:-2]
@@ -195,7 +208,7 @@ def _refuse_unknown(
     at = "" if source.kind == "image" else f" in frame {number}"
     raise InputError(
         f"{source.path} holds labels{at} that --order does not name: {', '.join(map(str, shown[:8]))}. It names "
-        f"{_order_text(order)}; say which colour each has, as in --order {shown[0]}=red, or {shown[0]}=background."
+        f"{_order_text(order)}: name all labels, as in --order {shown[0]}=red or {shown[0]}=background."
     )
 
 

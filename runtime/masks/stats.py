@@ -1,12 +1,11 @@
-"""What a mask shows, frame by frame, in a few numbers: the facts that `masks.lint` and `masks.framing` judge.
+"""Statistics of the frames of a mask, which `masks.lint`, `masks.windows` and `masks.framing` use.
 
-Masks are looked at as people have them, that is, after H.264 or JPEG: areas below `SPECK` of a frame are ignored, and a
-colour outside the palette counts only where it is a flat region (edges are never flat). Such a colour matters because
-(255, 128, 0) passes the model's threshold as red and would silently bind two characters to one.
+They allow for H.264 and JPEG coding: areas below `SPECK` of a frame are ignored, and a colour outside the palette
+counts only if it covers a flat region, which edges never are. Such a colour matters because the model reads
+(255, 128, 0), for example, as red, which would silently bind two characters to one.
 
-`MaskStats` takes frames as they come, so a mask video is read once, a few frames at a time, at its own size. Every
-step-th pixel is enough for shares, boxes and changes of colour: about 256 rows or columns are looked at, and about 512
-for shapes.
+`MaskStats` accepts frames one after another, so a mask video is read once, a few frames at a time, at its own size.
+Shares, boxes and colour changes are computed on a grid of about 256 rows or columns, shapes on one of about 512.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ from scail2_rt.runtime.masks.palette import (
 )
 from scail2_rt.runtime.media.clips import open_video
 
-REGION = 0.002  # share of a frame that a flat colour outside the palette must cover to count as meant
-SAME_COLOUR = 40  # largest difference in a channel up to which two flat colours are one
-_SATURATED = 64  # spread between the channels from which a colour is one, and not a grey
-SHORT_GAP = 8  # frames: a character that is away no longer than this did not walk out of the picture
-_ROW_SHARE = 0.006  # of a frame's width that a character must cover for a row to count as its own
-JUMP = 0.35  # of a character's area that it gains or loses from one frame to the next
-JUMP_AT_EDGE = 0.6  # the same at a side of the picture or beside another character, where a runner loses 40 %
+REGION = 0.002  # share of a frame from which a flat colour outside the palette counts
+SAME_COLOUR = 40  # largest difference in any channel at which two flat colours count as equal
+_SATURATED = 64  # difference of the channels from which a colour is not grey
+SHORT_GAP = 8  # frames: a character that is absent for longer may have left the picture
+_ROW_SHARE = 0.006  # share of a row that a character must cover for the row to count for its height
+JUMP = 0.35  # share of its area that a character gains or loses from one frame to the next
+JUMP_AT_EDGE = 0.6  # the same at a side of the frame or beside another character, where a runner loses 40 %
 _BACKGROUND = [0, BLACK, UNCLEAR]  # labels
-FRAMES_AT_ONCE = 8
+_FRAMES_AT_ONCE = 8
 
 
 def flat_strangers(frame: np.ndarray) -> list[tuple[RGB, float]]:
-    """Flat areas whose colour is neither black nor in the palette: (colour, share of the frame), largest first.
+    """(colour, share of the frame) of flat areas whose colour is not in the palette, largest first.
 
-    Works on a grid of about 128 points a side; a point counts when its four neighbours on the grid have its colour, so
-    soft edges and chroma bleeding do not.
+    frame: uint8 [H, W, 3]. The grid has about 128 points on the shorter side. A point counts if its four neighbours
+    have the same colour, which excludes soft edges and blurred chroma.
     """
     step = max(1, min(frame.shape[:2]) // 128)
     grid = frame[::step, ::step].astype(np.int16)
@@ -78,7 +77,7 @@ def flat_strangers(frame: np.ndarray) -> list[tuple[RGB, float]]:
 
 @dataclass(slots=True)
 class Stranger:
-    """A flat colour outside the palette: the frames that show it and the largest share of a frame it covers."""
+    """A flat colour outside the palette, the frames that show it, and the largest share of a frame that it covers."""
 
     colour: RGB
     frames: list[int]
@@ -91,7 +90,7 @@ class Stranger:
 
 @dataclass(frozen=True, slots=True)
 class ColourChange:
-    """In `frame` the region that was `before` one frame earlier has become `after`."""
+    """A region has the colour `after` in `frame`, and `before` one frame earlier."""
 
     frame: int
     before: str
@@ -100,7 +99,7 @@ class ColourChange:
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """In `frame` a character covers the share `after` of the frame, one frame earlier the share `before`."""
+    """A character covers the share `after` in `frame`, and `before` one frame earlier."""
 
     frame: int
     before: float
@@ -109,10 +108,11 @@ class Jump:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """Where a character is in the N frames that show it: how many of the pixels looked at are its own.
+    """Position of a character in the N frames that show it, as numbers of grid points.
 
-    frames [N]: their numbers; rows [N, R] and columns [N, C]: in each row and column
-    row_edges [R + 1], column_edges [C + 1]: where rows and columns begin and end, as shares of the sides"""
+    frames                    numbers of the frames, [N]
+    rows, columns             points of the character in each row [N, R] and column [N, C] of the grid
+    row_edges, column_edges   edges of the rows [R + 1] and columns [C + 1], as shares of the sides"""
 
     frames: np.ndarray
     rows: np.ndarray
@@ -122,61 +122,63 @@ class Profile:
 
     @property
     def total(self) -> np.ndarray:
-        """Pixels in each frame, [N]."""
+        """Points of the character in each frame, [N]."""
         return self.rows.sum(1)
 
     def inside(self, part: Part) -> np.ndarray:
-        """Pixels inside a part of the picture, [N]. Exact where the part has the picture's full height or width, as
-        windows have; else as if rows and columns had nothing to do with each other."""
+        """Points of the character inside a part of the frame, [N]. Exact if the part has the full height or width, as
+        windows do; otherwise an estimate that treats rows and columns as independent."""
         in_rows = self.rows @ _covered(self.row_edges, *part[:2])
         in_columns = self.columns @ _covered(self.column_edges, *part[2:])
         return in_rows * in_columns / np.maximum(self.total, 1)
 
     def sizes(self, part: Part) -> np.ndarray:
-        """What a loss in each frame is held against, [N]: the pixels that are there, or usually are (median) where the
-        picture itself cuts the character, at a side at which the part cuts too."""
+        """Reference size for the loss in each frame, [N]: the points of the character, but at least their median if it
+        touches a side of the frame at which the part cuts."""
         lines = self.rows if part[1] - part[0] < part[3] - part[2] else self.columns
         at_border = (lines[:, 0] > 0) | (lines[:, -1] > 0)
         return np.where(at_border, np.maximum(self.total, np.median(self.total)), self.total)
 
     def heights(self, part: Part) -> np.ndarray:
-        """Height of the bounding box inside a part, over the part's height, [N]; 0: not there. A character that the
-        part cuts at a side has the height of the whole."""
+        """Height of the bounding box inside a part, relative to the part, [N]; 0 if the character is not in it. Rows of
+        a character that the part cuts at the left or right count completely."""
         first, last = (int(np.abs(self.row_edges - edge).argmin()) for edge in part[:2])
         last = max(last, first + 1)
-        least = max(2, round(self.columns.shape[1] * (part[3] - part[2]) * _ROW_SHARE))  # a speck is no head
-        there = (self.rows[:, first:last] >= least) & (self.inside(part) > 0)[:, None]
-        spans = there.shape[1] - there.argmax(1) - there[:, ::-1].argmax(1)
-        return np.where(there.any(1), spans / (last - first), 0.0)
+        least = max(
+            2, round(self.columns.shape[1] * (part[3] - part[2]) * _ROW_SHARE)
+        )  # a speck above it does not count
+        covered = (self.rows[:, first:last] >= least) & (self.inside(part) > 0)[:, None]
+        spans = covered.shape[1] - covered.argmax(1) - covered[:, ::-1].argmax(1)
+        return np.where(covered.any(1), spans / (last - first), 0.0)
 
 
 def _covered(edges: np.ndarray, begin: float, end: float) -> np.ndarray:
-    """What share of each interval between two edges lies between begin and end, [len(edges) - 1]."""
+    """Share of each interval between two edges that is between begin and end, [len(edges) - 1]."""
     inside = np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin)
     return np.clip(inside / np.diff(edges), 0, 1)
 
 
 class MaskStats:
-    """Collects, frame by frame, what a mask shows. Feed it with `add`; ask it at any time. Frames count from 0."""
+    """Statistics of the frames given to `add`; frames count from 0. All properties can be read at any time."""
 
     def __init__(self) -> None:
         self._histograms: list[np.ndarray] = []
         self._profiles: list[dict[int, tuple[np.ndarray, np.ndarray]]] = []  # label → pixels by row, by column
         self._shapes: list[dict[int, Shape]] = []  # by label
-        self._net: list[np.ndarray] = []  # share of the frame that each character took from the background, [6]
-        self.shape_step = 1  # every so-many-th row and column is looked at for shapes
+        self._net: list[np.ndarray] = []  # net share of the frame that each character gained from background, [6]
+        self.shape_step = 1  # step of the grid for shapes, in pixels
         self._last: np.ndarray | None = None
-        self._edges = (np.zeros(1), np.zeros(1))  # of the rows and of the columns looked at
+        self._edges = (np.zeros(1), np.zeros(1))  # edges of the rows and columns of the grid, as shares of the sides
         self.shape = (0, 0)  # of the frames, (H, W)
         self.strangers: list[Stranger] = []
         self.changes: list[ColourChange] = []
 
     def add(self, frames: np.ndarray) -> None:
-        """uint8 frames [T, H, W, 3], in order."""
+        """Add frames, uint8 [T, H, W, 3], in order."""
         for frame in frames:
             self.shape = frame.shape[:2]
             for colour, share in flat_strangers(frame):
-                self._meet(colour, share)
+                self._add_stranger(colour, share)
             step, self.shape_step = (max(1, min(self.shape) // rows) for rows in (256, 512))
             seen = codes(frame[::step, ::step])
             labels = CLEAR_LABEL[seen]
@@ -185,9 +187,9 @@ class MaskStats:
                 moved = np.bincount(self._last.astype(np.intp).ravel() * 9 + labels.ravel(), minlength=81).reshape(9, 9)
                 self.changes += _changes(moved, self.frames)
             self._last = labels
-            taken = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
-            self._net.append(taken / labels.size)
-            # Finer than the rest: a gap of two pixels between an arm and the body makes no hole of what is behind it.
+            gained = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
+            self._net.append(gained / labels.size)
+            # The grid is finer here, so that a gap of two pixels between arm and body connects the background there.
             self._shapes.append(shapes(MODEL_LABEL[codes(frame[:: self.shape_step, :: self.shape_step])]))
             sides = zip(labels.shape, self.shape, strict=True)
             rows, columns = (np.minimum(np.arange(count + 1) * step / side, 1) for count, side in sides)
@@ -195,7 +197,8 @@ class MaskStats:
             self._profiles.append(_profiles(labels))
             self._histograms.append(np.bincount(seen.ravel(), minlength=CODES) / seen.size)
 
-    def _meet(self, colour: RGB, share: float) -> None:
+    def _add_stranger(self, colour: RGB, share: float) -> None:
+        """Add a flat colour of the current frame to the similar one found earlier, or to the list."""
         for known in self.strangers:
             if max(abs(a - b) for a, b in zip(known.colour, colour, strict=True)) <= SAME_COLOUR:
                 known.share = max(known.share, share)
@@ -208,13 +211,13 @@ class MaskStats:
         return len(self._histograms)
 
     def _per_frame(self, table: np.ndarray, kinds: int) -> np.ndarray:
-        """Share of the pixels of each kind in each frame, [T, kinds]; `table` gives each code's kind."""
+        """Share of the pixels of each kind in each frame, [T, kinds]. table: code → kind."""
         counts = np.array(self._histograms).reshape(-1, CODES)
         return np.stack([counts[:, table == kind].sum(1) for kind in range(kinds)], axis=1)
 
     @property
     def labels(self) -> np.ndarray:
-        """Share of each clear label in each frame: seven classes, black, unclear; float [T, 9]."""
+        """Share of each clear label (seven classes, black, unclear) in each frame, float [T, 9]."""
         return self._per_frame(CLEAR_LABEL, UNCLEAR + 1)
 
     @property
@@ -224,11 +227,11 @@ class MaskStats:
 
     @property
     def inexact(self) -> np.ndarray:
-        """Share of the pixels of each frame that are not exactly of a mask colour, float [T]."""
+        """Share of the pixels of each frame that are not exactly a mask colour, float [T]."""
         return self._per_frame(EXACT, 2)[:, 0]
 
     def profile(self, character: str) -> Profile:
-        """Over the frames in which the character covers more than a speck."""
+        """The profile of a character over the frames in which it covers at least `SPECK`."""
         label = list(COLOURS).index(character)
         shown = np.flatnonzero(self.shares[:, label] >= SPECK)
         found = [self._profiles[frame][label] for frame in shown]
@@ -239,7 +242,8 @@ class MaskStats:
         return Profile(shown, rows, columns, *self._edges)
 
     def heights(self, part: Part = (0.0, 1.0, 0.0, 1.0)) -> dict[str, float]:
-        """Character → median over the frames that show it of its height inside a part of the mask, over the part's."""
+        """Character → its height inside a part of the mask, relative to the part: median over the frames that show
+        it."""
         medians = {}
         for name in self.characters:
             found = self.profile(name).heights(part)
@@ -249,7 +253,7 @@ class MaskStats:
 
     @property
     def first_frames(self) -> dict[str, int]:
-        """Colour → first frame (counted from the first one added) where it covers more than a speck."""
+        """Colour → the first frame in which it covers at least `SPECK`."""
         present = self.shares >= SPECK
         return {name: int(present[:, i].argmax()) for i, name in enumerate(COLOURS) if present[:, i].any()}
 
@@ -258,79 +262,79 @@ class MaskStats:
         return tuple(name for name in CHARACTERS if name in self.first_frames)
 
     def shapes(self, character: str) -> dict[int, Shape]:
-        """Frame → shape of the character, where it covers more than a speck."""
+        """Frame → shape of the character, for frames in which it covers at least `SPECK`."""
         label = list(COLOURS).index(character)
         shown = np.flatnonzero(self.shares[:, label] >= SPECK).tolist()
         return {frame: self._shapes[frame][label] for frame in shown if label in self._shapes[frame]}
 
     def jumps(self, character: str) -> list[Jump]:
-        """Frames where the character's area changes suddenly at the expense or in favour of the background.
+        """Frames in which the area of a character changes suddenly because it gains from or loses to the background.
 
-        The change is held against the area before and after, and against what the character usually covers: who walks
-        in at the border is a sliver first. What another character covers or uncovers does not count, nor what a moving
-        character itself uncovers of another."""
+        The change is relative to the largest of the area before, the area after and the median area, because a
+        character that enters at the border is small at first. Area that characters cover or uncover of each other does
+        not count."""
         label = list(COLOURS).index(character)
         share = self.shares[:, label]
         shown = share >= SPECK
         net = np.array(self._net)[:, label - 1]
-        there = shown.copy()
-        there[1:] &= shown[:-1]
-        there[:1] = False
+        both = shown.copy()  # shown in this frame and in the one before
+        both[1:] &= shown[:-1]
+        both[:1] = False
         before = np.roll(share, 1)
         usual = np.maximum(np.maximum(share, before), np.median(share[shown]) if shown.any() else 1)
         least = np.minimum(np.sign(net) * (share - before), np.abs(net))
         at_edge = np.array([self._at_edge(frame, label) for frame in range(self.frames)])
         at_edge[1:] |= at_edge[:-1]
-        found = np.flatnonzero(there & (least > np.where(at_edge, JUMP_AT_EDGE, JUMP) * usual)).tolist()
+        found = np.flatnonzero(both & (least > np.where(at_edge, JUMP_AT_EDGE, JUMP) * usual)).tolist()
         return [Jump(frame, float(share[frame - 1]), float(share[frame])) for frame in found]
 
     def _at_edge(self, frame: int, label: int) -> bool:
-        """Whether a character touches the left or right side of the picture, or another character."""
+        """Whether a character touches the left or right side of the frame, or another character."""
         shape, profile = self._shapes[frame].get(label), self._profiles[frame].get(label)
         sides = profile is not None and bool(profile[1][0] or profile[1][-1])
         return sides or (shape is not None and shape.beside)
 
     def short_gaps(self, colour: str) -> list[int]:
-        """Frames where a character is away for at most `SHORT_GAP` frames between two that show it."""
+        """Frames without a character in gaps of at most `SHORT_GAP` frames between frames that show it."""
         present = np.flatnonzero(self.shares[:, list(COLOURS).index(colour)] >= SPECK)
         gaps = [range(a + 1, b) for a, b in itertools.pairwise(present) if 1 < b - a <= SHORT_GAP + 1]
         return [int(frame) for gap in gaps for frame in gap]
 
 
 def _changes(pairs: np.ndarray, frame: int) -> list[ColourChange]:
-    """Characters whose region has turned into another colour. pairs: pixels by label one frame earlier and now, [9, 9].
+    """Characters whose region changes colour in `frame`. pairs: grid points by label one frame earlier and now, [9, 9].
 
-    More than half of the region has turned, and it is no occlusion: the other colour has grown by as much, or has
-    itself turned into this one."""
+    More than half of the region must change to one other colour, and not by occlusion: the other colour must grow by
+    more than half of the changed area, or must itself change to this colour."""
     n = len(CHARACTERS)
-    moved = pairs[1 : n + 1, 1 : n + 1]  # pixels of character a that are now character b
+    moved = pairs[1 : n + 1, 1 : n + 1]  # [a, b]: points of character a that now are character b
     old, new = pairs.sum(1)[1 : n + 1], pairs.sum(0)[1 : n + 1]
     least = SPECK * pairs.sum()
     found = []
     for a in np.flatnonzero(old >= least):
         b = int(np.argmax(np.where(np.arange(n) == a, -1, moved[a])))
-        turned = moved[a, b] > old[a] / 2
+        changed = moved[a, b] > old[a] / 2
         grown = new[b] - old[b] > moved[a, b] / 2
         swapped = old[b] >= least and moved[b, a] > old[b] / 2
-        if turned and (grown or swapped):
+        if changed and (grown or swapped):
             found.append(ColourChange(frame, CHARACTERS[int(a)], CHARACTERS[b]))
     return found
 
 
 def _profiles(labels: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Label of each character that is there → its pixels by row and by column."""
-    there = np.flatnonzero(np.bincount(labels.ravel(), minlength=BLACK)[1:BLACK]) + 1
+    """Label of each character in the frame → its points by row and by column, uint16."""
+    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=BLACK)[1:BLACK]) + 1
     found = {}
-    for label in there.tolist():
+    for label in present.tolist():
         own = labels == label
         found[label] = tuple(np.count_nonzero(own, axis=axis).astype(np.uint16) for axis in (1, 0))
     return found
 
 
 def guess_mode(frames: np.ndarray) -> Mode:
-    """Mode that a driving mask is made for: white background shows the scene (replace), black hides it (animate).
+    """The mode that a driving mask is made for: white background shows the scene (replace), black hides it (animate).
 
-    frames uint8 [T, H, W, 3], the first few of the driving mask.
+    frames: the first frames of the driving mask, uint8 [T, H, W, 3].
     """
     white = np.mean([class_shares(frame)[0] for frame in frames])
     black = np.mean([(frame <= OFF_BELOW).all(-1).mean() for frame in frames])
@@ -338,7 +342,7 @@ def guess_mode(frames: np.ndarray) -> Mode:
 
 
 def image_stats(mask: np.ndarray) -> MaskStats:
-    """Of one mask image, uint8 [H, W, 3]."""
+    """Statistics of one mask image, uint8 [H, W, 3]."""
     stats = MaskStats()
     stats.add(mask[None])
     return stats
@@ -347,16 +351,18 @@ def image_stats(mask: np.ndarray) -> MaskStats:
 def video_stats(
     source: ClipSource, start: int = 0, frames: int | None = None, tell: Tell = untold
 ) -> tuple[MaskStats, Mode]:
-    """Statistics of a mask video, or of a part of it, and the mode that its first frames were made for. Reads it
-    once."""
+    """Statistics of a mask video from frame `start` on, and the mode that its first frames suggest. frames: their
+    number, None: to the end. Raises InputError if it cannot be read or has no frame there."""
     stats, mode = MaskStats(), None
     with open_video(source, start, tell=tell) as reader:
         while frames is None or stats.frames < frames:
-            chunk = reader.read(FRAMES_AT_ONCE if frames is None else min(FRAMES_AT_ONCE, frames - stats.frames))
+            chunk = reader.read(_FRAMES_AT_ONCE if frames is None else min(_FRAMES_AT_ONCE, frames - stats.frames))
             if not len(chunk):
                 break
             mode = mode or guess_mode(chunk)
             stats.add(chunk)
     if mode is None:
-        raise InputError(f"{source} has no frame from number {start} on: start earlier, or give the whole mask video.")
+        raise InputError(
+            f"{source} has no frame from number {start} on: start earlier, or give the complete mask video."
+        )
     return stats, mode

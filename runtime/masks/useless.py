@@ -1,15 +1,16 @@
-"""Findings about mattes that no character can be animated with: fragments, holes, an area that jumps.
+"""Findings about masks that are useless for animation: characters in fragments, with holes, or whose area jumps.
 
-Thresholds were measured on 188 characters of mask videos. Good ones (drawn figures with true masks, mattes of a trained
-segmenter) have at most 7 pieces and 5 holes, with 9 % of the outline in holes, and gain or lose at most 11 % of their
-area between frames. Masks from a segmenter of random weights have 11 to 137 pieces with 26 % of the character or more
-outside the largest, or 13 to 60 holes, and gain or lose up to 74 %.
+Thresholds were measured on 188 characters in mask videos. Good masks (exact masks of drawn characters, and masks of a
+trained segmenter) have at most 7 pieces, 5 holes and 9 % of the outline in holes, and change by at most 11 % of their
+area between frames. Masks of a segmenter with random weights have 11 to 137 pieces with at least 26 % of the character
+outside the largest, or 13 to 60 holes, and change by up to 74 %.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.findings import Finding, percent, ranges, ranges_text
 from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
@@ -18,18 +19,18 @@ from scail2_rt.runtime.masks.make.cuts import USUAL, CutFinder
 from scail2_rt.runtime.masks.stats import SHORT_GAP, Jump, MaskStats
 from scail2_rt.runtime.media.clips import open_video
 
-PIECES, SCATTERED = 10, 0.1  # least number of pieces, and share outside the largest one, of a fragmented character
-HOLES, HOLLOW = 8, 0.05  # least number of holes, and their share of the filled outline, of a perforated character
-HOLLOW_ALONE = 0.2  # the same for fewer holes; arms on the hips enclose up to 7 %
-_MENDED = 0.25  # share in pieces or holes up to which `masks clean` is advised
-_MARGIN = 1.25  # of the area that `masks clean --speck` is told to remove over the largest one seen
-_AGAIN = "make it again (`scail2-rt masks make`)"
+PIECES, SCATTERED = 10, 0.1  # a character with this many pieces and this share outside the largest is fragmented
+HOLES, HOLLOW = 8, 0.05  # a character with this many holes and this share of the outline in them is perforated
+HOLLOW_ALONE = 0.2  # the share alone, with any number of holes; arms on the hips enclose up to 7 %
+_REPAIRABLE = 0.25  # share in pieces or holes below which `masks clean` is recommended
+_MARGIN = 1.25  # recommended `masks clean --speck` relative to the largest area to remove
+_MAKE = "`scail2-rt masks make`"
 
 CleanCommand = Callable[[str, str], str]  # a mask's name, options → the command
 
 
 def shape_findings(stats: MaskStats, name: str, start: int | None, clean: CleanCommand) -> list[Finding]:
-    """Characters in fragments or full of holes. start: number of the first frame; None for an image."""
+    """Findings about characters in fragments or with holes. start: number of the first frame; None for an image."""
     shown = {colour: stats.shapes(colour) for colour in stats.characters}
     keep = min((shape.main for each in shown.values() for shape in each.values()), default=0)
     found = []
@@ -38,17 +39,17 @@ def shape_findings(stats: MaskStats, name: str, start: int | None, clean: CleanC
             worst = max(broken.values(), key=lambda shape: shape.scattered)
             up_to = "" if start is None else "up to "
             count = max(s.pieces for s in broken.values())
-            says = f"is in fragments{_where(broken, start)}: {up_to}{count} pieces, with {up_to}"
+            says = f"is in fragments{_where(broken, start)}: it has {up_to}{count} pieces, with {up_to}"
             says += f"{percent(worst.scattered)} of its area outside the largest one."
-            area = max(s.second for s in broken.values()) if worst.scattered < _MENDED else keep
+            area = max(s.second for s in broken.values()) if worst.scattered < _REPAIRABLE else keep
             remedy = _remedy(stats, name, area, keep, clean)
             found.append(_finding("fragments", colour, name, says, remedy, broken, start))
         if hollow := {t: s for t, s in shapes.items() if _is_hollow(s)}:
             worst = max(hollow.values(), key=lambda shape: shape.hollow)
             count, up_to = max(s.holes for s in hollow.values()), "" if start is None else "up to "
-            says = f"has {up_to}{count} hole{'' if count == 1 else 's'}{_where(hollow, start)}: {up_to}"
+            says = f"has {up_to}{counted(count, 'hole')}{_where(hollow, start)}, which cover {up_to}"
             says += f"{percent(worst.hollow)} of its filled outline."
-            area = max(s.largest_hole for s in hollow.values()) if worst.hollow < _MENDED else keep
+            area = max(s.largest_hole for s in hollow.values()) if worst.hollow < _REPAIRABLE else keep
             remedy = _remedy(stats, name, area, keep, clean)
             found.append(_finding("holes", colour, name, says, remedy, hollow, start))
     return found
@@ -63,12 +64,14 @@ def _where(frames: Iterable[int], start: int | None) -> str:
 
 
 def _remedy(stats: MaskStats, name: str, area: int, keep: int, clean: CleanCommand) -> str:
-    """How to remove areas up to `area` grid points while pieces of `keep` stay."""
+    """The remedy that removes areas of up to `area` grid points and keeps pieces of `keep` or more."""
     if area * _MARGIN < keep / 2:
         speck = round(area * _MARGIN * stats.shape_step**2) + 1
-        mends = clean(name, f"--speck {speck}")
-        return f"{mends} gives areas below {speck} pixels the colour around them; where that is too much, {_AGAIN}."
-    return f"No character can follow that: {_AGAIN}, or repaint it."
+        command = clean(name, f"--speck {speck}")
+        return (
+            f"Use {command} to fill areas below {speck} pixels with the colour around them, or make it again ({_MAKE})."
+        )
+    return f"It is useless for animation: make it again ({_MAKE}), or repaint it."
 
 
 def _finding(
@@ -81,9 +84,10 @@ def _finding(
 def jump_findings(
     stats: MaskStats, name: str, start: int, driving: ClipSource | None = None, tell: Tell = untold
 ) -> list[Finding]:
-    """Characters whose area jumps between frames, and not because the driving clip cuts there.
+    """Findings about characters whose area jumps between frames, except at scene cuts of the driving clip.
 
-    Without a driving clip a cut cannot be told, so only a jump that is taken back within a few frames is reported."""
+    Without a driving clip, cuts are unknown, so only jumps that are reversed within `SHORT_GAP` frames are reported.
+    Raises InputError if the driving clip cannot be read."""
     jumps = {colour: stats.jumps(colour) for colour in stats.characters}
     cuts: set[int] = set()
     if driving is not None and any(jumps.values()):
@@ -99,8 +103,7 @@ def jump_findings(
         says += f" {_area(worst.after)} of the picture"
         says += f" at frame {worst.frame + start}" if len(frames) > 1 else ""
         says += ", where the driving clip has no cut." if driving is not None else "."
-        remedy = "Look at these frames with `scail2-rt masks preview`, then paint them or make the mask again"
-        remedy += " (`scail2-rt masks make`)."
+        remedy = f"Look at these frames with `scail2-rt masks preview`. Repaint them, or make the mask again ({_MAKE})."
         found.append(_finding("area jump", colour, name, says, remedy, frames, start))
     return found
 
@@ -110,23 +113,24 @@ def _area(share: float) -> str:
 
 
 def _jumping(jumps: Sequence[Jump], alone: bool) -> list[int]:
-    """Frames between a jump and the one that takes it back; with `alone`, also those of other jumps."""
+    """Frames from a jump to the jump that reverses it; with `alone`, also the frames of jumps that none reverses."""
     frames: list[int] = []
-    taken_back = 0
+    reversed_at = 0
     for number, jump in enumerate(jumps):
-        if jump.frame == taken_back:
+        if jump.frame == reversed_at:
             continue
         back = next((k for k in jumps[number + 1 :] if (k.after > k.before) != (jump.after > jump.before)), None)
         if back is not None and back.frame - jump.frame <= SHORT_GAP:
             frames += range(jump.frame, back.frame)
-            taken_back = back.frame
+            reversed_at = back.frame
         elif alone:
             frames.append(jump.frame)
     return frames
 
 
 def scene_cuts(driving: ClipSource, frames: Sequence[int], tell: Tell = untold) -> set[int]:
-    """Which of these frames, in ascending order, begin a new scene of the driving clip."""
+    """The frames, of these in ascending order, that begin a new scene of the driving clip. Raises InputError if it
+    cannot be read."""
     finder, cuts = CutFinder(), set()
     first = max(frames[0] - USUAL, 0)
     with open_video(driving, first, tell=tell) as reader:

@@ -1,14 +1,15 @@
-"""Which part of a picture the frame shows, and what of each character that leaves.
+"""Chooses the window through which the output frame shows an image, and measures how much of each character it keeps.
 
-A picture of another shape than the frame is scaled to cover it and cropped in the middle (`official`), and a character
-that stands elsewhere, or is longer than the frame, is lost without a word. So what a window leaves of each character is
-measured from the masks, in every frame that is used, and `auto` takes the first way that keeps them: the official crop,
-a window of the same size in another place, the whole picture with margins. One window serves the whole clip, since a
-moving one would move the scene. A cover crop cuts one axis only, so the characters' pixels by row and by column tell
-all that is needed, and the mask is decoded once.
+The official centre crop scales an image to cover the frame. A character that is not in the centre, or is longer than
+the frame, is lost silently. Therefore the visible part of each character is measured from the masks in all used frames,
+and `auto` selects the first of three windows that keeps the characters: the official crop, a crop of the same size in
+another place, or the complete image with margins. A clip has one window, because a moving one would move the scene. A
+crop that covers the frame cuts along one axis only, so the pixels of a character by row and by column suffice, and the
+mask is decoded once.
 
-Shares are of pixels, over the clip. A frame counts as cut where it loses a tenth of the character; where that is at the
-border of the picture, a tenth of its usual size: the first sliver of somebody who walks in calls for nothing.
+Shares are of pixels over the clip. A frame counts as cut if it loses more than a tenth of the character, or, if the
+character touches the border of the image, more than a tenth of its median size: a character that enters is small at
+first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,18 +24,18 @@ from scail2_rt.runtime.core.window import Fit, Part, Size, Window
 from scail2_rt.runtime.masks.palette import Mode
 from scail2_rt.runtime.masks.stats import MaskStats
 
-ENOUGH = 0.98  # share of a character that a window must leave for `auto` to take it
-CUT = 0.9  # in a frame: leaving less of a character is worth a warning
-LOST = 0.5  # over the clip: leaving less of a character is no animation of it
+ENOUGH = 0.98  # share of a character that a window must keep for `auto` to choose it
+CUT = 0.9  # share of a character in a frame below which the check warns
+LOST = 0.5  # share of a character over the clip below which the check reports an error
 CROPPED = "cropped"  # rule of the findings
-_PLACES = 256  # that a crop window is tried at
+_PLACES = 256  # number of positions that are tried for a crop window
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The pictures that masks belong to, (H, W) each, and the frame that they are to be laid into.
+    """Sizes (H, W) of the reference images and the driving clip, and how to place them in the output frame.
 
-    size: (H, W) of the frame, None for the default of the mode"""
+    size: (H, W) of the frame; None: the default of the mode"""
 
     references: Sequence[Size]
     driving: Size
@@ -42,8 +43,9 @@ class Pictures:
     size: Size | None = None
 
     def frame(self, mode: Mode) -> Size:
-        """(H, W) of the output. By default that of the scene that is shown: the reference's in animate, the driving
-        clip's in replace mode; the official rule takes the reference's in both. InputError for an unusable size."""
+        """(H, W) of the output. By default it has the orientation of the scene that is shown: the reference's in
+        animate mode, the driving clip's in replace mode; with `official`, the reference's in both. Raises InputError
+        unless both sides are multiples of 32."""
         shown = self.driving if mode == "replace" and self.fit != "official" else self.references[0]
         size = self.size or oriented(DEFAULT_SIZE, *shown)
         check_size(*size)
@@ -51,7 +53,7 @@ class Pictures:
 
 
 def frame_picture(name: str, stats: MaskStats, picture: Size, frame: Size, fit: Fit) -> Framed:
-    """The window for a picture, called `name` in messages, whose mask has these statistics."""
+    """Choose the window for an input, called `name` in messages, whose mask has these statistics."""
     window = choose_window(stats, picture, frame, fit)
     official = Window.official(picture, frame).part_of_mask(stats.shape)
     shares = {character: kept.share for character, kept in kept_inside(stats, official).items()}
@@ -59,7 +61,7 @@ def frame_picture(name: str, stats: MaskStats, picture: Size, frame: Size, fit: 
 
 
 def choose_window(stats: MaskStats, picture: Size, frame: Size, fit: Fit) -> Window:
-    """The window that `fit` asks for; `auto` takes the first that keeps the characters."""
+    """The window that `fit` selects; for `auto`, the first that keeps the characters."""
     if fit == "pad":
         return Window.padded(picture, frame)
     if fit == "crop":
@@ -72,7 +74,7 @@ def choose_window(stats: MaskStats, picture: Size, frame: Size, fit: Fit) -> Win
 
 
 def kept_inside(stats: MaskStats, part: Part) -> dict[str, Kept]:
-    """Character → what a part of the mask leaves of it."""
+    """Character → how much of it a part of the mask keeps."""
     found = {}
     for name in stats.characters:
         profile = stats.profile(name)
@@ -81,8 +83,11 @@ def kept_inside(stats: MaskStats, part: Part) -> dict[str, Kept]:
 
 
 def kept(frames: np.ndarray, inside: np.ndarray, total: np.ndarray, sizes: np.ndarray) -> Kept:
-    """Of a character with `total` pixels, `inside` of them left, in each of these frames, [N] each; `sizes` is what a
-    loss is held against (`Profile.sizes`)."""
+    """How much of a character is kept, from arrays [N] over the frames that show it.
+
+    frames          frame numbers
+    inside, total   visible pixels and all pixels of the character
+    sizes           reference sizes for the loss (`Profile.sizes`)"""
     left = 1 - (total - inside) / sizes
     worst = int(left.argmin())
     share, least = inside.sum() / total.sum(), inside[worst] / total[worst]
@@ -90,12 +95,13 @@ def kept(frames: np.ndarray, inside: np.ndarray, total: np.ndarray, sizes: np.nd
 
 
 def _holds(characters: Mapping[str, Kept]) -> bool:
+    """Whether a window keeps all characters."""
     return all(kept.share >= ENOUGH and not kept.cut for kept in characters.values())
 
 
 def _cropped(stats: MaskStats, picture: Size, frame: Size) -> Window:
-    """The window of the frame's shape that leaves most of the character that loses most; of several the one whose
-    middle is nearest to that of all characters."""
+    """The crop window that keeps most of the character that loses most. Of equal windows, the one whose centre is
+    nearest to the centre of all characters."""
     top, bottom, left, right = Window.official(picture, frame).part
     rows = bottom - top < right - left
     length = min(bottom - top, right - left)
@@ -112,8 +118,10 @@ def _cropped(stats: MaskStats, picture: Size, frame: Size) -> Window:
 
 
 def _best_place(lines: Sequence[tuple[np.ndarray, np.ndarray]], sizes: Sequence[np.ndarray], length: float) -> float:
-    """Where a window of this length begins, as a share of the side. lines: of each character the pixels by row or
-    column, and the edges of these; sizes: what losses are held against."""
+    """Position at which a window of this length begins; both are shares of the side.
+
+    lines   for each character: pixels by row or column [N, n], and edges of these [n + 1]
+    sizes   for each character: reference sizes for the loss, [N]"""
     touched = np.logical_or.reduce([(counts > 1).any(0) for counts, _ in lines])
     edges = lines[0][1]
     wanted = 0.5
@@ -134,15 +142,15 @@ def _best_place(lines: Sequence[tuple[np.ndarray, np.ndarray]], sizes: Sequence[
 
 
 def _before(counts: np.ndarray, edges: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Pixels of counts [N, n] that lie before each place, [N, places]."""
+    """Number of pixels, of counts [N, n], before each place, [N, places]."""
     sums = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(counts, axis=1)], axis=1)
     at = np.interp(places, edges, np.arange(len(edges)))
-    whole = np.minimum(at.astype(int), len(edges) - 2)
-    return sums[:, whole] + (at - whole) * (sums[:, whole + 1] - sums[:, whole])
+    low = np.minimum(at.astype(int), len(edges) - 2)
+    return sums[:, low] + (at - low) * (sums[:, low + 1] - sums[:, low])
 
 
-def cropped_findings(framed: Framed, file: str, cure: str, start: int | None = None) -> list[Finding]:
-    """What is said of characters that the window cuts. `start`: of the clip; None for an image."""
+def cropped_findings(framed: Framed, file: str, remedy: str, start: int | None = None) -> list[Finding]:
+    """Findings about characters that the window cuts. start: first frame of the clip; None for an image."""
     height, width = framed.window.frame
     found = []
     for colour, kept in framed.kept.items():
@@ -153,17 +161,17 @@ def cropped_findings(framed: Framed, file: str, cure: str, start: int | None = N
         if where:
             says += f"; in {ranges_text(where)} it shows less than {percent(CUT)} (least: {percent(kept.least)})"
         severity: Severity = "error" if kept.share < LOST else "warning"
-        found.append(Finding(severity, CROPPED, file, f"{says}.", cure, where))
+        found.append(Finding(severity, CROPPED, file, f"{says}.", remedy, where))
     return found
 
 
-def cure_of(framed: Framed, stats: MaskStats) -> str:
-    """Which option keeps the characters that the window cuts; "" where it keeps them."""
+def remedy_for(framed: Framed, stats: MaskStats) -> str:
+    """The sentence about the option that keeps the characters; "" if the window keeps them."""
     window = framed.window
     if _holds(framed.kept):
         return ""
     better = choose_window(stats, window.source, window.frame, "auto")
     if better.way == "official":
-        return "--fit auto keeps them."
-    how = "moves the window onto the characters" if better.way == "crop" else "shows the whole picture with margins"
-    return f"--fit auto keeps it: it {how} (--fit {better.way})."
+        return "Use --fit auto to keep them."
+    how = "moves the window onto the characters" if better.way == "crop" else "shows the complete image with margins"
+    return f"Use --fit auto, which {how} (--fit {better.way})."

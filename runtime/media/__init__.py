@@ -1,1 +1,1 @@
-"""Pictures, videos and sound: reading and writing."""
+"""Images, videos and audio: reading and writing."""

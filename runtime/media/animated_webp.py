@@ -1,8 +1,8 @@
 """Animated WebP as a video.
 
-FFmpeg has no decoder for it (for still pictures only), Pillow has. The frames are stored without loss in a Matroska
-file in memory, with their own times, so that everything behind `media` sees an ordinary video. Such files are short:
-they come from chats and sticker sets.
+FFmpeg decodes still WebP images only, so Pillow reads the frames. They are stored losslessly, with their presentation
+times, in a Matroska file in memory, which the rest of `media` reads like any other video. Such files are short: they
+come from chats and sticker sets.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _ANIMATED = 0x02  # flag of the VP8X chunk (WebP container specification, "Exten
 
 
 def is_animated_webp(path: Path) -> bool:
+    """Whether a file is a WebP container with the animation flag."""
     with path.open("rb") as file:
         head = file.read(21)
     return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & _ANIMATED)
 
 
 def as_matroska(path: Path) -> io.BytesIO:
-    """The animation as Matroska with lossless video (with alpha where it has any). Raises `InputError` for a damaged
-    file."""
+    """The animation as Matroska with lossless video, including alpha. Raises InputError if the file is damaged."""
     from PIL import Image, ImageSequence
 
     memory = io.BytesIO()

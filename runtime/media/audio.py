@@ -1,12 +1,11 @@
-"""The driving video's audio in the result, and the final file.
+"""Copies or encodes the driving clip's audio, and writes the final file.
 
-Every audio track that can be decoded is kept. In mp4 and mov, a track whose codec players of that format read is
-copied, packet by packet, untouched; any other is encoded to AAC, where a damaged packet becomes silence. The cut at the
-start is exact to the sample either way: of a copied track, packets up to `_PREROLL_S` before it are kept with negative
-times, which mp4 stores as an edit list (the decoder needs them to warm up, the player does not play them); of an
-encoded track, samples are cut. Matroska and WebM hold no negative times, so every track is encoded, to Opus, and keeps
-the exact cut. The end is exact as the track's stated duration; the data of the last packet may run over it (by about
-20 ms at most).
+All audio tracks that can be decoded are kept. In mp4 and mov, a track is copied packet by packet if players of that
+format support its codec. Other tracks are encoded to AAC, and damaged packets become silence. The cut at the start is
+exact to the sample in both cases. In a copied track, packets up to `_PREROLL_S` before the cut are kept with negative
+times, which mp4 stores as an edit list: the decoder needs them to start up, and players do not play them. In an encoded
+track, samples are cut. Matroska and WebM cannot store negative times, so all tracks are encoded, to Opus. At the end,
+the track's stated duration is exact, but the data of the last packet may exceed it by up to about 20 ms.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import av
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.warnings import warn
 
@@ -29,20 +29,20 @@ _COPIED = {  # container: codecs
     "mp4": frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}),
     "mov": frozenset({"aac", "mp3", "ac3", "eac3", "alac"}),
 }
-_PREROLL_S = Fraction(1, 10)  # Opus wants 80 ms, AAC one or two packets, MP3 a few
+_PREROLL_S = Fraction(1, 10)  # Opus needs 80 ms, AAC one or two packets, MP3 a few
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 _BIT_RATE = 192_000
 _OPUS_RATE = 48_000
-_FRAME_SAMPLES = {"aac": 1024, "libopus": 960}  # of one packet
-_GAP_S = Fraction(1, 100)  # less is the rounding of a container's times
+_FRAME_SAMPLES = {"aac": 1024, "libopus": 960}  # samples per packet
+_GAP_S = Fraction(1, 100)  # shorter gaps are rounding errors of the container's times
 
 _Timed = tuple[Fraction, Any]  # seconds in the result, packet
 
 
 def open_audio(path: Path) -> Any:
-    """The opened container; `InputError` when it cannot be opened. It may hold no audio: then the result has none."""
+    """Open a file that may hold audio. Raises InputError if it cannot be opened."""
     try:
-        return av.open(str(path.absolute()))  # absolute: FFmpeg takes what precedes a colon for a protocol
+        return av.open(str(path.absolute()))  # absolute: FFmpeg reads text before a colon as a protocol
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"The audio of {path} cannot be read ({error}): re-encode the file.") from error
 
@@ -57,10 +57,16 @@ def remux(
     start_s: Fraction = Fraction(0),
     comment: str | None = None,
 ) -> None:
-    """Writes `target` (mp4 and mov with the index in front) from the encoded `video`, copied, and the audio of
-    `audio_from` between `start_s` and `start_s + end_s` seconds after that file's first video frame. `ticks` per second
-    is the video track's timescale, `end_s` the video's exact duration, `frame_rate` what Matroska states beside the
-    times, `comment` the text of the tag of that name."""
+    """Write `target` from the encoded `video`, which is copied, and the audio of `audio_from`. In mp4 and mov the index
+    precedes the data.
+
+    frame_rate   the rate that Matroska states in addition to the frames' times
+    ticks        per second: timescale of the video track
+    end_s        exact duration of the video in seconds
+    start_s      the audio starts this many seconds after the first video frame of `audio_from`
+    comment      text of the metadata tag `comment`
+
+    Raises InputError if `audio_from` cannot be opened, and av.FFmpegError or OSError if writing fails."""
     kind = container_of(target).muxer
     options = {"fflags": "+bitexact"}  # else Matroska writes random numbers
     if mp4 := kind in ("mp4", "mov"):
@@ -73,7 +79,7 @@ def remux(
         if comment is not None:
             out.metadata["comment"] = comment
         picture = source.streams.video[0]
-        copy = out.add_stream_from_template(picture, opaque=True)  # by codec: an AV1 decoder has no encoder of its name
+        copy = out.add_stream_from_template(picture, opaque=True)  # opaque: no encoder has the name of the AV1 decoder
         if mp4:
             copy.codec_context.codec_tag = picture.codec_context.codec_tag
             copy.time_base = Fraction(1, ticks)
@@ -82,7 +88,7 @@ def remux(
         tracks: list[Iterator[_Timed]] = [_video_packets(source, picture, copy, end_s)]
         if audio_from is not None:
             zero = first_frame_s(audio_from) + start_s
-            for index in known_tracks(audio_from):  # a container of its own for each, so that they can be read in step
+            for index in known_tracks(audio_from):  # a separate container per track, because they are read alternately
                 container = stack.enter_context(open_audio(audio_from))
                 stream = container.streams.audio[index]
                 if mp4 and stream.codec_context.codec.canonical_name in _COPIED[kind]:
@@ -95,15 +101,18 @@ def remux(
 
 
 def known_tracks(path: Path) -> list[int]:
-    """Numbers of the audio tracks whose codec is known here (`probe_video` warns of the others)."""
+    """Numbers of the audio tracks that can be decoded; `probe_video` warns of the others. Raises InputError if the file
+    cannot be opened."""
     with open_audio(path) as container:
         return [i for i, track in enumerate(container.streams.audio) if track.codec_context is not None]
 
 
 def first_frame_s(path: Path) -> Fraction:
-    """Presentation time of the first video frame of a file in its own timeline, in seconds (0 without video).
+    """Presentation time of a file's first video frame in seconds; 0 without video. Raises InputError if the file cannot
+    be opened.
 
-    An avi has no such times, it shows its n-th frame at n / rate; FFmpeg's guess is late by the decoder's delay."""
+    An AVI file stores no presentation times: frame n is shown at n / rate. FFmpeg's estimate is late by the delay of
+    the decoder."""
     with open_audio(path) as container:
         stream = container.streams.best("video")
         if stream is None:
@@ -115,6 +124,7 @@ def first_frame_s(path: Path) -> Fraction:
 
 
 def _video_packets(container: Any, stream: Any, copy: Any, end_s: Fraction) -> Iterator[_Timed]:
+    """The packets of the video, for the stream `copy`. The last one is shown until `end_s`."""
     previous = None
     for packet in container.demux(stream):
         if previous is not None:
@@ -126,11 +136,13 @@ def _video_packets(container: Any, stream: Any, copy: Any, end_s: Fraction) -> I
 
 
 def _copied(container: Any, stream: Any, copy: Any, zero: Fraction, end_s: Fraction) -> Iterator[_Timed]:
-    """Times are counted in samples: a container's own unit may be a whole packet (AVI), too coarse for the cut."""
+    """Packets of a track for the stream `copy`, with times from `zero` to `end_s` seconds after it.
+
+    Times are in samples, because a container's unit may be one packet (AVI), which is too coarse for the cut."""
     unit = Fraction(1, stream.codec_context.sample_rate or 48_000)
     timeline, previous = _Timeline(unit.denominator), None
     for packet in container.demux(stream):
-        if packet.pts is None or packet.is_corrupt:  # of a file cut short, the last one
+        if packet.pts is None or packet.is_corrupt:  # the last packet of a truncated file
             continue
         duration = round((packet.duration or 0) * stream.time_base / unit)
         packet.pts = timeline.place(round((packet.pts * stream.time_base - zero) / unit), duration)
@@ -138,7 +150,7 @@ def _copied(container: Any, stream: Any, copy: Any, zero: Fraction, end_s: Fract
         begin = packet.pts * unit
         if begin >= end_s:
             return
-        repeats = previous is not None and packet.pts <= previous  # no container takes it
+        repeats = previous is not None and packet.pts <= previous  # no format accepts equal times
         if begin + duration * unit > -_PREROLL_S and not repeats:
             previous = packet.pts
             _end_at(packet, end_s)
@@ -147,14 +159,15 @@ def _copied(container: Any, stream: Any, copy: Any, zero: Fraction, end_s: Fract
 
 
 class _Timeline:
-    """Times of a track in samples. Where they fall back by more than a second, as in transport streams that were joined
-    end to end, they go on behind what was there, as the frames do."""
+    """Makes the times of a track continuous, in samples. If they jump back by more than a second, as in concatenated
+    transport streams, later pieces follow the end of the earlier ones, as video frames do."""
 
     def __init__(self, rate: int) -> None:
         self._rate, self._shift = rate, 0
         self._end: int | None = None
 
     def place(self, position: int, length: int) -> int:
+        """The continuous time of a piece of `length` samples at the stored time `position`."""
         if self._end is not None and position + self._shift < self._end - self._rate:
             self._shift = self._end - position
         self._end = position + self._shift + length
@@ -162,12 +175,12 @@ class _Timeline:
 
 
 def _end_at(packet: Any, end_s: Fraction) -> None:
-    """Shortens a packet that would play beyond the end; its data stays whole."""
+    """Shorten the duration of a packet that exceeds the end; its data is not changed."""
     packet.duration = min(packet.duration or 0, round(end_s / packet.time_base) - packet.pts)
 
 
 def _add_track(stream: Any, out: Any, aac: bool) -> Any:
-    """An AAC or Opus track for the decoded `stream`, of a sample rate and layout that the codec can hold."""
+    """Add an AAC or Opus track for `stream`, with a sample rate and channel layout that the codec supports."""
     rate = stream.codec_context.sample_rate if aac else _OPUS_RATE
     rate = rate if rate in _AAC_RATES else next((r for r in reversed(_AAC_RATES) if r >= rate), 48000)
     layout = {1: "mono", 2: "stereo", 6: "5.1"}.get(stream.codec_context.channels, "stereo")
@@ -178,6 +191,7 @@ def _add_track(stream: Any, out: Any, aac: bool) -> Any:
 
 
 def _encoded(container: Any, stream: Any, track: Any, zero: Fraction, end_s: Fraction) -> Iterator[_Timed]:
+    """Packets of a track encoded for the stream `track`, from `zero` to `end_s` seconds after it."""
     rate, layout = track.codec_context.sample_rate, track.codec_context.layout.name
 
     def packets(frame: Any) -> Iterator[_Timed]:
@@ -196,14 +210,16 @@ def _encoded(container: Any, stream: Any, track: Any, zero: Fraction, end_s: Fra
 def samples_of(
     container: Any, stream: Any, layout: str, rate: int, zero: Fraction, end_s: Fraction
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(position, samples fp32 [channels, n]) pieces of a track, resampled, between `zero` and `zero + end_s` seconds of
-    its file; position counts from `zero`. Pieces may leave gaps, and overlap."""
+    """Decode and resample the part of a track between `zero` and `zero + end_s` seconds of its file.
+
+    Yields (position, samples): position in samples from `zero`, samples fp32 [channels, n]. Pieces may overlap or leave
+    gaps."""
     frames = _resampled(_decoded(container, stream), layout, rate)
     return _samples(frames, round(zero * rate), round(end_s * rate))
 
 
 def _samples(frames: Iterator[Any], first: int, total: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(position, samples [channels, n]) pieces of the resampled track within 0 ≤ position < total."""
+    """Yield (position, samples [channels, n]) with 0 ≤ position < total; position 0 is sample `first` of the track."""
     timeline: _Timeline | None = None
     for frame in frames:
         timeline = timeline or _Timeline(frame.sample_rate)
@@ -215,7 +231,8 @@ def _samples(frames: Iterator[Any], first: int, total: int) -> Iterator[tuple[in
 
 
 def _resampled(frames: Iterator[Any], layout: str, rate: int) -> Iterator[Any]:
-    """The frames as fltp. A track may change its rate or layout on the way (broadcasts do); a resampler cannot."""
+    """Resample frames to `rate` and `layout` in planar floats. A track may change its rate or layout in the middle, as
+    broadcasts do, so each change starts a new resampler."""
     resampler, kind = None, None
     for frame in frames:
         if resampler is None or kind != (frame.format.name, frame.layout.name, frame.sample_rate):
@@ -229,8 +246,8 @@ def _resampled(frames: Iterator[Any], layout: str, rate: int) -> Iterator[Any]:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The track's frames. For a packet that cannot be decoded there is silence as long as the frame before it, so that
-    what follows keeps its time."""
+    """The frames of a track. A packet that cannot be decoded becomes silence of the length of the previous frame, so
+    that later frames keep their times."""
     last, lost = None, 0
     for packet in container.demux(stream):
         try:
@@ -241,10 +258,11 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         for last in frames:
             yield last
     if lost:
-        warn(f"{container.name}: {lost} damaged audio packets were replaced by silence.")
+        warn(f"Silence replaces {counted(lost, 'damaged audio packet')} of {container.name}.")
 
 
 def _silence_after(frame: Any) -> Any:
+    """A silent frame of the format and length of `frame`, timed after it."""
     silent = av.AudioFrame(frame.format.name, frame.layout.name, frame.samples)
     for plane in silent.planes:
         plane.update(bytes(plane.buffer_size))
@@ -254,8 +272,8 @@ def _silence_after(frame: Any) -> Any:
 
 
 def _blocks(pieces: Iterator[tuple[int, np.ndarray]], tolerance: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The same samples in pieces of `size`, the last one shorter. Gaps of more than `tolerance`
-    samples are filled with silence and longer overlaps cut, so that no error adds up."""
+    """Regroup pieces into blocks of `size` samples; the last may be shorter. Gaps and overlaps of more than `tolerance`
+    samples are filled with silence or cut, so that errors do not add up."""
     begin, held = 0, None
     for position, samples in pieces:
         if held is None:

@@ -1,9 +1,9 @@
-"""Videos wherever they are: a file, a folder of images, or frames in memory, read in the same way.
+"""One interface to videos in files, folders of images and memory.
 
-`probe` tells what a video is and `open_video` reads its frames; both take a path or a `Clip`. Equal frames in a file
-and in memory give equal results. A clip whose frames can be read only once is written to a temporary file first
-(`rereadable`), in H.264 RGB at crf 0, which is bit-identical when it is read. A clip is resampled by choosing frames:
-`nearest_frames` says which, and `open_video` reads only those.
+`probe` returns the properties of a video and `open_video` reads its frames; both accept a path or a `Clip`. Equal
+frames in a file and in memory give equal results. A clip that can be read only once is first written to a temporary
+file (`rereadable`), in H.264 RGB at crf 0, so that its frames are read back bit-identical. To change the frame rate,
+`nearest_frames` selects frames and `open_video` reads only those.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from scail2_rt.runtime.media.images import as_pixels, images_in, load_image
 from scail2_rt.runtime.media.lossless import write_video
 from scail2_rt.runtime.media.video_reader import VideoInfo, VideoReader, probe_video
 
-HASHED_AT_ONCE = 8  # frames
-FOLDER_RATE = Fraction(16)  # frames per second of a folder of images, unless another rate is given: the model's own
+_CHUNK = 8  # frames read at once
+FOLDER_RATE = Fraction(16)  # frames per second of a folder of images if none is given: the rate of the model
 
 
 class FrameReader(Protocol):
-    """Frames of a video in order. position: number of the next frame; name: what messages call the video."""
+    """Reads the frames of a video in order. position: number of the next frame; name: of the video, in messages."""
 
     name: str
     position: int
@@ -46,7 +46,7 @@ class FrameReader(Protocol):
         ...
 
     def skip(self, count: int) -> None:
-        """Pass over frames, at most to the end."""
+        """Skip frames, at most to the end."""
         ...
 
     def close(self) -> None: ...
@@ -61,11 +61,11 @@ class FrameReader(Protocol):
 def open_video(
     source: ClipSource, start: int = 0, chosen: Sequence[int] | None = None, tell: Tell = untold
 ) -> FrameReader:
-    """The frames of a file, a folder of images or a clip. Raises InputError when it cannot be read or ends too early.
+    """Open a file, a folder of images or a clip. Raises InputError if it cannot be read or ends before `start`.
 
-    start    number of the first frame, counted in `chosen` if that is given
-    chosen   numbers of the frames to read, never falling (`nearest_frames`); None: all of them
-    tell     called with the share of a file that is read"""
+    start    number of the first frame, or its index in `chosen`
+    chosen   numbers of the frames to read, in non-decreasing order (`nearest_frames`); None: all frames
+    tell     called with the share of a file that has been read"""
     if chosen is not None:
         return _ChosenFrames(open_video(source, chosen[start]), chosen[start:])
     source = _folder_as_clip(source)
@@ -73,14 +73,16 @@ def open_video(
 
 
 def probe(source: ClipSource, folder_rate: Fraction | None = None, tell: Tell = untold) -> VideoInfo:
-    """What a video is, by reading it to its end; `folder_rate` is the rate of a folder of images, `tell` is called with
-    the share of a file that is read. Raises InputError for what is no usable video."""
+    """Read a video to its end and return its properties. Raises InputError if it is not a usable video.
+
+    folder_rate   frames per second of a folder of images; None: `FOLDER_RATE`
+    tell          called with the share of a file that has been read"""
     source = _folder_as_clip(source, folder_rate or FOLDER_RATE)
     return probe_clip(source) if isinstance(source, Clip) else probe_video(Path(source), tell)
 
 
 def is_folder(source: ClipSource) -> bool:
-    """Is it a folder of images, whose frames have no times?"""
+    """Whether the source is a folder of images, whose frames have no times."""
     return not isinstance(source, Clip) and Path(source).is_dir()
 
 
@@ -91,7 +93,8 @@ def _folder_as_clip(source: ClipSource, rate: Fraction = FOLDER_RATE) -> ClipSou
 
 
 class _FolderFrames:
-    """The images of a folder in the order of the numbers in their names, transparent pixels black."""
+    """The images of a folder, sorted by the numbers in their names; transparent pixels are black. Raises InputError for
+    a case folder, a folder without images, and images of different sizes."""
 
     def __init__(self, folder: Path) -> None:
         if any(path.stem.lower() in ("driving", "rendered_v2") for path in official_files(folder)):
@@ -114,10 +117,10 @@ class _FolderFrames:
 
 
 def nearest_frames(video: VideoInfo, rate: Fraction) -> tuple[int, ...]:
-    """For each frame of the video at another rate, the number of its own frame that is nearest in time.
+    """For each frame of the video resampled to `rate`, the number of the original frame that is nearest in time.
 
-    Output frame k is at k / rate seconds. It exists if the video lasts that long, where a last frame lasts 1 / its
-    rate. Of two frames that are equally near, the earlier one is taken. Times are exact fractions."""
+    Output frame k is at k / rate seconds, for all k / rate before the end of the video. Its last frame lasts one period
+    of its own rate. Of two equally near frames the earlier is used. Times are exact fractions."""
     times = video.timestamps or [number / video.frame_rate for number in range(video.frames)]
     lasts_s = times[-1] + 1 / video.frame_rate
     chosen, number = list[int](), 0
@@ -130,8 +133,8 @@ def nearest_frames(video: VideoInfo, rate: Fraction) -> tuple[int, ...]:
 
 
 def own_span(source: ClipSource, rate: Fraction | None, start: int, frames: int | None) -> tuple[int, int | None]:
-    """`start` and `frames`, counted at another rate, in the video's own frames. Of a folder of images, whose rate is
-    the one that is given, and without a rate they are unchanged. Raises InputError if `start` is beyond the end."""
+    """Convert `start` and `frames`, counted at `rate`, to frames of the video. They are unchanged if `rate` is None, or
+    for a folder of images, whose rate is `rate`. Raises InputError if `start` is beyond the end."""
     if rate is None or is_folder(source):
         return start, frames
     chosen = nearest_frames(probe(source), rate)
@@ -145,18 +148,18 @@ def check_start(start: int, total: int, rate: Fraction | None) -> None:
     if start >= total:
         at = "" if rate is None else f" at {float(rate):.6g} fps"
         raise InputError(
-            f"--start {start} is beyond the end of the driving video, whose frames are 0 to {total - 1}{at}: start "
-            "earlier."
+            f"--start {start} is beyond the end of the driving clip, whose frames are 0 to {total - 1}{at}: "
+            "start earlier."
         )
 
 
 class _ChosenFrames:
-    """Frames of another reader by their numbers: some are passed over, others come several times."""
+    """Frames of another reader by their numbers; some may be skipped and others repeated."""
 
     def __init__(self, reader: FrameReader, chosen: Sequence[int]) -> None:
         self.name, self.position = reader.name, 0
         self._reader, self._chosen = reader, iter(chosen)
-        self._frame = np.empty((0, 0, 0, 3), np.uint8)  # the last one that was read
+        self._frame = np.empty((0, 0, 0, 3), np.uint8)  # the last frame read, [1, H, W, 3]
 
     def read(self, count: int) -> np.ndarray:
         """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
@@ -172,7 +175,7 @@ class _ChosenFrames:
         return np.concatenate(frames) if frames else self._frame[:0]
 
     def skip(self, count: int) -> None:
-        """Pass over frames, at most to the end."""
+        """Skip frames, at most to the end."""
         self.position += sum(1 for _ in itertools.islice(self._chosen, count))
 
     def close(self) -> None:
@@ -186,7 +189,8 @@ class _ChosenFrames:
 
 
 class ClipReader:
-    """Frames of a clip in memory. Of what can be sliced only the slices that are read are made."""
+    """Frames of a clip in memory. Only the slices that are read are computed. Raises InputError if the clip ends before
+    `start`."""
 
     def __init__(self, clip: Clip, start: int = 0) -> None:
         self.name, self.position = clip.name, 0
@@ -196,12 +200,12 @@ class ClipReader:
         self.skip(start)
         if self.position < start:
             raise InputError(
-                f"{self.name} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: start "
-                "earlier."
+                f"{self.name} has {counted(self.position, 'frame')}, so it cannot start at frame {start}: "
+                "start earlier."
             )
 
     def skip(self, count: int) -> None:
-        """Pass over frames, at most to the end."""
+        """Skip frames, at most to the end."""
         if self._slices is None:
             self.position += sum(1 for _ in itertools.islice(self._frames, count))
         else:
@@ -228,12 +232,13 @@ class ClipReader:
 
 
 def sliceable(frames: Any) -> bool:
-    """An array of frames, or what has the shape of one and gives arrays when it is sliced."""
+    """Whether `frames` is an array of frames, or has the shape of one and gives arrays when it is sliced."""
     return len(getattr(frames, "shape", ())) == 4
 
 
 def _checked_frames(clip: Clip) -> Generator[np.ndarray, None, None]:
-    """A generator of the clip's frames as arrays. InputError for a frame of another type or size than the first."""
+    """The frames of a clip as uint8 arrays [H, W, 3]. Raises InputError for a frame of the wrong type, or of another
+    size than the first."""
     shape: tuple[int, ...] | None = None
     for number, frame in enumerate(clip.frames):
         pixels = as_pixels(frame, f"Frame {number} of the {clip.name}")
@@ -247,7 +252,8 @@ def _checked_frames(clip: Clip) -> Generator[np.ndarray, None, None]:
 
 
 def probe_clip(clip: Clip) -> VideoInfo:
-    """What a clip in memory is; every frame is looked at. Raises InputError if it holds none or a wrong one."""
+    """The properties of a clip in memory. Raises InputError if it holds no frame, or one of the wrong type or size;
+    only the first frame of an array is checked."""
     frames: Any = clip.frames
     if isinstance(frames, np.ndarray) and frames.ndim != 4:
         raise InputError(
@@ -267,8 +273,9 @@ def probe_clip(clip: Clip) -> VideoInfo:
 
 
 def rereadable(source: ClipSource, name: str) -> ClipSource:
-    """The source, under this name in messages; frames that can be read once only (a generator) are kept in a temporary
-    file, without loss, for as long as the result is."""
+    """Return the source with `name` as its name in messages. Frames that can be read only once (a generator) are
+    written losslessly to a temporary file, which exists as long as the result. Raises InputError for frames of a wrong
+    type, and Scail2Error if the temporary file cannot be written."""
     if not isinstance(source, Clip):
         return source
     clip = replace(source, name=name) if source.name == "clip" else source
@@ -281,7 +288,7 @@ def rereadable(source: ClipSource, name: str) -> ClipSource:
 
 
 class _Spooled:
-    """Frames that were read once, in a temporary file that goes with this object."""
+    """Frames of a clip in a temporary file, which is removed with this object."""
 
     def __init__(self, clip: Clip) -> None:
         handle, path = tempfile.mkstemp(prefix="scail2-rt-", suffix=".mp4")
@@ -296,13 +303,13 @@ class _Spooled:
             write_video(self._path, itertools.chain([first], frames), clip.rate)
         except OSError as error:
             raise Scail2Error(
-                f"The {clip.name} could not be kept in the temporary file {path} ({error}): free space there, or give "
-                "frames that can be read twice."
+                f"The {clip.name} could not be kept in the temporary file {path} ({error}): "
+                "free space there, or give frames that can be read twice."
             ) from error
 
     def __iter__(self) -> Iterator[np.ndarray]:
         with VideoReader(self._path) as reader:
-            while len(frames := reader.read(HASHED_AT_ONCE)):
+            while len(frames := reader.read(_CHUNK)):
                 yield from frames
 
 
@@ -312,12 +319,12 @@ def _remove(path: str) -> None:
 
 
 def clip_hash(clip: ClipSource) -> str:
-    """SHA-256 of rate, size and frames of a clip, or of a folder of images."""
+    """SHA-256 (hexadecimal) of rate, size and frames of a clip, or of a folder of images."""
     clip = _folder_as_clip(clip)
     assert isinstance(clip, Clip)
     digest = hashlib.sha256(str(clip.rate).encode())
     with ClipReader(clip) as reader:
-        while len(frames := reader.read(HASHED_AT_ONCE)):
+        while len(frames := reader.read(_CHUNK)):
             digest.update(repr(frames.shape[1:]).encode())
             digest.update(np.ascontiguousarray(frames).data)
     return digest.hexdigest()

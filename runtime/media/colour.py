@@ -1,16 +1,16 @@
-"""sRGB and CIELAB (CIE 1976), for what measures or moves colours as eyes see them: the colour anchor, and the quality
+"""Conversion between sRGB and CIELAB (CIE 1976), for perceptual colour differences in the colour anchor and the quality
 benchmark."""
 
 import torch
 from torch import Tensor
 
-# Linear sRGB to XYZ (IEC 61966-2-1, D65), rows divided by the white point: white becomes (1, 1, 1).
+# Linear sRGB to XYZ (IEC 61966-2-1, D65), which `_rgb_to_xyz` scales so that white becomes (1, 1, 1).
 _RGB_TO_XYZ = (
     (0.4124564, 0.3575761, 0.1804375),
     (0.2126729, 0.7151522, 0.0721750),
     (0.0193339, 0.1191920, 0.9503041),
 )
-_EDGE = 6 / 29  # of CIELAB's cube root and its linear part
+_EDGE = 6 / 29  # between the cube root and the linear part of CIELAB
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:
-    """The way back; what lies outside sRGB leaves 0..1."""
+    """CIELAB [3, ...] → sRGB [3, ...]; colours outside the sRGB gamut leave 0..1."""
     light, a, b = lab
     y = (light + 16) / 116
     root = torch.stack([y + a / 500, y, y - b / 200])

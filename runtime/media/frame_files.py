@@ -1,8 +1,7 @@
-"""Outputs that are made frame by frame from a lossless video: a GIF, and a folder of PNG files.
+"""Conversion of a lossless video to a GIF or a folder of PNG files, neither of which holds audio.
 
-A GIF has one palette per clip: FFmpeg's `palettegen` chooses 255 colours over all frames, `paletteuse` dithers to them.
-Its times are whole hundredths of a second, and players slow down frames shorter than two; frames that would be shorter
-are left out. Neither kind holds audio.
+A GIF has one palette for all frames: FFmpeg's `palettegen` chooses 255 colours and `paletteuse` dithers to them. GIF
+times are multiples of 10 ms. Players slow down frames shorter than 20 ms, so frames that would be shorter are left out.
 """
 
 import os
@@ -18,11 +17,12 @@ from av.filter import Graph
 from scail2_rt.runtime.core.warnings import warn
 
 _CENTISECOND = Fraction(1, 100)
-_SHORTEST = 2  # hundredths of a second
+_SHORTEST = 2  # hundredths of a second: shortest duration of a GIF frame
 
 
 def write_images(video: Path, folder: Path, comment: str | None = None) -> None:
-    """The frames of a video as `folder/000000.png`, …; `comment` is stored in each of them (PNG's iTXt)."""
+    """Write the frames of a video as `folder/000000.png`, …, each with `comment` as an iTXt chunk. An existing folder
+    is replaced."""
     from PIL.PngImagePlugin import PngInfo
 
     remove(folder)
@@ -30,17 +30,16 @@ def write_images(video: Path, folder: Path, comment: str | None = None) -> None:
     about = PngInfo()
     if comment is not None:
         about.add_itxt("comment", comment)
-    with av.open(str(video.absolute())) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            with (folder / f"{number:06d}.png").open("wb") as file:
-                frame.to_image().save(file, "PNG", pnginfo=about)
-                file.flush()
-                os.fsync(file.fileno())
+    for number, frame in _decoded(video):
+        with (folder / f"{number:06d}.png").open("wb") as file:
+            frame.to_image().save(file, "PNG", pnginfo=about)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_gif(video: Path, target: Path, end_s: Fraction, comment: str | None = None) -> None:
-    """The frames of a video that ends at `end_s` seconds as a GIF that repeats. `comment`: ASCII text for a comment
-    extension, which FFmpeg does not write."""
+    """Write a video that ends at `end_s` seconds as a looping GIF. `comment` is ASCII text for a comment extension,
+    which is inserted afterwards because FFmpeg does not write it."""
     kept = list(_kept_times(video))
     end = max(round(end_s / _CENTISECOND), kept[-1][1] + _SHORTEST)
     options = {"final_delay": str(end - kept[-1][1])}
@@ -58,19 +57,20 @@ def write_gif(video: Path, target: Path, end_s: Fraction, comment: str | None = 
 
 
 def _decoded(video: Path) -> Iterator[tuple[int, Any]]:
-    """Numbered frames."""
+    """Yield (number, frame)."""
     with av.open(str(video.absolute())) as container:
         yield from enumerate(container.decode(video=0))
 
 
 def _size(video: Path) -> tuple[int, int]:
+    """(width, height)."""
     with av.open(str(video.absolute())) as container:
         stream = container.streams.video[0]
         return stream.width, stream.height
 
 
 def _kept_times(video: Path) -> Iterator[tuple[int, int]]:
-    """(number of a frame, its time in hundredths of a second), without frames that no player shows in time."""
+    """Yield (number, time in hundredths of a second) of the frames to keep; warns if frames are left out."""
     before, number, left_out = -_SHORTEST, -1, 0
     with av.open(str(video.absolute())) as container:
         times = sorted(p.pts * p.time_base for p in container.demux(video=0) if p.pts is not None)
@@ -83,13 +83,13 @@ def _kept_times(video: Path) -> Iterator[tuple[int, int]]:
         yield number, time
     if left_out:
         warn(
-            f"GIF players show at most 50 frames per second: {left_out} of {number + 1} frames are left out. Use .webm "
-            "to keep them."
+            f"GIF players show at most 50 frames per second, so {left_out} of {number + 1} frames will be missing: "
+            "use .webm to keep them."
         )
 
 
 def _paletted(video: Path, times: dict[int, int]) -> Iterator[Any]:
-    """The frames at these times (number → hundredths of a second), in the colours of one palette."""
+    """Yield the frames in `times` (number → time in hundredths of a second), reduced to one palette."""
     size: dict[str, Any] = {**dict(zip(("width", "height"), _size(video), strict=True)), "time_base": _CENTISECOND}
     graph: Any = Graph()
     frames, generate, sink = graph.add_buffer(format="rgb24", **size), graph.add("palettegen"), graph.add("buffersink")
@@ -121,6 +121,7 @@ def _paletted(video: Path, times: dict[int, int]) -> Iterator[Any]:
 
 
 def _pulled(sink: Any) -> Iterator[Any]:
+    """The frames that a filter graph has ready."""
     while True:
         try:
             yield sink.pull()
@@ -129,7 +130,7 @@ def _pulled(sink: Any) -> Iterator[Any]:
 
 
 def _at(frame: Any, time: int) -> Any:
-    """The frame at this time, in hundredths of a second; a video frame in RGB."""
+    """Set the time of a frame, in hundredths of a second; convert a video frame to RGB."""
     if frame.format.name == "gbrp":
         frame = frame.reformat(format="rgb24")
     frame.pts, frame.time_base = time, _CENTISECOND
@@ -137,7 +138,7 @@ def _at(frame: Any, time: int) -> Any:
 
 
 def _insert_comment(gif: Path, comment: bytes) -> None:
-    """Puts a comment extension (GIF89a §24) behind the global colour table, where readers look for it."""
+    """Insert a comment extension (GIF89a §24) after the global colour table, where readers look for it."""
     data = gif.read_bytes()
     start = 13 + (3 << ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
     blocks = [comment[i : i + 255] for i in range(0, len(comment), 255)]
@@ -146,15 +147,17 @@ def _insert_comment(gif: Path, comment: bytes) -> None:
 
 
 def is_frame_folder(path: Path) -> bool:
-    """Whether a folder holds numbered PNG files and nothing else, or nothing."""
+    """Whether a path is a folder that is empty or holds only PNG files with numbers as names."""
     return path.is_dir() and all(
         file.suffix == ".png" and file.stem.isdecimal() and file.is_file() for file in path.iterdir()
     )
 
 
 def replace_output(temporary: Path, output: Path) -> None:
-    """Moves a complete file or folder into its place. A folder that is there is moved aside first, since a file system
-    replaces only files in one step, and is moved back if that fails."""
+    """Rename a complete file or folder to `output`, replacing what exists there. Raises OSError if that fails.
+
+    A rename replaces a file but not a folder, so an existing folder is renamed first, and restored if the second rename
+    fails."""
     old = output.with_name(f".{output.name}.old")
     aside = temporary.is_dir() and (output.is_dir() or output.is_symlink())
     if aside:
@@ -167,11 +170,11 @@ def replace_output(temporary: Path, output: Path) -> None:
             os.replace(old, output)
         raise
     if output.is_dir():
-        remove(old)  # also what a run that was killed here has left
+        remove(old)  # also the leftover of a run that was killed at this point
 
 
 def remove(path: Path) -> None:
-    """A file, a folder with its files, or nothing that is there; of a link, the link."""
+    """Remove a file, a folder with its contents, or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

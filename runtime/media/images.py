@@ -1,4 +1,4 @@
-"""Reading images, with Pillow, as a viewer shows them: RGB 8-bit, upright, without transparency.
+"""Reads images with Pillow as viewers show them: 8-bit RGB, upright, without transparency.
 
 HEIC needs the package `pillow-heif` (extra `heic`); AVIF is read by Pillow.
 """
@@ -22,15 +22,16 @@ from scail2_rt.runtime.media.animated_webp import is_animated_webp
 if TYPE_CHECKING:
     import PIL.Image
 
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # of an ISO media file's first box
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # in the first box of an ISO media file
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 
 
 def load_image(source: ImageSource, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """An image as RGB uint8 [H, W, 3]. An array of this form is taken as it is. Of a file or PIL image: EXIF
-    orientation applied, grey and palette images expanded, 16 bit scaled to 8, transparent pixels laid over `background`
-    (white, as image viewers do). Colour profiles are ignored, as in the public pipeline. Raises `InputError` for
-    anything that is not a readable image."""
+    """Read an image as RGB uint8 [H, W, 3]. Raises InputError if it is not a readable image.
+
+    An array must have this form already. For a file or PIL image, the EXIF orientation is applied, grey and palette
+    images are expanded, 16 bits are scaled to 8, and transparent pixels are blended with `background` (white, as in
+    image viewers). Colour profiles are ignored, as in the official pipeline."""
     if isinstance(source, np.ndarray):
         return as_pixels(source, "An image in memory")
     with _opened(source) as image:
@@ -40,19 +41,21 @@ def load_image(source: ImageSource, background: tuple[int, int, int] = (255, 255
 
 
 def load_mask_image(source: ImageSource) -> np.ndarray:
-    """`load_image` for masks: transparent pixels are black, that is, in no class."""
+    """`load_image` for masks: transparent pixels are black, which belongs to no class."""
     return load_image(source, background=(0, 0, 0))
 
 
 def load_alpha(path: Path) -> np.ndarray | None:
-    """The alpha channel of an image file, uint8 [H, W], 255 where it is opaque; None when it has none."""
+    """The alpha channel of an image file, uint8 [H, W], 255 for opaque; None if it has none. Raises InputError if the
+    file is not a readable image."""
     with _opened(path) as image:
         return np.array(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
 
 
 def load_labels(path: Path) -> np.ndarray | None:
-    """The numbers that an image file stores, [H, W]: the indices of a palette image (its colours do not matter), or
-    grey levels of up to 32 bit. None for a colour image, whose channels are not equal."""
+    """The label numbers stored in an image file, [H, W]: the indices of a palette image (not its colours), or grey
+    levels of up to 32 bits. None for a colour image, whose channels differ. Raises InputError if the file is not a
+    readable image."""
     with _opened(path) as image:
         levels = np.array(image.convert("RGB") if image.mode == "RGBA" else image)
     if levels.ndim == 2:
@@ -62,13 +65,14 @@ def load_labels(path: Path) -> np.ndarray | None:
 
 
 def is_image(path: Path) -> bool:
-    """By the ending of its name: an image, where a video is the other possibility. An animated WebP is a video."""
+    """Whether a file is an image rather than a video, by the ending of its name. An animated WebP is a video."""
     ending = path.suffix.lower()
     return ending in _ENDINGS and not (ending == ".webp" and path.is_file() and is_animated_webp(path))
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder by the numbers in their names (frame 2 before frame 10), hidden files left out."""
+    """The image files of a folder, without hidden files, sorted by the numbers in their names (frame 2 before frame
+    10)."""
 
     def order(path: Path) -> list[tuple[int, str]]:
         parts = re.split(r"(\d+)", path.name)
@@ -80,7 +84,7 @@ def images_in(folder: Path) -> list[Path]:
 
 @contextmanager
 def _opened(source: Path | str | PIL.Image.Image) -> Iterator[Any]:
-    """The Pillow image, turned as its EXIF data say."""
+    """Open an image with its EXIF orientation applied. Raises InputError if it is not a readable image."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(source, Image.Image):
@@ -106,30 +110,30 @@ def _is_heic(path: Path) -> bool:
 
 
 def _register_heic(path: Path) -> None:
-    """Let Pillow read HEIC. Raises InputError with the command that installs what it needs."""
+    """Register the HEIC decoder with Pillow. Raises InputError if the package `pillow-heif` is not installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError as error:
         raise InputError(
-            f"{path} is a HEIC image, which needs the package pillow-heif: pip install 'scail2-rt[heic]', or save the "
-            "image as PNG or JPEG."
+            f"{path} is a HEIC image, which needs the package pillow-heif: "
+            "pip install 'scail2-rt[heic]', or save the image as PNG or JPEG."
         ) from error
     register_heif_opener()
 
 
 def as_pixels(picture: Any, name: str) -> np.ndarray:
-    """An array or PIL image in memory as RGB uint8 [H, W, 3], in one piece that may be written to; transparent pixels
-    are black, as in videos. InputError, with `name`, for anything else."""
+    """Convert an array or PIL image to RGB uint8 [H, W, 3], contiguous and writable. Transparent pixels become black,
+    as in videos. Raises InputError, which mentions `name`, for other types and shapes."""
     pixels = np.asarray(_flat(picture, (0, 0, 0)) if hasattr(picture, "convert") else picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
         raise InputError(
             f"{name} is {pixels.dtype} of shape {list(pixels.shape)}: give RGB pixels, uint8 [height, width, 3]."
         )
-    return np.require(pixels, requirements=("C", "W"))  # PyTorch takes no negative strides
+    return np.require(pixels, requirements=("C", "W"))  # PyTorch accepts no negative strides
 
 
 def _flat(image: Any, background: tuple[int, int, int]) -> Any:
-    """A PIL image in RGB, transparent pixels laid over the background."""
+    """Convert a PIL image to RGB, with transparent pixels blended with `background`."""
     from PIL import Image
 
     if image.has_transparency_data:
@@ -139,14 +143,14 @@ def _flat(image: Any, background: tuple[int, int, int]) -> Any:
 
 
 def _grey_to_rgb(levels: np.ndarray) -> np.ndarray:
-    """16-bit grey (integers above 255, or a 16-bit type) and float grey to RGB uint8."""
+    """Grey levels [H, W] → RGB uint8 [H, W, 3]. A 16-bit type, or values above 255, are scaled from 16 bits to 8."""
     sixteen = levels.dtype.itemsize == 2 or levels.max(initial=0) > 255
     grey = np.clip(np.rint(levels / 257 if sixteen else levels), 0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
 
 
 def check_file(path: Path) -> None:
-    """Raises `InputError` for what is no readable file with content."""
+    """Raise InputError unless `path` is a readable file with content."""
     refuse_url("file", path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give a file.")

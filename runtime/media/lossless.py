@@ -1,8 +1,8 @@
-"""Images and videos without loss: PNG, and H.264 in RGB at crf 0 in an mp4.
+"""Writes images and videos losslessly: PNG, and mp4 with H.264 in RGB at crf 0.
 
-A mask must keep its colours exactly, and a drawn clip is compared with the video generated from it; so nothing here
-is stored as 4:2:0. The official case layout asks for `*.mp4`, every FFmpeg reads such a file, and decoding is
-bit-identical; FFV1 would need another container, and browsers do not play it either. Sound is given as samples.
+Masks must keep their exact colours, and generated test clips are compared with the video made from them, so 4:2:0 is
+not used. The official case layout requires `*.mp4`, any FFmpeg decodes H.264 in RGB, and decoding is bit-identical.
+FFV1 would need another container, and browsers do not play it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ _TICKS = 90_000  # per second, if the frame rate varies
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
-    """uint8 [H, W, 3]."""
+    """Write pixels, uint8 [H, W, 3], in the format that the ending of `path` selects."""
     from PIL import Image
 
     Image.fromarray(pixels).save(path)
@@ -31,13 +31,15 @@ def write_video(
     sound: np.ndarray | None = None,
     timestamps: Sequence[Fraction] | None = None,
 ) -> None:
-    """H.264 at crf 0 of uint8 frames [H, W, 3]; `sound`, mono samples in -1..1 at `SAMPLE_RATE`, as AAC. `timestamps`:
-    the frames' times in seconds where the rate varies."""
+    """Write uint8 frames [H, W, 3] as H.264 at crf 0. Raises OSError or av.FFmpegError if writing fails.
+
+    sound        mono samples [n] in -1..1 at `SAMPLE_RATE`, stored as AAC
+    timestamps   presentation times of the frames in seconds, if the rate varies"""
     tick = 1 / frame_rate if timestamps is None else Fraction(1, _TICKS)
     with av.open(str(path), "w") as container:
         video: Any = container.add_stream("libx264rgb", rate=frame_rate, options={"crf": "0", "preset": "fast"})
         video.pix_fmt = "rgb24"
-        video.codec_context.max_b_frames = 0  # presentation times are then exact without an edit list
+        video.codec_context.max_b_frames = 0  # exact presentation times without an edit list
         video.codec_context.time_base = video.time_base = tick
         track = None if sound is None else container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         for number, pixels in enumerate(frames):

@@ -1,4 +1,4 @@
-"""The sound of a part of a video, as samples."""
+"""Reads the audio of a part of a video as samples."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,15 +11,16 @@ from scail2_rt.runtime.media import audio
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sound:
-    """samples fp32 [channels, n] in -1..1; rate: samples per second."""
+    """Audio samples, fp32 [channels, n] in -1..1, and their rate in samples per second."""
 
     samples: np.ndarray
     rate: int
 
 
 def read_sound(path: Path, start_s: Fraction, duration_s: Fraction) -> Sound | None:
-    """The first audio track of a file that can be decoded, between `start_s` and `start_s + duration_s` seconds after
-    its first video frame; silence where it has gaps or has ended. None for a file without sound."""
+    """Read the first audio track that can be decoded, from `start_s` to `start_s + duration_s` seconds after the first
+    video frame. Gaps, and the part after the end of the track, are silent. Returns None if the file has no such track;
+    raises InputError if it cannot be opened."""
     known = audio.known_tracks(path)
     if not known:
         return None

@@ -1,9 +1,10 @@
-"""The files of an unfinished run beside its output: the partial video, and the state to resume from.
+"""Files of an unfinished run next to its output: the partial video, and the state to resume from.
 
-`NAME.partial.mp4` grows by one *part* per finished segment: a movie fragment (moof and mdat box) appended in one write.
-The header comes with the first part. `NAME.resume-K.safetensors` (`runtime.session.resume`) holds the state after part
-K. It is written before part K is appended and removed after part K+1: whenever a run is killed, the state that fits the
-partial file is there. This module does not import PyTorch: the command line looks for unfinished runs before it loads.
+`NAME.partial.mp4` grows by one *part* per finished segment: a movie fragment (moof and mdat box), appended in one
+write. The first part also contains the header. `NAME.resume-K.safetensors` (`runtime.session.resume`) holds the state
+after part K. It is written before part K is appended and removed after part K+1, so at any time the state that matches
+the partial file exists. This module does not import PyTorch, because the command line looks for unfinished runs before
+it loads anything.
 """
 
 import struct
@@ -11,22 +12,22 @@ from pathlib import Path
 
 
 def is_there(output: Path) -> bool:
-    """Whether something would be replaced: a file, or a folder that is not empty."""
+    """Whether the output exists: as a file, or as a folder that is not empty."""
     return any(output.iterdir()) if output.is_dir() else output.exists()
 
 
 def partial_path(output: Path) -> Path:
-    """The finished segments of a run that did not end: `out/demo.partial.mp4`."""
+    """The file with the finished segments of an unfinished run, such as `out/demo.partial.mp4`."""
     return output.with_name(f"{output.stem}.partial.mp4")
 
 
 def sidecar_path(output: Path, part: int) -> Path:
-    """The state after part `part`, from 1: `out/demo.resume-3.safetensors`."""
+    """The file with the state after part `part` (from 1), such as `out/demo.resume-3.safetensors`."""
     return output.with_name(f"{output.stem}.resume-{part}.safetensors")
 
 
 def resumable(output: Path) -> int:
-    """The number of parts after which an unfinished run can be resumed; 0 if there is none."""
+    """The number of finished parts of a run that can be resumed; 0 if there is none."""
     partial = partial_path(output)
     parts = len(part_ends(partial)) if partial.is_file() else 0
     return parts if parts and sidecar_path(output, parts).is_file() else 0
@@ -41,7 +42,8 @@ def clear_sidecars(output: Path) -> None:
 
 
 def part_ends(partial: Path) -> list[int]:
-    """The byte offsets at which the complete parts of a partial video end; bytes behind the last are half a part."""
+    """The byte offsets at which the complete parts of a partial video end. Bytes after the last are an incomplete
+    part."""
     ends, position, fragment = [], 0, False
     size = partial.stat().st_size
     with partial.open("rb") as file:
@@ -60,10 +62,10 @@ def part_ends(partial: Path) -> list[int]:
 
 
 def split_fragment(data: bytes, first_tick: int) -> tuple[bytes, bytes]:
-    """Cuts a file of one segment into its header (ftyp, moov) and its fragment, and sets the fragment's start time.
+    """Split the file of one segment into header (ftyp, moov) and fragment, and set the start time of the fragment.
 
-    A muxer starts every file at time 0; the decode time of a track fragment (`tfdt`, ISO/IEC 14496-12 §8.8.12,
-    version 1: 64 bit) is what places it in the whole video.
+    A muxer starts every file at time 0, so `first_tick` is added to the decode time of the track fragment (`tfdt`,
+    ISO/IEC 14496-12 §8.8.12, version 1: 64 bits).
     """
     position, start = 0, None
     patched = bytearray(data)

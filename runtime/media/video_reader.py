@@ -1,13 +1,14 @@
-"""Reading videos with PyAV (images: `images.py`).
+"""Reads videos with PyAV (images: `images.py`).
 
-Frames come out as a viewer sees them: RGB 8-bit, display rotation applied, non-square pixels stretched to square ones
-(the width changes), grey turned into RGB, transparent pixels black. The conversion is FFmpeg's plain one, with the
-stream's own matrix and range (BT.601 and limited range where a file says nothing, which is what FFmpeg assumes when it
-writes such files); 10-bit and HDR are brought to 8 bit without tone mapping. Interlaced frames are taken as they are.
+Frames are returned as viewers show them: 8-bit RGB, with display rotation applied, non-square pixels stretched to
+square ones (the width changes), grey converted to RGB, and transparent pixels black. The conversion is FFmpeg's
+default, with the matrix and range of the stream (BT.601 and limited range if the file states none, as FFmpeg assumes
+when it writes such files). 10-bit and HDR video is converted to 8 bits without tone mapping. Interlaced frames are not
+deinterlaced.
 
-What a container says about itself is not believed: frames are counted by decoding, and the frame rate must fit the
-frames' own presentation times, which are kept when no constant rate does. A file that stops in the middle ends there,
-with a warning; damage in the middle is an error. The writer is in `video_writer.py`.
+The header of a container is not trusted: frames are counted by decoding. A frame rate must match the presentation times
+of the frames; if no constant rate does, the times are returned. A truncated file ends, with a warning, at its last
+frame; damage before that is an error. The writer is in `video_writer.py`.
 """
 
 from __future__ import annotations
@@ -36,19 +37,23 @@ from scail2_rt.runtime.media.images import check_file
 _REPAIR = "re-encode it to H.264, or give another file"
 _HDR_TRANSFERS = (16, 18)  # PQ and HLG in the numbering of ITU-T H.273
 _DEFAULT_RATE = Fraction(25)
-_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave out the alpha plane
-_BESIDE = "matroska_block_additional"
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders ignore the alpha plane
+_ALPHA_SIDE_DATA = "matroska_block_additional"
 _UPRIGHT = (1, 0, 0, 1)  # display matrix
 
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What reading a video from end to end shows. `name` is what messages call it (of a file, its path). Width and
-    height are those of the frames that `VideoReader` gives.
+    """Properties of a video, found by reading all of it.
 
-    `timestamps` are the frames' presentation times in seconds from the first frame when no constant rate describes them
-    (variable frame rate), else None. `declared_frames` is the container's own count (0: it gives none).
-    """
+    name              its name in messages; for a file, the path
+    width, height     of the frames that `VideoReader` returns, in pixels
+    frames            number of frames that can be decoded
+    frame_rate        frames per second; the mean if the rate varies
+    audio             whether it has an audio track that can be decoded
+    timestamps        presentation times in seconds from the first frame if the rate varies, else None
+    declared_frames   number of frames that the header states, 0 if it states none
+    warnings          sentences for the user"""
 
     name: str
     width: int
@@ -66,8 +71,8 @@ class VideoInfo:
 
 
 def probe_video(path: Path, tell: Tell = untold) -> VideoInfo:
-    """Decode a file to its end without converting pixels; `tell` is called with the share that is read. Raises
-    `InputError` if it holds no usable video."""
+    """Decode a file to its end without converting pixels. `tell` is called with the share of the file that has been
+    read. Raises InputError if the file holds no usable video."""
     with _open(path) as (container, stream):
         pts: list[int | None] = []
         size, hdr, interlaced, damaged, matrix = (0, 0), False, False, [], _UPRIGHT
@@ -82,27 +87,27 @@ def probe_video(path: Path, tell: Tell = untold) -> VideoInfo:
                 damaged.append(number)
             pts.append(frame.pts)
         if not pts:
-            raise InputError(f"{path} holds a video stream but no frame of it can be decoded: {_REPAIR}.")
+            raise InputError(f"{path} has a video stream, but none of its frames can be decoded: {_REPAIR}.")
         times = _relative_times(pts, stream.time_base)
         rate, constant = _frame_rate(stream, times)
         warnings = _length_warnings(path, stream, len(pts), times)
         if damaged:
             warnings.append(
-                f"{path} is damaged: {len(damaged)} of its frames are patched up by the decoder (the first is frame "
-                f"{damaged[0]}). Look at them, or copy the file again."
+                f"{path} is damaged: the decoder repairs {counted(len(damaged), 'frame')}, the first of which is frame "
+                f"{damaged[0]}. Check them, or copy the file again."
             )
         if hdr:
             warnings.append(
-                f"{path} is HDR: it is read without tone mapping and will look flat; convert it to SDR first."
+                f"{path} is HDR and will look flat, because no tone mapping is applied: convert it to SDR first."
             )
         if interlaced:
-            warnings.append(f"{path} is interlaced: moving edges are combed; deinterlace it first (ffmpeg -vf bwdif).")
+            warnings.append(
+                f"{path} is interlaced, so moving edges are jagged: deinterlace it first (ffmpeg -vf bwdif)."
+            )
         readable = [track.codec_context is not None for track in container.streams.audio]
         for number, known in enumerate(readable, 1):
             if not known:
-                warnings.append(
-                    f"Audio track {number} of {path} has a codec that is not known here: the result will be without it."
-                )
+                warnings.append(f"Audio track {number} of {path} cannot be decoded, so the output will not contain it.")
         return VideoInfo(
             name=str(path),
             width=size[0],
@@ -117,33 +122,33 @@ def probe_video(path: Path, tell: Tell = untold) -> VideoInfo:
 
 
 def _length_warnings(path: Path, stream: Any, frames: int, times: tuple[Fraction, ...] | None) -> list[str]:
-    """Says when the file holds less or more than its header tells. Frames that an edit list hides (a clip trimmed on a
-    phone) are in the header's count but not in its duration."""
+    """Warn if the file holds fewer or more frames than its header states. Frames hidden by an edit list (a clip trimmed
+    on a phone) are in the header's count but not in its duration."""
     declared_s = _declared_s(stream)
     ends_early = False
     if declared_s is not None and times is not None:
-        longest = max((b - a for a, b in itertools.pairwise(times)), default=0)  # the last frame may last as long
+        longest = max((b - a for a, b in itertools.pairwise(times)), default=0)  # the last frame may last this long
         ends_early = times[-1] + 2 * longest < declared_s
     if stream.frames > frames and (ends_early or declared_s is None or times is None):
         return [
-            f"{path} says it holds {counted(stream.frames, 'frame')} but {frames} can be decoded: it may be damaged or "
-            "cut short."
+            f"The header of {path} states {counted(stream.frames, 'frame')}, but {frames} can be decoded: "
+            "it may be damaged or cut short."
         ]
     if 0 < stream.frames < frames:
         return [
-            f"{path} says it holds {counted(stream.frames, 'frame')} but has {frames}: its header is wrong, all are "
-            "used."
+            f"The header of {path} states {counted(stream.frames, 'frame')}, but it has {frames}: all of them are used."
         ]
     if not stream.frames and frames > 1 and ends_early and declared_s is not None and times is not None:
         return [
-            f"{path} says it lasts {float(declared_s):.2f} s but its last frame ({frames - 1}) is at "
+            f"The header of {path} states {float(declared_s):.2f} s, but the last frame ({frames - 1}) is at "
             f"{float(times[-1]):.2f} s: it may be damaged or cut short."
         ]
     return []
 
 
 def _declared_s(stream: Any) -> Fraction | None:
-    """Seconds that the video stream lasts by its header, from its first frame; Matroska has it as a tag."""
+    """Duration of the video stream that the header states, in seconds from the first frame; in Matroska it is a tag.
+    None if it is not stated."""
     if stream.duration is not None:
         return stream.duration * stream.time_base
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
@@ -154,15 +159,17 @@ def _declared_s(stream: Any) -> Fraction | None:
 
 
 class NoAlphaError(InputError):
-    """The alpha channel of a video that has none was asked for."""
+    """Raised if the alpha channel of a video without one is read."""
 
 
 class VideoReader:
-    """Frames of a video in order, a few at a time. `start` frames are decoded and thrown away, so it is exact."""
+    """Reads the frames of a video file in order. The first `start` frames are decoded and discarded, so that the
+    position is exact."""
 
     def __init__(self, path: Path, start: int = 0, tell: Tell = untold, alpha: bool = False) -> None:
-        """`tell` is called with the share of the file that is read. With `alpha`, `read` gives the alpha channel, uint8
-        [n, H, W], 255 where it is opaque. Raises `InputError` if the file is no video or ends before `start`."""
+        """Open a file. `tell` is called with the share of the file that has been read. With `alpha`, `read` returns the
+        alpha channel, uint8 [n, H, W], 255 for opaque. Raises InputError if the file is not a video or ends before
+        `start`."""
         self.path, self.name = path, str(path)
         self.position = 0  # number of the next frame
         self.timestamps: list[Fraction] = []  # of the frames read so far, in seconds from the file's first frame
@@ -185,7 +192,7 @@ class VideoReader:
             raise
 
     def skip(self, count: int) -> None:
-        """Pass over frames without converting their pixels, at most to the end."""
+        """Skip frames without converting their pixels, at most to the end."""
         for _ in range(count):
             if self._next() is None:
                 return
@@ -200,7 +207,9 @@ class VideoReader:
         return frame
 
     def read(self, count: int) -> np.ndarray:
-        """The next `count` frames as RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
+        """The next `count` frames as RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0. Raises
+        InputError for a damaged frame or a change of size, and NoAlphaError with `alpha` if there is no alpha
+        channel."""
         batch: np.ndarray | None = None
         n = 0
         while n < count and (frame := self._next()) is not None:
@@ -251,7 +260,7 @@ class VideoReader:
 
 
 def has_transparency(path: Path) -> bool:
-    """Whether the first frame of a video has pixels that are not opaque."""
+    """Whether the first frame of a video has transparent pixels. Raises InputError if it is not a video."""
     with VideoReader(path, alpha=True) as reader:
         try:
             return bool(reader.read(1).min(initial=255) < 255)
@@ -260,7 +269,7 @@ def has_transparency(path: Path) -> bool:
 
 
 def _on_black(rgba: np.ndarray) -> np.ndarray:
-    """Lay RGBA uint8 (straight alpha) over black, as players do; in a mask black is no class."""
+    """Blend RGBA uint8 [H, W, 4] (straight alpha) with black, as players do; in a mask, black is no class."""
     if rgba[..., 3].min() == 255:
         return rgba[..., :3]
     levels, opacity = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
@@ -269,21 +278,22 @@ def _on_black(rgba: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its best video stream (cover pictures lose against real video).
+    """Open a file: its container and its best video stream (a video rather than a cover image). Raises InputError if it
+    cannot be opened or has no video stream that can be decoded.
 
-    Only threads within a frame decode: with a thread a frame, FFmpeg reports damage late, and near the end not at all,
-    so that what a file holds would depend on the number of cores."""
+    Decoding uses slice threads only. With frame threads, FFmpeg reports damage late, or not at all near the end, so the
+    result would depend on the number of cores."""
     check_file(path)
-    try:  # the absolute path, as FFmpeg takes what precedes a colon in `12:30.mp4` for a protocol
+    try:  # absolute path: FFmpeg reads the text before a colon, as in `12:30.mp4`, as a protocol
         container = av.open(as_matroska(path) if is_animated_webp(path) else str(path.absolute()))
     except (av.FFmpegError, OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be opened as a video ({_reason(error)}): it is damaged, cut short or no video; {_REPAIR}."
+            f"{path} cannot be opened as a video ({_reason(error)}). It is damaged, cut short or no video: {_REPAIR}."
         ) from error
     with container:
         stream: Any = container.streams.best("video")
         if stream is None:
-            raise InputError(f"{path} holds no video stream: give a video file.")
+            raise InputError(f"{path} has no video stream: give a video file.")
         if stream.codec_context is None:
             raise InputError(f"{path} uses a video codec that cannot be decoded here: {_REPAIR}.")
         stream.thread_type = "SLICE"
@@ -291,8 +301,8 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _decode(container: Any, stream: Any, path: Path, tell: Tell) -> Generator[Any, None, None]:
-    """All frames of the stream. Packets that cannot be decoded end it when nothing decodable follows (a file cut short,
-    or its last part never written); otherwise they are an error that names the frame."""
+    """Yield the frames of the stream. Packets that cannot be decoded end it if no decodable packet follows (a truncated
+    file); otherwise raises InputError, which names the frame."""
     count, failure, decode = 0, None, None
     try:
         for packet in container.demux(stream):
@@ -314,17 +324,17 @@ def _decode(container: Any, stream: Any, path: Path, tell: Tell) -> Generator[An
 
 
 def _decoder(stream: Any, first: Any, path: Path) -> Callable[[Any], list[Any]]:
-    """What decodes the packets of a stream; `first` is one of them. In WebM, the alpha plane of VP8 and VP9 is a second
-    picture beside each packet."""
+    """The function that decodes packets of the stream. `first` is its first packet. In WebM, VP8 and VP9 store the
+    alpha plane as side data of each packet. Raises InputError if only a missing decoder could read it."""
     name = _ALPHA_DECODERS.get(stream.codec_context.name)
     tagged = any(key.lower() == "alpha_mode" and value != "0" for key, value in stream.metadata.items())
-    if name is None or not (tagged or any(side.data_type == _BESIDE for side in first.iter_sidedata())):
+    if name is None or not (tagged or any(side.data_type == _ALPHA_SIDE_DATA for side in first.iter_sidedata())):
         return stream.decode
     try:
         context: Any = av.CodecContext.create(name, "r")
     except (av.FFmpegError, ValueError) as error:
         raise InputError(
-            f"{path} has transparency, which only FFmpeg's decoder {name} reads, and this build lacks it: {_REPAIR}."
+            f"{path} has transparency, which only FFmpeg's decoder {name} reads, and PyAV lacks it here: {_REPAIR}."
         ) from error
     context.thread_type = "SLICE"
     return context.decode
@@ -343,11 +353,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
-    """The display matrix's 2×2 part (a, b, c, d): a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards.
+    """The 2×2 part (a, b, c, d) of the display matrix: a pixel at (x, y) is shown at (ax + cy, bx + dy), y downwards.
 
-    A frame and its side data refer to each other, so a frame that is asked stays in memory until the garbage
-    collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440). `probe_video` asks the first frame only; the
-    reader asks all, because FFmpeg patches a damaged frame with what a reused buffer holds."""
+    A frame and its side data refer to each other, so reading side data keeps the frame in memory until the garbage
+    collector runs (2.3 GiB for 81 frames of ProRes 4444 in 2560x1440). `probe_video` therefore reads that of the first
+    frame only. The reader reads that of all frames, because FFmpeg repairs a damaged frame with the content of a reused
+    buffer."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return _UPRIGHT
@@ -356,7 +367,8 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
 
 
 def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """Turn and mirror [H, W, ...] by multiples of 90°, which is all that cameras write; other angles stay."""
+    """Rotate by multiples of 90° and mirror [H, W, ...] as the display matrix says; other angles, which cameras do not
+    write, are ignored."""
     a, b, c, d = matrix
     if a == d == 0 and b and c:
         pixels, horizontal, vertical = pixels.swapaxes(0, 1), c, b
@@ -368,7 +380,7 @@ def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarra
 
 
 def _square_size(frame: Any, stream: Any) -> tuple[int, int]:
-    """(width, height) of the coded frame with square pixels."""
+    """(width, height) of the coded frame with square pixels, before rotation."""
     ratio = stream.sample_aspect_ratio or Fraction(1)
     if not Fraction(1, 4) <= ratio <= 4:
         ratio = Fraction(1)
@@ -376,13 +388,14 @@ def _square_size(frame: Any, stream: Any) -> tuple[int, int]:
 
 
 def _upright_size(frame: Any, stream: Any, matrix: tuple[int, int, int, int]) -> tuple[int, int]:
+    """(width, height) of the frame as shown: with square pixels and rotated."""
     width, height = _square_size(frame, stream)
     a, b, c, d = matrix
     return (height, width) if a == d == 0 and b and c else (width, height)
 
 
 def _relative_times(pts: list[int | None], time_base: Fraction | None) -> tuple[Fraction, ...] | None:
-    """Seconds from the first frame, or None when the file's times are unusable (missing, equal, running backwards)."""
+    """Seconds from the first frame; None if the times are unusable (missing, equal or decreasing)."""
     known = [value for value in pts if value is not None]
     if time_base is None or len(known) != len(pts) or any(b <= a for a, b in itertools.pairwise(known)):
         return None
@@ -396,9 +409,9 @@ def _sane_rate(rate: Any) -> Fraction | None:
 def _frame_rate(stream: Any, times: tuple[Fraction, ...] | None) -> tuple[Fraction, bool]:
     """(frame rate, whether it is constant).
 
-    The first of the container's rates that agrees with every presentation time to within one tick of the time base
-    (what rounding explains), else the rate of evenly spaced times; failing that, the mean rate, not constant (what the
-    container calls its average may be the rate of its first frames).
+    The rate is the first of the container's rates, and of the rate of evenly spaced times, that matches all
+    presentation times to within one tick of the time base, the rounding error. If none does, it is the mean rate and
+    not constant; the average that the container states may be the rate of its first frames.
     """
     rates = [_sane_rate(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate)]
     candidates = [rate for rate in rates if rate]

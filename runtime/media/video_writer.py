@@ -1,13 +1,13 @@
-"""Writing the result while it is being made.
+"""Writes the output during the run.
 
-Each segment is encoded by a separate encoder into a fragment in memory; `segment_done` appends the fragment to
-`NAME.partial.mp4` (fragmented mp4) in one write. Whatever stops the program, the partial file therefore holds finished
-segments only and plays. `finish` copies the encoded video, unchanged, with the driving clip's audio into a temporary
-file of the output's format and moves it into place. A GIF and a folder of PNG files are made from a partial file that
-is lossless (H.264 in RGB). Frames are queued to a thread, so the caller goes on decoding while it encodes.
+A separate encoder encodes each segment into a fragment in memory, and `segment_done` appends the fragment to
+`NAME.partial.mp4` (fragmented mp4) in one write. The partial file therefore holds finished segments only, and is
+playable even if the program is killed. `finish` copies the encoded video, with the driving clip's audio, into a
+temporary file in the format of the output and renames it. A GIF and a folder of PNG files are made from a lossless
+partial file (H.264 in RGB). Frames are queued to an encoder thread, so the caller can continue.
 
-There are no B frames: decode order is display order, presentation times are stored as they are, and fragments of
-separate encoders join without an edit list. Colours are BT.709 limited range, converted and tagged.
+There are no B frames, so decode order is display order, presentation times are stored unchanged, and fragments of
+separate encoders can be concatenated without an edit list. Colours are converted to BT.709 limited range and tagged.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _QUEUED_FRAMES = 32
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """An encoder, its largest crf, a sensible one, and its other settings (all of them without B frames)."""
+    """An FFmpeg encoder, its largest crf, and its other options, which exclude B frames."""
 
     encoder: str
     max_crf: int
@@ -51,7 +51,7 @@ class Codec:
 
 
 CODECS: Final = {
-    # with its macroblock tree x264 is not deterministic: of small clips, up to one in twelve differs in some bits
+    # x264 is not deterministic with its macroblock tree: up to one in twelve small clips differs in some bits
     "h264": Codec("libx264", 51, (("x264-params", "mbtree=0"),)),
     "hevc": Codec("libx265", 51, (("x265-params", "bframes=0:log-level=error"),)),
     "av1": Codec("libsvtav1", 63, (("preset", "8"),)),
@@ -61,22 +61,22 @@ _LOSSLESS = Codec("libx264rgb", 0, (("x264-params", "mbtree=0"), ("preset", "ver
 
 
 def check_codec(name: str, crf: int) -> Codec:
-    """The codec called `name`. Raises InputError if this installation cannot encode it at this crf."""
+    """Return the codec with this name. Raises InputError if this installation cannot encode it at this crf."""
     if name not in CODECS:
-        raise InputError(f"The codec {name!r} is not offered: use one of {', '.join(CODECS)}.")
+        raise InputError(f"The codec {name!r} is not supported: use one of {', '.join(CODECS)}.")
     codec = CODECS[name]
     if codec.encoder not in av.codecs_available:
         raise InputError(f"This installation of PyAV has no {codec.encoder} encoder: use --codec h264.")
     if not 0 <= crf <= codec.max_crf:
-        raise InputError(f"--crf {crf} is outside 0 to {codec.max_crf} for {name}: 18 is visually close to lossless.")
+        raise InputError(f"--crf must be 0 to {codec.max_crf} for {name}, not {crf}: use 18 for nearly lossless video.")
     return codec
 
 
 def check_writable(path: Path, expected_bytes: int = 0, endings: Collection[str] = tuple(CONTAINERS)) -> None:
-    """Raises InputError unless an output of one of these endings can be written at `path` and its disk has
-    `expected_bytes` to spare.
+    """Raise InputError unless an output with one of these endings can be written at `path` and its disk has
+    `expected_bytes` free.
 
-    The folder need not exist, and is not created here; nothing stays behind.
+    The folder need not exist, and is not created; no file remains.
     """
     if path.suffix.lower() not in endings:
         *others, last = endings
@@ -85,31 +85,33 @@ def check_writable(path: Path, expected_bytes: int = 0, endings: Collection[str]
         check_place(path, expected_bytes)
         return
     if path.exists() and not is_frame_folder(path):
-        what = "holds other files than frames" if path.is_dir() else "is a file"
+        what = "holds files that are not frames" if path.is_dir() else "is a file"
         raise InputError(f"The output {path} {what}, and a folder of PNG files would replace it: choose another name.")
     _check_parent(path, expected_bytes)
 
 
 def check_place(path: Path, expected_bytes: int = 0) -> None:
-    """`check_writable` for one file of any kind."""
+    """`check_writable` for a file with any ending."""
     if path.is_dir():
         raise InputError(f"The output {path} is a folder: give a file name.")
     _check_parent(path, expected_bytes)
 
 
 def _check_parent(path: Path, expected_bytes: int) -> None:
+    """Raise InputError unless a folder for `path` exists or can be created, is writable and has `expected_bytes`
+    free."""
     folder = path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
         raise InputError(
-            f"The output {path} cannot be made because {folder} is a file, not a folder: choose another place."
+            f"The output {path} cannot be written because {folder} is a file, not a folder: choose another path."
         )
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise InputError(f"The folder {folder} cannot be written ({error.strerror}): choose another output.") from error
+        raise InputError(f"The folder {folder} is not writable ({error.strerror}): choose another output.") from error
     if free < expected_bytes:
         raise InputError(
             f"The disk of {folder} has {free / 2**20:.0f} MiB free and the output may need "
@@ -119,10 +121,14 @@ def _check_parent(path: Path, expected_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VideoFormat:
-    """How a video's pictures are stored: sides in pixels, rate, a name of `CODECS`, its quality (smaller is better).
-    Without a codec frames are stored without loss, for an output that is made from them.
+    """Encoding of a video's frames.
 
-    Raises InputError for odd sides, and for a codec or crf that cannot be encoded here."""
+    width, height   in pixels
+    frame_rate      frames per second
+    codec           a name of `CODECS`; None: lossless, for an output that is made from the partial file
+    crf             constant rate factor, smaller is better; None without a codec
+
+    Raises InputError for odd sides, and for a codec or crf that this installation cannot encode."""
 
     width: int
     height: int
@@ -145,13 +151,16 @@ class VideoFormat:
 
 
 class VideoWriter:
-    """Encodes RGB frames to `path`. Use as a context manager: leaving it without `finish` aborts.
+    """Encodes RGB frames to `path`. Use it as a context manager: exit without `finish` aborts.
 
-    `timestamps`: presentation times (seconds, increasing) of the output frames when the rate is variable, at least as
-    many as frames are written; None means the format's constant rate. `audio_from`: a video whose audio, from `start_s`
-    seconds after its first frame on, goes into the result if files of its kind hold audio. `after`: frames that the
-    partial file of an interrupted run holds already; new ones follow them. `comment`: text to store in the result.
-    """
+    audio_from   a file whose audio the output contains if its format can hold audio
+    start_s      the audio starts this many seconds after the first video frame of `audio_from`
+    timestamps   presentation times of the output frames in seconds (increasing, at least one per frame written) if the
+                 rate varies; None: the constant rate of `video`
+    after        number of frames in the partial file of an interrupted run, to which new frames are appended
+    comment      text stored in the output
+
+    Raises InputError if `path` is not writable or `audio_from` cannot be opened."""
 
     def __init__(
         self,
@@ -165,14 +174,14 @@ class VideoWriter:
     ) -> None:
         check_writable(path)
         self.path, self.partial, self._comment = path, partial_path(path), comment
-        self.frames = after  # accepted so far
+        self.frames = after  # number of frames accepted so far
         self._audio_from, self._start_s = audio_from, Fraction(start_s).limit_denominator(10**9)
         if audio_from is not None:
-            open_audio(audio_from).close()  # a bad file is reported before the work, not after it
+            open_audio(audio_from).close()  # reports a damaged file before the run instead of after it
         self._clock = _Clock.of(video.frame_rate, timestamps)
         self._encoder = _Encoder(self.partial, video, self._clock)
         if after:
-            self._encoder.go_on()
+            self._encoder.append_to_partial()
         self._queue: queue.Queue[_Item] = queue.Queue(_QUEUED_FRAMES)
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -181,9 +190,9 @@ class VideoWriter:
         self._thread.start()
 
     def write(self, frames: np.ndarray) -> None:
-        """Queues uint8 frames [n, H, W, 3]; they must not change afterwards. Waits when the encoder is far behind.
+        """Queue uint8 frames [n, H, W, 3], which must not be changed afterwards. Blocks if the queue is full.
 
-        Raises what went wrong in the encoder thread, if anything did.
+        Raises ValueError for frames of another type or shape, and Scail2Error if the encoder thread has failed.
         """
         expected = (self._encoder.video.height, self._encoder.video.width, 3)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
@@ -194,9 +203,9 @@ class VideoWriter:
             self.frames += 1
 
     def segment_done(self, wait: bool = False, save: Callable[[int], None] | None = None) -> None:
-        """Says that all frames so far are final: they go to the partial file as soon as they are encoded. With `wait`,
-        it returns when they are there. `save` is called before, from the encoder's thread, with the number of the part
-        that they will be there (from 1)."""
+        """Append all frames so far to the partial file as a part, as soon as they are encoded. With `wait`, return
+        after that. `save` is called just before, from the encoder thread, with the number of the part (from 1). Raises
+        Scail2Error if the encoder thread has failed."""
         self._put(_Segment(save))
         if wait:
             while self._queue.unfinished_tasks and self._error is None:
@@ -204,10 +213,9 @@ class VideoWriter:
             self._raise()
 
     def finish(self) -> Path:
-        """Writes the remaining frames, makes the output of them and moves it into place; the partial file goes. Returns
-        the path.
+        """Encode the remaining frames, write the output and remove the partial file. Returns the path of the output.
 
-        If making the output or moving it fails, the partial file stays and the error names it.
+        Raises Scail2Error if encoding or writing fails; the partial file then remains, and the message names it.
         """
         self._put(_Segment())
         self._put(None)
@@ -215,7 +223,7 @@ class VideoWriter:
         self._raise()
         self._closed = True
         if not self.frames:
-            raise Scail2Error(f"No frame was made, so {self.path} was not written.")
+            raise Scail2Error(f"{self.path} was not written because no frame was generated.")
         temporary = self.path.with_name(f".{self.path.stem}.tmp{self.path.suffix}")
         try:
             self._make(temporary)
@@ -225,14 +233,14 @@ class VideoWriter:
             if isinstance(error, (OSError, av.FFmpegError)):
                 reason = error.strerror or error
                 raise Scail2Error(
-                    f"{self.path} could not be written ({reason}); the video without audio is in {self.partial}."
+                    f"{self.path} could not be written ({reason}): use the video without audio in {self.partial}."
                 ) from error
             raise
         self.partial.unlink(missing_ok=True)
         return self.path
 
     def _make(self, target: Path) -> None:
-        """The output, of the frames in the partial file."""
+        """Write the output from the frames in the partial file."""
         muxer, end_s = container_of(self.path).muxer, self._clock.end_s(self.frames)
         if muxer == "gif":
             write_gif(self.partial, target, end_s, self._comment)
@@ -245,7 +253,7 @@ class VideoWriter:
                 os.fsync(file.fileno())
 
     def abort(self) -> Path | None:
-        """Stops, keeping the finished segments: returns the partial file, or None when no segment was finished."""
+        """Stop, but keep the finished segments. Returns the partial file, or None if no segment is finished."""
         if not self._closed:
             self._closed = True
             self._stop.set()
@@ -266,7 +274,7 @@ class VideoWriter:
 
     def _put(self, item: _Item) -> None:
         if self._closed:
-            raise Scail2Error(f"The video {self.path} is closed already.")
+            raise Scail2Error(f"The video {self.path} is already closed.")
         while True:
             self._raise()
             with contextlib.suppress(queue.Full):
@@ -283,7 +291,7 @@ class VideoWriter:
         raise Scail2Error(f"Encoding {self.path} failed ({reason}){saved}.") from error
 
     def _run(self) -> None:
-        """The encoder thread. An error ends it and is raised by the next call from outside."""
+        """The encoder thread. An error ends it; the next call of another method raises that error."""
         try:
             while not self._stop.is_set():
                 with contextlib.suppress(queue.Empty):
@@ -296,7 +304,7 @@ class VideoWriter:
             self._error = error
 
     def _drain(self) -> None:
-        """Encodes what is queued up to the last finished segment and drops the frames behind it."""
+        """Encode the queued frames up to the end of the last finished segment, and discard later ones."""
         items: list[_Item] = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -310,7 +318,7 @@ class VideoWriter:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """In the queue: the frames so far are final; `save` is to be called before they are appended."""
+    """Queue item that ends a segment. `save` is called before the segment is appended to the partial file."""
 
     save: Callable[[int], None] | None = None
 
@@ -320,7 +328,8 @@ _Item = tuple[int, np.ndarray] | _Segment | None  # a numbered frame, the end of
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Presentation times as whole ticks; with `ticks` per second every time is exact."""
+    """Presentation times in ticks. ticks: per second, chosen so that every time is a whole number of ticks if
+    possible."""
 
     ticks: int
     frame_rate: Fraction
@@ -334,35 +343,37 @@ class _Clock:
         return _Clock(ticks if ticks < 2**31 else 90_000, frame_rate, timestamps)
 
     def check(self, frames: int) -> None:
+        """Raise ValueError if there are fewer timestamps than frames."""
         if self.timestamps is not None and frames > len(self.timestamps):
             raise ValueError(f"{frames} frames were written but only {len(self.timestamps)} timestamps given")
 
     def tick(self, frame: int) -> int:
+        """Presentation time of a frame in ticks from the first frame."""
         if self.timestamps is None:
             return frame * self.frame_rate.denominator
         return round((self.timestamps[frame] - self.timestamps[0]) * self.ticks)
 
     def end_s(self, frames: int) -> Fraction:
-        """When the last of `frames` frames stops being shown, in seconds."""
+        """End of the display of the last of `frames` frames, in seconds."""
         if self.timestamps is None:
             return frames / self.frame_rate
         return self.timestamps[frames - 1] - self.timestamps[0] + 1 / self.frame_rate
 
 
 class _Encoder:
-    """Turns items of the queue into fragments of the partial file. Used by one thread at a time."""
+    """Encodes queue items into fragments of the partial file. Only one thread may use it at a time."""
 
     def __init__(self, partial: Path, video: VideoFormat, clock: _Clock) -> None:
-        self.video, self.segments = video, 0  # appended to the partial file
+        self.video, self.segments = video, 0  # number of segments in the partial file
         self._partial, self._clock = partial, clock
         self._reformatter = VideoReformatter()
         self._memory = io.BytesIO()
         self._container: Any = None
         self._stream: Any = None
-        self._first = 0  # tick of the segment's first frame
+        self._first = 0  # time of the first frame of the segment, in ticks
 
-    def go_on(self) -> None:
-        """Append to the parts of an interrupted run; half a part behind them is removed."""
+    def append_to_partial(self) -> None:
+        """Append to the parts of an interrupted run, after removing an incomplete part at the end."""
         ends = part_ends(self._partial)
         os.truncate(self._partial, ends[-1])
         self.segments = len(ends)
@@ -396,7 +407,7 @@ class _Encoder:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = ColorRange.MPEG
         if codec.encoder == "libx265":
-            context.codec_tag = "hvc1"  # the tag that Apple's players ask for
+            context.codec_tag = "hvc1"  # the tag that Apple's players require
 
     def _encode(self, number: int, frame: np.ndarray) -> None:
         tick = self._clock.tick(number)
@@ -429,7 +440,8 @@ class _Encoder:
         self.segments += 1
 
     def _append(self, data: bytes) -> None:
-        """Writes a segment at once. A write that fails is undone, so that the file never ends in half a segment."""
+        """Append a segment in one write. If the write fails it is undone, so that the file never ends with an
+        incomplete segment."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         with self._partial.open("ab" if self.segments else "wb") as file:
             size = file.tell()

@@ -94,7 +94,7 @@ def test_masks(script: Script, engines: Path, demo_case: Path, tmp_path: Path) -
     write_video(tmp_path / "clip.mp4", held_out_case("animate", 0).driving[:9], FRAME_RATE)
     files = (demo_case / "ref.png", tmp_path / "clip.mp4", tmp_path / "a.mp4")
     said = script("masks", engines, *files, shipped_segmenter(), *boxes)
-    assert "masks for animate: 1 character(s), red" in said
+    assert "masks for animate: 1 character, red" in said
     assert (tmp_path / "a.masks" / "masks.png").is_file()
     assert len(read_video(tmp_path / "a.mp4").pixels) == 9
 

@@ -25,7 +25,7 @@ from scail2_rt.runtime.masks.make.folders import open_folder
 from scail2_rt.runtime.masks.make.options import AUTHORS_PROMPT
 from scail2_rt.runtime.masks.make.pixels import (
     HALF,
-    Taken,
+    InputFormat,
     network_mask,
     network_picture,
     network_points,
@@ -43,11 +43,14 @@ def compare_all(work: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]
     clip = draw_picture(make_crossing(2, frames=6, count=2), 96, 160)[0]
     sam2, sam3 = write_sam2(work / "sam2"), write_sam3(work / "sam3")
     write_grounding_dino(work / "sam2" / "detector")
-    yield "SAM 2: pictures", lambda: _pictures(_sam2_processor().video_processor, Taken((128, 128)))
+    yield "SAM 2: pictures", lambda: _pictures(_sam2_processor().video_processor, InputFormat((128, 128)))
     yield "SAM 2: prompts", _prompts
     yield "SAM 2: masks", _masks
     yield "SAM 2: a clip", lambda: _sam2_clip(sam2, clip)
-    yield "SAM 3: pictures", lambda: _pictures(_sam3_processor(sam3).video_processor, Taken((112, 112), HALF, HALF))
+    yield (
+        "SAM 3: pictures",
+        lambda: _pictures(_sam3_processor(sam3).video_processor, InputFormat((112, 112), HALF, HALF)),
+    )
     yield "SAM 3: words and masks", lambda: _sam3_detection(sam3, clip)
     yield "SAM 3: a clip", lambda: _sam3_clip(sam3, clip)
     yield "Grounding DINO: pictures and boxes", lambda: _dino(work / "sam2" / "detector")
@@ -69,7 +72,7 @@ def _sam3_processor(folder: Path) -> Any:
     return Sam3VideoProcessor(Sam3ImageProcessor(size=size), video, words, target_size=112)
 
 
-def _pictures(processor: Any, taken: Taken) -> dict[str, Any]:
+def _pictures(processor: Any, form: InputFormat) -> dict[str, Any]:
     """Largest difference of a picture, in 8-bit levels, and the share of values that differ by more than a half."""
     found = {}
     for height, width in SIZES:
@@ -77,8 +80,8 @@ def _pictures(processor: Any, taken: Taken) -> dict[str, Any]:
         drawn = draw_picture(make_crossing(1, frames=1), height, width)[0]
         for name, pixels in (("noise", frames), ("drawn", drawn)):
             theirs = processor(videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)], return_tensors="pt")
-            ours = network_picture(pixels[0], taken)
-            levels = (ours - theirs["pixel_values_videos"][0, 0]).abs() * torch.tensor(taken.std)[:, None, None] * 255
+            ours = network_picture(pixels[0], form)
+            levels = (ours - theirs["pixel_values_videos"][0, 0]).abs() * torch.tensor(form.std)[:, None, None] * 255
             found[f"{name} {height}x{width}"] = {
                 "largest": round(float(levels.max()), 3), "above a half": float((levels > 0.5).float().mean()),
             }  # fmt: skip
@@ -165,7 +168,7 @@ def _dino(folder: Path) -> dict[str, Any]:
     frame = draw_picture(make_crossing(3, frames=1), 240, 400)[0][0]
     processor = GroundingDinoProcessor(GroundingDinoImageProcessorPil(), AutoTokenizer.from_pretrained(folder))
     theirs = processor(images=frame, text="human. character.", return_tensors="pt")
-    ours = network_picture(frame, Taken(segmenters.dino_size(240, 400)))
+    ours = network_picture(frame, InputFormat(segmenters.dino_size(240, 400)))
     if ours.shape != theirs["pixel_values"][0].shape:
         return {"ours": list(ours.shape), "theirs": list(theirs["pixel_values"].shape)}
     difference = (ours - theirs["pixel_values"][0]).abs()

@@ -216,25 +216,27 @@ ROWS = [
     ),
     Row("interlaced", clip("ts", options={**NO_B_FRAMES, "x264-params": "interlaced=1"}), warns=("is interlaced",)),
     # headers that lie, damage
-    Row("header with more", then(clip("avi"), lambda path: set_avi_frames(path, 12)), warns=("12 frames but 9",)),
-    Row("header with fewer", then(clip("avi"), lambda path: set_avi_frames(path, 5)), warns=("5 frames but has 9",)),
+    Row("header with more", then(clip("avi"), lambda path: set_avi_frames(path, 12)), warns=("12 frames, but 9",)),
+    Row(
+        "header with fewer", then(clip("avi"), lambda path: set_avi_frames(path, 5)), warns=("5 frames, but it has 9",)
+    ),
     Row(
         "mp4 cut short",
         then(
             clip("mp4", 20, container_options=INDEX_IN_FRONT, options=NO_B_FRAMES), lambda path: cut_in_packet(path, 9)
         ),
         numbers=range(9),
-        warns=("20 frames but 9 can be decoded",),
+        warns=("20 frames, but 9 can be decoded",),
     ),
     Row(
         "mkv cut short",
         then(clip("mkv", 20, **LOSSLESS), lambda path: cut_in_packet(path, 9)),
-        warns=("it lasts 1.60 s",),
+        warns=("states 1.60 s",),
     ),
     Row(
         "a damaged frame",
         then(clip("mp4", options=NO_B_FRAMES), lambda path: overwrite(path, packet_at(path, 5)[-8:])),
-        warns=("1 of its frames are patched up by the decoder (the first is frame 5)",),
+        warns=("the decoder repairs 1 frame, the first of which is frame 5",),
     ),
     # masks
     Row(
@@ -329,7 +331,7 @@ ROWS = [
             lambda path: cut_in_packet(path, 13),
         ),
         ("aac", 44100, 1),
-        warns=("20 frames but 13 can be decoded",),
+        warns=("20 frames, but 13 can be decoded",),
     ),
     heard(
         "damaged sound",

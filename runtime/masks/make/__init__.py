@@ -1,1 +1,1 @@
-"""Masks made inside: from a picture and a clip to the colour masks that SCAIL-2 reads."""
+"""Makes the colour masks of a reference image and a driving clip with a segmenter."""

@@ -1,4 +1,4 @@
-"""Scene cuts: frames that have nothing to do with the one before."""
+"""Detects scene cuts from the difference between neighbouring frames, compared with the usual difference."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 
 from scail2_rt.runtime.masks.make.figures import alike, look
 
-SIDE = 32  # pixels of the small pictures that are compared
-LEVELS = 30.0  # mean difference, of 255, that a cut makes at least
-SUDDEN = 3.0  # as many times the usual difference of neighbours
-COLOURS_SHARED = 0.7  # of their histograms: neighbours of one scene share more
-USUAL = 8  # frames that "usual" is taken from
+SIDE = 32  # longer side of the reduced frames that are compared, in pixels
+LEVELS = 30.0  # a cut has a larger mean difference, of 255
+SUDDEN = 3.0  # and a difference larger than the usual one by this factor
+COLOURS_SHARED = 0.7  # and a smaller histogram intersection, 0 to 1
+USUAL = 8  # number of frames whose median difference is the usual one
 
 
 class CutFinder:
-    """Looks at frames in order."""
+    """Finds cuts in frames that are given in order."""
 
     def __init__(self) -> None:
         self._small: np.ndarray | None = None
         self._differences: deque[float] = deque(maxlen=USUAL)
 
     def cut_before(self, frame: np.ndarray) -> bool:
-        """Whether a new scene begins with this frame, uint8 [H, W, 3]."""
+        """Whether a new scene begins with this frame, uint8 [H, W, 3]; False for the first frame."""
         small, last = _small(frame), self._small
         self._small = small
         if last is None:
@@ -39,9 +39,9 @@ class CutFinder:
 
 
 def _small(frame: np.ndarray) -> np.ndarray:
-    """Means over cells, fp32 [h, w, 3] with sides of at most `SIDE`."""
+    """Reduce a frame to means over cells, fp32 [h, w, 3] with sides of at most `SIDE`."""
     rows, columns = (np.linspace(0, side, min(SIDE, side) + 1).astype(int)[:-1] for side in frame.shape[:2])
-    step = max(frame.shape[0] // 256, 1), max(frame.shape[1] // 256, 1)  # every n-th pixel tells enough
+    step = max(frame.shape[0] // 256, 1), max(frame.shape[1] // 256, 1)  # every n-th pixel is enough
     thinned = frame[:: step[0], :: step[1]].astype(np.float32)
     rows, columns = (edges // n for edges, n in zip((rows, columns), step, strict=True))
     sums = np.add.reduceat(np.add.reduceat(thinned, rows, 0), columns, 1)
@@ -50,6 +50,6 @@ def _small(frame: np.ndarray) -> np.ndarray:
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> float:
-    """What the colours of two pictures of one size share, 0…1."""
-    whole = np.ones(a.shape[:2], bool)
-    return alike(look(a, whole), look(b, whole))
+    """Intersection of the colour histograms of two images of one size, 0 to 1."""
+    everything = np.ones(a.shape[:2], bool)
+    return alike(look(a, everything), look(b, everything))

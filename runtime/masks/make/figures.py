@@ -1,6 +1,7 @@
-"""Figures as pixels: how large they are, where, what they look like, and which of another picture they are.
+"""Characters as masks: their area, centre and appearance, and how to match those of two images.
 
-Masks are bool [H, W]. Appearance is a histogram of the colours inside a mask, compared by how much two of them share.
+Masks are bool [H, W]. The appearance is the colour histogram inside a mask; the similarity of two is their histogram
+intersection, the sum of the smaller of each two bins.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ from itertools import product
 
 import numpy as np
 
-LEAST_AREA = 0.01  # of the first frame: what is smaller is no figure (the authors' rule)
-SEEN_AREA = 0.0002  # of a frame: a figure with less is not seen
-BINS = 6  # of a histogram, for each channel
-EXCHANGED = 0.2  # how much better two figures must look like each other than like themselves
-ALIKE = 0.5  # share of two histograms from which on a figure may be one that was seen before
-KEEP = 0.8  # weight of what a figure looked like before
-HISTOGRAM_PIXELS = 20_000
+LEAST_AREA = 0.01  # share of the first frame below which a mask is ignored (rule of the official code)
+SEEN_AREA = 0.0002  # share of a frame below which a character counts as absent
+BINS = 6  # of a histogram, per channel
+EXCHANGED = 0.2  # difference in similarity from which two characters count as exchanged
+ALIKE = 0.5  # similarity from which a mask may be a character seen before
+KEEP = 0.8  # weight of the previous appearance in the running mean
+HISTOGRAM_PIXELS = 20_000  # about as many pixels of a mask are sampled
 
 
 @dataclass(slots=True)
 class Character:
-    """A figure of the clip. number: its label, from 1; look: histogram; centre (x, y) in 0…1, where it was seen last;
-    colour: what --point or --box ask for."""
+    """A character of the driving clip.
+
+    number      its label, from 1
+    look        colour histogram, None if unknown
+    centre      (x, y) where it was last seen, as shares of the frame's sides
+    last_seen   number of that frame, -1 for none
+    colour      mask colour that --point or --box asks for; "" for any"""
 
     number: int
     look: np.ndarray | None = None
@@ -33,12 +39,12 @@ class Character:
 
 
 def area(mask: np.ndarray) -> float:
-    """Share of the picture."""
+    """Share of the image that a mask covers."""
     return float(mask.mean())
 
 
 def centre(mask: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the middle of its pixels, in 0…1 of the picture."""
+    """(x, y) of the centroid of a mask, as shares of the image's sides."""
     rows, columns = mask.sum(1), mask.sum(0)
     total = max(int(rows.sum()), 1)
     x = float((columns * (np.arange(len(columns)) + 0.5)).sum() / total / len(columns))
@@ -46,7 +52,7 @@ def centre(mask: np.ndarray) -> tuple[float, float]:
 
 
 def look(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Histogram of the colours of `frame`, levels 0…255 [H, W, 3], inside the mask; its sum is 1."""
+    """Histogram of the colours of `frame` (levels 0 to 255, [H, W, 3]) inside a mask, [BINS³]; its sum is 1."""
     pixels = frame[mask]
     pixels = pixels[:: max(len(pixels) // HISTOGRAM_PIXELS, 1)].astype(np.int64) * BINS // 256
     counts = np.bincount((pixels @ np.array([BINS * BINS, BINS, 1])), minlength=BINS**3)
@@ -54,21 +60,23 @@ def look(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def alike(a: np.ndarray | None, b: np.ndarray | None) -> float:
-    """What two histograms share, 0…1."""
+    """Intersection of two histograms, 0 to 1; 0 if one is None."""
     return 0.0 if a is None or b is None else float(np.minimum(a, b).sum())
 
 
 def distance(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Euclidean distance of two points."""
     return float(np.hypot(a[0] - b[0], a[1] - b[1]))
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks; 0 if both are empty."""
     either = int((a | b).sum())
     return int((a & b).sum()) / either if either else 0.0
 
 
 def box_iou(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    """Of two boxes x0, y0, x1, y1."""
+    """Intersection over union of two boxes x0, y0, x1, y1."""
     first, second = np.asarray(a), np.asarray(b)
     low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
     both = float(np.clip(high - low, 0, None).prod())
@@ -77,31 +85,33 @@ def box_iou(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) ->
 
 
 def inside(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of a that lies in b."""
+    """Share of mask `a` that is inside mask `b`."""
     return int((a & b).sum()) / max(int(a.sum()), 1)
 
 
 def ordered(masks: Sequence[np.ndarray], sort: str) -> list[int]:
-    """Numbers of the masks, first to last: left to right, or the largest first."""
+    """Indices of the masks, sorted from left to right, or largest first with `sort` "area"."""
     if sort == "area":
         return sorted(range(len(masks)), key=lambda i: -area(masks[i]))
     return sorted(range(len(masks)), key=lambda i: centre(masks[i])[0])
 
 
 def nearest_pairs(references: Sequence[np.ndarray], drivers: Sequence[np.ndarray]) -> dict[int, int]:
-    """driver → reference, each with the nearest by their centres in 0…1, the closest pair first."""
+    """Pair driving characters with references by the distance of their centres, the closest pair first. Returns driver
+    → reference, as indices."""
     return _greedy(len(drivers), len(references), lambda d, r: -distance(centre(drivers[d]), centre(references[r])))
 
 
 def overlap_pairs(references: Sequence[np.ndarray], drivers: Sequence[np.ndarray]) -> dict[int, int]:
-    """driver → reference, each reference with the driver that its mask overlaps most (IoU), the pictures stretched onto
-    each other."""
+    """Pair driving characters with references by IoU, the largest first, with the images stretched to one size. Returns
+    driver → reference, as indices."""
     shape = drivers[0].shape
-    laid = [stretched(mask, shape) for mask in references]
-    return _greedy(len(drivers), len(references), lambda d, r: iou(drivers[d], laid[r]))
+    masks = [stretched(mask, shape) for mask in references]
+    return _greedy(len(drivers), len(references), lambda d, r: iou(drivers[d], masks[r]))
 
 
 def _greedy(drivers: int, references: int, score: Callable[[int, int], float]) -> dict[int, int]:
+    """Form pairs (driver, reference) in descending order of their score, each index once."""
     ranked = sorted(product(range(drivers), range(references)), key=lambda pair: -score(*pair))
     pairs: dict[int, int] = {}
     for driver, reference in ranked:
@@ -111,7 +121,7 @@ def _greedy(drivers: int, references: int, score: Callable[[int, int], float]) -
 
 
 def stretched(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Masks or labels [h, w] at another size, hard-edged."""
+    """Scale a mask or labels [h, w] to (H, W) = `shape` by nearest neighbour."""
     rows = ((np.arange(shape[0]) + 0.5) * mask.shape[0] / shape[0]).astype(int)
     columns = ((np.arange(shape[1]) + 0.5) * mask.shape[1] / shape[1]).astype(int)
     return mask[rows[:, None], columns]
@@ -119,23 +129,25 @@ def stretched(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(slots=True)
 class Cast:
-    """The characters of a clip, what they look like, and what is to be said of them."""
+    """The characters of a driving clip by number, and notes about them for the user."""
 
     characters: dict[int, Character] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    told: set[tuple[int, int]] = field(default_factory=set)
+    noted: set[tuple[int, int]] = field(default_factory=set)  # exchanges that have a note
 
     def enter(self, frame_number: int, frame: np.ndarray, mask: np.ndarray, colour: str = "") -> Character:
+        """Add the character that `mask` shows in this frame."""
         made = Character(len(self.characters) + 1, look(frame, mask), centre(mask), frame_number, colour)
         self.characters[made.number] = made
         return made
 
     def absent(self, present: Mapping[int, np.ndarray]) -> list[Character]:
+        """The characters that are not in `present` (number → mask)."""
         return [each for number, each in self.characters.items() if number not in present]
 
     def returning(self, frame: np.ndarray, mask: np.ndarray, among: Sequence[Character]) -> Character | None:
-        """Who of those that are not there a found figure is: who looks most like it, or of several that look about as
-        much like it the nearest. None where it looks like none of them."""
+        """The character, of those in `among`, that a mask shows: the most similar, or the nearest of those with about
+        the same similarity. None if none is similar."""
         if not among:
             return None
         seen = look(frame, mask)
@@ -147,14 +159,14 @@ class Cast:
         return min(close, key=lambda each: distance(each.centre, centre(mask)))
 
     def likeness(self, frame: np.ndarray, labels: np.ndarray, numbers: Iterable[int]) -> float:
-        """How much these characters look like themselves where the labels say that they are."""
+        """Sum over characters of the similarity between their appearance and their pixels in labels [H, W]."""
         return sum(alike(self.characters[n].look, look(frame, labels == n)) for n in numbers)
 
     def mistaken(
         self, frame: np.ndarray, present: Mapping[int, np.ndarray], found: Sequence[np.ndarray]
     ) -> dict[int, int]:
-        """Characters whose mask the tracker has put onto another figure → the number of the found one that they are:
-        far from that mask, and much more like them than what it covers."""
+        """Characters whose mask is on another character → index in `found` of their true mask: one that does not
+        overlap their mask and is much more similar to them."""
         looks = [look(frame, mask) for mask in found]
         ranked = sorted(
             product(self.characters, range(len(found))),
@@ -174,7 +186,8 @@ class Cast:
         return wrong
 
     def watch(self, frame_number: int, frame: np.ndarray, present: Mapping[int, np.ndarray]) -> None:
-        """Keep where figures are and what they look like; note two that seem to have changed places."""
+        """Update position and appearance of the characters in this frame, and add a note if two seem to be
+        exchanged."""
         looks = {number: look(frame, mask) for number, mask in present.items()}
         exchanged = {number for pair in self._exchanges(frame_number, looks) for number in pair}
         for number, mask in present.items():
@@ -184,6 +197,7 @@ class Cast:
                 known.look = looks[number] if known.look is None else KEEP * known.look + (1 - KEEP) * looks[number]
 
     def _exchanges(self, frame_number: int, looks: Mapping[int, np.ndarray]) -> list[tuple[int, int]]:
+        """Pairs of characters that are much more similar to each other's previous appearance than to their own."""
         found = []
         for a, b in ((a, b) for a in looks for b in looks if a < b):
             before = self.characters[a].look, self.characters[b].look
@@ -191,10 +205,10 @@ class Cast:
             crossed = alike(before[0], looks[b]) + alike(before[1], looks[a])
             if crossed > straight + 2 * EXCHANGED:
                 found.append((a, b))
-                if (a, b) not in self.told:
-                    self.told.add((a, b))
+                if (a, b) not in self.noted:
+                    self.noted.add((a, b))
                     self.notes.append(
-                        f"From frame {frame_number} on, figures {a} and {b} of the clip look as if they had changed "
-                        f"places: look at the preview, and set them right with --point {frame_number}:x,y:colour."
+                        f"From frame {frame_number} on, characters {a} and {b} of the driving clip seem to be "
+                        f"exchanged: look at the preview, and correct them with --point {frame_number}:x,y:colour."
                     )
         return found

@@ -1,6 +1,6 @@
-"""Folders of segmenters: what a folder holds, said by the `config.json` files in it.
+"""Segmenters on disk: finds them, and recognises them by the `config.json` files in their folders.
 
-SAM 2    config.json of a `sam2_video` model, and in a folder inside (`detector/`) one of Grounding DINO
+SAM 2    config.json of a `sam2_video` model, and in a subfolder (`detector/`) one of Grounding DINO
 SAM 3    config.json of a `sam3_video` model, with its tokenizer
 """
 
@@ -19,13 +19,20 @@ NAMES: tuple[Name, ...] = ("sam2", "sam3")
 KINDS: dict[str, Name] = {"sam2_video": "sam2", "sam3_video": "sam3"}
 DETECTOR_KIND = "grounding-dino"
 DETECTOR = "detector"
-SPARE = {"sam2": 3 << 30, "sam3": 4 << 30}  # bytes beside the weights, for 1024 (1008) pixel squares and two figures
+SPARE = {
+    "sam2": 3 << 30,
+    "sam3": 4 << 30,
+}  # bytes besides the weights, for inputs of `REFERENCE_PIXELS` and two characters
 REFERENCE_PIXELS = {"sam2": 1024**2, "sam3": 1008**2}
 
 
 @dataclass(frozen=True, slots=True)
 class SegmenterFolder:
-    """A segmenter on disk. detector: the folder of Grounding DINO for SAM 2, None where there is none."""
+    """A segmenter on disk.
+
+    model      folder of the model
+    detector   folder of Grounding DINO for SAM 2, if there is one
+    square     side of the model's square input in pixels"""
 
     name: Name
     model: Path
@@ -43,19 +50,19 @@ class SegmenterFolder:
 
     @property
     def memory_bytes(self) -> int:
-        """Estimate of what it takes while it runs: the weights as stored, and activations by the picture's area."""
+        """Estimated memory of a run: the weights as stored, and activations in proportion to the area of the input."""
         return self.weight_bytes + int(SPARE[self.name] * self.square**2 / REFERENCE_PIXELS[self.name])
 
 
 def segmenter_cache() -> Path:
-    """Where `download --segmenter` puts them."""
+    """The folder in which `download --segmenter` stores segmenters."""
     return cache_directory() / "segmenters"
 
 
 def open_folder(folder: Path) -> SegmenterFolder:
-    """What lies in a folder. InputError for one that holds no segmenter, or one of another kind."""
+    """Recognise the segmenter in a folder. Raises InputError if there is none, or its weights are missing."""
     if not folder.is_dir():
-        raise InputError(f"The segmenter's folder {folder} does not exist: give one that holds a config.json.")
+        raise InputError(f"The segmenter folder {folder} does not exist: give a folder that holds a config.json.")
     kinds = {each: _config(each) for each in (folder, *sorted(p for p in folder.iterdir() if p.is_dir()))}
     found = {each: str(config.get("model_type", "")) for each, config in kinds.items() if config}
     for each, kind in found.items():
@@ -66,10 +73,8 @@ def open_folder(folder: Path) -> SegmenterFolder:
                 raise InputError(f"{each} holds no *.safetensors: download the segmenter's weights again.")
             return made
     if DETECTOR_KIND in found.values():
-        raise InputError(
-            f"{folder} holds Grounding DINO alone: it finds figures, and SAM 2 must be there to follow them."
-        )
-    kind = ", ".join(sorted(set(found.values()) - {""})) or "no config.json that can be read"
+        raise InputError(f"{folder} holds only Grounding DINO, which detects characters: add SAM 2, which tracks them.")
+    kind = ", ".join(sorted(set(found.values()) - {""})) or "no readable config.json"
     raise InputError(
         f"{folder} holds {kind}, and a segmenter is a sam2_video or sam3_video model: get one with "
         "`scail2-rt download --segmenter sam2`."
@@ -77,8 +82,8 @@ def open_folder(folder: Path) -> SegmenterFolder:
 
 
 def find_segmenter(name: str, weights: Path | None) -> SegmenterFolder:
-    """The segmenter that `--segmenter` and `--segmenter-weights` ask for; `auto` takes SAM 3 where it is there, else
-    SAM 2. InputError, with the command that fetches one, where there is none."""
+    """The segmenter that `--segmenter` and `--segmenter-weights` select; `auto` selects SAM 3 if it is in the cache,
+    else SAM 2. Raises InputError, with the download command, if there is none."""
     if weights is not None:
         folder = open_folder(weights)
         if name not in ("auto", folder.name):
@@ -93,12 +98,13 @@ def find_segmenter(name: str, weights: Path | None) -> SegmenterFolder:
             return open_folder(place)
     fetch = "sam2" if name == "auto" else name
     raise InputError(
-        f"There is no {'segmenter' if name == 'auto' else name} to make masks with in {segmenter_cache()}: "
-        f"get one with `scail2-rt download --segmenter {fetch}`, or give the masks."
+        f"{segmenter_cache()} holds no {'segmenter' if name == 'auto' else name}, which making masks needs: get one "
+        f"with `scail2-rt download --segmenter {fetch}`, or give the masks."
     )
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    """The contents of `config.json`; {} if it cannot be read."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -107,8 +113,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _square(config: dict[str, Any]) -> int:
+    """Side of the model's input in pixels. Raises InputError if the file states no number."""
     size = config.get("image_size", 1024) if config.get("model_type") == "sam2_video" else 1008
     sides = size if isinstance(size, list) else [size]
     if not sides or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise InputError(f"A segmenter's config.json gives image_size {size!r}: download it again.")
+        raise InputError(f"The config.json of a segmenter has the invalid image_size {size!r}: download it again.")
     return int(max(sides))

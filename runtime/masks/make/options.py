@@ -1,4 +1,5 @@
-"""What a user says about masks that are made: which segmenter, which figures, who drives whom."""
+"""Options for making masks: the segmenter, the characters, and which driving character moves which reference
+character."""
 
 from __future__ import annotations
 
@@ -7,21 +8,25 @@ from pathlib import Path
 from typing import Literal
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.masks.palette import CHARACTERS
 
 AUTHORS_PROMPT = "human. character."
-AUTHORS_ORDER = ("blue", "red", "green", "magenta", "cyan", "yellow")  # the palette in the order of the authors' code
+AUTHORS_ORDER = ("blue", "red", "green", "magenta", "cyan", "yellow")  # mask colours in the order of the official code
 MODES = ("auto", "animate", "replace")
 SORTS = ("left-to-right", "area")
 SEGMENTERS = ("auto", "sam2", "sam3")
 IMAGE = -1  # the frame of a point or box that belongs to the reference image
-FIRST = -2  # of one without a frame's number: the first that is used
+FIRST = -2  # the frame of a point or box without a frame number: the first one used
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A point (x, y) or a box (x0, y0, x1, y1) in pixels of frame `frame` of the driving clip (`FIRST`: the first that
-    is used), or of the reference image (`IMAGE`), and the colour that its figure is to have, "" for any."""
+    """A point or box that marks a character.
+
+    numbers   (x, y) or (x0, y0, x1, y1) in pixels
+    frame     of the driving clip; `FIRST`: the first one used; `IMAGE`: the reference image
+    colour    requested mask colour of the character; "" for any"""
 
     numbers: tuple[float, ...]
     frame: int = FIRST
@@ -29,7 +34,8 @@ class Place:
 
     @classmethod
     def parse(cls, text: str, option: str) -> Place:
-        """`[frame:]x,y[:colour]` or `[frame:]x0,y0,x1,y1[:colour]`; `image:` instead of a frame's number."""
+        """Parse `[frame:]x,y[:colour]` or `[frame:]x0,y0,x1,y1[:colour]`, with `image:` for the reference image.
+        option: `--point` or `--box`. Raises InputError for other text."""
         wanted = {"--point": 2, "--box": 4}[option]
         parts = [part.strip() for part in text.split(":")]
         middle = [number for number, part in enumerate(parts) if "," in part]
@@ -38,7 +44,7 @@ class Place:
         frame = IMAGE if parts[0] == "image" else FIRST
         if middle[0] and frame == FIRST:
             if not parts[0].isdecimal():
-                raise InputError(f"{option} {text!r}: {parts[0]!r} is neither a frame's number nor `image`.")
+                raise InputError(f"{option} {text!r}: {parts[0]!r} is neither a frame number nor `image`.")
             frame = int(parts[0])
         try:
             numbers = tuple(float(number) for number in parts[middle[0]].split(","))
@@ -48,20 +54,20 @@ class Place:
             raise InputError(f"{option} {text!r} is not [frame:]{_form(wanted)}[:colour].")
         colour = parts[middle[0] + 1] if len(parts) > middle[0] + 1 else ""
         if colour and colour not in CHARACTERS:
-            raise InputError(f"{option} {text!r}: {colour!r} is none of {', '.join(CHARACTERS)}.")
+            raise InputError(f"{option} {text!r}: {colour!r} is not a mask colour: use {', '.join(CHARACTERS)}.")
         if wanted == 4 and not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
-            raise InputError(f"{option} {text!r} is no box: x0 must be less than x1, and y0 less than y1.")
+            raise InputError(f"{option} {text!r} is not a box: x0 must be less than x1, and y0 less than y1.")
         return cls(numbers, frame, colour)
 
     def check_inside(self, size: tuple[int, int], picture: str) -> None:
-        """InputError for a place that lies outside a picture of (H, W)."""
+        """Raise InputError if the place is outside an image of (H, W), called `picture` in the message."""
         xs, ys = self.numbers[::2], self.numbers[1::2]
         if not (min(xs) >= 0 and max(xs) <= size[1] and min(ys) >= 0 and max(ys) <= size[0]):
             kind, what = ("--box", "box") if len(self.numbers) == 4 else ("--point", "point")
             at = ",".join(f"{number:g}" for number in self.numbers)
             raise InputError(
-                f"The {what} {at} ({kind}) lies outside {picture}, which is {size[1]} wide and {size[0]} high: give it "
-                "in that picture's pixels."
+                f"The {what} {at} ({kind}) is outside {picture}, which is {size[1]} wide and {size[0]} high: "
+                "give it in pixels of that image."
             )
 
 
@@ -71,19 +77,23 @@ def _form(numbers: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MaskOptions:
-    """How masks are made.
+    """Options for making masks.
 
-    mode            animate or replace; auto is animate
-    segmenter, weights   which one, and a folder that holds one; auto takes SAM 3 where it is in the cache, else SAM 2
-    prompt          what to look for, parts ended by full stops; None: the authors' "human. character.", and nothing in
-                    a picture whose figures are given by points or boxes
-    max_characters  how many figures are kept, the surest
-    sort            who is first: the leftmost figure, or the largest
+    mode            animate or replace; auto means animate
+    segmenter       sam2, sam3, or auto: SAM 3 if it is in the cache, else SAM 2
+    weights         folder of a segmenter, instead of the cache
+    prompt          text prompt, phrases separated by full stops; None: the official "human. character.", but no text
+                    detection in an image whose characters are marked by points or boxes
+    max_characters  largest number of characters; those with the highest scores are kept
+    sort            order of the characters: left-to-right, or area (largest first)
     points, boxes   `[frame:]x,y[:colour]` and `[frame:]x0,y0,x1,y1[:colour]`; `image:` is the reference image
-    pairs           "1=2,2=1": driving figure 1 moves reference figure 2, and 2 moves 1
-    one_to_many     of several driving figures a reference takes the one that its mask overlaps most
-    image_from, driving_from   a matte, alpha image or SAM3_TRACK_DATA instead of a segmenter
-    start, frames   the part of the clip that is used"""
+    pairs           "1=2,2=1": driving character 1 moves reference character 2, and 2 moves 1
+    one_to_many     pair each reference character with the driving character that its mask overlaps most
+    image_from, driving_from
+                    a matte, an image or video with alpha, or SAM3_TRACK_DATA to use instead of a segmenter
+    start, frames   first frame and number of frames of the driving clip to use; None: to the end
+
+    Raises InputError for values out of range and for options that contradict each other."""
 
     mode: Literal["auto", "animate", "replace"] = "auto"
     segmenter: str = "auto"
@@ -118,7 +128,7 @@ class MaskOptions:
                 f"--max-characters must be 1 to {len(CHARACTERS)}, one for each mask colour, not {self.max_characters}."
             )
         if self.prompt is not None and not self.prompt.strip(" ."):
-            raise InputError('--mask-prompt is empty: say what to look for, as in "person. dog.".')
+            raise InputError('--mask-prompt is empty: describe the characters, as in "person. dog.".')
         places = [Place.parse(text, "--point") for text in self.points]
         places += [Place.parse(text, "--box") for text in self.boxes]
         object.__setattr__(self, "places", tuple(places))
@@ -130,23 +140,25 @@ class MaskOptions:
             raise InputError(f"--frames must be 1 or more, not {self.frames}.")
 
     def _check_places(self) -> None:
-        """InputError for two boxes of one figure, more figures in one picture than are kept, and places in a picture
-        whose figures are cut out already."""
+        """Raise InputError for two boxes of one character, for more characters in one image than `max_characters`, and
+        for places in an image whose masks come from a file."""
         for name, ready in (("--image-from", self.image_from), ("--driving-from", self.driving_from)):
             if ready is not None and any((place.frame == IMAGE) == (ready is self.image_from) for place in self.places):
-                raise InputError(f"A --point or --box is of the picture that {name} gives figures of: leave out one.")
+                raise InputError(
+                    f"A --point or --box is in the image whose characters {name} gives: leave out one of the options."
+                )
         for frame in {place.frame for place in self.places}:
             here = [place for place in self.places if place.frame == frame]
             boxes = [place.colour for place in here if place.colour and len(place.numbers) == 4]
             if twice := [colour for colour in boxes if boxes.count(colour) > 1]:
                 raise InputError(
-                    f"Two --box of one picture are {twice[0]}: a figure has one box, and points beside it."
+                    f"Two --box of one image are {twice[0]}: use one box per character, and points in addition."
                 )
             figures = len({place.colour for place in here} - {""}) + sum(not place.colour for place in here)
             if figures > self.max_characters:
                 raise InputError(
-                    f"--point and --box show {figures} figures in one picture, and --max-characters is "
-                    f"{self.max_characters}: raise it, or give points and boxes of one figure one colour."
+                    f"--point and --box mark {counted(figures, 'character')} in one image, but --max-characters is "
+                    f"{self.max_characters}: raise it, or give points and boxes of one character the same colour."
                 )
 
     @property
@@ -154,12 +166,12 @@ class MaskOptions:
         return "replace" if self.mode == "replace" else "animate"
 
     def used_of(self, frames: int) -> int:
-        """How many of a clip's frames are used."""
-        left = max(frames - self.start, 0)
-        return left if self.frames is None else min(self.frames, left)
+        """Number of frames that are used of a clip with `frames` frames."""
+        available = max(frames - self.start, 0)
+        return available if self.frames is None else min(self.frames, available)
 
     def text_for(self, image: bool) -> str | None:
-        """What to look for in the reference image or the clip; None where its figures are given."""
+        """Text prompt for the reference image or the driving clip; None if its characters are marked."""
         if self.prompt is not None:
             return self.prompt
         given = any((place.frame == IMAGE) == image for place in self.places)
@@ -167,13 +179,14 @@ class MaskOptions:
 
 
 def parse_pairs(text: str) -> dict[int, int]:
-    """`1=2,2=1` → driving figure → reference figure, both from 0."""
+    """Parse `1=2,2=1` to driving character → reference character, both from 0. Raises InputError for other text, and
+    for a character that occurs twice on one side."""
     pairs: dict[int, int] = {}
     for part in filter(None, (each.strip() for each in text.split(","))):
         left, equals, right = (each.strip() for each in part.partition("="))
         if not (equals and left.isdecimal() and right.isdecimal() and int(left) and int(right)):
             raise InputError(f"--pairs {text!r}: {part!r} is not DRIVING=REFERENCE, as in 1=2,2=1.")
         if int(left) - 1 in pairs or int(right) - 1 in pairs.values():
-            raise InputError(f"--pairs {text!r} names a figure twice: each drives one, and is driven by one.")
+            raise InputError(f"--pairs {text!r} names a character twice: pair each character once.")
         pairs[int(left) - 1] = int(right) - 1
     return pairs

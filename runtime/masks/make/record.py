@@ -1,4 +1,4 @@
-"""What masks were made from, beside them: so that the same request finds them again, and another one does not."""
+"""The record of the inputs of masks, stored next to them, so that only the same request reuses them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from scail2_rt.runtime.media.clips import clip_hash
 from scail2_rt.runtime.media.images import load_image
 
 RECORD = "masks.json"
-VERSION = 1  # of what the same inputs and options give
+VERSION = 1  # increased when the same inputs and options give other masks
 _FILES = ("mask_image", "mask_video", "sheet")
 
 
 def fingerprint(
     image: ImageSource, driving: ClipSource, options: MaskOptions, segmenter: SegmenterFolder | None
 ) -> dict[str, Any]:
-    """Of inputs, options and the segmenter: files by place, size and time, what is in memory by its content."""
+    """Fingerprint of inputs, options and segmenter, for JSON. Files are identified by path, size and modification time,
+    data in memory by its hash."""
     given = {
         each.name: getattr(options, each.name) for each in fields(options) if each.name not in ("places", "weights")
     }
@@ -41,7 +42,7 @@ def fingerprint(
 
 
 def recorded(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of the `Masks` in a folder that were made from this; None where there are none."""
+    """The fields of the `Masks` in a folder if their fingerprint is `identity`, else None."""
     try:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,11 +53,12 @@ def recorded(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not all(isinstance(stored.get(name), str) for name in _FILES):
         return None
     files = {name: folder / stored[name] for name in _FILES}
-    told = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-    return {**told, **files} if all(file.is_file() for file in files.values()) else None
+    stored_fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    return {**stored_fields, **files} if all(file.is_file() for file in files.values()) else None
 
 
 def _file(path: Path | None) -> Any:
+    """Path, size and modification time of a file, or of the files in a folder."""
     if path is None:
         return None
     if path.is_dir():
@@ -66,10 +68,11 @@ def _file(path: Path | None) -> Any:
 
 
 def _digest(pixels: np.ndarray) -> str:
+    """SHA-256 of shape and content of an array."""
     return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from a file."""
+    """The value as it is after writing it to JSON and reading it back."""
     found: dict[str, Any] = json.loads(json.dumps(value))
     return found

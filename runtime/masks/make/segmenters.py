@@ -1,7 +1,7 @@
-"""Segmenters: what finds figures by text, and what follows them. SAM 2 with Grounding DINO, or SAM 3.
+"""Segmenters, which detect characters by text and create trackers: SAM 2 with Grounding DINO, or SAM 3.
 
-Both are the classes of `transformers`, opened from a folder. A `Segmenter` finds figures in one picture, as boxes or as
-masks, and makes trackers; the rules about characters and colours are no business of its.
+Both use classes of `transformers` with weights from a folder. A `Segmenter` detects characters in one image, as boxes
+or masks. The rules about identities and colours are in `follow` and `pairs`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.masks.make.figures import box_iou, iou
-from scail2_rt.runtime.masks.make.pixels import HALF, MEAN, STD, Taken, network_picture, picture_masks
+from scail2_rt.runtime.masks.make.pixels import HALF, MEAN, STD, InputFormat, network_picture, picture_masks
 from scail2_rt.runtime.masks.make.tracker import Given, Tracker
 
 if TYPE_CHECKING:
@@ -22,39 +22,41 @@ if TYPE_CHECKING:
 
     from scail2_rt.runtime.masks.make.folders import SegmenterFolder
 
-CONFIDENCE = 0.25  # the authors', of SAM 3; Grounding DINO's usual one too
-SHORT_SIDE, LONG_SIDE = 800, 1333  # of pictures for Grounding DINO
-SAM3_TOKENS = 32
-SAME_BOX, SAME_MASK = 0.6, 0.5  # IoU above which two finds are one figure
-MISSING = 0.1  # share of a model's weights that its folder may lack: transformers fills them with random ones
+CONFIDENCE = 0.25  # least score of a detection: that of the official code for SAM 3, and the default of Grounding DINO
+SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels of the input of Grounding DINO
+SAM3_TOKENS = 32  # length of the padded text
+SAME_BOX, SAME_MASK = 0.6, 0.5  # IoU above which two detections are one character
+MISSING = 0.1  # share of its weights that a model may lack; transformers initialises them randomly
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A figure that text found: where it is, and how sure that is (0…1)."""
+    """A detected character: its prompt for a tracker, and its score, 0 to 1."""
 
     given: Given
     score: float
 
 
 class Segmenter(Protocol):
-    """Finds figures in a picture, and makes trackers that follow them."""
+    """Detects characters in an image, and creates trackers."""
 
     name: str
 
     def find(self, frame: np.ndarray, prompt: str) -> list[Found]:
-        """Figures in a picture, uint8 [H, W, 3], the surest first."""
+        """Detect characters in an image, uint8 [H, W, 3], by a text prompt. The highest score comes first."""
         ...
 
-    def tracker(self, size: tuple[int, int]) -> Tracker: ...
+    def tracker(self, size: tuple[int, int]) -> Tracker:
+        """Create a tracker for frames of `size` (H, W)."""
+        ...
 
     def close(self) -> None:
-        """Give back the memory."""
+        """Release the memory of the model."""
         ...
 
 
 class Sam2:
-    """`Sam2VideoModel`, with `GroundingDinoForObjectDetection` where its folder is there."""
+    """`Sam2VideoModel`, with `GroundingDinoForObjectDetection` as detector if the folder has one."""
 
     name = "sam2"
 
@@ -62,21 +64,21 @@ class Sam2:
         from transformers import Sam2VideoModel
 
         self._model: Any = _opened(Sam2VideoModel, folder.model, device, dtype)
-        self._taken = Taken((self._model.config.image_size,) * 2, MEAN, STD)
+        self._format = InputFormat((self._model.config.image_size,) * 2, MEAN, STD)
         self._detector = None if folder.detector is None else GroundingDino(folder.detector, device)
 
     def find(self, frame: np.ndarray, prompt: str) -> list[Found]:
         return [] if self._detector is None else self._detector.find(frame, prompt)
 
     def tracker(self, size: tuple[int, int]) -> Tracker:
-        return Tracker(self._model, size, self._taken)
+        return Tracker(self._model, size, self._format)
 
     def close(self) -> None:
         self._model = self._detector = None
 
 
 class GroundingDino:
-    """Boxes by text, in fp32 (its sampling of features is not written for less)."""
+    """Detects boxes by text in fp32, because its feature sampling does not support other types."""
 
     def __init__(self, folder: Any, device: Any) -> None:
         import torch
@@ -90,7 +92,7 @@ class GroundingDino:
 
         height, width = frame.shape[:2]
         with torch.inference_mode():
-            picture = network_picture(frame, Taken(dino_size(height, width)))[None].to(self._model.device)
+            picture = network_picture(frame, InputFormat(dino_size(height, width)))[None].to(self._model.device)
             words = self._words(dino_text(prompt), return_tensors="pt").to(self._model.device)
             out = self._model(
                 pixel_values=picture, input_ids=words["input_ids"], attention_mask=words["attention_mask"]
@@ -104,7 +106,7 @@ class GroundingDino:
 
 
 class Sam3:
-    """`Sam3VideoModel`: its detector finds, its tracker follows, both on the features of one encoder."""
+    """`Sam3VideoModel`, whose detector and tracker share the features of one encoder."""
 
     name = "sam3"
 
@@ -114,14 +116,14 @@ class Sam3:
         self._model: Any = _opened(Sam3VideoModel, folder.model, device, dtype)
         self._model.score_threshold_detection = CONFIDENCE
         self._words = AutoTokenizer.from_pretrained(folder.model, local_files_only=True)
-        self._taken = Taken((self._model.config.image_size,) * 2, HALF, HALF)
+        self._format = InputFormat((self._model.config.image_size,) * 2, HALF, HALF)
 
     def find(self, frame: np.ndarray, prompt: str) -> list[Found]:
         import torch
 
         session = self._prompted(prompt)
         with torch.inference_mode():
-            picture = network_picture(frame, self._taken).to(self._model.device, self._model.dtype)[None]
+            picture = network_picture(frame, self._format).to(self._model.device, self._model.dtype)[None]
             vision = self._model.detector_model.get_vision_features(pixel_values=picture)
             found = self._model.run_detection(session, vision).values()
             scores = torch.cat([each["scores"] for each in found]).float()
@@ -137,12 +139,13 @@ class Sam3:
             features, codes = self._model.get_vision_features_for_tracker(vision_embeds=embedded)
             return {"vision_feats": features, "vision_pos_embeds": codes}
 
-        return Tracker(self._model.tracker_model, size, self._taken, vision)
+        return Tracker(self._model.tracker_model, size, self._format, vision)
 
     def close(self) -> None:
         self._model = None
 
     def _prompted(self, prompt: str) -> Any:
+        """A session of the detector with the phrases of a prompt."""
         from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
         model = self._model
@@ -158,16 +161,17 @@ class Sam3:
 
 
 def phrases(prompt: str) -> list[str]:
-    """ "person. dog." → person, dog."""
+    """Split a prompt at full stops: "Person. dog." → person, dog."""
     return [part.strip().lower() for part in prompt.split(".") if part.strip()]
 
 
 def dino_text(prompt: str) -> str:
+    """A prompt in the form that Grounding DINO expects: "person. dog."."""
     return "".join(f"{part}. " for part in phrases(prompt)).strip()
 
 
 def dino_size(height: int, width: int) -> tuple[int, int]:
-    """(H, W) with the shorter side `SHORT_SIDE`, unless the longer one would pass `LONG_SIDE`: then that."""
+    """Scale (H, W) so that the shorter side is `SHORT_SIDE`, or the longer one `LONG_SIDE` if it would be longer."""
     short, long = sorted((height, width))
     scale = min(SHORT_SIDE / short, LONG_SIDE / long)
     return round(height * scale), round(width * scale)
@@ -176,7 +180,8 @@ def dino_size(height: int, width: int) -> tuple[int, int]:
 def _distinct(
     found: Sequence[tuple[np.ndarray, float]], shared: Callable[[np.ndarray, np.ndarray], float], most: float
 ) -> list[tuple[np.ndarray, float]]:
-    """Of those that share more than `most` the first, which is the surest."""
+    """Remove detections that overlap an earlier one, with a higher score, by more than `most`. shared: overlap of
+    two."""
     kept: list[tuple[np.ndarray, float]] = []
     for place, score in found:
         if all(shared(place, other) <= most for other, _ in kept):
@@ -185,8 +190,8 @@ def _distinct(
 
 
 def import_networks() -> None:
-    """Takes seconds, and an interrupt in the middle of it can end the process at once: before anything is written.
-    InputError where `transformers` is missing."""
+    """Import the libraries, before anything is written, because this takes seconds and an interrupt during an import
+    can end the process. Raises InputError if `transformers` is missing."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -197,12 +202,12 @@ def import_networks() -> None:
 
 
 def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
-    """In fp32. InputError for what cannot be opened."""
+    """Open a segmenter in fp32 on a device. Raises InputError if its files are damaged."""
     import torch
 
     try:
         return (Sam2 if folder.name == "sam2" else Sam3)(folder, device, torch.float32)
-    except Exception as error:  # whatever a damaged file makes of it
+    except Exception as error:  # damaged files raise errors of many types
         raise InputError(
             f"The segmenter in {folder.model} cannot be opened ({type(error).__name__}: {error}): download it again "
             f"with `scail2-rt download --segmenter {folder.name}`."
@@ -210,9 +215,10 @@ def open_segmenter(folder: SegmenterFolder, device: Any) -> Segmenter:
 
 
 def _opened(kind: Any, folder: Any, device: Any, dtype: Any) -> Any:
+    """Load a model from a folder. Raises ValueError if too many of its weights are missing."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # the command shows its own
+    logging.disable_progress_bar()  # the command has its own progress bar
     model, loaded = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     if len(loaded["missing_keys"]) > MISSING * len(model.state_dict()):
         raise ValueError(f"it lacks {len(loaded['missing_keys'])} of {len(model.state_dict())} weights")

@@ -1,8 +1,9 @@
-"""One way to drive the video trackers of SAM 2 and SAM 3: figures are given by a box, points or a mask, and followed
+"""One interface to the video trackers of SAM 2 and SAM 3: characters are marked by a box, points or a mask, and tracked
 frame by frame.
 
-The models' own session is used without its processor. It keeps every frame and every output; here a frame goes when it
-has been followed, and an output when no memory reaches back to it, so a long clip takes as much memory as a short one.
+The models' sessions are used without their processor. A session keeps all frames and outputs; this module removes a
+frame after it is tracked, and an output when no later frame reads it, so memory does not grow with the length of the
+clip.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scail2_rt.runtime.masks.make.pixels import Taken, network_mask, network_picture, network_points
+from scail2_rt.runtime.masks.make.pixels import InputFormat, network_mask, network_picture, network_points
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BOX_CORNERS = (2, 3)  # labels of the points that stand for a box
-_WHOLE = ("high_res_masks", "image_embeddings")  # outputs that nothing reads again
+BOX_CORNERS = (2, 3)  # labels of points that are corners of a box
+_UNUSED = ("high_res_masks", "image_embeddings")  # outputs that no later frame reads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """Where a figure is: points (x, y) [P, 2] in pixels with their labels (1 on the figure, 0 beside it, 2 and 3 the
-    corners of a box), or a mask, bool [H, W]."""
+    """The prompt that marks a character in a frame.
+
+    points   (x, y) in pixels, [P, 2]
+    labels   of the points: 1 on the character, 0 beside it, 2 and 3 corners of a box
+    mask     bool [H, W], instead of points"""
 
     points: np.ndarray | None = None
     labels: tuple[int, ...] = ()
@@ -33,58 +37,66 @@ class Given:
 
     @classmethod
     def box(cls, corners: np.ndarray | tuple[float, ...]) -> Given:
-        """x0, y0, x1, y1."""
+        """A box x0, y0, x1, y1 in pixels."""
         return cls(np.asarray(corners, np.float32).reshape(2, 2), BOX_CORNERS)
 
     @classmethod
     def point(cls, x: float, y: float) -> Given:
+        """A point on the character, in pixels."""
         return cls(np.array([[x, y]], np.float32), (1,))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Followed:
-    """A figure in a frame: mask logits [h, w] on the model's device (all negative where it is not seen), and the logit
-    of whether it is."""
+    """A tracked character in a frame.
+
+    logits   mask logits [h, w] on the model's device; all negative if the character is not visible
+    seen     logit of its visibility"""
 
     logits: Tensor
     seen: float
 
 
 class Tracker:
-    """Figures of one clip, or of one scene of it. model: a `Sam2VideoModel` or `Sam3TrackerVideoModel`; size: (H, W) of
-    the frames; vision: features of a prepared picture, for a model that has no encoder of its own."""
+    """Tracks the characters of one clip or scene.
+
+    model    a `Sam2VideoModel` or `Sam3TrackerVideoModel`
+    size     (H, W) of the frames
+    form     input format of the model
+    vision   computes the features of an input, for a model without an encoder"""
 
     def __init__(
         self,
         model: Any,
         size: tuple[int, int],
-        taken: Taken,
+        form: InputFormat,
         vision: Callable[[Tensor], Mapping[str, Any]] | None = None,
     ) -> None:
-        self.size, self.square = size, taken.size[0]
-        self._model, self._taken, self._vision = model, taken, vision
+        self.size, self.square = size, form.size[0]
+        self._model, self._format, self._vision = model, form, vision
         self._session = _session(model, size)
         self._frame = -1
 
     @property
     def figures(self) -> tuple[int, ...]:
+        """Numbers of the tracked characters."""
         return tuple(self._session.obj_ids)
 
     def follow(self, frame: np.ndarray) -> dict[int, Followed]:
-        """The next frame, uint8 [H, W, 3] → the figures that are known already."""
+        """Track the known characters in the next frame, uint8 [H, W, 3]."""
         import torch
 
         self._frame += 1
         with torch.inference_mode():
-            picture = network_picture(frame, self._taken).to(self._model.device, self._model.dtype)
+            picture = network_picture(frame, self._format).to(self._model.device, self._model.dtype)
             self._session.add_new_frame(picture, self._frame)
             if self._vision is not None:
                 self._session.cache.cache_vision_features(self._frame, dict(self._vision(picture)))
             return self._run(picture) if self.figures else {}
 
     def add(self, figures: Mapping[int, Given], remember: bool = True) -> dict[int, Followed]:
-        """New figures in the frame that was followed last, or known ones shown again → all figures in it. Without
-        `remember` this is the last frame: no memory is made of it."""
+        """Add new characters, or correct known ones, in the last frame given to `follow`. Returns all characters in it.
+        Without `remember` no memory of the frame is kept, so no frame can follow."""
         import torch
 
         session = self._session
@@ -112,7 +124,7 @@ class Tracker:
         }
 
     def _forget(self) -> None:
-        """Whatever no later frame reads."""
+        """Remove frames and outputs that no later frame reads."""
         config = self._model.config
         oldest = self._frame - max(config.num_maskmem, config.max_object_pointers_in_encoder)
         session = self._session
@@ -123,7 +135,7 @@ class Tracker:
         ):
             for kind in outputs.values():
                 for each in kind.values():
-                    for name in _WHOLE:
+                    for name in _UNUSED:
                         each.pop(name, None)
             for kept in (outputs["non_cond_frame_outputs"], tracked):
                 for frame in [frame for frame in kept if frame < oldest]:
@@ -131,6 +143,7 @@ class Tracker:
 
 
 def _session(model: Any, size: tuple[int, int]) -> Any:
+    """An inference session of the class that belongs to the model."""
     import importlib
 
     module = importlib.import_module(type(model).__module__)

@@ -1,4 +1,4 @@
-"""The making of masks itself: the reference image, then the clip frame by frame, then the pictures that are written."""
+"""Makes the masks: segments the reference image, tracks the driving clip frame by frame, and writes the files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.progress import Cancelled, Listener, Progress
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.masks.make.figures import Cast, stretched
 from scail2_rt.runtime.masks.make.folders import SegmenterFolder
-from scail2_rt.runtime.masks.make.follow import ClipFollower, Figure, Looking, figures_in, nobody, present_in
+from scail2_rt.runtime.masks.make.follow import ClipFollower, Figure, Looking, figures_in, not_found, present_in
 from scail2_rt.runtime.masks.make.options import FIRST, IMAGE, MaskOptions
 from scail2_rt.runtime.masks.make.pairs import Pairing
 from scail2_rt.runtime.masks.make.ready import ready_labels, ready_masks
@@ -38,12 +39,19 @@ PHASE = "masks"
 
 @dataclass(frozen=True, slots=True)
 class Made:
+    """Mask colours of the characters, and notes for the user."""
+
     characters: tuple[str, ...]
     notes: list[str]
 
 
 class Work:
-    """One making of masks."""
+    """One run of making masks.
+
+    picture    the reference image, uint8 [H, W, 3]
+    video      properties of the driving clip
+    listener   called with progress events
+    cancel     once it is set, the next event raises `Cancelled`"""
 
     def __init__(
         self,
@@ -61,6 +69,8 @@ class Work:
         self.cast = Cast()
 
     def run(self, folder: SegmenterFolder | None, device: str, vram_limit: int | None, into: Path) -> Made:
+        """Write the masks and the sheet into a folder. folder: the segmenter, None if both masks come from files.
+        vram_limit: bytes. Raises InputError if no character is found or the device is unusable."""
         notes: list[str] = []
         segmenter = None
         self.tell(0)
@@ -86,30 +96,34 @@ class Work:
         return Made(tuple(colour for _, colour in painted), [*notes, *pairing.notes, *self.cast.notes])
 
     def _references(self, segmenter: Segmenter | None) -> tuple[list[np.ndarray], list[str]]:
+        """Masks, bool [H, W], of the characters of the reference image, and their requested colours."""
         options, size = self.options, self.picture.shape[:2]
         if options.image_from is not None:
             ready = ready_masks(options.image_from, options.max_characters, options.sort)
             masks = [stretched(mask, size) for mask in ready]
             if not masks:
-                raise InputError(f"{options.image_from} shows no figure of 1 % of the picture or more.")
+                raise InputError(
+                    f"{options.image_from} shows no character of at least 1 % of the image: give another file."
+                )
             return masks, [""] * len(masks)
         assert segmenter is not None
         looking = self.looking(image=True)
         found = figures_in(self.picture, segmenter, looking, looking.places)
         if not found:
-            raise InputError(nobody(looking))
+            raise InputError(not_found(looking))
         return _apart([figure.mask for figure in found]), [figure.colour for figure in found]
 
     def looking(self, image: bool) -> Looking:
+        """What to look for in the reference image or the driving clip."""
         options = self.options
         places = tuple(place for place in options.places if (place.frame == IMAGE) == image)
         if not image:
             places = tuple(replace(place, frame=options.start) if place.frame == FIRST else place for place in places)
-        where = "the reference image" if image else "the driving video"
+        where = "the reference image" if image else "the driving clip"
         return Looking(options.text_for(image), places, options.max_characters, options.sort, where)
 
     def _clip(self, segmenter: Segmenter | None, pairing: Pairing, output: Path) -> list[Still]:
-        """Write the mask video; the frames for the sheet."""
+        """Write the mask video. Returns the frames for the sheet. Unused frames show background only."""
         video, wanted = self.video, set(chosen_frames(self.used, SHEET_FRAMES, frozenset()))
         background = background_of(self.mode, "driving")
         empty = np.full((video.height, video.width, 3), background, np.uint8)
@@ -133,7 +147,7 @@ class Work:
         return stills
 
     def _labelled(self, segmenter: Segmenter | None, pairing: Pairing) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The frames that are used with their labels, at the clip's size."""
+        """Yield the used frames, uint8 [H, W, 3], and their labels, uint8 [H, W]."""
         options, size = self.options, (self.video.height, self.video.width)
         if options.driving_from is not None:
             for labels, picture in zip(self._ready(options.driving_from, pairing, size), self._frames(), strict=True):
@@ -150,8 +164,8 @@ class Work:
         yield from follower.labelled(self._frames())
 
     def _ready(self, path: Path, pairing: Pairing, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Labels of the frames that are used, of those that another tool made: of the whole clip, or up to the last
-        used frame."""
+        """Yield the labels, uint8 [H, W], of the used frames from a file of another tool. Raises InputError unless the
+        file covers the complete clip, or ends with the last used frame, and shows a character in the used frames."""
         count = 0
         options = self.options
         made = ready_labels(path, options.max_characters, options.sort)
@@ -168,27 +182,29 @@ class Work:
             yield labels
         if count not in (self.video.frames, options.start + self.used):
             raise InputError(
-                f"{path} has {count} frames and the driving video {self.video.frames}: cut them out of this clip."
+                f"{path} has {counted(count, 'frame')} and the driving clip {self.video.frames}: "
+                "make the masks from this clip."
             )
         if not self.cast.characters:
-            raise InputError(f"{path} shows no figure in the frames that are used.")
+            raise InputError(f"{path} shows no character in the used frames: choose other frames, or another file.")
 
     def _enter(self, frame: int, last: int) -> None:
-        """Characters up to number `last`, of whom nothing but the number matters."""
+        """Add characters up to the number `last`. Their appearance is not used."""
         for _ in range(len(self.cast.characters), last):
             self.cast.enter(frame, self.picture[:1, :1], np.ones((1, 1), bool))
 
     def _frames(self) -> Iterator[np.ndarray]:
-        left = self.used
+        """The used frames of the driving clip."""
+        remaining = self.used
         with open_video(self.driving, self.options.start) as reader:
-            while left and len(frames := reader.read(min(READ_AT_ONCE, left))):
-                left -= len(frames)
+            while remaining and len(frames := reader.read(min(READ_AT_ONCE, remaining))):
+                remaining -= len(frames)
                 yield from frames
 
     def tell(self, done: int) -> None:
-        """Frames that are finished; Cancelled where that was asked for."""
+        """Report the number of finished frames. Raises Cancelled once `cancel` is set."""
         if self._cancel is not None and self._cancel.is_set():
-            raise Cancelled("The making of masks was cancelled.")
+            raise Cancelled("Making masks was cancelled.")
         if self._listener is not None:
             share = min(done / (self.used + 1), 1.0)
             seconds = time.perf_counter() - self._began
@@ -198,23 +214,25 @@ class Work:
 
 
 def chosen_device(folder: SegmenterFolder, device: str, vram_limit: int | None, notes: list[str]) -> str:
-    """InputError where the GPU is named and cannot be used."""
+    """ "cuda" or "cpu" for the requested device: cpu, cuda, or auto, which uses the GPU if the segmenter fits into
+    `vram_limit` (bytes). Raises InputError if the GPU is requested and cannot be used."""
     import torch
 
     fits = vram_limit is None or folder.memory_bytes <= vram_limit
-    needs = f"{folder.name} takes about {folder.memory_bytes / 2**30:.1f} GiB"
+    needs = f"{folder.name} needs about {folder.memory_bytes / 2**30:.1f} GiB"
     if device == "auto":
         if torch.cuda.is_available() and not fits:
             notes.append(f"{needs}, more than --vram-limit: masks were made on the CPU.")
         return "cuda" if torch.cuda.is_available() and fits else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("There is no GPU here for --segmenter-device cuda: leave it out to make masks on the CPU.")
+        raise InputError("There is no GPU for --segmenter-device cuda: leave it out to make masks on the CPU.")
     if device == "cuda" and not fits:
-        raise InputError(f"{needs}, more than --vram-limit: raise it, or give --segmenter-device cpu.")
+        raise InputError(f"{needs}, more than --vram-limit: raise it, or use --segmenter-device cpu.")
     return device
 
 
 def free_memory() -> None:
+    """Release unreferenced objects, and cached GPU memory of PyTorch."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -222,7 +240,8 @@ def free_memory() -> None:
 
 
 def _apart(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """No pixel in two masks: it stays with the smaller figure, which is seen before the larger one."""
+    """Remove overlaps of masks. A pixel in several masks stays in the smallest, which is in front of the larger
+    ones."""
     order = sorted(range(len(masks)), key=lambda i: int(masks[i].sum()))
     taken = np.zeros_like(masks[0])
     found = list(masks)

@@ -97,7 +97,7 @@ BAD = [
     Bad("two mistakes at once", ("--shift", "--guidance"), arguments=("--shift", "0", "--guidance", "-1")),
     Bad("guidance nan", ("--guidance",), arguments=("--guidance", "nan")),
     Bad("seed", ("--seed",), arguments=("--seed", "-1")),
-    Bad("crf", ("--crf 99",), arguments=("--crf", "99")),
+    Bad("crf", ("--crf must be 0 to 51",), arguments=("--crf", "99")),
     Bad("max rows", ("--max-rows",), arguments=("--max-rows", "0")),
     Bad("a backend that is not built", ("onnxruntime", "build-engines"), arguments=("--backend", "onnxruntime")),
     Bad("memory limit on a CPU", ("GPU memory", "--backend torch"), arguments=("--vram-limit", "12GiB")),
@@ -165,7 +165,7 @@ def test_a_file_in_the_place_of_the_report_is_kept(scail2: Run, engines: Path, c
         ("file/a.mp4", "is a file"),
         ("folder.mp4", "is a folder"),
         ("a.avi", "must end in .mp4"),
-        ("/proc/a.mp4", "written"),
+        ("/proc/a.mp4", "not writable"),
     ],
 )
 def test_an_output_that_cannot_be_written(

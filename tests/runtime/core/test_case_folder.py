@@ -81,7 +81,7 @@ class TestCase:
         with pytest.raises(InputError, match="It holds no file"):
             read_case(folder(tmp_path / "empty"))
 
-    def test_choices_between_several_files_and_the_prompt_are_told(self, tmp_path: Path) -> None:
+    def test_choices_and_the_prompt_file_are_reported(self, tmp_path: Path) -> None:
         names = ("ref.png", "ref.jpg", "ref_mask.png", "rendered.mp4", "driving.mov", "driving.mp4")
         case = read_case(folder(tmp_path, *names, "rendered_mask_v2.mp4", "replace_mask.mp4", "prompt.txt"))
         assert case.choices == "ref.png (not ref.jpg), rendered.mp4 (not driving.mp4, driving.mov)"
@@ -105,7 +105,7 @@ class TestCase:
 
 class TestText:
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-    def test_encodings_that_name_themselves_are_read(self, tmp_path: Path, encoding: str) -> None:
+    def test_encodings_with_a_byte_order_mark(self, tmp_path: Path, encoding: str) -> None:
         (tmp_path / "p.txt").write_text("eine Tänzerin 跳舞", encoding=encoding)
         assert read_text("prompt file", tmp_path / "p.txt") == "eine Tänzerin 跳舞"
 
@@ -117,12 +117,12 @@ class TestText:
             (b"\xff\xfea", r"not UTF-16 text .*save it as UTF-8"),
         ],
     )
-    def test_other_encodings_are_one_sentence(self, tmp_path: Path, data: bytes, says: str) -> None:
+    def test_other_encodings_are_refused(self, tmp_path: Path, data: bytes, says: str) -> None:
         (tmp_path / "p.txt").write_bytes(data)
         with pytest.raises(InputError, match=f"The prompt file .*p.txt .*{says}"):
             read_text("prompt file", tmp_path / "p.txt")
 
-    def test_a_url_is_called_one(self, tmp_path: Path) -> None:
+    def test_urls_are_refused(self, tmp_path: Path) -> None:
         for url in ("https://host/a.txt", "s3://bucket/a.txt"):
             for source in (url, Path(url)):
                 with pytest.raises(InputError, match=f"The prompt file {url} is a URL: download it first"):
@@ -153,7 +153,7 @@ class TestBatch:
             ('{"case": "a"', r"is not valid JSON \(.*\): write one object per line"),
         ],
     )
-    def test_a_bad_line_carries_its_error(self, tmp_path: Path, bad: str, says: str) -> None:
+    def test_a_malformed_line_has_an_error(self, tmp_path: Path, bad: str, says: str) -> None:
         (tmp_path / "batch.txt").write_text(f"good@@a\n# note\n{bad}\n")
         good, wrong = read_batch(tmp_path / "batch.txt")
         assert good.error is None

@@ -1,4 +1,4 @@
-"""Sizes, segments, token layout and work figures. Segments also against the golden plans."""
+"""Sizes, segments, token layout and FLOP counts. Segments are also compared with the golden plans."""
 
 import json
 from itertools import product
@@ -139,7 +139,7 @@ def test_tokens_of_the_trained_sizes() -> None:
     assert Layout.of(81, 512, 896, additional_refs=2).tokens == 48832 + 2 * 1792
 
 
-def test_layout_covers_the_sequence_in_order_and_fits_the_rotary_table() -> None:
+def test_layout_covers_the_sequence_in_order() -> None:
     for frames, height, width, refs, replace in product((1, 3), (4, 8), (4, 12), (0, 1, 2), (False, True)):
         layout = Layout(frames, height, width, refs, replace)
         rows = list(range(layout.tokens))
@@ -163,7 +163,7 @@ def test_impossible_layouts() -> None:
             Layout(*arguments)
 
 
-def test_transformer_work() -> None:
+def test_transformer_flops() -> None:
     small, large = Layout.of(81, 512, 896), Layout.of(81, 704, 1280)
     assert f"{forward_flops(FOURTEEN_B, small):.2e}" == "3.16e+15"
     assert f"{forward_flops(FOURTEEN_B, large):.1e}" == "9.9e+15"
@@ -171,7 +171,7 @@ def test_transformer_work() -> None:
     assert forward_flops(FOURTEEN_B, small) < with_references < forward_flops(FOURTEEN_B, large)
 
 
-def test_vae_work() -> None:
+def test_vae_flops() -> None:
     assert vae_encode_flops(1, 512, 896) == pytest.approx(3.1e12)
     assert vae_encode_flops(5, 512, 896) == pytest.approx(12.4e12)
     assert vae_encode_flops(81, 256, 448) == pytest.approx(47e12, rel=0.01)

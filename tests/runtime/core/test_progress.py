@@ -1,4 +1,4 @@
-"""Progress events of a run: phases, positions, fractions; and cancelling."""
+"""Progress events of a run: phases, positions, fractions, cancellation."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import pytest
 from scail2_rt.runtime.core.progress import Cancelled, Progress, RunProgress
 
 
-def test_phases_add_up_whatever_happens_in_them() -> None:
+def test_times_of_repeated_phases_are_added() -> None:
     progress = RunProgress()
     for _ in range(2):
         with progress.phase("decode"):
@@ -19,7 +19,7 @@ def test_phases_add_up_whatever_happens_in_them() -> None:
     assert progress.timings["decode"] > first > 0
 
 
-def test_events_say_where_a_run_is() -> None:
+def test_events_have_position_and_fraction() -> None:
     events: list[Progress] = []
     progress = RunProgress(events.append)
     with progress.phase("text"):
@@ -31,7 +31,7 @@ def test_events_say_where_a_run_is() -> None:
     progress.end()
     first, start, phase, step, end = events
     assert (first.phase, first.position, first.fraction, first.seconds_left) == ("text", "", 0, None)
-    assert (start.position, start.fraction) == ("segment 2/3, step 0/4", 5 / 15)  # a segment: its steps and one more
+    assert (start.position, start.fraction) == ("segment 2/3, step 0/4", 5 / 15)  # 4 steps and `rest` 1 per segment
     assert phase.phase == step.phase == "denoise"
     assert (step.position, step.fraction) == ("segment 2/3, step 2/4", 7 / 15)
     assert step.seconds_left is not None
@@ -39,13 +39,13 @@ def test_events_say_where_a_run_is() -> None:
     assert "47 %  segment 2/3, step 2/4, denoise, about" in str(step)
 
 
-def test_what_is_left_follows_from_the_work_of_this_run() -> None:
+def test_the_time_left_is_based_on_this_run() -> None:
     events: list[Progress] = []
     progress = RunProgress(events.append)
     progress.begin(2, 3, before=1, rest=0)
     time.sleep(0.01)
     progress.segment(1)
-    assert events[-1].seconds_left is None  # the first segment is of an earlier run, so nothing of this run is done
+    assert events[-1].seconds_left is None  # an earlier run made the first segment, so this run has done nothing yet
     progress.step(1)
     left = events[-1].seconds_left
     assert left is not None
@@ -66,7 +66,7 @@ def test_a_cancelled_run_ends_at_the_next_event() -> None:
     progress.end()  # a finished run is not cancelled
 
 
-def test_what_a_listener_raises_reaches_the_caller() -> None:
+def test_errors_of_a_listener_reach_the_caller() -> None:
     def stop(event: Progress) -> None:
         raise LookupError(event.phase)
 

@@ -48,7 +48,7 @@ def test_a_photo_and_a_clip_become_a_video(
     words = ("generate", engines, *given, *BOXES, "--prompt", "a walk", "-o", output, *SMALL, "--json")
     first = scail2(*words)
     assert one_json(first)["mode"] == "animate"
-    assert "masks for animate: 1 character(s), blue; made in" in first.stderr
+    assert "masks for animate: 1 character, blue; made in" in first.stderr
     assert read_video(output).frames == 21
     kept = output.with_name("a.masks")
     assert {path.name for path in kept.iterdir()} == {"masks.json", "masks.png", "ref_mask.png", "rendered_mask_v2.mp4"}
@@ -136,25 +136,25 @@ def test_masks_make_writes_a_case_that_runs(
     [
         (
             ("--box", "image:20,5,300,60", "--box", "20,5,80,60"),
-            "lies outside the reference image, which is 96 wide and 64 high",
+            "is outside the reference image, which is 96 wide and 64 high",
         ),
         (
             ("--box", "image:20,5,80,60", "--box", "20,5,80,90"),
-            "lies outside the driving video, which is 96 wide and 64 high",
+            "is outside the driving clip, which is 96 wide and 64 high",
         ),
-        ((*BOXES, "--point", "30:5,5"), "is in frame 30; the frames used are 0 to 20"),
+        ((*BOXES, "--point", "30:5,5"), "is in frame 30: use one of the frames 0 to 20"),
         (("--box", "1,2,3"), "--box '1,2,3' is not [frame:]x0,y0,x1,y1[:colour]"),
         (("--box", "50,5,20,60"), "x0 must be less than x1"),
-        (("--point", "x:5,5"), "'x' is neither a frame's number nor `image`"),
-        (("--point", "5,5:pink"), "'pink' is none of red, green"),
+        (("--point", "x:5,5"), "'x' is neither a frame number nor `image`"),
+        (("--point", "5,5:pink"), "'pink' is not a mask colour: use red, green"),
         (("--pairs", "1:2"), "is not DRIVING=REFERENCE"),
-        (("--pairs", "1=2,2=2"), "names a figure twice"),
+        (("--pairs", "1=2,2=2"), "names a character twice"),
         (("--mask-prompt", " . "), "--mask-prompt is empty"),
         (("--max-characters", "9"), "--max-characters must be 1 to 6"),
         (("--segmenter", "sam3"), "holds sam2, not sam3"),
-        ((*BOXES, "--start", "40"), "--start 40 is beyond the end of the driving video"),
+        ((*BOXES, "--start", "40"), "--start 40 is beyond the end of the driving clip"),
         (("--driving", "nowhere.mp4"), "The driving video nowhere.mp4 does not exist"),
-        ((*BOXES, "--segmenter-device", "cuda"), "There is no GPU here for --segmenter-device cuda"),
+        ((*BOXES, "--segmenter-device", "cuda"), "There is no GPU for --segmenter-device cuda"),
     ],
 )
 def test_one_sentence_for_what_cannot_be(

@@ -1,4 +1,4 @@
-"""Repairing masks: the restored share of damaged masks, on drawn figures after real H.264 and JPEG coding."""
+"""Repairing masks: the share of pixels restored, on drawn characters after H.264 and JPEG coding."""
 
 import io
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_jpeg_and_soft_edges_are_repaired() -> None:
 
 
 @pytest.mark.parametrize("background", ["black", "white"])
-def test_a_good_mask_is_left_as_it_is(background: str) -> None:
+def test_a_good_mask_is_unchanged(background: str) -> None:
     true = figures(background, *CHARACTERS)
     assert (clean_frame(true, PLAIN, "m") == true).all()
 
@@ -57,12 +57,12 @@ def test_cleaning_twice_changes_nothing(tmp_path: Path) -> None:
     assert (clean_frame(once, PLAIN, "m") == once).all()
 
 
-def test_specks_and_holes_take_the_colour_around_them() -> None:
+def test_specks_and_holes_get_the_colour_around_them() -> None:
     true = figures("black", "red")
     spotted = true.copy()
-    spotted[20:23, 20:23] = PALETTE["cyan"]  # 9 pixels of no class
+    spotted[20:23, 20:23] = PALETTE["cyan"]  # 9 pixels, a speck
     spotted[128:131, 54:57] = PALETTE["black"]  # a hole in the body
-    spotted[200:220, 300:320] = PALETTE["green"]  # 400 pixels: meant
+    spotted[200:220, 300:320] = PALETTE["green"]  # 400 pixels, not a speck
     clean = clean_frame(spotted, PLAIN, "m")
     expected = true.copy()
     expected[200:220, 300:320] = PALETTE["green"]
@@ -101,7 +101,7 @@ def test_palette_colours_can_be_swapped_for_others() -> None:
     assert (recoloured == figures("black", "green", "blue")).all()
 
 
-def test_the_background_changes_sides() -> None:
+def test_the_background_can_be_replaced() -> None:
     assert (clean_frame(figures("black", "red"), Cleaning({}, "white"), "m") == figures("white", "red")).all()
     assert (clean_frame(figures("white", "red"), Cleaning({}, "black"), "m") == figures("black", "red")).all()
 

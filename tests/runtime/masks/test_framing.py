@@ -38,7 +38,7 @@ def box(
     inside: tuple[int, int, int] = RED,
     outside: tuple[int, int, int] = BLACK,
 ) -> np.ndarray:
-    """A block on a background, its sides as shares of the frame's."""
+    """A block on a background; its sides are shares of those of the frame."""
     frame = np.full((height, width, 3), outside, np.uint8)
     frame[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = inside
     return frame
@@ -66,13 +66,13 @@ def request_of(case: Path, **changes: object) -> Request:
 
 @pytest.fixture
 def giant(tmp_path: Path) -> Path:
-    """A portrait that fills the picture, and a driving character of half the frame's height in most frames."""
+    """A portrait that fills the image, and a driving character of half the frame's height in most frames."""
     rows = [(0.25, 0.75)] * (FRAMES - 4) + [(0.0, 1.0), (0.7, 0.75), (0.6, 0.75), (0.0, 1.0)]
     return write_case(tmp_path / "giant", (0.05, 0.95), rows, (160, 80))
 
 
 def official_heights(mask: np.ndarray) -> dict[str, float]:
-    """In a frame of 64x96 with the official crop."""
+    """Heights of the characters in a frame of 64x96 with the official crop."""
     return heights(image_stats(mask), Window.official(mask.shape[:2], (64, 96)))
 
 
@@ -86,7 +86,7 @@ def test_heights_are_medians_of_what_the_cropped_frame_shows() -> None:
     assert official_heights(speck) == {"red": pytest.approx(0.5, abs=0.02)}
 
 
-def test_the_ratio_is_that_of_shared_characters() -> None:
+def test_the_ratio_is_of_shared_characters() -> None:
     assert Framing({"red": 0.8, "blue": 0.1}, {"red": 0.4, "green": 0.9}).ratio == pytest.approx(2)
     assert Framing({"blue": 0.1}, {"red": 0.4}).ratio is None
     assert not Framing({"blue": 0.1}, {"red": 0.4}).differs
@@ -105,7 +105,7 @@ def test_the_lint_warns_beyond_a_quarter(tmp_path: Path, rows: tuple[float, floa
 
 @pytest.mark.parametrize("shape", [(160, 80), (64, 96), (100, 300)])
 @pytest.mark.parametrize("rows", [(0.05, 0.95), (0.3, 0.6), (0.0, 0.3), (0.62, 1.0)])
-def test_a_fitted_reference_is_as_tall_and_wholly_there(
+def test_a_fitted_reference_has_the_height_and_is_complete(
     tmp_path: Path, shape: tuple[int, int], rows: tuple[float, float]
 ) -> None:
     case = write_case(tmp_path / "case", rows, [(0.2, 0.8)] * 5, shape)
@@ -116,7 +116,7 @@ def test_a_fitted_reference_is_as_tall_and_wholly_there(
     on = (mask[0] > 0) & (mask[1] < 0)
     there = torch.nonzero(on.any(1))[:, 0]
     assert abs(len(there) / 64 - 0.6) <= 2 / 64
-    true_width = 0.2 * shape[1] / ((rows[1] - rows[0]) * shape[0]) * 0.6 * 64  # its own proportions
+    true_width = 0.2 * shape[1] / ((rows[1] - rows[0]) * shape[0]) * 0.6 * 64  # it keeps its proportions
     assert len(torch.nonzero(on.any(0))) == pytest.approx(min(true_width, 96), abs=2)
     assert plan.warnings == ()
 
@@ -129,11 +129,11 @@ def test_the_margin_is_hidden_and_continues_the_border(giant: Path) -> None:
     assert (mask[:, :, :10] == -1).all()
     expected = torch.tensor(SKY).view(3, 1, 1) / 255 * 2 - 1
     assert (image[:, :, :10] - expected).abs().max() < 1e-6
-    full = np.full((64, 96, 3), RED, np.uint8)  # no border pixel is hidden: a neutral grey
+    full = np.full((64, 96, 3), RED, np.uint8)  # without hidden border pixels, the margin is neutral grey
     assert fit_reference(full, full, {"red": 0.5}, Window.official((64, 96), (64, 96))).margin == (127, 127, 127)
 
 
-def test_what_cannot_be_fitted_is_refused(giant: Path) -> None:
+def test_fit_without_a_shared_character_is_refused(giant: Path) -> None:
     with pytest.raises(InputError, match="for replace mode"):
         check_request(request_of(giant, fit_reference=True, mode="animate"))
     Image.fromarray(box(160, 80, 0.1, 0.9, 0.2, 0.8, GREEN)).save(giant / "ref_mask.png")
@@ -147,7 +147,7 @@ def test_generate_warns_and_fits(scail2: Run, engines: Path, giant: Path, tmp_pa
     words = ("generate", engines, "--case", giant, *SMALL, "--json")
     reply = one_json(scail2(*words, "-o", tmp_path / "a.mp4"))
     assert any("1.80 times as tall" in warning for warning in reply["warnings"])
-    assert [finding["rule"] for finding in reply["mask_findings"]] == ["framing"]
+    assert [finding["rule"] for finding in reply["mask_findings"]] == ["area jump", "framing"]
     assert reply["framing"]["ratio"] == pytest.approx(1.8, abs=0.05)
     assert reply["reference_fit"] is None
     result = scail2(*words, "-o", tmp_path / "b.mp4", "--fit-reference")
@@ -155,7 +155,7 @@ def test_generate_warns_and_fits(scail2: Run, engines: Path, giant: Path, tmp_pa
     says = "the reference is scaled to 56 %"
     assert says in result.stderr
     assert says in scail2(*words[:-1], "-o", tmp_path / "c.mp4", "--fit-reference", "--dry-run").stdout
-    assert fitted["warnings"] == []
+    assert [finding["rule"] for finding in fitted["mask_findings"]] == ["area jump"]
     assert fitted["options"]["fit_reference"] is True
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["reference_fit"] == fitted["reference_fit"]

@@ -1,6 +1,6 @@
-"""Characters that the frame would cut, through the installed command: check, dry run, generate, report and preview.
+"""Characters that the frame would cut: check, dry run, run, report and preview, through the installed command.
 
-The cases are redrawn from public reports; the files of the reports are tested too if they are present."""
+The cases imitate reports from users. The files of the reports are also tested, if they are present."""
 
 import json
 from fractions import Fraction
@@ -27,7 +27,7 @@ SHIRT, SKY = (40, 90, 200), (150, 200, 235)
 
 
 def picture(size: tuple[int, int], box: Box, inside: tuple[int, int, int], around: tuple[int, int, int]) -> np.ndarray:
-    """A block on a background, its top, bottom, left and right as shares of the sides."""
+    """A block on a background; its top, bottom, left and right are shares of the sides."""
     frame = np.full((*size, 3), around, np.uint8)
     top, bottom, left, right = (
         round(share * side) for share, side in zip(box, (size[0],) * 2 + (size[1],) * 2, strict=True)
@@ -55,13 +55,13 @@ def write_case(
 
 @pytest.fixture
 def tall(tmp_path: Path) -> Path:
-    """animate: a phone clip of a standing figure, a landscape reference."""
+    """Animate mode: a phone clip of a standing character, and a landscape reference."""
     return write_case(tmp_path / "tall", "animate", ((64, 112), STANDING), ((224, 126), STANDING))
 
 
 @pytest.fixture
 def edge(tmp_path: Path) -> Path:
-    """replace: a landscape clip with its figure at the left edge, a portrait reference."""
+    """Replace mode: a landscape clip with its character at the left edge, and a portrait reference."""
     return write_case(tmp_path / "edge", "replace", ((112, 64), STANDING), ((126, 224), LEFT))
 
 
@@ -89,9 +89,7 @@ def test_a_phone_clip_with_a_landscape_reference(scail2: Run, engines: Path, tal
     assert left == 30
 
 
-def test_official_is_refused_with_the_option_that_cures_it(
-    scail2: Run, engines: Path, tall: Path, tmp_path: Path
-) -> None:
+def test_official_is_refused_with_the_remedy(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
     case = ("--case", tall, "--size", "64x96", "--fit", "official")
     checked = scail2("masks", "check", *case, "--json")
     assert checked.returncode == 2
@@ -112,9 +110,11 @@ def test_official_is_refused_with_the_option_that_cures_it(
     assert reply["framing"]["inputs"][0]["kept"]["red"] == pytest.approx(0.45, abs=0.03)
 
 
-def test_replacing_somebody_at_the_edge_keeps_the_scene(scail2: Run, engines: Path, edge: Path, tmp_path: Path) -> None:
-    """The default frame has the clip's shape. The official rule uses the reference's shape, in which no character is
-    visible."""
+def test_replacing_a_character_at_the_edge_keeps_the_scene(
+    scail2: Run, engines: Path, edge: Path, tmp_path: Path
+) -> None:
+    """The default frame has the orientation of the clip. With the official rule it has that of the reference, and no
+    character is visible."""
     checked = one_json(scail2("masks", "check", "--case", edge, "--json"))
     driving, reference = checked["framing"]["inputs"]
     assert driving["frame"] == reference["frame"] == [512, 896]
@@ -133,7 +133,7 @@ def test_replacing_somebody_at_the_edge_keeps_the_scene(scail2: Run, engines: Pa
     assert one_json(small)["framing"]["inputs"][0]["kept"] == {"red": 1}
 
 
-def test_a_scene_with_margins_is_said(scail2: Run, edge: Path) -> None:
+def test_a_scene_with_margins_is_reported(scail2: Run, edge: Path) -> None:
     text = scail2("masks", "check", "--case", edge, "--size", "64x64", "--fit", "pad").stdout
     assert "black margins above and below" in text
     assert "the video shows the scene with these margins" in text
@@ -149,7 +149,7 @@ def test_a_reference_in_the_left_third_at_a_square_size(scail2: Run, tmp_path: P
 
 
 def test_some_frames_of_the_clip_warn(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    """Between a tenth and a half is lost: a warning with frame numbers, which count from the file's first."""
+    """A loss of a tenth to a half is a warning with frame numbers, which count from the first frame of the file."""
     case = write_case(tmp_path / "case", "animate", ((64, 64), STANDING), ((64, 128), STANDING), 9)
     masks = [picture((64, 128), (0.1, 0.9, 0.3, 0.6), COLOURS["red"], PALETTE["black"])] * 7
     masks += [picture((64, 128), (0.1, 0.9, 0.1, 0.4), COLOURS["red"], PALETTE["black"])] * 2
@@ -162,11 +162,11 @@ def test_some_frames_of_the_clip_warn(scail2: Run, engines: Path, tmp_path: Path
     assert "in frames 7-8" in scail2(*generate).stdout
     assert "in frames 7-8" in scail2(*generate, "--start", "2").stdout
     assert "cropped" not in scail2(*generate, "--frames", "5").stdout
-    assert "--fit auto keeps it: it moves the window onto the characters (--fit crop)" in text
+    assert "Use --fit auto, which moves the window onto the characters (--fit crop)" in text
 
 
 def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_path: Path) -> None:
-    """A border around the visible part; margins enlarge the picture, in the sheet and in the video."""
+    """Sheet and video show a border around the visible part; margins enlarge the picture."""
     shapes = {}
     for name, words in {
         "pad": ("--case", tall, "--size", "64x96"),
@@ -179,13 +179,13 @@ def test_the_preview_draws_the_window(scail2: Run, tall: Path, edge: Path, tmp_p
         video = read_video(tmp_path / name / "masks.mp4")
         shapes[name] = (video.height, video.width)
         assert load_image(tmp_path / name / "masks.png").std() > 5
-        if name == "crop":  # the part outside the frame, at the right of the clip, is faded to white
+        if name == "crop":  # the part outside the frame, at the right, is faded to white
             assert video.pixels[0, 60, 160:].min() > 190
             assert video.pixels[0, 60, 60:80].max() < 245
     assert shapes == {"pad": (224, 336), "official": (224, 126), "crop": (126, 224)}
 
 
-def test_the_fit_is_part_of_a_runs_identity(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_fit_is_refused(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
     words = ("generate", engines, "--case", tall, "--size", "64x96", *QUICK, "-o", tmp_path / "a.mp4", "--resume")
     assert scail2(*words).returncode == 0
     assert "nothing to resume" in scail2(*words).stderr
@@ -205,7 +205,7 @@ def test_a_batch_frames_every_case(scail2: Run, engines: Path, tall: Path, edge:
     assert "of the red character" in refused.stderr
 
 
-def test_fit_of_mask_files_alone_is_a_mistake(scail2: Run, tall: Path) -> None:
+def test_fit_without_a_case_is_refused(scail2: Run, tall: Path) -> None:
     assert "--fit belongs to a case" in error_of(scail2("masks", "check", tall / "ref_mask.png", "--fit", "pad"))
 
 
@@ -226,7 +226,7 @@ def test_the_reported_phone_clip(scail2: Run, engines: Path, reports: Path, tmp_
     )
 
 
-def test_the_reported_person_at_the_edge(scail2: Run, engines: Path, reports: Path, tmp_path: Path) -> None:
+def test_the_reported_character_at_the_edge(scail2: Run, engines: Path, reports: Path, tmp_path: Path) -> None:
     names = ("ref_portrait.png", "ref_mask_portrait_black.png", "edge_driving.mp4", "edge_replace_mask.mp4")
     words = ("generate", engines, *files(reports, *names), "--mode", "replace", "-o", tmp_path / "a.mp4")
     dry = one_json(scail2(*words, "--dry-run", "--json"))
@@ -239,7 +239,7 @@ def test_the_reported_person_at_the_edge(scail2: Run, engines: Path, reports: Pa
 def test_transparent_webm_is_black(
     source: str, scail2: Run, engines: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """As a mask: bright green under the transparent part would be a character that no reference has."""
+    """The transparent part stores bright green, which would be a character that no reference has."""
     if source == "reported":
         clip = request.getfixturevalue("reports") / "media" / "alpha_vp9.webm"
         result = scail2("masks", "check", clip, "--json")

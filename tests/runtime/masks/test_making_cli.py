@@ -81,7 +81,7 @@ def test_clean_maps_colours_swaps_the_background_and_removes_specks(scail2: Run,
         (("m.png", "-o", "out.jpg"), "must end in .png"),
         (("m.mp4", "-o", "out.png"), "must end in .mp4"),
         (("m.png", "-o", "folder.png"), "is a folder"),
-        (("m.png", "-o", "text/out.png"), "output text/out.png cannot be made because text is a file"),
+        (("m.png", "-o", "text/out.png"), "output text/out.png cannot be written because text is a file"),
         (("m.png", "-o", "out.png", "--fps", "25"), "--fps is for a folder"),
         (("m.png", "-o", "out.png", "--fps", "x"), "'x' is not a frame rate"),
         (("nothing", "-o", "out.mp4"), "holds no image"),
@@ -124,13 +124,13 @@ def test_from_alpha(scail2: Run, tmp_path: Path) -> None:
         words = ("masks", "from-alpha", picture, "-o", tmp_path / "m.png", "--mode", mode, "--overwrite")
         assert scail2(*words, "--role", role, "--color", "blue").returncode == 0
         assert (pixels_of(tmp_path / "m.png") == blocks(background, "blue")).all()
-    assert scail2(*words).returncode == 0  # an image is a reference, and red
+    assert scail2(*words).returncode == 0  # an image is a reference; the default colour is red
     assert (pixels_of(tmp_path / "m.png") == blocks("black", "red")).all()
-    assert "nothing of it the character" in error_of(scail2(*words, "--threshold", "200"))
-    assert "all of it the character" in error_of(scail2(*words, "--threshold", "60"))
+    assert "the character is nowhere" in error_of(scail2(*words, "--threshold", "200"))
+    assert "the character is everywhere" in error_of(scail2(*words, "--threshold", "60"))
 
 
-def test_from_alpha_of_what_has_none(scail2: Run, tmp_path: Path) -> None:
+def test_from_alpha_without_alpha(scail2: Run, tmp_path: Path) -> None:
     words = ("-o", "m.png", "--mode", "animate")
     image(tmp_path / "rgb.png", blocks("white", "red"))
     assert "has no alpha channel" in error_of(scail2("masks", "from-alpha", "rgb.png", *words, cwd=tmp_path))
@@ -154,11 +154,11 @@ ALPHA_CODECS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ALPHA_CODECS)
 def test_from_alpha_of_a_video(scail2: Run, tmp_path: Path, name: str) -> None:
-    """Opaque, transparent, and on both sides of the threshold, over colours that must not matter."""
+    """Alpha of 255, 0 and on both sides of the threshold; the colours must have no effect."""
     layers = np.full((4, HEIGHT, WIDTH, 4), (250, 10, 250, 0), np.uint8)
     for frame, left in zip(layers, (8, 16, 24, 32), strict=True):
         frame[12:52, left : left + 40] = (40, 200, 90, 255)
-        if name != "a.gif":  # whose pixels are opaque or not
+        if name != "a.gif":  # a GIF has opaque and transparent pixels only
             frame[12:52, left : left + 8, 3], frame[12:52, left + 8 : left + 16, 3] = 100, 160
     stills = [Image.fromarray(frame) for frame in layers]
     if options := ALPHA_CODECS[name]:
@@ -208,7 +208,7 @@ def test_from_grey(scail2: Run, tmp_path: Path) -> None:
     assert (pixels_of(tmp_path / "m.png") == blocks("white", "red", "red")).all()
 
 
-def test_from_grey_of_what_is_none(scail2: Run, tmp_path: Path) -> None:
+def test_from_grey_of_unusable_files(scail2: Run, tmp_path: Path) -> None:
     words = ("-o", tmp_path / "m.png", "--mode", "animate")
     colour = image(tmp_path / "colour.png", blocks("white", "red"))
     assert "is in colour" in error_of(scail2("masks", "from-grey", colour, *words))
@@ -228,7 +228,7 @@ def labels(*values: int) -> np.ndarray:
 
 def test_from_labels_of_an_indexed_image(scail2: Run, tmp_path: Path) -> None:
     indexed = Image.fromarray(labels(1, 2, 3), "P")
-    indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])  # as DAVIS colours its labels
+    indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])  # the palette of the DAVIS data set
     indexed.save(tmp_path / "labels.png")
     words = (
         "masks",
@@ -273,18 +273,18 @@ def test_from_labels_of_a_video(scail2: Run, tmp_path: Path, codec: str) -> None
     expected = np.stack([blocks("white", "magenta", *["blue"] * (i != 1)) for i in range(3)])
     assert float((pixels_of(tmp_path / "m.mp4") != expected).any(-1).mean()) < (0.0001 if codec == "ffv1" else 0.002)
     message = error_of(scail2(*words[:-1], f"{values[0]}=red", "--overwrite"))
-    named = int(message.split("does not name: ")[1].split(".")[0])  # one label, however much it was blurred
+    named = int(message.split("does not name: ")[1].split(".")[0])  # a blurred label is named once
     assert abs(named - values[1]) <= 3
 
 
 @pytest.mark.parametrize(
     ("order", "says"),
     [
-        ("red,pink", "'pink' is none of"),
+        ("red,pink", "'pink' is not a mask colour"),
         ("red,red", "two labels the colour red"),
         ("1=red,1=blue", "the label 1 two colours"),
         ("x=red", "'x' is not a label number"),
-        ("", "'' is none of"),
+        ("", "'' is not a mask colour"),
         ("7=red,1=background", "does not name: 2"),
         ("1=background,2=background", "holds background only"),
     ],
@@ -300,11 +300,11 @@ def test_labels_in_colour_are_refused(scail2: Run, tmp_path: Path) -> None:
     picture = image(tmp_path / "rgb.png", blocks("white", "red"))
     words = ("masks", "from-labels", picture, "-o", tmp_path / "m.png", "--mode", "animate")
     message = error_of(scail2(*words))
-    assert "colour picture" in message
+    assert "is in colour" in message
     assert "masks clean" in message
 
 
-def test_a_case_made_by_the_tools_has_no_finding(scail2: Run, tmp_path: Path) -> None:
+def test_a_case_made_by_the_commands_has_no_finding(scail2: Run, tmp_path: Path) -> None:
     """A label image and a folder of label frames, as segmentation tools write them, become a case."""
     case = make_case(tmp_path / "case", "replace")
     Image.fromarray(labels(1, 2)).save(tmp_path / "ref.png")

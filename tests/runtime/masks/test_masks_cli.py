@@ -127,7 +127,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, Any]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_is_found_with_its_frames(scail2: Run, tmp_path: Path, name: str) -> None:
+def test_findings_have_their_frames(scail2: Run, tmp_path: Path, name: str) -> None:
     changes, code, rule, frames = BAD[name]
     changes = {**changes, "frames": changes.get("frames", len(changes.get("driving", [0] * FRAMES)))}
     found = findings(scail2, "--case", make_case(tmp_path / "case", **changes), code=code)
@@ -140,10 +140,10 @@ def test_another_size_of_the_same_shape_is_a_note(scail2: Run, tmp_path: Path) -
     double = np.repeat(np.repeat(blocks("white", "red", "green"), 2, 0), 2, 1)
     found = findings(scail2, "--case", make_case(tmp_path / "case", ref=double))
     assert (set(found), found["size"]["severity"]) == ({"size"}, "note")
-    assert "is 128x192 and its picture 64x96" in found["size"]["says"]
+    assert "is 128x192 and its image 64x96" in found["size"]["says"]
 
 
-def test_a_character_that_walks_out_is_no_flicker(scail2: Run, tmp_path: Path) -> None:
+def test_a_character_that_leaves_is_no_flicker(scail2: Run, tmp_path: Path) -> None:
     frames = [blocks("black", "red", *["green"] * (not 5 <= i < 16)) for i in range(20)]
     assert findings(scail2, "--case", make_case(tmp_path / "case", driving=frames, frames=20)) == {}
 
@@ -168,7 +168,7 @@ def test_the_remedy_of_a_wrong_colour_works(scail2: Run, tmp_path: Path) -> None
     assert findings(scail2, "--case", case) == {}
 
 
-def test_coding_damage_is_told_by_its_size(scail2: Run, tmp_path: Path) -> None:
+def test_the_severity_of_coding_damage(scail2: Run, tmp_path: Path) -> None:
     small = np.stack([figures("white", "red", "green", height=256, width=448)] * 2)
     light = write_clip(tmp_path / "light.mp4", small, options={"crf": "23"})
     found = findings(scail2, light)
@@ -180,7 +180,7 @@ def test_coding_damage_is_told_by_its_size(scail2: Run, tmp_path: Path) -> None:
     assert "masks clean" in found["soft edges"]["remedy"]
 
 
-def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
+def test_mask_files_without_a_case(scail2: Run, tmp_path: Path) -> None:
     good = image(tmp_path / "good.png", blocks("white", "red"))
     clip = video(tmp_path / "clip.mp4", *[blocks("black", "red", ORANGE)] * 3)
     result = scail2("masks", "check", good, clip)
@@ -201,7 +201,7 @@ def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
         (("text.mp4",), "cannot be opened as a video"),
         (("text.png",), "not an image"),
         (("empty.png",), "empty"),
-        ((".",), "is a folder"),
+        (("case",), "is a case folder"),
         (("--case", "case", "--image", "a.png"), "--case and --image were both given"),
         (("--case", "case", "good.png"), "beside a case"),
         (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video are missing"),
@@ -238,8 +238,8 @@ def test_preview_of_a_case(scail2: Run, tmp_path: Path) -> None:
     sheet = load_mask_image(Path(reply["sheet"]))
     assert sheet.shape[0] > 600
     assert sheet.shape[1] > 800
-    assert ((sheet == (255, 120, 0)).all(-1)).any()  # frame 7 is on it, with its grey in orange
-    assert ((sheet == (205, 0, 0)).all(-1)).any()  # and framed in red
+    assert ((sheet == (255, 120, 0)).all(-1)).any()  # frame 7, with its grey in orange
+    assert ((sheet == (205, 0, 0)).all(-1)).any()  # in a red box
     info = probe_video(Path(reply["video"]))
     assert (info.frames, info.height, info.width, info.frame_rate) == (FRAMES, HEIGHT, WIDTH, 16)
     red, hidden = pixels_of(Path(reply["video"]))[0][32, 12], pixels_of(Path(reply["video"]))[0][32, 90]

@@ -1,4 +1,4 @@
-"""A mask that is missing: every door names the command that makes both."""
+"""A missing mask: the errors of all interfaces name the command that makes masks."""
 
 import shlex
 from pathlib import Path
@@ -31,13 +31,13 @@ def test_a_case_folder_without_a_mask(scail2: Run, engines: Path, tmp_path: Path
         ]
 
 
-def test_a_case_folder_that_lacks_something_else(scail2: Run, tmp_path: Path) -> None:
+def test_a_case_folder_without_a_reference(scail2: Run, tmp_path: Path) -> None:
     case = make_case(tmp_path / "case")
     (case / "ref.png").unlink()
     assert "masks make" not in error_of(scail2("masks", "check", "--case", case))
 
 
-def test_a_mask_that_is_not_given(scail2: Run, engines: Path, tmp_path: Path) -> None:
+def test_a_missing_mask_option(scail2: Run, engines: Path, tmp_path: Path) -> None:
     case = make_case(tmp_path / "case")
     files = ("--image", case / "ref.png", "--driving", case / "rendered_v2.mp4", "--mask-image", case / "ref_mask.png")
     for words in (("masks", "check"), ("generate", engines, "-o", tmp_path / "a.mp4")):

@@ -57,7 +57,7 @@ class TestLatents:
             assert torch.nonzero(white)[:, 0].tolist() == rule[name]
 
     def test_channels(self) -> None:
-        """Each colour has its channel; the first frame fills a group; later frames form groups of four."""
+        """Each colour has a channel; the first frame fills a group; later frames form groups of four."""
         names = [*COLOURS, "white", "red"]  # 9 frames
         frames = torch.tensor([COLOURS[name] for name in names], dtype=torch.uint8)[..., None, None].expand(
             -1, -1, 16, 24
@@ -128,7 +128,7 @@ class TestGuess:
 
 
 def accepted(*arguments: Any, **options: Any) -> MaskReport:
-    """The report of usable masks; raises InputError for others."""
+    """The report of the mask check; raises InputError if it has an error."""
     report = check_masks(*arguments, **options)
     refuse(report.findings)
     return report
@@ -149,7 +149,7 @@ class TestCheck:
         assert driving.shares["cyan"] == pytest.approx(0.9 * 56 * 18 / 96 / 160, rel=0.2)
         assert warnings_of(report.findings) == ()
 
-    def test_only_the_frames_in_use_are_read(self, tmp_path: Path) -> None:
+    def test_only_used_frames_are_read(self, tmp_path: Path) -> None:
         frames = [*[mask(BLACK, "blue")] * 4, *[mask(BLACK, "red")] * 12, *[mask(BLACK, "blue")] * 4]
         report = accepted([mask(WHITE, "red")], video(tmp_path / "m.mp4", frames), start=4, frames=12)
         assert (report.facts[1].frames, report.facts[1].presence) == (12, {"red": ((4, 15),)})
@@ -179,7 +179,7 @@ class TestCheck:
         report = accepted([mask(WHITE, "red"), mask(WHITE, "green")], path)
         assert report.facts[-1].presence == {"red": ((0, 5),), "green": ((3, 5),)}
 
-    def test_a_clean_background_is_a_fine_extra_reference(self, tmp_path: Path) -> None:
+    def test_an_extra_reference_may_show_background_only(self, tmp_path: Path) -> None:
         report = accepted([mask(WHITE, "red"), mask(WHITE)], video(tmp_path / "m.mp4", [mask(BLACK, "red")]))
         assert report.facts[1].shares == {"white": 1}
         assert warnings_of(report.findings) == ()
@@ -211,7 +211,7 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("reference", "driving", "mode", "says"),
         [
-            (mask(WHITE, "red"), mask(WHITE, "red"), "animate", "which is how replace masks look"),
+            (mask(WHITE, "red"), mask(WHITE, "red"), "animate", "as in masks for replace mode"),
             (mask(BLACK, "red"), mask(BLACK, "red"), "replace", "shows only where it is white"),
             (mask(BLACK, "red"), mask(BLACK, "red"), "animate", "reference's background will not be kept"),
             (mask(WHITE, "red"), mask(WHITE, "red"), "replace", "would be kept from the reference"),

@@ -16,7 +16,7 @@ pytest_plugins = ["tests.support.runtime_fixtures"]
 
 @pytest.fixture
 def copy(case: Path, tmp_path: Path) -> Path:
-    """The animate case of 21 frames, to be spoiled."""
+    """A copy of the animate case of 21 frames, which a test damages."""
     return Path(shutil.copytree(case, tmp_path / "case"))
 
 
@@ -26,7 +26,7 @@ def recolour(path: Path, old: tuple[int, int, int], new: tuple[int, int, int]) -
     Image.fromarray(pixels).save(path)
 
 
-def test_a_wrong_colour_names_the_command_that_mends_it(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
+def test_a_wrong_colour_names_the_remedy(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
     recolour(copy / "ref_mask.png", (255, 0, 0), (255, 140, 0))
     words = ("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL)
     message = error_of(scail2(*words, "--dry-run"))
@@ -42,10 +42,10 @@ def test_several_errors_are_counted(scail2: Run, engines: Path, copy: Path, tmp_
     recolour(copy / "ref_mask.png", (255, 0, 0), (0, 255, 0))
     recolour(copy / "ref_mask.png", (255, 255, 255), (255, 140, 0))
     message = error_of(scail2("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL))
-    assert "(1 more: run `scail2-rt masks check`.)" in message
+    assert "Run `scail2-rt masks check` to see 1 more." in message
 
 
-def test_another_colour_offers_to_recolour(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
+def test_one_other_colour_can_be_recoloured(scail2: Run, engines: Path, copy: Path, tmp_path: Path) -> None:
     recolour(copy / "ref_mask.png", (255, 0, 0), (0, 255, 0))
     words = ("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL, "--dry-run")
     message = error_of(scail2(*words))
@@ -60,7 +60,7 @@ def test_allowed_problems_are_warnings_in_the_report(scail2: Run, engines: Path,
     recolour(copy / "ref_mask.png", (255, 0, 0), (0, 255, 0))
     mask = np.zeros((64, 96, 3), np.uint8)
     mask[10:50, 20:40] = (255, 0, 0)
-    write_video(copy / "rendered_mask_v2.mp4", iter([mask] * 18), Fraction(16))  # three too few
+    write_video(copy / "rendered_mask_v2.mp4", iter([mask] * 18), Fraction(16))  # three frames too few
     words = ("generate", engines, "--case", copy, "-o", tmp_path / "a.mp4", *SMALL, "--json")
     assert "has 21 frames but its mask" in scail2(*words).stderr
     result = scail2(*words, "--allow-mask-problems")
@@ -72,11 +72,11 @@ def test_allowed_problems_are_warnings_in_the_report(scail2: Run, engines: Path,
     for finding in errors.values():
         assert any(finding["says"] in warning for warning in reply["warnings"])
         assert finding["says"] in result.stderr
-    assert reply["frames"] == read_video(tmp_path / "a.mp4").frames == 18  # frames that both have
+    assert reply["frames"] == read_video(tmp_path / "a.mp4").frames == 18  # the frames that both videos have
     assert reply["options"]["allow_mask_problems"] is True
 
 
-def test_a_good_case_has_nothing_to_report(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+def test_a_good_case_has_no_findings(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
     reply = one_json(scail2("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL, "--json"))
     assert (reply["warnings"], reply["mask_findings"], reply["reference_fit"]) == ([], [], None)
     assert reply["framing"]["ratio"] == pytest.approx(1, abs=0.1)

@@ -1,4 +1,4 @@
-"""`masks check` on useless mattes: fragments, holes, areas that jump, and what only looks like them."""
+"""`masks check` on useless masks (fragments, holes, jumps in area), and on good masks that resemble them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def square(side: int = 44, background: str = "black") -> np.ndarray:
 
 
 def islands(frame: np.ndarray) -> np.ndarray:
-    """With 21 islands of 12 pixels beside the square."""
+    """Add 21 islands of 12 pixels."""
     spoiled = frame.copy()
     for i in range(21):
         y, x = 4 + 8 * (i % 7), 58 + 12 * (i // 7)
@@ -31,7 +31,7 @@ def islands(frame: np.ndarray) -> np.ndarray:
 
 
 def perforated(frame: np.ndarray) -> np.ndarray:
-    """With 16 holes of 9 pixels in the square."""
+    """Add 16 holes of 9 pixels."""
     spoiled, background = frame.copy(), frame[0, 0]
     for i in range(16):
         y, x = 10 + 10 * (i // 4), 12 + 10 * (i % 4)
@@ -40,7 +40,7 @@ def perforated(frame: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("rule", "spoil"), [("fragments", islands), ("holes", perforated)])
-def test_the_remedy_mends_fragments_and_holes(scail2: Run, tmp_path: Path, rule: str, spoil: object) -> None:
+def test_the_remedy_repairs_fragments_and_holes(scail2: Run, tmp_path: Path, rule: str, spoil: object) -> None:
     frames = [spoil(square()) if i in (4, 5, 9) else square() for i in range(FRAMES)]  # type: ignore[operator]
     clip = video(tmp_path / "clip.mp4", *frames)
     found = findings(scail2, clip)
@@ -55,7 +55,7 @@ def test_the_remedy_mends_fragments_and_holes(scail2: Run, tmp_path: Path, rule:
     assert findings(scail2, tmp_path / "clip_clean.mp4") == {}
 
 
-def test_a_reference_of_noise_is_to_be_made_again(scail2: Run, tmp_path: Path) -> None:
+def test_a_noisy_reference_must_be_made_again(scail2: Run, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).random((HEIGHT // 2, WIDTH // 2)) < 0.3
     mask = np.where(np.kron(noise, np.ones((2, 2), bool))[..., None], PALETTE["red"], PALETTE["white"])
     found = findings(scail2, image(tmp_path / "ref_mask.png", mask.astype(np.uint8)))
@@ -71,7 +71,7 @@ def test_the_gap_between_arm_and_body_is_no_hole(scail2: Run, tmp_path: Path) ->
 
 
 def areas(*changes: tuple[int, int]) -> list[np.ndarray]:
-    """Frames of a square that has another side from a frame on."""
+    """Frames of a square whose side changes at given frames."""
     sides = [next(side for first, side in reversed(((0, 44), *changes)) if first <= i) for i in range(FRAMES)]
     return [square(side) for side in sides]
 
@@ -91,7 +91,7 @@ def test_an_area_that_jumps_and_returns(scail2: Run, tmp_path: Path) -> None:
         assert "masks make" in found["area jump"]["remedy"]
 
 
-def test_a_lasting_jump_is_told_from_a_cut(scail2: Run, tmp_path: Path) -> None:
+def test_a_lasting_jump_is_distinguished_from_a_cut(scail2: Run, tmp_path: Path) -> None:
     case = make_case(tmp_path / "case", driving=areas((6, 20)), ref=blocks("white", "red"))
     assert findings(scail2, "--case", case)["area jump"]["frames"] == [[6, 6]]
     assert findings(scail2, case / "rendered_mask_v2.mp4") == {}  # without the driving clip it may be a cut
@@ -100,9 +100,9 @@ def test_a_lasting_jump_is_told_from_a_cut(scail2: Run, tmp_path: Path) -> None:
     assert findings(scail2, "--case", case) == {}
 
 
-def test_who_walks_in_and_who_is_hidden_does_not_jump(scail2: Run, tmp_path: Path) -> None:
+def test_entering_and_occlusion_are_no_jumps(scail2: Run, tmp_path: Path) -> None:
     frames = []
-    for i in range(FRAMES):  # the red block walks in at the left and passes behind the green one
+    for i in range(FRAMES):  # the red block enters at the left and passes behind the green one
         frame = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
         frame[10:54, max(0, 8 * i - 20) : max(1, 8 * i)] = PALETTE["red"]
         frame[4:60, 40:66] = PALETTE["green"]

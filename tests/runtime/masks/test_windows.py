@@ -1,4 +1,4 @@
-"""The window of a picture, the visible part of the characters in it, and the frames that the pipeline reads."""
+"""The window of an image, the visible part of its characters, and the frames that the pipeline reads."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -29,7 +29,7 @@ SHIRT, SKY = (40, 90, 200), (150, 200, 235)
 
 
 def drawn(size: tuple[int, int], background: tuple[int, int, int], **figures: Box) -> np.ndarray:
-    """A mask with one block per colour; its sides are shares of the frame's."""
+    """A mask with one block per colour; the sides of a block are shares of those of the frame."""
     frame = np.full((*size, 3), background, np.uint8)
     for colour, (top, bottom, left, right) in figures.items():
         rows, columns = (
@@ -53,7 +53,7 @@ def way(stats: MaskStats, frame: tuple[int, int], fit: str = "auto") -> str:
 @pytest.mark.parametrize("source", [(64, 96), (120, 66), (48, 130), (75, 101), (64, 64)])
 @pytest.mark.parametrize("frame", [(64, 96), (96, 64), (64, 64)])
 def test_the_official_window_is_the_official_resize(source: tuple[int, int], frame: tuple[int, int]) -> None:
-    """Bit-identical in 8 bits and in float; a crop at the same place gives the same picture."""
+    """Bit-identical in 8 bits and in float; a crop at the same position gives the same result."""
     levels = torch.randint(0, 256, (3, 3, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     official = Window.official(source, frame)
     same = replace(official, way="crop")
@@ -83,8 +83,8 @@ def test_a_padded_window_shows_all_and_black(source: tuple[int, int], frame: tup
 
 @pytest.mark.parametrize("size", [(224, 126), (560, 315), (720, 405)])
 @pytest.mark.parametrize("frame", [(64, 96), (96, 64), (64, 64)])
-def test_shares_are_those_of_the_pixels(size: tuple[int, int], frame: tuple[int, int]) -> None:
-    """Compared with counting the pixels of the resized mask, at every scale used."""
+def test_shares_equal_counted_pixels(size: tuple[int, int], frame: tuple[int, int]) -> None:
+    """Compared with the pixel counts of the resized mask, at all scales."""
     masks = [
         drawn(size, (0, 0, 0), red=(0.1 + t, 0.7 + t, 0.2, 0.5), cyan=(0.05, 0.3, 0.6, 0.95)) for t in (0, 0.1, 0.25)
     ]
@@ -103,12 +103,12 @@ def test_shares_are_those_of_the_pixels(size: tuple[int, int], frame: tuple[int,
     ("size", "frame", "figures", "expected"),
     [
         ((128, 224), (64, 96), {"red": STANDING}, "official"),
-        ((128, 224), (96, 64), {"red": STANDING}, "official"),  # wide enough for it
+        ((128, 224), (96, 64), {"red": STANDING}, "official"),  # wide enough
         ((128, 224), (96, 64), {"red": LEFT}, "crop"),
         ((224, 126), (64, 96), {"red": STANDING}, "pad"),
         ((224, 126), (64, 96), {"red": (0.05, 0.3, 0.3, 0.6)}, "crop"),
         ((128, 224), (64, 64), {"red": LEFT}, "crop"),
-        ((128, 224), (64, 64), {"red": LEFT, "blue": (0.1, 0.9, 0.35, 0.5)}, "crop"),  # both in one window
+        ((128, 224), (64, 64), {"red": LEFT, "blue": (0.1, 0.9, 0.35, 0.5)}, "crop"),  # one window contains both
         ((128, 224), (64, 64), {"red": LEFT, "blue": (0.1, 0.9, 0.8, 0.95)}, "pad"),
         ((128, 128), (64, 96), {"red": STANDING}, "pad"),
         ((128, 128), (64, 96), {"red": (0.5, 0.95, 0.3, 0.6)}, "crop"),
@@ -126,8 +126,8 @@ def test_auto_takes_the_first_that_keeps_the_characters(
     assert all(found.share >= 0.98 and not found.cut for found in kept.values())
 
 
-def test_one_window_holds_the_whole_clip() -> None:
-    """A figure that walks: as far as one window reaches it is cropped, beyond that padded."""
+def test_one_window_for_the_complete_clip() -> None:
+    """A walking character is cropped if one window contains its path, otherwise padded."""
     near = [drawn((128, 224), (0, 0, 0), red=(0.1, 0.9, 0.02 + t, 0.15 + t)) for t in (0, 0.05, 0.1)]
     far = [*near, drawn((128, 224), (0, 0, 0), red=(0.1, 0.9, 0.8, 0.93))]
     window = choose_window(stats_of(*near), (128, 224), (96, 64), "auto")
@@ -139,19 +139,18 @@ def test_one_window_holds_the_whole_clip() -> None:
     assert (cut.least, cut.share) == (0, pytest.approx(0.75, abs=0.01))
 
 
-def test_somebody_who_walks_in_calls_for_nothing() -> None:
-    """16:9 in a frame of 7:4: a sliver that is briefly outside is accepted; a cut body is not."""
+def test_a_character_that_enters_needs_no_other_window() -> None:
+    """16:9 in a frame of 7:4: a narrow part that is briefly outside is accepted, a cut body is not."""
     sliver = drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0, 0.006))
     whole = [drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0.1 * t, 0.1 * t + 0.2)) for t in range(1, 6)]
     assert way(stats_of(sliver, *whole), (512, 896)) == "official"
     assert way(stats_of(drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0, 0.2)), *whole), (512, 896)) == "official"
     narrow = drawn((360, 640), (0, 0, 0), red=(0.1, 0.9, 0, 0.04))
-    assert way(stats_of(*[narrow] * 6), (512, 896)) == "crop"  # a fifth of it lies outside
+    assert way(stats_of(*[narrow] * 6), (512, 896)) == "crop"  # a fifth of it is outside
 
 
-def test_a_small_figure_is_measured_like_a_large_one() -> None:
-    """A figure that is far away and outside the window in two frames and then comes near; no border of the clip cuts
-    it."""
+def test_a_small_character_is_measured_like_a_large_one() -> None:
+    """A character that is small and outside the window in two frames, and then large. No border of the clip cuts it."""
     far = drawn((128, 224), (0, 0, 0), red=(0.4, 0.5, 0.05, 0.1))
     near = drawn((128, 224), (0, 0, 0), red=STANDING)
     stats = stats_of(far, far, *[near] * 8)
@@ -166,7 +165,7 @@ def test_a_small_figure_is_measured_like_a_large_one() -> None:
     [("animate", "auto", (896, 512)), ("animate", "official", (896, 512)), ("replace", "auto", (512, 896)),
      ("replace", "pad", (512, 896)), ("replace", "crop", (512, 896)), ("replace", "official", (896, 512))],
 )  # fmt: skip
-def test_default_size_is_that_of_the_scene_that_is_shown(mode: str, fit: str, expected: tuple[int, int]) -> None:
+def test_the_default_size_follows_the_shown_scene(mode: str, fit: str, expected: tuple[int, int]) -> None:
     pictures = Pictures([(192, 128)], (128, 224), fit)  # type: ignore[arg-type]
     assert pictures.frame(mode) == expected  # type: ignore[arg-type]
     assert replace(pictures, size=(64, 64)).frame(mode) == (64, 64)  # type: ignore[arg-type]
@@ -180,7 +179,8 @@ def test_default_size_is_that_of_the_scene_that_is_shown(mode: str, fit: str, ex
 def request_of(
     mode: str, reference: tuple[tuple[int, int], Box], driving: tuple[tuple[int, int], Box], **changes: object
 ) -> Request:
-    """An image and a clip of 5 frames with one red figure each; `mask_scale` divides the size of the driving mask."""
+    """An image and a clip of 5 frames with one red character each; `mask_scale` divides the size of the driving
+    mask."""
     here, there = (PALETTE[name] for name in (("white", "black") if mode == "animate" else ("black", "white")))
     scale, frames = int(changes.pop("mask_scale", 1)), int(changes.pop("count", 5))  # type: ignore[call-overload]
     image, image_mask = (drawn(reference[0], colour, red=reference[1]) for colour in (SKY, here))
@@ -200,8 +200,8 @@ def red_pixels(mask: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["animate", "replace"])
 @pytest.mark.parametrize("scale", [1, 2])
-def test_clip_and_mask_go_through_one_window(mode: str, scale: int) -> None:
-    """A mask of half the clip's size as well; margins are black in both, which neither mode shows."""
+def test_clip_and_mask_use_one_window(mode: str, scale: int) -> None:
+    """Also for a mask of half the size of the clip. Margins are black in both, which is hidden in both modes."""
     plan = check_request(request_of(mode, ((64, 96), STANDING), ((192, 108), STANDING), mask_scale=scale))
     window = plan.driving_window
     assert window.way == "pad"
@@ -215,10 +215,10 @@ def test_clip_and_mask_go_through_one_window(mode: str, scale: int) -> None:
     figure = red_pixels(clip.mask)
     assert figure.any(-1).sum() / 5 == pytest.approx(0.8 * 64, abs=2)
     pixels = clip.frames.permute(1, 0, 2, 3)[:, figure]
-    assert (pixels[0] > 200).float().mean() > 0.9  # the drawn clip is red there too
+    assert (pixels[0] > 200).float().mean() > 0.9  # the drawn clip is red there
 
 
-def test_both_inputs_and_extra_references_have_windows_of_their_own() -> None:
+def test_every_input_has_a_window() -> None:
     request = request_of("animate", ((128, 256), LEFT), ((192, 108), STANDING), size=(64, 64))
     tall = drawn((160, 80), PALETTE["white"], red=STANDING)
     aside = drawn((80, 160), PALETTE["white"], red=(0.1, 0.9, 0.8, 0.95))
@@ -238,8 +238,8 @@ def test_both_inputs_and_extra_references_have_windows_of_their_own() -> None:
     assert plan.warnings == ()
 
 
-def test_only_the_frames_that_are_used_count() -> None:
-    """The figure leaves the middle after the second frame."""
+def test_only_used_frames_count() -> None:
+    """The character leaves the centre after the second frame."""
     request = request_of("animate", ((64, 96), STANDING), ((128, 224), STANDING), size=(64, 64))
     masks = [drawn((128, 224), (0, 0, 0), red=STANDING)] * 2 + [drawn((128, 224), (0, 0, 0), red=LEFT)] * 3
     request = replace(request, mask_video=Clip(np.stack(masks), Fraction(16)), fit="official", allow_mask_problems=True)
@@ -256,7 +256,7 @@ def test_only_the_frames_that_are_used_count() -> None:
 @pytest.mark.parametrize("fit", ["auto", "crop", "pad"])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)])
 def test_the_reference_is_scaled_inside_its_window(fit: str, size: tuple[int, int]) -> None:
-    """`--fit-reference` with every fit: as tall as the driving figure in the frame, and fully visible."""
+    """`--fit-reference` with every `--fit`: as tall as the driving character in the frame, and fully visible."""
     request = request_of("replace", ((200, 100), STANDING), ((128, 224), LEFT), size=size, fit=fit)
     plan = check_request(replace(request, fit_reference=True))
     assert plan.fit is not None
@@ -270,14 +270,14 @@ def test_the_reference_is_scaled_inside_its_window(fit: str, size: tuple[int, in
     assert not [finding for finding in plan.masks if finding.rule in ("cropped", "framing")]
 
 
-def test_a_cropped_reference_that_a_fit_mends_is_not_refused() -> None:
+def test_a_cropped_reference_with_fit_reference_is_accepted() -> None:
     request = request_of("replace", ((100, 400), LEFT), ((128, 192), STANDING), fit="official")
     with pytest.raises(InputError, match=r"shows \d+ % of the red character of reference mask"):
         check_request(request)
     assert check_request(replace(request, fit_reference=True)).warnings == ()
 
 
-def test_a_driving_figure_that_is_lost_is_refused_before_the_reference_is_scaled() -> None:
+def test_a_lost_driving_character_is_refused_before_scaling() -> None:
     request = request_of("replace", ((64, 96), STANDING), ((128, 224), LEFT), size=(96, 64), fit="official")
     with pytest.raises(InputError, match=r"0 % of the red character of driving mask video; .*--fit auto"):
         check_request(replace(request, fit_reference=True))

@@ -1,4 +1,4 @@
-"""The commands on masks tell how far they are, when they take longer than two seconds."""
+"""Progress of the `masks` commands, shown after two seconds."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tests.support.mask_cases import blocks, make_case, video
         (("from-labels", "grey.mp4", "-o", "m.mp4", "--mode", "animate", "--order", "255=red"), "masks"),
     ],
 )
-def test_what_takes_long_tells_how_far_it_is(
+def test_long_work_shows_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], phase: str, silent: bool
 ) -> None:
     make_case(tmp_path / "case")
@@ -35,13 +35,13 @@ def test_what_takes_long_tells_how_far_it_is(
     assert " %  " not in result.stdout
 
 
-def test_the_time_left_follows_from_the_share_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Progress] = []
     now = iter([100.0, 101.0, 103.0, 104.0])
     monkeypatch.setattr("scail2_rt.runtime.core.progress.time.perf_counter", lambda: next(now))
     work = Work("masks", told.append)
     second_half = within(work, 0.5, 1.0)
-    work(0.2)  # after one second: silent
+    work(0.2)  # one second: no progress
     second_half(0.5)
-    work(1.0)  # the end is told by the result
+    work(1.0)  # no progress at the end
     assert [(event.phase, event.fraction, event.seconds_left) for event in told] == [("masks", 0.75, 1.0)]

@@ -28,6 +28,6 @@ def test_an_overlap_is_cut() -> None:
     assert laid_out((0, [1, 2, 3, 4]), (1, [5, 6, 7, 8])) == (0, [1, 2, 3, 4, 8])
 
 
-def test_a_track_that_starts_anew_goes_on() -> None:
+def test_a_track_that_restarts_is_continued() -> None:
     timeline = _Timeline(rate=100)
     assert [timeline.place(position, 50) for position in (200, 250, 245, 10, 60)] == [200, 250, 245, 295, 345]

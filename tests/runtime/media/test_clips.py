@@ -1,4 +1,4 @@
-"""Frames that are chosen by time, and folders of images as clips."""
+"""Selection of frames by time, and folders of images as clips."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -15,7 +15,7 @@ from scail2_rt.runtime.media.lossless import write_video
 
 
 def numbered(count: int) -> np.ndarray:
-    """Frames [count, 32, 32, 3] whose level is their number."""
+    """Frames [count, 32, 32, 3] whose level is the frame number."""
     return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 32, 32, 3)).copy()
 
 
@@ -24,7 +24,7 @@ def numbered(count: int) -> np.ndarray:
     [
         (8, 16, 8, [0, 2, 4, 6]),
         (9, 16, 8, [0, 2, 4, 6, 8]),
-        (4, 8, 16, [0, 0, 1, 1, 2, 2, 3, 3]),  # of two equally near, the earlier
+        (4, 8, 16, [0, 0, 1, 1, 2, 2, 3, 3]),  # the earlier of two equally near frames
         (6, 24, 16, [0, 1, 3, 4]),
         (5, Fraction(30000, 1001), Fraction(30000, 1001), [0, 1, 2, 3, 4]),
         (1, 25, 1, [0]),
@@ -56,7 +56,7 @@ def test_only_chosen_frames_are_read(tmp_path: Path, kind: str) -> None:
     assert [part[:, 0, 0, 0].tolist() for part in parts] == [[1, 4], [5, 5, 9], [9], []]
 
 
-def test_a_span_at_another_rate_in_own_frames() -> None:
+def test_own_span() -> None:
     clip = Clip(numbered(12), Fraction(24))
     assert own_span(clip, Fraction(8), 1, 2) == (3, 4)
     assert own_span(clip, None, 1, 2) == (1, 2)
@@ -64,7 +64,7 @@ def test_a_span_at_another_rate_in_own_frames() -> None:
         own_span(clip, Fraction(8), 9, None)
 
 
-def test_a_folder_of_images_is_a_clip_in_the_order_of_numbers(tmp_path: Path) -> None:
+def test_a_folder_of_images_is_sorted_by_number(tmp_path: Path) -> None:
     for number, frame in zip((1, 2, 10), numbered(3), strict=True):
         Image.fromarray(frame).save(tmp_path / f"f{number}.png")
     (tmp_path / "._f3.png").write_bytes(b"no image")
@@ -79,7 +79,7 @@ def test_a_folder_of_images_is_a_clip_in_the_order_of_numbers(tmp_path: Path) ->
         probe(tmp_path)
 
 
-def test_a_case_folder_is_no_clip(tmp_path: Path) -> None:
+def test_a_case_folder_is_refused(tmp_path: Path) -> None:
     for name in ("ref.png", "driving.mp4"):
         (tmp_path / name).touch()
     with pytest.raises(InputError, match="is a case folder: give it with --case"):

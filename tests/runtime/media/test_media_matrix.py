@@ -3,8 +3,8 @@
 Every row of `ROWS` (in `media_rows.py`) is a case folder. One `generate --batch` per output size makes all videos (tiny
 engines, one step). Each is compared with its row: frames, rate and times, warnings, tracks, durations and the times of
 the clicks. The generated pixels are noise, so colours and orientation are checked in the driving clips that
-`read_clips` reads from the same folder. `BAD` are inputs that must be refused in one line. Single functions are tested
-in `test_video_reader.py` and `test_video_writer.py`.
+`read_clips` reads from the same folder. `BAD` lists inputs that must be refused with a one-line error. Single functions
+are tested in `test_video_reader.py` and `test_video_writer.py`.
 """
 
 import shutil
@@ -49,7 +49,7 @@ QUICK = ("--steps", "1", "--segment-length", "13", "--guidance", "1")
 
 @pytest.fixture(scope="module")
 def folders(case: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A case folder for each row."""
+    """One case folder per row."""
     root = tmp_path_factory.mktemp("rows")
     for row in ROWS:
         write_case(case, root / row.name, row.make, mask_of(len(row.numbers), row.shape, row.rate or RATE))
@@ -71,7 +71,7 @@ def write_case(case: Path, folder: Path, make: Make, mask: Make) -> Path:
 def results(
     scail2: Run, engines: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """Name of a row → the report of its run. One command per size."""
+    """Row name → run report. One command per output size."""
     reports = {}
     for size in sorted({row.size for row in ROWS}):
         names = [row.name for row in ROWS if row.size == size]
@@ -113,14 +113,14 @@ def test_pixels_that_the_model_reads(row: Row, folders: Path) -> None:
             files.driving,
             files.mask_video,
             size=(height, width),
-            fit="official",  # where the quarters are; another window is a matter of the masks
+            fit="official",  # keeps the quarters in place; other windows depend on the masks
             segment_length=13,
         )
     )
     clips = list(read_clips(plan))
     frames = np.concatenate([clip.frames[clip.segment.overlap : clip.segment.valid_frames].numpy() for clip in clips])
     ys, xs = {"top": height // 4, "bottom": height * 3 // 4}, {"left": width // 4, "right": width * 3 // 4}
-    quarters = {  # [T, 3]: means of patches, as a gif is dithered
+    quarters = {  # [T, 3]: means of patches, because a GIF is dithered
         f"{v} {h}": frames[:, :, y - 4 : y + 4, x - 4 : x + 4].mean((2, 3))
         for v, y in ys.items()
         for h, x in xs.items()
@@ -184,7 +184,7 @@ class Bad:
     name: str
     make: Make
     says: tuple[str, ...]
-    frames: int = 9  # of the mask
+    frames: int = 9  # of the mask video
     arguments: tuple[str, ...] = ()
 
 
@@ -195,18 +195,18 @@ def grows(folder: Path) -> None:
 
 
 BAD = [
-    Bad("fewer masks", clip("mp4"), ("driving.mp4 has 9 frames but", "has 8", "one mask a frame"), frames=8),
+    Bad("fewer masks", clip("mp4"), ("driving.mp4 has 9 frames but", "has 8", "one mask per frame"), frames=8),
     Bad(
         "masks of another rate",
         with_mask(clip("mp4"), mask_of(22, (64, 96), Fraction(30))),
-        ("driving.mp4 has 9 frames at 12.5 fps", "has 22 at 30 fps", "from this very clip"),
+        ("driving.mp4 has 9 frames at 12.5 fps", "has 22 at 30 fps", "from this clip"),
     ),
     Bad(
         "cut short",
         then(
             clip("mp4", 20, container_options=INDEX_IN_FRONT, options=NO_B_FRAMES), lambda path: cut_in_packet(path, 9)
         ),
-        ("driving.mp4 has 9 frames", "has 20", "driving.mp4 says it holds 20 frames", "cut short"),
+        ("driving.mp4 has 9 frames", "has 20", "driving.mp4 states 20 frames", "cut short"),
         frames=20,
     ),
     Bad(

@@ -23,7 +23,7 @@ def loudness(samples: np.ndarray) -> float:
     return float(np.sqrt((samples**2).mean()))
 
 
-def test_a_part_is_cut_out_by_time(film: Path) -> None:
+def test_a_part_is_selected_by_time(film: Path) -> None:
     sound = read_sound(film, Fraction(1, 2), Fraction(1))
     assert sound is not None
     assert (sound.samples.shape, sound.rate) == ((1, SAMPLE_RATE), SAMPLE_RATE)

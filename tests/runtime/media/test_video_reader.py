@@ -70,7 +70,7 @@ class TestProbe:
         assert frames[:, 0, 0].tolist() == [[200, 100, 50], [0, 0, 0], [0, 0, 0]]
         assert frames[:, 31, 0].tolist() == [[200, 100, 50], [200, 100, 50], [0, 0, 250]]
 
-    def test_audio_is_seen(self, tmp_path: Path) -> None:
+    def test_audio_is_detected(self, tmp_path: Path) -> None:
         assert probe_video(write_clip(tmp_path / "a.mp4", ramp(5), audio=[("aac", 44100, "mono")])).audio
 
     def test_file_cut_short(self, tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ class TestProbe:
         info = probe_video(path)
         assert 5 < info.frames < 20
         assert info.declared_frames == 30
-        assert f"30 frames but {info.frames} can be decoded" in info.warnings[0]
+        assert f"30 frames, but {info.frames} can be decoded" in info.warnings[0]
         assert len(read_all(path)) == info.frames
 
-    def test_hdr_is_announced(self, tmp_path: Path) -> None:
+    def test_hdr_causes_a_warning(self, tmp_path: Path) -> None:
         path = write_clip(tmp_path / "a.mp4", ramp(3), pixel_format="yuv420p10le", transfer=16)
         assert "HDR" in probe_video(path).warnings[0]
 
@@ -125,7 +125,7 @@ class TestReader:
     @pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
     @pytest.mark.parametrize("start", [0, 3])
     def test_transparency_of_webm(self, tmp_path: Path, codec: str, start: int) -> None:
-        """The transparent half, whose hidden colour is green, is read as black; the rest equals an opaque file."""
+        """The transparent half, which stores green, is read as black; the rest equals an opaque file."""
         frames = np.concatenate([ramp(6), np.full((6, 48, 64, 1), 255, np.uint8)], axis=-1)
         frames[:, :, 32:] = (0, 255, 0, 0)
         options = {"auto-alt-ref": "0", "crf": "4", "b": "2M"}
@@ -221,7 +221,7 @@ class TestUnusableVideo:
         path = write_clip(tmp_path / "a.mp4", ramp(3), container_options={"movflags": "faststart"})
         data = path.read_bytes()
         path.write_bytes(data[: data.index(b"mdat") + 8])
-        with pytest.raises(InputError, match=r"no frame of it can be decoded|cannot be decoded at frame 0"):
+        with pytest.raises(InputError, match=r"none of its frames can be decoded|cannot be decoded at frame 0"):
             probe_video(path)
 
     def test_damage_names_the_frame(self, tmp_path: Path) -> None:

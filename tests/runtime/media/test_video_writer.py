@@ -1,4 +1,4 @@
-"""The written video: rate, times, colours, audio, and the files left after every kind of end."""
+"""The written video: rate, times, colours, audio, and the files that remain after success, abort and errors."""
 
 import contextlib
 import errno
@@ -77,7 +77,8 @@ class TestPicture:
             assert np.abs(reader.read(9).astype(int) - colours).max() <= 3
 
     def test_equal_frames_give_an_equal_file(self, tmp_path: Path) -> None:
-        """The encoder is deterministic, as resuming requires; x264's defaults fail this within a dozen files."""
+        """The encoder is deterministic, which resuming requires. With x264's defaults this test fails within a dozen
+        files."""
         files = {write(tmp_path / "out.mp4", ramp(24), 6).read_bytes() for _ in range(60)}
         assert len(files) == 1
 
@@ -120,7 +121,7 @@ class TestPicture:
             writer.write(ramp(5))
             path = writer.finish()
         assert numbers(path) == [0, 1, 2, 3, 4]
-        assert writer.abort() is None  # nothing to keep beside the result
+        assert writer.abort() is None  # no partial file beside the result
 
 
 class TestAudio:
@@ -165,7 +166,7 @@ class TestAudio:
             track = container.streams.audio[0]
             assert track.codec_context.codec.canonical_name == expected
             assert track.rate == rate
-            missing_s = float(duration - track.duration * track.time_base)  # a source may stop some packets early
+            missing_s = float(duration - track.duration * track.time_base)  # a source may end some packets early
             assert -1e-3 < missing_s < 0.03
 
     def test_packets_are_copied(self, tmp_path: Path) -> None:
@@ -188,14 +189,14 @@ class TestAudio:
         assert kinds == [("aac", 48000, 2), ("aac", 11025, 1)]
         assert clicks_s(path, 0) == pytest.approx(clicks_s(path, 1), abs=1e-3)
 
-    def test_rate_that_aac_has_not(self, tmp_path: Path) -> None:
+    def test_sample_rates_that_aac_lacks(self, tmp_path: Path) -> None:
         source = write_clip(tmp_path / "in.mkv", ramp(20), 25, audio=[("pcm_s16le", 37800, "mono")])
         path = write(tmp_path / "out.mp4", ramp(20), audio_from=source)
         with av.open(str(path)) as container:
             assert container.streams.audio[0].rate == 44100
         assert clicks_s(path)[:3] == pytest.approx([0, 0.25, 0.5], abs=2e-3)
 
-    def test_long_audio_is_cut_and_short_audio_stays_short(self, tmp_path: Path) -> None:
+    def test_audio_longer_or_shorter_than_the_video(self, tmp_path: Path) -> None:
         for seconds in (8.0, 0.5):
             source = write_clip(tmp_path / "in.mp4", ramp(25), 25, audio=[("aac", 11025, "mono")], audio_s=seconds)
             with av.open(str(write(tmp_path / "out.mp4", ramp(25), audio_from=source))) as container:
@@ -221,7 +222,7 @@ class TestOtherKinds:
     def test_matroska_keeps_frames_times_and_comment(self, tmp_path: Path, name: str, codec: str) -> None:
         path = tmp_path / name
         made = {write(path, ramp(21), rate=NTSC_FILM, codec=codec, comment='{"a": 1}').read_bytes() for _ in range(2)}
-        assert len(made) == 1  # Matroska's random identifiers are left out
+        assert len(made) == 1  # no random identifiers in Matroska
         assert numbers(path) == list(range(21))
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -254,7 +255,7 @@ class TestOtherKinds:
             assert (track.codec_context.name, track.rate, track.channels) == ("opus", 48000, 1)
             assert container.streams.video[0].start_time == 0
 
-    def test_a_gif_has_one_good_palette_exact_times_and_a_comment(self, tmp_path: Path) -> None:
+    def test_a_gif_has_one_palette_exact_times_and_a_comment(self, tmp_path: Path) -> None:
         colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (250, 250, 250), (0, 0, 0), (90, 120, 60)]
         path = write(tmp_path / "out.gif", flat(colours), 3, rate=Fraction(16), comment="c" * 600)
         with VideoReader(path) as reader:
@@ -265,7 +266,7 @@ class TestOtherKinds:
             for number in range(6):
                 image.seek(number)
                 shown_ms.append(image.info["duration"])
-        assert shown_ms == [60, 60, 70, 60, 60, 70]  # 1/16 s in hundredths; the last one to the end
+        assert shown_ms == [60, 60, 70, 60, 60, 70]  # 1/16 s, rounded to 10 ms; the last frame lasts to the end
         again = write(tmp_path / "again.gif", flat(colours), 3, rate=Fraction(16), comment="c" * 600)
         assert again.read_bytes() == path.read_bytes()
 
@@ -275,10 +276,10 @@ class TestOtherKinds:
             path = write(tmp_path / "out.gif", ramp(24), rate=Fraction(100))
         assert numbers(path) == list(range(0, 24, 2))
         assert said == [
-            "GIF players show at most 50 frames per second: 12 of 24 frames are left out. Use .webm to keep them."
+            "GIF players show at most 50 frames per second, so 12 of 24 frames will be missing: use .webm to keep them."
         ]
 
-    def test_png_files_hold_every_bit(self, tmp_path: Path) -> None:
+    def test_png_files_are_lossless(self, tmp_path: Path) -> None:
         frames = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), dtype=np.uint8)
         folder = write(tmp_path / "frames", frames, 4, comment="ü")
         assert only(folder, *(f"{number:06d}.png" for number in range(9)))
@@ -288,7 +289,7 @@ class TestOtherKinds:
                 assert image.info["comment"] == "ü"
         assert only(tmp_path, "frames")
 
-    def test_an_older_folder_survives_until_the_new_one_is_there(
+    def test_an_existing_folder_remains_until_it_is_replaced(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = write(tmp_path / "frames", ramp(5))
@@ -356,11 +357,14 @@ class TestEndings:
         assert only(tmp_path)
 
     def test_no_frames(self, tmp_path: Path) -> None:
-        with VideoWriter(tmp_path / "out.mp4", SMALL) as writer, pytest.raises(Scail2Error, match="No frame"):
+        with (
+            VideoWriter(tmp_path / "out.mp4", SMALL) as writer,
+            pytest.raises(Scail2Error, match="no frame was generated"),
+        ):
             writer.finish()
         assert only(tmp_path)
 
-    def test_an_older_result_survives_until_the_new_one_is_there(self, tmp_path: Path) -> None:
+    def test_an_existing_output_remains_until_it_is_replaced(self, tmp_path: Path) -> None:
         old = write(tmp_path / "out.mp4", ramp(3)).read_bytes()
         (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
         writer = VideoWriter(tmp_path / "out.mp4", SMALL)
@@ -372,7 +376,7 @@ class TestEndings:
         assert numbers(tmp_path / "out.mp4") == [0, 1, 2, 3]
         assert only(tmp_path, "out.mp4")
 
-    def test_a_stale_partial_file_is_not_called_ours(self, tmp_path: Path) -> None:
+    def test_a_stale_partial_file_is_not_reported(self, tmp_path: Path) -> None:
         (tmp_path / "out.partial.mp4").write_bytes(b"left by a crash")
         assert VideoWriter(tmp_path / "out.mp4", SMALL).abort() is None
 
@@ -393,25 +397,25 @@ class TestEndings:
         assert numbers(tmp_path / "out.partial.mp4") == list(range(6))
         assert only(tmp_path, "out.partial.mp4")
 
-    def test_encoder_fault_surfaces_in_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_encoder_errors_are_raised_in_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: object) -> None:
             raise av.error.ExternalError(-542398533, "Generic error in an external library")
 
         monkeypatch.setattr(video_writer._Encoder, "_encode", broken)
         writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         with pytest.raises(Scail2Error, match=r"Encoding .* failed .*external library"):
-            writer.write(ramp(30).repeat(10, 0))  # more than fits into the queue
+            writer.write(ramp(30).repeat(10, 0))  # more frames than the queue holds
         assert writer.abort() is None
         assert only(tmp_path)
 
-    def test_a_failed_end_keeps_the_partial_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failed_finish_keeps_the_partial_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "replace", full)
         writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         writer.write(ramp(6))
-        with pytest.raises(Scail2Error, match=r"No space left.*is in .*out\.partial\.mp4"):
+        with pytest.raises(Scail2Error, match=r"No space left.*audio in .*out\.partial\.mp4"):
             writer.finish()
         assert only(tmp_path, "out.partial.mp4")
         assert writer.abort() == tmp_path / "out.partial.mp4"
@@ -451,7 +455,8 @@ sys.stdin.read()
 
     @pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "vp9"])
     def test_a_partial_file_is_continued(self, tmp_path: Path, codec: str) -> None:
-        """Half a part after the complete ones, as after a power failure; the result equals that of one writer."""
+        """An incomplete part follows the complete ones, as after a power failure; the result equals that of one
+        writer."""
         seen: list[int] = []
         whole = write(tmp_path / "whole.mp4", ramp(24), 6, codec=codec).read_bytes()
         with VideoWriter(tmp_path / "out.mp4", VideoFormat(64, 48, Fraction(25), codec)) as first:
@@ -494,9 +499,9 @@ sys.stdin.read()
 
 class TestChecks:
     def test_codec(self) -> None:
-        with pytest.raises(InputError, match="'gif' is not offered: use one of h264, hevc, av1, vp9"):
+        with pytest.raises(InputError, match="'gif' is not supported: use one of h264, hevc, av1, vp9"):
             check_codec("gif", 18)
-        with pytest.raises(InputError, match="outside 0 to 51"):
+        with pytest.raises(InputError, match="must be 0 to 51"):
             check_codec("h264", 52)
 
     def test_codec_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,9 +531,9 @@ class TestChecks:
         (tmp_path / "mine" / "000000.png").write_text("")
         check_writable(tmp_path / "mine")
         (tmp_path / "mine" / "notes.txt").write_text("")
-        with pytest.raises(InputError, match="holds other files than frames"):
+        with pytest.raises(InputError, match="holds files that are not frames"):
             check_writable(tmp_path / "mine")
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="is not writable"):
             check_writable(Path("/proc/out.mp4"))
 
     def test_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

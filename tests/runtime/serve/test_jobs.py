@@ -157,7 +157,7 @@ def test_faults_stay_with_their_job(engines: Path, case: Path, cache: Path, tmp_
         assert "signal 6 (SIGABRT) in the phase denoise" in said[101]["message"]
         assert said[102] == {
             "code": "out_of_memory",
-            "message": "the computer's memory ran out in the phase denoise, which asked for another 7.00 GiB: give a "
+            "message": "Host memory ran out in the phase denoise, which requested another 7.00 GiB: use a "
             "smaller --size, --segment-length or --max-rows.",
         }
         assert said[103] == {"code": "fault", "message": "RuntimeError: what nobody thought of"}

@@ -159,7 +159,7 @@ def test_a_disk_that_fills_while_the_result_is_made(tmp_path: Path) -> None:
     """The file that the audio is added to; the encoded video is complete."""
     output = tmp_path / "out.mp4"
     done = full_disk(output, 4, -8000)
-    assert "could not be written (File too large); the video without audio is in" in done.stdout
+    assert "could not be written (File too large): use the video without audio in" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == [partial_path(output).name]
     assert read_video(partial_path(output)).frames == 36
 
@@ -254,8 +254,8 @@ engine_set.EngineSet.run = greedy
 def test_out_of_memory_in_a_stage(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
     words = ("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL, "--steps", "1")
     message = error_of(scail2(*words, **sabotage(tmp_path, OUT_OF_MEMORY)), code=1)
-    assert message.startswith("the computer's memory ran out in the phase denoise, which asked for another 4194304.00")
-    assert "GiB: give a smaller --size, --segment-length or --max-rows" in message
+    assert message.startswith("Host memory ran out in the phase denoise, which requested another 4194304.00")
+    assert "GiB: use a smaller --size, --segment-length or --max-rows" in message
     assert not (tmp_path / "a.mp4").exists()
 
 
@@ -270,10 +270,10 @@ def no_onnxruntime_memory() -> None:
 @pytest.mark.parametrize(
     ("allocate", "phase", "says"),
     [
-        (lambda: np.empty(2**56), "read", ("the computer's memory", "phase read", "512. PiB", "smaller --segment-len")),
-        (lambda: bytearray(2**62), "decode", ("the computer's memory", "phase decode:", "give a smaller --size")),
-        (no_cuda_memory, "reference", ("the GPU's memory", "another 1.40 GiB", "--vram-limit", "--size")),
-        (no_onnxruntime_memory, "denoise", ("the computer's memory", "another 3.00 GiB", "--max-rows")),
+        (lambda: np.empty(2**56), "read", ("Host memory", "phase read", "512. PiB", "smaller --segment-len")),
+        (lambda: bytearray(2**62), "decode", ("Host memory", "phase decode:", "use a smaller --size")),
+        (no_cuda_memory, "reference", ("GPU memory", "another 1.40 GiB", "--vram-limit", "--size")),
+        (no_onnxruntime_memory, "denoise", ("Host memory", "another 3.00 GiB", "--max-rows")),
     ],
 )
 def test_out_of_memory_names_the_phase_the_need_and_the_remedy(

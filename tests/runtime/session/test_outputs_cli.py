@@ -70,7 +70,7 @@ def test_a_killed_run_is_resumed_bit_by_bit(
     assert result.returncode == -signal.SIGKILL
     assert resumable(output) == 1
     assert not output.exists()
-    assert "1 finished segment(s) of an interrupted run" in error_of(scail2("generate", engines, *words))
+    assert "1 finished segment of an interrupted run" in error_of(scail2("generate", engines, *words))
     reply = one_json(scail2("generate", engines, *words, "--resume", "--json"))
     assert reply["resumed_after_segments"] == 1
     assert reply["output_sha256"] == file_hash(output) == file_hash(made[name])
@@ -90,7 +90,7 @@ def test_a_folder_is_replaced_only_if_it_holds_frames(scail2: Run, engines: Path
     inside = error_of(scail2(*words, 5, "--extra-ref", folder / "000000.png", case / "ref_mask.png"))
     assert "holds the extra reference 1" in inside
     (folder / "notes.txt").write_text("mine")
-    assert "holds other files than frames" in error_of(scail2(*words, 5))
+    assert "holds files that are not frames" in error_of(scail2(*words, 5))
     assert len(list(folder.iterdir())) == 6
     assert {path.name for path in tmp_path.iterdir()} == {"frames", "frames.json"}
 
@@ -101,7 +101,7 @@ def test_a_folder_is_replaced_only_if_it_holds_frames(scail2: Run, engines: Path
         ("a.webm", ("--codec", "h264"), "A .webm file cannot hold h264 video: use --codec vp9 or av1"),
         ("a.gif", ("--codec", "h264"), "A .gif file has no choice of --codec"),
         ("frames", ("--crf", "20"), "A folder of PNG files has no choice of --crf"),
-        ("a.webm", ("--crf", "64"), "outside 0 to 63 for vp9"),
+        ("a.webm", ("--crf", "64"), "must be 0 to 63 for vp9"),
         ("a.avi", (), "must end in .mp4, .m4v, .mov, .mkv, .webm or .gif"),
     ],
 )

@@ -63,7 +63,7 @@ def measured(size: tuple[int, int], frames: int, segmenter: Path, out: Path) -> 
 def test_memory_does_not_grow_with_the_clip(
     tmp_path: Path, size: tuple[int, int], lengths: tuple[int, int], slack: int
 ) -> None:
-    """The growth of memory between two frames, and its peak. Two figures are tracked, and text detection runs often;
+    """The growth of memory between two frames, and its peak. Two characters are tracked, and text detection runs often.
     `slack` is less than the raw size of the additional frames."""
     segmenter = write_sam2(tmp_path / "sam2", image=64)
     write_grounding_dino(segmenter / "detector")

@@ -1,4 +1,4 @@
-"""Mask options that contradict each other or the clip, and damaged files, are refused in one sentence."""
+"""Mask options that contradict each other or the clip, and damaged files, are refused with one sentence."""
 
 import json
 import shutil
@@ -26,37 +26,37 @@ VIDEO = VideoInfo("clip", 96, 64, 9, Fraction(16), False, None, 9, ())
     [
         ({"start": -1}, "--start must be 0 or more, not -1"),
         ({"frames": 0}, "--frames must be 1 or more, not 0"),
-        ({"boxes": (f"{BOX}:red", "40,5,70,55:red")}, "Two --box of one picture are red"),
+        ({"boxes": (f"{BOX}:red", "40,5,70,55:red")}, "Two --box of one image are red"),
         (
             {"boxes": (BOX, "40,5,70,55"), "points": ("80,30",)},
-            "show 3 figures in one picture, and --max-characters is 2",
+            "mark 3 characters in one image, but --max-characters is 2",
         ),
     ],
 )
-def test_options_that_cannot_be_followed(options: dict[str, object], says: str) -> None:
+def test_options_out_of_range(options: dict[str, object], says: str) -> None:
     with pytest.raises(InputError, match=says):
         MaskOptions(**options)  # type: ignore[arg-type]
 
 
-def test_points_and_boxes_of_one_colour_or_of_several_pictures_are_no_more_figures() -> None:
+def test_points_and_boxes_of_one_colour_are_one_character_per_image() -> None:
     boxes = (f"{BOX}:red", f"9:{BOX}:red", f"image:{BOX}:red")
     assert len(MaskOptions(boxes=boxes, points=("8,8:red", "9,9:red", "70,9"), max_characters=2).places) == 6
 
 
-def test_frame_0_is_not_the_first_that_is_used() -> None:
+def test_frame_0_is_not_the_first_used_frame() -> None:
     check_places(MaskOptions(boxes=(BOX,), start=5), (64, 96), VIDEO)
-    with pytest.raises(InputError, match="in frame 0; the frames used are 5 to 8"):
+    with pytest.raises(InputError, match="in frame 0: use one of the frames 5 to 8"):
         check_places(MaskOptions(boxes=(f"0:{BOX}",), start=5), (64, 96), VIDEO)
 
 
 @pytest.mark.parametrize(("places", "refused"), [((), True), ((f"image:{BOX}", BOX), True), ((f"3:{BOX}",), False)])
-def test_pairs_of_a_figure_that_is_not_there(places: tuple[str, ...], refused: bool) -> None:
+def test_pairs_of_a_missing_character(places: tuple[str, ...], refused: bool) -> None:
     mask = np.ones((4, 4), bool)
     pairing = Pairing(MaskOptions(pairs="2=1", boxes=places), [mask], [""])
     if refused:
-        with pytest.raises(InputError, match="names the driving video's figure 2, and its first frame shows 1"):
+        with pytest.raises(InputError, match=r"names driving character 2, but the first frame .* shows 1"):
             pairing.begin([mask], [""])
-    else:  # who is shown later may be figure 2
+    else:  # a place in a later frame may mark character 2
         pairing.begin([mask], [""])
 
 
@@ -70,7 +70,7 @@ def test_pairs_of_a_figure_that_is_not_there(places: tuple[str, ...], refused: b
         ("num_maskmem", "x"),
     ],
 )
-def test_a_segmenter_whose_config_is_damaged(tmp_path: Path, field: str, value: object) -> None:
+def test_a_segmenter_with_a_damaged_config(tmp_path: Path, field: str, value: object) -> None:
     config = json.loads((shipped_segmenter() / "config.json").read_text())
     shutil.copy(shipped_segmenter() / "model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))

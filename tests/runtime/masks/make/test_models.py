@@ -15,7 +15,7 @@ from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime import Clip, MaskOptions, Masks, make_masks
 from scail2_rt.runtime.masks.make.folders import find_segmenter, open_folder
 from scail2_rt.runtime.masks.make.options import AUTHORS_PROMPT
-from scail2_rt.runtime.masks.make.pixels import Taken, network_picture
+from scail2_rt.runtime.masks.make.pixels import InputFormat, network_picture
 from scail2_rt.runtime.masks.make.segmenters import dino_size, open_segmenter
 from scail2_rt.runtime.masks.make.tracker import Given
 from scail2_rt.runtime.masks.palette import PALETTE
@@ -50,10 +50,10 @@ def frames() -> np.ndarray:
     ],
     ids=["text", "prompt", "boxes"],
 )
-def test_every_way_through(
+def test_all_kinds_of_inputs(
     folders: Path, frames: np.ndarray, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    """With random weights: masks of the right size, in palette colours, one per frame."""
+    """With random weights, masks have the right size and palette colours, one per frame."""
     given = MaskOptions(weights=folders / name, segmenter=name, **options)
     masks = make_masks(frames[0], Clip(frames, Fraction(16)), tmp_path, given, device="cpu")
     assert isinstance(masks, Masks)
@@ -69,8 +69,8 @@ def test_every_way_through(
 
 
 @pytest.mark.parametrize("name", ["sam2", "sam3"])
-def test_the_tracker_forgets_what_no_memory_reads(folders: Path, frames: np.ndarray, name: str) -> None:
-    """The masks equal those of a session that keeps all frames, and the kept state does not grow."""
+def test_the_tracker_removes_state_that_it_does_not_read(folders: Path, frames: np.ndarray, name: str) -> None:
+    """The masks equal those of a session that keeps all frames, and the state does not grow."""
     segmenter = open_segmenter(open_folder(folders / name), "cpu")
     ours, whole = segmenter.tracker(SIZE), segmenter.tracker(SIZE)
     whole._forget = lambda: None  # type: ignore[method-assign]
@@ -93,8 +93,8 @@ def _held(session: Any) -> int:
     return sum(tensor.nbytes for tensor in [*tensors, *session.processed_frames.values()])
 
 
-def test_late_figures_join_those_that_are_followed(folders: Path, frames: np.ndarray) -> None:
-    """The tracker's result for a figure does not depend on other figures."""
+def test_characters_can_be_added_later(folders: Path, frames: np.ndarray) -> None:
+    """The result for a character does not depend on other characters."""
     segmenter = open_segmenter(open_folder(folders / "sam2"), "cpu")
     alone, both = segmenter.tracker(SIZE), segmenter.tracker(SIZE)
     for number, frame in enumerate(frames):
@@ -108,16 +108,16 @@ def test_late_figures_join_those_that_are_followed(folders: Path, frames: np.nda
 
 
 def test_the_pil_processor_of_grounding_dino_agrees(folders: Path, frames: np.ndarray) -> None:
-    """It is the one processor that works without torchvision; the others are compared by `tests.parity.segmenters`."""
+    """It is the only processor that works without torchvision; `tests.parity.segmenters` compares the others."""
     from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
     theirs = GroundingDinoImageProcessorPil()(frames[0], return_tensors="pt")["pixel_values"][0]
-    ours = network_picture(frames[0], Taken(dino_size(*SIZE)))
+    ours = network_picture(frames[0], InputFormat(dino_size(*SIZE)))
     assert ours.shape == theirs.shape
     assert float((ours - theirs).abs().max()) < 0.02  # one level of 255
 
 
-def test_detections_are_sure_and_apart(folders: Path, frames: np.ndarray) -> None:
+def test_detections_are_sorted_and_above_the_threshold(folders: Path, frames: np.ndarray) -> None:
     for name in ("sam2", "sam3"):
         found = open_segmenter(open_folder(folders / name), "cpu").find(frames[0], AUTHORS_PROMPT)
         assert found
@@ -127,7 +127,7 @@ def test_detections_are_sure_and_apart(folders: Path, frames: np.ndarray) -> Non
 
 
 class TestFolders:
-    def test_what_is_needed_in_memory(self, folders: Path) -> None:
+    def test_memory_estimate(self, folders: Path) -> None:
         opened = open_folder(folders / "sam2")
         assert opened.square == 128
         assert opened.detector == folders / "sam2" / "detector"
@@ -138,14 +138,14 @@ class TestFolders:
         for folder, told in (
             (tmp_path, "holds llama, and a segmenter is a sam2_video or sam3_video model"),
             (tmp_path / "none", "does not exist"),
-            (folders / "sam2" / "detector", "holds Grounding DINO alone"),
+            (folders / "sam2" / "detector", "holds only Grounding DINO"),
         ):
             with pytest.raises(InputError, match=told):
                 open_folder(folder)
         with pytest.raises(InputError, match="holds sam3, not sam2"):
             find_segmenter("sam2", folders / "sam3")
 
-    def test_a_damaged_one(self, folders: Path, tmp_path: Path) -> None:
+    def test_damaged_files(self, folders: Path, tmp_path: Path) -> None:
         config = (folders / "sam2" / "config.json").read_text()
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(InputError, match=r"holds no \*\.safetensors"):
@@ -157,9 +157,7 @@ class TestFolders:
         with pytest.raises(InputError, match=r"it lacks \d+ of \d+ weights"):
             open_segmenter(open_folder(tmp_path), "cpu")
 
-    def test_auto_takes_sam3_where_it_is_there(
-        self, folders: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_auto_prefers_sam3(self, folders: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("SCAIL2_RT_CACHE", str(tmp_path))
         with pytest.raises(InputError, match="scail2-rt download --segmenter sam2"):
             find_segmenter("auto", None)

@@ -1,4 +1,4 @@
-"""Masks from other tools: ComfyUI's track data in each kind of file, mattes, alpha; and errors."""
+"""Masks of other tools: ComfyUI's track data in all file formats, mattes and alpha, and errors."""
 
 import shutil
 from dataclasses import fields
@@ -28,7 +28,7 @@ PICTURE = np.full((*SIZE, 3), 90, np.uint8)
 def track_data(
     boxes: list[list[tuple[int, int, int, int] | None]], scores: list[float], size: tuple[int, int] = (30, 56)
 ) -> Any:
-    """As `SAM3_VideoTrack` gives it: `boxes` by frame and figure."""
+    """Track data in the form of `SAM3_VideoTrack`; `boxes` by frame and character."""
     masks = torch.zeros(len(boxes), len(scores), *size, dtype=torch.bool)
     for frame, figures in enumerate(boxes):
         for figure, box in enumerate(figures):
@@ -57,7 +57,7 @@ def saved(data: dict[str, Any], file: Path) -> Path:
 
 @pytest.mark.parametrize("ending", [".pt", ".npz", ".safetensors"])
 def test_track_data_of_both(tmp_path: Path, ending: str) -> None:
-    """Two figures; in the file the right one is the first. Sizes are those of the pictures."""
+    """Two characters; the right one is first in the file. Masks have the sizes of the images."""
     left, right, late = (2, 2, 20, 28), (36, 2, 54, 28), (36, 4, 54, 26)
     clip = saved(track_data([[None, left]] * 2 + [[late, left]] * 3, [0.9, 0.8]), tmp_path / f"clip{ending}")
     image = saved(track_data([[right, left]], [0.9, 0.8]), tmp_path / f"image{ending}")
@@ -113,13 +113,13 @@ def test_a_video_with_alpha(tmp_path: Path) -> None:
         (lambda file: torch.save({"masks": torch.zeros(1)}, file.with_suffix(".pt")), "holds no packed_masks"),
         (
             lambda file: torch.save({"packed_masks": torch.zeros(2, 2)}, file.with_suffix(".pt")),
-            "not uint8 [T, N, H, W/8]",
+            "must be uint8 [T, N, H, W/8]",
         ),
         (
             lambda file: saved(track_data([[(2, 2, 20, 28)]] * 3, [1.0]), file.with_suffix(".pt")),
             "has 3 frames and the driving",
         ),
-        (lambda file: write_image(file.with_suffix(".png"), np.zeros((*SIZE, 3), np.uint8)), "shows no figure"),
+        (lambda file: write_image(file.with_suffix(".png"), np.zeros((*SIZE, 3), np.uint8)), "shows no character"),
         (
             lambda file: write_image(file.with_suffix(".png"), np.full((*SIZE, 3), (250, 20, 20), np.uint8)),
             "a matte is grey",
@@ -132,19 +132,19 @@ def test_a_video_with_alpha(tmp_path: Path) -> None:
         ),
         (
             lambda file: torch.save({"packed_masks": torch.zeros(FRAMES, 1, 0, 4).byte()}, file.with_suffix(".pt")),
-            "not uint8 [T, N, H, W/8]",
+            "must be uint8 [T, N, H, W/8]",
         ),
         (
             lambda file: saved(track_data([[(2, 2, 20, 28)]] * (FRAMES + 1), [1.0]), file.with_suffix(".pt")),
-            "has 6 frames and the driving video 5",
+            "has 6 frames and the driving clip 5",
         ),
         (
             lambda file: write_video(file.with_suffix(".mp4"), np.zeros((FRAMES, *SIZE, 3), np.uint8), Fraction(16)),
-            "shows no figure",
+            "shows no character",
         ),
     ],
 )
-def test_files_of_another_kind(tmp_path: Path, write: Any, told: str) -> None:
+def test_unusable_files(tmp_path: Path, write: Any, told: str) -> None:
     write(tmp_path / "clip")
     (file,) = tmp_path.glob("clip.*")
     image = saved(track_data([[(2, 2, 20, 28)]], [1.0]), tmp_path / "image.pt")
@@ -155,20 +155,20 @@ def test_files_of_another_kind(tmp_path: Path, write: Any, told: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_tracks_of_the_used_frames_alone(tmp_path: Path) -> None:
+def test_tracks_of_the_used_frames_only(tmp_path: Path) -> None:
     track = saved(track_data([[(2, 2, 20, 28)]] * 3, [1.0]), tmp_path / "clip.pt")
     masks, _, driving = made(tmp_path, image_from=track, driving_from=track, frames=3)
     assert masks.characters == ("blue",)
     assert [tuple(frame[30, 20]) for frame in driving] == [PALETTE["blue"]] * 3 + [PALETTE["black"]] * 2
 
 
-def test_a_matte_of_the_reference_shows_somebody(tmp_path: Path) -> None:
+def test_a_matte_of_the_reference_must_show_a_character(tmp_path: Path) -> None:
     clip = saved(track_data([[(2, 2, 20, 28)]] * FRAMES, [1.0]), tmp_path / "clip.pt")
     write_image(tmp_path / "black.png", np.zeros((*SIZE, 3), np.uint8))
-    for name, told in (("black.png", "shows no figure of 1 %"), ("missing.pt", "does not exist")):
+    for name, told in (("black.png", "shows no character of at least 1 %"), ("missing.pt", "does not exist")):
         with pytest.raises(InputError, match=told):
             made(tmp_path, image_from=tmp_path / name, driving_from=clip)
-    with pytest.raises(InputError, match="--image-from gives figures of"):
+    with pytest.raises(InputError, match="whose characters --image-from gives"):
         made(tmp_path, image_from=clip, driving_from=clip, points=("image:5,5",))
 
 

@@ -1,4 +1,5 @@
-"""The rules for making masks, each tested on flat figures: those of the authors, then additional ones."""
+"""The rules for making masks, each tested on flat-coloured characters: first those of the official code, then
+others."""
 
 import json
 import threading
@@ -34,7 +35,7 @@ Frames = Sequence[np.ndarray]
 
 
 class Made:
-    """Masks with their pixels."""
+    """The result of `make_masks`, with the pixels of the masks."""
 
     def __init__(self, masks: Masks, image: np.ndarray, frames: Frames) -> None:
         self.masks, self._image, self._frames = masks, image, frames
@@ -51,7 +52,7 @@ class Made:
 
 
 def colour_at(pixels: np.ndarray, mask: np.ndarray) -> str:
-    """The one colour of a mask's pixels."""
+    """The colour of a frame inside a mask, which must be uniform."""
     found = np.unique(pixels[mask], axis=0)
     assert len(found) == 1
     return next(name for name, rgb in PALETTE.items() if tuple(found[0]) == rgb)
@@ -111,11 +112,11 @@ def test_backgrounds_by_mode(make: Callable[..., Made], mode: str, reference: st
     assert made.masks.mask_video.name == {"animate": "rendered_mask_v2.mp4", "replace": "replace_mask.mp4"}[mode]
 
 
-def test_a_figure_below_one_percent_of_the_first_frame_is_none(make: Callable[..., Made]) -> None:
-    """60 of 6,000 pixels are one per cent."""
+def test_a_character_below_one_percent_of_the_first_frame_is_ignored(make: Callable[..., Made]) -> None:
+    """One per cent is 60 of 6,000 pixels."""
     made = make(picture({ANN: LEFT, BEN: (80, 10, 86, 20)}), still({CLEO: RIGHT, BEN: (10, 10, 15, 21)}))
-    assert made.reference_colour(BEN) == "white"  # a figure without a driving figure
-    assert any("Nobody in the clip drives figure 2" in note for note in made.masks.notes)
+    assert made.reference_colour(BEN) == "white"  # no driving character moves it
+    assert any("No character of the driving clip moves character 2" in note for note in made.masks.notes)
     assert made.masks.characters == ("blue",)
     assert made.driving_colour(CLEO) == "blue"
     assert made.driving_colour(BEN) == "black"
@@ -125,11 +126,11 @@ def test_fewer_references_than_drivers_take_the_nearest(make: Callable[..., Made
     made = make(picture({ANN: RIGHT}), still({BEN: LEFT, CLEO: (70, 5, 90, 55)}))
     assert made.driving_colour(CLEO) == made.reference_colour(ANN) == "blue"
     assert made.driving_colour(BEN) == "black"
-    assert "figure 1 of the clip" in made.masks.notes[0]
+    assert "character 1 of the driving clip" in made.masks.notes[0]
 
 
 def test_one_to_many_takes_the_driver_that_the_reference_overlaps(make: Callable[..., Made]) -> None:
-    """Ann's centre is nearer to Ben's, her pixels are more of Cleo's."""
+    """Ann's centre is nearer to Ben's, but she overlaps Cleo more."""
     image = picture({ANN: (20, 20, 80, 40)})
     frames = still({BEN: (48, 2, 52, 56), CLEO: (56, 18, 92, 42)})
     assert make(image, frames).driving_colour(BEN) == "blue"
@@ -138,7 +139,7 @@ def test_one_to_many_takes_the_driver_that_the_reference_overlaps(make: Callable
     assert made.driving_colour(BEN) == "black"
 
 
-def test_pairs_say_who_drives_whom(make: Callable[..., Made]) -> None:
+def test_pairs_override_the_order(make: Callable[..., Made]) -> None:
     image, frames = picture({ANN: LEFT, BEN: RIGHT}), still({CLEO: LEFT, ANN: RIGHT})
     made = make(image, frames, pairs="1=2,2=1")
     assert made.driving_colour(CLEO) == made.reference_colour(BEN) == "red"
@@ -149,14 +150,14 @@ def test_pairs_say_who_drives_whom(make: Callable[..., Made]) -> None:
 def test_animals_by_prompt(make: Callable[..., Made]) -> None:
     image, frames = picture({REX: LEFT}), still({REX: RIGHT, ANN: LEFT})
     message = refused(lambda: make(image, frames))
-    assert 'Nobody was found in the reference image with "human. character."' in message
+    assert 'No character was found in the reference image with "human. character."' in message
     assert "--mask-prompt" in message
     made = make(image, frames, prompt="dog.")
     assert made.driving_colour(REX) == "blue"
     assert made.driving_colour(ANN) == "black"
 
 
-def test_no_more_than_asked_for_and_the_surest(make: Callable[..., Made]) -> None:
+def test_max_characters_keeps_the_highest_scores(make: Callable[..., Made]) -> None:
     three = {ANN: LEFT, BEN: MIDDLE, CLEO: RIGHT}
     made = make(picture(three), still(three))
     assert made.masks.characters == ("blue", "red")
@@ -167,7 +168,7 @@ def test_no_more_than_asked_for_and_the_surest(make: Callable[..., Made]) -> Non
 
 
 def test_points_and_boxes_with_colours(make: Callable[..., Made], segmenter: FlatSegmenter) -> None:
-    """Two points of one colour are one figure; without text nothing is looked for."""
+    """Two points of one colour are one character; without a prompt, text detection does not run."""
     image, frames = picture({ANN: LEFT, BEN: RIGHT}), still({CLEO: LEFT, ANN: RIGHT})
     made = make(
         image,
@@ -180,49 +181,49 @@ def test_points_and_boxes_with_colours(make: Callable[..., Made], segmenter: Fla
     assert segmenter.asked == []
 
 
-def test_a_point_beside_text(make: Callable[..., Made]) -> None:
-    """The dog is shown, people are found."""
+def test_a_point_in_addition_to_text(make: Callable[..., Made]) -> None:
+    """The dog is marked, and the human is detected."""
     image, frames = picture({ANN: LEFT, REX: RIGHT}), still({BEN: LEFT, REX: RIGHT})
     made = make(image, frames, prompt="human.", points=("image:80,30:yellow", "80,30:yellow"))
     assert [made.driving_colour(who) for who in (BEN, REX)] == ["blue", "yellow"]
 
 
-def test_who_comes_late_has_a_colour_from_the_first_frame_that_shows_it(make: Callable[..., Made]) -> None:
+def test_a_late_character_has_a_colour_from_its_first_frame(make: Callable[..., Made]) -> None:
     frames = [picture({BEN: LEFT, **({CLEO: (100 - 5 * (t - 11), 5, 130, 55)} if t > 11 else {})}) for t in range(30)]
     made = make(picture({ANN: LEFT, BEN: RIGHT}), frames)
     assert [made.driving_colour(CLEO, t) for t in (14, 18, 29)] == ["red"] * 3
     assert [made.driving_colour(BEN, t) for t in (0, 14, 29)] == ["blue"] * 3
-    assert any("comes in late" in note for note in made.masks.notes)
+    assert any("enters late" in note for note in made.masks.notes)
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-def test_who_leaves_and_comes_back_keeps_the_colour(
+def test_a_returning_character_keeps_its_colour(
     make: Callable[..., Made], segmenter: FlatSegmenter, forgets: bool
 ) -> None:
-    """Found again by the tracker's memory or, if that fails, by appearance."""
+    """The tracker finds the character again or, if it does not, appearance identifies it."""
     segmenter.forgets = forgets
     there = {True: {BEN: LEFT, CLEO: RIGHT}, False: {BEN: LEFT}}
     frames = [picture(there[t < 6 or t > 20]) for t in range(40)]
-    frames[30:] = [picture({CLEO: LEFT, BEN: RIGHT})] * 10  # and in the other's place
+    frames[30:] = [picture({CLEO: LEFT, BEN: RIGHT})] * 10  # at the position of the other character
     made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames)
     assert [made.driving_colour(CLEO, t) for t in (0, 26, 39)] == ["red"] * 3
     assert [made.driving_colour(BEN, t) for t in (0, 26, 39)] == ["blue"] * 3
-    assert any("was taken for figure 2" in note for note in made.masks.notes) == forgets
+    assert any("was identified as character 2" in note for note in made.masks.notes) == forgets
 
 
-def test_a_stranger_gets_no_colour(make: Callable[..., Made]) -> None:
+def test_a_character_that_the_reference_lacks_gets_no_colour(make: Callable[..., Made]) -> None:
     frames = [picture({BEN: LEFT} if t < 10 else {CLEO: RIGHT}) for t in range(25)]
     made = make(picture({ANN: LEFT}), frames)
     assert made.driving_colour(CLEO, 24) == "black"
-    assert any("for whom the reference has no figure" in note for note in made.masks.notes)
+    assert any("that the reference image lacks enters" in note for note in made.masks.notes)
 
 
 @pytest.mark.parametrize("text", [True, False])
-def test_an_exchange_is_set_right_or_reported(
+def test_an_exchange_is_corrected_or_reported(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, text: bool
 ) -> None:
-    """A tracker that exchanges two figures when they meet: text detection finds this at its next run, and the frames
-    back to the meeting are corrected too."""
+    """The tracker exchanges two characters when they meet. The next run of text detection finds this, and corrects the
+    frames back to the meeting."""
     frames = [picture({BEN: LEFT, CLEO: RIGHT})] * 20 + [picture({CLEO: LEFT, BEN: RIGHT})] * 20
     honest = FlatTracker.follow
 
@@ -234,12 +235,12 @@ def test_an_exchange_is_set_right_or_reported(
 
     done: list[FlatTracker] = []
     monkeypatch.setattr(FlatTracker, "follow", confused)
-    monkeypatch.setattr("scail2_rt.runtime.masks.make.cuts.LEVELS", 255)  # the meeting is no cut
+    monkeypatch.setattr("scail2_rt.runtime.masks.make.cuts.LEVELS", 255)  # so that the meeting is no cut
     points = {} if text else {"points": ("10,30", "80,30")}
     made = make(picture({ANN: LEFT, CLEO: RIGHT}), frames, **points)
     after = "blue" if text else "red"
     assert [made.driving_colour(BEN, t) for t in (0, 19, 20, 23, 24, 39)] == ["blue", "blue", *[after] * 4]
-    told = "At frame 24, figure(s) 1, 2 of the clip" if text else "From frame 24 on, figures 1 and 2"
+    told = "At frame 24, characters 1, 2 of the driving clip" if text else "From frame 24 on, characters 1 and 2"
     assert len([note for note in made.masks.notes if told in note]) == 1
 
 
@@ -253,7 +254,7 @@ def test_a_cut_is_found_and_colours_are_kept(make: Callable[..., Made], segmente
 
 
 def test_masks_have_hard_edges_at_the_clips_own_size(make: Callable[..., Made]) -> None:
-    size = (62, 106)  # no multiple of anything
+    size = (62, 106)  # not multiples of 4
     image, frames = picture({ANN: LEFT}, (90, 70)), [picture({BEN: (20 + t, 7, 51 + t, 55)}, size) for t in range(5)]
     made = make(image, frames)
     assert made.reference.shape[:2] == (90, 70)
@@ -274,14 +275,14 @@ def test_a_part_of_the_clip(make: Callable[..., Made]) -> None:
     assert made.driving_colour(BEN, 3) == "black"
 
 
-def test_nobody_in_the_first_frames(make: Callable[..., Made]) -> None:
+def test_no_character_in_the_first_frames(make: Callable[..., Made]) -> None:
     frames = [picture({} if t < 10 else {BEN: LEFT}) for t in range(20)]
     made = make(picture({ANN: LEFT}), frames)
     assert made.driving_colour(BEN, 19) == "blue"
-    assert "Nobody was found in the driving video" in refused(lambda: make(picture({ANN: LEFT}), still({})))
+    assert "No character was found in the driving clip" in refused(lambda: make(picture({ANN: LEFT}), still({})))
 
 
-def test_progress_tells_seconds_and_cancelling_leaves_nothing(segmenter: FlatSegmenter, tmp_path: Path) -> None:
+def test_progress_has_seconds_and_cancelling_leaves_no_files(segmenter: FlatSegmenter, tmp_path: Path) -> None:
     told: list[Progress] = []
     cancel = threading.Event()
     clip, image = Clip(np.stack(still({BEN: LEFT}, 20)), Fraction(16)), picture({ANN: LEFT})
