@@ -167,9 +167,9 @@ def test_verify_prints_a_line_once_and_what_to_do(scail2: Run, place: Path, tmp_
 
 def test_doctor_of_nothing_is_one_sentence(scail2: Run, tmp_path: Path) -> None:
     result = scail2("doctor", tmp_path / "nope")
-    assert error_of(result).startswith(f"There is nothing at {tmp_path / 'nope'}; ")
+    assert error_of(result).startswith(f"{tmp_path / 'nope'} does not exist. ")
     assert len(result.stderr.splitlines()) == 1
-    assert "no engine folder" in error_of(scail2("doctor", tmp_path))
+    assert "not an engine folder" in error_of(scail2("doctor", tmp_path))
 
 
 def _texts(file: Path) -> Iterator[str]:

@@ -49,7 +49,7 @@ def test_verify_passes_and_finds_one_changed_value(
     [
         (("verify", "--rows", "1"), ["check 1/", "dit.blocks.1.ffn", "stages/weights.safetensors"]),
         (("inspect",), ["of 0.0 GiB"]),
-        (("doctor",), ["looking at the libraries", "of 0.0 GiB"]),
+        (("doctor",), ["checking the libraries", "of 0.0 GiB"]),
     ],
 )
 def test_what_takes_long_says_how_far_it_is(

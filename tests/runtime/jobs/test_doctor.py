@@ -41,7 +41,7 @@ def test_this_machine() -> None:
     assert "libx264" in found.encoders["h264"]
     assert len(found.text.splitlines()) <= 25  # one screen
     assert all(len(line) <= 160 for line in found.text.splitlines())
-    assert f"auto takes {found.backend}" in found.text
+    assert f"auto chooses {found.backend}" in found.text
     json.dumps(plain(found), allow_nan=False)
 
 
@@ -74,9 +74,9 @@ class TestEngines:
         assert "tables.safetensors" in str(found.engines)
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"nothing at .*none; give the path of an engine folder"):
+        with pytest.raises(InputError, match=r"none does not exist\. Give the path of an engine folder"):
             diagnose(tmp_path / "none")
-        with pytest.raises(InputError, match=r"no engine folder.*build-engines"):
+        with pytest.raises(InputError, match=r"not an engine folder.*build-engines"):
             diagnose(tmp_path)
 
 
@@ -179,7 +179,7 @@ class TestAdvice:
         assert "needs an NVIDIA GPU" in second
 
     def test_a_gpu_that_pytorch_does_not_see(self) -> None:
-        assert "install a build for CUDA" in doctor._advice((H200,), libraries(), False)[0]
+        assert "install a CUDA build" in doctor._advice((H200,), libraries(), False)[0]
 
     def test_what_makes_a_gpu_faster(self) -> None:
         lines = doctor._advice((H200,), libraries(tensorrt=False, triton=False), True)

@@ -219,10 +219,10 @@ def test_the_case_folder_has_the_prompt_and_what_was_chosen_is_told(
     assert report["options"]["prompt"] == "ein Spaziergang über Land"
     chosen, prompt = report["notes"]
     assert chosen.endswith("taken: rendered_v2.mp4 (not driving.mp4).")
-    assert "The prompt is that of" in prompt
+    assert "The prompt comes from" in prompt
     assert f"note: {chosen}\nnote: {prompt}\n" in result.stderr
     given = scail2(*words, "--prompt", "", "-o", tmp_path / "q.mp4", "--dry-run")
-    assert "The prompt is that of" not in given.stderr
+    assert "The prompt comes from" not in given.stderr
     (tmp_path / "case" / "prompt.txt").write_text("über", encoding="latin-1")
     said = error_of(scail2(*words, "-o", tmp_path / "q.mp4", "--dry-run"))
     assert "prompt.txt is not UTF-8 text (byte 0xfc in line 1): save it as UTF-8" in said

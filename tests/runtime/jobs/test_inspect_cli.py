@@ -202,7 +202,7 @@ class TestEngines:
             build(request(tmp_path / "e"), small_checkpoint(), Stop())
         found = inspect(tmp_path / "e")
         assert found.kind == "unfinished engines"
-        assert "the same build-engines command continues it" in found.text
+        assert "run the same build-engines command again" in found.text
 
 
 def _truncated(folder: Path, checkpoint: Path) -> Path:
@@ -241,7 +241,7 @@ def _damaged_manifest(folder: Path, checkpoint: Path) -> Path:
         (_pickle, "is truncated or damaged"),
         (_damaged_manifest, "is damaged: field 'precision' is missing"),
         (lambda folder, checkpoint: folder, "is no SCAIL-2 checkpoint: found nothing"),
-        (lambda folder, checkpoint: folder / "none", "There is nothing at"),
+        (lambda folder, checkpoint: folder / "none", "does not exist"),
     ],
 )
 def test_what_is_none_of_these_is_refused(

@@ -106,7 +106,7 @@ def test_what_does_not_fit_the_computer_is_refused_by_the_check(
         assert session.check(request_of()).estimate is not None
         monkeypatch.setattr(memory, "host_memory", lambda: 1 << 20)
         with pytest.raises(
-            InputError, match=r"needs .* GiB of memory beside its weights.*0\.0 GiB free: use a smaller"
+            InputError, match=r"needs .* GiB of memory besides its weights.*0\.0 GiB free\. Use a smaller"
         ):
             session.check(request_of())
 

@@ -40,7 +40,7 @@ class TestLock:
         for _ in range(2):
             with sole_writer(output, notes.append):
                 assert written(output.parent) == {".out.lock"}
-                with pytest.raises(InputError, match=r"Another run is writing the output .*out\.mp4: wait"):
+                with pytest.raises(InputError, match=r"Another run is writing the output .*out\.mp4\. Wait"):
                     refuse_second(output)
                 with pytest.raises(InputError, match="Another run"), sole_writer(output, notes.append):
                     pass
@@ -103,7 +103,7 @@ class TestLock:
         notes: list[str] = []
         with sole_writer(tmp_path / "out.mp4", notes.append):
             refuse_second(tmp_path / "out.mp4")
-        sentence = "cannot be locked (no locks here): let no other run write to it meanwhile."
+        sentence = "cannot be locked (no locks here). Do not start another run that writes to it."
         assert notes == [f"The output {tmp_path / 'out.mp4'} {sentence}"]
         assert not written(tmp_path)
 

@@ -70,14 +70,14 @@ def test_a_killed_run_is_resumed_bit_by_bit(
     assert result.returncode == -signal.SIGKILL
     assert resumable(output) == 1
     assert not output.exists()
-    assert "1 finished segment(s) of an interrupted run" in error_of(scail2("generate", engines, *words))
+    assert "1 finished segment of an interrupted run" in error_of(scail2("generate", engines, *words))
     reply = one_json(scail2("generate", engines, *words, "--resume", "--json"))
     assert reply["resumed_after_segments"] == 1
     assert reply["output_sha256"] == file_hash(output) == file_hash(made[name])
     assert {path.name for path in output.parent.iterdir()} == {output.name, f"{output.stem}.json"}
     again = scail2("generate", engines, *words, "--resume")
     assert "is complete: nothing to resume" in again.stderr
-    assert "exists: choose another name" in error_of(scail2("generate", engines, *words))
+    assert "exists. Choose another name" in error_of(scail2("generate", engines, *words))
 
 
 def test_a_folder_is_replaced_only_if_it_holds_frames(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
@@ -194,11 +194,11 @@ def _with(**changes: object) -> Callable[[str], str]:
     [
         (lambda comment: "my holidays", "holds no settings of scail2-rt"),
         (lambda comment: "[" * 9000, "holds no settings of scail2-rt"),
-        (_with(format=2), "have format 2, and this version of scail2-rt reads 1"),
+        (_with(format=2), "have format 2, and this version of scail2-rt reads format 1"),
         (_with(options=[1]), "are damaged"),
         (_with(options={"steps": "many"}, inputs={}), "'many' is not a valid integer"),
         (_with(options={"prompt_file": "/etc/hostname"}), "prompt_file, which this version of scail2-rt does not know"),
-        (_with(inputs={"image": {"name": "../ref.png", "sha256": None}}), "is not beside it"),
+        (_with(inputs={"image": {"name": "../ref.png", "sha256": None}}), "is neither beside it"),
     ],
 )
 def test_settings_that_cannot_be_used(
@@ -214,7 +214,7 @@ def test_other_engines_are_told(scail2: Run, engines: Path, made: dict[str, Path
     video = retagged(made["a.mp4"], tmp_path / "edited.mp4", _with(engines={"digest": "0" * 64, "precision": "fp8"}))
     shutil.copyfile(made["a.mp4"].with_suffix(".json"), tmp_path / "edited.json")
     words = ("generate", engines, "-o", tmp_path / "b.mp4", "--frames", "5", "--overwrite", "--from-video", video)
-    assert "was made by another engine folder (fp8, digest 000000000000;" in scail2(*words).stderr
+    assert "was made with another engine folder (fp8, digest 000000000000;" in scail2(*words).stderr
     shutil.copyfile(made["a.mp4"], video)
     other = retagged(made["a.mp4"], video.with_name("other.mp4"), _with(made_with={"device": "GPU", "av": "1"}))
     shutil.copyfile(made["a.mp4"].with_suffix(".json"), tmp_path / "other.json")

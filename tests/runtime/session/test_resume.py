@@ -133,9 +133,9 @@ def interrupted(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (("--steps", "3"), "--steps was 2 and is 3 now"),
+        (("--steps", "3"), "--steps was 2 and is now 3"),
         (("--anchor-color", "first"), "--anchor-color was"),
-        (("--max-rows", "64"), "engines.max_rows was 16384 and is 64 now"),
+        (("--max-rows", "64"), "engines.max_rows was 16384 and is now 64"),
     ],
 )
 def test_another_request_is_refused_by_naming_the_field(
@@ -164,11 +164,11 @@ def test_a_changed_file_is_refused_and_a_new_run_asks_first(
     assert partial_path(folder / "a.mp4").is_file()
     (folder / "away").rename(state)
     (folder / "a.mp4").write_text("an older result")
-    assert "give --overwrite with --resume" in error_of(scail2(*words, "--resume"))
+    assert "Use --overwrite with --resume" in error_of(scail2(*words, "--resume"))
     assert (folder / "a.mp4").read_text() == "an older result"
     (folder / "a.mp4").unlink()
     draw_case(folder / "case", audio=False)
-    assert "the file driving has changed" in error_of(scail2(*words, "--resume"))
+    assert "the input driving has changed" in error_of(scail2(*words, "--resume"))
     assert resumable(folder / "a.mp4") == 1
     assert one_json(scail2(*words, "--overwrite", "--json"))["resumed_after_segments"] == 0
     assert not list(folder.glob("*.safetensors"))
@@ -191,7 +191,7 @@ def test_resume_of_a_batch_leaves_what_is_complete_and_begins_what_is_not(
     assert [c["output_sha256"] for c in again["cases"]] == [c["output_sha256"] for c in first["cases"]]
     other = one_json(scail2(*words, "--steps", "2", "--resume"))
     assert [entry["status"] for entry in other["cases"]] == ["failed", "failed"]
-    assert "--steps was 1 and is 2 now" in other["cases"][0]["error"]
+    assert "--steps was 1 and is now 2" in other["cases"][0]["error"]
 
 
 # the sidecar
@@ -248,13 +248,13 @@ def test_a_damaged_sidecar_is_told(tmp_path: Path) -> None:
 def test_a_difference_is_named(tmp_path: Path) -> None:
     assert first_difference({"a": "1"}, {"a": "1"}) is None
     assert first_difference({"options.segment_length": "81"}, {"options.segment_length": "49"}) == (
-        "--segment-length was 81 and is 49 now"
+        "--segment-length was 81 and is now 49"
     )
-    assert first_difference({"versions.torch": "1"}, {}) == "versions.torch was 1 and is not there now"
+    assert first_difference({"versions.torch": "1"}, {}) == "versions.torch was 1 and is now not set"
     sidecar = Sidecar(tmp_path / "a.mp4", {"inputs.driving": '"0"'})
     sidecar.write(1, Saved(9, Carry(1), torch.zeros(1)))
     leave_parts(tmp_path / "a.mp4", 1)
-    with pytest.raises(InputError, match="the file driving has changed"):
+    with pytest.raises(InputError, match="the input driving has changed"):
         Sidecar(tmp_path / "a.mp4", {"inputs.driving": '"1"'}).load()
 
 
@@ -269,7 +269,7 @@ def test_what_changes_no_frame_is_no_difference() -> None:
 
     elsewhere = run(1, overwrite=True, allow_mask_problems=True, image="b.png")
     assert first_difference(run(1), elsewhere) is None
-    assert first_difference(run(1), run(2)) == "--seed was 1 and is 2 now"
+    assert first_difference(run(1), run(2)) == "--seed was 1 and is now 2"
 
 
 # memory and work over the length of a clip

@@ -246,9 +246,9 @@ def test_closing_the_iterator_ends_the_run(
 ) -> None:
     frames = session.animate(session.check(quick()))
     assert len(next(frames))
-    with pytest.raises(Scail2Error, match="generating already"):
+    with pytest.raises(Scail2Error, match="already generating"):
         next(session.animate(session.check(quick())))
-    with pytest.raises(Scail2Error, match="end the generation before"):
+    with pytest.raises(Scail2Error, match="End the generation before"):
         session.close()
     frames.close()  # type: ignore[attr-defined]
     assert np.array_equal(frames_of(session, quick()), expected)
@@ -328,7 +328,7 @@ def test_a_driving_clip_in_memory_is_part_of_what_a_resumed_run_compares(
     with pytest.raises(LookupError):
         session.generate(session.check(request), tmp_path / "a.mp4", stop)
     other = quick(driving=Clip(pixels["driving"][::-1].copy(), 16))
-    with pytest.raises(InputError, match="the file driving has changed"):
+    with pytest.raises(InputError, match="the input driving has changed"):
         session.generate(session.check(other), Output(tmp_path / "a.mp4", resume=True))
     assert session.generate(session.check(request), Output(tmp_path / "a.mp4", resume=True)).resumed == 1
 
@@ -359,7 +359,7 @@ def test_a_refused_run_touches_no_file(session: Session, quick: Callable[..., Re
     running = session.animate(plan)
     next(running)
     for name in ("whole.mp4", "part.mp4", "new.mp4"):
-        with pytest.raises(Scail2Error, match="generating already"):
+        with pytest.raises(Scail2Error, match="already generating"):
             session.generate(plan, Output(str(tmp_path / name), overwrite=True))  # type: ignore[arg-type]
     running.close()  # type: ignore[attr-defined]
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
