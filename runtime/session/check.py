@@ -5,6 +5,7 @@ video are decoded once each. `check_output` checks the place of the result. Noth
 of a clip whose frames can be read only once.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
     from scail2_rt.runtime.masks.windows import Pictures
     from scail2_rt.runtime.media.clips import is_folder, nearest_frames, probe
 
-    _check_files(request)
+    check_files(request.inputs)
     images, masks, findings = _load_references(request)
     request = _prepared(request)
     work = Work("mask check", on_progress)
@@ -98,8 +99,10 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
     )
 
 
-def _check_files(request: Request) -> None:
-    for label, path in request.inputs.items():
+def check_files(inputs: Mapping[str, object]) -> None:
+    """Raise InputError for a path that does not exist, is not a file (a driving clip or mask may be a folder) or is
+    empty. inputs: label → path, or an input in memory, which is skipped."""
+    for label, path in inputs.items():
         if not isinstance(path, Path):
             continue
         if not path.exists():

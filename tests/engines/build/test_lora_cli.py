@@ -289,7 +289,7 @@ class TestDrawn:
         assert_weights(found, base, expected)
         assert "alpha: from adapter_config.json" in said
         text = scail2("inspect", folder).stdout
-        assert "alpha: 3 (1 pairs), 8 (1 pairs), from adapter_config.json" in text
+        assert "alpha: 3 (1 pair), 8 (1 pair), from adapter_config.json" in text
         assert "step-distilled: unknown" in text
 
     def test_a_changed_configuration_is_other_weights(self, scail2: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:

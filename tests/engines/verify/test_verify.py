@@ -421,7 +421,7 @@ class TestAgainstOnnxRuntime:
         assert report.passed, report.text
         assert {result.backend for result in report.stages} == {"torch"}
         assert all(result.against is not None and result.against <= result.tolerance for result in report.stages)
-        assert "from the other executor" in report.text
+        assert "against the other executor" in report.text
 
     def test_one_that_differs_is_named_with_its_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build(BuildRequest(Path("small"), tmp_path / "e", ("torch", "onnxruntime"), "fp32"), small_checkpoint())
@@ -440,5 +440,5 @@ class TestAgainstOnnxRuntime:
 
     def test_without_the_tool(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("scail2_rt.engines.verify.against.importlib.util.find_spec", lambda name: None)
-        with pytest.raises(InputError, match=r"Polygraphy, which is not installed; install it with pip install"):
+        with pytest.raises(InputError, match=r"Polygraphy, which is not installed\. Install it with: pip install"):
             verify(VerifyRequest(small, against="onnxruntime"), small_checkpoint())

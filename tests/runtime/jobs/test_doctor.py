@@ -46,7 +46,7 @@ def test_this_machine() -> None:
 
 
 def test_it_imports_no_more_than_it_reports_on() -> None:
-    """Timed in a new process, because imports take most of the time, above all compilers and exporters."""
+    """Timed in a new process, because imports take most of the time, mainly compilers and exporters."""
     slow = ("onnx", "onnxscript", "torch._inductor", "torch._dynamo", "torch.onnx", "huggingface_hub")
     code = (
         "import sys; from scail2_rt.runtime.jobs.doctor import diagnose; print(diagnose().text);"
@@ -176,7 +176,7 @@ class TestAdvice:
     def test_a_cpu_machine(self) -> None:
         first, second = doctor._advice((), libraries(onnxruntime=False), False)
         assert '"scail2-rt[cpu]"' in first
-        assert "needs an NVIDIA GPU" in second
+        assert "need an NVIDIA GPU" in second
 
     def test_a_gpu_that_pytorch_does_not_see(self) -> None:
         assert "install a CUDA build" in doctor._advice((H200,), libraries(), False)[0]

@@ -1,4 +1,4 @@
-"""`scail2-rt download` through the installed command, against a hub on this machine and without any."""
+"""`scail2-rt download` through the installed command, with a hub on this machine and without a hub."""
 
 import hashlib
 import os
@@ -64,7 +64,7 @@ def test_a_checkpoint_arrives_whole_and_opens(
     assert reply["files"][SAT_FILE] == hashlib.sha256(content[SAT_FILE]).hexdigest()
     found = {str(f.relative_to(tmp_path / "c")): f.read_bytes() for f in (tmp_path / "c").rglob("*") if f.is_file()}
     assert found.pop(RECORD)
-    assert found == content  # and nothing else: no LoRA, no assets
+    assert found == content  # no other files: no LoRA, no assets
     assert f"download 5/5 {SAT_FILE}" in result.stderr
     open_checkpoint(tmp_path / "c")
     hub.asked.clear()
@@ -81,7 +81,7 @@ def test_files_that_are_there_already_are_checked_and_wrong_ones_replaced(
     hub, steps = FakeHub(content), Steps()
     download(tmp_path, Direct(hub), observer=steps)
     assert f"{tmp_path / VAE_FILE} differs from the file in zai-org/SCAIL-2 and will be replaced" in steps.notes
-    assert {SAT_FILE, VAE_FILE} <= set(steps.names("check"))  # with progress: hashing a real one takes minutes
+    assert {SAT_FILE, VAE_FILE} <= set(steps.names("check"))  # with progress, because hashing a real file takes minutes
     assert {path for path, _ in hub.asked} == set(content) - {SAT_FILE}
     assert (tmp_path / VAE_FILE).read_bytes() == content[VAE_FILE]
 
@@ -136,7 +136,7 @@ def test_ctrl_c_says_that_the_same_command_continues(cache: Path, content: dict[
 
 def test_a_damaged_file_is_not_kept(content: dict[str, bytes], tmp_path: Path) -> None:
     hub = FakeHub(content, lies={VAE_FILE, "model/latest"})
-    for file in ("model/latest", VAE_FILE):  # git's hash of a small file, SHA-256 of a large one
+    for file in ("model/latest", VAE_FILE):  # one file with git's hash, one with SHA-256
         with pytest.raises(Scail2Error, match=f"{file} arrived damaged") as caught:
             download(tmp_path, Direct(hub))
         assert caught.value.exit_code == 1
@@ -170,7 +170,7 @@ def test_only_the_folder_that_latest_names_is_taken(content: dict[str, bytes], t
     hub = FakeHub({**content, other: b"3" * 5000})
     assert other not in download(tmp_path / "a", Direct(hub)).files
     hub.files["model/latest"] = b"7"
-    with pytest.raises(InputError, match=r"says '7', but no model/7/\*\.pt is listed"):
+    with pytest.raises(InputError, match=r"names '7', but the repository has no model/7/\*\.pt"):
         download(tmp_path / "b", Direct(hub))
 
 
@@ -208,7 +208,7 @@ def test_missing_parts_are_named(content: dict[str, bytes], tmp_path: Path) -> N
         download(tmp_path / "c", Direct(hub))
     assert not (tmp_path / "c").exists()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="is a file. Give a folder"):
+    with pytest.raises(InputError, match=r"is a file\. Give a folder"):
         download(tmp_path / "file", Direct(hub))
 
 

@@ -160,7 +160,7 @@ def test_masks_make_writes_a_case_that_runs(
 def test_one_sentence_for_what_cannot_be(
     scail2: Run, given: tuple[object, ...], tmp_path: Path, words: tuple[str, ...], told: str
 ) -> None:
-    """The error comes before engines are opened, so none are needed."""
+    """The error is raised before engines are opened, so none are needed."""
     output = tmp_path / "a.mp4"
     assert told in error_of(scail2("generate", tmp_path / "no engines", *given, *words, "-o", output))
     assert not list(tmp_path.iterdir())
@@ -185,7 +185,7 @@ def test_masks_that_are_given_need_no_options_for_making(
 
 
 def test_a_character_that_the_frame_crops_away(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
-    """A matte at the left end of a wide clip, and a square frame of its middle."""
+    """A matte at the left edge of a wide clip, and a square frame of its centre."""
     from fractions import Fraction
 
     from scail2_rt.runtime.media.lossless import write_image, write_video
@@ -229,7 +229,8 @@ def hub(hub_files: dict[str, bytes]) -> Iterator[FakeHub]:
 def test_a_segmenter_arrives_and_is_found(
     scail2: Run, hub: FakeHub, case: Path, tmp_path: Path, installed: Callable[..., Any]
 ) -> None:
-    """Only needed files, into the cache folder that `masks make` and `doctor` search; a second call fetches nothing."""
+    """Only needed files are fetched, into the cache folder that `masks make` and `doctor` search. A second call fetches
+    nothing."""
     env = {
         "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1,localhost",
         "SCAIL2_RT_CACHE": str(tmp_path / "cache"),

@@ -23,7 +23,7 @@ OPTIONS = (*SMALL, "--prompt", "a man walks", "--seed", "3")
 
 @pytest.fixture(scope="module")
 def made(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Kind → an output of it, each in a folder with its report."""
+    """Kind of output → an output of this kind, with its report beside it."""
     folder = tmp_path_factory.mktemp("made")
     outputs = {name: folder / name.replace(".", "-") / name for name in KINDS}
     for output in outputs.values():
@@ -36,7 +36,7 @@ def made(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest.TempPa
 
 
 def test_every_kind_holds_the_same_frames(made: dict[str, Path]) -> None:
-    """PNG files hold them without loss; the others are as near to them as their codec is."""
+    """PNG files are lossless; the others are within the error of their codec."""
     frames = np.stack([np.asarray(Image.open(path)) for path in sorted(made["frames"].iterdir())])
     assert [path.name for path in sorted(made["frames"].iterdir())] == [f"{n:06d}.png" for n in range(21)]
     for name in KINDS[:-1]:
@@ -122,7 +122,7 @@ def stored(path: Path) -> dict[str, object]:
 
 
 def retagged(source: Path, target: Path, change: Callable[[str], str]) -> Path:
-    """As another tool stores a video again, with another comment."""
+    """A copy of a video with another comment, as another tool may write it."""
     with av.open(str(source)) as read, av.open(str(target), "w") as written:
         written.metadata["comment"] = change(read.metadata["comment"])
         stream = read.streams.video[0]

@@ -1,5 +1,5 @@
 """Resuming: the command is killed in the middle of segments, and the final video is bit-identical to that of an
-uninterrupted run. Also: memory does not grow with the length of a clip."""
+uninterrupted run. Memory does not grow with the length of a clip."""
 
 import json
 import random
@@ -66,7 +66,8 @@ def test_killed_again_and_again_and_the_video_is_the_same(
 
 
 def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Path) -> None:
-    """Check that the resumed video is bit-identical to that of the uninterrupted run, and no other file is left."""
+    """Check that the resumed video is bit-identical to that of the uninterrupted run, and that no other file is
+    left."""
     mine, theirs = read_video(output), read_video(output.with_name("whole.mp4"))
     assert np.array_equal(mine.pixels, theirs.pixels)
     assert mine.audio_s == theirs.audio_s > 0
@@ -79,8 +80,8 @@ def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Pa
 def test_killed_at_random_moments_and_the_video_is_the_same(
     installed: Run, engines: Path, case: Path, cache: Path, tmp_path: Path, joins: tuple[str, ...]
 ) -> None:
-    """Kills at random times: while modules are imported, a part is appended, the sidecar is written, the result is
-    moved. Each of six videos is killed until a run completes."""
+    """Kill the command at random times: during imports, while a part is appended, the sidecar is written, or the result
+    is moved. Each of six videos is killed repeatedly until a run completes."""
     words = ("--case", case, *SMALL, *SEGMENTS, *joins, "--steps", 10)
     folder, output, chance = tmp_path / "o", tmp_path / "o" / "a.mp4", random.Random(0)
     started = time.monotonic()
@@ -89,7 +90,7 @@ def test_killed_at_random_moments_and_the_video_is_the_same(
     command = [str(word) for word in (SCAIL2_RT, "generate", engines, *words, "-o", output, "--json")]
     killed = 0
     for _ in range(6):
-        for attempt in count(1):  # later ones get more time, so that one comes to its end on a machine of any speed
+        for attempt in count(1):  # later attempts get more time, so that one completes on any machine
             had = resumable(output)
             with subprocess.Popen(
                 [*command, "--resume"],
@@ -104,7 +105,7 @@ def test_killed_at_random_moments_and_the_video_is_the_same(
                     process.kill()
                     process.communicate()
                     killed += 1
-                    if not output.exists():  # else it was killed behind its end
+                    if not output.exists():  # else it was killed after it had finished
                         assert resumable(output) >= had
                         continue
                     told = ""
@@ -274,9 +275,9 @@ def test_what_changes_no_frame_is_no_difference() -> None:
 
 # memory and work over the length of a clip
 
-# At the start of every segment, onto stderr: the highest resident memory so far (KiB), the bytes of all tensors and of
-# what Python and NumPy allocated, how many functions this thread has called, and its CPU seconds. At the end the memory
-# again, from the same source: what `getrusage` says begins with the size of the process that started this one.
+# Prints to stderr at the start of every segment: the peak resident memory (KiB), the bytes of all tensors and of all
+# Python and NumPy allocations, the number of function calls of this thread, and its CPU seconds. At the end it prints
+# the peak memory again. `getrusage` is not used, because its peak includes the parent process.
 SEGMENT_METER = """
 import atexit, gc, sys, time, tracemalloc
 from scail2_rt.runtime.core import progress
@@ -306,7 +307,7 @@ atexit.register(lambda: print("end", peak(), file=sys.stderr))
 class Metered:
     """The measurements of a run at the start of each segment."""
 
-    peak_kib: list[int]  # and at the end
+    peak_kib: list[int]  # per segment, and at the end
     held: list[int]
     calls: list[int]  # within each segment
     cpu_s: list[float]
@@ -334,8 +335,8 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memo
 
 @LINUX
 def test_later_segments_hold_no_more_and_do_no_more(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    """160 frames would take 2 MB in 8 bits, so the bound is half of that (the interpreter's caches grow by 0.2 to 0.4
-    MB). Seeking from the clip's start would call the decoder for each earlier frame."""
+    """160 frames would take 2 MB at 8 bits, so the bound is half of that (the interpreter's caches grow by 0.2 to 0.4
+    MB). Seeking from the start of the clip would call the decoder for each earlier frame."""
     found = metered(scail2, engines, tmp_path, 229, PYTHONTRACEMALLOC="1")
     assert len(found.held) == 14
     grown = found.held[-1] - found.held[3]
@@ -347,10 +348,9 @@ def test_later_segments_hold_no_more_and_do_no_more(scail2: Run, engines: Path, 
 @LINUX
 @pytest.mark.soak
 def test_a_thousand_frames_take_the_memory_of_two_hundred(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    """In one run, so that nothing else differs: the peak after all 1,000 frames, writing the result included, against
-    the peak after 200 (keeping the 800 others would take 10 MB in 8 bit), and the work in late segments against that in
-    early ones. The allocator's threshold, which by itself moves with what was freed and is worth 100 MiB by chance, is
-    fixed: what is measured is what the program holds."""
+    """Compare, within one run, the peak after 1,000 frames (including writing the result) with the peak after 200
+    frames; keeping the other 800 frames would take 10 MB at 8 bits. Also compare the work in late and early segments.
+    The allocator's mmap threshold is fixed, because it adapts to freed memory and can change the peak by 100 MiB."""
     found = metered(scail2, engines, tmp_path, 1000, MALLOC_MMAP_THRESHOLD_=str(256 << 10), MALLOC_TRIM_THRESHOLD_="0")
     at_200 = next(i for i, segment in enumerate(found.report["segments"]) if segment["valid_end"] > 200)
     grown_mib = (found.peak_kib[-1] - found.peak_kib[at_200]) / 2**10
