@@ -53,7 +53,9 @@ def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> 
 @in_section("Check", PYTHON_OPTION)
 @reporting
 def check(folder: Path, python: Path | None, as_json: bool) -> None:
-    """Show the state of the ComfyUI in FOLDER: version, Python, nodes, missing packages, engines, checkpoints."""
+    """Show the state of the ComfyUI in FOLDER.
+
+    Prints version, Python, nodes, missing packages, engines and checkpoints."""
     from scail2_rt.runtime.comfyui.installing import look
 
     found = look(folder, python)

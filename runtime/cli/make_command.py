@@ -36,10 +36,10 @@ from scail2_rt.runtime.cli.types import MemorySize
 )
 @reporting
 def make(as_json: bool, **options: Any) -> None:
-    """Make the masks of a reference image and a driving clip, as a case folder for `generate --case`.
+    """Make the masks of a reference image and a driving clip.
 
-    The folder holds the image, the clip, both masks and masks.png, a contact sheet. Needs a segmenter: `scail2-rt
-    download --segmenter sam2`."""
+    The result is a case folder for `generate --case`. It holds the image, the clip, both masks and masks.png, a contact
+    sheet. Needs a segmenter: `scail2-rt download --segmenter sam2`."""
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.jobs.masks import make_case
 

@@ -138,9 +138,9 @@ def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 )
 @reporting
 def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Show the masks on top of the images: a contact sheet (masks.png) and a video of all frames (masks.mp4).
+    """Show the masks on top of the images, as a contact sheet and a video.
 
-    Hidden parts are dark and hatched, characters tinted and outlined, pixels without a class orange. For a case, a
+    Writes masks.png and masks.mp4, which has all frames. Hidden parts are dark and hatched, characters tinted and outlined, pixels without a class orange. For a case, a
     border shows which part of each image is in the output frame. At most one of FILES may be a video. The video is at
     most 1280 pixels wide or high."""
     from scail2_rt.runtime.cli.progress import patient_progress
@@ -194,10 +194,10 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 )
 @reporting
 def clean(file: Path, as_json: bool, **options: Any) -> None:
-    """Clean the mask FILE (image, video or folder of images) so that every pixel has exactly one mask colour.
+    """Clean a mask: give every pixel of FILE exactly one mask colour.
 
-    Colours close to a mask colour become that colour, fringes from video and JPEG coding get the colour of their area, and small
-    specks are removed. The result is lossless."""
+    FILE is an image, a video or a folder of images. Colours close to a mask colour become that colour, fringes from
+    video and JPEG coding get the colour of their area, and small specks are removed. The result is lossless."""
     from scail2_rt.runtime.masks.cleaning import Cleaning, clean_frame
     from scail2_rt.runtime.masks.files import frames_of
     from scail2_rt.runtime.media.images import load_mask_image
@@ -217,9 +217,10 @@ def clean(file: Path, as_json: bool, **options: Any) -> None:
 @in_section("Mask", *_MATTE)
 @reporting
 def from_alpha(file: Path, as_json: bool, **options: Any) -> None:
-    """Make a mask from the alpha channel of FILE (image, video or folder of images). Opaque pixels are the character.
+    """Make a mask from the alpha channel of FILE. Opaque pixels are the character.
 
-    Videos with alpha: ProRes 4444, PNG and QuickTime Animation in .mov, VP8 and VP9 in .webm, animated WebP, GIF."""
+    FILE is an image, a video or a folder of images. Videos with alpha: ProRes 4444, PNG and QuickTime Animation in
+    .mov, VP8 and VP9 in .webm, animated WebP, GIF."""
     from scail2_rt.runtime.masks.sources import masks_from_alpha
 
     _write(file, options, as_json, lambda source, tell: masks_from_alpha(source, _matte(source, options), tell))
@@ -231,7 +232,9 @@ def from_alpha(file: Path, as_json: bool, **options: Any) -> None:
 @in_section("Mask", *_MATTE, option("--invert", is_flag=True, help="Dark pixels are the character."))
 @reporting
 def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
-    """Make a mask from the grey MATTE (image, video or folder of images). Bright pixels are the character."""
+    """Make a mask from the grey MATTE. Bright pixels are the character.
+
+    MATTE is an image, a video or a folder of images."""
     from scail2_rt.runtime.masks.sources import masks_from_grey
 
     _write(matte, options, as_json, lambda source, tell: masks_from_grey(source, _matte(source, options), tell))
@@ -253,10 +256,10 @@ def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
 )
 @reporting
 def from_labels(labels: Path, as_json: bool, **options: Any) -> None:
-    """Make a mask from LABELS: an indexed or grey image whose pixel values are label numbers, a folder of such images,
-    or a grey video.
+    """Make a mask from the label numbers in LABELS.
 
-    A video must be lossless, or its labels must differ widely (0, 128, 255)."""
+    LABELS is an indexed or grey image whose pixel values are label numbers, a folder of such images, or a grey video. A
+    video must be lossless, or its labels must differ widely (0, 128, 255)."""
     from scail2_rt.runtime.masks.sources import masks_from_labels, parse_order
 
     order = parse_order(options["order"])
