@@ -140,9 +140,9 @@ def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Show the masks on top of the images, as a contact sheet and a video.
 
-    Writes masks.png and masks.mp4, which has all frames. Hidden parts are dark and hatched, characters tinted and outlined, pixels without a class orange. For a case, a
-    border shows which part of each image is in the output frame. At most one of FILES may be a video. The video is at
-    most 1280 pixels wide or high."""
+    Writes masks.png and masks.mp4, which has all frames and is at most 1280 pixels wide or high. Hidden parts are dark
+    and hatched, characters tinted and outlined, pixels without a class orange. For a case, a border shows which part of
+    each image is in the output frame. At most one of FILES may be a video."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work, within
     from scail2_rt.runtime.masks.files import check_new
