@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from scail2_rt.runtime.cli.sections import PATH, SectionOption, path_words
+from scail2_rt.runtime.cli.types import SeedList
 
 ENVIRONMENT = "SCAIL2_RT_CONFIG"
 COMMANDS = ("generate", "build-engines", "serve", "bench", "masks make")  # tables of the file
@@ -51,16 +52,20 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
     if path is None or ctx.resilient_parsing:  # set during shell completion
         return
     file = Path(os.path.abspath(path.expanduser()))
-    document = {_dashed(name): value for name, value in _load(file).items()}
+    document = {dashed(name): value for name, value in _load(file).items()}
     here, tables = _command_name(ctx), _tables(ctx)
     _refuse_unknown(file, document, tables)
     top = {name: value for name, value in document.items() if name not in _groups(tables)}
-    known = _parameters(ctx.command)
+    known = parameters(ctx.command)
     chosen = {name: value for name, value in top.items() if name in known}
-    chosen |= {_dashed(name): value for name, value in _table(document, here).items()}
-    ctx.default_map = {
-        str(known[name].name): _value(ctx, known[name], name, value, file) for name, value in chosen.items()
-    }
+    chosen |= {dashed(name): value for name, value in _table(document, here).items()}
+    values = {}
+    try:
+        for name, value in chosen.items():
+            values[str(known[name].name)] = value_of(ctx, known[name], name, value, file.parent)
+    except click.UsageError as error:
+        raise click.UsageError(f"{file}: {error.message}") from error
+    ctx.default_map = values
     ctx.meta[ENVIRONMENT] = file
 
 
@@ -80,7 +85,8 @@ def _load(file: Path) -> dict[str, Any]:
         raise click.UsageError(f"{file} is not a valid TOML file: {error}. Correct it.") from error
 
 
-def _dashed(name: str) -> str:
+def dashed(name: str) -> str:
+    """Return an option's name as in the command line: `vram_limit` → `vram-limit`."""
     return name.replace("_", "-")
 
 
@@ -104,18 +110,18 @@ def _tables(ctx: click.Context) -> dict[str, dict[str, click.Parameter]]:
             assert isinstance(command, click.Group)
             command = command.get_command(ctx, word)
         assert command is not None
-        found[name] = _parameters(command)
+        found[name] = parameters(command)
     return found
 
 
-def _parameters(command: click.Command) -> dict[str, click.Parameter]:
-    """Return the names that a file may use → parameters of the command."""
+def parameters(command: click.Command) -> dict[str, click.Parameter]:
+    """Return the names that a configuration or batch file may use → parameters of the command."""
     found: dict[str, click.Parameter] = {}
     for parameter in command.params:
         if parameter.is_eager and parameter.name != "server":  # --config, --json, --debug: only on the command line
             continue
         names = [name for name in parameter.opts if name.startswith("--")] or [parameter.name or ""]
-        found |= {_dashed(name.removeprefix("--")): parameter for name in names}
+        found |= {dashed(name.removeprefix("--")): parameter for name in names}
     return found
 
 
@@ -152,35 +158,37 @@ def _refuse_unknown(file: Path, document: Mapping[str, Any], tables: Mapping[str
             )
     for command, names in tables.items():
         for name in _table(document, command):
-            if _dashed(name) not in names:
+            if dashed(name) not in names:
                 _refuse(file, name, names, f"option of `{command}`")
 
 
 def _refuse(file: Path, name: str, known: Iterable[str], what: str) -> None:
-    close = difflib.get_close_matches(_dashed(name), list(known), 1, 0.5)
+    close = difflib.get_close_matches(dashed(name), list(known), 1, 0.5)
     hint = f"Use {close[0]}." if close else "See --help for the names."
     raise click.UsageError(f"{file}: {name} is not {'an' if what[0] == 'o' else 'a'} {what}. {hint}")
 
 
-def _value(ctx: click.Context, parameter: click.Parameter, name: str, value: Any, file: Path) -> Any:
-    """Return a value of the file in the form of the command line. Raises UsageError, with the file's name, for an
-    invalid one."""
-    wanted = "a list of texts or numbers" if parameter.multiple else "a text or a number"
+def value_of(ctx: click.Context, parameter: click.Parameter, name: str, value: Any, folder: Path) -> Any:
+    """Return a value of a TOML or JSON file in the form of the command line, with relative paths joined to `folder`.
+    Raises UsageError, which begins with `name`, for an invalid value."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise click.UsageError(f"{file}: {name} is {value!r}. Give true or false.")
+            raise click.UsageError(f"{name} is {value!r}. Give true or false.")
         return value
+    if isinstance(parameter.type, SeedList) and isinstance(value, list):
+        value = ",".join(map(str, value))
     if parameter.multiple and not isinstance(value, list):
         value = [value]
     if parameter.multiple and parameter.nargs > 1 and value and not isinstance(value[0], list):
         value = [value]
-    given = _texts(parameter, value, file.parent)
+    given = _texts(parameter, value, folder)
     if given is None or isinstance(given, str) == (parameter.multiple or parameter.nargs > 1):
-        raise click.UsageError(f"{file}: {name} is {value!r}. Give {wanted}.")
+        wanted = "a list of texts or numbers" if parameter.multiple else "a text or a number"
+        raise click.UsageError(f"{name} is {value!r}. Give {wanted}.")
     try:
         parameter.type_cast_value(ctx, given)
     except click.BadParameter as error:
-        raise click.UsageError(f"{file}: {name}: {error.message}") from error
+        raise click.UsageError(f"{name}: {error.message}") from error
     return given
 
 

@@ -55,6 +55,7 @@ def test_a_server_on_the_command_line_wins_over_the_engines_of_a_file(scail2: Ru
         ("steps = true", "steps is True. Give a text or a number"),
         ("overwrite = 'yes'", "overwrite is 'yes'. Give true or false"),
         ("size = [64, 96]", "size is [64, 96]. Give a text or a number"),
+        ("seeds = [1, 1]", "seeds: '1,1' is not a list of different seeds"),
         ("codec = 'h265'", "codec: 'h265' is not one of"),
         ("generate = 3", "generate must be a table"),
         ("[masks]\nimage = 'a.png'", "[masks.make]"),

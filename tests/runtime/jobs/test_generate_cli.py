@@ -166,7 +166,7 @@ def test_batch_runs_the_good_lines_and_names_the_bad_ones(
         f"error: line 3, {tmp_path}/missing: The case folder",
         "error: line 5: 'a prompt alone' is neither",
         "error: line 6: 'sed' is not an option of generate. Use 'seed'.",
-        "error: line 7: Invalid value for '--steps': '1.5' is not a valid integer",
+        "error: line 7: steps: '1.5' is not a valid integer",
         "error: line 8: 'backend' applies to all lines",
         f"case 3/3: line 4, {tmp_path}/more/{name}, seed 4",
     ):
