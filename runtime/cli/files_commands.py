@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from scail2_rt.runtime.cli.options import COMPONENT_OPTIONS, LORA_OPTIONS
-from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
+from scail2_rt.runtime.cli.output import separate_parts, show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 
 DTYPES = ("bf16", "fp16", "fp32")  # engines.build.convert_target.DTYPES
@@ -60,7 +60,7 @@ def convert(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
 
-    parts = parts_apart(options)
+    parts = separate_parts(options)
     everything = options["everything"]
     if parts and not everything:
         raise click.UsageError(

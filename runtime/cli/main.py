@@ -38,7 +38,7 @@ from scail2_rt.runtime.cli.comfyui_commands import comfyui
 from scail2_rt.runtime.cli.config import config_file, config_option
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
-from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
+from scail2_rt.runtime.cli.output import separate_parts, show, stdout_for
 from scail2_rt.runtime.cli.repeating import repeated
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.cli.serve_command import serve
@@ -131,7 +131,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint.open import open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
 
-    parts = parts_apart(options)
+    parts = separate_parts(options)
     request = BuildRequest(
         checkpoint,
         options["output"],
@@ -242,7 +242,7 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.runtime.cli.progress import BuildLines
 
     alone = options["layout"] == "monolithic"  # needs the transformer only
-    parts = parts_apart(options)
+    parts = separate_parts(options)
     with stdout_for(as_json):
         opened = open_checkpoint(checkpoint, **({} if alone else parts), components=("dit",) if alone else COMPONENTS)
         report = export(
@@ -282,7 +282,7 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     request = VerifyRequest(
         engines, options["backends"], options["repeats"], options["rows"], options["seed"], options["against"]
     )
-    parts = parts_apart(options)
+    parts = separate_parts(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)
         report = run_verify(request, opened, lambda line: click.echo(line, err=as_json), BuildLines())

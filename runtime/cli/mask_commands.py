@@ -183,7 +183,7 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     option(
         "--background",
         type=click.Choice(["white", "black"]),
-        help="Make the whole background white or black.",
+        help="Make the background entirely white or black.",
     ),
     option(
         "--speck",

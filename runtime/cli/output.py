@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 
-def parts_apart(options: Mapping[str, Any]) -> dict[str, Any]:
+def separate_parts(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of the checkpoint that were named separately: keyword of `open_checkpoint` → path."""
     return {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
 

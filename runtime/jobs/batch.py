@@ -52,13 +52,13 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
         raise InputError(
             f"The output {options.output} is a file, but --batch writes one video per case. Give a folder with -o."
         )
-    jobs, taken = list[Job](), set[str]()
+    jobs, used = list[Job](), set[str]()
     for line in options.lines:
         label = f"line {line.number}"
         try:
             if line.error is not None:
                 raise line.error
-            given = _line_options(line, options, taken)
+            given = _line_options(line, options, used)
             if named := given.case or given.driving:
                 label += f", {named}"
             each_seed = [replace(single_job(each), name=_with_seed(label, each)) for each in given.per_seed]
@@ -81,8 +81,8 @@ def _with_seed(label: str, options: GenerateOptions) -> str:
     return f"{label}, seed {options.seed}" if options.seeds else label
 
 
-def _line_options(line: BatchLine, options: GenerateOptions, taken: set[str]) -> GenerateOptions:
-    """Return the options of a line; the command's options apply where the line sets none. taken: names of outputs so
+def _line_options(line: BatchLine, options: GenerateOptions, used: set[str]) -> GenerateOptions:
+    """Return the options of a line; the command's options apply where the line sets none. used: names of outputs so
     far, to which this one is added. Raises InputError for an output that an earlier line has."""
     given = dict(line.options)
     if "seeds" in given:
@@ -92,14 +92,14 @@ def _line_options(line: BatchLine, options: GenerateOptions, taken: set[str]) ->
     case, image, driving = (given.get(name) for name in ("case", "image", "driving"))
     if "output" in given:
         name = str(given["output"])
-        if name in taken:
+        if name in used:
             raise InputError(f"The output {name} is also the output of an earlier line. Give each line another one.")
     else:
         stem = Path(case).resolve().name if case else "-".join(Path(path).stem for path in (image, driving) if path)
         stem = stem or f"line-{line.number}"
-        names = (f"{stem}-{count}.mp4" if count > 1 else f"{stem}.mp4" for count in range(1, len(taken) + 2))
-        name = next(name for name in names if name not in taken)
-    taken.add(name)
+        names = (f"{stem}-{count}.mp4" if count > 1 else f"{stem}.mp4" for count in range(1, len(used) + 2))
+        name = next(name for name in names if name not in used)
+    used.add(name)
     return replace(options, **{**given, "batch": None, "lines": (), "output": options.output / name})
 
 

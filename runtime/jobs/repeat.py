@@ -102,12 +102,12 @@ def _found(video: Path, settings: Settings, label: str) -> Path:
 
 def _candidates(video: Path, label: str, name: str) -> Iterator[Path]:
     """Yield the paths at which an input may be, the likely ones first."""
-    beside = report_path(video)
-    if is_report(beside):
-        reported = json.loads(beside.read_text(encoding="utf-8")).get("inputs", {}).get(label, {}).get("path")
+    report_file = report_path(video)
+    if is_report(report_file):
+        reported = json.loads(report_file.read_text(encoding="utf-8")).get("inputs", {}).get(label, {}).get("path")
         if reported:
             yield Path(reported)
-            yield beside.parent / reported
+            yield report_file.parent / reported
     yield video.parent / name
     yield masks_folder(video) / name
     yield from sorted(

@@ -203,7 +203,7 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
     """Write the video. Print warnings, framing, placement and the state of `--resume` on stderr. Raises as
     `Session.generate`."""
     from scail2_rt.runtime.media.unfinished import is_there, resumable
-    from scail2_rt.runtime.session.write import what_is_left
+    from scail2_rt.runtime.session.write import describe_unfinished
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -228,7 +228,7 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
         result = session.generate(plan, output, on_progress)
     except BaseException:
         if began:
-            print(f"stopped: {what_is_left(output.path)}", file=sys.stderr)
+            print(f"stopped: {describe_unfinished(output.path)}", file=sys.stderr)
         raise
     finally:
         for warning in session.warnings:

@@ -199,10 +199,10 @@ def check_output(output: Output, request: Request) -> None:
     from scail2_rt.runtime.media.video_writer import check_codec, check_writable
     from scail2_rt.runtime.session.report import is_report, report_path
 
-    beside = report_path(output.path)
-    if beside.exists() and not is_report(beside):
+    report_file = report_path(output.path)
+    if report_file.exists() and not is_report(report_file):
         raise InputError(
-            f"The run report would replace {beside}, which scail2-rt did not write. Choose another name with -o."
+            f"The run report would replace {report_file}, which scail2-rt did not write. Choose another name with -o."
         )
     _check_unfinished(output)
     for label, path in request.inputs.items():

@@ -179,8 +179,8 @@ def as_text(plan: Plan, expected: Estimate) -> str:
         f"mode {plan.mode}",
         f"{counted(count, 'segment')} of at most {max(s.padded_frames for s in plan.segments)} frames:",
     ]
-    said = [plan.framing.line if plan.framing else "", plan.fit.text if plan.fit else ""]
-    lines[1:1] = [line for line in said if line]
+    notes = [plan.framing.line if plan.framing else "", plan.fit.text if plan.fit else ""]
+    lines[1:1] = [line for line in notes if line]
     for number, segment in enumerate(plan.segments, 1):
         overlap = f", {segment.overlap} of them shared with the previous segment" if segment.overlap else ""
         padding = f", padded by {counted(segment.padding, 'frame')}" if segment.padding else ""

@@ -136,12 +136,12 @@ def shared_bytes(
     """Return `activation_bytes` of one of `sharing` processes, each with its share of the rows, plus its exchange
     buffers: q, k and v as received and in order; the attention's output, and the returned output as received and in
     order."""
-    whole = activation_bytes(config, layout, passes, element, attention)
+    complete = activation_bytes(config, layout, passes, element, attention)
     if sharing == 1:
-        return whole
+        return complete
     rows = -(-layout.tokens // (sharing * TILE)) * TILE
     operands = 3 if attention.v is not None else 3 * element
-    return whole * rows // layout.tokens + rows * config.dim * (2 * operands + 3 * min(element, 2))
+    return complete * rows // layout.tokens + rows * config.dim * (2 * operands + 3 * min(element, 2))
 
 
 def context_bytes(config: DiTConfig, passes: int, element: int) -> int:

@@ -205,10 +205,10 @@ class Session:
                 self.team.settle()
             raise  # loaded weights and constants stay valid
         except BaseException as error:
-            told = error if self.team is None else self.team.told(error)
+            explained = error if self.team is None else self.team.told(error)
             self._forget()
-            if told is not error:
-                raise told from error
+            if explained is not error:
+                raise explained from error
             raise
         finally:
             if placement is not None:

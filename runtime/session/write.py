@@ -147,14 +147,14 @@ class _Run:
 
     def complete(self, resumed: int) -> Result:
         """Write the report of a complete run. resumed: segments taken from an interrupted run."""
-        document, beside = self._write_report("complete", self.output.path)
+        document, report_file = self._write_report("complete", self.output.path)
         return Result(
             path=self.output.path,
             frames=self.plan.frames,
             timings=dict(self.progress.timings),
             warnings=tuple(document["warnings"]),
             report=document,
-            report_path=beside,
+            report_path=report_file,
             resumed=resumed,
         )
 
@@ -165,18 +165,18 @@ class _Run:
         self._write_report("partial" if unfinished.is_file() else "failed", unfinished, name)
 
     def _write_report(self, status: str, video: Path, error: str | None = None) -> tuple[dict[str, Any], Path | None]:
-        beside: Path | None = report.report_path(self.output.path)
+        report_file: Path | None = report.report_path(self.output.path)
         warnings = (*self.plan.warnings, *self._warnings)
         end = report.describe_end(status, video, self.progress.timings, warnings, error)
         try:
             report.write_report(report.report_path(self.output.path), {**self.about, **end})
         except OSError as fault:  # for example a full disk; the run's result is still reported
-            self._warnings.append(f"The report {beside} could not be written ({fault}).")
-            end["warnings"], beside = [*self.plan.warnings, *self._warnings], None
-        return {**self.about, **end}, beside
+            self._warnings.append(f"The report {report_file} could not be written ({fault}).")
+            end["warnings"], report_file = [*self.plan.warnings, *self._warnings], None
+        return {**self.about, **end}, report_file
 
 
-def what_is_left(output: Path) -> str:
+def describe_unfinished(output: Path) -> str:
     """Return one sentence about the files of an interrupted run and how to continue."""
     kept = partial_path(output)
     what = f"the finished segments are in {kept}" if kept.is_file() else "no segment was finished, so no video is kept"
@@ -190,8 +190,8 @@ def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) 
         raise InputError(
             f"The output {output} exists, and the interrupted run was replacing it. Use --overwrite with --resume."
         )
-    beside = report.report_path(output)
-    before = json.loads(beside.read_text(encoding="utf-8")) if report.is_report(beside) else {}
+    report_file = report.report_path(output)
+    before = json.loads(report_file.read_text(encoding="utf-8")) if report.is_report(report_file) else {}
     if before.get("status") != "complete" or before.get("output_sha256") != report.file_hash(output):
         raise InputError(
             f"The output {output} exists and is not a complete result of this command. Choose another name with -o, or "
@@ -208,7 +208,7 @@ def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) 
         timings=before["timings_s"],
         warnings=tuple(before["warnings"]),
         report=before,
-        report_path=beside,
+        report_path=report_file,
         resumed=None,
     )
 
