@@ -50,7 +50,7 @@ def _typed(
             raise InputError(f"{key!r} applies to all lines of a batch. Give it on the command line.")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"Use {close[0]!r}." if close else "See `scail2-rt generate --help`."
+            hint = f"Use {close[0]!r}." if close else "See --help for the names."
             raise InputError(f"{key!r} is not an option of generate. {hint}")
         if value is not None:
             parameter, start = known[name], Path() if name == "output" else folder
