@@ -294,7 +294,7 @@ class TestLoRA:
         save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, lora)
         assert verdicts(run(tmp_path / "e", small_checkpoint()))["sources"] is False
         lora.unlink()
-        with pytest.raises(InputError, match=r"l\.safetensors, which is not there"):
+        with pytest.raises(InputError, match=r"l\.safetensors, which does not exist"):
             run(tmp_path / "e", small_checkpoint())
 
 
@@ -350,7 +350,7 @@ def test_errors_of_outputs() -> None:
     assert worst_error([e, zero + 0.5], [e, zero]) == pytest.approx(0.5)
     assert worst_error([e * float("nan")], [e]) is None
     assert worst_error([e[:1]], [e]) is None
-    with pytest.raises(Scail2Error, match="only zeros"):
+    with pytest.raises(Scail2Error, match="All outputs of the fp32 stage are zero"):
         worst_error([zero], [zero])
 
 
