@@ -115,4 +115,4 @@ def test_a_folder_without_sums(folder: Path, case: Path, tmp_path: Path, scail2:
 
 
 def test_help_says_what_a_second_call_does(scail2: Run) -> None:
-    assert "repairs what is damaged" in " ".join(scail2("build-engines", "--help").stdout.split())
+    assert "repair damaged files" in " ".join(scail2("build-engines", "--help").stdout.split())
