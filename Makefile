@@ -1,19 +1,19 @@
-# make demo   a virtual environment, engines of the small trained checkpoint, and out/demo.mp4
-# make test   style, documentation, types and tests, with the coverage that CI asks for
-# make soak   the tests that repeat something many times, or for long
-# All work from a fresh clone with only Python 3.10 or newer (`make demo PYTHON=python3.12` picks another).
+# make demo   create a virtual environment, build engines of the small trained checkpoint, write out/demo.mp4
+# make test   check style, documentation and types, run the tests, require the coverage of CI
+# make soak   run the tests that repeat something many times or for a long time
+# All need only a fresh clone and Python 3.10 or newer. `make demo PYTHON=python3.12` selects another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-# Without an NVIDIA driver the CPU wheel of PyTorch saves gigabytes; PyPI's wheel is taken when its index cannot be reached.
+# Without an NVIDIA driver, the CPU wheel of PyTorch saves gigabytes. If its index cannot be reached, PyPI's wheel is used.
 ifeq ($(shell command -v nvidia-smi),)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
-# Tests run one thread a process. Memory that was freed is kept for the next tensor: getting it from the system anew, page
-# by page, takes a fifth of the time of tests on a CPU. (Tests that measure memory set this themselves.)
+# Tests run with one thread per process. Freed memory is kept for the next tensor, because requesting it from the system
+# takes a fifth of the time of tests on a CPU. (Tests that measure memory set these variables themselves.)
 ALONE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
 .PHONY: demo test lint types unit soak clean

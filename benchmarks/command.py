@@ -313,7 +313,7 @@ DEMO_OPTIONS = in_section(
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="Executor to run; auto is torch, since the first graphs of ONNX Runtime take minutes to trace.",
+        help="Executor to run. auto is torch, because the first export for ONNX Runtime takes minutes.",
     ),
 )
 
@@ -322,10 +322,10 @@ DEMO_OPTIONS = in_section(
 @DEMO_OPTIONS
 @reporting
 def demo(output: Path, backend: str, as_json: bool) -> None:
-    """Try the program on any machine: build engines of a small trained model and animate a drawn case with sound.
+    """Try the program on any machine: build engines of a small trained model and animate a drawn case with audio.
 
-    Since the right answer is known, the demo prints how close the video came. It also writes a contact sheet, and
-    prints the `generate` command that makes the same video again."""
+    The true video is known, so the demo prints the PSNR of the result and writes a contact sheet. It also prints the
+    `generate` command that makes the same video again."""
     from scail2_rt.benchmarks.sprites.demo import run_demo
 
     with stdout_for(as_json):

@@ -1,8 +1,8 @@
-"""Does a stage compute in one executor what it computes in another? Compared by Polygraphy, NVIDIA's tool for it.
+"""Comparison of a stage in two executors, with Polygraphy, NVIDIA's comparison tool.
 
-The plain fp32 stage from the checkpoint tells whether a stage is right at all; against ONNX Runtime, which runs the
-same stored values by the same rules, what a compiler did to it stands alone. Outputs are compared by name; the
-tolerance is that of the coarser of both, by the largest value of each output.
+The comparison with the fp32 stage (`stage_check`) shows whether a stage is correct. The comparison with ONNX Runtime,
+which runs the same stored values with the same numerics, isolates errors of a TensorRT compilation. Outputs are
+compared by name. The tolerance is that of the coarser executor, relative to the largest value of each output.
 """
 
 import importlib.util
@@ -16,15 +16,16 @@ INSTALL = 'pip install "polygraphy>=0.53"'
 
 
 def require_polygraphy() -> None:
-    """InputError without it."""
+    """Raise InputError if Polygraphy is not installed."""
     if importlib.util.find_spec("polygraphy") is None:
-        raise InputError(f"--against compares with Polygraphy, which is not installed; install it with {INSTALL}.")
+        raise InputError(f"--against needs Polygraphy, which is not installed. Install it with: {INSTALL}")
 
 
 def compare(
     names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
 ) -> tuple[float, str | None]:
-    """(largest error of an output by its largest expected value, what differs in words or None). Shapes are equal."""
+    """Return (error, fault). error: max |actual - expected| / max |expected| of the worst output; fault: text with the
+    names of the outputs beyond the tolerance, or None. The shapes of `actual` and `expected` must be equal."""
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
     from polygraphy.logger import G_LOGGER
 
@@ -35,7 +36,7 @@ def compare(
 
     scales = {name: float(e.abs().max()) or 1.0 for name, e in zip(names, expected, strict=True)}
     limits = {name: tolerance * scale for name, scale in scales.items()}
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its findings are returned, too
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its findings are also returned
         found = SimpleCompareFunc(check_error_stat="max", rtol=0.0, atol=limits)(
             result(actual, "tested"), result(expected, "onnxruntime")
         )

@@ -1,9 +1,9 @@
-"""One stage against its reference: inputs, the plain fp32 stage, errors, times, and a CUDA graph's result.
+"""Comparison of a stage with its reference: random inputs, the fp32 stage, errors, times, and CUDA graph replay.
 
-The reference is the stage's own module in fp32 on the CPU with weights straight from the checkpoint: nothing of the
-weight store or of the build is in it. Inputs are random with the scales of real ones, of order one and nowhere zero;
-flags, masks and relative positions are what they are in a run. A tolerance is about three times the worst error over
-the tiny checkpoint's stages on a CPU: fp32 3e-6, fp16 3e-3, bf16 6e-3, fp8 5e-2.
+The reference is the PyTorch module of the stage in fp32 on the CPU, with weights read from the checkpoint. It does not
+depend on the weight store or the build. Inputs are random with the scale of real ones (order one, nowhere zero). Flags,
+masks and relative positions are as in a run. Tolerances are based on the worst errors of the tiny checkpoint's stages
+on a CPU: fp32 3e-6, fp16 3e-3, bf16 6e-3, fp8 5e-2.
 """
 
 import statistics
@@ -25,15 +25,15 @@ from scail2_rt.kernels.errors import Scail2Error
 if TYPE_CHECKING:
     from scail2_rt.export.checkpoint.tensors import TensorSource
 
-# max |actual - reference| / max |reference|, by the coarsest type that a value passes through
+# coarsest type of storage and arithmetic → largest max |actual - reference| / max |reference|
 TOLERANCES = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 2e-2, "fp8": 1.5e-1}
 CLIP_TOKENS = 257
 PROMPT_TOKENS = 48
-LATENT = (4, 6)  # h, w: a picture of 32×48
+LATENT = (4, 6)  # h, w of the latent: 32×48 pixels
 
 
 def level(numerics: Numerics) -> str:
-    """Key of `TOLERANCES`: the coarser of storage and arithmetic."""
+    """Return the key of `TOLERANCES`: the coarser type of storage and arithmetic."""
     types = {numerics.storage, numerics.compute}
     if numerics.fp8:
         return "fp8"
@@ -41,7 +41,8 @@ def level(numerics: Numerics) -> str:
 
 
 def stage_inputs(definition: StageDefinition, config: ModelConfig, rows: int, seed: int) -> list[Tensor]:
-    """Inputs in fp32 (positions in int64), equal for equal stage, sizes and seed. rows: of a token-wise stage."""
+    """Return the inputs of a stage in fp32 (positions in int64). They depend only on the stage, sizes and seed. rows:
+    number of rows of a token-wise stage."""
     text = 0 if config.dit is None else config.dit.text_len
     image = CLIP_TOKENS if config.clip is None else config.clip.tokens
     sizes = {"": 1, ROWS: rows, "t": text, "i": image, "n": PROMPT_TOKENS, "h": LATENT[0], "w": LATENT[1]}
@@ -68,7 +69,7 @@ def stage_inputs(definition: StageDefinition, config: ModelConfig, rows: int, se
 
 
 class Reference:
-    """The stage in fp32 on the CPU, its weights from the checkpoint."""
+    """The stage in fp32 on the CPU, with weights from the checkpoint."""
 
     def __init__(self, definition: StageDefinition, source: "TensorSource") -> None:
         with torch.device("meta"):
@@ -82,17 +83,19 @@ class Reference:
         self._module = module.eval()
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The outputs in fp32 for inputs of any types."""
+        """Return the outputs in fp32. Floating-point inputs are converted to fp32."""
         with torch.inference_mode():
             outputs = self._module(*(x.float() if x.is_floating_point() else x for x in inputs))
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
-    """max |actual - expected| / max |expected| of the worst output; of an output that is all zeros (caches begin so)
-    the absolute value. None for another shape or values that are not finite. Scail2Error when the reference is zero."""
+    """Return max |actual - expected| / max |expected| of the worst output. For an expected output of zeros, such as an
+    initial cache, it is the absolute error. Returns None for different shapes or values that are not finite.
+
+    Raises Scail2Error if all expected outputs are zero."""
     if not any(bool(e.any()) for e in expected):
-        raise Scail2Error("the reference gives only zeros, so it says nothing; is the checkpoint empty?")
+        raise Scail2Error("All outputs of the fp32 stage are zero, so nothing can be compared. Check the checkpoint.")
     errors = []
     for a, e in zip(actual, expected, strict=True):
         a = a.detach().float().cpu()
@@ -104,7 +107,7 @@ def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float |
 
 
 def median_s(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median seconds of `repeats` calls that are waited for. The call must have run before."""
+    """Return the median seconds of `repeats` synchronised calls. The call must have run once before (warm-up)."""
     seconds = []
     for _ in range(repeats):
         _wait(device)
@@ -121,7 +124,7 @@ def _wait(device: torch.device) -> None:
 
 
 def replayed(call: Callable[[], tuple[Tensor, ...]], eager: Sequence[Tensor]) -> float:
-    """Largest difference between the eager outputs and those of a CUDA graph of the same call, after two replays."""
+    """Record the call as a CUDA graph, replay it twice, and return max |replayed - eager| over all outputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,9 +1,9 @@
-"""Is what lies in an engine folder what its checkpoint and its manifest say?
+"""Comparison of the files of an engine folder with its manifest and with its checkpoint.
 
-The store is compared value by value with a new conversion of the checkpoint: the conversion of the build itself runs
-again, into a writer that compares. Conversions are exact and repeatable, so a single bit that differs is a fault. The
-one exception are tensors that a LoRA touched: their products are sums whose order depends on the machine, so there a
-value may differ by one rounding step.
+The weight store is compared with a new conversion of the checkpoint: the conversion of the build runs again, with a
+writer that compares instead of writing. Conversions are exact and repeatable, so that any different bit is a fault. The
+exception are tensors with a fused LoRA. Their products are sums whose order depends on the machine, so that values may
+differ by one rounding step.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _LISTED = 5
 
 
 def check_files(directory: Path, manifest: Manifest, observer: BuildObserver) -> Verdict:
-    """SHA-256 of every file of the folder against the manifest's."""
+    """Compare the SHA-256 of every file of the folder with the manifest. Returns (passed, detail)."""
     phase = Phase(observer, CHECK, {artefact.path: artefact.size for artefact in manifest.artefacts})
     wrong = []
     for artefact in manifest.artefacts:
@@ -50,8 +50,9 @@ def check_files(directory: Path, manifest: Manifest, observer: BuildObserver) ->
 
 
 def check_sources(manifest: Manifest, checkpoint: "Checkpoint", observer: BuildObserver) -> Verdict:
-    """The checkpoint's files and the LoRAs against the manifest's hashes. Files that have not changed since the build
-    are not read again; the tokenizer's copy in the folder must be the checkpoint's."""
+    """Compare the files of the checkpoint and of the LoRAs with the hashes in the manifest. Files that are unchanged
+    since the build are not read again. The tokenizer in the folder must be a copy of the checkpoint's. Returns (passed,
+    detail)."""
     identity = manifest.identity
     plain: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}
     tokenizer = checkpoint.tokenizer
@@ -71,7 +72,7 @@ def check_sources(manifest: Manifest, checkpoint: "Checkpoint", observer: BuildO
     if copies and tuple(copies) != want.get(TOKENIZER_PART):
         wrong.append(TOKENIZER)
     if wrong:
-        return False, f"other files than those that the folder was built from: {_listed(wrong)}"
+        return False, f"these differ from the files that the folder was built from: {_listed(wrong)}"
     return True, f"{', '.join(want)} are the files that the folder was built from"
 
 
@@ -82,7 +83,7 @@ def check_weights(
     store: WeightStore,
     observer: BuildObserver,
 ) -> Verdict:
-    """Every value of the store against a new conversion of the checkpoint."""
+    """Compare every value of the store with a new conversion of the checkpoint. Returns (passed, detail)."""
     plan = planned_tensors(manifest.config, definitions, manifest.precision)
     touched: frozenset[str] = getattr(sources.get("dit"), "touched", frozenset())
     comparer = _Comparer(store)
@@ -96,23 +97,22 @@ def check_weights(
         source = sources[stage.partition(".")[0]]
         try:
             write_stage(comparer, stage, tensors, weights, source, manifest.precision)
-        except (InputError, Scail2Error) as error:  # a tensor that is missing, or cannot be held
+        except (InputError, Scail2Error) as error:  # a missing tensor, or values out of range
             comparer.wrong[stage] = str(error)
         phase.finish(step)
     if comparer.wrong:
         listed = _listed([f"{name} ({detail})" for name, detail in comparer.wrong.items()])
-        return (
-            False,
-            f"{counted(len(comparer.wrong), 'tensor')} of the weight store not as in the checkpoint: {listed}",
-        )
+        count = counted(len(comparer.wrong), "tensor")
+        return False, f"{count} of the weight store differing from the checkpoint: {listed}"
     stages = counted(len(plan), "stage")
     return True, f"{comparer.values:,} values of {stages} equal the checkpoint's in {manifest.precision}"
 
 
 class _Comparer:
-    """Stands in for the `StoreWriter` of a build: instead of writing, it compares with what is there.
+    """Has the interface of `StoreWriter`, but compares values with the store instead of writing them.
 
-    wrong: tensor → what differs; inexact: tensors that may differ by one rounding step."""
+    wrong     tensor → description of the difference
+    inexact   tensors that may differ by one rounding step"""
 
     def __init__(self, store: WeightStore) -> None:
         self._store = store
@@ -145,13 +145,13 @@ class _Comparer:
 
 
 def not_numbers(stored: Tensor, start: int = 0) -> str:
-    """What to say of stored values of which some are not finite; `start`: the first one's place. Empty if all are."""
+    """Return text about stored values that are not finite, or "" if all are finite. start: index of the first value."""
     lost = (~stored.float().isfinite()).nonzero()
     return f"{counted(len(lost), 'NaN or infinite value')}, the first at {start + int(lost[0])}" if len(lost) else ""
 
 
 def check_tables(directory: Path, manifest: Manifest, source: "TensorSource | None") -> Verdict:
-    """The runtime's tables against the checkpoint's tensors."""
+    """Compare the tables of the runtime with the checkpoint. Returns (passed, detail)."""
     have = load_file(directory / TABLES)
     try:
         want = runtime_tables(manifest.config, source)

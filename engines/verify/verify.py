@@ -1,11 +1,13 @@
 """`verify`: the acceptance test of an engine folder against the checkpoint that it was built from.
 
-Four questions, each with its own answer, because each finds what the others miss. Are the files those of the manifest
-(hashes, and checksums, which tell the damaged stage and how to repair it)? Is every value in the weight store the
-checkpoint's value in the folder's precision (bit by bit; this finds one changed weight, whatever the manifest says)?
-Does every stage of every executor, a damaged one too, compute what the plain fp32 stage does (random inputs)? And does
-it compute as it was meant to: the same numbers under a CUDA graph, fp8 operands in an fp8 plan, and how fast. Stage by
-stage, one in memory at a time, so that a 14B folder needs no more memory than its largest stage in fp32.
+There are four groups of checks, because each finds faults that the others miss:
+
+* Files: hashes in the manifest, and checksums, which identify a damaged stage and its repair.
+* Weights: every value of the store equals the checkpoint's value in the folder's precision, bit by bit.
+* Stages: every stage of every executor agrees with the fp32 stage on random inputs. Damaged stages are run too.
+* Execution: CUDA graphs give the same values as eager runs, fp8 plans multiply fp8 operands, and all are timed.
+
+Only one stage is in memory at a time, so that a 14B folder needs the memory of its largest stage in fp32.
 """
 
 import dataclasses
@@ -57,8 +59,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VerifyRequest:
-    """backends: the executors to test, () for all of the folder; repeats: timed runs per stage, at least 3; rows:
-    tokens of a token-wise stage; against: an executor of the folder with whose results theirs are compared, too."""
+    """What to test.
+
+    backends   executors to test; () for all in the folder
+    repeats    timed runs per stage, at least 3
+    rows       rows (tokens) of a token-wise stage, at least 1
+    seed       seed of the random inputs
+    against    executor of the folder with whose outputs the tested executors are also compared
+
+    Raises InputError for numbers out of range."""
 
     directory: Path
     backends: tuple[str, ...] = ()
@@ -69,12 +78,14 @@ class VerifyRequest:
 
     def __post_init__(self) -> None:
         if self.repeats < 3 or self.rows < 1:
-            raise InputError(f"verify needs at least 3 repeats and 1 row; {self.repeats} and {self.rows} were given.")
+            raise InputError(
+                f"--repeats {self.repeats} and --rows {self.rows} were given. Use at least 3 repeats and 1 row."
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question about the folder as a whole. passed None: not applicable here."""
+    """One check of the folder. passed: None if it does not apply."""
 
     name: str
     passed: bool | None
@@ -86,9 +97,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """One stage in one executor. error: max |actual - reference| / max |reference| of its worst output, None when there
-    is nothing to compare; level: the numerics that decide the tolerance; fault: what failed besides the error, or None;
-    against: the error against another executor, if asked."""
+    """One stage in one executor.
+
+    level      key of `TOLERANCES`
+    error      max |actual - reference| / max |reference| of the worst output; None if nothing could be compared
+    median_s   median seconds of a run
+    fault      a failure other than the error, or None
+    against    error against another executor, if compared"""
 
     stage: str
     backend: str
@@ -103,12 +118,14 @@ class StageResult:
     def __str__(self) -> str:
         if self.fault is not None or self.error is None:
             return f"{self.backend}: {self.fault}"
-        other = "" if self.against is None else f", {self.against:.2g} from the other executor"
-        return f"{self.backend} {self.error:.2g} (at most {self.tolerance:g}{other}), {self.median_s * 1e3:.3g} ms"
+        other = "" if self.against is None else f"; {self.against:.2g} against the other executor"
+        return f"{self.backend} {self.error:.2g} (tolerance {self.tolerance:g}{other}), {self.median_s * 1e3:.3g} ms"
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
+    """The result of `verify`. remedy: how to repair the folder, "" if all passed; wall_s: seconds."""
+
     directory: str
     precision: str
     passed: bool
@@ -120,7 +137,7 @@ class VerifyReport:
 
     @property
     def text(self) -> str:
-        """PASS and FAIL lines: the checks, the stages with their executors side by side, a summary."""
+        """All lines: checks, stages with their executors side by side, and the summary."""
         lines = [str(check) for check in self.checks]
         by_stage: dict[str, list[StageResult]] = {}
         for result in self.stages:
@@ -130,7 +147,7 @@ class VerifyReport:
 
     @property
     def summary(self) -> str:
-        """A line for each executor, what to do when something failed, and the verdict."""
+        """A line per executor, the repair if something failed, and the verdict."""
         lines = []
         for key in dict.fromkeys((result.backend, result.level) for result in self.stages):
             group = [result for result in self.stages if (result.backend, result.level) == key]
@@ -147,7 +164,7 @@ class VerifyReport:
 
 
 def stage_line(results: Sequence[StageResult]) -> str:
-    """One stage with its executors side by side."""
+    """Return the line of one stage, with its executors side by side."""
     return f"{_word(all(r.passed for r in results))} {results[0].stage}: {' | '.join(map(str, results))}"
 
 
@@ -161,12 +178,13 @@ def verify(
     progress: Callable[[str], None] = lambda line: None,
     observer: BuildObserver | None = None,
 ) -> VerifyReport:
-    """Test the folder; what is wrong with its contents is in the report, not raised.
+    """Test the folder. Faults of its contents are in the report and are not raised.
 
-    progress hears each line of `VerifyReport.text` but the summary as soon as it is known, observer how far the checks
-    of files and weights are. InputError: no engine
-    folder, a damaged header of its store, a checkpoint of another model, a LoRA of the manifest that is not there, an
-    executor that cannot run here.
+    progress   receives each line of `VerifyReport.text`, except the summary, as soon as it is known
+    observer   receives the progress of the checks of files, weights and stages
+
+    Raises InputError if the path is not an engine folder, its store has a damaged header, the checkpoint is of another
+    model, a LoRA in the manifest is missing, or an executor cannot run on this machine.
     """
     started, observer = time.monotonic(), observer or SilentObserver()
     manifest = read_manifest(request.directory)
@@ -219,19 +237,21 @@ def verify(
 
 
 def _remedy(directory: Path, manifest: Manifest, checks: Sequence[Check], health: Health) -> str:
-    """What to do about what failed, the command included."""
+    """Return how to repair the failed checks, with the command."""
     failed = {check.name for check in checks if check.passed is False}
     rebuild = describe_command(manifest, directory)
     if "checksums" in failed:
         return health.remedy
     if "sources" in failed:
-        return f"restore the files of {shlex.quote(manifest.checkpoint)}, or rebuild from the current ones: {rebuild}"
+        return f"restore the files of {shlex.quote(manifest.checkpoint)}, or rebuild from the current files: {rebuild}"
     return rebuild
 
 
 def open_for(directory: Path, checkpoint: Path, parts: Mapping[str, Path] | None = None) -> "Checkpoint":
-    """The checkpoint, with the components that the engine folder has. parts: "vae", "umt5", "clip", "tokenizer" → path;
-    what is not given is taken from where the build found it, if it named it apart."""
+    """Open the checkpoint with the components that the engine folder has.
+
+    parts: "vae", "umt5", "clip", "tokenizer" → path. Parts that are not given are opened where the build found them, if
+    they were named separately. Raises InputError if parts are missing or cannot be read."""
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
 
     manifest = read_manifest(directory)
@@ -241,22 +261,22 @@ def open_for(directory: Path, checkpoint: Path, parts: Mapping[str, Path] | None
 
 
 def _check_model(manifest: Manifest, checkpoint: "Checkpoint") -> None:
-    """InputError when the checkpoint is not even of the folder's sizes."""
+    """Raise InputError if the sizes of the checkpoint's networks differ from the folder's."""
     wanted = dataclasses.replace(manifest.identity, config=checkpoint.config)
     found = differences(manifest, Identity(wanted.config, wanted.precision, wanted.files, wanted.loras))
     if found:
         listed = "; ".join(map(str, found))
-        raise InputError(f"{checkpoint.path} is not the model of the engine folder: {listed}; give its checkpoint.")
+        raise InputError(f"{checkpoint.path} is not the model of the engine folder: {listed}. Give its checkpoint.")
 
 
 def _fused(manifest: Manifest, checkpoint: "Checkpoint") -> "dict[str, TensorSource]":
-    """Component → tensors, with the LoRAs of the manifest."""
+    """Return component → tensors, with the LoRAs of the manifest fused. Raises InputError if a LoRA is missing."""
     sources: dict[str, TensorSource] = {str(name): source for name, source in checkpoint.sources.items()}
     if manifest.loras:
         for lora in manifest.loras:
             if not Path(lora.file.path).is_file():
                 raise InputError(
-                    f"The engine folder was built with the LoRA {lora.file.path}, which is not there; put it back."
+                    f"The engine folder was built with the LoRA {lora.file.path}, which does not exist. Restore it."
                 )
         specs = [LoRASpec(Path(lora.file.path), lora.strength) for lora in manifest.loras]
         sources["dit"] = apply_loras(sources["dit"], specs, manifest.lora_partial)
@@ -264,7 +284,7 @@ def _fused(manifest: Manifest, checkpoint: "Checkpoint") -> "dict[str, TensorSou
 
 
 def _open(request: VerifyRequest, manifest: Manifest) -> dict[str, EngineSet]:
-    """The executors to test. One of the folder that cannot run here is refused unless others are named."""
+    """Open the executors to test. Raises InputError if one cannot run on this machine; the message names the others."""
     sets: dict[str, EngineSet] = {}
     try:
         for backend in request.backends or manifest.backends:
@@ -273,7 +293,7 @@ def _open(request: VerifyRequest, manifest: Manifest) -> dict[str, EngineSet]:
         for engines in sets.values():
             engines.close()
         others = [name for name in manifest.backends if name != backend]
-        hint = f" To test the others, use --backend {' --backend '.join(others)}." if others else ""
+        hint = f" Use --backend {' --backend '.join(others)} to test the others." if others else ""
         raise InputError(f"{error}{hint}") from error
     return sets
 
@@ -286,7 +306,7 @@ def _check_stage(
     twin: EngineSet | None,
     request: VerifyRequest,
 ) -> list[StageResult]:
-    """A stage in every executor against the fp32 stage on the same inputs, rounded to what the executor takes."""
+    """Compare a stage in every executor with the fp32 stage, on inputs rounded to the executor's types."""
     reference = Reference(definition, source)
     plain = stage_inputs(definition, manifest.config, request.rows, request.seed)
     results = []
@@ -309,7 +329,7 @@ def _check_stage(
 def _compared(
     result: StageResult, definition: "StageDefinition", given: Sequence[Tensor], engines: EngineSet, twin: EngineSet
 ) -> StageResult:
-    """The same, compared with another executor of the folder."""
+    """Return the result, completed with a comparison with another executor (`twin`) of the folder."""
     inputs, outputs = definition.io(twin.numerics(result.stage))
     theirs = [x.to(twin.device, spec.dtype) for x, spec in zip(given, inputs, strict=True)]
     try:
@@ -329,13 +349,14 @@ def _measured(
     engines: EngineSet,
     repeats: int,
 ) -> StageResult:
+    """Return the result with error, median time and fault."""
     name = result.stage
     expected = reference(given)
     inputs = [tensor.to(engines.device) for tensor in given]
     actual = engines.run(name, *inputs)
     error = worst_error(actual, expected)
     if error is None:
-        return dataclasses.replace(result, fault="its outputs have another shape, or values that are not finite")
+        return dataclasses.replace(result, fault="its outputs have a wrong shape, or values that are not finite")
     seconds = median_s(lambda: engines.run(name, *inputs), repeats, engines.device)
     fault = None
     if has_graphs(engines):
@@ -350,7 +371,7 @@ def _measured(
 
 
 def has_graphs(engines: EngineSet) -> bool:
-    """PyTorch cannot record what an executor does on a stream of its own."""
+    """Return whether PyTorch can record this executor in a CUDA graph. It cannot if the executor has its own stream."""
     return engines.device.type == "cuda" and engines.executor.follows_stream
 
 
@@ -360,7 +381,7 @@ def _graph_verdict(sets: Iterable[EngineSet], stages: Sequence[StageResult]) -> 
         return None, "not applicable: no CUDA graphs on cpu"
     count = sum(result.backend in tested for result in stages)
     failed = [result.stage for result in stages if result.fault is not None and "CUDA graph" in result.fault]
-    return not failed, f"{count - len(failed)} of {counted(count, 'stage')} give the same numbers when replayed"
+    return not failed, f"{count - len(failed)} of {counted(count, 'stage')} give the same values when replayed"
 
 
 def _operand_verdict(sets: Mapping[str, EngineSet], stages: Sequence[StageResult]) -> tuple[bool | None, str]:

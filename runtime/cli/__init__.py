@@ -1,1 +1,1 @@
-"""The command line: `main` first; options, help sections, and what commands print."""
+"""The command line. Start with `main`."""

@@ -1,7 +1,7 @@
-"""The lines of a batch file as typed options of `generate`, by the command's own declarations.
+"""Conversion of the lines of a batch file to typed options of `generate`.
 
-A line's JSON object has the names of the options (`mask-image` or `mask_image`); its values are read as those of the
-command line are, so that a wrong one gets the same sentence. Paths are relative to the batch file.
+The JSON object of a line uses the names of the options (`mask-image` or `mask_image`). Its values are converted as
+those of a configuration file. Paths are relative to the batch file, except `output`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ from typing import Any
 import click
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.cli.types import SeedList
+from scail2_rt.runtime.cli.config import dashed, parameters, value_of
 from scail2_rt.runtime.core.case_folder import BatchLine, read_batch
 
-_OF_ALL = (
-    *("engines", "batch", "dry_run", "server", "ray_address", "as_json", "debug"),
-    *("backend", "max_rows", "attention", "vram_limit", "no_graphs", "gpus"),
-)
+_COMMAND_ONLY = (  # options that apply to all lines
+    "engines", "batch", "config", "dry-run", "server", "ray", "json", "debug", "backend", "max-rows", "attention",
+    "vram-limit", "no-graphs", "gpus",
+)  # fmt: skip
 
 
 def typed_lines(ctx: click.Context, file: Path) -> tuple[BatchLine, ...]:
-    """The lines of a batch file; `options` of each have the names and types of the command's parameters."""
-    known = {
-        name.lstrip("-").replace("-", "_"): parameter
-        for parameter in ctx.command.get_params(ctx)
-        for name in (*parameter.opts, parameter.name or "")
-    }
+    """Return the lines of a batch file. The `options` of a line have the names and types of the command's parameters;
+    an invalid line has an `error`. Raises InputError if the file cannot be read."""
+    known = parameters(ctx.command)
 
     def typed(line: BatchLine) -> BatchLine:
         try:
@@ -38,7 +35,7 @@ def typed_lines(ctx: click.Context, file: Path) -> tuple[BatchLine, ...]:
         except InputError as error:
             return replace(line, options={}, error=error)
         except click.ClickException as error:
-            return replace(line, options={}, error=InputError(error.format_message()))
+            return replace(line, options={}, error=InputError(error.message))
 
     return tuple(typed(line) for line in read_batch(file))
 
@@ -48,37 +45,14 @@ def _typed(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in given.items():
-        parameter = known.get(key.replace("-", "_"))
-        if parameter is None or parameter.name is None or key == "help":
-            near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "see `scail2-rt generate --help`."
-            raise InputError(f"{key!r} is no option of generate: {hint}")
-        name = parameter.name
-        if name in _OF_ALL:
-            raise InputError(f"{key!r} holds for all lines of a batch: give it on the command line.")
-        if value is None:
-            continue
-        found[name] = parameter.type_cast_value(ctx, _text(key, value, parameter))
-        if name != "output":
-            found[name] = _beside(found[name], folder)
+        name = dashed(key)
+        if name in _COMMAND_ONLY:
+            raise InputError(f"{key!r} applies to all lines of a batch. Give it on the command line.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"Use {close[0]!r}." if close else "See --help for the names."
+            raise InputError(f"{key!r} is not an option of generate. {hint}")
+        if value is not None:
+            parameter, start = known[name], Path() if name == "output" else folder
+            found[str(parameter.name)] = parameter.type_cast_value(ctx, value_of(ctx, parameter, key, value, start))
     return found
-
-
-def _text(key: str, value: Any, parameter: click.Parameter) -> Any:
-    """A JSON value as the command line would give it: text, or lists of text for an option that may be repeated."""
-    if isinstance(value, bool | int | float | str):
-        several = parameter.multiple
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        return [text] if several else text
-    listed = parameter.multiple or isinstance(parameter.type, SeedList)
-    if isinstance(value, list) and listed:
-        pairs = [tuple(map(str, item)) if isinstance(item, list) else str(item) for item in value]
-        return pairs if parameter.multiple else ",".join(map(str, value))
-    raise InputError(f"{key!r} must be {'a list of values' if listed else 'one value'}, not {str(value)[:80]}.")
-
-
-def _beside(value: Any, folder: Path) -> Any:
-    """Paths relative to the folder of the batch file."""
-    if isinstance(value, tuple):
-        return tuple(_beside(item, folder) for item in value)
-    return folder / value.expanduser() if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""`scail2-rt comfyui`: the nodes in a ComfyUI folder. Only click is imported here, so that `--help` answers at once."""
+"""`scail2-rt comfyui`: the nodes in a ComfyUI folder. Only click is imported here, so that `--help` is fast."""
 
 import importlib
 from pathlib import Path
@@ -8,12 +8,12 @@ import click
 from scail2_rt.runtime.cli.output import show, stdout_for
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, in_section, option, reporting
 
-SHIPPED = "scail2_rt.benchmarks.sprites.shipped"  # of the floor above
+SHIPPED = "scail2_rt.benchmarks.sprites.shipped"  # in a higher layer, imported when needed
 PYTHON_OPTION = option(
     "--python",
     type=PATH,
     metavar="FILE",
-    help="The Python that runs ComfyUI.  [default: the one that is found beside it]",
+    help="The Python that runs ComfyUI.  [default: the one found beside it]",
 )
 
 
@@ -33,8 +33,8 @@ def comfyui() -> None:
 def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> None:
     """Install the nodes and the example workflows into the ComfyUI in FOLDER.
 
-    ComfyUI's Python is not changed: commands that install missing packages are printed, and packages that are too old
-    are listed and refused."""
+    The packages of ComfyUI's Python are not changed. If packages are missing, the commands that install them are
+    printed. If packages are too old, they are listed and nothing is installed."""
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.comfyui.installing import NAME
     from scail2_rt.runtime.comfyui.installing import install as run
@@ -53,7 +53,9 @@ def install(folder: Path, python: Path | None, sprites: bool, as_json: bool) -> 
 @in_section("Check", PYTHON_OPTION)
 @reporting
 def check(folder: Path, python: Path | None, as_json: bool) -> None:
-    """Show what the ComfyUI in FOLDER has: version, Python, the nodes and what they lack, engines, checkpoints."""
+    """Show the state of the ComfyUI in FOLDER.
+
+    Prints version, Python, nodes, missing packages, engines and checkpoints."""
     from scail2_rt.runtime.comfyui.installing import look
 
     found = look(folder, python)

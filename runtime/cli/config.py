@@ -1,10 +1,10 @@
-"""`--config FILE.toml`: options of a command, read from a file.
+"""`--config FILE.toml`: options of a command, read from a configuration file.
 
-Names at the top of the file are for every command that has such an option; a table is for one command: `[generate]`,
+Names at the top of the file apply to every command that has the option. A table applies to one command: `[generate]`,
 `[build-engines]`, `[serve]`, `[bench]`, `[masks.make]`. A name is the option's long name (`vram-limit` or `vram_limit`)
-or that of an argument (`engines`). Relative paths start at the file's folder. The command line wins over the table of
-the command, and this over the top of the file. `bench` calls the option `--config-file`: its `--config` names a model.
-Only click is imported here, so that `--help` answers at once.
+or the name of an argument (`engines`). Relative paths start at the file's folder. The command line overrides the table,
+and the table overrides the top of the file. In `bench` the option is called `--config-file`, because `--config` selects
+a model there. Only click is imported here, so that `--help` is fast.
 """
 
 import difflib
@@ -16,14 +16,15 @@ from typing import Any
 import click
 
 from scail2_rt.runtime.cli.sections import PATH, SectionOption, path_words
+from scail2_rt.runtime.cli.types import SeedList
 
 ENVIRONMENT = "SCAIL2_RT_CONFIG"
 COMMANDS = ("generate", "build-engines", "serve", "bench", "masks make")  # tables of the file
 
 
 def config_option(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
-    """`--config`, or another name. It must be the first option of its command, so that its values are there for all
-    others."""
+    """Add `--config` (or the option `names`) to a command. It must be the first option, so that its values are known
+    when the other options are processed."""
     return click.option(
         *(names or ("--config",)),
         "config_file",
@@ -36,31 +37,35 @@ def config_option(function: Callable[..., Any], *names: str) -> Callable[..., An
         show_envvar=True,
         cls=SectionOption,
         section="Other",
-        help="Read options from this file; the command line wins over it.",
+        help="Read options from this file. The command line overrides it.",
     )(function)
 
 
 def config_file() -> Path | None:
-    """The file whose options the current command uses, if any."""
+    """Return the configuration file of the current command, or None."""
     found = click.get_current_context().meta.get(ENVIRONMENT)
     assert found is None or isinstance(found, Path)
     return found
 
 
 def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    if path is None or ctx.resilient_parsing:  # which completion is
+    if path is None or ctx.resilient_parsing:  # set during shell completion
         return
     file = Path(os.path.abspath(path.expanduser()))
-    document = {_dashed(name): value for name, value in _load(file).items()}
+    document = {dashed(name): value for name, value in _load(file).items()}
     here, tables = _command_name(ctx), _tables(ctx)
     _refuse_unknown(file, document, tables)
     top = {name: value for name, value in document.items() if name not in _groups(tables)}
-    known = _parameters(ctx.command)
+    known = parameters(ctx.command)
     chosen = {name: value for name, value in top.items() if name in known}
-    chosen |= {_dashed(name): value for name, value in _table(document, here).items()}
-    ctx.default_map = {
-        str(known[name].name): _value(ctx, known[name], name, value, file) for name, value in chosen.items()
-    }
+    chosen |= {dashed(name): value for name, value in _table(document, here).items()}
+    values = {}
+    try:
+        for name, value in chosen.items():
+            values[str(known[name].name)] = value_of(ctx, known[name], name, value, file.parent)
+    except click.UsageError as error:
+        raise click.UsageError(f"{file}: {error.message}") from error
+    ctx.default_map = values
     ctx.meta[ENVIRONMENT] = file
 
 
@@ -73,17 +78,20 @@ def _load(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             return tomllib.load(opened)
     except OSError as error:
-        raise click.UsageError(f"The configuration file {file} cannot be read ({error.strerror}).") from error
+        raise click.UsageError(
+            f"The configuration file {file} cannot be read ({error.strerror}). Give a file that exists."
+        ) from error
     except ValueError as error:
-        raise click.UsageError(f"{file} is not a TOML file: {error}.") from error
+        raise click.UsageError(f"{file} is not a valid TOML file: {error}. Correct it.") from error
 
 
-def _dashed(name: str) -> str:
+def dashed(name: str) -> str:
+    """Return an option's name as in the command line: `vram_limit` → `vram-limit`."""
     return name.replace("_", "-")
 
 
 def _command_name(ctx: click.Context) -> str:
-    """ "generate", "masks make"; every section of `bench` is "bench"."""
+    """Return the table of the current command: "generate", "masks make"; "bench" for all sections of `bench`."""
     words = []
     while ctx.parent is not None:
         words.append(ctx.info_name or "")
@@ -93,7 +101,7 @@ def _command_name(ctx: click.Context) -> str:
 
 
 def _tables(ctx: click.Context) -> dict[str, dict[str, click.Parameter]]:
-    """Table → its names with their parameters; of `bench` those of a section, which are equal in all."""
+    """Return table → its names and their parameters. All sections of `bench` have the same."""
     root = ctx.find_root().command
     found = {}
     for name in COMMANDS:
@@ -102,28 +110,28 @@ def _tables(ctx: click.Context) -> dict[str, dict[str, click.Parameter]]:
             assert isinstance(command, click.Group)
             command = command.get_command(ctx, word)
         assert command is not None
-        found[name] = _parameters(command)
+        found[name] = parameters(command)
     return found
 
 
-def _parameters(command: click.Command) -> dict[str, click.Parameter]:
-    """The names that a file may use for the parameters of a command."""
+def parameters(command: click.Command) -> dict[str, click.Parameter]:
+    """Return the names that a configuration or batch file may use → parameters of the command."""
     found: dict[str, click.Parameter] = {}
     for parameter in command.params:
-        if parameter.is_eager and parameter.name != "server":  # --config, --json and --debug are for one call
+        if parameter.is_eager and parameter.name != "server":  # --config, --json, --debug: only on the command line
             continue
         names = [name for name in parameter.opts if name.startswith("--")] or [parameter.name or ""]
-        found |= {_dashed(name.removeprefix("--")): parameter for name in names}
+        found |= {dashed(name.removeprefix("--")): parameter for name in names}
     return found
 
 
 def _groups(tables: Iterable[str]) -> set[str]:
-    """Names at the top of a file that are tables."""
+    """Return the names at the top of a file that must be tables."""
     return {name.split()[0] for name in tables}
 
 
 def _table(document: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """The table of a command; empty when the file has none."""
+    """Return the table of a command, or an empty one."""
     found: Any = document
     for word in command.split():
         found = found.get(word, {})
@@ -132,55 +140,60 @@ def _table(document: Mapping[str, Any], command: str) -> dict[str, Any]:
 
 
 def _refuse_unknown(file: Path, document: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> None:
-    """UsageError for a name that is no option, with the closest one that is, and for what should be a table."""
+    """Raise UsageError for an unknown name, with the closest known one, and for a value in place of a table."""
     groups = _groups(tables)
     anywhere = {name for names in tables.values() for name in names}
     for name, value in document.items():
         if name not in groups:
             if isinstance(value, dict):
-                _refuse(file, name, groups, "command with options here")
+                _refuse(file, name, groups, "table of a command")
             if name not in anywhere:
                 _refuse(file, name, anywhere, "option")
         elif not isinstance(value, dict):
-            raise click.UsageError(f"{file}: {name} is a table: write [{name}] and its options below.")
+            raise click.UsageError(f"{file}: {name} must be a table. Write [{name}] and its options below it.")
     for word, inner in document.get("masks", {}).items():
         if word != "make" or not isinstance(inner, dict):
-            raise click.UsageError(f"{file}: the options of `masks make` belong into [masks.make], not {word!r}.")
+            raise click.UsageError(
+                f"{file}: [masks] holds {word!r}. Put the options of `masks make` into [masks.make]."
+            )
     for command, names in tables.items():
         for name in _table(document, command):
-            if _dashed(name) not in names:
+            if dashed(name) not in names:
                 _refuse(file, name, names, f"option of `{command}`")
 
 
 def _refuse(file: Path, name: str, known: Iterable[str], what: str) -> None:
-    close = difflib.get_close_matches(_dashed(name), list(known), 1, 0.5)
-    hint = f"did you mean {close[0]}?" if close else "see --help for the names."
-    raise click.UsageError(f"{file}: {name} is no {what}; {hint}")
+    close = difflib.get_close_matches(dashed(name), list(known), 1, 0.5)
+    hint = f"Use {close[0]}." if close else "See --help for the names."
+    raise click.UsageError(f"{file}: {name} is not {'an' if what[0] == 'o' else 'a'} {what}. {hint}")
 
 
-def _value(ctx: click.Context, parameter: click.Parameter, name: str, value: Any, file: Path) -> Any:
-    """A value of the file as the command line would give it; UsageError names the file when it does not fit."""
-    wants = "a list of texts or numbers" if parameter.multiple else "a text or a number"
+def value_of(ctx: click.Context, parameter: click.Parameter, name: str, value: Any, folder: Path) -> Any:
+    """Return a value of a TOML or JSON file in the form of the command line, with relative paths joined to `folder`.
+    Raises UsageError, which begins with `name`, for an invalid value."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise click.UsageError(f"{file}: {name} must be true or false, not {value!r}.")
+            raise click.UsageError(f"{name} is {value!r}. Give true or false.")
         return value
+    if isinstance(parameter.type, SeedList) and isinstance(value, list):
+        value = ",".join(map(str, value))
     if parameter.multiple and not isinstance(value, list):
         value = [value]
     if parameter.multiple and parameter.nargs > 1 and value and not isinstance(value[0], list):
         value = [value]
-    given = _texts(parameter, value, file.parent)
+    given = _texts(parameter, value, folder)
     if given is None or isinstance(given, str) == (parameter.multiple or parameter.nargs > 1):
-        raise click.UsageError(f"{file}: {name} must be {wants}, not {value!r}.")
+        wanted = "a list of texts or numbers" if parameter.multiple else "a text or a number"
+        raise click.UsageError(f"{name} is {value!r}. Give {wanted}.")
     try:
         parameter.type_cast_value(ctx, given)
     except click.BadParameter as error:
-        raise click.UsageError(f"{file}: {name}: {error.message}") from error
+        raise click.UsageError(f"{name}: {error.message}") from error
     return given
 
 
 def _texts(parameter: click.Parameter, value: Any, folder: Path) -> Any:
-    """Values as texts, relative paths joined to the folder; None for what an option cannot be."""
+    """Return values as texts, with relative paths joined to the folder; None for a type that no option has."""
     if isinstance(value, list):
         texts = [_texts(parameter, item, folder) for item in value]
         return None if None in texts else texts

@@ -1,23 +1,23 @@
 """`scail2-rt`: the command line. Read this first.
 
-    make-checkpoint  random weights in the official layout      export.random_checkpoint
+    make-checkpoint  random weights in the official layout      export.checkpoint.random_checkpoint
     build-engines    checkpoint → engine folder                 export.checkpoint → engines.build
-    generate         engines + case → video                     jobs → session → pipeline
-    masks            check, show, mend and make colour masks    mask_commands
+    generate         engines + case → video                     runtime.jobs → session → pipeline
+    masks            check, show, repair and make masks         runtime.cli.mask_commands → runtime.masks
     verify           engine folder against its checkpoint       engines.verify
-    export-onnx      checkpoint → ONNX files for other tools    engines.onnx_folder
-    doctor           what this machine has                      doctor
-    demo             the whole way, on a case with an answer    demo
+    export-onnx      checkpoint → ONNX files for other tools    engines.build.onnx_folder
+    doctor           hardware and libraries of this machine     runtime.jobs.doctor
+    demo             all steps on a case with a known answer    benchmarks.sprites.demo
     bench            speed, memory and error, with baselines    benchmarks
-    convert          checkpoint → one safetensors file          engines.convert
-    download         the official checkpoint from the hub       download
-    inspect          what a file or folder is                   inspection
-    serve            engines → videos over HTTP                 serve
+    convert          checkpoint → one safetensors file          engines.build.convert
+    download         the official checkpoint from the hub       runtime.jobs.download
+    inspect          identify a file or folder                  runtime.jobs.inspection
+    serve            engines → videos over HTTP                 runtime.serve
     comfyui          nodes in a ComfyUI folder                  runtime.comfyui.installing
 
-Commands import what they need when they run, so that `--help` answers at once. Errors are one line on stderr: exit
-code 2 for a mistake of the user, 1 for a fault, 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout
-holds one JSON object and nothing else; an error is one too.
+Commands import modules when they run, so that `--help` is fast. Errors are one line on stderr, with exit code 2 for a
+mistake of the user, 1 for a fault and 130 for Ctrl-C; `--debug` shows the traceback. With `--json`, stdout holds one
+JSON object and nothing else, also for an error.
 """
 
 import importlib
@@ -38,7 +38,7 @@ from scail2_rt.runtime.cli.comfyui_commands import comfyui
 from scail2_rt.runtime.cli.config import config_file, config_option
 from scail2_rt.runtime.cli.files_commands import convert, download, inspect
 from scail2_rt.runtime.cli.mask_commands import masks
-from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
+from scail2_rt.runtime.cli.output import separate_parts, show, stdout_for
 from scail2_rt.runtime.cli.repeating import repeated
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.cli.serve_command import serve
@@ -47,14 +47,14 @@ from scail2_rt.runtime.cli.start import INTERRUPTED, interrupt
 if TYPE_CHECKING:
     from scail2_rt.engines.build.build import BuildReport
 
-HIGHER = {  # commands of the floor above, imported when they are asked for
+HIGHER = {  # commands of a higher layer, imported when needed
     "bench": "scail2_rt.benchmarks.command:bench",
     "demo": "scail2_rt.benchmarks.command:demo",
 }
-SECTIONS = {  # of `--help`: command → what it does
+SECTIONS = {  # of `--help`: command → description
     "Make videos": {
         "demo": "Try the program with a small model that comes with it.",
-        "generate": "Generate a video from a reference image and a driving video.",
+        "generate": "Generate a video from a reference image and a driving clip.",
         "masks": "Make, check, show and repair colour masks.",
         "serve": "Serve videos over HTTP.",
         "comfyui": "Install the nodes into ComfyUI.",
@@ -62,14 +62,14 @@ SECTIONS = {  # of `--help`: command → what it does
     "Checkpoints and engines": {
         "download": "Download the official checkpoint, or a segmenter.",
         "build-engines": "Build an engine folder from a checkpoint.",
-        "inspect": "Say what a file or folder is.",
+        "inspect": "Identify a file or folder.",
         "verify": "Test an engine folder against its checkpoint.",
         "convert": "Write the transformer of a checkpoint as one safetensors file.",
         "export-onnx": "Write the networks of a checkpoint as ONNX files.",
-        "make-checkpoint": "Write a small checkpoint of random weights, for trials.",
+        "make-checkpoint": "Write a small checkpoint of random weights, for tests.",
     },
     "This machine": {
-        "doctor": "Show what this machine has and which backend it would use.",
+        "doctor": "Show hardware, libraries and the backend that would be used.",
         "bench": "Measure speed, memory and error.",
     },
 }
@@ -102,7 +102,7 @@ class CommandGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Animate characters with SCAIL-2. Build engines from a checkpoint once, then turn a reference image and a driving
-    video into a new video.
+    clip into a new video.
 
     \b
     Start here:  scail2-rt demo
@@ -123,8 +123,7 @@ def cli(ctx: click.Context) -> None:
 def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Build an engine folder from CHECKPOINT, a SCAIL-2 folder or a *.safetensors file.
 
-    A second call with the same options checks the folder and repairs what is damaged. An interrupted build continues.
-    """
+    Run the same command again to continue an interrupted build, or to check a folder and repair damaged files."""
     from scail2_rt.engines.build.build import BuildRequest, build
     from scail2_rt.engines.registry import backend
     from scail2_rt.engines.tensorrt_backend.profiles import plan_options
@@ -132,7 +131,7 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint.open import open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
 
-    parts = parts_apart(options)
+    parts = separate_parts(options)
     request = BuildRequest(
         checkpoint,
         options["output"],
@@ -148,12 +147,11 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
     with stdout_for(as_json):
         report = build(request, open_checkpoint(checkpoint, **parts), BuildLines())
     text = (
-        f"{report.directory}: {what_was_done(report)}; {counted(report.stages, 'stage')} in {report.precision}, "
+        f"{report.directory}: {build_summary(report)}; {counted(report.stages, 'stage')} in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, {report.folder_bytes / 2**20:.1f} MiB in all"
     )
-    ours = any(backend(name).compiles_kernels for name in report.added)
-    if ours:
-        text += "".join(f"\n{line}" for line in compiled_kernels(Path(report.directory)))
+    if any(backend(name).compiles_kernels for name in report.added):
+        text += compiled_kernels(Path(report.directory))
     show(report, text + lora_lines(report.loras), as_json)
 
 
@@ -170,11 +168,10 @@ def build_engines(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @o.SERVER_OPTIONS
 @reporting
 def generate(engines: Path | None, server: str | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
-    """Generate a video with the engine folder ENGINES: the reference character moves as the driving video does.
+    """Generate a video with the engine folder ENGINES: the reference character performs the motion of the driving clip.
 
-    An image and a driving video are enough when a segmenter is installed (`scail2-rt download --segmenter sam2`): their
-    masks are made first and kept beside the output. A report, <output>.json, is written beside the video. With --server
-    a running service does the work."""
+    If a segmenter is installed (`scail2-rt download --segmenter sam2`), an image and a driving clip are enough: their
+    masks are made first and kept beside the output. A run report, <output>.json, is written beside the video."""
     from scail2_rt.runtime.cli.batch_lines import typed_lines
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.distributed.torchrun import lead_or_follow
@@ -190,7 +187,9 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
     given = GenerateOptions(engines=engines or Path(), config=config_file(), **options)
     many = given.batch is not None or bool(given.seeds)
     if ray_address is not None and (server is not None or not many):
-        raise click.UsageError("--ray spreads videos over a cluster: give --batch FILE or --seeds, and no --server")
+        raise click.UsageError(
+            "--ray distributes several videos. Use it with --batch FILE or --seeds, without --server."
+        )
     if server is None and ray_address is None:
         lead_or_follow()
     with stdout_for(as_json), open_progress() as listener:
@@ -216,7 +215,7 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> None:
     """Write a small checkpoint of random weights to DIRECTORY, in the official folder layout.
 
-    Its videos are coloured noise. Use it to try the program, and in tests."""
+    Its videos are coloured noise. Use it to try the program and for tests."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint as make
 
     with stdout_for(as_json):
@@ -235,15 +234,15 @@ def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> N
 def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Write the networks of CHECKPOINT as ONNX files, for other tools.
 
-    With --layout stages there is one file per engine stage. With --layout monolithic the transformer is one graph with
-    Attention and RotaryEmbedding (opset 23). All weights are in one file beside the graphs."""
+    --layout stages writes one file per engine stage. --layout monolithic writes the transformer as one graph with the
+    operators Attention and RotaryEmbedding (opset 23). All weights are in one file beside the graphs."""
     from scail2_rt.engines.build.onnx_folder import export_onnx as export
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
 
     alone = options["layout"] == "monolithic"  # needs the transformer only
-    parts = parts_apart(options)
+    parts = separate_parts(options)
     with stdout_for(as_json):
         opened = open_checkpoint(checkpoint, **({} if alone else parts), components=("dit",) if alone else COMPONENTS)
         report = export(
@@ -259,7 +258,7 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     text = (
         f"{report.directory}: {counted(len(report.graphs), 'graph')} in {report.precision}, "
         f"{report.weight_bytes / 2**20:.1f} MiB of weights, written in {report.wall_s:.1f} s"
-        f"{f'; {report.taken_by} takes every node' if report.taken_by else ''}"
+        f"{f'; {report.taken_by} accepts every node' if report.taken_by else ''}"
     )
     show(report, text + lora_lines(report.loras), as_json)
 
@@ -272,9 +271,9 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
 def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Test the engine folder ENGINES against the checkpoint that it was built from.
 
-    Checks the checksums and hashes of all files and every stored value. Runs every stage of every executor on random
-    inputs, compares it with the fp32 stage, and times it; on a GPU also as a CUDA graph. Exit code 1 when something
-    fails; the last lines say how to repair it."""
+    Compares all files with their checksums and hashes, and every stored value with the checkpoint. Runs every stage of
+    every executor on random inputs, compares it with the fp32 stage and times it; on a GPU also as a CUDA graph. If
+    something fails, the exit code is 1 and the last lines say how to repair it."""
     from scail2_rt.engines.verify.verify import VerifyRequest, open_for
     from scail2_rt.engines.verify.verify import verify as run_verify
     from scail2_rt.runtime.cli.progress import BuildLines
@@ -283,13 +282,13 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
     request = VerifyRequest(
         engines, options["backends"], options["repeats"], options["rows"], options["seed"], options["against"]
     )
-    parts = parts_apart(options)
+    parts = separate_parts(options)
     with stdout_for(as_json):
         opened = open_for(engines, checkpoint, parts)
         report = run_verify(request, opened, lambda line: click.echo(line, err=as_json), BuildLines())
         text = report.summary
         if block := block_for_report(report):
-            text += f"\n\nTo report this, paste:\n{block}"
+            text += f"\n\nPaste this block into a report:\n{block}"
     show(report, text, as_json)
     if not report.passed:
         raise click.exceptions.Exit(1)
@@ -299,9 +298,9 @@ def verify(engines: Path, checkpoint: Path, as_json: bool, **options: Any) -> No
 @click.argument("engines", type=PATH, required=False)
 @reporting
 def doctor(engines: Path | None, as_json: bool) -> None:
-    """Show what this machine has, which backend it would use and why, and what would make it faster.
+    """Show the hardware and libraries of this machine, the backend that would be used and why, and how to be faster.
 
-    With ENGINES, also open that engine folder and compare it with the checksums of its build."""
+    With ENGINES, also open that engine folder and compare its files with their checksums."""
     from scail2_rt.runtime.cli.progress import BuildLines
     from scail2_rt.runtime.jobs.doctor import diagnose
 
@@ -314,37 +313,36 @@ for command in (comfyui, convert, download, inspect, masks, serve):
     cli.add_command(command)
 
 
-def compiled_kernels(directory: Path) -> list[str]:
-    """Compile the GPU's kernels → a line about it; none without a GPU."""
+def compiled_kernels(directory: Path) -> str:
+    """Compile the GPU kernels and return a line about it, with a leading line break; "" without a GPU."""
     import torch
 
     from scail2_rt.runtime.session.warm import warm_kernels
 
     if not torch.cuda.is_available():
-        return []
-    click.echo("compiling the GPU's kernels; this takes longest the first time", err=True)
-    compiled = warm_kernels(directory)
-    return [compiled] if compiled else []
+        return ""
+    click.echo("compiling the GPU kernels; this takes longest the first time", err=True)
+    return f"\n{warm_kernels(directory)}"
 
 
-def what_was_done(report: "BuildReport") -> str:
-    """One clause about a build."""
+def build_summary(report: "BuildReport") -> str:
+    """Return a clause about a build: repaired stages, new executors, seconds."""
     done = [f"repaired {', '.join(report.repaired)}"] if report.repaired else []
     done += ["checksums added"] if report.sums_added else []
     if report.added:
         done.append(f"built for {', '.join(report.added)}")
     elif not (done or report.up_to_date):
-        done.append("the plans that were asked for are there")
+        done.append("the requested plans are built")
     return f"{', '.join(done)} in {report.wall_s:.1f} s" if done else "nothing to do"
 
 
 def lora_lines(loras: Sequence[Any]) -> str:
-    """A line for each fused LoRA, and one for what was left out of it."""
+    """Return a line per fused LoRA, which also names the modules that were left out."""
     return "".join(f"\n{lora.text}" for lora in loras)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and turn what goes wrong into one line and an exit code. (The console script is `start.main`.)"""
+    """Run a command. Errors become one line on stderr and an exit code. (The console script is `start.main`.)"""
     flags: dict[str, bool] = {}
     try:
         code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
@@ -352,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt) as error:
         message, code = explain(error)
         if code == INTERRUPTED and signal.getsignal(signal.SIGINT) in (interrupt, signal.default_int_handler):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends what is still being closed
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process during cleanup
         if flags.get("debug"):
             traceback.print_exc()
         click.echo(f"error: {message}", err=True)
@@ -362,24 +360,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """(one line for the user, exit code)."""
+    """Return (one line for the user, exit code)."""
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return "interrupted", INTERRUPTED
     from scail2_rt.kernels.errors import Scail2Error
 
     if isinstance(error, click.ClickException):
         ctx = getattr(error, "ctx", None)
-        hint = f" (see {ctx.command_path} --help)" if ctx is not None else ""
-        return one_line(error.format_message()) + hint, 2
+        message = one_line(error.format_message())
+        return message if ctx is None else f"{message.rstrip('.')} (see {ctx.command_path} --help).", 2
     if isinstance(error, Scail2Error):
         return one_line(str(error)), error.exit_code
     if _was_interrupted(error):
         return "interrupted", INTERRUPTED
-    return f"{type(error).__name__}: {one_line(str(error))} (a fault of the program: run with --debug for details)", 1
+    return f"{type(error).__name__}: {one_line(str(error))} (a fault of the program; run with --debug for details)", 1
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Did Ctrl-C cause this? A library that was being imported may raise an error of its own instead."""
+    """Return whether Ctrl-C caused this error. An interrupted import may raise another error instead."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,6 +1,6 @@
-"""The command group `scail2-rt masks`: check, show, mend and make the colour masks of a case, without weights.
+"""The command group `scail2-rt masks`: check, show, repair and make colour masks. Only `make` needs weights.
 
-Only click is imported here, so that `--help` answers at once.
+Only click is imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.cli.make_command import make
 from scail2_rt.runtime.cli.options import CASE, FILES, FIT, MODE, SIZE
 from scail2_rt.runtime.cli.output import show, stdout_for
@@ -27,24 +28,27 @@ if TYPE_CHECKING:
     from scail2_rt.runtime.masks.sources import Matte
 
 UNUSABLE = 2  # exit code of a check that found an error
-_PROBING, _CHECKING = 0.05, 0.2  # shares of the work of writing a mask and of a preview
-
-
+_PROBING, _CHECKING = 0.05, 0.2  # progress: shares of probing (when a mask is written) and of checking (in a preview)
 CASE_OPTIONS = in_section(
     "Inputs (mask files, a case folder, or the four files of a case)", CASE, *FILES, MODE, SIZE, FIT
 )
-OVERWRITE = option("--overwrite", is_flag=True, help="Replace an output that exists.")
+OVERWRITE = option("--overwrite", is_flag=True, help="Replace an existing output.")
 WRITE_OPTIONS = in_section(
     "Output",
     option(
-        "-o", "--output", type=PATH, required=True, metavar="FILE", help="The mask to write: .png, or .mp4 of a clip."
+        "-o",
+        "--output",
+        type=PATH,
+        required=True,
+        metavar="FILE",
+        help="The mask to write: .png for an image, .mp4 for a clip.",
     ),
     OVERWRITE,
     option(
         "--fps",
         type=RateType(),
         metavar="RATE",
-        help="Frame rate of the video made from a folder of images; give the driving clip's.  [default: 25]",
+        help="Frame rate for a folder of images. Use the rate of the driving clip.  [default: 25]",
     ),
 )
 _PURPOSE = (
@@ -52,13 +56,13 @@ _PURPOSE = (
         "--mode",
         type=click.Choice(["animate", "replace"]),
         required=True,
-        help="What the mask is for. A background that shows becomes white (the reference's in animate mode, the "
-        "driving clip's in replace mode); one that does not becomes black.",
+        help="Mode that the mask is for. It decides which background stays visible and becomes white: the reference's "
+        "in animate mode, the driving clip's in replace mode. The other one becomes black.",
     ),
     option(
         "--role",
         type=click.Choice(["reference", "driving"]),
-        help="Whose mask it is.  [default: reference of an image, driving of a clip]",
+        help="Whether it is a reference mask or a mask video.  [default: reference for an image, driving for a clip]",
     ),
 )
 _MATTE = (
@@ -70,7 +74,7 @@ _MATTE = (
         type=click.Choice(CHARACTERS),
         default="red",
         show_default=True,
-        help="The character's colour: the same in the reference mask and the driving mask.",
+        help="Colour of the character, the same in the reference mask and the mask video.",
     ),
     option(
         "--threshold",
@@ -78,7 +82,7 @@ _MATTE = (
         default=128,
         show_default=True,
         metavar="N",
-        help="Pixels of this 8-bit level and above belong to the character.",
+        help="Pixels with this 8-bit level or more belong to the character.",
     ),
 )
 
@@ -86,10 +90,10 @@ _MATTE = (
 @click.group(invoke_without_command=True)
 @click.pass_context
 def masks(ctx: click.Context) -> None:
-    """Check, show, mend and make the colour masks of a case. Only `make` needs weights.
+    """Check, show, repair and make the colour masks of a case. Only `make` needs weights.
 
-    White: background that shows. Black: what is hidden. Red, green, blue, yellow, magenta, cyan: one colour per
-    character, the same in the reference mask and the driving mask."""
+    White: visible background. Black: hidden. Red, green, blue, yellow, magenta, cyan: one colour per character, the
+    same in the reference mask and the mask video."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
@@ -102,10 +106,10 @@ masks.add_command(make)
 @CASE_OPTIONS
 @reporting
 def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Say what the masks of a case, or the mask FILES, show and what is wrong with them, with frame numbers.
+    """Check the masks of a case, or the mask FILES. Prints their contents and findings, with frame numbers.
 
-    It finds wrong colours, soft edges, fragments, holes, areas that jump, and what does not fit the mode or the frame.
-    Exit code 0 when they can be used, warnings or not; 2 when an error was found, which generate refuses."""
+    Finds wrong colours, soft edges, fragments, holes, sudden changes of area, and masks that do not fit the mode or the
+    frame. The exit code is 2 if there are errors, which generate refuses, and 0 otherwise, also with warnings."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work
 
@@ -128,17 +132,17 @@ def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         default=12,
         show_default=True,
         metavar="N",
-        help="Frames on the sheet. Frames with findings of the check are preferred.",
+        help="Frames on the sheet. Frames with findings come first.",
     ),
     OVERWRITE,
 )
 @reporting
 def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Lay the masks over the pictures: a contact sheet (masks.png) and a video of all frames (masks.mp4).
+    """Show the masks on top of the images, as a contact sheet and a video.
 
-    Hidden parts are dark and hatched, characters tinted and outlined, pixels in no class orange. For a case, a border
-    shows the part of each picture that the output frame shows. At most one of FILES may be a video. The video is at
-    most 1280 pixels wide or high."""
+    Writes masks.png and masks.mp4, which has all frames and is at most 1280 pixels wide or high. Hidden parts are dark
+    and hatched, characters tinted and outlined, pixels without a class orange. For a case, a border shows which part of
+    each image is in the output frame. At most one of FILES may be a video."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work, within
     from scail2_rt.runtime.masks.files import check_new
@@ -159,7 +163,7 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     if result.framing is not None:
         text = f"{result.framing.line}\n{text}"
     if result.findings:
-        text += f"; findings: {len(result.findings)} (`scail2-rt masks check` explains them)"
+        text += f"; {counted(len(result.findings), 'finding')} (run `scail2-rt masks check` for details)"
     show({"sheet": sheet, "video": video, "check": result.as_json}, text, as_json)
 
 
@@ -174,26 +178,26 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         type=ColourMap(),
         multiple=True,
         metavar="R,G,B=COLOUR",
-        help="Make this colour another one, as in 255,140,0=red; may be repeated.",
+        help="Replace this colour by another one, as in 255,140,0=red; may be repeated.",
     ),
     option(
         "--background",
         type=click.Choice(["white", "black"]),
-        help="Make the background white or black: pixels of the other one change.",
+        help="Make the background entirely white or black.",
     ),
     option(
         "--speck",
         type=click.IntRange(min=0),
         metavar="N",
-        help="Areas of fewer pixels take the colour around them; 0 keeps all.  [default: 1 in 10,000 of the frame]",
+        help="Areas of fewer pixels get the surrounding colour; 0 keeps all.  [default: 1/10,000 of the frame]",
     ),
 )
 @reporting
 def clean(file: Path, as_json: bool, **options: Any) -> None:
-    """Give every pixel of the mask FILE (image, video or folder of images) exactly one of the mask colours.
+    """Clean a mask: give every pixel of FILE exactly one mask colour.
 
-    Near colours become the mask colour, fringes of video and JPEG coding take the colour of their area, specks are
-    removed. The result is lossless."""
+    FILE is an image, a video or a folder of images. Colours close to a mask colour become that colour, fringes from
+    video and JPEG coding get the colour of their area, and small specks are removed. The result is lossless."""
     from scail2_rt.runtime.masks.cleaning import Cleaning, clean_frame
     from scail2_rt.runtime.masks.files import frames_of
     from scail2_rt.runtime.media.images import load_mask_image
@@ -213,10 +217,10 @@ def clean(file: Path, as_json: bool, **options: Any) -> None:
 @in_section("Mask", *_MATTE)
 @reporting
 def from_alpha(file: Path, as_json: bool, **options: Any) -> None:
-    """Make a mask from the alpha channel of FILE (image, video or folder of images): the character is where it is
-    opaque.
+    """Make a mask from the alpha channel of FILE. Opaque pixels are the character.
 
-    Videos with alpha: ProRes 4444, PNG and QuickTime Animation in .mov, VP8 and VP9 in .webm, animated WebP, GIF."""
+    FILE is an image, a video or a folder of images. Videos with alpha: ProRes 4444, PNG and QuickTime Animation in
+    .mov, VP8 and VP9 in .webm, animated WebP, GIF."""
     from scail2_rt.runtime.masks.sources import masks_from_alpha
 
     _write(file, options, as_json, lambda source, tell: masks_from_alpha(source, _matte(source, options), tell))
@@ -225,10 +229,12 @@ def from_alpha(file: Path, as_json: bool, **options: Any) -> None:
 @masks.command(cls=SectionCommand)
 @click.argument("matte", type=PATH)
 @WRITE_OPTIONS
-@in_section("Mask", *_MATTE, option("--invert", is_flag=True, help="The character is dark, not bright."))
+@in_section("Mask", *_MATTE, option("--invert", is_flag=True, help="Dark pixels are the character."))
 @reporting
 def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
-    """Make a mask from the grey MATTE (image, video or folder of images): the character is where it is bright."""
+    """Make a mask from the grey MATTE. Bright pixels are the character.
+
+    MATTE is an image, a video or a folder of images."""
     from scail2_rt.runtime.masks.sources import masks_from_grey
 
     _write(matte, options, as_json, lambda source, tell: masks_from_grey(source, _matte(source, options), tell))
@@ -250,9 +256,10 @@ def from_grey(matte: Path, as_json: bool, **options: Any) -> None:
 )
 @reporting
 def from_labels(labels: Path, as_json: bool, **options: Any) -> None:
-    """Make a mask from LABELS: an indexed or grey image whose pixels are numbers, a folder of them, or a grey video.
+    """Make a mask from the label numbers in LABELS.
 
-    A video must be lossless, or its labels far apart (0, 128, 255)."""
+    LABELS is an indexed or grey image whose pixel values are label numbers, a folder of such images, or a grey video. A
+    video must be lossless, or its labels must differ widely (0, 128, 255)."""
     from scail2_rt.runtime.masks.sources import masks_from_labels, parse_order
 
     order = parse_order(options["order"])
@@ -264,7 +271,8 @@ def from_labels(labels: Path, as_json: bool, **options: Any) -> None:
 
 
 def _checked(files: tuple[Path, ...], options: dict[str, Any], tell: Tell) -> tuple[CheckResult, Any]:
-    """Return what the check says, and the files of the case if it is one."""
+    """Return the result of the check, and the files of the case (None for mask files). Raises InputError for missing or
+    contradicting inputs."""
     from scail2_rt.kernels.errors import InputError
     from scail2_rt.runtime.core.case_folder import CaseInputs
     from scail2_rt.runtime.masks.check import case_files, check_case, check_files
@@ -273,7 +281,7 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any], tell: Tell) -> tu
     case = case_files(inputs, options["mode"])
     if case is None:
         if not files:
-            raise InputError("There is nothing to check: give --case DIR, the four files of a case, or mask files.")
+            raise InputError("No masks were given. Give --case DIR, the four files of a case, or mask files.")
         of_a_case = {
             "--extra-ref": options["extra_refs"],
             "--mode": options["mode"] != "auto",
@@ -281,10 +289,11 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any], tell: Tell) -> tu
             "--fit": options["fit"] != "auto",
         }
         if given := [flag for flag, value in of_a_case.items() if value]:
-            raise InputError(f"{', '.join(given)} belongs to a case: give --case DIR or the four files with it.")
+            verb = "applies" if len(given) == 1 else "apply"
+            raise InputError(f"{', '.join(given)} {verb} only to a case. Give --case DIR or the four files.")
         return check_files(files, tell), None
     if files:
-        raise InputError(f"{files[0]} was given beside a case: check mask files by themselves or the files of a case.")
+        raise InputError(f"{files[0]} and a case were both given. Give either mask files or a case.")
     mode = case.mode if options["case"] is not None else options["mode"]
     return check_case(case, options["extra_refs"], mode, options["size"], options["fit"], tell=tell), case
 
@@ -292,7 +301,7 @@ def _checked(files: tuple[Path, ...], options: dict[str, Any], tell: Tell) -> tu
 def _write(
     file: Path, options: dict[str, Any], as_json: bool, frames: Callable[[Source, Tell], Iterable[np.ndarray]]
 ) -> None:
-    """Write the mask that `frames` makes from a source."""
+    """Write the mask that `frames` yields for a source, uint8 RGB [H, W, 3] per frame."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work, within
     from scail2_rt.runtime.masks.files import check_output, open_source, write_mask

@@ -1,7 +1,7 @@
-"""The options of the commands in `cli.py`, in the sections of their help; `masks` shares those that name a case.
+"""The options of the commands in `main.py`, in the sections of their help. `masks` shares the options that name a case.
 
-Only click is imported here and in `cli.py`, so that `--help` answers at once. The value lists repeat what the modules
-behind them define (a test compares them), because importing those would load PyTorch.
+Only click is imported here, so that `--help` is fast. The lists of values repeat those of other modules, because
+importing these would load PyTorch; a test compares them.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from scail2_rt.runtime.cli.sections import PATH, in_section, option
 from scail2_rt.runtime.cli.segmenter_options import MAKING
 from scail2_rt.runtime.cli.types import GpuCount, MemorySize, RateType, SeedList, SizeType
 
-LAYOUTS = ("stages", "monolithic")  # engines.onnx_folder.LAYOUTS
+LAYOUTS = ("stages", "monolithic")  # engines.build.onnx_folder.LAYOUTS
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 # "auto" and kernels.attention.variants.VARIANTS
@@ -30,7 +30,7 @@ CASE = option(
     type=PATH,
     metavar="DIR",
     help="Folder in the official layout: ref.*, ref_mask.*, rendered_v2.mp4, and rendered_mask_v2.mp4 (animate) or "
-    "replace_mask.mp4 (replace). Its prompt.txt is the prompt if none is given.",
+    "replace_mask.mp4 (replace). Its prompt.txt is used if no prompt is given.",
 )
 FILES = (
     option("--image", type=PATH, metavar="FILE", help="Reference image: the character."),
@@ -39,7 +39,7 @@ FILES = (
         "--driving",
         type=PATH,
         metavar="PATH",
-        help="Driving clip: the motion, its frame rate and its audio. A video, or a folder of images.",
+        help="Driving clip: the motion, frame rate and audio. A video, or a folder of images.",
     ),
     option("--mask-video", type=PATH, metavar="PATH", help="Colour mask of the driving clip, frame by frame."),
     option(
@@ -56,35 +56,35 @@ MODE = option(
     type=click.Choice(["auto", "animate", "replace"]),
     default="auto",
     show_default=True,
-    help="animate keeps the reference's background, replace keeps the driving video's scene; auto reads it from "
+    help="animate keeps the reference's background; replace keeps the driving clip's scene; auto detects the mode from "
     "the case folder or the masks.",
 )
 SIZE = option(
     "--size",
     type=SizeType(),
     metavar="HxW",
-    help="Height and width of the output, multiples of 32.  [default: 512x896 or 896x512, as the reference image is "
-    "oriented in animate mode, the driving video in replace mode]",
+    help="Height and width of the output, multiples of 32.  [default: 512x896 or 896x512, with the orientation of the "
+    "reference image in animate mode and of the driving clip in replace mode]",
 )
 FIT = option(
     "--fit",
     type=click.Choice(FITS),
     default="auto",
     show_default=True,
-    help="How inputs of another shape are fitted into the frame. official: scale to cover it and show the middle, as "
-    "the public code does. crop: show one window per clip, placed on the characters. pad: show everything, with hidden "
-    "margins. auto: the first of these that keeps the characters. With official the default size follows the "
-    "reference image.",
+    help="How inputs of another aspect ratio are fitted into the frame. official: scale to cover it and crop to the "
+    "centre, as the official code does. crop: one window per clip, placed on the characters. pad: show everything, "
+    "with hidden margins. auto: the first of these that keeps the characters. With official the default size follows "
+    "the reference image.",
 )
 INPUT_OPTIONS = in_section(
-    "Inputs (a case folder, a batch file, the four files, or image and driving video)",
+    "Inputs (a case folder, a batch file, the four files, or image and driving clip)",
     CASE,
     option(
         "--batch",
         type=PATH,
         metavar="FILE",
-        help="Cases, one per line, as prompt@@case_dir or as a JSON object of these options. Engines load once, and a "
-        "bad line does not stop the others. -o names a folder.",
+        help="File with one case per line, as prompt@@case_dir or as a JSON object of these options. Engines load "
+        "once, and an invalid line does not stop the others. -o names a folder.",
     ),
     *FILES,
     MODE,
@@ -92,37 +92,37 @@ INPUT_OPTIONS = in_section(
     option(
         "--fit-reference",
         is_flag=True,
-        help="In replace mode, scale and pad the reference image so that its character is as tall as the driving one.",
+        help="In replace mode, scale and pad the reference image so that its character is as tall as the one in the "
+        "driving clip.",
     ),
     option(
         "--allow-mask-problems",
         is_flag=True,
-        help="Continue with masks that `scail2-rt masks check` calls unusable. The findings are printed and recorded "
-        "in "
-        "the report.",
+        help="Continue with masks that `scail2-rt masks check` refuses. The findings are printed and recorded in the "
+        "report.",
     ),
     option(
         "--fps",
         type=RateType(),
         metavar="RATE",
-        help="Sample the driving clip at this rate, which the output has too: 16, 23.976 or 30000/1001. Of a folder of "
-        "images it is the rate.  [default: the clip's own; 16 for a folder]",
+        help="Sample the driving clip at this rate, which is also the rate of the output: 16, 23.976 or 30000/1001. "
+        "For a folder of images, its frame rate.  [default: the rate of the clip; 16 for a folder]",
     ),
     option(
         "--start", type=int, default=0, show_default=True, metavar="FRAME", help="First driving frame to use, at --fps."
     ),
     option("--frames", type=int, metavar="N", help="Number of driving frames to use, at --fps.  [default: to the end]"),
 )
-MAKING_OPTIONS = in_section("Making masks (for an image and a driving video without masks)", *MAKING)
+MAKING_OPTIONS = in_section("Making masks (for an image and a driving clip without masks)", *MAKING)
 PROMPT_OPTIONS = in_section(
     "Prompt",
-    option("--prompt", metavar="TEXT", help="What the generated video shows (a description, not an instruction)."),
+    option("--prompt", metavar="TEXT", help="Description of the generated video (not an instruction)."),
     option("--prompt-file", type=PATH, metavar="FILE", help="Read the prompt from a text file (UTF-8 or UTF-16)."),
     option(
         "--negative-prompt",
         default="",
         metavar="TEXT",
-        help="What the video should not show; used when the guidance is above 1.",
+        help="Description of what the video should not show; used if --guidance is above 1.",
     ),
 )
 OUTPUT_OPTIONS = in_section(
@@ -133,10 +133,10 @@ OUTPUT_OPTIONS = in_section(
         type=PATH,
         required=True,
         metavar="PATH",
-        help="The video to write: .mp4, .m4v, .mov, .mkv, .webm or .gif. A name without an ending is a folder of PNG "
-        "files. With --batch, a folder for the videos.",
+        help="The video to write: .mp4, .m4v, .mov, .mkv, .webm or .gif. A name without an extension is a folder of "
+        "PNG files. With --batch, a folder for the videos.",
     ),
-    option("--overwrite", is_flag=True, help="Replace an output that exists."),
+    option("--overwrite", is_flag=True, help="Replace an existing output."),
     SIZE,
     option("--codec", type=click.Choice(CODECS), help="Video codec.  [default: vp9 in .webm, else h264]"),
     option(
@@ -149,14 +149,14 @@ OUTPUT_OPTIONS = in_section(
         "--metadata/--no-metadata",
         default=True,
         show_default=True,
-        help="Store the settings of the run in the output, with names and hashes of the inputs.",
+        help="Store the settings of the run, and the names and hashes of its inputs, in the output.",
     ),
     option(
         "--from-video",
         type=PATH,
         metavar="FILE",
-        help="Repeat the run that made this output (or run report): its settings and inputs, except for the options "
-        "given here.",
+        help="Repeat the run that made this output, or wrote this run report, with its settings and inputs. Options "
+        "on the command line override them.",
     ),
     option(
         "--dry-run",
@@ -172,7 +172,7 @@ SAMPLING_OPTIONS = in_section(
         default="quality",
         show_default=True,
         help="quality: 40 UniPC steps, shift 3, guidance 5. fast (needs a step-distilled LoRA): 6 Euler steps, "
-        "shift 5, guidance 1. Options given beside it override it.",
+        "shift 5, guidance 1. The options below override it.",
     ),
     option(
         "--scheduler",
@@ -200,15 +200,15 @@ SAMPLING_OPTIONS = in_section(
         type=SeedList(),
         default=(),
         metavar="N,N,...",
-        help="Make one video per seed, NAME-seedN.mp4 each, with engines that load once.",
+        help="Make one video per seed, NAME-seedN.mp4. Engines load once.",
     ),
     option(
         "--noise-device",
         type=click.Choice(["cpu", "cuda"]),
         default="cpu",
         show_default=True,
-        help="Where the noise is drawn. cpu: a seed gives the same noise on every machine. cuda: as the official "
-        "pipeline does.",
+        help="Device that draws the noise. cpu: a seed gives the same noise on every machine. cuda: as in the "
+        "official code.",
     ),
 )
 LONG_CLIP_OPTIONS = in_section(
@@ -220,7 +220,7 @@ LONG_CLIP_OPTIONS = in_section(
         default=5,
         show_default=True,
         metavar="N",
-        help="Frames that a segment shares with the one before, 4n+1.",
+        help="Frames that a segment shares with the previous one, 4n+1.",
     ),
     option(
         "--overlap-blend",
@@ -228,20 +228,19 @@ LONG_CLIP_OPTIONS = in_section(
         default=0,
         show_default=True,
         metavar="N",
-        help="Fade from one segment to the next over the last N frames of the overlap; 0 shows the earlier segment's.",
+        help="Fade from one segment to the next over the last N frames of the overlap; 0 shows the earlier segment.",
     ),
     option(
         "--anchor-color",
         type=click.Choice(ANCHORS),
         default="off",
         show_default=True,
-        help="Match the background colours of a segment to those of the first or of the previous one.",
+        help="Match the background colours of a segment to the first or to the previous segment.",
     ),
     option(
         "--resume",
         is_flag=True,
-        help="Continue an interrupted run after its last finished segment: repeat the command with this flag. A "
-        "complete "
+        help="Resume an interrupted run after its last finished segment: repeat the command with this flag. A complete "
         "output is kept.",
     ),
 )
@@ -251,28 +250,27 @@ GPUS = option(
     default=1,
     show_default=True,
     metavar="N|all",
-    help="GPUs of this machine that share one generation (on a CPU, processes); CUDA_VISIBLE_DEVICES chooses them.",
+    help="GPUs of this machine that share one generation (on a CPU, processes). CUDA_VISIBLE_DEVICES selects them.",
 )
 BACKEND = option(
     "--backend",
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="Executor to run; a named one is used or refused, never replaced.",
+    help="Executor to run. auto chooses the fastest; a named executor is never replaced by another.",
 )
 SELF_ATTENTION = option(
     "--attention",
     type=click.Choice(ATTENTION),
     default="auto",
     show_default=True,
-    help="Self-attention of the torch executor. auto: 8 bit with fp8 engines, else the fastest 16-bit one. A named "
-    "one is used or refused.",
+    help="Self-attention of the torch executor. auto: 8 bit with fp8 engines, else the fastest 16-bit variant.",
 )
 VRAM_LIMIT = option(
     "--vram-limit",
     type=MemorySize(),
     metavar="SIZE",
-    help="GPU memory that the torch executor may use, as in 12GiB; weights that do not fit are streamed.  [default: no "
+    help="GPU memory that the torch executor may use, as in 12GiB. Weights that do not fit are streamed.  [default: no "
     "limit]",
 )
 NO_GRAPHS = option("--no-graphs", is_flag=True, help="Disable CUDA graphs.")
@@ -285,7 +283,7 @@ ENGINE_OPTIONS = in_section(
         default=16384,
         show_default=True,
         metavar="N",
-        help="Most rows (tokens) that a stage computes at once; fewer need less memory.",
+        help="Maximum number of rows (tokens) per call of a stage. Fewer rows need less memory.",
     ),
     SELF_ATTENTION,
     VRAM_LIMIT,
@@ -295,7 +293,8 @@ ENGINE_OPTIONS = in_section(
 
 
 def engines_or_server(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """One of the two does the work of `generate`; one from a configuration file gives way to the command line's."""
+    """Check that exactly one of ENGINES and --server is given. One in a configuration file is ignored if the other is
+    on the command line. Raises UsageError if both or neither are given."""
     server = ctx.params.get("server")
     if value is not None and server is not None:
         if ctx.get_parameter_source("engines") is ParameterSource.DEFAULT_MAP:
@@ -305,25 +304,25 @@ def engines_or_server(ctx: click.Context, parameter: click.Parameter, value: Pat
     if value is None and server is None:
         raise click.MissingParameter(ctx=ctx, param=parameter)
     if value is not None and server is not None:
-        raise click.UsageError("the engine folder ENGINES and --server were both given: use one of them", ctx)
+        raise click.UsageError("The engine folder ENGINES and --server were both given. Use one of them.", ctx)
     return value
 
 
 SERVER_OPTIONS = in_section(
-    "Elsewhere",
+    "On other machines",
     option(
         "--server",
         metavar="URL",
         is_eager=True,
-        help="Let the service at this address (`scail2-rt serve`) do the work, with the same options and files. Its "
-        "key, "
-        "if it asks for one, is read from $SCAIL2_RT_API_KEY.",
+        help="Send the job to the service at this address (`scail2-rt serve`), with the same options and files. The "
+        "API key, if needed, is read from $SCAIL2_RT_API_KEY.",
     ),
     option(
         "--ray",
         "ray_address",
         metavar="ADDRESS",
-        help="Spread --batch or --seeds over the Ray cluster at this address: HOST:PORT, or auto on one of its nodes.",
+        help="Distribute --batch or --seeds over the Ray cluster at this address: HOST:PORT, or auto on one of its "
+        "nodes.",
     ),
 )
 LORA_OPTIONS = (
@@ -332,9 +331,9 @@ LORA_OPTIONS = (
         "loras",
         multiple=True,
         metavar="PATH[:STRENGTH]",
-        help="LoRA, LoKr, LoHa or DoRA to fuse, a file or a PEFT folder; may be repeated.",
+        help="LoRA, LoKr, LoHa or DoRA to fuse: a file or a PEFT folder; may be repeated.",
     ),
-    option("--lora-partial", is_flag=True, help="Accept a LoRA of which only some modules fit, and apply those."),
+    option("--lora-partial", is_flag=True, help="Accept a LoRA with modules that do not fit, and apply the others."),
 )
 BUILD_OPTIONS = in_section(
     "Build",
@@ -365,30 +364,29 @@ BUILD_OPTIONS = in_section(
         "--max-picture",
         type=SizeType(),
         metavar="HxW",
-        help="TensorRT: the largest picture that the VAE's plans take, in either orientation.  [default: 704x1280]",
+        help="TensorRT: the largest frame that the VAE's plans accept, in either orientation.  [default: 704x1280]",
     ),
     option(
         "--workspace-gib",
         type=click.FloatRange(min=0.01),
         metavar="GIB",
-        help="TensorRT: limit for the scratch memory of one layer, in GiB.  [default: 8]",
+        help="TensorRT: limit of the workspace memory of one layer.  [default: 8]",
     ),
     option(
         "--target",
         "targets",
         metavar="SM,...",
-        help="TensorRT for RTX: architectures to build for, as in sm89,sm120 (RTX 40 and 50).  [default: this "
-        "machine's "
-        "card, else all that the precision allows]",
+        help="TensorRT for RTX: architectures to build for, as in sm89,sm120 (RTX 40 and 50).  [default: that of this "
+        "machine's GPU, else all that the precision allows]",
     ),
     option(
         "--rebuild",
         is_flag=True,
-        help="Replace the engines in the folder when they were built from other weights or options.",
+        help="Replace engines in the folder that were built from other weights or options.",
     ),
 )
 COMPONENT_OPTIONS = in_section(
-    "Parts of the checkpoint in other places",
+    "Parts of the checkpoint in other files",
     option("--vae", type=PATH, metavar="FILE", help="The Wan 2.1 VAE."),
     option("--t5", "--umt5", "umt5", type=PATH, metavar="FILE", help="The umT5 encoder."),
     option("--clip", type=PATH, metavar="FILE", help="The CLIP visual tower."),
@@ -414,7 +412,7 @@ EXPORT_OPTIONS = in_section(
         type=click.Choice(PRECISIONS),
         default="fp32",
         show_default=True,
-        help="Precision of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16; bf16 and fp8 are for "
+        help="Precision of weights and arithmetic. ONNX Runtime on a CPU runs fp32 and fp16. bf16 and fp8 are for "
         "TensorRT.",
     ),
     option(
@@ -432,13 +430,13 @@ VERIFY_OPTIONS = in_section(
         "backends",
         type=click.Choice(BACKENDS[1:]),
         multiple=True,
-        help="Executor to test; may be repeated.  [default: all that the folder holds]",
+        help="Executor to test; may be repeated.  [default: all in the folder]",
     ),
     option("--repeats", type=int, default=3, show_default=True, metavar="N", help="Timed runs per stage, at least 3."),
     option(
         "--against",
         type=click.Choice(("onnxruntime",)),
-        help="Also compare every stage with this executor of the folder, with Polygraphy.",
+        help="Also compare every stage with this executor of the folder. Needs Polygraphy.",
     ),
     option("--rows", type=int, default=64, show_default=True, metavar="N", help="Rows (tokens) of a token-wise stage."),
     option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random inputs."),

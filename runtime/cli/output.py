@@ -1,4 +1,4 @@
-"""What every command does with its result: text for people, or one JSON object; and what several commands share."""
+"""The output of a command: text for people, or one JSON object."""
 
 import contextlib
 import json
@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 
-def parts_apart(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the checkpoint that were named apart, as keyword arguments of `open_checkpoint`: name → path."""
+def separate_parts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of the checkpoint that were named separately: keyword of `open_checkpoint` → path."""
     return {name: options[name] for name in ("vae", "umt5", "clip", "tokenizer") if options[name] is not None}
 
 
 @contextlib.contextmanager
 def stdout_for(as_json: bool) -> Iterator[None]:
-    """While a command works, what libraries print goes to stderr if stdout must hold JSON alone."""
+    """Redirect stdout to stderr while a command works if stdout must hold only JSON."""
     if not as_json:
         yield
         return
@@ -25,7 +25,7 @@ def stdout_for(as_json: bool) -> Iterator[None]:
 
 
 def show(result: Any, text: str, as_json: bool) -> None:
-    """The result of a command on stdout: one JSON object, or text for people."""
+    """Print the result of a command on stdout: one JSON object, or the text."""
     if not as_json:
         click.echo(text)
         return

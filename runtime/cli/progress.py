@@ -1,4 +1,4 @@
-"""What the commands show on stderr while they work: a bar on a terminal, plain lines in a log."""
+"""Progress of commands on stderr: a bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from scail2_rt.engines.observer import BuildStep
 
 FIRST_LINE_S, LINE_INTERVAL_S = 2.0, 10.0
-QUIET = ("seal", "check")  # phases of a build and of a check that read what was written: most steps take no time
+QUIET = ("seal", "check")  # phases that only read files: most of their steps are too short for a line
 
 
 class ProgressLines:
-    """Plain lines on stderr for logs: each segment's start, and every `LINE_INTERVAL_S` seconds a step or the share of
-    the work on masks that is done."""
+    """Plain lines on stderr, for logs: one per segment, and every `LINE_INTERVAL_S` seconds the current step, or the
+    finished share of work on masks."""
 
     def __init__(self) -> None:
         self._printed = 0.0
@@ -46,7 +46,7 @@ class ProgressLines:
 
 @contextmanager
 def progress_bar() -> Iterator[Listener]:
-    """A bar on the terminal (stderr): segment, step, phase, time left."""
+    """Show a bar on the terminal (stderr): segment, step, phase, time left."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -72,7 +72,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def open_progress() -> Iterator[Listener]:
-    """The bar when stderr is a terminal, else plain lines."""
+    """Show the bar if stderr is a terminal, else plain lines."""
     if sys.stderr.isatty():
         with progress_bar() as show:
             yield show
@@ -82,7 +82,7 @@ def open_progress() -> Iterator[Listener]:
 
 @contextmanager
 def patient_progress() -> Iterator[Listener]:
-    """`open_progress` for commands that are mostly quick: it opens at the first event."""
+    """Like `open_progress`, but nothing is shown before the first event. For commands that are usually fast."""
     with ExitStack() as opened:
         shown: list[Listener] = []
 
@@ -95,14 +95,14 @@ def patient_progress() -> Iterator[Listener]:
 
 
 class BuildLines:
-    """What `build-engines` and the like show on stderr: a line for each finished step, with its size, its time and what
-    is left. Of a long step, and of steps that only read what was written, a line tells how far they are: after
-    `FIRST_LINE_S` seconds, then every `LINE_INTERVAL_S`."""
+    """Progress of `build-engines` and similar commands on stderr: a line per finished step, with its size, its time and
+    the time left. During long steps and during `QUIET` phases there is a line with the progress after `FIRST_LINE_S`
+    seconds, then every `LINE_INTERVAL_S` seconds."""
 
     def __init__(self) -> None:
         self.phase = ""
-        self.due = 0.0  # when the next line about something unfinished is due
-        self.base: tuple[float, int] | None = None  # when the current step was heard of first, and how far it was
+        self.due = 0.0  # time of the next progress line
+        self.base: tuple[float, int] | None = None  # (time, bytes) of the first event of the current step
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`generate --from-video`: stored settings take the place of the options that the command line does not give."""
+"""`generate --from-video`: stored settings replace options that are not given on the command line."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from scail2_rt.kernels.errors import InputError
 
 
 def repeated(options: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the running command, completed with the settings of the video `from_video`."""
+    """Return the parameters of the current command, completed with the settings of the video `from_video`.
+
+    Raises InputError as `repeated_options`, and for settings with invalid values."""
     from scail2_rt.runtime.jobs.repeat import repeated_options
 
     ctx, video = click.get_current_context(), options["from_video"]
@@ -20,5 +22,5 @@ def repeated(options: dict[str, Any]) -> dict[str, Any]:
         return options | {name: parameters[name].type_cast_value(ctx, value) for name, value in stored.items()}
     except (click.UsageError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"The settings in {video} are damaged ({error}): give the run report, or the options themselves."
+            f"The settings in {video} are damaged ({error}). Give the run report, or give the options."
         ) from error

@@ -1,8 +1,7 @@
-"""How the commands declare their options: in sections, which `--help` shows as headings in the order of declaration.
+"""Declaration of options in sections, which `--help` shows as headings in the order of declaration.
 
-`option` makes an option's factory, `in_section` applies some of them under one heading; `reporting` adds `--json` and
-`--debug`, which the error handler in `main.py` looks for. Only click is imported here, so that `--help` answers at
-once.
+`option` makes the factory of an option, and `in_section` applies factories under one heading. `reporting` adds `--json`
+and `--debug`, which the error handler in `main.py` reads. Only click is imported here, so that `--help` is fast.
 """
 
 import re
@@ -26,7 +25,7 @@ class SectionOption(click.Option):
         self.section = section
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
-        """Values of the type, else paths where the option takes one (`PATH[:STRENGTH]`, `random|DIR`)."""
+        """Complete the values of the type, or paths if the option accepts one (`PATH[:STRENGTH]`, `random|DIR`)."""
         from click.shell_completion import CompletionItem
 
         words = path_words(self)
@@ -39,7 +38,7 @@ class SectionOption(click.Option):
 
 
 class SectionCommand(click.Command):
-    """A command whose help lists its options by section, in the order of their first options, `Other` last."""
+    """A command whose help lists options by section. Sections are in the order of their first options, `Other` last."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -53,11 +52,11 @@ class SectionCommand(click.Command):
 
 
 PATH = click.Path(path_type=Path)
-OTHER = "Other"  # the section of options that every command has
+OTHER = "Other"  # section of the options that every command has
 
 
 def path_words(parameter: click.Parameter) -> list[str]:
-    """What a parameter takes, if paths are among it: the words of its metavar ("random", "DIR"); else none."""
+    """Return the words of a parameter's metavar ("random", "DIR") if it accepts paths, else an empty list."""
     words = re.findall(r"\w+", parameter.metavar or "")
     inner = getattr(parameter.type, "types", [parameter.type])
     named = any(isinstance(kind, click.Path) for kind in inner) or {"PATH", "DIR", "FILE", "ENGINES"} & set(words)
@@ -65,7 +64,7 @@ def path_words(parameter: click.Parameter) -> list[str]:
 
 
 def in_section(section: str, *options: Callable[..., Decorator]) -> Decorator:
-    """Apply option factories, each called with the section's name, so that they are listed in the order given."""
+    """Return a decorator that adds options to a command under one heading, in the order given."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for make in reversed(options):
@@ -76,19 +75,19 @@ def in_section(section: str, *options: Callable[..., Decorator]) -> Decorator:
 
 
 def option(*names: str, **attributes: Any) -> Callable[[str], Decorator]:
-    """An option factory for `in_section`."""
+    """Return an option factory for `in_section`."""
     return lambda section: click.option(*names, cls=SectionOption, section=section, **attributes)
 
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    """Flags that the error handler needs even when the command never runs: it finds them in the root's `obj`."""
+    """Store a flag in the root's `obj`, where the error handler finds it even if the command does not run."""
     if value and isinstance(ctx.obj, dict):
         ctx.obj[parameter.name] = True
     return value
 
 
 def debug_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--debug`, accepted before and after the command's name."""
+    """Add `--debug`, which is accepted before and after the command's name."""
     return click.option(
         "--debug",
         is_flag=True,
@@ -102,7 +101,7 @@ def debug_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json` and `--debug`, which every command that reports has."""
+    """Add `--json` and `--debug`."""
     json_option = click.option(
         "--json",
         "as_json",
@@ -111,6 +110,6 @@ def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
         callback=_remember,
         cls=SectionOption,
         section=OTHER,
-        help="Print one JSON object on stdout and nothing else there.",
+        help="Print one JSON object on stdout and nothing else.",
     )
     return json_option(debug_option(function))

@@ -1,4 +1,4 @@
-"""The options of masks that are made inside, for `generate` and `masks make`. Only click is imported here."""
+"""The options for making masks, shared by `generate` and `masks make`. Only click is imported here."""
 
 import click
 
@@ -13,20 +13,25 @@ MAKING = (
         type=click.Choice(SEGMENTERS),
         default="auto",
         show_default=True,
-        help="What cuts figures out. auto: SAM 3 where `download --segmenter sam3` has put it, else SAM 2.",
+        help="Model that finds the characters. auto: SAM 3 if `download --segmenter sam3` was run, else SAM 2.",
     ),
-    option("--segmenter-weights", type=PATH, metavar="DIR", help="A folder that holds a segmenter, taken as it is."),
+    option(
+        "--segmenter-weights",
+        type=PATH,
+        metavar="DIR",
+        help="Folder of a segmenter.  [default: one in the cache folder]",
+    ),
     option(
         "--segmenter-device",
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where it runs. auto: the GPU, if there is one and --vram-limit lets it in.",
+        help="Device of the segmenter. auto: the GPU, if there is one and --vram-limit allows it.",
     ),
     option(
         "--mask-prompt",
         metavar="TEXT",
-        help='What to look for, parts ended by full stops, as in "person. dog.".  [default: human. character.]',
+        help='What to look for, each part with a full stop, as in "person. dog.".  [default: human. character.]',
     ),
     option(
         "--max-characters",
@@ -34,53 +39,54 @@ MAKING = (
         default=2,
         show_default=True,
         metavar="N",
-        help="How many figures are kept, the surest.",
+        help="Maximum number of characters. Those with the highest confidence are kept.",
     ),
     option(
         "--sort",
         type=click.Choice(SORTS),
         default="left-to-right",
         show_default=True,
-        help="Which figure is the first: the leftmost, or the largest.",
+        help="Order of the characters: from left to right, or by area, the largest first.",
     ),
     option(
         "--point",
         "points",
         multiple=True,
         metavar="[FRAME:]X,Y[:COLOUR]",
-        help="A figure by a point on it, in pixels of the driving video's frame FRAME (the first by default) or of the "
-        "reference (image:X,Y); may be repeated.",
+        help="Select a character by a point on it, in pixels of frame FRAME of the driving clip (by default the first) "
+        "or of the reference image (image:X,Y); may be repeated.",
     ),
     option(
         "--box",
         "boxes",
         multiple=True,
         metavar="[FRAME:]X0,Y0,X1,Y1[:COLOUR]",
-        help="A figure by a box around it, as with --point.",
+        help="Select a character by a box around it; FRAME as for --point; may be repeated.",
     ),
     option(
         "--pairs",
         default="",
         metavar="LIST",
-        help="Who drives whom, as in 1=2,2=1: the driving video's figure 1 moves the reference's figure 2.  "
-        "[default: 1=1,2=2, …; with fewer references than drivers the nearest]",
+        help="Which character drives which, as in 1=2,2=1: character 1 of the driving clip moves character 2 of the "
+        "reference image.  [default: 1=1,2=2, …; if the clip has more characters, the nearest]",
     ),
     option(
         "--one-to-many",
         is_flag=True,
-        help="Of several driving figures a reference takes the one that its mask overlaps most in the first frame.",
+        help="If the clip has more characters than the reference image, each reference follows the one that its mask "
+        "overlaps most in the first frame.",
     ),
     option(
         "--image-from",
         type=PATH,
         metavar="FILE",
-        help="The reference's figures, cut out by another tool: SAM3_TRACK_DATA (.pt, .npz, .safetensors), a black and "
-        "white matte, or an image with alpha.",
+        help="Segmentation of the reference image by another tool: SAM3_TRACK_DATA (.pt, .npz, .safetensors), a black "
+        "and white matte, or an image with alpha.",
     ),
     option(
         "--driving-from",
         type=PATH,
         metavar="FILE",
-        help="The driving video's figures, as with --image-from, or a folder.",
+        help="Segmentation of the driving clip by another tool: a file as for --image-from, or a folder of images.",
     ),
 )

@@ -1,4 +1,4 @@
-"""The command `serve`. Only click is imported here, so that `--help` answers at once."""
+"""The command `serve`. Only click is imported here, so that `--help` is fast."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ class Duration(click.ParamType):
             return float(value)
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value.strip())
         if not match:
-            self.fail(f"{value!r} is not a time: write it as in 7d, 12h or 30m", param, ctx)
+            self.fail(f"{value!r} is not a time. Write it as in 7d, 12h or 30m.", param, ctx)
         return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
@@ -35,7 +35,7 @@ SERVE_OPTIONS = (
             default="127.0.0.1",
             metavar="ADDRESS",
             show_default=True,
-            help="Address to listen on; one that other machines reach needs --api-key-file.",
+            help="Address to listen on. If other machines can reach it, --api-key-file is needed.",
         ),
         option(
             "--port",
@@ -43,19 +43,19 @@ SERVE_OPTIONS = (
             default=8000,
             show_default=True,
             metavar="N",
-            help="Port to listen on; 0 takes a free one.",
+            help="Port to listen on; 0 chooses a free one.",
         ),
         option(
             "--data",
             metavar="DIR|URL",
-            help="Folder for jobs, files and the database; with --ray one that all nodes share, or a URL such as "
+            help="Folder for jobs, files and the database. With --ray, a folder that all nodes share, or a URL such as "
             "s3://BUCKET/FOLDER.  [default: ~/.local/share/scail2-rt/serve]",
         ),
         option(
             "--ray",
             "ray_address",
             metavar="ADDRESS",
-            help="Deploy the service on the Ray cluster at this address: HOST:PORT, or auto on one of its machines.",
+            help="Deploy the service on the Ray cluster at this address: HOST:PORT, or auto on one of its nodes.",
         ),
         option("--gpus", default="all", show_default=True, metavar="N|all", help="GPUs to use, one worker per GPU."),
         option(
@@ -64,7 +64,7 @@ SERVE_OPTIONS = (
             default=1,
             show_default=True,
             metavar="N",
-            help="GPUs that work together on one video.",
+            help="GPUs that share one video.",
         ),
     ),
     in_section(
@@ -74,14 +74,14 @@ SERVE_OPTIONS = (
             "key_file",
             type=PATH,
             metavar="FILE",
-            help="File of API keys, one per line; each client sees only its own jobs and files.",
+            help="File of API keys, one per line. Each client sees only its own jobs and files.",
         ),
         option(
             "--allow-host",
             "allow_hosts",
             multiple=True,
             metavar="NAME",
-            help="Host name that clients may use beside --host; may be repeated.",
+            help="Host name that clients may use in addition to --host; may be repeated.",
         ),
         option(
             "--allow-fetch",
@@ -100,7 +100,7 @@ SERVE_OPTIONS = (
             "disk_bytes",
             type=MemorySize(),
             metavar="SIZE",
-            help="Most disk space for the data folder; the oldest results are removed first.  [default: no limit]",
+            help="Maximum disk space of the data folder. The oldest results are deleted first.  [default: no limit]",
         ),
         option(
             "--max-upload",
@@ -108,7 +108,7 @@ SERVE_OPTIONS = (
             default="1GiB",
             show_default=True,
             metavar="SIZE",
-            help="Largest size of one request.",
+            help="Maximum size of one request.",
         ),
         option(
             "--max-frames",
@@ -116,7 +116,7 @@ SERVE_OPTIONS = (
             default=3000,
             show_default=True,
             metavar="N",
-            help="Most frames of one video.",
+            help="Maximum number of frames per video.",
         ),
         option(
             "--max-queue",
@@ -124,7 +124,7 @@ SERVE_OPTIONS = (
             default=2000,
             show_default=True,
             metavar="N",
-            help="Most jobs that wait or run at the same time.",
+            help="Maximum number of queued and running jobs.",
         ),
         option(
             "--max-queue-per-key",
@@ -132,7 +132,7 @@ SERVE_OPTIONS = (
             default=500,
             show_default=True,
             metavar="N",
-            help="Most jobs of one client that wait or run at the same time.",
+            help="Maximum number of queued and running jobs per client.",
         ),
         option(
             "--file-quota",
@@ -140,7 +140,7 @@ SERVE_OPTIONS = (
             default="20GiB",
             show_default=True,
             metavar="SIZE",
-            help="Most disk space for the files of one client.",
+            help="Maximum disk space for the files of one client.",
         ),
     ),
     in_section(
@@ -153,7 +153,7 @@ SERVE_OPTIONS = (
             default=16384,
             show_default=True,
             metavar="N",
-            help="Most rows (tokens) that a stage computes at once.",
+            help="Maximum number of rows (tokens) per call of a stage.",
         ),
         SELF_ATTENTION,
         VRAM_LIMIT,
@@ -165,13 +165,14 @@ SERVE_OPTIONS = (
             show_default=True,
             help="Segmenter for requests without masks.",
         ),
-        option("--segmenter-weights", type=PATH, metavar="DIR", help="Folder with the segmenter's weights."),
-        option("--no-warm", is_flag=True, help="Load the weights with the first job instead of at the start."),
+        option("--segmenter-weights", type=PATH, metavar="DIR", help="Folder of a segmenter."),
+        option("--no-warm", is_flag=True, help="Load the weights at the first job instead of at the start."),
     ),
 )
 
 
 def serve_options(function: Any) -> Any:
+    """Add all options of `serve` to a command."""
     for section in reversed(SERVE_OPTIONS):
         function = section(function)
     return function
@@ -185,15 +186,17 @@ def serve_options(function: Any) -> Any:
 def serve(engines: str, ray_address: str | None, **options: Any) -> None:
     """Serve videos over HTTP: the API of OpenAI's videos, a page at /, and `scail2-rt generate --server`.
 
-    Jobs are kept in --data: an accepted job survives a crash of worker, server or machine. The address is printed on
-    stdout when the service is ready. With --ray the service runs in the cluster, and the command ends."""
+    Jobs are stored in --data: an accepted job survives a crash of the worker, server or machine. The address is printed
+    on stdout when the service is ready. With --ray the service runs in the cluster, and the command exits."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise click.UsageError(f"serve needs the package {error.name}: pip install 'scail2-rt[serve]'") from error
+        raise click.UsageError(
+            f"serve needs the package {error.name}. Install it with: pip install 'scail2-rt[serve]'"
+        ) from error
     from scail2_rt.runtime.serve.launch import settings_of
     from scail2_rt.runtime.serve.server import run
 

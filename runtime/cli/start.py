@@ -1,8 +1,8 @@
-"""The console script `scail2-rt`. Ctrl-C while modules are imported ends the process with one line.
+"""The console script `scail2-rt`. Ctrl-C during an import ends the process with one line.
 
-An import that is interrupted leaves half a module behind: PyTorch's aborts the process, others print a traceback. At
-any other time Ctrl-C is a `KeyboardInterrupt`, which `main` turns into the same line. Nothing of the program is
-imported before the handler is in place; only Python's own start comes earlier.
+An interrupted import leaves a module half initialised: PyTorch aborts the process, other modules print a traceback. At
+any other time Ctrl-C raises `KeyboardInterrupt`, which `main` turns into the same line. The handler is installed before
+any other module of the program is imported.
 """
 
 import os
@@ -10,7 +10,7 @@ import signal
 from types import FrameType
 
 INTERRUPTED = 130
-IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of an import
+IMPORTING = "<frozen importlib._bootstrap>"  # file name of a stack frame of an import
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGINT."""
+    """Handle SIGINT: exit if an import is running, else raise KeyboardInterrupt."""
     while frame is not None:
         if frame.f_code.co_filename == IMPORTING:
             os.write(2, b"error: interrupted\n")

@@ -1,6 +1,6 @@
-"""What the values of options may be, beyond click's own types, and the sentence when they are not.
+"""Types of option values, in addition to those of click. A value that cannot be converted raises click.BadParameter.
 
-Only click is imported here; `CHARACTERS` repeats what `masks` defines (a test compares them).
+Only click is imported here. `CHARACTERS` repeats the list in `masks`; a test compares them.
 """
 
 import re
@@ -13,7 +13,7 @@ CHARACTERS = ("red", "green", "blue", "yellow", "magenta", "cyan")  # masks.CHAR
 
 
 class SizeType(click.ParamType):
-    """`512x896` → (512, 896): height first, as the model's sizes are written."""
+    """`512x896` → (512, 896): height, width in pixels."""
 
     name = "HxW"
 
@@ -22,7 +22,7 @@ class SizeType(click.ParamType):
             return value
         match = re.fullmatch(r"(\d+)[x×X*](\d+)", value.strip())
         if not match:
-            self.fail(f"{value!r} is not a size: write height and width as in 512x896", param, ctx)
+            self.fail(f"{value!r} is not a size. Write height and width as in 512x896.", param, ctx)
         return int(match[1]), int(match[2])
 
 
@@ -37,7 +37,7 @@ class MemorySize(click.ParamType):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([MG])(?:i?B)?)", value.strip(), re.IGNORECASE)
         if not match:
-            self.fail(f"{value!r} is not a size of memory: write it as in 12GiB", param, ctx)
+            self.fail(f"{value!r} is not a memory size. Write it as in 12GiB.", param, ctx)
         return int(float(match[1]) * self.UNITS[match[2].upper()])
 
 
@@ -50,7 +50,7 @@ class GpuCount(click.ParamType):
         if value == "all" or isinstance(value, int):
             return value
         if not value.strip().isdecimal() or int(value) < 1:
-            self.fail(f"{value!r} is not a number of GPUs: write it as in 2, or all", param, ctx)
+            self.fail(f"{value!r} is not a number of GPUs. Write a number, or all.", param, ctx)
         return int(value)
 
 
@@ -65,9 +65,9 @@ class ColourMap(click.ParamType):
         numbers, _, target = value.partition("=")
         levels = [int(part) if part.strip().isdecimal() else -1 for part in numbers.split(",")]
         if len(levels) != 3 or not all(0 <= level <= 255 for level in levels):
-            self.fail(f"{value!r} does not begin with a colour: write it as in 255,140,0=red", param, ctx)
+            self.fail(f"{value!r} does not start with a colour. Write it as in 255,140,0=red.", param, ctx)
         if target.strip() not in (*CHARACTERS, "white", "black"):
-            self.fail(f"{target!r} is none of white, black, {', '.join(CHARACTERS)}", param, ctx)
+            self.fail(f"{target!r} is not a mask colour. Use white, black, {', '.join(CHARACTERS)}.", param, ctx)
         return tuple(levels), target.strip()
 
 
@@ -81,12 +81,12 @@ class SeedList(click.ParamType):
             return value
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-            self.fail(f"{value!r} is not a list of different seeds: write it as in 1,2,3", param, ctx)
+            self.fail(f"{value!r} is not a list of different seeds. Write it as in 1,2,3.", param, ctx)
         return tuple(int(part) for part in parts)
 
 
 class RateType(click.ParamType):
-    """`25`, `23.976`, `30000/1001` → a fraction."""
+    """`25`, `23.976`, `30000/1001` → `Fraction`, frames per second."""
 
     name = "FPS"
 
@@ -96,5 +96,5 @@ class RateType(click.ParamType):
         except (ValueError, ZeroDivisionError):
             rate = Fraction(0)
         if not 0 < rate <= 1000:
-            self.fail(f"{value!r} is not a frame rate: write it as in 25 or 30000/1001", param, ctx)
+            self.fail(f"{value!r} is not a frame rate. Write it as in 25 or 30000/1001.", param, ctx)
         return rate

@@ -1,1 +1,1 @@
-"""Work behind the commands: one generation or a batch, with reports; doctor, download, inspection."""
+"""The work behind the commands: one generation or a batch, with reports; doctor, download, inspection."""

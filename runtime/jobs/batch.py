@@ -1,7 +1,7 @@
-"""Many videos through one set of engines: `scail2-rt generate --batch FILE`, and `--seeds N,N,...`.
+"""Many videos with one set of engines: `scail2-rt generate --batch FILE`, and `--seeds N,N,...`.
 
-Every case is checked before the engines load once for all of them. A line or case that is wrong is reported, and the
-others run. With `--resume`, a complete result stays, an interrupted one is continued and what was not begun begins.
+All cases are checked first, then the engines load once. A line or case that fails is reported, and the others run. With
+`--resume`, complete results are kept, interrupted runs are resumed, and the other cases start.
 """
 
 import sys
@@ -35,8 +35,9 @@ T = TypeVar("T")
 
 
 def batch_jobs(options: GenerateOptions) -> list[Job]:
-    """The jobs of `--batch FILE`, a video each in the output folder, or of `--seeds`; which inputs were chosen is told
-    on stderr. A line that is wrong is a job with an error. Raises InputError for options that contradict `--batch`."""
+    """Return the jobs of `--batch FILE` (one video per job in the output folder) or of `--seeds`, and print notes about
+    chosen inputs on stderr. An invalid line becomes a job with an error. Raises InputError for options that contradict
+    `--batch`, and for invalid inputs of `--seeds`."""
     if options.batch is None:
         jobs = [replace(single_job(each), name=str(each.video)) for each in options.per_seed]
         if not _makes_masks(jobs[0]):
@@ -44,23 +45,25 @@ def batch_jobs(options: GenerateOptions) -> list[Job]:
         return jobs
     others = [name for name in ("case", *FILES, "extra_refs", "prompt", "prompt_file") if getattr(options, name)]
     if others:
-        raise InputError(f"--batch and {flags(others)} were both given: a batch file names its cases and prompts.")
+        raise InputError(
+            f"--batch and {flags(others)} were both given, but a batch file names its cases and prompts. Leave out one."
+        )
     if options.output.exists() and not options.output.is_dir():
         raise InputError(
-            f"The output {options.output} is a file, but --batch writes a video per case: give a folder with -o."
+            f"The output {options.output} is a file, but --batch writes one video per case. Give a folder with -o."
         )
-    jobs, taken = list[Job](), set[str]()
+    jobs, used = list[Job](), set[str]()
     for line in options.lines:
         label = f"line {line.number}"
         try:
             if line.error is not None:
                 raise line.error
-            given = _line_options(line, options, taken)
+            given = _line_options(line, options, used)
             if named := given.case or given.driving:
                 label += f", {named}"
             each_seed = [replace(single_job(each), name=_with_seed(label, each)) for each in given.per_seed]
             if set(MAKING) & set(line.options) and not _makes_masks(each_seed[0]):
-                masks_of(given)  # raises: those of the command are for the lines that need them
+                masks_of(given)  # raises; the command's own mask options apply only to lines without masks
         except Scail2Error as error:
             jobs.append(Job(label, None, None, None, error))
             continue
@@ -78,9 +81,9 @@ def _with_seed(label: str, options: GenerateOptions) -> str:
     return f"{label}, seed {options.seed}" if options.seeds else label
 
 
-def _line_options(line: BatchLine, options: GenerateOptions, taken: set[str]) -> GenerateOptions:
-    """The options of a line, with those of the command for what it does not say. taken: names of outputs, to which its
-    own is added."""
+def _line_options(line: BatchLine, options: GenerateOptions, used: set[str]) -> GenerateOptions:
+    """Return the options of a line; the command's options apply where the line sets none. used: names of outputs so
+    far, to which this one is added. Raises InputError for an output that an earlier line has."""
     given = dict(line.options)
     if "seeds" in given:
         given.setdefault("seed", 0)
@@ -89,23 +92,24 @@ def _line_options(line: BatchLine, options: GenerateOptions, taken: set[str]) ->
     case, image, driving = (given.get(name) for name in ("case", "image", "driving"))
     if "output" in given:
         name = str(given["output"])
-        if name in taken:
-            raise InputError(f"The output {name} is that of an earlier line, too: give each line its own.")
+        if name in used:
+            raise InputError(f"The output {name} is also the output of an earlier line. Give each line another one.")
     else:
         stem = Path(case).resolve().name if case else "-".join(Path(path).stem for path in (image, driving) if path)
         stem = stem or f"line-{line.number}"
-        names = (f"{stem}-{count}.mp4" if count > 1 else f"{stem}.mp4" for count in range(1, len(taken) + 2))
-        name = next(name for name in names if name not in taken)
-    taken.add(name)
+        names = (f"{stem}-{count}.mp4" if count > 1 else f"{stem}.mp4" for count in range(1, len(used) + 2))
+        name = next(name for name in names if name not in used)
+    used.add(name)
     return replace(options, **{**given, "batch": None, "lines": (), "output": options.output / name})
 
 
 def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Outcome:
-    """All cases; `listener` makes one listener per case. Without a batch file, what is wrong with the inputs raises."""
+    """Run all cases. `listener` returns a progress listener for one case. Raises as `batch_jobs`; with `--seeds`, also
+    InputError for inputs that fail a check."""
     jobs, results = batch_jobs(options), dict[str, Outcome | dict[str, Any]]()
 
     def attempt(job: Job, work: Callable[[], T]) -> T | None:
-        """What `work` returns; what is wrong with one case is reported, and the others run."""
+        """Return the result of `work`. If it fails, report the error and return None, so that the other cases run."""
         try:
             return work()
         except Exception as error:
@@ -118,8 +122,8 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
     for job in jobs:
 
         def check(job: Job = job) -> tuple[Job, Plan] | Outcome:
-            asked = options.batch is None or _makes_masks(job)
-            ready = with_made_masks(job, listener()) if asked else job
+            needs_masks = options.batch is None or _makes_masks(job)
+            ready = with_made_masks(job, listener()) if needs_masks else job
             return ready if isinstance(ready, Outcome) else (ready, check_job(ready))
 
         found = check() if options.batch is None else attempt(job, check)
@@ -144,7 +148,7 @@ def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Out
 
 
 def gathered(jobs: Sequence[Job], results: Mapping[str, Outcome | dict[str, Any]]) -> Outcome:
-    """One report of all cases, in their order; `results` by name: the outcome of a case, or how it failed."""
+    """Return one outcome for all cases, in their order. results: job name → outcome, or JSON object with the error."""
     in_order, texts = list[dict[str, Any]](), list[str]()
     for job in jobs:
         result = results[job.name]

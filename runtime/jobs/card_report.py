@@ -1,8 +1,7 @@
-"""What `verify` prints for others to read: one block about plans on a card, to be pasted into a report.
+"""The report block of `verify`: one block of text about TensorRT plans on a GPU, to be pasted into an issue.
 
-Nobody who works on this project has an RTX card, so what a run there shows must fit into one message: card, driver and
-versions, what passed and what failed, the milliseconds of every kind of stage beside the torch executor's on the same
-card, a whole denoising step in both, and the memory that it takes. Stages of one family are one line.
+The project has no RTX card to test on, so the block must hold everything needed: GPU, driver, versions, passed and
+failed checks, milliseconds per stage family of each executor, and time and memory of a denoising step of each executor.
 """
 
 import platform
@@ -33,8 +32,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """A denoising step of one pass. seconds: the median, None when it could not be run (`fault` says why); peak_gib: of
-    PyTorch's allocator; device_gib: in use on the GPU in all (a library's own memory is in it alone)."""
+    """A denoising step of one guidance pass.
+
+    size         HxWxT in pixels and frames
+    seconds      median; None if the step failed (see `fault`)
+    peak_gib     peak of PyTorch's allocator
+    device_gib   all GPU memory in use, including libraries"""
 
     backend: str
     size: str
@@ -46,14 +49,15 @@ class StepTime:
     def __str__(self) -> str:
         if self.seconds is None:
             return f"{self.backend} failed at {self.size}: {self.fault}"
-        memory = f", peak {self.peak_gib:.1f} GiB, on the device {self.device_gib:.1f} GiB" if self.device_gib else ""
+        memory = f", peak {self.peak_gib:.1f} GiB, GPU in use {self.device_gib:.1f} GiB" if self.device_gib else ""
         return f"{self.backend} {self.seconds * 1e3:.4g} ms at {self.size}{memory}"
 
 
 def step_time(
     directory: Path, name: str, sizes: Sequence[tuple[int, int, int]] = STEP_SIZES, repeats: int = 5
 ) -> StepTime:
-    """Time a step on random inputs, in a CUDA graph where the engines record one; the next size when one fails."""
+    """Return the time of a denoising step on random inputs, with CUDA graphs if the engines record them. The first size
+    (frames, height, width) that runs is used. name: of the executor; repeats: timed runs."""
     found: StepTime | None = None
     for frames, height, width in sizes:
         size = f"{height}x{width}x{frames}"
@@ -74,7 +78,7 @@ def _timed(directory: Path, name: str, layout: Layout, size: str, repeats: int) 
             torch.cuda.reset_peak_memory_stats()
         step = _step(engines, layout)
         seconds = []
-        for run in range(repeats + 3):  # loads and compiles; is recorded; is replayed for the first time
+        for run in range(repeats + 3):  # warm-up: load and compile, record, first replay
             started = time.perf_counter()
             step()
             if on_gpu:
@@ -89,7 +93,8 @@ def _timed(directory: Path, name: str, layout: Layout, size: str, repeats: int) 
 
 
 def _step(engines: EngineSet, layout: Layout) -> Callable[[], object]:
-    """A step of one pass on random inputs, everything that is constant over the steps done."""
+    """Return a function that runs one step of one pass on random inputs. Everything constant over steps is computed
+    before."""
     config = engines.config.dit
     assert config is not None
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +114,7 @@ def _step(engines: EngineSet, layout: Layout) -> Callable[[], object]:
 
 
 def block_for_report(report: VerifyReport) -> str | None:
-    """The block, with steps timed, where plans were tested on a card; else None: there is nothing to learn."""
+    """Return the block, with timed steps, if plans were tested on a GPU; else None."""
     tested = list(dict.fromkeys(result.backend for result in report.stages))
     if not torch.cuda.is_available() or not any(backend(name).needs_gpu for name in tested):
         return None
@@ -119,7 +124,7 @@ def block_for_report(report: VerifyReport) -> str | None:
 
 
 def card_block(report: VerifyReport, steps: Sequence[StepTime], versions: Mapping[str, str]) -> str:
-    """The block. versions: of libraries, beside those that the manifest names."""
+    """Return the block. versions: library → version, in addition to those in the manifest."""
     manifest = read_manifest(Path(report.directory))
     cards = [
         f"{gpu.name}, {target_of(gpu.capability)}, {gpu.total_gib:.1f} GiB, driver {gpu.driver}"
@@ -129,7 +134,7 @@ def card_block(report: VerifyReport, steps: Sequence[StepTime], versions: Mappin
     lines = [
         "```",
         f"scail2-rt verify: {'PASS' if report.passed else 'FAIL'} ({report.precision})",
-        f"card: {'; '.join(cards) or 'none'}",
+        f"GPU: {'; '.join(cards) or 'none'}",
         f"system: {platform.platform(terse=True)}, Python {platform.python_version()}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in sorted(named.items())),
         *(str(check) for check in report.checks),
@@ -142,7 +147,7 @@ def card_block(report: VerifyReport, steps: Sequence[StepTime], versions: Mappin
 
 
 def family_rows(report: VerifyReport) -> list[str]:
-    """One line per family of stages, as `_row`."""
+    """Return one line per family of stages."""
     config = read_manifest(Path(report.directory)).config
     families = {name: d.family or name for name, d in stage_definitions(config).items()}
     groups: dict[str, list[StageResult]] = {}
@@ -152,7 +157,7 @@ def family_rows(report: VerifyReport) -> list[str]:
 
 
 def _row(family: str, results: Sequence[StageResult]) -> str:
-    """One family: how many stages passed, the worst error, and the median milliseconds of each executor."""
+    """Return the line of one family: per executor the passed stages, the worst error and the median milliseconds."""
     parts = []
     for name in dict.fromkeys(result.backend for result in results):
         group = [result for result in results if result.backend == name]

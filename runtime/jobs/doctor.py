@@ -1,9 +1,9 @@
-"""`doctor`: what this machine has, which executor `auto` would take and why, and what would make it faster.
+"""`doctor`: the hardware and libraries of this machine, the backend that `auto` chooses and why, and advice.
 
-It must answer on a machine where things are missing or broken, so every library is probed by itself: a probe gives
-text, never an error, and says "not installed" or "broken" with the library's own message. Graphics cards are asked for
-through the driver's own tool, so that a PyTorch without CUDA is told apart from a machine without a GPU. Most of
-the time goes into importing PyTorch.
+It must work on a machine where libraries are missing or broken. Each library is probed separately, and a probe returns
+text instead of raising: "not installed", or "broken" with the library's message. GPUs are listed by the driver's tool,
+so that a PyTorch without CUDA can be distinguished from a machine without a GPU. Importing PyTorch takes most of the
+time.
 """
 
 import importlib
@@ -46,7 +46,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """One card as the driver sees it."""
+    """One GPU, as reported by the driver."""
 
     name: str
     capability: tuple[int, int]
@@ -57,7 +57,7 @@ class GPU:
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A library: its version or None, and a line about it ("not installed", "broken: …", what it can do)."""
+    """A library. detail: "not installed", "broken: …", or its features."""
 
     name: str
     version: str | None
@@ -67,8 +67,8 @@ class Library:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The answers, in the order of the screen. engines, engines_open: None when no folder was named; backend: None when
-    none can run."""
+    """The results, in the order of the text. engines, engines_open: None if no folder was named; backend: None if none
+    can run."""
 
     python: str
     system: str
@@ -90,7 +90,7 @@ class Diagnosis:
 
     @property
     def text(self) -> str:
-        """One screen."""
+        """All results as text, one line per fact."""
         rows = [("Python", f"{self.python} on {self.system}, {counted(self.cpu_count, 'CPU core')}")]
         rows.append(("memory", _of(self.ram_free_gib, self.ram_total_gib, "available")))
         rows.append(("disk", f"{_gib(self.disk_free_gib)} free at {self.disk}"))
@@ -103,15 +103,16 @@ class Diagnosis:
                 )
             )
         if not self.gpus:
-            rows.append(("GPU", "none that the NVIDIA driver shows"))
+            rows.append(("GPU", "none reported by the NVIDIA driver"))
         rows.append(("CUDA", self.cuda))
         for library in self.libraries:
             rows.append((library.name, ", ".join(part for part in (library.version, library.detail) if part)))
         codecs = [f"{codec} ({', '.join(found)})" for codec, found in self.encoders.items() if found]
         rows.append(("encoders", ", ".join(codecs) or "none"))
-        rows.append(("backend", f"auto takes {self.backend}, because {self.reason}" if self.backend else self.reason))
-        rows += [("to be faster" if not i else "", line) for i, line in enumerate(self.advice)]
-        rows += [("masks by" if not i else "", line) for i, line in enumerate(self.segmenters)]
+        choice = f"auto chooses {self.backend}, because {self.reason}" if self.backend else self.reason
+        rows.append(("backend", choice))
+        rows += [("advice" if not i else "", line) for i, line in enumerate(self.advice)]
+        rows += [("segmenters" if not i else "", line) for i, line in enumerate(self.segmenters)]
         if self.engines is not None:
             rows.append(("engines", self.engines))
         width = max(len(name) for name, _ in rows)
@@ -127,17 +128,19 @@ def _of(free: float | None, total: float | None, word: str) -> str:
 
 
 def diagnose(engines: Path | None = None, observer: "BuildObserver | None" = None) -> Diagnosis:
-    """Look at this machine, and at an engine folder if one is named, which is read whole: `observer` hears how far that
-    is. InputError for a folder that is not there, or holds no engines; whatever else is wrong is in the answers."""
+    """Examine this machine and, if named, an engine folder, all of whose files are read. `observer` receives the
+    progress of that.
+
+    Raises InputError for a path that does not exist or is not an engine folder. Other problems are in the result."""
     if engines is not None and not engines.exists():
-        raise InputError(f"There is nothing at {engines.absolute()}; give the path of an engine folder.")
+        raise InputError(f"{engines.absolute()} does not exist. Give the path of an engine folder.")
     if engines is not None and not (engines / "manifest.json").is_file():
         raise InputError(
-            f"{engines.absolute()} is no engine folder, since it has no manifest.json; build one with: scail2-rt "
+            f"{engines.absolute()} is not an engine folder, because it has no manifest.json. Build one with: scail2-rt "
             "build-engines CHECKPOINT -o ENGINES"
         )
     if observer is not None:
-        observer.note("looking at the libraries of this machine, which takes a few seconds")
+        observer.note("checking the libraries of this machine, which takes a few seconds")
     libraries = (_torch(), _triton(), _tensorrt(), _tensorrt_rtx(), _onnxruntime(), _pyav())
     by_name = {library.name: library for library in libraries}
     cuda, torch_sees_gpu = _cuda(by_name["PyTorch"])
@@ -168,7 +171,7 @@ def diagnose(engines: Path | None = None, observer: "BuildObserver | None" = Non
 
 
 def _attempt(probe: Callable[[], Any]) -> Any:
-    """What a probe gives, or None when it fails in whatever way."""
+    """Return the result of a probe, or None if it raises."""
     try:
         return probe()
     except Exception:  # a broken library may raise anything
@@ -180,7 +183,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _probe(name: str, module: str, packages: tuple[str, ...], describe: Callable[[ModuleType], str]) -> Library:
-    """Import a library and describe it; `packages`: distributions that bring it."""
+    """Import a library and describe it. packages: distributions that contain it."""
     versions = (_attempt(partial(importlib.metadata.version, package)) for package in packages)
     version = next((found for found in versions if found), None)
     try:
@@ -189,7 +192,7 @@ def _probe(name: str, module: str, packages: tuple[str, ...], describe: Callable
         if error.name == module and version is None:
             return Library(name, None, MISSING, False)
         return Library(name, version, f"broken: {_one_line(error)}", False)
-    except Exception as error:  # a library for another CUDA, a half-removed package
+    except Exception as error:  # for example a library for another CUDA version
         return Library(name, version, f"broken: {_one_line(error)}", False)
     try:
         return Library(name, version or getattr(imported, "__version__", None), describe(imported), True)
@@ -211,7 +214,7 @@ def _triton() -> Library:
 
 def _tensorrt() -> Library:
     def describe(tensorrt: Any) -> str:
-        tensorrt.Logger()  # without its libraries the binding imports and fails here
+        tensorrt.Logger()  # without its libraries the import succeeds and this fails
         return ""
 
     packages = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt", "tensorrt-cu13-bindings")
@@ -243,7 +246,7 @@ def _pyav() -> Library:
 
 
 def _encoders() -> dict[str, tuple[str, ...]]:
-    """Codec → its encoders in this PyAV. (Hardware encoders are listed when FFmpeg has them, card or not.)"""
+    """Return codec → its encoders in this PyAV. Hardware encoders are listed if FFmpeg has them, even without a GPU."""
 
     def available() -> set[str]:
         import av
@@ -255,7 +258,7 @@ def _encoders() -> dict[str, tuple[str, ...]]:
 
 
 def gpus_of_driver() -> tuple[GPU, ...]:
-    """The cards by the driver's tool; none when it is missing or fails."""
+    """Return the GPUs listed by the driver's tool; empty if it is missing or fails."""
 
     def ask() -> tuple[GPU, ...]:
         done = subprocess.run(DRIVER_TOOL, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
@@ -265,7 +268,7 @@ def gpus_of_driver() -> tuple[GPU, ...]:
 
 
 def _gpus_of_torch() -> tuple[GPU, ...]:
-    """The cards by PyTorch, for containers without the driver's tool."""
+    """Return the GPUs that PyTorch sees, for containers without the driver's tool."""
 
     def ask() -> tuple[GPU, ...]:
         import torch
@@ -281,14 +284,14 @@ def _gpus_of_torch() -> tuple[GPU, ...]:
 
 
 def _parse_gpu(line: str) -> GPU:
-    """One line of the tool: name, capability, free MiB, total MiB, driver."""
+    """Parse one line of the tool: name, capability, free MiB, total MiB, driver."""
     name, capability, free, total, driver = (part.strip() for part in line.rsplit(",", 4))
     major, _, minor = capability.partition(".")
     return GPU(name, (int(major), int(minor)), float(free) / 1024, float(total) / 1024, driver)
 
 
 def _cuda(torch_library: Library) -> tuple[str, bool]:
-    """(what PyTorch makes of CUDA, does it see a GPU)."""
+    """Return (text about CUDA in PyTorch, whether PyTorch sees a GPU)."""
     if not torch_library.usable:
         return "unknown: PyTorch cannot be used", False
 
@@ -299,11 +302,11 @@ def _cuda(torch_library: Library) -> tuple[str, bool]:
             return "PyTorch finds no CUDA GPU", False
         return f"{torch.version.cuda}, PyTorch sees {counted(torch.cuda.device_count(), 'GPU')}", True
 
-    return _attempt(ask) or ("PyTorch fails when it is asked", False)
+    return _attempt(ask) or ("unknown: PyTorch's CUDA query fails", False)
 
 
 def _choice(torch_library: Library) -> tuple[str | None, str]:
-    """(what `auto` takes for a new folder, why)."""
+    """Return (the backend that `auto` chooses for a new folder, the reason)."""
     if not torch_library.usable:
         return None, "no backend can run without PyTorch: pip install torch"
     try:
@@ -315,7 +318,7 @@ def _choice(torch_library: Library) -> tuple[str | None, str]:
 
 
 def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu: bool) -> tuple[str, ...]:
-    """What to install or change for a faster backend, best first; says so when there is nothing."""
+    """Return what to install or change for a faster backend, the most effective first."""
     torch, runtime = libraries["PyTorch"], libraries["ONNX Runtime"]
     lines = []
     if not torch.usable:
@@ -323,11 +326,11 @@ def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu
     if not gpus and not torch_sees_gpu:
         if not runtime.usable:
             lines.append('ONNX Runtime is the fastest backend on a CPU: pip install "scail2-rt[cpu]"')
-        lines.append("a video of usable size needs an NVIDIA GPU; without one this machine is for trials and tests")
+        lines.append("videos of usable size need an NVIDIA GPU; use this machine for small tests only")
         return tuple(lines)
     if torch.usable and not torch_sees_gpu:
         lines.append(
-            "PyTorch does not see the GPU: install a build for CUDA that the driver supports (pytorch.org/get-started)"
+            "PyTorch does not see the GPU: install a CUDA build that the driver supports (pytorch.org/get-started)"
         )
     if any(f"sm{major}{minor}" in RTX_TARGETS for major, minor in (gpu.capability for gpu in gpus)):
         if not libraries["TensorRT for RTX"].usable:
@@ -344,12 +347,12 @@ def _advice(gpus: tuple[GPU, ...], libraries: dict[str, Library], torch_sees_gpu
     if not libraries["Triton"].usable:
         lines.append('Triton kernels: pip install "scail2-rt[gpu]"')
     if gpus and max(gpu.capability for gpu in gpus) < FP8_CAPABILITY:
-        lines.append("the GPU has no fp8 (sm89 or newer has): build with --precision bf16")
+        lines.append("the GPU has no fp8, which needs sm89 or newer: build with --precision bf16")
     return tuple(lines) or ("nothing is missing",)
 
 
 def _segmenters() -> tuple[str, ...]:
-    """What can make masks: the segmenters in the cache, and what each takes."""
+    """Return a line about each segmenter in the cache folder, with its size, or how to get one."""
     from scail2_rt.runtime.masks.make.folders import NAMES, open_folder, segmenter_cache
 
     lines = []
@@ -363,18 +366,18 @@ def _segmenters() -> tuple[str, ...]:
                 continue
             alone = " without Grounding DINO" if name == "sam2" and found.detector is None else ""
             lines.append(
-                f"{name}{alone} in {found.model}: {found.weight_bytes / GIB:.1f} GiB of weights, about "
-                f"{found.memory_bytes / GIB:.1f} GiB in memory (an estimate)"
+                f"{name}{alone} in {found.model}: {found.weight_bytes / GIB:.1f} GiB of weights, an estimated "
+                f"{found.memory_bytes / GIB:.1f} GiB in memory"
             )
     if not lines:
-        lines.append("no segmenter is there: get one with: scail2-rt download --segmenter sam2")
+        lines.append("none in the cache folder: download one with: scail2-rt download --segmenter sam2")
     if version is None:
         lines.append('transformers is not installed: pip install "scail2-rt[masks]"')
     return tuple(lines)
 
 
 def _opens(directory: Path, torch_library: Library, observer: "BuildObserver | None") -> tuple[str, bool]:
-    """(what opening and checking the folder says, does it open and is it whole)."""
+    """Return (text about opening and checking the folder, whether it opens and is undamaged)."""
     if not torch_library.usable:
         return f"{directory} cannot be opened without PyTorch", False
     try:
@@ -395,7 +398,7 @@ def _opens(directory: Path, torch_library: Library, observer: "BuildObserver | N
 
 
 def _memory() -> tuple[float | None, float | None]:
-    """(available, total) host memory in GiB; None where the system does not tell."""
+    """Return (available, total) host memory in GiB; None for a value that the system does not report."""
 
     def linux() -> tuple[float, float]:
         lines = Path("/proc/meminfo").read_text().splitlines()

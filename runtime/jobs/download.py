@@ -1,9 +1,10 @@
-"""The official checkpoint from the Hugging Face hub: the needed files only, resumable, each checked by its hash.
+"""Download of the official checkpoint from the Hugging Face hub: only the needed files, resumable, checked by hash.
 
-`huggingface_hub` gives the list of files with their hashes, the addresses, the credentials and the retries. The bytes
-are fetched here, in ranges of a few at a time, into `FILE.<hash>.partial`: the library's own download begins a file of
-65 GB anew when it was interrupted. A file gets its name when its hash is the hub's (SHA-256 of large files, git's hash
-of small ones). `.download.json` in the folder remembers what was verified: a second call only asks for the list.
+`huggingface_hub` provides the list of files with hashes, the addresses, the credentials and the retries. The bytes are
+fetched here, a few ranges concurrently, into `FILE.<hash>.partial`, because the library's own download restarts an
+interrupted file of 65 GB from the beginning. A file is renamed when its hash matches the hub's (SHA-256 for large
+files, git's hash for small ones). `.download.json` in the folder records verified files, so that a second call only
+fetches the list.
 """
 
 import hashlib
@@ -36,14 +37,15 @@ PARTS = {  # in the order of the message that names missing ones
 }
 TOKENIZER = re.compile(r"(google/)?umt5-xxl/tokenizer\.json")
 RECORD = ".download.json"
-PIECE = 32 << 20  # bytes asked for at a time
+PIECE = 32 << 20  # bytes per HTTP request
 STREAMS = 4
 DISK_MARGIN = 1 << 28
+KEPT = "The part that was fetched is kept. Run the same command again to continue."
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of the repository. sha256: of a large file (LFS); blob: git's hash of a small one."""
+    """A file of the repository. size: bytes; sha256: of a large file (LFS); blob: git's hash of a small file."""
 
     path: str
     size: int
@@ -56,17 +58,18 @@ class RemoteFile:
 
 
 class Hub(Protocol):
-    """What a download needs of the hub."""
+    """The operations of the hub that a download needs."""
 
     def files(self, repository: str, revision: str) -> tuple[str, Sequence[RemoteFile]]:
-        """(commit, its files). InputError: no such repository or revision; Scail2Error: not to be reached."""
+        """Return (commit, its files). Raises InputError if the repository or revision does not exist, Scail2Error if
+        the hub cannot be reached."""
 
     def read(self, repository: str, commit: str, path: str, start: int, size: int) -> bytes:
-        """Bytes of a file. Scail2Error when they cannot be had."""
+        """Return bytes start:start+size of a file. Raises Scail2Error if they cannot be fetched."""
 
 
 class HuggingFace:
-    """The hub through its client library, at $HF_ENDPOINT if that is set, with the user's token if there is one."""
+    """The hub, accessed with its client library: at $HF_ENDPOINT if it is set, with the user's token if it exists."""
 
     def files(self, repository: str, revision: str) -> tuple[str, Sequence[RemoteFile]]:
         from huggingface_hub import HfApi
@@ -81,8 +84,10 @@ class HuggingFace:
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, GatedRepoError) as error:
             reason = _first_line(error)
-            raise InputError(f"The hub gives no {repository} at revision {revision} ({reason}); check both.") from error
-        except Exception as error:  # whatever the HTTP client raises when there is no way to the hub
+            raise InputError(
+                f"The hub has no {repository} at revision {revision}, or no access to it ({reason}). Check both."
+            ) from error
+        except Exception as error:  # anything that the HTTP client raises without a connection
             raise _unreachable(error, repository) from error
         found = []
         for file in info.siblings or ():
@@ -100,20 +105,24 @@ class HuggingFace:
             hf_raise_for_status(response)
         except Exception as error:
             raise Scail2Error(
-                f"{path} cannot be had from the hub ({type(error).__name__}: {_first_line(error)}); what came is kept, "
-                "and the same command continues."
+                f"{path} cannot be fetched from the hub ({type(error).__name__}: {_first_line(error)}). {KEPT}"
             ) from error
         return response.content
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadReport:
-    """What is there now. fetched: bytes that came over the network; missing: files the repository does not have."""
+    """The result of a download.
+
+    files     path → the hash that was checked
+    size      bytes of all files
+    fetched   bytes that were transferred
+    missing   files that the repository lacks"""
 
     directory: str
     repository: str
     commit: str
-    files: dict[str, str]  # path → the hash that was checked
+    files: dict[str, str]
     size: int
     fetched: int
     missing: tuple[str, ...]
@@ -126,7 +135,7 @@ class DownloadReport:
             f"{self.size / 2**30:.2f} GiB, all verified; {self.fetched / 2**30:.2f} GiB fetched in {self.wall_s:.0f} s"
         ]
         lines += [f"  {digest}  {path}" for path, digest in self.files.items()]
-        lines += [f"  {path} is not in the repository: take that of google/umt5-xxl" for path in self.missing]
+        lines += [f"  {path} is not in the repository: use the one of google/umt5-xxl" for path in self.missing]
         return "\n".join(lines)
 
 
@@ -137,13 +146,15 @@ def download(
     revision: str = "main",
     observer: BuildObserver | None = None,
 ) -> DownloadReport:
-    """Complete the checkpoint folder `directory`. Errors as `Hub`; also InputError: no room, or not a checkpoint's
-    repository; Scail2Error: a file that is not what the hub says. A call after an interruption goes on."""
+    """Complete the checkpoint folder `directory`. A call after an interruption continues the download.
+
+    Raises the errors of `Hub`, InputError if the disk is too small or the repository holds no checkpoint, and
+    Scail2Error if a file does not have the hub's hash or cannot be written."""
     started = time.monotonic()
     observer = observer or SilentObserver()
     directory = directory.expanduser().absolute()
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file; name a folder.")
+        raise InputError(f"{directory} is a file. Give a folder.")
     commit, listed = hub.files(repository, revision)
     latest, wanted = _needed(repository, listed)
     try:
@@ -154,17 +165,15 @@ def download(
         wanted = [file for file in wanted if not file.path.startswith("model/") or file.path.split("/")[1] == folder]
         if not any(PARTS["transformer"].fullmatch(file.path) for file in wanted):
             raise InputError(
-                f"{repository}: {LATEST} says {folder[:40]!r}, but no model/{folder[:40]}/*.pt is listed; choose "
-                "another --revision."
+                f"{repository}: {LATEST} names {folder[:40]!r}, but the repository has no model/{folder[:40]}/*.pt. "
+                "Choose another --revision."
             )
         run.check_room(wanted)
         run.fetch(wanted)
     except OSError as error:
-        raise Scail2Error(
-            f"Writing to {directory} failed ({error.strerror or error}); what came is kept, the same command continues."
-        ) from error
+        raise unwritable(directory, error) from error
     except KeyboardInterrupt:
-        observer.note("what came is kept; the same command continues")
+        observer.note(KEPT)
         raise
     files = [latest, *wanted]
     missing = () if any(TOKENIZER.fullmatch(file.path) for file in files) else ("umt5-xxl/tokenizer.json",)
@@ -181,14 +190,14 @@ def download(
 
 
 def _needed(repository: str, listed: Sequence[RemoteFile]) -> tuple[RemoteFile, list[RemoteFile]]:
-    """`model/latest`, and the other files that build-engines reads. InputError names the parts that are not there."""
+    """Return `model/latest` and the other files that build-engines reads. Raises InputError if parts are missing."""
     latest = next((file for file in listed if file.path == LATEST), None)
     found = {part: [file for file in listed if pattern.fullmatch(file.path)] for part, pattern in PARTS.items()}
     absent = [part for part, files in found.items() if not files] + ([LATEST] if latest is None else [])
     if absent or latest is None:
         raise InputError(
-            f"{repository} is no SCAIL-2 checkpoint in the official layout: it has no {', no '.join(absent)}; "
-            f"the default repository is {REPOSITORY}."
+            f"{repository} is not a SCAIL-2 checkpoint in the official layout: it has no {', no '.join(absent)}. Use "
+            f"the default repository, {REPOSITORY}."
         )
     wanted = [file for files in found.values() for file in files]
     return latest, sorted([*wanted, *(f for f in listed if TOKENIZER.fullmatch(f.path))], key=lambda file: file.size)
@@ -196,7 +205,7 @@ def _needed(repository: str, listed: Sequence[RemoteFile]) -> tuple[RemoteFile, 
 
 @dataclass(slots=True)
 class Fetching:
-    """Fetches files of one commit into a folder."""
+    """Fetches files of one commit into a folder. fetched: bytes that were transferred."""
 
     directory: Path
     hub: Hub
@@ -207,6 +216,7 @@ class Fetching:
     fetched: int = 0
 
     def fetch(self, files: Sequence[RemoteFile]) -> None:
+        """Fetch the files that are not verified yet. Raises Scail2Error if a file cannot be fetched or is damaged."""
         phase = Phase(self.observer, "download", {file.path: file.size for file in files})
         for file in files:
             if self._verified(file):
@@ -227,15 +237,15 @@ class Fetching:
             if self._digest(unfinished, file) != file.digest:
                 unfinished.unlink()
                 raise Scail2Error(
-                    f"{file.path} arrived damaged: its hash is not {file.digest}, as {self.repository} states; it was "
-                    "removed, and the same command fetches it again."
+                    f"{file.path} arrived damaged: its hash is not {file.digest}, the hash in {self.repository}. It "
+                    "was deleted. Run the same command again to fetch it."
                 )
             os.replace(unfinished, self.directory / file.path)
             self._remember(file)
             phase.finish(step)
 
     def _verified(self, file: RemoteFile) -> bool:
-        """Is it there already, whether this program fetched it or not?"""
+        """Return whether the folder has the file with the right hash, whoever fetched it."""
         path = self.directory / file.path
         if not path.is_file() or path.stat().st_size != file.size:
             return False
@@ -243,21 +253,21 @@ class Fetching:
         key = (str(path), state.st_size, state.st_mtime_ns, file.digest)
         if key in {(f.path, f.size, f.mtime_ns, f.sha256) for f in self.journal.hashed}:
             return True
-        self.observer.note(f"checking {path}, which is there already")
+        self.observer.note(f"checking the existing file {path}")
         if self._digest(path, file) != file.digest:
-            self.observer.note(f"{path} is not what {self.repository} has; it will be replaced")
+            self.observer.note(f"{path} differs from the file in {self.repository} and will be replaced")
             return False
         self._remember(file)
         return True
 
     def _remember(self, file: RemoteFile) -> None:
-        """Keep that a file is what the hub states (of a small one by git's hash, where others have a SHA-256)."""
+        """Record that a file has the hub's hash."""
         path = self.directory / file.path
         state = path.stat()
         self.journal.remember(SourceFile("checkpoint", str(path), state.st_size, state.st_mtime_ns, file.digest))
 
     def _digest(self, path: Path, file: RemoteFile) -> str:
-        """SHA-256, or git's hash of a small file that the hub has no other of."""
+        """Return the SHA-256, or git's hash if the hub gives no SHA-256."""
         if file.sha256 is None:
             data = path.read_bytes()
             return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -272,7 +282,7 @@ class Fetching:
         return path.with_name(f"{path.name}.{file.digest[:12]}.partial")
 
     def _pieces(self, file: RemoteFile, start: int) -> Iterator[bytes]:
-        """The rest of a file in order, a few ranges under way at a time."""
+        """Yield the rest of a file in order; `STREAMS` ranges are fetched concurrently."""
         read = partial(self.hub.read, self.repository, self.commit, file.path)
         starts = deque(range(start, file.size, PIECE))
         running: deque[tuple[int, Future[bytes]]] = deque()
@@ -287,7 +297,7 @@ class Fetching:
                 piece = future.result()
                 if len(piece) != size:
                     raise Scail2Error(
-                        f"The hub sent {counted(len(piece), 'byte')} of {file.path} instead of {size:,}; run the same "
+                        f"The hub sent {counted(len(piece), 'byte')} of {file.path} instead of {size:,}. Run the same "
                         "command again."
                     )
                 yield piece
@@ -295,7 +305,7 @@ class Fetching:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def check_room(self, files: Sequence[RemoteFile]) -> None:
-        """InputError when the disk cannot hold what is still to come."""
+        """Raise InputError if the disk is too small for the bytes that are not fetched yet."""
         needed = 0
         for file in files:
             for path in (self.directory / file.path, self._partial(file)):
@@ -306,15 +316,20 @@ class Fetching:
         free = shutil.disk_usage(self.directory).free
         if needed and free < needed + DISK_MARGIN:
             raise InputError(
-                f"{needed / 2**30:.1f} GiB are still to come, but the disk of {self.directory} has "
-                f"{free / 2**30:.1f} GiB free; free some space or name another folder."
+                f"{needed / 2**30:.1f} GiB are still to be fetched, but the disk of {self.directory} has "
+                f"{free / 2**30:.1f} GiB free. Free some space, or give another folder."
             )
+
+
+def unwritable(directory: Path, error: OSError) -> Scail2Error:
+    """Return the error for a folder that cannot be written."""
+    return Scail2Error(f"Writing to {directory} failed ({error.strerror or error}). {KEPT}")
 
 
 def _unreachable(error: Exception, repository: str) -> Scail2Error:
     return Scail2Error(
-        f"The hub cannot be reached ({type(error).__name__}: {_first_line(error)}); check the network, or download the "
-        f"files of {repository} on another machine and copy the folder here."
+        f"The hub cannot be reached ({type(error).__name__}: {_first_line(error)}). Check the network, or download the "
+        f"files of {repository} on another machine and copy the folder."
     )
 
 

@@ -1,5 +1,6 @@
-"""The files of a segmenter from the Hugging Face hub, with the means of `download`: the needed ones only, resumable,
-each checked by its hash. A segmenter is one or two repositories, each a folder that `transformers` opens.
+"""Download of a segmenter from the Hugging Face hub: only the needed files, resumable, checked by hash (as `download`).
+
+A segmenter consists of one or two repositories. Each becomes a folder that `transformers` opens.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from pathlib import Path
 
 from scail2_rt.engines.folder.journal import Journal
 from scail2_rt.engines.observer import BuildObserver, SilentObserver
-from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.wording import counted
-from scail2_rt.runtime.jobs.download import RECORD, Fetching, Hub
+from scail2_rt.runtime.jobs.download import KEPT, RECORD, Fetching, Hub, unwritable
 from scail2_rt.runtime.masks.make.folders import DETECTOR, segmenter_cache
 
-REPOSITORIES: Mapping[str, Mapping[str, str]] = {  # folder inside → repository
+REPOSITORIES: Mapping[str, Mapping[str, str]] = {  # segmenter → subfolder → repository
     "sam2": {".": "facebook/sam2.1-hiera-large", DETECTOR: "IDEA-Research/grounding-dino-tiny"},
     "sam3": {".": "facebook/sam3"},
 }
@@ -30,11 +31,16 @@ WORDS = re.compile(r"(vocab|merges)\.txt")
 
 @dataclass(frozen=True, slots=True)
 class SegmenterReport:
-    """What is there now. files: path → the hash that was checked; fetched: bytes that came over the network."""
+    """The result of a download.
+
+    repositories   repository → commit
+    files          path → the hash that was checked
+    size           bytes of all files
+    fetched        bytes that were transferred"""
 
     directory: str
     segmenter: str
-    repositories: dict[str, str]  # repository → commit
+    repositories: dict[str, str]
     files: dict[str, str]
     size: int
     fetched: int
@@ -53,11 +59,11 @@ class SegmenterReport:
 def download_segmenter(
     name: str, hub: Hub, directory: Path | None = None, revision: str = "main", observer: BuildObserver | None = None
 ) -> SegmenterReport:
-    """Complete the folder of a segmenter, by default the one in the cache. Errors as `download`."""
+    """Complete the folder of a segmenter, by default the one in the cache folder. Raises the errors of `download`."""
     started, observer = time.monotonic(), observer or SilentObserver()
     place = (segmenter_cache() / name if directory is None else directory.expanduser()).absolute()
     if place.exists() and not place.is_dir():
-        raise InputError(f"{place} is a file; name a folder.")
+        raise InputError(f"{place} is a file. Give a folder.")
     commits: dict[str, str] = {}
     files: dict[str, str] = {}
     size = fetched = 0
@@ -69,7 +75,8 @@ def download_segmenter(
                 f.path.endswith(".safetensors") for f in wanted
             ):
                 raise InputError(
-                    f"{repository} has no config.json with model.safetensors: it is no segmenter's repository."
+                    f"{repository} at revision {revision} has no config.json or no model.safetensors, so it is not a "
+                    "segmenter. Choose another --revision."
                 )
             folder = place / inside
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,10 +88,8 @@ def download_segmenter(
             files |= {str(Path(inside) / file.path): file.digest for file in wanted}
             size, fetched = size + sum(file.size for file in wanted), fetched + run.fetched
     except OSError as error:
-        raise Scail2Error(
-            f"Writing to {place} failed ({error.strerror or error}); what came is kept, the same command continues."
-        ) from error
+        raise unwritable(place, error) from error
     except KeyboardInterrupt:
-        observer.note("what came is kept; the same command continues")
+        observer.note(KEPT)
         raise
     return SegmenterReport(str(place), name, commits, files, size, fetched, time.monotonic() - started)

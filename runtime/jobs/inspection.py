@@ -1,8 +1,8 @@
-"""`inspect`: what a file or folder is, from its contents alone: checkpoint, one network of it, LoRA or engine folder.
+"""`inspect`: identify a file or folder by its contents: checkpoint, one network of it, LoRA or engine folder.
 
-Of weights only headers are read, but an engine folder is read whole and compared with its checksums. Each part of a
-checkpoint is opened by itself, so that one that is missing or damaged is told beside the others and not instead of
-them. What is none of these is refused.
+Only headers of weights files are read. All files of an engine folder are read and compared with its checksums. The
+networks of a checkpoint are opened separately, so that a missing or damaged one does not hide the others. Anything else
+is refused.
 """
 
 import dataclasses
@@ -35,8 +35,14 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network. names: whose tensor names with which prefix; dtypes: stored type → parameters; formats: format of
-    quantised weights → how many; problem: why it cannot be used."""
+    """One network.
+
+    size      bytes of its files
+    names     naming scheme of the tensors, and their prefix
+    dtypes    stored type → number of parameters
+    formats   format of quantised weights → number of weights
+    config    sizes of the network
+    problem   why it cannot be used; None if it can"""
 
     component: str
     files: tuple[str, ...]
@@ -52,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `path` is. kind: "checkpoint", "network", "lora", "engines" or "unfinished engines"."""
+    """The result for `path`. kind: "checkpoint", "network", "lora", "engines" or "unfinished engines"; size: bytes."""
 
     kind: str
     path: str
@@ -71,11 +77,12 @@ class Inspection:
 
 
 def inspect(path: Path, observer: BuildObserver | None = None) -> Inspection:
-    """InputError: nothing there, unreadable, or none of what this program knows. `observer` hears how far the check of
-    an engine folder is."""
+    """Identify `path`. `observer` receives the progress of the check of an engine folder.
+
+    Raises InputError if the path does not exist, cannot be read, or is of no known kind."""
     path = path.expanduser()
     if not path.exists():
-        raise InputError(f"There is nothing at {path}; check the path.")
+        raise InputError(f"{path} does not exist. Check the path.")
     if path.is_dir() and (path / MANIFEST).is_file():
         return _engines(path, observer)
     if path.is_dir() and (path / JOURNAL).is_file():
@@ -103,7 +110,7 @@ def _file(path: Path) -> Inspection:
     names = list(source.keys())
     raise InputError(
         f"{path} is a weights file, but neither a network of SCAIL-2 nor a LoRA: it has "
-        f"{counted(len(names), 'tensor')}, such as {', '.join(names[:3])}. Give a file of a checkpoint or a LoRA."
+        f"{counted(len(names), 'tensor')}, for example {', '.join(names[:3])}. Give a file of a checkpoint or a LoRA."
     )
 
 
@@ -151,7 +158,7 @@ def _layout(part: Part) -> str:
 
 
 def _part(component: Component, source: TensorSource, stored: TensorSource) -> Part:
-    """`source`: under Wan names; `stored`: the file's own."""
+    """Describe one network. source: its tensors under Wan names; stored: under the names in the file."""
     found = recognise(stored)
     prefix = f" (prefix {found.prefix})" if found and found.prefix else ""
     dtypes: Counter[str] = Counter()
@@ -229,14 +236,14 @@ def _state(path: str, size: int, mtime_ns: int) -> str:
     try:
         state = Path(path).stat()
     except OSError:
-        return "not there"
+        return "missing"
     return "unchanged" if (state.st_size, state.st_mtime_ns) == (size, mtime_ns) else "changed"
 
 
 def _unfinished(path: Path) -> Inspection:
     journal = Journal.load(path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    problem = "the build was interrupted; the same build-engines command continues it"
+    problem = "the build was interrupted: run the same build-engines command again to continue it"
     done = f"{counted(len(journal.done), 'step')} done"
     return Inspection("unfinished engines", str(path), done, size, problems=(problem,))
 
@@ -281,8 +288,8 @@ def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
         yield f"  alpha: {alphas}{lora.alpha_from}"
         scale = "alpha/√rank (rsLoRA)" if lora.rslora else "alpha/rank"
         yield f"  {scale}: {_by_pairs(lora.scales)}"
-    told = f"yes, told by its {lora.distilled}: use --preset fast" if lora.distilled else "not as far as can be told"
-    yield f"  step-distilled: {told}"
+    known = f"yes, according to its {lora.distilled}: use --preset fast" if lora.distilled else "unknown"
+    yield f"  step-distilled: {known}"
     yield f"  targets: {_pairs(lora.targets) or 'none of SCAIL-2'}"
     if lora.unknown:
         more = len(lora.unknown) - _LISTED
@@ -301,7 +308,7 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
     if engines["checksums"] and not engines["damages"]:
         yield f"  checksums: {engines['checksums']}"
     for lora in engines["loras"]:
-        distilled = f", step-distilled (told by its {lora['distilled']})" if lora["distilled"] else ""
+        distilled = f", step-distilled (according to its {lora['distilled']})" if lora["distilled"] else ""
         yield f"  LoRA {lora['file']} at strength {lora['strength']:g}{distilled}"
     yield f"  from {engines['checkpoint']}:"
     for file in engines["sources"]:
@@ -311,7 +318,7 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _by_pairs(values: Mapping[Any, int]) -> str:
-    """`16 (2 pairs), 32 (1 pair)` of number → pairs of tensors that have it."""
+    """Format number → count of tensor pairs with this number, as `16 (2 pairs), 32 (1 pair)`."""
     return ", ".join(f"{value:g} ({counted(pairs, 'pair')})" for value, pairs in values.items())
 
 

@@ -1,7 +1,7 @@
-"""Everything that `scail2-rt generate` was given, as a typed record.
+"""The options of `scail2-rt generate` as a typed record.
 
-The field names are those of the command's parameters, so that a search follows an option from the command line to the
-request, the output and the engines.
+The fields have the names of the command's parameters, so that a text search follows an option from the command line to
+the request, the output and the engines.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from scail2_rt.runtime.core.window import Fit
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Sampling settings by name; None in the options means the preset's."""
+    """Default sampling settings. They apply to options that are None."""
 
     scheduler: str
     steps: int
@@ -38,10 +38,12 @@ PRESETS = {"quality": Preset("unipc", 40, 3.0, 5.0), "fast": Preset("euler", 6, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """The options of `generate`, by the names of its parameters.
+    """The options of `generate`, under the names of its parameters.
 
-    lines   of the file `batch`, with their options by the same names
-    notes   sentences about inputs that were found rather than given"""
+    lines   the lines of the file `batch`, with their options under the same names
+    notes   sentences about inputs that were chosen by the program
+
+    Raises InputError for `max_rows` below 1, and for both `seed` and `seeds`."""
 
     engines: Path
     output: Path
@@ -66,7 +68,7 @@ class GenerateOptions:
     prompt: str | None = None
     prompt_file: Path | None = None
     negative_prompt: str = ""
-    # masks that are made
+    # making masks
     segmenter: str = "auto"
     segmenter_weights: Path | None = None
     segmenter_device: str = "auto"
@@ -107,39 +109,41 @@ class GenerateOptions:
     vram_limit: int | None = None
     no_graphs: bool = False
     gpus: int | str = 1
-    config: Path | None = None  # the file that some of these come from
+    config: Path | None = None  # configuration file that some options come from
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
-            raise InputError(f"--max-rows must be 1 or more, not {self.max_rows}.")
+            raise InputError(f"--max-rows is {self.max_rows}. Give a number of 1 or more.")
         if self.seeds and self.seed not in (0, *self.seeds):
-            raise InputError("--seed and --seeds were both given: use one of them.")
+            raise InputError("--seed and --seeds were both given. Use one of them.")
 
     @property
     def inputs(self) -> CaseInputs:
-        """The case folder, or the files that were named one by one."""
+        """The case folder, or the files that were named separately."""
         return CaseInputs(self.case, self.image, self.mask_image, self.driving, self.mask_video)
 
     @property
     def makes_masks(self) -> bool:
-        """Are an image and a clip given, and no masks?"""
+        """Whether an image and a clip are given without masks."""
         others = (self.case, self.batch, self.mask_image, self.mask_video)
         return self.image is not None and self.driving is not None and not any(others)
 
     @property
     def video(self) -> Path:
-        """The video to write: `output`, or with one of `seeds` `NAME-seedN.mp4`."""
+        """The video to write: `output`, or `NAME-seedN.mp4` for one of `seeds`."""
         output = self.output
         return output.with_name(f"{output.stem}-seed{self.seed}{output.suffix}") if self.seeds else output
 
     @property
     def per_seed(self) -> "list[GenerateOptions]":
-        """The options of each of `seeds`, of which they have one; these options when there are none."""
+        """One set of options per seed of `seeds`; these options if there are no seeds."""
         return [replace(self, seed=seed, seeds=(seed,)) for seed in self.seeds] or [self]
 
     def unfolded(self) -> "GenerateOptions":
-        """The options with the files of the case folder in place of the folder, and its prompt if none was given; notes
-        tell what was chosen. Raises InputError when files of it are missing; masks may be, if all of them are."""
+        """Return the options with the case folder replaced by its files, and with its prompt if none was given. Notes
+        name the files that were chosen.
+
+        Raises InputError if files of the folder are missing. Masks may be missing if both are."""
         if self.case is None:
             return self
         self.inputs.files("")
@@ -151,18 +155,19 @@ class GenerateOptions:
         else:
             notes.append(f"{self.case} holds no masks: they are made first.")
         if case.choices:
-            notes.append(f"{self.case} holds several files for one part; taken: {case.choices}.")
+            notes.append(f"{self.case} holds several files for one input; chosen: {case.choices}.")
         prompt = self.prompt
         if prompt is None and self.prompt_file is None and case.prompt_file is not None:
             prompt = read_text("prompt file", case.prompt_file)
-            notes.append(f"The prompt is that of {case.prompt_file}: {' '.join(prompt.split())[:60]!r}.")
+            notes.append(f"The prompt comes from {case.prompt_file}: {' '.join(prompt.split())[:60]!r}.")
         return replace(
             self, case=None, image=case.image, driving=case.driving, prompt=prompt, notes=tuple(notes), **found
         )
 
     def request(self, image: Path, mask_image: Path, driving: Path, mask_video: Path, **changes: Any) -> Request:
-        """The request for these files; `changes` are fields of `Request` that the batch file or the folder knows
-        better. InputError for numbers out of range."""
+        """Return the request for these files. changes: fields of `Request` that replace those of the options.
+
+        Raises InputError for numbers out of range."""
         preset = PRESETS[self.preset]
         fields: dict[str, Any] = {
             "extra_refs": self.extra_refs,
@@ -190,13 +195,14 @@ class GenerateOptions:
         return Request(image, mask_image, driving, mask_video, **{**fields, **changes})
 
     def to_video(self) -> Output:
-        """The video to write, with the options of its file."""
+        """Return the output: the video's path and the options of its file."""
         return Output(self.video, self.codec, self.crf, self.overwrite, self.resume, self.metadata, self.config)
 
     def read_prompt(self) -> str:
-        """The prompt of `--prompt` or `--prompt-file`, else empty."""
+        """Return the prompt of `--prompt` or `--prompt-file`, or "". Raises InputError if both are given, or if the
+        file cannot be read."""
         if self.prompt_file is None:
             return self.prompt or ""
         if self.prompt is not None:
-            raise InputError("--prompt and --prompt-file were both given: use one of them.")
+            raise InputError("--prompt and --prompt-file were both given. Use one of them.")
         return read_text("prompt file", self.prompt_file)

@@ -1,7 +1,7 @@
-"""`generate --from-video`: the settings of a run that is repeated, from the video that it made.
+"""`generate --from-video`: repeat a run with the settings stored in its video.
 
-Options that are given on the command line win. Inputs that are not given are found by their hashes: where the run
-report beside the video says, beside the video, or among the masks that were made for it.
+Options on the command line override stored ones. Inputs that are not given are searched by hash: at the paths in the
+run report beside the video, beside the video, and among the masks that were made for it.
 """
 
 import json
@@ -21,7 +21,7 @@ from scail2_rt.runtime.session.settings import OPTIONS, Settings, read_settings
 
 _OPTIONS = {"image": "image", "image_mask": "mask_image", "driving": "driving", "mask_video": "mask_video"}
 _MASK_OF = {"image_mask": "image", "mask_video": "driving"}
-_REPLACED_BY = {  # on the command line → stored options that it replaces
+_REPLACED_BY = {  # option on the command line → stored options that it replaces
     "preset": tuple(field.name for field in fields(Preset)),
     "prompt_file": ("prompt",),
     "case": ("mode",),
@@ -29,11 +29,12 @@ _REPLACED_BY = {  # on the command line → stored options that it replaces
 
 
 def repeated_options(video: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options and inputs of the run that made a video, without those that are `given`. Says on stderr which inputs are
-    others than those of the run. Raises InputError when the video holds no settings, an input is not found, or an
-    option is not known."""
+    """Return the options and inputs of the run that made a video, without those that are `given`. Given inputs that
+    differ from those of the run are named on stderr.
+
+    Raises InputError if the video holds no settings, an input is not found, or an option is unknown."""
     if "batch" in given:
-        raise InputError("--from-video repeats one run, and --batch names many: leave one of them out.")
+        raise InputError("--from-video and --batch were both given. Use one of them.")
     settings = read_settings(video)
     replaced = {name for option in given for name in _REPLACED_BY.get(option, ())}
     if settings.options.get("codec") not in container_of(given["output"]).codecs:
@@ -41,20 +42,20 @@ def repeated_options(video: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     stored = {name: value for name, value in settings.options.items() if name not in {*given, *replaced}}
     if unknown := [name for name in stored if name not in OPTIONS]:
         raise InputError(
-            f"{video} was made with {', '.join(unknown)}, which this version of scail2-rt does not know: use the "
+            f"{video} was made with {', '.join(unknown)}, which this version of scail2-rt does not know. Use the "
             f"version that made it ({settings.made_with.get('scail2-rt', 'unknown')})."
         )
     return stored | _inputs(video, settings, given)
 
 
 def _inputs(video: Path, settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The files of the run that are not given, by option."""
+    """Return option → file of the run, for the files that are not given."""
     files = _given_files(given)
     differing = [label for label, path in files.items() if _differs(settings, label, path)]
     for label in differing:
         name = settings.inputs[label].get("name")
         print(
-            f"warning: {files[label]} is not the {_told(label)} of {video} ({name}): its hash differs", file=sys.stderr
+            f"warning: {files[label]} is not the {_name(label)} of {video} ({name}): its hash differs", file=sys.stderr
         )
     found: dict[str, Any] = {}
     for label, option in _OPTIONS.items():
@@ -70,7 +71,7 @@ def _inputs(video: Path, settings: Settings, given: Mapping[str, Any]) -> dict[s
 
 
 def _given_files(given: Mapping[str, Any]) -> dict[str, Path]:
-    """Label → the input that is given, by itself or in a case folder."""
+    """Return label → given input, named separately or in a case folder."""
     if "case" in given:
         mode = given.get("mode", "auto")
         case = read_case(given["case"], None if mode == "auto" else mode)
@@ -84,29 +85,29 @@ def _differs(settings: Settings, label: str, path: Path) -> bool:
 
 
 def _found(video: Path, settings: Settings, label: str) -> Path:
-    """The file of the run, by its hash. Raises InputError when it is not there."""
+    """Return the file of the run with the stored hash. Raises InputError if it is not found."""
     file = settings.inputs.get(label, {})
     option = f"--{_OPTIONS.get(label, 'extra_ref').replace('_', '-')}"
     name, digest = file.get("name"), file.get("sha256")
     if not isinstance(name, str):
-        raise InputError(f"The {_told(label)} of {video} was in memory: give it with {option}.")
+        raise InputError(f"The {_name(label)} of {video} was not a file. Give it with {option}.")
     for path in dict.fromkeys(_candidates(video, label, Path(name).name)):
         if path.exists() and file_hash(path) == digest:
             return path
     raise InputError(
-        f"The {_told(label)} {name} of {video} is not beside it, nor unchanged where the run report says: give it with "
-        f"{option}."
+        f"The {_name(label)} {name} of {video} is neither beside it nor at the path in the run report, or it has "
+        f"changed. Give it with {option}."
     )
 
 
 def _candidates(video: Path, label: str, name: str) -> Iterator[Path]:
-    """Where an input may be, the likely places first."""
-    beside = report_path(video)
-    if is_report(beside):
-        told = json.loads(beside.read_text(encoding="utf-8")).get("inputs", {}).get(label, {}).get("path")
-        if told:
-            yield Path(told)
-            yield beside.parent / told
+    """Yield the paths at which an input may be, the likely ones first."""
+    report_file = report_path(video)
+    if is_report(report_file):
+        reported = json.loads(report_file.read_text(encoding="utf-8")).get("inputs", {}).get(label, {}).get("path")
+        if reported:
+            yield Path(reported)
+            yield report_file.parent / reported
     yield video.parent / name
     yield masks_folder(video) / name
     yield from sorted(
@@ -114,6 +115,7 @@ def _candidates(video: Path, label: str, name: str) -> Iterator[Path]:
     )
 
 
-def _told(label: str) -> str:
+def _name(label: str) -> str:
+    """Return the name of an input for messages."""
     names = {"image": "reference image", "image_mask": "reference mask", "driving": "driving video"}
     return {**names, "mask_video": "driving mask video"}.get(label, label.replace("_", " "))

@@ -1,7 +1,7 @@
-"""`scail2-rt generate` behind the command line: one case through a session (many: `jobs.batch`).
+"""`scail2-rt generate` behind the command line: one case on a session (several cases: `jobs.batch`).
 
-Everything is checked before anything is loaded: each case first, then the engine folder. A case that cannot work ends
-the command. However a run ends, its report is written beside the video, and the finished segments are named.
+Everything is checked before weights are loaded: the case first, then the engine folder. An invalid case ends the
+command. If a run is interrupted or fails, its report is still written, and a message names the finished segments.
 """
 
 import sys
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from scail2_rt.runtime.session.session import Session
     from scail2_rt.runtime.session.write import Result
 
-MANY_STEPS = 10  # from here on steps and guidance are those of a model that was not distilled
+MANY_STEPS = 10  # at least this many steps with guidance indicate settings for a model that is not distilled
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One piece of work: a request, its output and the options that they come from, or why there is none."""
+    """One video to make: a request, its output and their options; or the error of an invalid batch line."""
 
     name: str
     request: Request | None
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a command: the JSON object, the text for people, and how many of its cases failed."""
+    """The result of a command: the JSON object, the text for people, and the number of failed cases."""
 
     document: Mapping[str, Any]
     text: str
@@ -54,7 +54,8 @@ class Outcome:
 
 
 def single_job(options: GenerateOptions) -> Job:
-    """The job of `--case DIR`, of the four files, or of an image and a clip, whose masks are named and not there."""
+    """Return the job of `--case DIR`, of the four files, or of an image and a clip. In the last case the request names
+    the masks, which do not exist yet. Raises InputError for missing or invalid options."""
     name, options = options.case or options.driving, options.unfolded()
     if options.makes_masks:
         folder = masks_folder(options.output)
@@ -64,26 +65,27 @@ def single_job(options: GenerateOptions) -> Job:
     instead = f"give --case DIR, --batch FILE, or all of {flags(FILES)}"
     files = options_files.inputs.files(instead)
     if files is None:
-        raise InputError(f"There is nothing to animate: {instead}.")
+        raise InputError(f"No inputs were given. {instead[0].upper()}{instead[1:]}.")
     request = options.request(*files, prompt=options.read_prompt())
     return Job(str(name), request, options.to_video(), options)
 
 
 def with_made_masks(job: Job, listener: Listener) -> "Job | Outcome":
-    """The job with masks, which are made if it brings none; with `--dry-run`, what making them would take."""
+    """Return the job with masks, which are made if none are given. With `--dry-run`, return the estimate for making
+    them. Raises the errors of `masks_of` and `make_masks`."""
     assert job.options is not None
-    asked = masks_of(job.options)
-    if asked is None:
+    planned = masks_of(job.options)
+    if planned is None:
         return job
     say_notes(job)
-    if job.options.dry_run and asked.there is None:
-        later = "the rest of the estimate needs them: run without --dry-run, or make them with `scail2-rt masks make`"
-        return Outcome({"masks": {"text": asked.text, "frames": asked.frames}}, f"{asked.text}\n{later}")
+    if job.options.dry_run and planned.there is None:
+        later = "The rest of the estimate needs the masks. Run without --dry-run, or use `scail2-rt masks make` first."
+        return Outcome({"masks": {"text": planned.text, "frames": planned.frames}}, f"{planned.text}\n{later}")
     return replace(single_job(with_masks(job.options, listener)), name=job.name)
 
 
 def check_job(job: Job, listener: Listener | None = None) -> Plan:
-    """The plan of a job, without engines. Raises InputError when it cannot work."""
+    """Return the plan of a job; engines are not needed. Raises InputError if the inputs or the output fail a check."""
     if job.request is None or job.output is None:
         raise job.error or InputError(f"{job.name} holds no request.")
     refuse_second(job.output.path)
@@ -95,14 +97,14 @@ def check_job(job: Job, listener: Listener | None = None) -> Plan:
 
 @contextmanager
 def open_session(options: GenerateOptions) -> "Iterator[Session]":
-    """The engines that the options name; SIGTERM ends a run as Ctrl-C does."""
+    """Open a session with the engines of the options. SIGTERM ends a run as Ctrl-C does. Raises as `Session.open`."""
     stop_on_sigterm()
     with open_engines(options) as session:
         yield session
 
 
 def open_engines(options: GenerateOptions) -> "Session":
-    """A session with the engines that the options name."""
+    """Return a session with the engines of the options. Raises as `Session.open`."""
     from scail2_rt.engines.engine_set import Execution
     from scail2_rt.runtime.session.session import Session
 
@@ -111,7 +113,7 @@ def open_engines(options: GenerateOptions) -> "Session":
 
 
 def fit_plan(plan: Plan, session: "Session", options: GenerateOptions) -> Plan:
-    """The plan with what depends on the engines and on the preset."""
+    """Return the plan of `Session.fit`, with warnings about the preset and about a repeated video."""
     fitting = session.fit(plan)
     hints = [preset_hint(plan.request, session.engines.manifest.loras, options.preset)]
     if options.from_video is not None:
@@ -120,44 +122,45 @@ def fit_plan(plan: Plan, session: "Session", options: GenerateOptions) -> Plan:
 
 
 def other_machine(video: Path, session: "Session") -> str | None:
-    """What to say when a video that is repeated was made by other engines, packages or another device."""
+    """Return a warning if a repeated video was made with other engines, packages or another device, else None."""
     from scail2_rt.runtime.session.report import describe_device, engine_digest, versions
 
     settings, digest = read_settings(video), engine_digest(session.engines.manifest.identity)
     if settings.engines.get("digest") != digest:
         return (
-            f"{video} was made by another engine folder ({settings.engines.get('precision')}, digest "
+            f"{video} was made with another engine folder ({settings.engines.get('precision')}, digest "
             f"{str(settings.engines.get('digest'))[:12]}; this one has {digest[:12]}): the result will differ."
         )
-    there = settings.made_with
-    here = made_with(describe_device(session.engines, session.gpus), versions())
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    told = ", ".join(f"{name} {there.get(name, 'none')} (here {here.get(name, 'none')})" for name in names)
-    return f"{video} was made with {told}: the result may not be bit-identical." if told else None
+    then = settings.made_with
+    now = made_with(describe_device(session.engines, session.gpus), versions())
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    listed = ", ".join(f"{name} {then.get(name, 'none')} (here {now.get(name, 'none')})" for name in names)
+    return f"{video} was made with {listed}: the result may not be bit-identical." if listed else None
 
 
 def preset_hint(request: Request, loras: "Sequence[LoRARecord]", preset: str) -> str | None:
-    """What to say when steps and guidance are not those that the fused LoRAs were made for."""
+    """Return a warning if steps and guidance do not suit the fused LoRAs, else None."""
     distilled = [lora for lora in loras if lora.distilled]
     many = request.steps >= MANY_STEPS
     if distilled and many and request.guidance > 1:
         name = Path(distilled[0].file.path).name
         return (
-            f"these engines hold a step-distilled LoRA ({name}, told by its {distilled[0].distilled}), which was made "
-            f"for few steps without guidance: {request.steps} steps with guidance {request.guidance:g} take longer and "
-            "look burnt; use --preset fast."
+            f"these engines hold a step-distilled LoRA ({name}, according to its {distilled[0].distilled}), which is "
+            f"for few steps without guidance. {request.steps} steps with guidance {request.guidance:g} take longer and "
+            "give oversaturated videos. Use --preset fast."
         )
     if preset == "fast" and not many and not distilled:
-        have = "none" if not loras else "none that is known to be: " + ", ".join(Path(r.file.path).name for r in loras)
+        listed = ", ".join(Path(lora.file.path).name for lora in loras)
+        have = f"only {listed}, not known to be step-distilled" if loras else "none"
         return (
-            f"--preset fast needs engines with a step-distilled LoRA, and these have {have}: expect a blurred video; "
-            "build with --lora FILE, or use --preset quality."
+            f"--preset fast needs engines with a step-distilled LoRA, and these have {have}. The video will be "
+            "blurred. Build with --lora FILE, or use --preset quality."
         )
     return None
 
 
 def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
-    """One case, or its estimate."""
+    """Make the video of one case, or with `--dry-run` its estimate. Raises as the functions that it calls."""
     job = single_job(options)
     ready = with_made_masks(job, listener)
     if isinstance(ready, Outcome):
@@ -172,19 +175,19 @@ def run_single(options: GenerateOptions, listener: Listener) -> Outcome:
 
 
 def say_notes(job: Job) -> None:
-    """Which inputs were chosen for the user, on stderr."""
+    """Print on stderr which inputs the program chose."""
     for note in job.options.notes if job.options is not None else ():
         print(f"note: {note}", file=sys.stderr)
 
 
 def say_engines(session: "Session", options: GenerateOptions) -> None:
-    """What runs, where and why, on stderr; a dry run runs nothing."""
+    """Print the executor, its device and the reason on stderr, except in a dry run."""
     if not options.dry_run:
         print(f"engines: {session.choice}", file=sys.stderr)
 
 
 def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions, listener: Listener) -> Outcome:
-    """A checked job on open engines: its estimate with `--dry-run`, else its video."""
+    """Run a checked job on open engines: return its estimate with `--dry-run`, else make its video."""
     assert job.output is not None
     plan = fit_output(plan, job.output)
     if options.dry_run:
@@ -197,9 +200,10 @@ def run_plan(plan: Plan, job: Job, session: "Session", options: GenerateOptions,
 
 
 def generate(plan: Plan, output: Output, session: "Session", listener: Listener) -> "Result":
-    """Write the video, and say on stderr what a person wants to know on the way."""
+    """Write the video. Print warnings, framing, placement and the state of `--resume` on stderr. Raises as
+    `Session.generate`."""
     from scail2_rt.runtime.media.unfinished import is_there, resumable
-    from scail2_rt.runtime.session.write import what_is_left
+    from scail2_rt.runtime.session.write import describe_unfinished
 
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -212,19 +216,19 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
     if output.resume and not is_there(output.path):
         parts = resumable(output.path)
         done = f"resuming after {parts} of {counted(len(plan.segments), 'segment')}"
-        print(done if parts else "no interrupted run is there to resume: this one begins", file=sys.stderr)
+        print(done if parts else "there is no interrupted run to resume: starting a new one", file=sys.stderr)
     began = False
 
-    def heard(event: Any) -> None:
+    def on_progress(event: Any) -> None:
         nonlocal began
         began = True
         listener(event)
 
     try:
-        result = session.generate(plan, output, heard)
+        result = session.generate(plan, output, on_progress)
     except BaseException:
         if began:
-            print(f"stopped: {what_is_left(output.path)}", file=sys.stderr)
+            print(f"stopped: {describe_unfinished(output.path)}", file=sys.stderr)
         raise
     finally:
         for warning in session.warnings:
@@ -235,8 +239,7 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
 
 
 def summary(result: "Result") -> str:
-    """One complete run for people: the file, what it is, how long it took and what for."""
-
+    """Return text about a complete run: the file, its shape, the time per phase and the report."""
     document, segments = result.report, len(result.report["segments"])
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.timings.items() if seconds >= 0.05)
     rate = f"{float(Fraction(document['frame_rate'])):.6g}"

@@ -27,7 +27,7 @@ from scail2_rt.runtime.jobs.run import Job, Outcome, say_notes, single_job, summ
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.fields import MASKING, REFERENCES
 from scail2_rt.runtime.serve.wire import Wire
-from scail2_rt.runtime.session.check import check_output
+from scail2_rt.runtime.session.check import check_files, check_output
 from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
 from scail2_rt.runtime.session.report import file_hash, report_path, write_report
 
@@ -137,7 +137,7 @@ def _generate(wire: Wire, job: Job, listener: Listener) -> Outcome:
 
 def _files_of(job: Job, made: bool) -> dict[str, Path]:
     """Field of the interface → the user's file. made: the service makes the masks, so they are left out. Raises
-    InputError for a file that does not exist."""
+    InputError for a file that does not exist or cannot be sent."""
     request = job.request
     assert request is not None
     named: dict[str, Any] = {name: getattr(request, field) for name, field in REFERENCES.items()}
@@ -145,11 +145,11 @@ def _files_of(job: Job, made: bool) -> dict[str, Path]:
         named |= {f"extra_ref_{number}": image, f"extra_ref_{number}_mask": mask}
     if made:
         named = {name: path for name, path in named.items() if name not in made_masks.INPUTS}
-    for label, path in request.inputs.items():
-        if made and label in ("reference mask", "driving mask video"):
-            continue
-        if not Path(str(path)).is_file():
-            raise InputError(f"The {label} {path} {'is not a file' if Path(str(path)).exists() else 'does not exist'}.")
+    masks = ("reference mask", "driving mask video")
+    check_files({label: path for label, path in request.inputs.items() if not (made and label in masks)})
+    for name, path in named.items():
+        if path.is_dir():
+            raise InputError(f"{name} {path} is a folder, but the service takes files. Give a video.")
     return {name: Path(path) for name, path in named.items()}
 
 

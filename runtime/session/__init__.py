@@ -1,1 +1,1 @@
-"""The public API: a session opens engines once, checks requests and generates videos."""
+"""The public API. A session opens engines once, checks requests and generates videos."""

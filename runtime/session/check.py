@@ -1,10 +1,11 @@
-"""Every check that needs no weights: a request becomes a plan, or one sentence says why not.
+"""All checks that need no weights. They turn a request into a plan, or raise InputError with one sentence.
 
-`check_request` reads the media (not the engines), the cheapest first; the driving clip and its mask are decoded once
-each. `check_output` checks where the result will be written. Nothing is written, except that a clip whose frames can be
-read only once is kept in a temporary file.
+`check_request` reads the media but not the engines, and does the cheapest checks first. The driving clip and its mask
+video are decoded once each. `check_output` checks the place of the result. Nothing is written, except a temporary copy
+of a clip whose frames can be read only once.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +29,15 @@ OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 
 
 def check_request(request: Request, on_progress: Listener | None = None) -> Plan:
-    """The plan of a request. Raises InputError with one sentence for the first thing that is wrong."""
+    """Return the plan of a request. `on_progress` is called if the check takes more than two seconds.
+
+    Raises InputError for the first problem found: a missing or unreadable file, media that do not match, masks that
+    cannot be used."""
     from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
     from scail2_rt.runtime.masks.windows import Pictures
     from scail2_rt.runtime.media.clips import is_folder, nearest_frames, probe
 
-    _check_files(request)
+    check_files(request.inputs)
     images, masks, findings = _load_references(request)
     request = _prepared(request)
     work = Work("mask check", on_progress)
@@ -95,23 +99,23 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
     )
 
 
-def _check_files(request: Request) -> None:
-    for label, path in request.inputs.items():
+def check_files(inputs: Mapping[str, object]) -> None:
+    """Raise InputError for a path that does not exist, is not a file (a driving clip or mask may be a folder) or is
+    empty. inputs: label → path, or an input in memory, which is skipped."""
+    for label, path in inputs.items():
         if not isinstance(path, Path):
             continue
         if not path.exists():
-            made = (
-                ": give a file that exists, or make both masks with `scail2-rt masks make`" if "mask" in label else ""
-            )
-            raise InputError(f"The {label} {path} does not exist{made}.")
+            hint = ", or make both masks with `scail2-rt masks make`" if "mask" in label else ""
+            raise InputError(f"The {label} {path} does not exist. Give a file that exists{hint}.")
         if not path.is_file() and not (label.startswith("driving") and path.is_dir()):
-            raise InputError(f"The {label} {path} is not a file.")
+            raise InputError(f"The {label} {path} is not a file. Give a file.")
         if path.stat().st_size == 0:
-            raise InputError(f"The {label} {path} is empty (0 bytes): copy it again.")
+            raise InputError(f"The {label} {path} is empty (0 bytes). Copy it again.")
 
 
 def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"], list[Finding]]:
-    """Images and masks uint8 [H, W, 3], and what is wrong with their shapes."""
+    """Return images and masks, uint8 [H, W, 3], and findings about their shapes."""
     from scail2_rt.runtime.masks.lint import image_pair
     from scail2_rt.runtime.media.images import load_image, load_mask_image
 
@@ -125,7 +129,7 @@ def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.nda
 
 
 def _names(request: Request) -> list[tuple[str, str]]:
-    """What messages call each reference image and its mask."""
+    """Return the (image, mask) names of each reference for use in messages."""
     named = request.names
     extra = range(1, len(request.extra_refs) + 1)
     labels = [("reference image", "reference mask")]
@@ -134,7 +138,7 @@ def _names(request: Request) -> list[tuple[str, str]]:
 
 
 def _prepared(request: Request) -> Request:
-    """The request with cleaned prompts and with clips that can be read repeatedly."""
+    """Return the request with cleaned prompts, and with clips that can be read repeatedly."""
     from scail2_rt.runtime.media.clips import rereadable
     from scail2_rt.runtime.pipeline.text import clean_prompt
 
@@ -150,15 +154,16 @@ def _prepared(request: Request) -> Request:
 def _fitted(
     image: "np.ndarray", mask: "np.ndarray", report: "MaskReport", request: Request
 ) -> tuple["MaskReport", ReferenceFit]:
-    """How `--fit-reference` scales the reference, and the report without what that mends: the difference of heights,
-    and what the reference's window would cut away."""
+    """Return the report and the scaling of the reference by `--fit-reference`. The report loses the findings that the
+    scaling repairs: the difference of heights, and cropping by the reference's window."""
     from scail2_rt.runtime.masks.framing import fit_reference, framed_by_fit
     from scail2_rt.runtime.masks.lint import refuse
     from scail2_rt.runtime.masks.windows import CROPPED, cropped_findings
 
     if report.mode != "replace":
         raise InputError(
-            "--fit-reference is for replace mode: in animate mode the character keeps its place in the reference image."
+            "--fit-reference works only in replace mode, because in animate mode the character keeps its place in the "
+            "reference image. Leave it out."
         )
     name = _names(request)[0][1]
     kept = [f for f in report.findings if f.rule != "framing" and (f.rule, f.file) != (CROPPED, name)]
@@ -166,67 +171,68 @@ def _fitted(
     driving, reference, *extra = report.framing.inputs
     fit = fit_reference(image, mask, report.framing.driving, reference.window)
     reference = framed_by_fit(reference, mask, fit)
-    kept += cropped_findings(reference, name, "At this scale it is wider than the frame: leave out --fit-reference.")
+    kept += cropped_findings(reference, name, "At this scale it is wider than the frame. Leave out --fit-reference.")
     framing = replace(report.framing, inputs=(driving, reference, *extra))
     return replace(report, findings=tuple(kept), framing=framing), fit
 
 
 def _trimmed(request: Request, total: int) -> int:
-    """Frames of the output."""
+    """Return the number of output frames. `total`: frames of the driving clip at the output's rate."""
     from scail2_rt.runtime.media.clips import check_start
 
     check_start(request.start, total, request.fps)
     left = total - request.start
     if request.frames is not None and request.frames > left:
         raise InputError(
-            f"--frames {request.frames} is more than the {counted(left, 'frame')} that the driving video has from "
-            f"frame {request.start} on{'' if request.fps is None else ' at --fps'}: leave --frames out to go to the "
+            f"--frames {request.frames} is too many: from frame {request.start} on, the driving clip has "
+            f"{counted(left, 'frame')}{'' if request.fps is None else ' at --fps'}. Leave --frames out to go to the "
             "end."
         )
     return request.frames or left
 
 
 def check_output(output: Output, request: Request) -> None:
-    """Checks the output before the request's media are read. Raises InputError for a place that cannot be written, and
-    for files there that would be lost: an input, another result, an interrupted run's segments, a file that is not a
-    report of this program."""
+    """Check the output before the request's media are read.
+
+    Raises InputError for a path that cannot be written, and if files would be lost: an input, another result, the
+    segments of an interrupted run, a JSON file that is not a run report."""
     from scail2_rt.runtime.media.video_writer import check_codec, check_writable
     from scail2_rt.runtime.session.report import is_report, report_path
 
-    beside = report_path(output.path)
-    if beside.exists() and not is_report(beside):
+    report_file = report_path(output.path)
+    if report_file.exists() and not is_report(report_file):
         raise InputError(
-            f"The report would replace {beside}, which is no report of scail2-rt: choose another name with -o."
+            f"The run report would replace {report_file}, which scail2-rt did not write. Choose another name with -o."
         )
     _check_unfinished(output)
     for label, path in request.inputs.items():
         if isinstance(path, Path) and output.path.resolve() in (path.resolve(), path.resolve().parent):
             verb = "is" if path.resolve() == output.path.resolve() else "holds"
-            raise InputError(f"The output {output.path} {verb} the {label}: choose another name with -o.")
+            raise InputError(f"The output {output.path} {verb} the {label}. Choose another name with -o.")
     if output.codec is not None and output.crf is not None:
         check_codec(output.codec, output.crf)
     check_writable(output.path)
     if is_there(output.path) and not (output.overwrite or output.resume):
         raise InputError(
-            f"The output {output.path} exists: choose another name with -o, or replace it with --overwrite."
+            f"The output {output.path} exists. Choose another name with -o, or use --overwrite to replace it."
         )
 
 
 def fit_output(plan: Plan, output: Output) -> Plan:
-    """The plan with a warning about what the output cannot hold."""
+    """Return the plan, with a warning if the container of the output cannot hold the driving clip's audio."""
     kind = container_of(output.path)
     if kind.audio or not plan.audio:
         return plan
-    lost = f"{kind.what} holds no audio: {output.path} is without the driving clip's. Use .mp4 to keep it."
+    lost = f"{kind.what} holds no audio: {output.path} will have no sound. Use .mp4 to keep the driving clip's audio."
     return replace(plan, warnings=tuple(dict.fromkeys([*plan.warnings, lost])))
 
 
 def check_room(output: Output, plan: Plan) -> None:
-    """Raises InputError if the disk has too little room for the video.
+    """Raise InputError if the disk has too little free space for the video.
 
-    H.264 at crf 18 takes about a tenth of a byte per pixel, without loss about one and a half, as do PNG and GIF; the
-    partial video and the result are there together for a moment. Two saved states hold the overlap in fp32, decoded and
-    as seen."""
+    H.264 takes about 0.1 bytes per pixel at crf 18. Lossless H.264, PNG and GIF take about 1.5. Both are doubled or
+    more, because the partial video and the result exist at the same time. Two saved states hold the overlap in fp32,
+    once as decoded and once as the model sees it."""
     from scail2_rt.runtime.media.video_writer import check_writable
 
     pixels = plan.height * plan.width
@@ -236,19 +242,19 @@ def check_room(output: Output, plan: Plan) -> None:
 
 
 def _check_unfinished(output: Output) -> None:
-    """Raises InputError if files of an interrupted run would be deleted without --overwrite."""
+    """Raise InputError if files of an interrupted run would be deleted without --overwrite."""
     partial_video = partial_path(output.path)
     if output.overwrite or not partial_video.is_file():
         return
     parts = resumable(output.path)
     if parts and not output.resume:
         raise InputError(
-            f"{partial_video} holds {counted(parts, 'finished segment')} of an interrupted run: go on with --resume, "
-            "or start again with --overwrite."
+            f"{partial_video} holds {counted(parts, 'finished segment')} of an interrupted run. Use --resume to "
+            "continue it, or --overwrite to start again."
         )
     if output.resume and not parts and (lost := len(part_ends(partial_video))) and not is_there(output.path):
         raise InputError(
-            f"{partial_video} holds {counted(lost, 'finished segment')}, but the state to go on from, "
-            f"{sidecar_path(output.path, lost).name}, is not beside it: move the video away, or start again with "
-            "--overwrite."
+            f"{partial_video} holds {counted(lost, 'finished segment')}, but the state to resume from, "
+            f"{sidecar_path(output.path, lost).name}, is not beside it. Move the video away, or use --overwrite to "
+            "start again."
         )

@@ -1,9 +1,9 @@
-"""What a planned run will take, worked out without loading anything: FLOP, memory and time by phase.
+"""Estimate of a planned run, made without loading weights: FLOP, memory and time per phase.
 
-FLOP follow from the plan (`core.geometry`), memory from the memory model. Times divide FLOP by a rate: the one measured
-in the last run of this engine folder on this device (`last_run.json`, written by every complete run), else half of what
-a short matrix product reaches here; `basis` says which. Both are estimates: a small model is slower than its FLOP say,
-because calls cost time too.
+FLOP follow from the plan (`core.geometry`), memory from the memory model (`session.memory`). A time is FLOP divided by
+a rate. The rate is that of the last complete run of this engine folder on this device (`last_run.json`). If there is
+none, it is half the rate of a short matrix product on this device. `Estimate.basis` says which one was used. Small
+models are slower than the estimate, because the overhead per call is not counted.
 """
 
 import json
@@ -24,26 +24,27 @@ from scail2_rt.runtime.session.memory import LIBRARY_BYTES, memory_model
 LAST_RUN = "last_run.json"
 BENCHMARK_S = 0.1
 BENCHMARK_SIZE = {"cpu": 1024, "cuda": 8192}
-MATMUL_SHARE = 0.5  # of the bare matrix product's rate; whole runs reach 0.3 to 0.7
-VAE_REFERENCE_DIM = 96  # the width for which the VAE's FLOP were measured
+MATMUL_SHARE = 0.5  # share of the matrix product's rate; complete runs reach 0.3 to 0.7
+VAE_REFERENCE_DIM = 96  # width of the VAE for which FLOP were measured
 VAE_PHASES = ("reference", "driving", "decode")
 
 
 class Rates:
-    """FLOP/s of one set of engines on `gpus` GPUs, measured when first asked for."""
+    """FLOP/s of one set of engines on `gpus` GPUs, measured at the first use."""
 
     def __init__(self, engines: EngineSet, gpus: int = 1) -> None:
         self._engines, self.gpus = engines, gpus
         self._known: tuple[dict[str, float], str] | None = None
 
     def get(self) -> tuple[dict[str, float], str]:
-        """({"denoise", "vae"} FLOP/s, where they come from)."""
+        """Return ({"denoise": FLOP/s, "vae": FLOP/s}, a phrase that names their source)."""
         if self._known is None:
             self._known = _last_run(self._engines, self.gpus) or _measured(self._engines, self.gpus)
         return self._known
 
     def remember(self, plan: Plan, timings: Mapping[str, float]) -> None:
-        """Keep what a complete run measured, in the engine folder too; one that is read-only stays as it is."""
+        """Store the rates of a complete run, also in the engine folder if it can be written. timings: seconds per
+        phase."""
         flop = work(plan, self._engines)
         vae_s = sum(timings.get(phase, 0.0) for phase in VAE_PHASES)
         denoise_s = timings.get("denoise", 0.0)
@@ -60,7 +61,7 @@ class Rates:
 
 
 def estimate(plan: Plan, engines: EngineSet, placement: Placement | None, rates: Rates) -> Estimate:
-    """The estimate of a plan on these engines, placed like this."""
+    """Return the estimate of a plan on these engines. Without a placement all weights stay in memory."""
     flop = work(plan, engines)
     speeds, basis = rates.get()
     seconds = {phase: amount / speeds["vae" if phase in VAE_PHASES else "denoise"] for phase, amount in flop.items()}
@@ -72,7 +73,7 @@ def estimate(plan: Plan, engines: EngineSet, placement: Placement | None, rates:
 
 
 def work(plan: Plan, engines: EngineSet) -> dict[str, float]:
-    """FLOP of each phase of a plan (nothing taken from the prompt cache)."""
+    """Return FLOP per phase of a plan, without use of the prompt cache."""
     dit, vae, umt5, clip = (getattr(engines.config, part) for part in ("dit", "vae", "umt5", "clip"))
     request, size = plan.request, (plan.height, plan.width)
     wide = (vae.dim / VAE_REFERENCE_DIM) ** 2
@@ -97,7 +98,7 @@ def work(plan: Plan, engines: EngineSet) -> dict[str, float]:
 
 
 def device_name(engines: EngineSet, gpus: int = 1) -> str:
-    """What rates are filed under: the executor and the machine it runs on."""
+    """Return the key under which rates are stored: the executor and the device that it runs on."""
     several = f" x{gpus}" if gpus > 1 else ""
     return f"{engines.backend} on {gpu() if engines.device.type == 'cuda' else 'cpu'}{several}"
 
@@ -109,21 +110,19 @@ def _last_run(engines: EngineSet, gpus: int) -> tuple[dict[str, float], str] | N
         if last["device"] == device_name(engines, gpus) and min(rates.values()) > 0:
             return rates, f"the speed of the last run with these engines ({last['device']})"
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no run yet, or a file of another version: measure instead
+        pass  # no run yet, or a file of another version
     return None
 
 
 def _measured(engines: EngineSet, gpus: int) -> tuple[dict[str, float], str]:
     device = engines.device.type
     rate = MATMUL_SHARE * _matmul_rate(device)
-    return {
-        "denoise": gpus * rate,
-        "vae": rate,
-    }, f"half the speed of a matrix product on this {device}; no run measured yet"
+    basis = f"half the speed of a matrix product on this {device}, because no run was measured yet"
+    return {"denoise": gpus * rate, "vae": rate}, basis
 
 
 def _matmul_rate(device: str) -> float:
-    """FLOP/s of a square matrix product, repeated for a tenth of a second."""
+    """Return FLOP/s of a square matrix product, repeated for `BENCHMARK_S` seconds."""
     import torch
 
     size = BENCHMARK_SIZE[device]
@@ -143,7 +142,7 @@ def _matmul_rate(device: str) -> float:
 
 
 def described(plan: Plan, expected: Estimate) -> dict[str, Any]:
-    """The plan with its estimate as one JSON object."""
+    """Return the plan and its estimate as one JSON object."""
     return {
         "status": "dry-run",
         "mode": plan.mode,
@@ -172,7 +171,7 @@ def described(plan: Plan, expected: Estimate) -> dict[str, Any]:
 
 
 def as_text(plan: Plan, expected: Estimate) -> str:
-    """The plan with its estimate for people, every warning included."""
+    """Return the plan, its estimate and all warnings as text."""
     request, layout = plan.request, plan.layout
     count = len(plan.segments)
     lines = [
@@ -180,16 +179,17 @@ def as_text(plan: Plan, expected: Estimate) -> str:
         f"mode {plan.mode}",
         f"{counted(count, 'segment')} of at most {max(s.padded_frames for s in plan.segments)} frames:",
     ]
-    said = [plan.framing.line if plan.framing else "", plan.fit.text if plan.fit else ""]
-    lines[1:1] = [line for line in said if line]
+    notes = [plan.framing.line if plan.framing else "", plan.fit.text if plan.fit else ""]
+    lines[1:1] = [line for line in notes if line]
     for number, segment in enumerate(plan.segments, 1):
-        overlap = f", {segment.overlap} of them from the segment before" if segment.overlap else ""
-        padding = f", padded by {segment.padding}" if segment.padding else ""
+        overlap = f", {segment.overlap} of them shared with the previous segment" if segment.overlap else ""
+        padding = f", padded by {counted(segment.padding, 'frame')}" if segment.padding else ""
         lines.append(f"  {number}: frames {segment.start} to {segment.valid_end - 1}{overlap}{padding}")
     lines += [
         f"{layout.tokens:,} tokens = {layout.reference_tokens:,} reference + {layout.video_tokens:,} video "
         f"+ {layout.driving_tokens:,} driving",
-        f"{counted(request.steps, f'{request.scheduler} step')} of {counted(request.passes, 'pass')} per segment",
+        f"{counted(request.steps, f'{request.scheduler} step')} per segment, "
+        f"{counted(request.passes, 'pass')} per step",
         "",
         f"{'phase':<10} {'TFLOP':>12} {'GiB':>8} {'time':>10}",
     ]
@@ -203,15 +203,15 @@ def as_text(plan: Plan, expected: Estimate) -> str:
         f"{'all':<10} {total:>12.3f} {expected.peak / 2**30:>8.2f} {duration(expected.total_s):>10}",
         "",
         *([f"GPU memory: {expected.placement}"] if expected.placement else []),
-        f"Times assume {expected.basis}. Memory is weights and activations of a phase; the last line also has what the "
-        "GPU's libraries take.",
+        f"Times assume {expected.basis}. Memory is the weights and activations of a phase. The last line is the peak, "
+        "including the GPU's libraries.",
         *(f"warning: {sentence}" for sentence in plan.warnings),
     ]
     return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
-    """`3.2 s`, `12 min 5 s`, `2 h 10 min`."""
+    """Format seconds as `3.2 s`, `12 min 5 s` or `2 h 10 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

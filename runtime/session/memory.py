@@ -1,9 +1,9 @@
-"""The memory model: what a run holds at once, phase by phase, worked out before anything loads.
+"""The memory model: bytes that a run holds in each phase, computed before anything is loaded.
 
-One model serves the dry run, the plan and the run. On a GPU whose weights the runtime places itself it also decides how
-(`pipeline.placement`): the first of four ways that fits the budget is taken. Sizes of weights are the manifest's; sizes
-of activations are formulas of the buffers that are alive at once (`pipeline.transformer`, `engines.torch_backend`);
-`scail2-rt bench generate` measures what the allocator and the driver really saw.
+The dry run, the plan and the run use the same model. If the runtime places the weights on the GPU, the model also
+chooses the placement (`pipeline.placement`): the first of four that fits the budget. Sizes of weights come from the
+manifest. Sizes of activations are formulas for the buffers that are alive at the same time (`pipeline.transformer`,
+`engines.torch_backend`). `scail2-rt bench generate` compares them with the allocator and the driver.
 """
 
 from dataclasses import dataclass, replace
@@ -20,29 +20,29 @@ from scail2_rt.runtime.pipeline.conditioning import AHEAD as LAYERS_AHEAD
 from scail2_rt.runtime.pipeline.placement import BLOCK_STAGES, Kind, Placement
 from scail2_rt.runtime.pipeline.transformer import AHEAD as BLOCKS_AHEAD
 
-LIBRARY_BYTES = 800 << 20  # what CUDA, the libraries' workspaces and compiled kernels take beside the allocator
+LIBRARY_BYTES = 800 << 20  # CUDA, workspaces of libraries and compiled kernels, outside the allocator
 MARGIN_BYTES = 512 << 20
-# Pixel-sized [dim, H, W] buffers of the VAE's rings and streams, as measured at 512×896 and 704×1280 in fp16: 88 to 90
-# and 61 to 62. `bench generate` shows the estimate beside the peak.
+# Pixel-sized [dim, H, W] buffers of the VAE's rings and streams. Measured at 512×896 and 704×1280 in fp16: 88 to 90 for
+# decoding, 61 to 62 for encoding. `bench generate` shows the estimate beside the peak.
 DECODE_BUFFERS, ENCODE_BUFFERS = 92, 63
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """Bytes of one run's parts.
+    """Bytes of the parts of one run.
 
-    blocks         of each block's weights that are used at every step
-    constant       of the transformer's other weights that stay loaded while denoising
+    blocks         weights of each block that are used at every step
+    constant       other weights of the transformer that stay loaded while denoising
     text, clip, context_weights
-                   of weights that are loaded at once by these phases
-    context_block  of the context weights of one block
+                   weights that these phases hold at the same time
+    context_block  context weights of one block
     vae_encode, vae_decode
-                   of weights and buffers: at full size
-    vae_driving    the same for a segment's driving clip (half size) and, from the second segment on, its history
+                   weights and buffers at full size
+    vae_driving    weights and buffers for a segment's driving clip (half size) and, if segments overlap, the history
     context        cross-attention keys and values of all blocks
     tokens         token buffers that a layout keeps
-    work           activations of a forward pass; what a recorded step keeps
-    margin         for what the allocator cannot use"""
+    work           activations of a forward pass, which a recorded step keeps
+    margin         memory that the allocator cannot use"""
 
     blocks: tuple[int, ...]
     constant: int
@@ -59,14 +59,14 @@ class MemoryModel:
     margin: int = 0
 
     def phases(self, placement: Placement | None) -> dict[str, int]:
-        """Bytes while each phase runs. Without a placement all weights stay."""
+        """Return bytes per phase. Without a placement all weights stay in memory."""
         count = len(self.blocks) if placement is None else placement.resident_blocks
         streamed = placement is not None and placement.kind == "streamed"
         slots = 2 * max(self.blocks) if streamed else 0
         weights = sum(self.blocks[:count]) + self.constant
         kept = self.context + self.tokens
         graphs = self.work if placement is not None and placement.keeps_graphs else 0
-        # placed weights are on their way when the context is computed; others are loaded when they are used
+        # placed weights are already loading while the context is computed; others are loaded at their first use
         before_context = self.context if placement is None else weights + kept + graphs + self.margin
         while_decoding = weights if placement is None or not placement.drops_blocks else self.constant
         return {
@@ -81,14 +81,15 @@ class MemoryModel:
 
 
 def memory_model(plan: Plan, engines: EngineSet, gpus: int = 1) -> MemoryModel:
-    """The model of a plan on these engines, of one process of `gpus` that share it."""
+    """Return the model of one of `gpus` processes that share the plan. Raises InputError if the engine folder lacks a
+    network."""
     dit, vae = engines.config.dit, engines.config.vae
     if dit is None or vae is None or engines.config.umt5 is None or engines.config.clip is None:
         parts = {name: getattr(engines.config, name) for name in ("dit", "vae", "umt5", "clip")}
         lacking = ", ".join(name for name, part in parts.items() if part is None)
-        raise InputError(f"The engine folder has no {lacking}: build it from a complete checkpoint.")
+        raise InputError(f"The engine folder has no {lacking}. Build it from a complete checkpoint.")
     sizes = {stage.name: stage.weight_bytes for stage in engines.manifest.stages}
-    on_demand = engines.places_weights  # else (a mapped store, plans) all weights of a phase are there at once
+    on_demand = engines.places_weights  # else (mapped store, plans) all weights of a phase are loaded together
     element = engines.compute_dtype("dit.blocks.0.qkv").itemsize
     halves = 2 if gpus % 2 == 0 and plan.request.passes == 2 else 1
     passes, sharing = plan.request.passes // halves, gpus // halves
@@ -120,9 +121,10 @@ def memory_model(plan: Plan, engines: EngineSet, gpus: int = 1) -> MemoryModel:
 
 
 def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: int, attention: AttentionVariant) -> int:
-    """Bytes alive at the widest point of a forward pass, between a block's qkv and its attention: the residual stream,
-    q k v as projected (`element` bytes per value) and as prepared, the shared prefix of two passes; and, since the
-    largest buffer is one piece, once more q k v for fragmentation."""
+    """Return the peak bytes of a forward pass, which is between a block's qkv and its attention.
+
+    Per token and channel: the fp32 residual stream, q k v as projected (`element` bytes per value) and as prepared, the
+    shared prefix of two passes, and q k v once more for fragmentation, because that buffer must be contiguous."""
     projected = 3 * element
     shared = (4 + element) if passes > 1 else 0
     return layout.tokens * config.dim * (4 + projected + attention.prepared_bytes(element) + shared + projected)
@@ -131,24 +133,25 @@ def activation_bytes(config: DiTConfig, layout: Layout, passes: int, element: in
 def shared_bytes(
     config: DiTConfig, layout: Layout, passes: int, element: int, attention: AttentionVariant, sharing: int
 ) -> int:
-    """`activation_bytes` of a process that holds the rows of one of `sharing`, with its buffers of the exchange: what
-    arrives of q, k and v and the same in order, the attention's output, what comes back of it and the same in order."""
-    whole = activation_bytes(config, layout, passes, element, attention)
+    """Return `activation_bytes` of one of `sharing` processes, each with its share of the rows, plus its exchange
+    buffers: q, k and v as received and in order; the attention's output, and the returned output as received and in
+    order."""
+    complete = activation_bytes(config, layout, passes, element, attention)
     if sharing == 1:
-        return whole
+        return complete
     rows = -(-layout.tokens // (sharing * TILE)) * TILE
     operands = 3 if attention.v is not None else 3 * element
-    return whole * rows // layout.tokens + rows * config.dim * (2 * operands + 3 * min(element, 2))
+    return complete * rows // layout.tokens + rows * config.dim * (2 * operands + 3 * min(element, 2))
 
 
 def context_bytes(config: DiTConfig, passes: int, element: int) -> int:
-    """Cross-attention keys and values of all blocks."""
+    """Return the bytes of the cross-attention keys and values of all blocks."""
     return passes * config.layers * (config.text_len + CLIP_TOKENS) * 2 * config.dim * element
 
 
 def memory_budget(limit: int | None, others: int = 0) -> int:
-    """Bytes that a run may hold on the current GPU: what is free and what PyTorch's allocator holds already, less the
-    `others` bytes in it that are not the session's; or the limit less what the libraries take."""
+    """Return the bytes that a run may use on the current GPU: free memory plus the memory of PyTorch's allocator, minus
+    `others` (bytes in the allocator that are not the session's) and `LIBRARY_BYTES`; at most limit - LIBRARY_BYTES."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()
@@ -157,8 +160,8 @@ def memory_budget(limit: int | None, others: int = 0) -> int:
 
 
 def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Placement:
-    """The first way that fits. `graphs`: steps are recorded, so that they may be worth keeping. InputError when not
-    even two streamed blocks fit."""
+    """Return the first placement that fits the budget (bytes). graphs: steps are recorded, and their buffers may stay.
+    Raises InputError if not even two streamed blocks fit."""
     blocks = len(model.blocks)
 
     def placed(kind: Kind, resident: int, keeps_graphs: bool = False) -> Placement:
@@ -176,7 +179,7 @@ def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Pl
     if least.needed > budget:
         raise InputError(
             f"This run needs at least {(least.needed + LIBRARY_BYTES) / 2**30:.1f} GiB of GPU memory even with "
-            f"streamed weights, and may use {(budget + LIBRARY_BYTES) / 2**30:.1f} GiB: use a smaller --size, fewer "
+            f"streamed weights, and may use {(budget + LIBRARY_BYTES) / 2**30:.1f} GiB. Use a smaller --size, fewer "
             "frames per segment (--segment-length), or a larger --vram-limit."
         )
     counts = range(max(blocks - 2, 0), -1, -1)
@@ -184,9 +187,10 @@ def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Pl
 
 
 def place(plan: Plan, engines: EngineSet, gpus: int = 1, others: int = 0) -> Placement | None:
-    """How the weights of a run are placed, in each of `gpus` processes; None where the runtime does not place them (on
-    a CPU, and where plans carry them). others: bytes of GPU memory that others in this process hold. InputError when
-    the run does not fit this machine."""
+    """Return the placement of the weights in each of `gpus` processes, or None if the runtime does not place them (on a
+    CPU, and if plans contain them). others: bytes of GPU memory that other code in this process holds.
+
+    Raises InputError if the run does not fit this machine."""
     model = memory_model(plan, engines, gpus)
     if engines.places_weights:
         return choose_placement(
@@ -198,11 +202,11 @@ def place(plan: Plan, engines: EngineSet, gpus: int = 1, others: int = 0) -> Pla
 
 
 def check_host(model: MemoryModel) -> None:
-    """InputError when activations exceed the computer's memory. Weights are mapped: they may be larger."""
+    """Raise InputError if the activations exceed the host memory. Weights are mapped, so they may exceed it."""
     activations = max(model.context + model.tokens + model.work, model.vae_encode, model.vae_decode)
     available = host_memory()
     if activations > available:
         raise InputError(
-            f"This run needs {activations / 2**30:.1f} GiB of memory beside its weights, and this computer has "
-            f"{available / 2**30:.1f} GiB free: use a smaller --size or fewer frames per segment (--segment-length)."
+            f"This run needs {activations / 2**30:.1f} GiB of memory besides its weights, and this computer has "
+            f"{available / 2**30:.1f} GiB free. Use a smaller --size or fewer frames per segment (--segment-length)."
         )

@@ -1,8 +1,8 @@
-"""The JSON report beside an output: everything needed to repeat the run, and its time and memory.
+"""The run report: a JSON file beside the output with everything needed to repeat the run, and its time and memory.
 
-Written once, atomically, when a run ends in whatever way: `complete`, `partial` (stopped, finished segments kept) or
-`failed`. Hashes are SHA-256. Memory peaks are the process's own: resident host memory by the operating system, device
-memory by PyTorch's allocator and, since engines of other libraries allocate too, as the driver saw it at the end.
+It is written once, atomically, when the run ends, with a status: `complete`, `partial` (stopped, finished segments are
+kept) or `failed`. Hashes are SHA-256. Memory peaks are those of this process: resident host memory (operating system),
+and GPU memory of PyTorch's allocator. The GPU memory in use at the end (driver) includes other libraries.
 """
 
 import contextlib
@@ -45,12 +45,12 @@ PACKAGES = (
 
 
 def report_path(output: Path) -> Path:
-    """`out/demo.mp4` → `out/demo.json`."""
+    """Return the path of an output's run report: `out/demo.mp4` → `out/demo.json`."""
     return output.with_suffix(".json")
 
 
 def is_report(path: Path) -> bool:
-    """Whether `write_report` wrote this file. Any other file of that name belongs to the user and must be kept."""
+    """Return whether `write_report` wrote this file. Other files of that name belong to the user and must be kept."""
     try:
         return "report_version" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -58,7 +58,7 @@ def is_report(path: Path) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read in pieces; of a folder, of the names and hashes of its files."""
+    """Return the SHA-256 of a file, read in chunks. For a folder it covers the names and hashes of its files."""
     if path.is_dir():
         files = [(file.name, file_hash(file)) for file in sorted(path.iterdir()) if file.is_file()]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
@@ -70,7 +70,7 @@ def file_hash(path: Path) -> str:
 
 
 def describe_inputs(request: Request) -> dict[str, dict[str, str | None]]:
-    """Label → path (None: it was in memory) and SHA-256, for everything that the result depends on."""
+    """Return label → {"path": None for an input in memory, "sha256"} for every input of the request."""
     sources: dict[str, ImageSource | ClipSource] = {"driving": request.driving, "mask_video": request.mask_video}
     for index, (image, mask) in enumerate(request.references):
         label = f"extra_ref_{index}" if index else "image"
@@ -91,7 +91,7 @@ def _described(source: "ImageSource | ClipSource") -> dict[str, str | None]:
 
 
 def _option(value: Any) -> Any:
-    """An option as JSON can hold it; what is in memory by its kind."""
+    """Return an option as a JSON value. Inputs in memory become text that names their type."""
     if isinstance(value, tuple):
         return [_option(item) for item in value]
     if isinstance(value, Path | Fraction | str | int | float) or value is None:
@@ -100,7 +100,7 @@ def _option(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that have a say in the result."""
+    """Return the versions of Python and of the installed packages that can affect the result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -111,8 +111,8 @@ def versions() -> dict[str, str]:
 
 
 def memory_peaks() -> dict[str, float]:
-    """GiB: host resident peak of this process, where the system tells it; on a GPU the allocator's peak and what the
-    driver says is in use."""
+    """Return memory in GiB: the peak resident host memory of this process, if the system reports it; on a GPU also the
+    allocator's peak and the memory in use according to the driver."""
     peaks = {}
     if (host := _host_peak_bytes()) is not None:
         peaks["host_peak_gib"] = host / 2**30
@@ -125,8 +125,8 @@ def memory_peaks() -> dict[str, float]:
 
 
 def _host_peak_bytes() -> int | None:
-    """None on Windows, where Python has no `resource`. On Linux from /proc: `getrusage` starts a child process with the
-    peak of its parent."""
+    """Return None on Windows, where Python has no `resource`. On Linux /proc is read, because `getrusage` counts the
+    parent's peak in a child process."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
@@ -140,7 +140,7 @@ def _host_peak_bytes() -> int | None:
 
 
 def processor_name() -> str:
-    """The CPU's model; Linux tells it in a file alone."""
+    """Return the CPU model. On Linux it is in /proc/cpuinfo; `platform` does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -150,30 +150,32 @@ def processor_name() -> str:
 
 
 def describe_device(engines: "EngineSet", gpus: int = 1) -> dict[str, Any]:
-    """The executor, the device it runs on and how many of them share the work, and the machine."""
+    """Describe the executor, its device, the number of GPUs, and the machine."""
     name = processor_name()
     if engines.device.type == "cuda":
         import torch
 
         name = torch.cuda.get_device_name(engines.device)
-    device: dict[str, Any] = {
+    return {
         "backend": engines.backend,
         "reason": engines.reason,
         "device": str(engines.device),
         "name": name,
+        "gpus": gpus,
+        "system": platform.platform(),
+        "cpu_count": os.cpu_count(),
     }
-    device |= {"gpus": gpus}
-    return device | {"system": platform.platform(), "cpu_count": os.cpu_count()}
 
 
 def engine_digest(identity: "Identity") -> str:
-    """SHA-256 of what decides the weights of an engine folder: sizes, precision, checkpoint files and LoRAs."""
+    """Return the SHA-256 of the facts that determine the weights of an engine folder: sizes, precision, checkpoint
+    files and LoRAs."""
     parts = (identity.config, identity.precision, identity.sources, [lora.identity for lora in identity.loras])
     return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()
 
 
 def describe_engines(engines: "EngineSet") -> dict[str, Any]:
-    """What the engine folder was made of: enough to tell two folders apart."""
+    """Describe the contents of the engine folder: precision, sizes, source files, LoRAs and execution options."""
     from scail2_rt.export.models.precision import FP8_ACCUMULATION  # imports torch
 
     manifest_file = engines.directory / "manifest.json"
@@ -194,7 +196,7 @@ def describe_engines(engines: "EngineSet") -> dict[str, Any]:
 
 
 def describe_plan(plan: Plan, output: Output) -> dict[str, Any]:
-    """Every option, resolved, with the plan that follows from it."""
+    """Describe every option, resolved, and the plan that follows from them."""
     request = plan.request
     options = {field.name: _option(getattr(request, field.name)) for field in fields(request)}
     return {
@@ -221,7 +223,7 @@ def describe_plan(plan: Plan, output: Output) -> dict[str, Any]:
 def describe_end(
     status: str, output: Path, timings: Mapping[str, float], warnings: Sequence[str], error: str | None = None
 ) -> dict[str, Any]:
-    """How it ended. `output` is the video that is there to watch: the result, or the partial file."""
+    """Describe the end of a run. output: the result or the partial video, if it exists; timings: seconds per phase."""
     end: dict[str, Any] = {"status": status, "error": error, "output": None, "output_sha256": None}
     if output.exists():
         end |= {"output": str(output), "output_sha256": file_hash(output)}
@@ -230,7 +232,7 @@ def describe_end(
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report atomically."""
+    """Write the report atomically, with the permissions of a new file."""
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".json", delete=False

@@ -1,11 +1,11 @@
 """Resuming an interrupted run: the state after its last finished segment, and the check that it is the same run.
 
-The state is one safetensors file beside the partial video (`runtime.media.unfinished` says when it is written): the
-history in the fp32 values that the next segment starts from, the colour anchor, the noise generator's
-state, and as metadata the identity of the request: every option, the hashes of the input files, what the engines were
-made of and are run by, and the versions of the packages that compute. If the identities are equal, the result is
-bit-identical to an uninterrupted run: always on a CPU, on a GPU if its kernels are deterministic. A difference raises
-an error that names it.
+The state is one safetensors file beside the partial video (`runtime.media.unfinished` describes when it is written). It
+holds the history (fp32 frames that the next segment starts from), the colour anchor and the state of the noise
+generator. Its metadata hold the identity of the run: all options, the hashes of the input files, the source files of
+the engines, the device, and the versions of the packages that compute. If the identities are equal, the result is
+bit-identical to an uninterrupted run: always on a CPU, and on a GPU if its kernels are deterministic. If they differ,
+an error names the first difference.
 """
 
 import json
@@ -27,15 +27,15 @@ from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.session.settings import COMPUTING
 
 FORMAT = "2"
-# Options that say where things are or whether to begin, not what comes out; input files count by their hashes.
-_NO_MATTER = ("overwrite", "resume", "metadata", "allow_mask_problems", "output", *FILES, "extra_refs")
-# Another executor built into the folder changes its manifest, not this one; the digest repeats other fields.
-_WHERE = ("directory", "manifest_sha256", "digest")
+# Options that do not change the pixels. Input files are compared by their hashes.
+_NO_EFFECT = ("overwrite", "resume", "metadata", "allow_mask_problems", "output", *FILES, "extra_refs")
+# Building another executor into the folder changes its manifest but not this run; the digest repeats other fields.
+_IGNORED_OF_ENGINES = ("directory", "manifest_sha256", "digest")
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """frames: how many the partial video holds; noise: the generator's state, uint8."""
+    """The state after a segment. frames: number of frames in the partial video; noise: the generator's state, uint8."""
 
     frames: int
     carry: Carry
@@ -43,10 +43,10 @@ class Saved:
 
 
 def identity(about: Mapping[str, Any]) -> dict[str, str]:
-    """What a run's result depends on, from its report: dotted field → value."""
-    engines = {name: value for name, value in about["engines"].items() if name not in _WHERE}
+    """Return everything that the result of a run depends on, from its report: dotted field → JSON value."""
+    engines = {name: value for name, value in about["engines"].items() if name not in _IGNORED_OF_ENGINES}
     fields = {
-        "options": {name: value for name, value in about["options"].items() if name not in _NO_MATTER},
+        "options": {name: value for name, value in about["options"].items() if name not in _NO_EFFECT},
         "inputs": {label: file["sha256"] for label, file in about["inputs"].items()},
         **{name: about[name] for name in ("mode", "height", "width", "frames")},
         "engines": engines,
@@ -63,14 +63,14 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 
 def first_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """The first field in which two identities differ, as part of a sentence."""
+    """Return a clause about the first field in which two identities differ, or None if they are equal."""
     for field in [*now, *before]:
         if before.get(field) != now.get(field):
             area, _, name = field.partition(".")
             shown = f"--{name.replace('_', '-')}" if area == "options" else field
             if area == "inputs":
-                return f"the file {name} has changed since"
-            return f"{shown} was {before.get(field, 'not there')} and is {now.get(field, 'not there')} now"
+                return f"the input {name} has changed since"
+            return f"{shown} was {before.get(field, 'not set')} and is now {now.get(field, 'not set')}"
     return None
 
 
@@ -81,11 +81,11 @@ class Sidecar:
         self.output, self.identity = output, identity
 
     def write(self, part: int, saved: Saved) -> None:
-        """Keep the state after part `part`; the one before it stays until the next. All of it or nothing is seen."""
+        """Write the state after part `part` atomically, and delete the state before the previous part."""
         tensors = {"noise": saved.noise, **{f"anchor.{name}": value for name, value in saved.carry.anchor.items()}}
         if saved.carry.history is not None:
             tensors["history"] = saved.carry.history
-        tensors = {name: value.contiguous().clone() for name, value in tensors.items()}  # the format takes no views
+        tensors = {name: value.contiguous().clone() for name, value in tensors.items()}  # safetensors stores no views
         numbers = {"format": FORMAT, "frames": str(saved.frames), "finished": str(saved.carry.finished)}
         path = sidecar_path(self.output, part)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +102,9 @@ class Sidecar:
         sidecar_path(self.output, part - 2).unlink(missing_ok=True)
 
     def load(self) -> Saved | None:
-        """The state that fits the partial video; None when there is no unfinished run. InputError when it was another
-        run than this one."""
+        """Return the state that belongs to the partial video, or None if there is no unfinished run.
+
+        Raises InputError if it is the state of a different run, Scail2Error if it cannot be read."""
         parts = resumable(self.output)
         if not parts:
             return None
@@ -113,17 +114,18 @@ class Sidecar:
                 notes = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
-            raise Scail2Error(f"{path} cannot be read ({error}): start again with --overwrite.") from error
+            raise Scail2Error(f"{path} cannot be read ({error}). Use --overwrite to start again.") from error
         if notes.get("format") != FORMAT:
-            raise InputError(f"{path} was written by another version of scail2-rt: start again with --overwrite.")
+            raise InputError(f"{path} was written by another version of scail2-rt. Use --overwrite to start again.")
         if difference := first_difference(json.loads(notes["identity"]), self.identity):
             raise InputError(
-                f"The interrupted run of {self.output} cannot go on: {difference}. Give what was given then, or start "
-                "again with --overwrite and without --resume."
+                f"The interrupted run of {self.output} cannot be resumed: {difference}. Repeat its options and files, "
+                "or start again with --overwrite and without --resume."
             )
         return Saved(int(notes["frames"]), _carry(int(notes["finished"]), tensors), tensors["noise"])
 
     def clear(self) -> None:
+        """Delete the saved states."""
         clear_sidecars(self.output)
 
 
@@ -133,7 +135,7 @@ def _carry(finished: int, tensors: Mapping[str, Tensor]) -> Carry:
 
 
 def noise_generator(device: str, seed: int, saved: Saved | None = None) -> torch.Generator:
-    """Where the noise comes from: seeded, or as it was when the saved segment had been drawn."""
+    """Return the generator of the noise on `device`: seeded, or in the state after the noise of the saved segment."""
     noise = torch.Generator(device).manual_seed(seed)
     if saved is not None:
         noise.set_state(saved.noise)

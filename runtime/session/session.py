@@ -1,12 +1,12 @@
-"""The public API: engines that are open, and requests that they carry out.
+"""The public API: a session holds open engines and runs requests on them.
 
     with Session.open("engines/") as session:
         plan = session.check(Request(…))
         session.generate(plan, "out.mp4", on_progress=print)
 
-A session opens its engines once and keeps what outlives a request: prompt encodings, rotary tables and recorded steps
-by layout, time embeddings by schedule. It prints nothing, sets no signal handler, and works in any thread, one
-generation at a time. Cancelling or failing leaves it ready for the next request."""
+A session opens its engines once. Between requests it keeps prompt encodings, rotary tables and recorded steps (per
+layout) and time embeddings (per schedule). It prints nothing, sets no signal handler, and works in any thread, one
+generation at a time. After a cancelled or failed request it is ready for the next one."""
 
 import contextlib
 import threading
@@ -45,13 +45,15 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """The engines of one folder, ready for requests. Use as a context manager, or call `close`.
+    """The engines of one folder, ready for requests. Use it as a context manager, or call `close`.
 
-    engines     the stages, for benchmarks and tests; team: the processes on other GPUs, None for one GPU
-    constants   what is kept from request to request
-    warnings    sentences for the user that came up in the last generation, beside the plan's
-    timings     seconds by phase of the last generation
-    others      asked, before weights are placed, for the bytes of GPU memory that others in this process hold"""
+    engines     the stages
+    team        the processes on other GPUs; None for one GPU
+    constants   tensors and recorded steps that are kept between requests
+    warnings    sentences about the last generation, in addition to the plan's warnings
+    timings     seconds per phase of the last generation
+    others      function that returns the bytes of GPU memory that other code in this process holds; called before
+                weights are placed"""
 
     def __init__(self, engines: EngineSet, prompt_cache: "Path | str | None" = None, team: Team | None = None) -> None:
         self.engines, self.team = engines, team
@@ -61,7 +63,7 @@ class Session:
         self.warnings: list[str] = []
         self.timings: Mapping[str, float] = {}
         self.others: Callable[[], int] = lambda: 0
-        self._untold = engines.warnings  # about the folder, for the first plan
+        self._folder_warnings = engines.warnings  # added to the first plan
         self._busy = threading.Lock()
         self._closed = False
 
@@ -76,59 +78,61 @@ class Session:
         prompt_cache: "Path | str | None" = None,
         gpus: Gpus = 1,
     ) -> "Session":
-        """Open an engine folder; no weights are loaded yet.
+        """Open an engine folder. Weights are loaded later, by the first generation.
 
-        backend        the executor: auto, torch, onnxruntime, tensorrt or tensorrt-rtx; a named one is used or refused
-        execution      how it runs: attention, rows per call, CUDA graphs, a limit of GPU memory
-        device         cpu or cuda; by default where the executor is fastest
+        backend        executor: auto, torch, onnxruntime, tensorrt or tensorrt-rtx; only auto may choose another one
+        execution      attention, rows per call, CUDA graphs, GPU memory limit
+        device         cpu or cuda; by default the device on which the executor is fastest
         prompt_cache   folder for prompt encodings; by default the user's cache folder
-        gpus           how many GPUs share each generation, or "all" (docs/several-gpus.md); on a CPU, processes
+        gpus           number of GPUs that share each generation, or "all" (docs/several-gpus.md); on a CPU, processes
 
-        InputError when the folder is damaged, of another version, or lacks the backend that was named, and for a number
-        of GPUs that is not there or does not divide the model's heads."""
+        Raises InputError if the folder is damaged, was written by another version, or lacks the named backend, and for
+        a number of GPUs that the machine does not have or that does not divide the model's heads."""
         engines, team = open_team(Path(folder), backend, execution or Execution(), device, gpus)
         return cls(engines, prompt_cache, team)
 
     @property
     def gpus(self) -> int:
-        """How many GPUs, on a CPU processes, share a generation."""
+        """Number of GPUs (on a CPU, processes) that share a generation."""
         return 1 if self.team is None else self.team.size
 
     @property
     def choice(self) -> str:
-        """One printable line: what runs, where, and why."""
+        """One printable line: the executor, its device, and the reason for the choice."""
         return self.engines.choice + (f"; shared by {self.gpus} processes" if self.team is not None else "")
 
     def check(self, request: Request, on_progress: Listener | None = None) -> Plan:
-        """What the request would do, with `plan.warnings` and `plan.estimate`. Media are read, weights are not.
-        `on_progress` is called when that takes more than two seconds.
+        """Return the generation plan of a request, with `plan.warnings` and `plan.estimate`. Media are read, weights
+        are not. `on_progress` is called if this takes more than two seconds.
 
-        InputError with one sentence for the first thing that is wrong: the sentence that the command line prints."""
+        Raises InputError for the first problem found. The command line prints the same sentence."""
         return self.fit(check_request(request, on_progress))
 
     def fit(self, plan: Plan) -> Plan:
-        """A plan of `check_request` with what depends on these engines: the estimate, warnings about the prompt and, in
-        the first plan of a session, about the engine folder. InputError when it does not fit this machine."""
+        """Return a plan of `check_request`, completed with the facts that depend on these engines: the estimate,
+        warnings about the prompts and, in the first plan of a session, about the engine folder.
+
+        Raises InputError if the run does not fit this machine."""
         if self.team is not None:
             check_heads(self.gpus, self.engines.config.dit, plan.request.passes)
         if plan.request.noise_device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU here: use cpu.")
+            raise InputError("--noise-device cuda was given, but PyTorch finds no CUDA GPU. Use cpu.")
         placement = self.place(plan)
         with self._on_device():
             expected = estimate(plan, self.engines, placement, self.rates)
-        warnings = dict.fromkeys([*plan.warnings, *self._untold, *self._prompt_warnings(plan)])
-        self._untold = ()
+        warnings = dict.fromkeys([*plan.warnings, *self._folder_warnings, *self._prompt_warnings(plan)])
+        self._folder_warnings = ()
         return replace(plan, warnings=tuple(warnings), estimate=expected)
 
     def animate(
         self, plan: Plan, on_progress: Listener | None = None, cancel: threading.Event | None = None
     ) -> Iterator[np.ndarray]:
-        """The plan's frames, uint8 [n, H, W, 3], as they are made; closing the iterator ends the run.
+        """Yield the plan's frames in batches, uint8 RGB [n, H, W, 3]. Closing the iterator ends the run.
 
-        on_progress   is called with a `Progress` at every phase and step; what it raises ends the run
-        cancel        once it is set, the run ends with `Cancelled` within one denoising step
+        on_progress   called with a `Progress` at every phase and step; an exception that it raises ends the run
+        cancel        once it is set, the run raises `Cancelled` within one denoising step
 
-        Scail2Error when the session runs another generation, or when something fails."""
+        Raises Scail2Error if the session is closed or runs another generation, or if the run fails."""
         run = RunProgress(on_progress, cancel)
         noise = noise_generator(plan.request.noise_device, plan.request.seed)
         with self.claimed(), contextlib.closing(self.frames(plan, run, noise)) as made:
@@ -145,20 +149,21 @@ class Session:
         on_progress: Listener | None = None,
         cancel: threading.Event | None = None,
     ) -> "Result":
-        """Write the plan's video, with the driving video's sound, and a JSON report beside it.
+        """Write the plan's video, with the audio of the driving clip, and a JSON report beside it.
 
-        output        a path, or an `Output` with codec, crf, overwrite, resume and metadata
+        output                a path, or an `Output` with codec, crf, overwrite, resume and metadata
         on_progress, cancel   as in `animate`
 
-        However a run ends, finished segments are kept as `NAME.partial.mp4`, and the report is written. InputError for
-        an output that cannot be written, must not be replaced or is being written by another run; Scail2Error when the
-        session runs another generation, or when something fails."""
+        If a run is interrupted or fails, the finished segments are kept as `NAME.partial.mp4` and the report is
+        written. Raises InputError for an output that cannot be written, must not be replaced, or is being written by
+        another run; Scail2Error as `animate`."""
         from scail2_rt.runtime.session.write import write_video
 
         return write_video(self, plan, Output.of(output), RunProgress(on_progress, cancel))
 
     def place(self, plan: Plan) -> Placement | None:
-        """How the weights of this plan lie in GPU memory, with what is free now."""
+        """Return the placement of the weights for this plan, given the GPU memory that is free now. None if the runtime
+        does not place weights. Raises InputError if the plan does not fit."""
         with self._on_device():
             return place(plan, self.engines, self.gpus, self.others())
 
@@ -171,19 +176,23 @@ class Session:
         placement: Placement | None = None,
         notes: Sequence[str] = (),
     ) -> Generator[Frames, None, None]:
-        """What `animate` and `generate` consume: frames with what each segment leaves, from the segment after `carry`
-        on, in a session that is `claimed`. A run that fails leaves nothing behind. notes: the first of the run's
-        warnings."""
+        """Yield frames, and after each segment the state for the next one. The session must be `claimed`. If the run
+        fails, all weights and kept tensors are dropped.
+
+        noise      generator of the noise
+        carry      state to resume from; None starts at the first segment
+        placement  of the weights; None computes it
+        notes      first entries of the run's warnings"""
         try:
             self.warnings[:] = notes
             self.timings = progress.timings
             placement = placement or self.place(plan)
             if self.team is not None:
-                self.team.settle()  # a process may have died since the run before
+                self.team.settle()  # a process may have died since the previous run
             with self._on_device():
                 if placement is not None:
                     if set(placement.streamed) != set(self.engines.streamed):
-                        self.constants.drop_transformers()  # recorded steps read weights that move now
+                        self.constants.drop_transformers()  # recorded steps use the old addresses of the weights
                     apply(placement, self.engines, self.others())
                 if isinstance(self.constants, LeadingConstants):
                     self.constants.place(placement)
@@ -194,28 +203,28 @@ class Session:
         except (Cancelled, KeyboardInterrupt, GeneratorExit):
             if self.team is not None:
                 self.team.settle()
-            raise  # nothing is wrong with what is loaded
+            raise  # loaded weights and constants stay valid
         except BaseException as error:
-            told = error if self.team is None else self.team.told(error)
+            explained = error if self.team is None else self.team.told(error)
             self._forget()
-            if told is not error:
-                raise told from error
+            if explained is not error:
+                raise explained from error
             raise
         finally:
             if placement is not None:
                 with self._on_device():
-                    release_contexts(self.engines)  # of a run that ended before it used them
+                    release_contexts(self.engines)  # if the run ended before it used them
                     lift_limit(self.engines)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """One generation at a time. Scail2Error, before anything is touched, for a second one or a closed session."""
+        """Reserve the session for one generation. Raises Scail2Error if it is closed or already reserved."""
         if self._closed:
-            raise Scail2Error("The session is closed: open another one.")
+            raise Scail2Error("The session is closed. Open another one.")
         if not self._busy.acquire(blocking=False):
             raise Scail2Error(
-                "The session is generating already, and it runs one generation at a time: wait for it, or open another "
-                "session."
+                "The session is already generating, and it runs one generation at a time. Wait for it to finish, or "
+                "open another session."
             )
         try:
             yield
@@ -223,11 +232,11 @@ class Session:
             self._busy.release()
 
     def close(self) -> None:
-        """Give back weights, files and memory. A generation that runs must be ended before."""
+        """Release weights, files and memory. Raises Scail2Error while a generation is running."""
         if self._closed:
             return
         if not self._busy.acquire(blocking=False):
-            raise Scail2Error("The session is generating: end the generation before the session is closed.")
+            raise Scail2Error("The session is generating. End the generation before you close the session.")
         self._closed = True
         self.constants.drop()
         if self.team is not None:
@@ -238,22 +247,23 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with contextlib.suppress(*(() if error is None else (Scail2Error,))):  # what went wrong first is what is told
+        with contextlib.suppress(*(() if error is None else (Scail2Error,))):  # keep the first error
             self.close()
 
     def _next(self, made: Iterator[Frames]) -> Frames | None:
-        """The next frames, in this session's modes, which must not last while the caller works with them."""
+        """Return the next frames, or None. The device and gradient modes are set only while the frames are computed,
+        not while the caller uses them."""
         with self._on_device(), torch.inference_mode(False), torch.no_grad(), collecting(self.warnings):
             return next(made, None)
 
     def _on_device(self) -> "contextlib.AbstractContextManager[Any]":
-        """Threads start on GPU 0."""
+        """Return a context that selects this session's GPU, because new threads start on GPU 0."""
         return (
             torch.cuda.device(self.engines.device) if self.engines.device.type == "cuda" else contextlib.nullcontext()
         )
 
     def _forget(self) -> None:
-        """After a failure: whatever it left half done goes, so that the next request finds a fresh session."""
+        """Drop everything that a failed run may have left incomplete, so that the next request starts fresh."""
         self.constants.drop()
         if self.team is not None:
             self.team.end()
@@ -263,14 +273,14 @@ class Session:
                 torch.cuda.empty_cache()
 
     def _prompt_warnings(self, plan: Plan) -> list[str]:
-        """A sentence for each prompt that fills what the model reads (it may well be longer)."""
+        """Return a sentence for each prompt that reaches the model's token limit; the rest of it may be cut off."""
         tokenizer = self.engines.directory / "tokenizer" / "tokenizer.json"
         if not tokenizer.is_file():
             return []
         reader = Tokenizer(tokenizer)
         prompts = {"prompt": plan.request.prompt, "negative prompt": plan.request.negative_prompt}
         return [
-            f"The {name} fills the {MAX_TOKENS} tokens that the model reads: what comes after them is cut off."
+            f"The {name} reaches the limit of {MAX_TOKENS} tokens: any text after them is ignored."
             for name, text in prompts.items()
             if len(reader.encode(text)) == MAX_TOKENS
         ]

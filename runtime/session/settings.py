@@ -1,12 +1,12 @@
 """The settings of a run, stored in its output so that the run can be repeated.
 
-They are one JSON object in the tag `comment` of a video, in the comment extension of a GIF and in each PNG file:
+They are one JSON object in the tag `comment` of a video, in the comment extension of a GIF, and in each PNG file:
 
-    {"scail2_rt": {"format": 1, "options": …, "inputs": …, "engines": …, "device": …, "versions": …}}
+    {"scail2_rt": {"format": 1, "options": …, "inputs": …, "engines": …, "made_with": …}}
 
-options are those of `generate` that change the pixels, resolved (a preset is its numbers); inputs are names and SHA-256
-hashes, never paths; engines is the digest of the folder's weights. Nothing in it differs between equal runs. The run
-report holds the same and can be read in its place.
+options are those of `generate` that change the pixels, resolved (a preset is stored as its numbers). inputs are names
+and SHA-256 hashes, never paths. engines is the digest of the folder's weights. Equal runs store equal settings. The run
+report holds the same facts and can be read instead.
 """
 
 import json
@@ -23,17 +23,17 @@ KEY = "scail2_rt"
 FORMAT = 1
 COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "triton", "av")
 _LEFT_OUT = ("output", "overwrite", "resume", "metadata", *FILES, "extra_refs")
-OPTIONS = frozenset(  # what a run stores
+OPTIONS = frozenset(  # options that a run stores
     {*(field.name for field in fields(Request)), "codec", "crf", "backend", "gpus", "max_rows", "attention"}
 ).difference(_LEFT_OUT)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an output tells of its run.
+    """The settings stored in an output.
 
     options    option of `generate` → value
-    inputs     label → {"name", "sha256"}; the name is None for what was in memory
+    inputs     label → {"name", "sha256"}; the name is None for an input in memory
     engines    digest and precision of the engine folder
     made_with  the device and the versions of the packages that compute"""
 
@@ -44,7 +44,7 @@ class Settings:
 
 
 def settings_text(about: Mapping[str, Any]) -> str:
-    """The settings of the run that a report describes, as ASCII JSON."""
+    """Return the settings of the run that a report describes, as ASCII JSON."""
     return json.dumps({KEY: _of_report(about)}, separators=(",", ":"))
 
 
@@ -68,40 +68,41 @@ def _of_report(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def made_with(device: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, str]:
-    """What must be equal for a bit-identical repetition, beside engines, options and inputs: the name of the device and
-    the versions of the packages that its backend uses. device: as the report describes it."""
+    """Return the facts that must be equal for a bit-identical repetition, besides engines, options and inputs: the
+    device's name and the versions of the packages that its backend uses. device: as in the report."""
     others = tuple(name for name in ("onnxruntime", "tensorrt") if not device["backend"].startswith(name))
     used = [name for name in COMPUTING if name in versions and not name.startswith(others)]
     return {"device": device["name"], **{name: versions[name] for name in used}}
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings in an output of `generate`, or in its report. Raises InputError when there are none to be read."""
+    """Return the settings in an output of `generate`, or in its report. Raises InputError if they cannot be read."""
     if not path.exists():
-        raise InputError(f"The video {path} of --from-video does not exist: give a video that `generate` has made.")
+        raise InputError(f"The video {path} of --from-video does not exist. Give a video that `generate` made.")
     try:
         document = json.loads(_comment(path))
         found = _of_report(document) if "report_version" in document else document[KEY]
         version = found["format"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(
-            f"{path} holds no settings of scail2-rt: it was made elsewhere, with --no-metadata or by a service, or "
-            "another tool has removed them. Give the run report with --from-video, or the options themselves."
+            f"{path} holds no settings of scail2-rt: it was made by another tool, by a service or with --no-metadata, "
+            "or the settings were removed. Give the run report with --from-video, or give the options."
         ) from None
     if version != FORMAT:
         raise InputError(
-            f"The settings in {path} have format {version}, and this version of scail2-rt reads {FORMAT}: use the "
-            "version that made the video, or give the options themselves."
+            f"The settings in {path} have format {version}, and this version of scail2-rt reads format {FORMAT}. Use "
+            "the version that made the video, or give the options."
         )
     parts = [found.get(name) for name in ("options", "inputs", "engines", "made_with")]
     files = list(parts[1].values()) if isinstance(parts[1], dict) else [None]
     if not all(isinstance(part, dict) for part in (*parts, *files)):
-        raise InputError(f"The settings in {path} are damaged: give the run report, or the options themselves.")
+        raise InputError(f"The settings in {path} are damaged. Give the run report, or give the options.")
     return Settings(*parts)  # type: ignore[arg-type]
 
 
 def _comment(path: Path) -> str:
-    """The comment of a video, of a GIF, of a PNG file or of the first one in a folder; the text of a .json file."""
+    """Return the comment of a video, a GIF, a PNG file or the first PNG file of a folder; or the text of a .json
+    file."""
     import av
     from PIL import Image, UnidentifiedImageError
 
@@ -117,4 +118,4 @@ def _comment(path: Path) -> str:
         with av.open(str(path.absolute()), metadata_errors="replace") as container:
             return next((value for name, value in container.metadata.items() if name.lower() == "comment"), "")
     except (OSError, SyntaxError, av.FFmpegError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give a video that `generate` has made.") from error
+        raise InputError(f"{path} cannot be read ({error}). Give a video that `generate` made.") from error

@@ -1,8 +1,8 @@
-"""Compiling the GPU's kernels when engines are built, so that a first generation compiles nothing.
+"""Compilation of the GPU kernels when engines are built, so that the first generation compiles nothing.
 
-One small forward pass and a few VAE frames run every kernel; Triton and NVRTC keep what they compile in the folder
-`kernels` of the engine folder, which opening it on a GPU points them to. Two layouts, because Triton compiles sizes
-that are divisible by 16 apart from others.
+One small forward pass and a few VAE frames run every kernel. Triton and NVRTC store the compiled kernels in the folder
+`kernels` of the engine folder. Two layouts are used, because Triton compiles separate kernels for sizes that are
+divisible by 16.
 """
 
 import time
@@ -20,7 +20,7 @@ SIZES = ((5, 256, 256), (5, 96, 160))  # frames, height, width
 
 
 def warm_kernels(directory: Path) -> str | None:
-    """Run every kernel of a folder's torch executor once; one line of what was done, or None without a GPU."""
+    """Run every kernel of a folder's torch executor once. Returns one line about it, or None without a GPU."""
     if not torch.cuda.is_available():
         return None
     start = time.perf_counter()
@@ -31,7 +31,7 @@ def warm_kernels(directory: Path) -> str | None:
 
 
 def run_small(engines: EngineSet) -> None:
-    """A small denoising pass and a round trip through the VAE, as far as the folder has these parts."""
+    """Run a small denoising pass and a round trip through the VAE, for the networks that the folder has."""
     for frames, height, width in SIZES:
         if engines.config.vae is not None:
             for _ in decode(engines, encode_clip(engines, torch.zeros(3, frames, height, width))):

@@ -1,7 +1,7 @@
-"""A generation written to its output: the frames while they are made, the state to resume from, and the run report.
+"""Writing a generation to its output: the frames as they are made, the state to resume from, and the run report.
 
-However a run ends, finished segments are kept and the report says how it ended. With `resume`, a complete result stays,
-an interrupted run is resumed, and a run that was not started is started.
+If a run is interrupted or fails, its finished segments are kept and the report says why. With `resume`, a complete
+result is kept, an interrupted run is resumed, and otherwise the run starts.
 """
 
 import contextlib
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 class Result:
     """A video that was written.
 
-    path       the video; frames: how many it has
-    timings    seconds by phase
-    warnings   the plan's, and those that came up
-    report     the JSON document, as it is in `report_path` (None: it could not be written)
-    resumed    segments that an interrupted run had finished; None when the result was there already"""
+    path          the video
+    frames        number of its frames
+    timings       seconds per phase
+    warnings      warnings of the plan and of the run
+    report        the JSON document
+    report_path   file of the report; None if it could not be written
+    resumed       number of segments taken from an interrupted run; None if the result was already complete"""
 
     path: Path
     frames: int
@@ -52,19 +54,19 @@ class Result:
 
 
 def write_video(session: "Session", plan: Plan, output: Output, progress: RunProgress) -> Result:
-    """`Session.generate`."""
+    """Write the video of a plan: the implementation of `Session.generate`, which documents the errors."""
     refuse_second(output.path)
     check_output(output, plan.request)
     check_room(output, plan)
     plan = fit_output(plan, output)
     notes: list[str] = []
     with session.claimed(), sole_writer(output.path, notes.append):
-        check_output(output, plan.request)  # what was there may have changed until the lock was held
+        check_output(output, plan.request)  # again, because files may have changed before the lock was taken
         return _write_alone(session, plan, output, progress, notes)
 
 
 def _write_alone(session: "Session", plan: Plan, output: Output, progress: RunProgress, notes: Sequence[str]) -> Result:
-    """The video of a plan whose output nobody else writes. notes: warnings that came up before."""
+    """Write the video while the output is locked. notes: warnings so far."""
     about = {
         **report.describe_plan(plan, output),
         "prompt_cache": _cache_hits(session, plan),
@@ -119,7 +121,7 @@ def _write(
 
 
 class _Run:
-    """One run's report while it is being made."""
+    """One run: its video writer and its report."""
 
     def __init__(
         self, session: "Session", plan: Plan, output: Output, about: dict[str, Any], progress: RunProgress
@@ -128,13 +130,14 @@ class _Run:
         self._warnings = session.warnings
 
     def begin(self, fresh: bool) -> None:
-        """The folder is made; a fresh run removes what an earlier one has left."""
+        """Create the folder of the output. A fresh run deletes the unfinished files of an earlier run."""
         self.output.path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             partial_path(self.output.path).unlink(missing_ok=True)
             clear_sidecars(self.output.path)
 
     def writer(self, after: int) -> VideoWriter:
+        """Return the writer of the video. after: frames that the partial video already holds."""
         plan, output = self.plan, self.output
         sound = plan.audio and container_of(output.path).audio
         audio = plan.request.driving if sound and isinstance(plan.request.driving, Path) else None
@@ -143,59 +146,61 @@ class _Run:
         return VideoWriter(output.path, picture, audio, plan.start_s, plan.timestamps, after, comment)
 
     def complete(self, resumed: int) -> Result:
-        document, beside = self._write_report("complete", self.output.path)
+        """Write the report of a complete run. resumed: segments taken from an interrupted run."""
+        document, report_file = self._write_report("complete", self.output.path)
         return Result(
             path=self.output.path,
             frames=self.plan.frames,
             timings=dict(self.progress.timings),
             warnings=tuple(document["warnings"]),
             report=document,
-            report_path=beside,
+            report_path=report_file,
             resumed=resumed,
         )
 
     def failed(self, error: BaseException) -> None:
+        """Write the report of a run that was interrupted or failed."""
         unfinished = partial_path(self.output.path)
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         self._write_report("partial" if unfinished.is_file() else "failed", unfinished, name)
 
     def _write_report(self, status: str, video: Path, error: str | None = None) -> tuple[dict[str, Any], Path | None]:
-        beside: Path | None = report.report_path(self.output.path)
+        report_file: Path | None = report.report_path(self.output.path)
         warnings = (*self.plan.warnings, *self._warnings)
         end = report.describe_end(status, video, self.progress.timings, warnings, error)
         try:
             report.write_report(report.report_path(self.output.path), {**self.about, **end})
-        except OSError as fault:  # the disk is full, say: what became of the video matters more
-            self._warnings.append(f"The report {beside} could not be written ({fault}).")
-            end["warnings"], beside = [*self.plan.warnings, *self._warnings], None
-        return {**self.about, **end}, beside
+        except OSError as fault:  # for example a full disk; the run's result is still reported
+            self._warnings.append(f"The report {report_file} could not be written ({fault}).")
+            end["warnings"], report_file = [*self.plan.warnings, *self._warnings], None
+        return {**self.about, **end}, report_file
 
 
-def what_is_left(output: Path) -> str:
-    """What an interrupted run has left, and how to go on, in one sentence."""
+def describe_unfinished(output: Path) -> str:
+    """Return one sentence about the files of an interrupted run and how to continue."""
     kept = partial_path(output)
     what = f"the finished segments are in {kept}" if kept.is_file() else "no segment was finished, so no video is kept"
-    return what + ("; the same command with --resume goes on after them" if resumable(output) else "")
+    return what + ("; repeat the command with --resume to continue after them" if resumable(output) else "")
 
 
 def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) -> Result:
-    """The result that `resume` finds complete; InputError when it is another request's, or one that the interrupted run
-    was to replace."""
+    """Return the complete result that `resume` found. Raises InputError if it is the result of another request, or if
+    an interrupted run (`unfinished`) was replacing it."""
     if unfinished:
         raise InputError(
-            f"The output {output} exists, and the interrupted run was to replace it: give --overwrite with --resume."
+            f"The output {output} exists, and the interrupted run was replacing it. Use --overwrite with --resume."
         )
-    beside = report.report_path(output)
-    before = json.loads(beside.read_text(encoding="utf-8")) if report.is_report(beside) else {}
+    report_file = report.report_path(output)
+    before = json.loads(report_file.read_text(encoding="utf-8")) if report.is_report(report_file) else {}
     if before.get("status") != "complete" or before.get("output_sha256") != report.file_hash(output):
         raise InputError(
-            f"The output {output} exists and is not a complete result of this command: choose another name with -o, or "
-            "replace it with --overwrite."
+            f"The output {output} exists and is not a complete result of this command. Choose another name with -o, or "
+            "use --overwrite to replace it."
         )
     if difference := first_difference(identity(before), identity(about)):
         raise InputError(
-            f"The output {output} is complete, but of another request: {difference}. Choose another name with -o, or "
-            "replace it with --overwrite."
+            f"The output {output} is the complete result of another request: {difference}. Choose another name with "
+            "-o, or use --overwrite to replace it."
         )
     return Result(
         path=output,
@@ -203,7 +208,7 @@ def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) 
         timings=before["timings_s"],
         warnings=tuple(before["warnings"]),
         report=before,
-        report_path=beside,
+        report_path=report_file,
         resumed=None,
     )
 

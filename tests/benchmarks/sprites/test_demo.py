@@ -28,8 +28,8 @@ def test_demo_animates_with_sound_and_reuses_its_engines(scail2: Run, tmp_path: 
     assert (video.frames, video.width, video.height, video.frame_rate) == (33, 128, 128, 16)
     assert video.audio_s == pytest.approx(33 / 16, abs=0.05)
     assert "33 frames, 16 fps, with audio" in first.stdout
-    assert "best without a model" in first.stdout
-    assert "made of these by a small SAM 2 took" in first.stdout
+    assert "best baseline without a model" in first.stdout
+    assert " s with a small SAM 2; mean IoU" in first.stdout
     assert {path.name for path in (out / "case").iterdir()} >= {"ref.png", "rendered_v2.mp4", "masks.png"}
     assert Image.open(out / "contact_sheet.png").width > 6 * 128
     (tmp_path / "elsewhere").mkdir()

@@ -290,7 +290,7 @@ class TestMade:
         assert "alpha: from adapter_config.json" in said
         text = scail2("inspect", folder).stdout
         assert "alpha: 3 (1 pair), 8 (1 pair), from adapter_config.json" in text
-        assert "step-distilled: not as far as can be told" in text
+        assert "step-distilled: unknown" in text
 
     def test_a_changed_configuration_is_other_weights(self, scail2: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
         folder = tmp_path / "adapter"
@@ -313,7 +313,7 @@ class TestMade:
             tensors |= {"diffusion_model.blocks.1.norm3.diff": torch.ones(256)}
         path = tmp_path / ("Wan21_I2V_14B_4steps_rank64.safetensors" if how == "name" else "style.safetensors")
         save_file(tensors, path, {"description": "CFG and step distilled"} if how == "header" else {"ss_steps": "4"})
-        assert f"step-distilled: yes, told by its {how}: use --preset fast" in scail2("inspect", path).stdout
+        assert f"step-distilled: yes, according to its {how}: use --preset fast" in scail2("inspect", path).stdout
 
 
 REFUSED: dict[str, tuple[Tensors, str]] = {

@@ -294,7 +294,7 @@ class TestLoRA:
         save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, lora)
         assert verdicts(run(tmp_path / "e", small_checkpoint()))["sources"] is False
         lora.unlink()
-        with pytest.raises(InputError, match=r"l\.safetensors, which is not there"):
+        with pytest.raises(InputError, match=r"l\.safetensors, which does not exist"):
             run(tmp_path / "e", small_checkpoint())
 
 
@@ -350,7 +350,7 @@ def test_errors_of_outputs() -> None:
     assert worst_error([e, zero + 0.5], [e, zero]) == pytest.approx(0.5)
     assert worst_error([e * float("nan")], [e]) is None
     assert worst_error([e[:1]], [e]) is None
-    with pytest.raises(Scail2Error, match="only zeros"):
+    with pytest.raises(Scail2Error, match="All outputs of the fp32 stage are zero"):
         worst_error([zero], [zero])
 
 
@@ -421,7 +421,7 @@ class TestAgainstOnnxRuntime:
         assert report.passed, report.text
         assert {result.backend for result in report.stages} == {"torch"}
         assert all(result.against is not None and result.against <= result.tolerance for result in report.stages)
-        assert "from the other executor" in report.text
+        assert "against the other executor" in report.text
 
     def test_one_that_differs_is_named_with_its_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build(BuildRequest(Path("small"), tmp_path / "e", ("torch", "onnxruntime"), "fp32"), small_checkpoint())
@@ -440,5 +440,5 @@ class TestAgainstOnnxRuntime:
 
     def test_without_the_tool(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("scail2_rt.engines.verify.against.importlib.util.find_spec", lambda name: None)
-        with pytest.raises(InputError, match=r"Polygraphy, which is not installed; install it with pip install"):
+        with pytest.raises(InputError, match=r"Polygraphy, which is not installed\. Install it with: pip install"):
             verify(VerifyRequest(small, against="onnxruntime"), small_checkpoint())

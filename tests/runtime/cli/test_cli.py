@@ -98,7 +98,7 @@ def test_help_names_every_command(scail2: Run, words: tuple[str, ...]) -> None:
 
 
 def every_command(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    """A command and all below it, with their names."""
+    """Return a command and all its subcommands, with their names."""
     yield name, command
     if isinstance(command, click.Group):
         context = click.Context(command)
@@ -351,8 +351,8 @@ def test_an_interrupted_json_error_is_parseable() -> None:
 def test_a_long_step_says_how_far_it_is_and_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first line comes after 2 s, then one every 10 s; the rate counts only bytes fetched by this call, not the
-    20 GiB of an earlier one."""
+    """The first line is printed after 2 s, then one every 10 s. The rate counts only bytes of this call, not the 20 GiB
+    of an earlier one."""
     from scail2_rt.engines.observer import BuildStep
     from scail2_rt.runtime.cli import progress
 

@@ -1,4 +1,4 @@
-"""Shell completion: what `_SCAIL2_RT_COMPLETE` makes the command print, and what bash makes of it."""
+"""Shell completion: the output of the command with `_SCAIL2_RT_COMPLETE`, and the completions in bash."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ pytest_plugins = ["tests.support.runtime_fixtures"]
 
 
 def completions(scail2: Run, words: str, position: int) -> list[str]:
-    """ "type,value" lines for the word at this position."""
+    """Return the "type,value" lines for the word at this position."""
     variables = {"_SCAIL2_RT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}
     return scail2(**variables).stdout.split()
 

@@ -12,7 +12,8 @@ SMALL = 'size = "64x96"\nsteps = 2\nsegment-length = 13\nguidance = 1\n'
 
 
 def test_a_video_from_a_file(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
-    """Paths start at the file's folder, the table wins over the top of the file, the command line over both."""
+    """Paths are relative to the file's folder. The table overrides the top of the file, the command line overrides
+    both."""
     (tmp_path / "case").symlink_to(case)
     (tmp_path / "elsewhere").mkdir()
     config = tmp_path / "my.toml"
@@ -46,18 +47,19 @@ def test_a_server_on_the_command_line_wins_over_the_engines_of_a_file(scail2: Ru
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("stepss = 2", "stepss is no option; did you mean steps?"),
-        ("[generat]\nsteps = 2", "did you mean generate?"),
-        ("[build-engines]\nengines = 'e'", "engines is no option of `build-engines`"),
-        ("[generate]\nlora = 'l'", "lora is no option of `generate`"),
+        ("stepss = 2", "stepss is not an option. Use steps"),
+        ("[generat]\nsteps = 2", "generat is not a table of a command. Use generate"),
+        ("[build-engines]\nengines = 'e'", "engines is not an option of `build-engines`"),
+        ("[generate]\nlora = 'l'", "lora is not an option of `generate`"),
         ("steps = 'many'", "steps: 'many' is not a valid integer"),
-        ("steps = true", "steps must be a text or a number, not True"),
-        ("overwrite = 'yes'", "overwrite must be true or false, not 'yes'"),
-        ("size = [64, 96]", "size must be a text or a number"),
+        ("steps = true", "steps is True. Give a text or a number"),
+        ("overwrite = 'yes'", "overwrite is 'yes'. Give true or false"),
+        ("size = [64, 96]", "size is [64, 96]. Give a text or a number"),
+        ("seeds = [1, 1]", "seeds: '1,1' is not a list of different seeds"),
         ("codec = 'h265'", "codec: 'h265' is not one of"),
-        ("generate = 3", "generate is a table"),
+        ("generate = 3", "generate must be a table"),
         ("[masks]\nimage = 'a.png'", "[masks.make]"),
-        ("steps =", "is not a TOML file"),
+        ("steps =", "is not a valid TOML file"),
     ],
 )
 def test_a_file_that_cannot_be_used(scail2: Run, tmp_path: Path, text: str, says: str) -> None:
@@ -76,4 +78,4 @@ def test_a_file_that_is_not_there(scail2: Run, tmp_path: Path) -> None:
 def test_other_commands_take_it(scail2: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "my.toml").write_text(f"[{'.'.join(words).removesuffix('.all')}]\nunheard-of = 1\n")
     option = "--config-file" if words[0] == "bench" else "--config"
-    assert "unheard-of is no option of" in error_of(scail2(*words, option, tmp_path / "my.toml"))
+    assert "unheard-of is not an option of" in error_of(scail2(*words, option, tmp_path / "my.toml"))

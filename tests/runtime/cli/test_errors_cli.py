@@ -188,7 +188,7 @@ def test_the_output_may_not_be_an_input(scail2: Run, engines: Path, case: Path, 
 
 def test_a_full_disk_is_noticed_before_the_work(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
     full = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)\n"
-    (tmp_path / "sitecustomize.py").write_text(full)  # Python runs it first: a disk of which 1000 bytes are free
+    (tmp_path / "sitecustomize.py").write_text(full)  # Python imports it at its start: a disk with 1000 bytes free
     words = ("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
     message = error_of(scail2(*words, PYTHONPATH=str(tmp_path)))
     assert "free" in message

@@ -1,4 +1,4 @@
-"""Ctrl-C while the command is still being imported: one line, exit code 130."""
+"""Ctrl-C during the imports of the command: one line, exit code 130."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.support.command import Run, sabotage
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
-# The process signals itself when it begins to import a module, so that it is the same moment on a machine of any speed.
+# The process sends itself the signal when it starts to import a module, so the speed of the machine does not matter.
 _SIGNAL_AT_IMPORT = """
 import os, signal, sys
 def heard(event, arguments):
@@ -25,7 +25,7 @@ MODULES = ("click", "scail2_rt.runtime.cli.options", "numpy", "torch._C", "torch
 def test_an_interrupted_import_is_one_line(installed: Run, tmp_path: Path, module: str) -> None:
     environment = sabotage(tmp_path, _SIGNAL_AT_IMPORT.format(module=module))
     result = installed("doctor", measured=False, **environment)
-    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("looking at the libraries")]
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("checking the libraries")]
     assert (result.returncode, lines) == (130, ["error: interrupted"])
 
 

@@ -1,5 +1,4 @@
-"""The commands that errors and reports name: each is one that the command line takes, in every folder, and none is
-refused."""
+"""The commands in errors and reports: the command line accepts each, in every working folder, and refuses none."""
 
 import ast
 import json
@@ -23,12 +22,12 @@ BEFORE = r"(?:`|: |with )"  # a command
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """The words of every command in a text; one ends with the line, a backtick or a semicolon."""
+    """Yield the words of every command in a text. A command ends at a line end, a backtick or a semicolon."""
     return [shlex.split(found.strip()) for found in re.findall(rf"{BEFORE}scail2-rt ([a-z-]+ [^`;\n]+)", text)]
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str], click.Context]:
-    """A command of the command line, and the words that are left for it."""
+    """Return a command of the command line, and the remaining words."""
     context, command, left = click.Context(cli, info_name="scail2-rt", obj={}), cli, list(words)
     while isinstance(command, click.Group) and left and left[0].islower():
         found = command.get_command(context, left[0])
@@ -39,7 +38,7 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str], click.Contex
 
 
 def check(words: list[str]) -> None:
-    """The command line takes these words; paths among them are absolute."""
+    """Check that the command line accepts these words, and that paths among them are absolute."""
     command, left, context = command_of(words)
     parsed = command.make_context(words[0], left, parent=context)
     for value in parsed.params.values():
@@ -49,13 +48,13 @@ def check(words: list[str]) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, engines: Path, tiny_checkpoint: Path, scail2: Run) -> Path:
-    """A folder with an engine folder of an awkward name and its checkpoint; paths are relative to it."""
+    """A working folder with a checkpoint, and an engine folder whose name needs quoting."""
     place = tmp_path / "a place"
     place.mkdir()
     (place / "ckpt").symlink_to(tiny_checkpoint)
     shutil.copytree(engines, place / "my engines")
     built = scail2("build-engines", "ckpt", "-o", "my engines", "--backend", "torch", "--precision", "fp32", cwd=place)
-    assert built.returncode == 0, built.stderr  # it writes the checkpoint's new name
+    assert built.returncode == 0, built.stderr  # the manifest records the new name of the checkpoint
     return place
 
 
@@ -92,7 +91,7 @@ def _only_plans(place: Path) -> None:
 
 
 def _plans_of_elsewhere(place: Path) -> None:
-    """TensorRT for data centres is not installed here: a command that builds it would be refused."""
+    """TensorRT for data centres is not installed, so a command that builds for it would be refused."""
     record = {"backend": "tensorrt", "versions": {"tensorrt": "11.4"}, "gpu": "NVIDIA H200 (sm90)"}
     edited(place, lambda document: document["executors"].append(record))
     _lost_file(place)
@@ -167,13 +166,13 @@ def test_verify_prints_a_line_once_and_what_to_do(scail2: Run, place: Path, tmp_
 
 def test_doctor_of_nothing_is_one_sentence(scail2: Run, tmp_path: Path) -> None:
     result = scail2("doctor", tmp_path / "nope")
-    assert error_of(result).startswith(f"There is nothing at {tmp_path / 'nope'}; ")
+    assert error_of(result).startswith(f"{tmp_path / 'nope'} does not exist. ")
     assert len(result.stderr.splitlines()) == 1
-    assert "no engine folder" in error_of(scail2("doctor", tmp_path))
+    assert "not an engine folder" in error_of(scail2("doctor", tmp_path))
 
 
 def _texts(file: Path) -> Iterator[str]:
-    """The strings of a source file; what an f-string fills in is X."""
+    """Yield the strings of a source file. Replacement fields of f-strings become X."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values)  # type: ignore[misc]
@@ -182,7 +181,7 @@ def _texts(file: Path) -> Iterator[str]:
 
 
 def test_every_command_in_the_source_exists() -> None:
-    """With the options that stand beside it."""
+    """Its options must exist, too."""
     seen = 0
     for room in ("benchmarks", "engines", "export", "kernels", "runtime"):
         for file in (ROOT / room).rglob("*.py"):

@@ -49,13 +49,13 @@ def test_verify_passes_and_finds_one_changed_value(
     [
         (("verify", "--rows", "1"), ["check 1/", "dit.blocks.1.ffn", "stages/weights.safetensors"]),
         (("inspect",), ["of 0.0 GiB"]),
-        (("doctor",), ["looking at the libraries", "of 0.0 GiB"]),
+        (("doctor",), ["checking the libraries", "of 0.0 GiB"]),
     ],
 )
 def test_what_takes_long_says_how_far_it_is(
     installed: Run, engines: Path, tiny_checkpoint: Path, tmp_path: Path, words: tuple[str, ...], says: list[str]
 ) -> None:
-    """As if every line was due at once; usually the first one is after two seconds."""
+    """The delays are set to zero. Usually the first line is printed after two seconds."""
     code = "from scail2_rt.runtime.cli import progress\nprogress.FIRST_LINE_S = progress.LINE_INTERVAL_S = 0\n"
     command, *options = words
     options += ["--checkpoint", str(tiny_checkpoint)] if command == "verify" else []

@@ -15,7 +15,7 @@ NOBODY = "127.0.0.1:1"
 def test_a_batch(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text(f"a@@{case}\n")
     words = ["generate", engines, "-o", tmp_path / "out"]
-    assert "give --batch FILE" in error_of(scail2(*words, "--case", case, "--ray", NOBODY))
+    assert "Use it with --batch FILE" in error_of(scail2(*words, "--case", case, "--ray", NOBODY))
     batch = [*words, "--batch", tmp_path / "b.txt"]
     assert "No Ray cluster answers at 127.0.0.1:1" in error_of(scail2(*batch, "--ray", NOBODY))
     assert "must be HOST:PORT or auto, not here" in error_of(scail2(*batch, "--ray", "here"))

@@ -82,7 +82,7 @@ def test_two_processes_make_the_video_of_one(
     [
         ("3", "2 attention heads cannot be divided among 3 GPUs. Use --gpus 1, 2, with guidance also 4."),
         ("4", "cannot be divided among 4 GPUs without guidance. Use --gpus 1, 2, with guidance also 4."),
-        ("none", "'none' is not a number of GPUs: write it as in 2, or all"),
+        ("none", "'none' is not a number of GPUs. Write a number, or all"),
     ],
 )
 def test_numbers_that_do_not_divide_the_heads_are_refused(

@@ -53,7 +53,7 @@ def test_lines_change_options_of_the_command(case: Path, tmp_path: Path) -> None
         (f"{name}-2-seed2.mp4", 2, 9),
     ]
     assert [job.name for job in jobs][1:3] == [f"line 2, {case}, seed 7", f"line 2, {case}, seed 8"]
-    assert "is that of an earlier line" in str(jobs[5].error)
+    assert "is also the output of an earlier line" in str(jobs[5].error)
 
 
 def test_seeds_make_one_job_each(case: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report block about plans on a card, made from a verification on a CPU, since its form does not depend on the
+"""The report block about plans on a GPU, made from a verification on a CPU, because its form does not depend on the
 device."""
 
 from dataclasses import replace
@@ -26,9 +26,9 @@ def test_the_block(engines: Path, tiny_checkpoint: Path, monkeypatch: pytest.Mon
     lines = block.splitlines()
     assert lines[0] == lines[-1] == "```"
     assert lines[1] == "scail2-rt verify: PASS (fp32)"
-    assert "card: NVIDIA GeForce RTX 4090, sm89, 24.0 GiB, driver 580.65" in lines
+    assert "GPU: NVIDIA GeForce RTX 4090, sm89, 24.0 GiB, driver 580.65" in lines
     assert any(line.startswith("PASS dit.blocks.ffn: torch 2/2 error ") for line in lines), "a family is one line"
-    assert "step: torch 500 ms at 512x896x81, peak 9.0 GiB, on the device 11.5 GiB" in lines
+    assert "step: torch 500 ms at 512x896x81, peak 9.0 GiB, GPU in use 11.5 GiB" in lines
     assert "step: tensorrt-rtx failed at 512x896x81: out of memory" in lines
     assert len(lines) < 40
 

@@ -20,7 +20,7 @@ TENSOR, STAGE = "dit.blocks.1.ffn.up.weight", "dit.blocks.1.ffn"
 
 @pytest.fixture
 def folder(engines: Path, tmp_path: Path, tiny_checkpoint: Path, scail2: Run) -> Path:
-    """An engine folder that was built with relative paths, from another folder than the tests run in."""
+    """An engine folder that was built with relative paths in another working folder."""
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "ckpt").symlink_to(tiny_checkpoint)
     words = ("ckpt", "-o", "engines", "--backend", "torch", "--precision", "fp32")
@@ -30,7 +30,7 @@ def folder(engines: Path, tmp_path: Path, tiny_checkpoint: Path, scail2: Run) ->
 
 
 def command_of(text: str) -> list[str]:
-    """The words of the command at the end of a sentence."""
+    """Return the words of the command at the end of a sentence."""
     words = shlex.split(text.rpartition("with: ")[2])
     assert words[:2] == ["scail2-rt", "build-engines"]
     assert "--rebuild" not in words
@@ -94,7 +94,7 @@ def test_only_the_damaged_stage_is_written(folder: Path, scail2: Run) -> None:
 
 
 def test_a_folder_without_sums(folder: Path, case: Path, tmp_path: Path, scail2: Run) -> None:
-    """One warning, also in a batch; its command adds the checksums and writes no weights."""
+    """There is one warning, also in a batch. Its command adds the checksums and writes no weights."""
     document = json.loads((folder / MANIFEST).read_text())
     del document["sums"]
     (folder / MANIFEST).write_text(json.dumps(document))
@@ -115,4 +115,4 @@ def test_a_folder_without_sums(folder: Path, case: Path, tmp_path: Path, scail2:
 
 
 def test_help_says_what_a_second_call_does(scail2: Run) -> None:
-    assert "repairs what is damaged" in " ".join(scail2("build-engines", "--help").stdout.split())
+    assert "repair damaged files" in " ".join(scail2("build-engines", "--help").stdout.split())

@@ -41,12 +41,12 @@ def test_this_machine() -> None:
     assert "libx264" in found.encoders["h264"]
     assert len(found.text.splitlines()) <= 25  # one screen
     assert all(len(line) <= 160 for line in found.text.splitlines())
-    assert f"auto takes {found.backend}" in found.text
+    assert f"auto chooses {found.backend}" in found.text
     json.dumps(plain(found), allow_nan=False)
 
 
 def test_it_imports_no_more_than_it_reports_on() -> None:
-    """Timed in a new process, because imports take most of the time, above all compilers and exporters."""
+    """Timed in a new process, because imports take most of the time, mainly compilers and exporters."""
     slow = ("onnx", "onnxscript", "torch._inductor", "torch._dynamo", "torch.onnx", "huggingface_hub")
     code = (
         "import sys; from scail2_rt.runtime.jobs.doctor import diagnose; print(diagnose().text);"
@@ -74,9 +74,9 @@ class TestEngines:
         assert "tables.safetensors" in str(found.engines)
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"nothing at .*none; give the path of an engine folder"):
+        with pytest.raises(InputError, match=r"none does not exist\. Give the path of an engine folder"):
             diagnose(tmp_path / "none")
-        with pytest.raises(InputError, match=r"no engine folder.*build-engines"):
+        with pytest.raises(InputError, match=r"not an engine folder.*build-engines"):
             diagnose(tmp_path)
 
 
@@ -176,10 +176,10 @@ class TestAdvice:
     def test_a_cpu_machine(self) -> None:
         first, second = doctor._advice((), libraries(onnxruntime=False), False)
         assert '"scail2-rt[cpu]"' in first
-        assert "needs an NVIDIA GPU" in second
+        assert "need an NVIDIA GPU" in second
 
     def test_a_gpu_that_pytorch_does_not_see(self) -> None:
-        assert "install a build for CUDA" in doctor._advice((H200,), libraries(), False)[0]
+        assert "install a CUDA build" in doctor._advice((H200,), libraries(), False)[0]
 
     def test_what_makes_a_gpu_faster(self) -> None:
         lines = doctor._advice((H200,), libraries(tensorrt=False, triton=False), True)

@@ -1,4 +1,4 @@
-"""`scail2-rt download` through the installed command, against a hub on this machine and without any."""
+"""`scail2-rt download` through the installed command, with a hub on this machine and without a hub."""
 
 import hashlib
 import os
@@ -64,7 +64,7 @@ def test_a_checkpoint_arrives_whole_and_opens(
     assert reply["files"][SAT_FILE] == hashlib.sha256(content[SAT_FILE]).hexdigest()
     found = {str(f.relative_to(tmp_path / "c")): f.read_bytes() for f in (tmp_path / "c").rglob("*") if f.is_file()}
     assert found.pop(RECORD)
-    assert found == content  # and nothing else: no LoRA, no assets
+    assert found == content  # no other files: no LoRA, no assets
     assert f"download 5/5 {SAT_FILE}" in result.stderr
     open_checkpoint(tmp_path / "c")
     hub.asked.clear()
@@ -80,8 +80,8 @@ def test_files_that_are_there_already_are_checked_and_wrong_ones_replaced(
     (tmp_path / VAE_FILE).write_bytes(bytes(len(content[VAE_FILE])))
     hub, steps = FakeHub(content), Steps()
     download(tmp_path, Direct(hub), observer=steps)
-    assert f"{tmp_path / VAE_FILE} is not what zai-org/SCAIL-2 has; it will be replaced" in steps.notes
-    assert {SAT_FILE, VAE_FILE} <= set(steps.names("check"))  # with progress: hashing a real one takes minutes
+    assert f"{tmp_path / VAE_FILE} differs from the file in zai-org/SCAIL-2 and will be replaced" in steps.notes
+    assert {SAT_FILE, VAE_FILE} <= set(steps.names("check"))  # with progress, because hashing a real file takes minutes
     assert {path for path, _ in hub.asked} == set(content) - {SAT_FILE}
     assert (tmp_path / VAE_FILE).read_bytes() == content[VAE_FILE]
 
@@ -129,14 +129,14 @@ def test_ctrl_c_says_that_the_same_command_continues(cache: Path, content: dict[
         hub.go.set()  # pending requests are waited for
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "what came is kept; the same command continues" in told
+    assert "The part that was fetched is kept. Run the same command again to continue." in told
     assert told.endswith("error: interrupted\n")
     assert not (tmp_path / "c" / SAT_FILE).exists()
 
 
 def test_a_damaged_file_is_not_kept(content: dict[str, bytes], tmp_path: Path) -> None:
     hub = FakeHub(content, lies={VAE_FILE, "model/latest"})
-    for file in ("model/latest", VAE_FILE):  # git's hash of a small file, SHA-256 of a large one
+    for file in ("model/latest", VAE_FILE):  # one file with git's hash, one with SHA-256
         with pytest.raises(Scail2Error, match=f"{file} arrived damaged") as caught:
             download(tmp_path, Direct(hub))
         assert caught.value.exit_code == 1
@@ -160,7 +160,7 @@ def test_room_is_asked_for_before_anything_large_comes(
 ) -> None:
     hub = FakeHub(content)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=DISK_MARGIN + 1000))
-    with pytest.raises(InputError, match="GiB are still to come, but the disk of"):
+    with pytest.raises(InputError, match="GiB are still to be fetched, but the disk of"):
         download(tmp_path, Direct(hub))
     assert [path for path, _ in hub.asked] == ["model/latest"]
 
@@ -170,7 +170,7 @@ def test_only_the_folder_that_latest_names_is_taken(content: dict[str, bytes], t
     hub = FakeHub({**content, other: b"3" * 5000})
     assert other not in download(tmp_path / "a", Direct(hub)).files
     hub.files["model/latest"] = b"7"
-    with pytest.raises(InputError, match=r"says '7', but no model/7/\*\.pt is listed"):
+    with pytest.raises(InputError, match=r"names '7', but the repository has no model/7/\*\.pt"):
         download(tmp_path / "b", Direct(hub))
 
 
@@ -183,7 +183,7 @@ def test_offline_is_one_sentence(scail2: Run, tmp_path: Path, environment: dict[
     result = scail2("download", tmp_path / "c", **environment)
     message = error_of(result, code=1)
     assert message.startswith("The hub cannot be reached (")
-    assert "copy the folder here" in message
+    assert "copy the folder." in message
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "c").exists()
 
@@ -193,12 +193,12 @@ def test_a_hub_that_loses_a_file_half_way(scail2: Run, content: dict[str, bytes]
         hub.listed = dict(content)
         hub.files.pop(VAE_FILE)
         message = error_of(scail2("download", tmp_path, **at(hub)), code=1)
-    assert message.startswith(f"{VAE_FILE} cannot be had from the hub (")
+    assert message.startswith(f"{VAE_FILE} cannot be fetched from the hub (")
 
 
 def test_another_repository_is_refused(scail2: Run, hub: FakeHub, tmp_path: Path) -> None:
     message = error_of(scail2("download", tmp_path / "c", "--repo", "nobody/nothing", **at(hub)))
-    assert "The hub gives no nobody/nothing at revision main" in message
+    assert "The hub has no nobody/nothing at revision main" in message
     assert not (tmp_path / "c").exists()
 
 
@@ -208,7 +208,7 @@ def test_missing_parts_are_named(content: dict[str, bytes], tmp_path: Path) -> N
         download(tmp_path / "c", Direct(hub))
     assert not (tmp_path / "c").exists()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="is a file; name a folder"):
+    with pytest.raises(InputError, match=r"is a file\. Give a folder"):
         download(tmp_path / "file", Direct(hub))
 
 
@@ -216,5 +216,5 @@ def test_a_missing_tokenizer_is_told_and_the_rest_arrives(content: dict[str, byt
     hub = FakeHub({path: data for path, data in content.items() if path != TOKENIZER_FILE})
     report = download(tmp_path, Direct(hub))
     assert report.missing == (TOKENIZER_FILE,)
-    assert f"{TOKENIZER_FILE} is not in the repository: take that of google/umt5-xxl" in report.text
+    assert f"{TOKENIZER_FILE} is not in the repository: use the one of google/umt5-xxl" in report.text
     assert set(report.files) == set(hub.files)

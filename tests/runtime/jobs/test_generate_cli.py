@@ -165,9 +165,9 @@ def test_batch_runs_the_good_lines_and_names_the_bad_ones(
     for said in (
         f"error: line 3, {tmp_path}/missing: The case folder",
         "error: line 5: 'a prompt alone' is neither",
-        "error: line 6: 'sed' is no option of generate: did you mean 'seed'?",
-        "error: line 7: Invalid value for '--steps': '1.5' is not a valid integer",
-        "error: line 8: 'backend' holds for all lines",
+        "error: line 6: 'sed' is not an option of generate. Use 'seed'.",
+        "error: line 7: steps: '1.5' is not a valid integer",
+        "error: line 8: 'backend' applies to all lines",
         f"case 3/3: line 4, {tmp_path}/more/{name}, seed 4",
     ):
         assert said in result.stderr
@@ -195,7 +195,7 @@ def test_seeds_make_a_video_each_and_resume(scail2: Run, engines: Path, replace_
     more = scail2(*words, "--seeds", "1,3", "--resume")
     assert "s-seed1.mp4 is complete: nothing to resume" in more.stderr
     assert [entry["seed"] for entry in one_json(more)["cases"]] == [1, 3]
-    assert "use one of them" in error_of_json(scail2(*words, "--seeds", "1,2", "--seed", "4"))
+    assert "Use one of them" in error_of_json(scail2(*words, "--seeds", "1,2", "--seed", "4"))
     assert "is not a list of different seeds" in error_of_json(scail2(*words, "--seeds", "1,1"))
     (tmp_path / "none").mkdir()
     assert "lacks" in error_of_json(scail2(*words[:2], "--case", tmp_path / "none", *words[4:], "--seeds", "1,2"))
@@ -218,18 +218,18 @@ def test_the_case_folder_has_the_prompt_and_what_was_chosen_is_told(
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["options"]["prompt"] == "ein Spaziergang über Land"
     chosen, prompt = report["notes"]
-    assert chosen.endswith("taken: rendered_v2.mp4 (not driving.mp4).")
-    assert "The prompt is that of" in prompt
+    assert chosen.endswith("chosen: rendered_v2.mp4 (not driving.mp4).")
+    assert "The prompt comes from" in prompt
     assert f"note: {chosen}\nnote: {prompt}\n" in result.stderr
     given = scail2(*words, "--prompt", "", "-o", tmp_path / "q.mp4", "--dry-run")
-    assert "The prompt is that of" not in given.stderr
+    assert "The prompt comes from" not in given.stderr
     (tmp_path / "case" / "prompt.txt").write_text("über", encoding="latin-1")
     said = error_of(scail2(*words, "-o", tmp_path / "q.mp4", "--dry-run"))
     assert "prompt.txt is not UTF-8 text (byte 0xfc in line 1): save it as UTF-8" in said
 
 
 def test_fps_samples_clip_and_mask_and_keeps_the_sound(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
-    """A clip of 21 frames at 16 fps: from frame 2 at 8 fps on, that is from 0.25 s on."""
+    """A clip of 21 frames at 16 fps, sampled at 8 fps from frame 2 on, which is 0.25 s."""
     words = (*SMALL, "--steps", "1", "--fps", "8", "--start", "2", "--frames", "6", "--prompt", "", "--json")
     reply = one_json(scail2("generate", engines, "--case", case, "-o", tmp_path / "f.mp4", *words))
     video = read_video(tmp_path / "f.mp4")
@@ -274,7 +274,7 @@ def test_folders_of_images_and_a_heic_reference(scail2: Run, engines: Path, case
 def test_a_case_folder_without_masks_gets_them(
     scail2: Run, engines: Path, case: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """In a batch with a case that has masks."""
+    """Runs in a batch, together with a case that has masks."""
     sam2 = write_sam2(tmp_path_factory.mktemp("sam2"), image=64)
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -338,7 +338,7 @@ def test_ctrl_c_keeps_finished_segments_as_a_playable_video(
 def test_a_fault_in_the_middle_is_reported_and_keeps_finished_segments(
     scail2: Run, engines: Path, case: Path, tmp_path: Path
 ) -> None:
-    """A scheduler that fails in the second segment, put in place before the program starts."""
+    """A `sitecustomize` module makes the scheduler fail in the second segment."""
     (tmp_path / "sitecustomize.py").write_text(
         "from scail2_rt.runtime.pipeline import schedulers\n"
         "step, calls = schedulers.Scheduler.step, []\n"

@@ -27,7 +27,7 @@ Q = "blocks.{i}.self_attn.q"
 
 
 def pairs(module: str, down: str, up: str, rank: int = 4, alpha: float | None = 2.0, rows: int = 256) -> Tensors:
-    """Low-rank factors of two blocks' `module` under these suffixes."""
+    """Return low-rank factors of `module` in two blocks, under these suffixes."""
     tensors: Tensors = {}
     for i in range(2):
         tensors[f"{module.format(i=i)}.{down}"] = torch.ones(rank, 256)
@@ -189,7 +189,7 @@ class TestEngines:
         (folder / MANIFEST).write_text(json.dumps(manifest))
         (folder / "tables.safetensors").unlink()
         found = inspect(folder)
-        assert [file["state"] for file in found.engines["sources"][:2]] == ["changed", "not there"]
+        assert [file["state"] for file in found.engines["sources"][:2]] == ["changed", "missing"]
         assert "file tables.safetensors" in found.problems[0]
 
     def test_an_interrupted_build(self, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ class TestEngines:
             build(request(tmp_path / "e"), small_checkpoint(), Stop())
         found = inspect(tmp_path / "e")
         assert found.kind == "unfinished engines"
-        assert "the same build-engines command continues it" in found.text
+        assert "run the same build-engines command again" in found.text
 
 
 def _truncated(folder: Path, checkpoint: Path) -> Path:
@@ -236,12 +236,12 @@ def _damaged_manifest(folder: Path, checkpoint: Path) -> Path:
     ("make", "said"),
     [
         (_truncated, "is truncated: it has 5000 bytes"),
-        (_other_model, "neither a network of SCAIL-2 nor a LoRA: it has 1 tensor, such as double_blocks.0"),
+        (_other_model, "neither a network of SCAIL-2 nor a LoRA: it has 1 tensor, for example double_blocks.0"),
         (_text_file, "is not a weights file"),
         (_pickle, "is truncated or damaged"),
         (_damaged_manifest, "is damaged: field 'precision' is missing"),
         (lambda folder, checkpoint: folder, "is not a SCAIL-2 checkpoint: found nothing"),
-        (lambda folder, checkpoint: folder / "none", "There is nothing at"),
+        (lambda folder, checkpoint: folder / "none", "does not exist"),
     ],
 )
 def test_what_is_none_of_these_is_refused(

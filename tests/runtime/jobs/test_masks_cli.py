@@ -113,7 +113,7 @@ def test_masks_make_writes_a_case_that_runs(
     assert (folder / "rendered_v2.mp4").read_bytes() == (case / "rendered_v2.mp4").read_bytes()
     assert scail2("masks", "check", "--case", folder).returncode == 0
     message = error_of(scail2(*words))
-    assert "holds a case already" in message
+    assert "already holds a case" in message
     for other in ("ref.jpg", "replace_mask.mov", "mine.txt"):
         (folder / other).write_bytes(b"of another case")
     result = scail2(*words, "--overwrite")
@@ -123,7 +123,7 @@ def test_masks_make_writes_a_case_that_runs(
         "masks.json", "masks.png", "mine.txt", "ref.png", "ref_mask.png", "rendered_mask_v2.mp4", "rendered_v2.mp4",
     }  # fmt: skip
     message = error_of(scail2(*words, "--driving", case / "ref.png", "--overwrite"))
-    assert "ends in .png, and a case's driving video in .mp4" in message
+    assert "has the extension .png, but a case needs a driving clip with one of .mp4" in message
     result = scail2("generate", engines, "--case", folder, "-o", tmp_path / "a.mp4", *SMALL)
     assert result.returncode == 0, result.stderr
     result = scail2(*words, "--overwrite", "--frames", 9)
@@ -160,7 +160,7 @@ def test_masks_make_writes_a_case_that_runs(
 def test_one_sentence_for_what_cannot_be(
     scail2: Run, given: tuple[object, ...], tmp_path: Path, words: tuple[str, ...], told: str
 ) -> None:
-    """The error comes before engines are opened, so none are needed."""
+    """The error is raised before engines are opened, so none are needed."""
     output = tmp_path / "a.mp4"
     assert told in error_of(scail2("generate", tmp_path / "no engines", *given, *words, "-o", output))
     assert not list(tmp_path.iterdir())
@@ -181,11 +181,11 @@ def test_masks_that_are_given_need_no_options_for_making(
     scail2: Run, engines: Path, case: Path, tmp_path: Path
 ) -> None:
     words = ("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", "--point", "5,5", "--sort", "area")
-    assert "--sort, --point is for masks that are made" in error_of(scail2(*words))
+    assert "--sort, --point applies only if generate makes the masks" in error_of(scail2(*words))
 
 
 def test_a_character_that_the_frame_crops_away(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
-    """A matte at the left end of a wide clip, and a square frame of its middle."""
+    """A matte at the left edge of a wide clip, and a square frame of its centre."""
     from fractions import Fraction
 
     from scail2_rt.runtime.media.lossless import write_image, write_video
@@ -229,7 +229,8 @@ def hub(hub_files: dict[str, bytes]) -> Iterator[FakeHub]:
 def test_a_segmenter_arrives_and_is_found(
     scail2: Run, hub: FakeHub, case: Path, tmp_path: Path, installed: Callable[..., Any]
 ) -> None:
-    """Only needed files, into the cache folder that `masks make` and `doctor` search; a second call fetches nothing."""
+    """Only needed files are fetched, into the cache folder that `masks make` and `doctor` search. A second call fetches
+    nothing."""
     env = {
         "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1,localhost",
         "SCAIL2_RT_CACHE": str(tmp_path / "cache"),
@@ -246,7 +247,7 @@ def test_a_segmenter_arrives_and_is_found(
         assert len(hub.asked) == asked
     screen = scail2("doctor", **env).stdout
     assert f"sam2 in {tmp_path / 'cache' / 'segmenters' / 'sam2'}" in screen
-    assert "GiB in memory (an estimate)" in screen
+    assert "GiB of weights, an estimated" in screen
     words = ("masks", "make", "--image", case / "ref.png", "--driving", case / "rendered_v2.mp4", *BOXES)
     result = scail2(*words, "--segmenter", "sam2", "-o", tmp_path / "made", **env)
     assert result.returncode == 0, result.stderr

@@ -134,7 +134,7 @@ def test_the_margin_is_hidden_and_continues_the_border(giant: Path) -> None:
 
 
 def test_fit_without_a_shared_character_is_refused(giant: Path) -> None:
-    with pytest.raises(InputError, match="for replace mode"):
+    with pytest.raises(InputError, match="only in replace mode"):
         check_request(request_of(giant, fit_reference=True, mode="animate"))
     Image.fromarray(box(160, 80, 0.1, 0.9, 0.2, 0.8, GREEN)).save(giant / "ref_mask.png")
     with pytest.raises(InputError, match="no reference mask has red"):
@@ -166,4 +166,4 @@ def test_generate_warns_and_fits(scail2: Run, engines: Path, giant: Path, tmp_pa
 
 def test_generate_refuses_a_fit_in_animate_mode(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
     result = scail2("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *SMALL, "--fit-reference")
-    assert "for replace mode" in error_of(result)
+    assert "only in replace mode" in error_of(result)

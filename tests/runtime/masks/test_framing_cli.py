@@ -206,7 +206,7 @@ def test_a_batch_frames_every_case(scail2: Run, engines: Path, tall: Path, edge:
 
 
 def test_fit_without_a_case_is_refused(scail2: Run, tall: Path) -> None:
-    assert "--fit belongs to a case" in error_of(scail2("masks", "check", tall / "ref_mask.png", "--fit", "pad"))
+    assert "--fit applies only to a case" in error_of(scail2("masks", "check", tall / "ref_mask.png", "--fit", "pad"))
 
 
 # The files of the reports.

@@ -195,7 +195,7 @@ def test_mask_files_without_a_case(scail2: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "nothing to check"),
+        ((), "No masks were given"),
         (("--case", "nowhere"), "does not exist"),
         (("nowhere.png",), "does not exist"),
         (("text.mp4",), "cannot be opened as a video"),
@@ -203,10 +203,10 @@ def test_mask_files_without_a_case(scail2: Run, tmp_path: Path) -> None:
         (("empty.png",), "empty"),
         (("case",), "is a case folder"),
         (("--case", "case", "--image", "a.png"), "--case and --image were both given"),
-        (("--case", "case", "good.png"), "beside a case"),
+        (("--case", "case", "good.png"), "good.png and a case were both given"),
         (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video are missing"),
-        (("good.png", "--extra-ref", "a.png", "b.png"), "--extra-ref belongs to a case"),
-        (("good.png", "--mode", "replace", "--size", "64x96"), "--mode, --size belongs to a case"),
+        (("good.png", "--extra-ref", "a.png", "b.png"), "--extra-ref applies only to a case"),
+        (("good.png", "--mode", "replace", "--size", "64x96"), "--mode, --size apply only to a case"),
         (("--case", "case", "--size", "70x96"), "divisible by 32"),
         (("--mode", "both"), "'both' is not one of"),
     ],

@@ -82,7 +82,7 @@ def test_a_served_video_holds_its_settings_when_the_client_asks(
     ours, theirs = (read_video(tmp_path / name) for name in ("a.mp4", "b.mp4"))
     assert np.array_equal(ours.pixels, theirs.pixels)
     message = error_of(scail2("generate", "--server", served.url, *words, "-o", tmp_path / "a.gif"))
-    assert "end the output" in message
+    assert "End the output" in message
 
 
 def test_errors_are_those_of_a_local_run(

@@ -65,8 +65,8 @@ def test_text_and_json(plan_of: Callable[..., Plan]) -> None:
     plan = replace(plan_of(segment_length=13), warnings=("Look at the masks.",))
     assert plan.estimate is not None
     text = estimate.as_text(plan, plan.estimate)
-    assert "2: frames 8 to 20, 5 of them from the segment before" in text
-    assert "40 unipc steps of 2 passes per segment" in text
+    assert "2: frames 8 to 20, 5 of them shared with the previous segment" in text
+    assert "40 unipc steps per segment, 2 passes per step" in text
     assert text.endswith("warning: Look at the masks.")
     assert math.isclose(plan.estimate.total_s, sum(plan.estimate.seconds.values()))
     described = json.loads(json.dumps(estimate.described(plan, plan.estimate)))

@@ -1,5 +1,5 @@
-"""Faults during a generation: kills, full disks, damaged files, memory that runs out. Finished segments are kept, the
-output is complete or absent, and the user gets one line.
+"""Faults during a generation: kills, full disks, damaged files, out of memory. Finished segments are kept, the output
+is complete or absent, and the user gets one line.
 
 Faults in the complete command are injected by a `sitecustomize` module. A full disk is simulated by a limit on the size
 of files, which interrupts a write in the same way.
@@ -28,9 +28,9 @@ from tests.support.command import SMALL, Run, error_of, read_video, sabotage, un
 pytest_plugins = ["tests.support.runtime_fixtures"]
 TRIALS, PARTS, PART_FRAMES = 60, 5, 5
 
-# One warm process forks a writer a trial, lets it begin some number of parts (the last of them the result), kills it a
-# random time later, and prints what the writer said that it had finished. `save` leaves a file a part, as the sidecar
-# does.
+# A process with all imports done forks one writer per trial. It lets the writer start a number of parts (the last one
+# is the result), kills it after a random time, and prints the parts that the writer reported as finished. `save` writes
+# one file per part, as the sidecar does.
 KILLED_WRITERS = """
 import json, os, random, signal, sys, time
 from fractions import Fraction
@@ -151,7 +151,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_write(tmp_path: Path, limited: int
     assert f"finished segments are in {partial}" in error
     assert kept == str(partial)
     assert [path.name for path in tmp_path.iterdir()] == [partial.name]
-    assert part_ends(partial)[-1] == partial.stat().st_size  # the half-written part was taken back
+    assert part_ends(partial)[-1] == partial.stat().st_size  # the incomplete part was truncated
     assert read_video(partial).frames == 9 * limited
 
 
@@ -171,7 +171,7 @@ def full_disk(output: Path, limited: int, room: int) -> subprocess.CompletedProc
     return done
 
 
-# the whole command
+# the complete command
 
 
 AT_SEGMENT = """

@@ -78,7 +78,7 @@ def test_phases_hold_what_they_run() -> None:
     }
     assert way.needed == max(model.phases(way).values()) == resident + 140
     assert way.contexts_ahead == (60 - 7) // 25
-    assert choose_placement(replace(model, context_block=1), 10**6).contexts_ahead == 3  # of every block
+    assert choose_placement(replace(model, context_block=1), 10**6).contexts_ahead == 3  # at most every block
     streamed = choose_placement(model, 127)
     assert (streamed.kind, streamed.resident_blocks) == ("streamed", 0)
     assert model.phases(streamed)["denoise"] == 1 + 20 + 17 + 80
@@ -95,7 +95,7 @@ def test_activations_grow_with_tokens_passes_and_width() -> None:
     assert one == layout.tokens * config.dim * (4 + 6 + 3 + 6)
     two = shared_bytes(config, layout, 1, 2, EIGHT_BIT, 2)
     assert shared_bytes(config, layout, 1, 2, EIGHT_BIT, 1) == one
-    assert one / 2 < two < one  # of half the rows, and the buffers of the exchange
+    assert one / 2 < two < one  # half of the rows, plus the exchange buffers
     assert two < shared_bytes(config, layout, 1, 2, SIXTEEN_BIT, 2)
 
 
@@ -106,7 +106,7 @@ def test_what_does_not_fit_the_computer_is_refused_by_the_check(
         assert session.check(request_of()).estimate is not None
         monkeypatch.setattr(memory, "host_memory", lambda: 1 << 20)
         with pytest.raises(
-            InputError, match=r"needs .* GiB of memory beside its weights.*0\.0 GiB free: use a smaller"
+            InputError, match=r"needs .* GiB of memory besides its weights.*0\.0 GiB free\. Use a smaller"
         ):
             session.check(request_of())
 

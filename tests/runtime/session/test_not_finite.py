@@ -43,7 +43,7 @@ def frames_of(session: Session, request: Request) -> np.ndarray:
 
 
 def spoil_step(monkeypatch: pytest.MonkeyPatch, number: int, value: float) -> None:
-    """Set one value of the latent to NaN after this step (from 1, over all segments)."""
+    """Set one value of the latent to NaN after this step (counted from 1 over all segments)."""
     step, calls = schedulers.Scheduler.step, []
 
     def spoiled(self: schedulers.Scheduler, velocity: Tensor, x: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def test_one_nan_in_the_store(
     del manifest["sums"]  # with checksums the damage would be reported before any computation
     (folder / "manifest.json").write_text(json.dumps(manifest))
     words = ("generate", folder, "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
-    unused = {"SCAIL2_RT_CACHE": str(tmp_path / "cache")}  # a prompt's encoding that is kept does not show the damage
+    unused = {"SCAIL2_RT_CACHE": str(tmp_path / "cache")}  # a cached prompt encoding would hide the damage
     assert error_of(scail2(*words, **unused), code=1).startswith(says)
     assert not (tmp_path / "a.mp4").exists()
     if not name.startswith("dit."):

@@ -1,4 +1,4 @@
-"""One run per output: for every path of it, across threads and processes, and no lock left by a dead process."""
+"""One run per output: for every path of the output, across threads and processes; no lock remains of a dead process."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from scail2_rt.runtime.session.session import Session
 from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, unmeasured
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
-LONG = (*SMALL[:3], "400", *SMALL[4:])  # takes so long that a test can end it
+LONG = (*SMALL[:3], "400", *SMALL[4:])  # long enough for a test to end it
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ class TestLock:
         for _ in range(2):
             with sole_writer(output, notes.append):
                 assert written(output.parent) == {".out.lock"}
-                with pytest.raises(InputError, match=r"Another run is writing the output .*out\.mp4: wait"):
+                with pytest.raises(InputError, match=r"Another run is writing the output .*out\.mp4\. Wait"):
                     refuse_second(output)
                 with pytest.raises(InputError, match="Another run"), sole_writer(output, notes.append):
                     pass
@@ -56,7 +56,7 @@ class TestLock:
         names = (tmp_path / "b" / "out.mp4", Path("out.mp4"), Path("../b/../a/out.mp4"), tmp_path / "link.mp4")
         others = (tmp_path / "out.mp4", tmp_path / "a" / "out2.mp4", tmp_path / "a" / "out.partial.mp4")
         with sole_writer(tmp_path / "a" / "out.mp4", print):
-            for name in (*names, tmp_path / "a" / "out.mov"):  # whose partial video and report are the same
+            for name in (*names, tmp_path / "a" / "out.mov"):  # the last one shares partial video and report
                 with pytest.raises(InputError, match="Another run"), sole_writer(name, print):
                     pass
             for name in others:
@@ -70,7 +70,7 @@ class TestLock:
             assert not (tmp_path / "gone").exists()
 
     def test_many_threads_take_turns(self, tmp_path: Path) -> None:
-        """Never two writers concurrently, also while lock files are removed and created."""
+        """Two writers never hold the lock concurrently, even while lock files are deleted and created."""
         inside, most, taken = 0, 0, 0
         guard = threading.Lock()
 
@@ -103,7 +103,7 @@ class TestLock:
         notes: list[str] = []
         with sole_writer(tmp_path / "out.mp4", notes.append):
             refuse_second(tmp_path / "out.mp4")
-        sentence = "cannot be locked (no locks here): let no other run write to it meanwhile."
+        sentence = "cannot be locked (no locks here). Do not start another run that writes to it."
         assert notes == [f"The output {tmp_path / 'out.mp4'} {sentence}"]
         assert not written(tmp_path)
 
@@ -174,7 +174,7 @@ class TestSession:
 class TestCommand:
     @pytest.fixture
     def running(self, engines: Path, case: Path, tmp_path: Path, cache: Path) -> "subprocess.Popen[bytes]":
-        """A process that writes `out/a.mp4`, well within its first segment."""
+        """A process that is in the first segment of `out/a.mp4`."""
         words = ["generate", engines, "--case", case, "-o", tmp_path / "out" / "a.mp4", *LONG]
         process = subprocess.Popen(
             [str(SCAIL2_RT), *map(str, words)],

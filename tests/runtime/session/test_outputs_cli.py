@@ -23,7 +23,7 @@ OPTIONS = (*SMALL, "--prompt", "a man walks", "--seed", "3")
 
 @pytest.fixture(scope="module")
 def made(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Kind → an output of it, each in a folder with its report."""
+    """Kind of output → an output of this kind, with its report beside it."""
     folder = tmp_path_factory.mktemp("made")
     outputs = {name: folder / name.replace(".", "-") / name for name in KINDS}
     for output in outputs.values():
@@ -36,7 +36,7 @@ def made(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest.TempPa
 
 
 def test_every_kind_holds_the_same_frames(made: dict[str, Path]) -> None:
-    """PNG files hold them without loss; the others are as near to them as their codec is."""
+    """PNG files are lossless; the others are within the error of their codec."""
     frames = np.stack([np.asarray(Image.open(path)) for path in sorted(made["frames"].iterdir())])
     assert [path.name for path in sorted(made["frames"].iterdir())] == [f"{n:06d}.png" for n in range(21)]
     for name in KINDS[:-1]:
@@ -77,7 +77,7 @@ def test_a_killed_run_is_resumed_bit_by_bit(
     assert {path.name for path in output.parent.iterdir()} == {output.name, f"{output.stem}.json"}
     again = scail2("generate", engines, *words, "--resume")
     assert "is complete: nothing to resume" in again.stderr
-    assert "exists: choose another name" in error_of(scail2("generate", engines, *words))
+    assert "exists. Choose another name" in error_of(scail2("generate", engines, *words))
 
 
 def test_a_folder_is_replaced_only_if_it_holds_frames(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def stored(path: Path) -> dict[str, object]:
 
 
 def retagged(source: Path, target: Path, change: Callable[[str], str]) -> Path:
-    """As another tool stores a video again, with another comment."""
+    """A copy of a video with another comment, as another tool may write it."""
     with av.open(str(source)) as read, av.open(str(target), "w") as written:
         written.metadata["comment"] = change(read.metadata["comment"])
         stream = read.streams.video[0]
@@ -194,11 +194,11 @@ def _with(**changes: object) -> Callable[[str], str]:
     [
         (lambda comment: "my holidays", "holds no settings of scail2-rt"),
         (lambda comment: "[" * 9000, "holds no settings of scail2-rt"),
-        (_with(format=2), "have format 2, and this version of scail2-rt reads 1"),
+        (_with(format=2), "have format 2, and this version of scail2-rt reads format 1"),
         (_with(options=[1]), "are damaged"),
         (_with(options={"steps": "many"}, inputs={}), "'many' is not a valid integer"),
         (_with(options={"prompt_file": "/etc/hostname"}), "prompt_file, which this version of scail2-rt does not know"),
-        (_with(inputs={"image": {"name": "../ref.png", "sha256": None}}), "is not beside it"),
+        (_with(inputs={"image": {"name": "../ref.png", "sha256": None}}), "is neither beside it"),
     ],
 )
 def test_settings_that_cannot_be_used(
@@ -214,7 +214,7 @@ def test_other_engines_are_told(scail2: Run, engines: Path, made: dict[str, Path
     video = retagged(made["a.mp4"], tmp_path / "edited.mp4", _with(engines={"digest": "0" * 64, "precision": "fp8"}))
     shutil.copyfile(made["a.mp4"].with_suffix(".json"), tmp_path / "edited.json")
     words = ("generate", engines, "-o", tmp_path / "b.mp4", "--frames", "5", "--overwrite", "--from-video", video)
-    assert "was made by another engine folder (fp8, digest 000000000000;" in scail2(*words).stderr
+    assert "was made with another engine folder (fp8, digest 000000000000;" in scail2(*words).stderr
     shutil.copyfile(made["a.mp4"], video)
     other = retagged(made["a.mp4"], video.with_name("other.mp4"), _with(made_with={"device": "GPU", "av": "1"}))
     shutil.copyfile(made["a.mp4"].with_suffix(".json"), tmp_path / "other.json")

@@ -1,5 +1,5 @@
 """Resuming: the command is killed in the middle of segments, and the final video is bit-identical to that of an
-uninterrupted run. Also: memory does not grow with the length of a clip."""
+uninterrupted run. Memory does not grow with the length of a clip."""
 
 import json
 import random
@@ -66,7 +66,8 @@ def test_killed_again_and_again_and_the_video_is_the_same(
 
 
 def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Path) -> None:
-    """Check that the resumed video is bit-identical to that of the uninterrupted run, and no other file is left."""
+    """Check that the resumed video is bit-identical to that of the uninterrupted run, and that no other file is
+    left."""
     mine, theirs = read_video(output), read_video(output.with_name("whole.mp4"))
     assert np.array_equal(mine.pixels, theirs.pixels)
     assert mine.audio_s == theirs.audio_s > 0
@@ -79,8 +80,8 @@ def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Pa
 def test_killed_at_random_moments_and_the_video_is_the_same(
     installed: Run, engines: Path, case: Path, cache: Path, tmp_path: Path, joins: tuple[str, ...]
 ) -> None:
-    """Kills at random times: while modules are imported, a part is appended, the sidecar is written, the result is
-    moved. Each of six videos is killed until a run completes."""
+    """Kill the command at random times: during imports, while a part is appended, the sidecar is written, or the result
+    is moved. Each of six videos is killed repeatedly until a run completes."""
     words = ("--case", case, *SMALL, *SEGMENTS, *joins, "--steps", 10)
     folder, output, chance = tmp_path / "o", tmp_path / "o" / "a.mp4", random.Random(0)
     started = time.monotonic()
@@ -89,7 +90,7 @@ def test_killed_at_random_moments_and_the_video_is_the_same(
     command = [str(word) for word in (SCAIL2_RT, "generate", engines, *words, "-o", output, "--json")]
     killed = 0
     for _ in range(6):
-        for attempt in count(1):  # later ones get more time, so that one comes to its end on a machine of any speed
+        for attempt in count(1):  # later attempts get more time, so that one completes on any machine
             had = resumable(output)
             with subprocess.Popen(
                 [*command, "--resume"],
@@ -104,7 +105,7 @@ def test_killed_at_random_moments_and_the_video_is_the_same(
                     process.kill()
                     process.communicate()
                     killed += 1
-                    if not output.exists():  # else it was killed behind its end
+                    if not output.exists():  # else it was killed after it had finished
                         assert resumable(output) >= had
                         continue
                     told = ""
@@ -133,9 +134,9 @@ def interrupted(scail2: Run, engines: Path, case: Path, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (("--steps", "3"), "--steps was 2 and is 3 now"),
+        (("--steps", "3"), "--steps was 2 and is now 3"),
         (("--anchor-color", "first"), "--anchor-color was"),
-        (("--max-rows", "64"), "engines.max_rows was 16384 and is 64 now"),
+        (("--max-rows", "64"), "engines.max_rows was 16384 and is now 64"),
     ],
 )
 def test_another_request_is_refused_by_naming_the_field(
@@ -164,11 +165,11 @@ def test_a_changed_file_is_refused_and_a_new_run_asks_first(
     assert partial_path(folder / "a.mp4").is_file()
     (folder / "away").rename(state)
     (folder / "a.mp4").write_text("an older result")
-    assert "give --overwrite with --resume" in error_of(scail2(*words, "--resume"))
+    assert "Use --overwrite with --resume" in error_of(scail2(*words, "--resume"))
     assert (folder / "a.mp4").read_text() == "an older result"
     (folder / "a.mp4").unlink()
     draw_case(folder / "case", audio=False)
-    assert "the file driving has changed" in error_of(scail2(*words, "--resume"))
+    assert "the input driving has changed" in error_of(scail2(*words, "--resume"))
     assert resumable(folder / "a.mp4") == 1
     assert one_json(scail2(*words, "--overwrite", "--json"))["resumed_after_segments"] == 0
     assert not list(folder.glob("*.safetensors"))
@@ -191,7 +192,7 @@ def test_resume_of_a_batch_leaves_what_is_complete_and_begins_what_is_not(
     assert [c["output_sha256"] for c in again["cases"]] == [c["output_sha256"] for c in first["cases"]]
     other = one_json(scail2(*words, "--steps", "2", "--resume"))
     assert [entry["status"] for entry in other["cases"]] == ["failed", "failed"]
-    assert "--steps was 1 and is 2 now" in other["cases"][0]["error"]
+    assert "--steps was 1 and is now 2" in other["cases"][0]["error"]
 
 
 # the sidecar
@@ -248,13 +249,13 @@ def test_a_damaged_sidecar_is_told(tmp_path: Path) -> None:
 def test_a_difference_is_named(tmp_path: Path) -> None:
     assert first_difference({"a": "1"}, {"a": "1"}) is None
     assert first_difference({"options.segment_length": "81"}, {"options.segment_length": "49"}) == (
-        "--segment-length was 81 and is 49 now"
+        "--segment-length was 81 and is now 49"
     )
-    assert first_difference({"versions.torch": "1"}, {}) == "versions.torch was 1 and is not there now"
+    assert first_difference({"versions.torch": "1"}, {}) == "versions.torch was 1 and is now not set"
     sidecar = Sidecar(tmp_path / "a.mp4", {"inputs.driving": '"0"'})
     sidecar.write(1, Saved(9, Carry(1), torch.zeros(1)))
     leave_parts(tmp_path / "a.mp4", 1)
-    with pytest.raises(InputError, match="the file driving has changed"):
+    with pytest.raises(InputError, match="the input driving has changed"):
         Sidecar(tmp_path / "a.mp4", {"inputs.driving": '"1"'}).load()
 
 
@@ -269,14 +270,14 @@ def test_what_changes_no_frame_is_no_difference() -> None:
 
     elsewhere = run(1, overwrite=True, allow_mask_problems=True, image="b.png")
     assert first_difference(run(1), elsewhere) is None
-    assert first_difference(run(1), run(2)) == "--seed was 1 and is 2 now"
+    assert first_difference(run(1), run(2)) == "--seed was 1 and is now 2"
 
 
 # memory and work over the length of a clip
 
-# At the start of every segment, onto stderr: the highest resident memory so far (KiB), the bytes of all tensors and of
-# what Python and NumPy allocated, how many functions this thread has called, and its CPU seconds. At the end the memory
-# again, from the same source: what `getrusage` says begins with the size of the process that started this one.
+# Prints to stderr at the start of every segment: the peak resident memory (KiB), the bytes of all tensors and of all
+# Python and NumPy allocations, the number of function calls of this thread, and its CPU seconds. At the end it prints
+# the peak memory again. `getrusage` is not used, because its peak includes the parent process.
 SEGMENT_METER = """
 import atexit, gc, sys, time, tracemalloc
 from scail2_rt.runtime.core import progress
@@ -306,7 +307,7 @@ atexit.register(lambda: print("end", peak(), file=sys.stderr))
 class Metered:
     """The measurements of a run at the start of each segment."""
 
-    peak_kib: list[int]  # and at the end
+    peak_kib: list[int]  # per segment, and at the end
     held: list[int]
     calls: list[int]  # within each segment
     cpu_s: list[float]
@@ -334,8 +335,8 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memo
 
 @LINUX
 def test_later_segments_hold_no_more_and_do_no_more(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    """160 frames would take 2 MB in 8 bits, so the bound is half of that (the interpreter's caches grow by 0.2 to 0.4
-    MB). Seeking from the clip's start would call the decoder for each earlier frame."""
+    """160 frames would take 2 MB at 8 bits, so the bound is half of that (the interpreter's caches grow by 0.2 to 0.4
+    MB). Seeking from the start of the clip would call the decoder for each earlier frame."""
     found = metered(scail2, engines, tmp_path, 229, PYTHONTRACEMALLOC="1")
     assert len(found.held) == 14
     grown = found.held[-1] - found.held[3]
@@ -347,10 +348,9 @@ def test_later_segments_hold_no_more_and_do_no_more(scail2: Run, engines: Path, 
 @LINUX
 @pytest.mark.soak
 def test_a_thousand_frames_take_the_memory_of_two_hundred(scail2: Run, engines: Path, tmp_path: Path) -> None:
-    """In one run, so that nothing else differs: the peak after all 1,000 frames, writing the result included, against
-    the peak after 200 (keeping the 800 others would take 10 MB in 8 bit), and the work in late segments against that in
-    early ones. The allocator's threshold, which by itself moves with what was freed and is worth 100 MiB by chance, is
-    fixed: what is measured is what the program holds."""
+    """Compare, within one run, the peak after 1,000 frames (including writing the result) with the peak after 200
+    frames; keeping the other 800 frames would take 10 MB at 8 bits. Also compare the work in late and early segments.
+    The allocator's mmap threshold is fixed, because it adapts to freed memory and can change the peak by 100 MiB."""
     found = metered(scail2, engines, tmp_path, 1000, MALLOC_MMAP_THRESHOLD_=str(256 << 10), MALLOC_TRIM_THRESHOLD_="0")
     at_200 = next(i for i, segment in enumerate(found.report["segments"]) if segment["valid_end"] > 200)
     grown_mib = (found.peak_kib[-1] - found.peak_kib[at_200]) / 2**10

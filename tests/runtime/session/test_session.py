@@ -147,7 +147,7 @@ def test_equal_content_gives_equal_frames(
     stills = {name: still(pixels[name]) for name in ("image", "mask_image")}
     plan = session.check(quick(**clips, **stills))
     assert (plan.frame_rate, plan.frames) == (16, 17)
-    for _ in range(2):  # a plan can be carried out again, a generator's frames too
+    for _ in range(2):  # a plan can be run twice, also with a generator's frames
         made = np.concatenate(list(session.animate(plan)))
         assert np.array_equal(made, expected)
 
@@ -246,9 +246,9 @@ def test_closing_the_iterator_ends_the_run(
 ) -> None:
     frames = session.animate(session.check(quick()))
     assert len(next(frames))
-    with pytest.raises(Scail2Error, match="generating already"):
+    with pytest.raises(Scail2Error, match="already generating"):
         next(session.animate(session.check(quick())))
-    with pytest.raises(Scail2Error, match="end the generation before"):
+    with pytest.raises(Scail2Error, match="End the generation before"):
         session.close()
     frames.close()  # type: ignore[attr-defined]
     assert np.array_equal(frames_of(session, quick()), expected)
@@ -300,7 +300,7 @@ def test_two_sessions_work_at_once(engines: Path, quick: Callable[..., Request],
 def test_a_closed_session_says_so(engines: Path, quick: Callable[..., Request]) -> None:
     with Session.open(engines, backend="torch") as session:
         plan = session.check(quick())
-    session.close()  # again: nothing to do
+    session.close()  # a second call does nothing
     with pytest.raises(Scail2Error, match="session is closed"):
         next(session.animate(plan))
 
@@ -328,7 +328,7 @@ def test_a_driving_clip_in_memory_is_part_of_what_a_resumed_run_compares(
     with pytest.raises(LookupError):
         session.generate(session.check(request), tmp_path / "a.mp4", stop)
     other = quick(driving=Clip(pixels["driving"][::-1].copy(), 16))
-    with pytest.raises(InputError, match="the file driving has changed"):
+    with pytest.raises(InputError, match="the input driving has changed"):
         session.generate(session.check(other), Output(tmp_path / "a.mp4", resume=True))
     assert session.generate(session.check(request), Output(tmp_path / "a.mp4", resume=True)).resumed == 1
 
@@ -336,7 +336,7 @@ def test_a_driving_clip_in_memory_is_part_of_what_a_resumed_run_compares(
 def test_a_run_that_failed_holds_nothing_while_its_error_is_handled(
     session: Session, quick: Callable[..., Request], expected: np.ndarray, tmp_path: Path
 ) -> None:
-    """The traceback of an error refers to the suspended generator; the session can be used nevertheless."""
+    """The traceback of an error refers to the suspended generator. The session can still be used."""
 
     def stop(event: Progress) -> None:
         if event.segment == 2:
@@ -359,7 +359,7 @@ def test_a_refused_run_touches_no_file(session: Session, quick: Callable[..., Re
     running = session.animate(plan)
     next(running)
     for name in ("whole.mp4", "part.mp4", "new.mp4"):
-        with pytest.raises(Scail2Error, match="generating already"):
+        with pytest.raises(Scail2Error, match="already generating"):
             session.generate(plan, Output(str(tmp_path / name), overwrite=True))  # type: ignore[arg-type]
     running.close()  # type: ignore[attr-defined]
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
