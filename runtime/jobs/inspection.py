@@ -273,24 +273,24 @@ def _part_lines(part: Part) -> Iterator[str]:
     )
     yield f"    {', '.join(part.files)}"
     if part.config:
-        yield f"    {_pairs(part.config)}"
+        yield f"    {_listed_values(part.config)}"
     if part.problem:
         yield f"    problem: {part.problem}"
 
 
 def _lora_lines(lora: LoRAFacts) -> Iterator[str]:
-    blocks = counted(lora.blocks, "block")
-    yield f"  {counted(lora.tensors, 'tensor')}, {_pairs(lora.dtypes)}; {_pairs(lora.kinds)}; {blocks}"
+    parts = (_listed_values(lora.dtypes), _listed_values(lora.kinds), counted(lora.blocks, "block"))
+    yield f"  {counted(lora.tensors, 'tensor')}, {'; '.join(part for part in parts if part)}"
     if lora.ranks:
-        yield f"  rank: {_by_pairs(lora.ranks)}"
+        yield f"  rank: {_pairs_by_number(lora.ranks)}"
     if lora.scales:
-        alphas = f"{_by_pairs(lora.alphas)}, " if lora.alphas else ""
+        alphas = f"{_pairs_by_number(lora.alphas)}, " if lora.alphas else ""
         yield f"  alpha: {alphas}{lora.alpha_from}"
         scale = "alpha/√rank (rsLoRA)" if lora.rslora else "alpha/rank"
-        yield f"  {scale}: {_by_pairs(lora.scales)}"
+        yield f"  {scale}: {_pairs_by_number(lora.scales)}"
     known = f"yes, according to its {lora.distilled}: use --preset fast" if lora.distilled else "unknown"
     yield f"  step-distilled: {known}"
-    yield f"  targets: {_pairs(lora.targets) or 'none of SCAIL-2'}"
+    yield f"  targets: {_listed_values(lora.targets) or 'none of SCAIL-2'}"
     if lora.unknown:
         more = len(lora.unknown) - _LISTED
         yield f"  not for SCAIL-2: {', '.join(lora.unknown[:_LISTED])}{f' and {more} more' if more > 0 else ''}"
@@ -302,7 +302,7 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
     for executor in engines["executors"]:
         place = executor["gpu"] or ", ".join(executor["targets"])
         gpu = f", for {place}" if place else ""
-        yield f"  {executor['backend']}: {_pairs(executor['versions'])}{gpu}"
+        yield f"  {executor['backend']}: {_listed_values(executor['versions'])}{gpu}"
     size, stages = _size(engines["weight_bytes"]), counted(engines["stages"], "stage")
     yield f"  {stages}, {size} of weights, made by {engines['created_by']}"
     if engines["checksums"] and not engines["damages"]:
@@ -314,15 +314,15 @@ def _engine_lines(engines: Mapping[str, Any]) -> Iterator[str]:
     for file in engines["sources"]:
         yield f"    {file['component']}: {file['path']} ({file['state']}), sha256 {file['sha256'][:12]}"
     for part, sizes in engines["config"].items():
-        yield f"  {LABELS.get(part, part)}: {_pairs(sizes)}"
+        yield f"  {LABELS.get(part, part)}: {_listed_values(sizes)}"
 
 
-def _by_pairs(values: Mapping[Any, int]) -> str:
+def _pairs_by_number(values: Mapping[Any, int]) -> str:
     """Format number → count of tensor pairs with this number, as `16 (2 pairs), 32 (1 pair)`."""
     return ", ".join(f"{value:g} ({counted(pairs, 'pair')})" for value, pairs in values.items())
 
 
-def _pairs(values: Mapping[Any, Any]) -> str:
+def _listed_values(values: Mapping[Any, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 

@@ -49,11 +49,13 @@ def settings_text(about: Mapping[str, Any]) -> str:
 
 
 def _of_report(about: Mapping[str, Any]) -> dict[str, Any]:
+    from scail2_rt.engines.registry import backend as registered
+
     options = {name: value for name, value in about["options"].items() if name not in _LEFT_OUT and value is not None}
     options |= {"mode": about["mode"], "size": f"{about['height']}x{about['width']}"}
     options |= {"backend": about["device"]["backend"], "gpus": about["device"]["gpus"]}
     options |= {"max_rows": about["engines"]["max_rows"]}
-    if about["device"]["backend"] == "torch":
+    if registered(about["device"]["backend"]).compiles_kernels:
         options |= {"attention": about["engines"]["attention"]}
     return {
         "format": FORMAT,

@@ -172,7 +172,7 @@ def test_text_for_people_and_a_second_call(scail2: Run, tiny_checkpoint: Path, t
     assert load_file(output)["blocks.0.ffn.0.weight"].dtype == torch.float16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "x.safetensors.json"]
     message = error_of(scail2("convert", tiny_checkpoint, "-o", tmp_path / "y.safetensors", "--vae", "v.pth"))
-    assert "are for --all" in message
+    assert "were given without --all" in message
 
 
 class TestInterruption:

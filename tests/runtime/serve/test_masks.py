@@ -86,7 +86,7 @@ def test_the_command_line_leaves_the_files_of_a_local_run(
     masking: Served, scail2: Run, engines: Path, case: Path, sam2: Path, tmp_path: Path
 ) -> None:
     boxes = [word for box in BOXES for word in ("--box", box)]
-    words = ("--image", case / "ref.png", "--driving", case / "rendered_v2.mp4", *boxes, *SMALL_WORDS)
+    words = ("--image", case / "ref.png", "--driving", case / "rendered_v2.mp4", *boxes, *SMALL_WORDS, "--no-metadata")
     local = scail2("generate", engines, *words, "--segmenter-weights", sam2, "-o", tmp_path / "local" / "a.mp4")
     assert local.returncode == 0, local.stderr
     remote = scail2("generate", "--server", masking.url, *words, "-o", tmp_path / "remote" / "a.mp4")
