@@ -70,7 +70,7 @@ def test_a_killed_run_is_resumed_bit_by_bit(
     assert result.returncode == -signal.SIGKILL
     assert resumable(output) == 1
     assert not output.exists()
-    assert "1 finished segment(s) of an interrupted run" in error_of(scail2("generate", engines, *words))
+    assert "1 finished segment of an interrupted run" in error_of(scail2("generate", engines, *words))
     reply = one_json(scail2("generate", engines, *words, "--resume", "--json"))
     assert reply["resumed_after_segments"] == 1
     assert reply["output_sha256"] == file_hash(output) == file_hash(made[name])
@@ -103,6 +103,7 @@ def test_a_folder_is_replaced_only_if_it_holds_frames(scail2: Run, engines: Path
         ("frames", ("--crf", "20"), "A folder of PNG files has no choice of --crf"),
         ("a.webm", ("--crf", "64"), "outside 0 to 63 for vp9"),
         ("a.avi", (), "must end in .mp4, .m4v, .mov, .mkv, .webm or .gif"),
+        ("é" * 120 + ".gif", (), "is too long: make it 15 bytes shorter"),
     ],
 )
 def test_codec_and_crf_are_checked_against_the_kind(
@@ -219,3 +220,19 @@ def test_other_engines_are_told(scail2: Run, engines: Path, made: dict[str, Path
     other = retagged(made["a.mp4"], video.with_name("other.mp4"), _with(made_with={"device": "GPU", "av": "1"}))
     shutil.copyfile(made["a.mp4"].with_suffix(".json"), tmp_path / "other.json")
     assert "the result may not be bit-identical" in scail2(*words[:-1], other).stderr
+
+
+def test_a_run_of_image_folders_is_repeated(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    """The folders are found again, and are known when they are given."""
+    for name, video in {"clip": "rendered_v2.mp4", "mask": "rendered_mask_v2.mp4"}.items():
+        (tmp_path / name).mkdir()
+        for number, pixels in enumerate(read_video(case / video).pixels[:5]):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    folders = ("--driving", tmp_path / "clip", "--mask-video", tmp_path / "mask")
+    words = ("generate", engines, "--image", case / "ref.png", "--mask-image", case / "ref_mask.png", *folders)
+    assert scail2(*words, "-o", tmp_path / "a.mp4", *OPTIONS, "--fps", "12").returncode == 0
+    for name, given in {"b.mp4": (), "c.mp4": folders}.items():
+        result = scail2("generate", engines, "--from-video", tmp_path / "a.mp4", "-o", tmp_path / name, *given)
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stderr
+        assert file_hash(tmp_path / name) == file_hash(tmp_path / "a.mp4")
