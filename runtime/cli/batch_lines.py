@@ -19,7 +19,7 @@ from scail2_rt.runtime.cli.types import SeedList
 from scail2_rt.runtime.core.case_folder import BatchLine, read_batch
 
 _OF_ALL = (
-    *("engines", "batch", "dry_run", "server", "ray_address", "as_json", "debug"),
+    *("engines", "batch", "config_file", "dry_run", "server", "ray_address", "as_json", "debug"),
     *("backend", "max_rows", "attention", "vram_limit", "no_graphs", "gpus"),
 )
 
@@ -50,10 +50,10 @@ def _typed(
     for key, value in given.items():
         parameter = known.get(key.replace("-", "_"))
         if parameter is None or parameter.name is None or key == "help":
-            near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "see `scail2-rt generate --help`."
-            raise InputError(f"{key!r} is no option of generate: {hint}")
+            raise InputError(f"{key!r} is no option of generate: {_hint(ctx, known, key)}")
         name = parameter.name
+        if name == "from_video":
+            raise InputError(f"{key!r} repeats one run and cannot be a line of a batch: run it without --batch.")
         if name in _OF_ALL:
             raise InputError(f"{key!r} holds for all lines of a batch: give it on the command line.")
         if value is None:
@@ -64,8 +64,19 @@ def _typed(
     return found
 
 
+def _hint(ctx: click.Context, known: Mapping[str, click.Parameter], key: str) -> str:
+    flag = f"--{key.replace('_', '-')}"
+    for parameter in ctx.command.get_params(ctx):
+        if flag in parameter.secondary_opts:
+            return f'write "{parameter.name}": false.'
+    near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
+    return f"did you mean {near[0]!r}?" if near else "see `scail2-rt generate --help`."
+
+
 def _text(key: str, value: Any, parameter: click.Parameter) -> Any:
     """A JSON value as the command line would give it: text, or lists of text for an option that may be repeated."""
+    if "\0" in str(value):
+        raise InputError(f"{key!r} holds a zero byte (\\u0000): remove it.")
     if isinstance(value, bool | int | float | str):
         several = parameter.multiple
         text = str(value).lower() if isinstance(value, bool) else str(value)

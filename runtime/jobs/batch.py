@@ -4,6 +4,7 @@ Every case is checked before the engines load once for all of them. A line or ca
 others run. With `--resume`, a complete result stays, an interrupted one is continued and what was not begun begins.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.case_folder import FILES, BatchLine, flags
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
+from scail2_rt.runtime.core.request import Output
 from scail2_rt.runtime.jobs.masks import MAKING, masks_of
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.run import (
@@ -79,8 +81,8 @@ def _with_seed(label: str, options: GenerateOptions) -> str:
 
 
 def _line_options(line: BatchLine, options: GenerateOptions, taken: set[str]) -> GenerateOptions:
-    """The options of a line, with those of the command for what it does not say. taken: names of outputs, to which its
-    own is added."""
+    """The options of a line, with those of the command for what it does not say. taken: outputs without their endings,
+    to which its own is added."""
     given = dict(line.options)
     if "seeds" in given:
         given.setdefault("seed", 0)
@@ -88,16 +90,24 @@ def _line_options(line: BatchLine, options: GenerateOptions, taken: set[str]) ->
         given["seeds"] = ()
     case, image, driving = (given.get(name) for name in ("case", "image", "driving"))
     if "output" in given:
-        name = str(given["output"])
-        if name in taken:
-            raise InputError(f"The output {name} is that of an earlier line, too: give each line its own.")
+        name = os.path.normpath(Output(given["output"]).path)
+        if _without_ending(name) in taken:
+            raise InputError(
+                f"The output {name} is that of an earlier line, too, or differs from it only in its ending: give each "
+                "line another name."
+            )
     else:
         stem = Path(case).resolve().name if case else "-".join(Path(path).stem for path in (image, driving) if path)
         stem = stem or f"line-{line.number}"
         names = (f"{stem}-{count}.mp4" if count > 1 else f"{stem}.mp4" for count in range(1, len(taken) + 2))
-        name = next(name for name in names if name not in taken)
-    taken.add(name)
+        name = next(name for name in names if _without_ending(name) not in taken)
+    taken.add(_without_ending(name))
     return replace(options, **{**given, "batch": None, "lines": (), "output": options.output / name})
+
+
+def _without_ending(name: str) -> str:
+    """What the report, the masks and the unfinished video of an output are named after."""
+    return os.path.splitext(name)[0]
 
 
 def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Outcome:
