@@ -16,7 +16,7 @@ from scail2_rt.runtime.core.case_folder import read_case
 from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.jobs.masks import masks_folder
 from scail2_rt.runtime.jobs.options import Preset
-from scail2_rt.runtime.session.report import file_hash, is_report, report_path
+from scail2_rt.runtime.session.report import is_report, path_hash, report_path
 from scail2_rt.runtime.session.settings import OPTIONS, Settings, read_settings
 
 _OPTIONS = {"image": "image", "image_mask": "mask_image", "driving": "driving", "mask_video": "mask_video"}
@@ -80,7 +80,7 @@ def _given_files(given: Mapping[str, Any]) -> dict[str, Path]:
 
 def _differs(settings: Settings, label: str, path: Path) -> bool:
     file = settings.inputs.get(label, {})
-    return file.get("name") is not None and path.exists() and file_hash(path) != file.get("sha256")
+    return file.get("name") is not None and path.exists() and path_hash(path) != file.get("sha256")
 
 
 def _found(video: Path, settings: Settings, label: str) -> Path:
@@ -91,7 +91,7 @@ def _found(video: Path, settings: Settings, label: str) -> Path:
     if not isinstance(name, str):
         raise InputError(f"The {_told(label)} of {video} was in memory: give it with {option}.")
     for path in dict.fromkeys(_candidates(video, label, Path(name).name)):
-        if path.exists() and file_hash(path) == digest:
+        if path.exists() and path_hash(path) == digest:
             return path
     raise InputError(
         f"The {_told(label)} {name} of {video} is not beside it, nor unchanged where the run report says: give it with "
