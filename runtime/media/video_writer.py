@@ -203,9 +203,9 @@ class VideoWriter:
                 self._thread.join(0.01)
             self._raise()
 
-    def finish(self) -> Path:
-        """Writes the remaining frames, makes the output of them and moves it into place; the partial file goes. Returns
-        the path.
+    def finish(self, keep_partial: bool = False) -> Path:
+        """Writes the remaining frames, makes the output of them and moves it into place; the partial file goes, unless
+        it is to be kept. Returns the path.
 
         If making the output or moving it fails, the partial file stays and the error names it.
         """
@@ -228,7 +228,8 @@ class VideoWriter:
                     f"{self.path} could not be written ({reason}); the video without audio is in {self.partial}."
                 ) from error
             raise
-        self.partial.unlink(missing_ok=True)
+        if not keep_partial:
+            self.partial.unlink(missing_ok=True)
         return self.path
 
     def _make(self, target: Path) -> None:

@@ -90,7 +90,7 @@ def _write_alone(session: "Session", plan: Plan, output: Output, progress: RunPr
     if saved is None:
         session.rates.remember(plan, progress.timings)
     result = run.complete(saved.carry.finished if saved else 0)
-    sidecar.clear()
+    _clear(output.path)  # not before the report says that the output is complete
     progress.end()
     return result
 
@@ -115,7 +115,7 @@ def _write(
                 now = Saved(written, frames.carry.to("cpu"), noise.get_state())
                 writer.segment_done(save=partial(sidecar.write, saved=now))
         with run.progress.phase("finish"):
-            writer.finish()
+            writer.finish(keep_partial=True)
 
 
 class _Run:
@@ -131,8 +131,7 @@ class _Run:
         """The folder is made; a fresh run removes what an earlier one has left."""
         self.output.path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
-            partial_path(self.output.path).unlink(missing_ok=True)
-            clear_sidecars(self.output.path)
+            _clear(self.output.path)
 
     def writer(self, after: int) -> VideoWriter:
         plan, output = self.plan, self.output
@@ -178,16 +177,23 @@ def what_is_left(output: Path) -> str:
     return what + ("; the same command with --resume goes on after them" if resumable(output) else "")
 
 
+def _clear(output: Path) -> None:
+    """Remove what an unfinished run has left."""
+    partial_path(output).unlink(missing_ok=True)
+    clear_sidecars(output)
+
+
 def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) -> Result:
-    """The result that `resume` finds complete; InputError when it is another request's, or one that the interrupted run
-    was to replace."""
-    if unfinished:
-        raise InputError(
-            f"The output {output} exists, and the interrupted run was to replace it: give --overwrite with --resume."
-        )
+    """The result that `resume` finds complete; InputError when it is another request's, or when an interrupted run was
+    to write it."""
     beside = report.report_path(output)
     before = json.loads(beside.read_text(encoding="utf-8")) if report.is_report(beside) else {}
-    if before.get("status") != "complete" or before.get("output_sha256") != report.file_hash(output):
+    complete = before.get("status") == "complete" and before.get("output_sha256") == report.file_hash(output)
+    if unfinished and not (complete and first_difference(identity(before), identity(about)) is None):
+        raise InputError(
+            f"The output {output} exists, and an interrupted run was to write it: give --overwrite with --resume."
+        )
+    if not complete:
         raise InputError(
             f"The output {output} exists and is not a complete result of this command: choose another name with -o, or "
             "replace it with --overwrite."
@@ -197,6 +203,8 @@ def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) 
             f"The output {output} is complete, but of another request: {difference}. Choose another name with -o, or "
             "replace it with --overwrite."
         )
+    if unfinished:
+        _clear(output)
     return Result(
         path=output,
         frames=before["frames"],
