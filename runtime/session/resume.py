@@ -22,13 +22,13 @@ from torch import Tensor
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.case_folder import FILES
-from scail2_rt.runtime.media.unfinished import clear_sidecars, resumable, sidecar_path
+from scail2_rt.runtime.media.unfinished import resumable, sidecar_path
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.session.settings import COMPUTING
 
 FORMAT = "2"
 # Options that say where things are or whether to begin, not what comes out; input files count by their hashes.
-_NO_MATTER = ("overwrite", "resume", "metadata", "allow_mask_problems", "output", *FILES, "extra_refs")
+_NO_MATTER = ("overwrite", "resume", "metadata", "config", "allow_mask_problems", "output", *FILES, "extra_refs")
 # Another executor built into the folder changes its manifest, not this one; the digest repeats other fields.
 _WHERE = ("directory", "manifest_sha256", "digest")
 
@@ -122,9 +122,6 @@ class Sidecar:
                 "again with --overwrite and without --resume."
             )
         return Saved(int(notes["frames"]), _carry(int(notes["finished"]), tensors), tensors["noise"])
-
-    def clear(self) -> None:
-        clear_sidecars(self.output)
 
 
 def _carry(finished: int, tensors: Mapping[str, Tensor]) -> Carry:

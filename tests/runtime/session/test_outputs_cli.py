@@ -236,3 +236,22 @@ def test_a_run_of_image_folders_is_repeated(scail2: Run, engines: Path, case: Pa
         assert result.returncode == 0, result.stderr
         assert "warning" not in result.stderr
         assert file_hash(tmp_path / name) == file_hash(tmp_path / "a.mp4")
+
+
+def test_a_configuration_file_leaves_no_trace_and_gives_way_to_the_settings(
+    scail2: Run, engines: Path, case: Path, made: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its path is not stored, and an equal run with it is resumed without it. What a video tells replaces what it says
+    about inputs and sampling; where to write to is still read from it."""
+    config = tmp_path / "my.toml"
+    config.write_text(f'case = "{case}"\nseed = 3\nprompt = "a man walks"\noutput = "a.mp4"\n')
+    assert scail2("generate", engines, "--config", config, *SMALL).returncode == 0
+    assert "config" not in stored(tmp_path / "a.mp4")["options"]  # type: ignore[operator]
+    assert file_hash(tmp_path / "a.mp4") == file_hash(made["a.mp4"])
+    resumed = scail2("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *OPTIONS, "--resume")
+    assert "nothing to resume" in resumed.stderr
+    (tmp_path / "p.txt").write_text("other")
+    config.write_text(f'case = "{case}"\nprompt-file = "p.txt"\nseeds = "7,8"\nsteps = 9\noutput = "b.mp4"\n')
+    result = scail2("generate", engines, "--config", config, "--from-video", made["a.mp4"])
+    assert result.returncode == 0, result.stderr
+    assert file_hash(tmp_path / "b.mp4") == file_hash(made["a.mp4"])
