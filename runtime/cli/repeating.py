@@ -9,8 +9,9 @@ from click.core import ParameterSource
 from scail2_rt.kernels.errors import InputError
 
 
-def repeated(options: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the running command, completed with the settings of the video `from_video`."""
+def repeated(options: dict[str, Any], remote: bool) -> dict[str, Any]:
+    """The parameters of the running command, completed with the settings of the video `from_video`; for a `remote`
+    service without those of engines."""
     from scail2_rt.runtime.jobs.options import GenerateOptions
     from scail2_rt.runtime.jobs.repeat import DESCRIBED, repeated_options
 
@@ -19,7 +20,7 @@ def repeated(options: dict[str, Any]) -> dict[str, Any]:
     known = GenerateOptions.__dataclass_fields__
     options |= {name: known[name].default for name in DESCRIBED if name not in given}  # those of a --config file
     parameters = {p.name: p for p in ctx.command.params if p.name in options}
-    stored = repeated_options(video, options["output"], given)
+    stored = repeated_options(video, options["output"], given, remote)
     try:
         return options | {name: parameters[name].type_cast_value(ctx, value) for name, value in stored.items()}
     except (click.UsageError, TypeError, ValueError, AttributeError) as error:

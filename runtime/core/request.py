@@ -279,7 +279,8 @@ class Output:
         path = Path(self.path)
         if (over := len(os.fsencode(path.stem)) - _LONGEST_STEM) > 0:
             raise InputError(f"The name of the output {path} is too long: make it {counted(over, 'byte')} shorter.")
-        codec, crf = resolve_encoding(path, self.codec, self.crf)
+        crf = None if self.crf is None else _whole("crf", self.crf)
+        codec, crf = resolve_encoding(path, self.codec, crf)
         for name, value in {"path": path, "codec": codec, "crf": crf}.items():
             object.__setattr__(self, name, value)
 

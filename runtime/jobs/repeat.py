@@ -21,9 +21,10 @@ from scail2_rt.runtime.session.settings import OPTIONS, Settings, read_settings
 
 _OPTIONS = {"image": "image", "image_mask": "mask_image", "driving": "driving", "mask_video": "mask_video"}
 _MASK_OF = {"image_mask": "image", "mask_video": "driving"}
+OF_ENGINES = ("backend", "gpus", "max_rows", "attention")  # which the operator of a service sets
 DESCRIBED = frozenset(  # options that say what a run makes, which is what a video tells
     {*OPTIONS, *_OPTIONS.values(), "extra_refs", "case", "batch", "prompt_file", "preset", "seeds"}
-) - {"backend", "gpus", "max_rows", "attention"}
+).difference(OF_ENGINES)
 _REPLACED_BY = {  # on the command line → stored options that it replaces
     "preset": tuple(field.name for field in fields(Preset)),
     "prompt_file": ("prompt",),
@@ -31,14 +32,15 @@ _REPLACED_BY = {  # on the command line → stored options that it replaces
 }
 
 
-def repeated_options(video: Path, output: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options and inputs of the run that made a video, to be written to `output`, without those that are `given`. Says
-    on stderr which inputs are others than those of the run. Raises InputError when the video holds no settings, an
-    input is not found, or an option is not known."""
+def repeated_options(video: Path, output: Path, given: Mapping[str, Any], remote: bool = False) -> dict[str, Any]:
+    """Options and inputs of the run that made a video, to be written to `output`, without those that are `given`, and
+    for a `remote` service without those of engines. Says on stderr which inputs are others than those of the run.
+    Raises InputError when the video holds no settings, an input is not found, or an option is not known."""
     if "batch" in given:
         raise InputError("--from-video repeats one run, and --batch names many: leave one of them out.")
     settings = read_settings(video)
     replaced = {name for option in given for name in _REPLACED_BY.get(option, ())}
+    replaced.update(OF_ENGINES if remote else ())
     if settings.options.get("codec") not in container_of(output).codecs:
         replaced |= {"codec", "crf"}
     stored = {name: value for name, value in settings.options.items() if name not in {*given, *replaced}}
