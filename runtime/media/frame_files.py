@@ -83,8 +83,8 @@ def _kept_times(video: Path) -> Iterator[tuple[int, int]]:
         yield number, time
     if left_out:
         warn(
-            f"GIF players show at most 50 frames per second: {left_out} of {number + 1} frames are left out. Use .webm "
-            "to keep them."
+            f"GIF players show at most 50 frames per second. Frames left out: {left_out} of {number + 1}. Use .webm to "
+            "keep them."
         )
 
 

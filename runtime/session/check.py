@@ -5,6 +5,7 @@ each. `check_output` checks where the result will be written. Nothing is written
 read only once is kept in a temporary file.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -213,12 +214,28 @@ def check_output(output: Output, request: Request) -> None:
 
 
 def fit_output(plan: Plan, output: Output) -> Plan:
-    """The plan with a warning about what the output cannot hold."""
-    kind = container_of(output.path)
-    if kind.audio or not plan.audio:
-        return plan
-    lost = f"{kind.what} holds no audio: {output.path} is without the driving clip's. Use .mp4 to keep it."
-    return replace(plan, warnings=tuple(dict.fromkeys([*plan.warnings, lost])))
+    """The plan with warnings about what the output cannot hold, and about another output whose report it replaces."""
+    kind, warnings = container_of(output.path), list(plan.warnings)
+    if plan.audio and not kind.audio:
+        warnings.append(
+            f"{kind.what} holds no audio: {output.path} is without the driving clip's. Use .mp4 to keep it."
+        )
+    warnings += _replaced_report(output.path)
+    return replace(plan, warnings=tuple(dict.fromkeys(warnings)))
+
+
+def _replaced_report(output: Path) -> list[str]:
+    """A warning if another output beside this one has the same report: their names differ only in the ending."""
+    from scail2_rt.runtime.session.report import report_path
+
+    beside = report_path(output)
+    try:
+        name = Path(json.loads(beside.read_text(encoding="utf-8"))["output"]).name
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    if name in ("", output.name, partial_path(output).name) or not output.with_name(name).exists():
+        return []
+    return [f"The report {beside} is that of {name}, and is replaced: choose another name with -o to keep it."]
 
 
 def check_room(output: Output, plan: Plan) -> None:

@@ -275,7 +275,7 @@ class TestOtherKinds:
             path = write(tmp_path / "out.gif", ramp(24), rate=Fraction(100))
         assert numbers(path) == list(range(0, 24, 2))
         assert said == [
-            "GIF players show at most 50 frames per second: 12 of 24 frames are left out. Use .webm to keep them."
+            "GIF players show at most 50 frames per second. Frames left out: 12 of 24. Use .webm to keep them."
         ]
 
     def test_png_files_hold_every_bit(self, tmp_path: Path) -> None:

@@ -148,7 +148,11 @@ def test_settings_hold_names_and_hashes_and_no_path(
     assert not any(str(path) in text for path in (case.parent, engines.parent, made["a.mp4"].parent))
     words = ("generate", engines, "--case", case, *OPTIONS, "--frames", "5", "--no-metadata")
     for name in ("b.mp4", "b.gif"):
-        assert scail2(*words, "-o", tmp_path / name).returncode == 0
+        result = scail2(*words, "-o", tmp_path / name)
+        assert result.returncode == 0
+        assert (f"The report {tmp_path / 'b.json'} is that of b.mp4, and is replaced" in result.stderr) == (
+            name == "b.gif"
+        )
         message = error_of(scail2("generate", engines, "--from-video", tmp_path / name, "-o", tmp_path / "c.mp4"))
         assert "holds no settings of scail2-rt" in message
     report = tmp_path / "b.json"
