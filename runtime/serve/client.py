@@ -27,7 +27,7 @@ from scail2_rt.runtime.jobs.run import Job, Outcome, say_notes, single_job, summ
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.fields import MASKING, REFERENCES
 from scail2_rt.runtime.serve.wire import Wire
-from scail2_rt.runtime.session.check import check_output
+from scail2_rt.runtime.session.check import check_file, check_output
 from scail2_rt.runtime.session.output_lock import refuse_second, sole_writer
 from scail2_rt.runtime.session.report import file_hash, report_path, write_report
 
@@ -137,7 +137,7 @@ def _generate(wire: Wire, job: Job, listener: Listener) -> Outcome:
 
 def _files_of(job: Job, made: bool) -> dict[str, Path]:
     """Field of the interface → the user's file. made: the service makes the masks, so they are left out. Raises
-    InputError for a file that does not exist."""
+    InputError for what is no file."""
     request = job.request
     assert request is not None
     named: dict[str, Any] = {name: getattr(request, field) for name, field in REFERENCES.items()}
@@ -148,8 +148,7 @@ def _files_of(job: Job, made: bool) -> dict[str, Path]:
     for label, path in request.inputs.items():
         if made and label in ("reference mask", "driving mask video"):
             continue
-        if not Path(str(path)).is_file():
-            raise InputError(f"The {label} {path} {'is not a file' if Path(str(path)).exists() else 'does not exist'}.")
+        check_file(label, Path(str(path)))
     return {name: Path(path) for name, path in named.items()}
 
 

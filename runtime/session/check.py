@@ -98,17 +98,20 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
 
 def _check_files(request: Request) -> None:
     for label, path in request.inputs.items():
-        if not isinstance(path, Path):
-            continue
-        if not path.exists():
-            made = (
-                ": give a file that exists, or make both masks with `scail2-rt masks make`" if "mask" in label else ""
-            )
-            raise InputError(f"The {label} {path} does not exist{made}.")
-        if not path.is_file() and not (label.startswith("driving") and path.is_dir()):
-            raise InputError(f"The {label} {path} is not a file.")
-        if path.stat().st_size == 0:
-            raise InputError(f"The {label} {path} is empty (0 bytes): copy it again.")
+        if isinstance(path, Path):
+            check_file(label, path, or_folder=label.startswith("driving"))
+
+
+def check_file(label: str, path: Path, or_folder: bool = False) -> None:
+    """Raise InputError unless an input is a file that is not empty, or perhaps a folder. label: what messages call
+    it."""
+    if not path.exists():
+        made = ", or make both masks with `scail2-rt masks make`" if "mask" in label else ""
+        raise InputError(f"The {label} {path} does not exist: give a file that exists{made}.")
+    if not path.is_file() and not (or_folder and path.is_dir()):
+        raise InputError(f"The {label} {path} is not a file: give a file.")
+    if path.stat().st_size == 0:
+        raise InputError(f"The {label} {path} is empty (0 bytes): copy it again.")
 
 
 def _load_references(request: Request) -> tuple[list["np.ndarray"], list["np.ndarray"], list[Finding]]:
