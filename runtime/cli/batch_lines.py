@@ -46,13 +46,23 @@ def _typed(
     found: dict[str, Any] = {}
     for key, value in given.items():
         name = dashed(key)
+        if name == "from-video":
+            raise InputError(f"{key!r} repeats one run and cannot be used in a batch. Run it without --batch.")
         if name in _COMMAND_ONLY:
             raise InputError(f"{key!r} applies to all lines of a batch. Give it on the command line.")
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"Use {close[0]!r}." if close else "See --help for the names."
-            raise InputError(f"{key!r} is not an option of generate. {hint}")
+            raise InputError(f"{key!r} is not an option of generate. {_hint(ctx, known, name)}")
+        if "\0" in str(value):
+            raise InputError(f"{key!r} holds a zero byte (\\u0000). Remove it.")
         if value is not None:
             parameter, start = known[name], Path() if name == "output" else folder
             found[str(parameter.name)] = parameter.type_cast_value(ctx, value_of(ctx, parameter, key, value, start))
     return found
+
+
+def _hint(ctx: click.Context, known: Mapping[str, click.Parameter], name: str) -> str:
+    for parameter in ctx.command.get_params(ctx):
+        if f"--{name}" in parameter.secondary_opts:
+            return f'Write "{parameter.name}": false.'
+    close = difflib.get_close_matches(name, known, 1)
+    return f"Use {close[0]!r}." if close else "See `scail2-rt generate --help` for the names."

@@ -80,9 +80,10 @@ class SeedList(click.ParamType):
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in value.split(",")]
-        if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        seeds = tuple(int(part) for part in parts if part.isdecimal())
+        if len(set(seeds)) < len(parts):
             self.fail(f"{value!r} is not a list of different seeds. Write it as in 1,2,3.", param, ctx)
-        return tuple(int(part) for part in parts)
+        return seeds
 
 
 class RateType(click.ParamType):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.case_folder import refuse_url, url_of
 from scail2_rt.runtime.core.containers import resolve_encoding
 from scail2_rt.runtime.core.geometry import check_size, plan_segments
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = (512, 896)
 MAX_STEPS = 1000  # the model was trained on 1000 noise levels
 MAX_SEED = 2**63 - 1
+_LONGEST_STEM = 255 - len("..resume-10000.safetensors.tmp")  # bytes; the longest name that is written beside it
 Mode = Literal["auto", "animate", "replace"]
 SCHEDULERS = ("unipc", "dpm++", "euler")
 ANCHORS = ("off", "first", "previous")
@@ -262,7 +264,7 @@ class Output:
     metadata    store the settings of the run in the output
     config      file given with `--config`; used in the report only
 
-    Raises InputError for other endings, and for a codec that the format cannot hold."""
+    Raises InputError for other endings, for a name that is too long, and for a codec that the format cannot hold."""
 
     path: Path
     codec: str | None = None
@@ -276,7 +278,10 @@ class Output:
         if url := url_of(self.path):
             raise InputError(f"The output {url} is a URL: give a path on this machine.")
         path = Path(self.path)
-        codec, crf = resolve_encoding(path, self.codec, self.crf)
+        if (over := len(os.fsencode(path.stem)) - _LONGEST_STEM) > 0:
+            raise InputError(f"The name of the output {path} is too long: make it {counted(over, 'byte')} shorter.")
+        crf = None if self.crf is None else _whole("crf", self.crf)
+        codec, crf = resolve_encoding(path, self.codec, crf)
         for name, value in {"path": path, "codec": codec, "crf": crf}.items():
             object.__setattr__(self, name, value)
 

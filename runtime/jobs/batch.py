@@ -4,6 +4,7 @@ All cases are checked first, then the engines load once. A line or case that fai
 `--resume`, complete results are kept, interrupted runs are resumed, and the other cases start.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.case_folder import FILES, BatchLine, flags
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.progress import Listener
+from scail2_rt.runtime.core.request import Output
 from scail2_rt.runtime.jobs.masks import MAKING, masks_of
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.run import (
@@ -82,8 +84,8 @@ def _with_seed(label: str, options: GenerateOptions) -> str:
 
 
 def _line_options(line: BatchLine, options: GenerateOptions, used: set[str]) -> GenerateOptions:
-    """Return the options of a line; the command's options apply where the line sets none. used: names of outputs so
-    far, to which this one is added. Raises InputError for an output that an earlier line has."""
+    """Return the options of a line; the command's options apply where the line sets none. used: outputs so far, without
+    their endings, to which this one is added. Raises InputError for an output that an earlier line has."""
     given = dict(line.options)
     if "seeds" in given:
         given.setdefault("seed", 0)
@@ -91,16 +93,24 @@ def _line_options(line: BatchLine, options: GenerateOptions, used: set[str]) -> 
         given["seeds"] = ()
     case, image, driving = (given.get(name) for name in ("case", "image", "driving"))
     if "output" in given:
-        name = str(given["output"])
-        if name in used:
-            raise InputError(f"The output {name} is also the output of an earlier line. Give each line another one.")
+        name = os.path.normpath(Output(given["output"]).path)
+        if _without_ending(name) in used:
+            raise InputError(
+                f"The output {name} is also the output of an earlier line, or differs from it only in its ending. Give "
+                "each line another name."
+            )
     else:
         stem = Path(case).resolve().name if case else "-".join(Path(path).stem for path in (image, driving) if path)
         stem = stem or f"line-{line.number}"
         names = (f"{stem}-{count}.mp4" if count > 1 else f"{stem}.mp4" for count in range(1, len(used) + 2))
-        name = next(name for name in names if name not in used)
-    used.add(name)
+        name = next(name for name in names if _without_ending(name) not in used)
+    used.add(_without_ending(name))
     return replace(options, **{**given, "batch": None, "lines": (), "output": options.output / name})
+
+
+def _without_ending(name: str) -> str:
+    """What the report, the masks and the unfinished video of an output are named after."""
+    return os.path.splitext(name)[0]
 
 
 def run_batch(options: GenerateOptions, listener: Callable[[], Listener]) -> Outcome:

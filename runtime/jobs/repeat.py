@@ -16,11 +16,15 @@ from scail2_rt.runtime.core.case_folder import read_case
 from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.jobs.masks import masks_folder
 from scail2_rt.runtime.jobs.options import Preset
-from scail2_rt.runtime.session.report import file_hash, is_report, report_path
+from scail2_rt.runtime.session.report import is_report, path_hash, report_path
 from scail2_rt.runtime.session.settings import OPTIONS, Settings, read_settings
 
 _OPTIONS = {"image": "image", "image_mask": "mask_image", "driving": "driving", "mask_video": "mask_video"}
 _MASK_OF = {"image_mask": "image", "mask_video": "driving"}
+OF_ENGINES = ("backend", "gpus", "max_rows", "attention")  # set by the operator of a service
+DESCRIBED = frozenset(  # options that describe what a run makes; a video stores them
+    {*OPTIONS, *_OPTIONS.values(), "extra_refs", "case", "batch", "prompt_file", "preset", "seeds"}
+).difference(OF_ENGINES)
 _REPLACED_BY = {  # option on the command line → stored options that it replaces
     "preset": tuple(field.name for field in fields(Preset)),
     "prompt_file": ("prompt",),
@@ -28,16 +32,17 @@ _REPLACED_BY = {  # option on the command line → stored options that it replac
 }
 
 
-def repeated_options(video: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options and inputs of the run that made a video, without those that are `given`. Given inputs that
-    differ from those of the run are named on stderr.
+def repeated_options(video: Path, output: Path, given: Mapping[str, Any], remote: bool = False) -> dict[str, Any]:
+    """Return the options and inputs of the run that made a video, to be written to `output`, without those that are
+    `given`. Given inputs that differ from those of the run are named on stderr. remote: without options of engines.
 
     Raises InputError if the video holds no settings, an input is not found, or an option is unknown."""
     if "batch" in given:
         raise InputError("--from-video and --batch were both given. Use one of them.")
     settings = read_settings(video)
     replaced = {name for option in given for name in _REPLACED_BY.get(option, ())}
-    if settings.options.get("codec") not in container_of(given["output"]).codecs:
+    replaced.update(OF_ENGINES if remote else ())
+    if settings.options.get("codec") not in container_of(output).codecs:
         replaced |= {"codec", "crf"}
     stored = {name: value for name, value in settings.options.items() if name not in {*given, *replaced}}
     if unknown := [name for name in stored if name not in OPTIONS]:
@@ -81,7 +86,7 @@ def _given_files(given: Mapping[str, Any]) -> dict[str, Path]:
 
 def _differs(settings: Settings, label: str, path: Path) -> bool:
     file = settings.inputs.get(label, {})
-    return file.get("name") is not None and path.exists() and file_hash(path) != file.get("sha256")
+    return file.get("name") is not None and path.exists() and path_hash(path) != file.get("sha256")
 
 
 def _found(video: Path, settings: Settings, label: str) -> Path:
@@ -92,7 +97,7 @@ def _found(video: Path, settings: Settings, label: str) -> Path:
     if not isinstance(name, str):
         raise InputError(f"The {_name(label)} of {video} was not a file. Give it with {option}.")
     for path in dict.fromkeys(_candidates(video, label, Path(name).name)):
-        if path.exists() and file_hash(path) == digest:
+        if path.exists() and path_hash(path) == digest:
             return path
     raise InputError(
         f"The {_name(label)} {name} of {video} is neither beside it nor at the path in the run report, or it has "

@@ -212,8 +212,9 @@ class VideoWriter:
                 self._thread.join(0.01)
             self._raise()
 
-    def finish(self) -> Path:
-        """Encode the remaining frames, write the output and remove the partial file. Returns the path of the output.
+    def finish(self, keep_partial: bool = False) -> Path:
+        """Encode the remaining frames, write the output, and remove the partial file unless `keep_partial`. Returns the
+        path of the output.
 
         Raises Scail2Error if encoding or writing fails; the partial file then remains, and the message names it.
         """
@@ -236,7 +237,8 @@ class VideoWriter:
                     f"{self.path} could not be written ({reason}): use the video without audio in {self.partial}."
                 ) from error
             raise
-        self.partial.unlink(missing_ok=True)
+        if not keep_partial:
+            self.partial.unlink(missing_ok=True)
         return self.path
 
     def _make(self, target: Path) -> None:

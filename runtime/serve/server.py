@@ -65,6 +65,7 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
+        listener.listen()  # now, since another service that is starting may have bound the same port
     except OSError as error:
         listener.close()
         raise InputError(

@@ -5,6 +5,7 @@ video are decoded once each. `check_output` checks the place of the result. Noth
 of a clip whose frames can be read only once.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -219,12 +220,29 @@ def check_output(output: Output, request: Request) -> None:
 
 
 def fit_output(plan: Plan, output: Output) -> Plan:
-    """Return the plan, with a warning if the container of the output cannot hold the driving clip's audio."""
-    kind = container_of(output.path)
-    if kind.audio or not plan.audio:
-        return plan
-    lost = f"{kind.what} holds no audio: {output.path} will have no sound. Use .mp4 to keep the driving clip's audio."
-    return replace(plan, warnings=tuple(dict.fromkeys([*plan.warnings, lost])))
+    """Return the plan, with warnings about what the output cannot hold and about another output whose report it
+    replaces."""
+    kind, warnings = container_of(output.path), list(plan.warnings)
+    if plan.audio and not kind.audio:
+        warnings.append(
+            f"{kind.what} holds no audio: {output.path} will have no sound. Use .mp4 to keep the driving clip's audio."
+        )
+    warnings += _replaced_report(output.path)
+    return replace(plan, warnings=tuple(dict.fromkeys(warnings)))
+
+
+def _replaced_report(output: Path) -> list[str]:
+    """Return a warning if another output beside this one has the same report: their names differ only in the ending."""
+    from scail2_rt.runtime.session.report import report_path
+
+    beside = report_path(output)
+    try:
+        name = Path(json.loads(beside.read_text(encoding="utf-8"))["output"]).name
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    if name in ("", output.name, partial_path(output).name) or not output.with_name(name).exists():
+        return []
+    return [f"The report {beside} is that of {name}, and is replaced. Choose another name with -o to keep it."]
 
 
 def check_room(output: Output, plan: Plan) -> None:

@@ -69,6 +69,13 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def path_hash(path: Path) -> str:
+    """The hash of an input: of a folder of images that of its frames, else that of the file."""
+    from scail2_rt.runtime.media.clips import clip_hash, is_folder
+
+    return clip_hash(path) if is_folder(path) else file_hash(path)
+
+
 def describe_inputs(request: Request) -> dict[str, dict[str, str | None]]:
     """Return label → {"path": None for an input in memory, "sha256"} for every input of the request."""
     sources: dict[str, ImageSource | ClipSource] = {"driving": request.driving, "mask_video": request.mask_video}
@@ -79,11 +86,11 @@ def describe_inputs(request: Request) -> dict[str, dict[str, str | None]]:
 
 
 def _described(source: "ImageSource | ClipSource") -> dict[str, str | None]:
-    from scail2_rt.runtime.media.clips import clip_hash, is_folder
+    from scail2_rt.runtime.media.clips import clip_hash
     from scail2_rt.runtime.media.images import load_image
 
     if isinstance(source, Path):
-        return {"path": str(source), "sha256": clip_hash(source) if is_folder(source) else file_hash(source)}
+        return {"path": str(source), "sha256": path_hash(source)}
     if isinstance(source, Clip):
         return {"path": None, "sha256": clip_hash(source)}
     pixels = load_image(source, background=(0, 0, 0))

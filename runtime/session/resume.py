@@ -22,13 +22,13 @@ from torch import Tensor
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.case_folder import FILES
-from scail2_rt.runtime.media.unfinished import clear_sidecars, resumable, sidecar_path
+from scail2_rt.runtime.media.unfinished import resumable, sidecar_path
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.session.settings import COMPUTING
 
 FORMAT = "2"
 # Options that do not change the pixels. Input files are compared by their hashes.
-_NO_EFFECT = ("overwrite", "resume", "metadata", "allow_mask_problems", "output", *FILES, "extra_refs")
+_NO_EFFECT = ("overwrite", "resume", "metadata", "config", "allow_mask_problems", "output", *FILES, "extra_refs")
 # Building another executor into the folder changes its manifest but not this run; the digest repeats other fields.
 _IGNORED_OF_ENGINES = ("directory", "manifest_sha256", "digest")
 
@@ -123,10 +123,6 @@ class Sidecar:
                 "or start again with --overwrite and without --resume."
             )
         return Saved(int(notes["frames"]), _carry(int(notes["finished"]), tensors), tensors["noise"])
-
-    def clear(self) -> None:
-        """Delete the saved states."""
-        clear_sidecars(self.output)
 
 
 def _carry(finished: int, tensors: Mapping[str, Tensor]) -> Carry:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from scail2_rt.kernels.errors import InputError
-from scail2_rt.runtime.core.case_folder import FILES
+from scail2_rt.runtime.core.case_folder import FILES, refuse_url
 from scail2_rt.runtime.core.request import Request
 
 KEY = "scail2_rt"
 FORMAT = 1
 COMPUTING = ("scail2-rt", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "triton", "av")
-_LEFT_OUT = ("output", "overwrite", "resume", "metadata", *FILES, "extra_refs")
+_LEFT_OUT = ("output", "overwrite", "resume", "metadata", "config", *FILES, "extra_refs")
 OPTIONS = frozenset(  # options that a run stores
     {*(field.name for field in fields(Request)), "codec", "crf", "backend", "gpus", "max_rows", "attention"}
 ).difference(_LEFT_OUT)
@@ -79,6 +79,7 @@ def made_with(device: Mapping[str, Any], versions: Mapping[str, str]) -> dict[st
 
 def read_settings(path: Path) -> Settings:
     """Return the settings in an output of `generate`, or in its report. Raises InputError if they cannot be read."""
+    refuse_url("video of --from-video", path)
     if not path.exists():
         raise InputError(f"The video {path} of --from-video does not exist. Give a video that `generate` made.")
     try:
@@ -120,4 +121,5 @@ def _comment(path: Path) -> str:
         with av.open(str(path.absolute()), metadata_errors="replace") as container:
             return next((value for name, value in container.metadata.items() if name.lower() == "comment"), "")
     except (OSError, SyntaxError, av.FFmpegError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Give a video that `generate` made.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read ({reason}). Give a video that `generate` made.") from error

@@ -92,7 +92,7 @@ def _write_alone(session: "Session", plan: Plan, output: Output, progress: RunPr
     if saved is None:
         session.rates.remember(plan, progress.timings)
     result = run.complete(saved.carry.finished if saved else 0)
-    sidecar.clear()
+    _clear(output.path)  # not before the report says that the output is complete
     progress.end()
     return result
 
@@ -117,7 +117,7 @@ def _write(
                 now = Saved(written, frames.carry.to("cpu"), noise.get_state())
                 writer.segment_done(save=partial(sidecar.write, saved=now))
         with run.progress.phase("finish"):
-            writer.finish()
+            writer.finish(keep_partial=True)
 
 
 class _Run:
@@ -133,8 +133,7 @@ class _Run:
         """Create the folder of the output. A fresh run deletes the unfinished files of an earlier run."""
         self.output.path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
-            partial_path(self.output.path).unlink(missing_ok=True)
-            clear_sidecars(self.output.path)
+            _clear(self.output.path)
 
     def writer(self, after: int) -> VideoWriter:
         """Return the writer of the video. after: frames that the partial video already holds."""
@@ -183,16 +182,25 @@ def describe_unfinished(output: Path) -> str:
     return what + ("; repeat the command with --resume to continue after them" if resumable(output) else "")
 
 
+def _clear(output: Path) -> None:
+    """Remove what an unfinished run has left."""
+    partial_path(output).unlink(missing_ok=True)
+    clear_sidecars(output)
+
+
 def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) -> Result:
-    """Return the complete result that `resume` found. Raises InputError if it is the result of another request, or if
-    an interrupted run (`unfinished`) was replacing it."""
-    if unfinished:
+    """Return the complete result that `resume` found, and delete what an unfinished run of the same request left.
+
+    Raises InputError if the output is the result of another request, or if an interrupted run (`unfinished`) was
+    replacing it."""
+    report_file = report.report_path(output)
+    before = json.loads(report_file.read_text(encoding="utf-8")) if report.is_report(report_file) else {}
+    complete = before.get("status") == "complete" and before.get("output_sha256") == report.file_hash(output)
+    if unfinished and not (complete and first_difference(identity(before), identity(about)) is None):
         raise InputError(
             f"The output {output} exists, and the interrupted run was replacing it. Use --overwrite with --resume."
         )
-    report_file = report.report_path(output)
-    before = json.loads(report_file.read_text(encoding="utf-8")) if report.is_report(report_file) else {}
-    if before.get("status") != "complete" or before.get("output_sha256") != report.file_hash(output):
+    if not complete:
         raise InputError(
             f"The output {output} exists and is not a complete result of this command. Choose another name with -o, or "
             "use --overwrite to replace it."
@@ -202,6 +210,8 @@ def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) 
             f"The output {output} is the complete result of another request: {difference}. Choose another name with "
             "-o, or use --overwrite to replace it."
         )
+    if unfinished:
+        _clear(output)
     return Result(
         path=output,
         frames=before["frames"],

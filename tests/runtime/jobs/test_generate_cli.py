@@ -138,6 +138,17 @@ def test_dry_run_after_a_run_uses_its_speed(scail2: Run, engines: Path, case: Pa
     assert after["seconds"]["denoise"] == pytest.approx(run["timings_s"]["denoise"], rel=0.01)
 
 
+_WRONG = (  # options of a line, and what is said of them
+    ({"config": "my.toml"}, "'config' holds for all lines"),
+    ({"from-video": "a.mp4"}, "'from-video' repeats one run and cannot be a line"),
+    ({"no-metadata": True}, """'no-metadata' is no option of generate: write "metadata": false."""),
+    ({"prompt": "\0"}, "'prompt' holds a zero byte"),
+    ({"output": ""}, "The output . must end in"),
+    ({"output": "https://example.org/a.mp4"}, "The output https://example.org/a.mp4 is a URL"),
+    ({"seeds": [1, "01"]}, "Invalid value for '--seeds': '1,01' is not a list of different seeds"),
+)
+
+
 def test_batch_runs_the_good_lines_and_names_the_bad_ones(
     scail2: Run, engines: Path, replace_case: Path, tmp_path: Path
 ) -> None:
@@ -154,14 +165,18 @@ def test_batch_runs_the_good_lines_and_names_the_bad_ones(
         json.dumps({"case": "x", "sed": 3}),
         json.dumps({"case": "x", "steps": 1.5}),
         json.dumps({"case": "x", "backend": "torch"}),
+        *(json.dumps({"case": "x", **wrong}) for wrong, _ in _WRONG),
     ]
     (tmp_path / "batch.txt").write_text("\n".join(lines), encoding="utf-16")
     words = ("--batch", tmp_path / "batch.txt", "-o", tmp_path / "out", *SMALL, "--steps", "1", "--json")
     result = scail2("generate", engines, *words)
     assert result.returncode == 1
     reply = one_json(result)
-    assert reply["failed"] == 5
-    assert [entry["status"] for entry in reply["cases"]] == ["complete", "failed", *["complete"] * 2, *["failed"] * 4]
+    states = [entry["status"] for entry in reply["cases"]]
+    assert states == ["complete", "failed", *["complete"] * 2, *["failed"] * (4 + len(_WRONG))]
+    assert reply["failed"] == 5 + len(_WRONG)
+    for number, (_, said) in enumerate(_WRONG, 9):
+        assert f"error: line {number}: {said}" in result.stderr
     for said in (
         f"error: line 3, {tmp_path}/missing: The case folder",
         "error: line 5: 'a prompt alone' is neither",

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.serve import starting
-from scail2_rt.runtime.serve.settings import address_of
+from scail2_rt.runtime.serve.server import _listen
+from scail2_rt.runtime.serve.settings import Settings, address_of
 from tests.support.served import serving
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
@@ -52,3 +54,10 @@ def test_a_long_start_says_how_long_it_takes(
     (tmp_path / starting.STARTS).write_text(json.dumps({str(engines): 3600}))
     assert ", about 3600 s left" in asyncio.run(start())
     assert json.loads((tmp_path / starting.STARTS).read_text())[str(engines)] < 3600
+
+
+def test_two_services_that_start_on_one_port(tmp_path: Path) -> None:
+    """The second is refused before it loads engines, also while the first has not begun to serve."""
+    first = _listen(Settings(tmp_path, tmp_path / "data", port=0))
+    with first, pytest.raises(InputError, match="cannot listen on"):
+        _listen(Settings(tmp_path, tmp_path / "other", port=first.getsockname()[1]))

@@ -103,6 +103,7 @@ def test_a_folder_is_replaced_only_if_it_holds_frames(scail2: Run, engines: Path
         ("frames", ("--crf", "20"), "A folder of PNG files has no choice of --crf"),
         ("a.webm", ("--crf", "64"), "must be 0 to 63 for vp9"),
         ("a.avi", (), "must end in .mp4, .m4v, .mov, .mkv, .webm or .gif"),
+        ("é" * 120 + ".gif", (), "is too long: make it 15 bytes shorter"),
     ],
 )
 def test_codec_and_crf_are_checked_against_the_kind(
@@ -147,7 +148,11 @@ def test_settings_hold_names_and_hashes_and_no_path(
     assert not any(str(path) in text for path in (case.parent, engines.parent, made["a.mp4"].parent))
     words = ("generate", engines, "--case", case, *OPTIONS, "--frames", "5", "--no-metadata")
     for name in ("b.mp4", "b.gif"):
-        assert scail2(*words, "-o", tmp_path / name).returncode == 0
+        result = scail2(*words, "-o", tmp_path / name)
+        assert result.returncode == 0
+        assert (f"The report {tmp_path / 'b.json'} is that of b.mp4, and is replaced" in result.stderr) == (
+            name == "b.gif"
+        )
         message = error_of(scail2("generate", engines, "--from-video", tmp_path / name, "-o", tmp_path / "c.mp4"))
         assert "holds no settings of scail2-rt" in message
     report = tmp_path / "b.json"
@@ -219,3 +224,38 @@ def test_other_engines_are_told(scail2: Run, engines: Path, made: dict[str, Path
     other = retagged(made["a.mp4"], video.with_name("other.mp4"), _with(made_with={"device": "GPU", "av": "1"}))
     shutil.copyfile(made["a.mp4"].with_suffix(".json"), tmp_path / "other.json")
     assert "the result may not be bit-identical" in scail2(*words[:-1], other).stderr
+
+
+def test_a_run_of_image_folders_is_repeated(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    """The folders are found again, and are known when they are given."""
+    for name, video in {"clip": "rendered_v2.mp4", "mask": "rendered_mask_v2.mp4"}.items():
+        (tmp_path / name).mkdir()
+        for number, pixels in enumerate(read_video(case / video).pixels[:5]):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    folders = ("--driving", tmp_path / "clip", "--mask-video", tmp_path / "mask")
+    words = ("generate", engines, "--image", case / "ref.png", "--mask-image", case / "ref_mask.png", *folders)
+    assert scail2(*words, "-o", tmp_path / "a.mp4", *OPTIONS, "--fps", "12").returncode == 0
+    for name, given in {"b.mp4": (), "c.mp4": folders}.items():
+        result = scail2("generate", engines, "--from-video", tmp_path / "a.mp4", "-o", tmp_path / name, *given)
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stderr
+        assert file_hash(tmp_path / name) == file_hash(tmp_path / "a.mp4")
+
+
+def test_a_configuration_file_leaves_no_trace_and_gives_way_to_the_settings(
+    scail2: Run, engines: Path, case: Path, made: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its path is not stored, and an equal run with it is resumed without it. What a video tells replaces what it says
+    about inputs and sampling; where to write to is still read from it."""
+    config = tmp_path / "my.toml"
+    config.write_text(f'case = "{case}"\nseed = 3\nprompt = "a man walks"\noutput = "a.mp4"\n')
+    assert scail2("generate", engines, "--config", config, *SMALL).returncode == 0
+    assert "config" not in stored(tmp_path / "a.mp4")["options"]  # type: ignore[operator]
+    assert file_hash(tmp_path / "a.mp4") == file_hash(made["a.mp4"])
+    resumed = scail2("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", *OPTIONS, "--resume")
+    assert "nothing to resume" in resumed.stderr
+    (tmp_path / "p.txt").write_text("other")
+    config.write_text(f'case = "{case}"\nprompt-file = "p.txt"\nseeds = "7,8"\nsteps = 9\noutput = "b.mp4"\n')
+    result = scail2("generate", engines, "--config", config, "--from-video", made["a.mp4"])
+    assert result.returncode == 0, result.stderr
+    assert file_hash(tmp_path / "b.mp4") == file_hash(made["a.mp4"])

@@ -195,6 +195,38 @@ def test_resume_of_a_batch_leaves_what_is_complete_and_begins_what_is_not(
     assert "--steps was 1 and is now 2" in other["cases"][0]["error"]
 
 
+_KILL_AT_REPORT = """
+import os
+from scail2_rt.runtime.session import write
+complete = write._Run.complete
+def killed(*arguments):
+    {before}
+    os.kill(os.getpid(), 9)
+write._Run.complete = killed
+"""
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_killed_between_video_and_cleaning(
+    scail2: Run, engines: Path, case: Path, tmp_path: Path, reported: bool
+) -> None:
+    """The segments stay until the report says that the video is complete, so that none is made again."""
+    output = tmp_path / "o" / "a.mp4"
+    words = ("generate", engines, "--case", case, *SMALL, "--frames", "5", "-o", output, "--resume")
+    (tmp_path / "sabotage").mkdir()
+    code = _KILL_AT_REPORT.format(before="complete(*arguments)" if reported else "pass")
+    killed = scail2(*words, measured=False, **sabotage(tmp_path / "sabotage", code))
+    assert killed.returncode == -signal.SIGKILL
+    assert resumable(output) == 1
+    if not reported:
+        assert "give --overwrite with --resume" in error_of(scail2(*words))
+        words = (*words, "--overwrite")
+    result = scail2(*words, "--json")
+    assert one_json(result)["resumed_after_segments"] == (0 if reported else 1)
+    assert ("nothing to resume" in result.stderr) == reported
+    assert sorted(path.name for path in output.parent.iterdir()) == ["a.json", "a.mp4"]
+
+
 # the sidecar
 
 
