@@ -42,7 +42,8 @@ from scail2_rt.runtime.cli.output import parts_apart, show, stdout_for
 from scail2_rt.runtime.cli.repeating import repeated
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.cli.serve_command import serve
-from scail2_rt.runtime.cli.start import INTERRUPTED, interrupt
+from scail2_rt.runtime.cli.start import INTERRUPTED
+from scail2_rt.runtime.jobs.stopping import forget_postponed
 
 if TYPE_CHECKING:
     from scail2_rt.engines.build.build import BuildReport
@@ -218,7 +219,9 @@ def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> N
 
     Its videos are coloured noise. Use it to try the program, and in tests."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint as make
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
 
+    stop_tidily()
     with stdout_for(as_json):
         make(directory, preset=preset, seed=seed)
     files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
@@ -347,11 +350,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and turn what goes wrong into one line and an exit code. (The console script is `start.main`.)"""
     flags: dict[str, bool] = {}
     try:
-        code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
+        try:
+            code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
+        finally:
+            forget_postponed()
         sys.exit(code if isinstance(code, int) else 0)
     except (Exception, KeyboardInterrupt) as error:
         message, code = explain(error)
-        if code == INTERRUPTED and signal.getsignal(signal.SIGINT) in (interrupt, signal.default_int_handler):
+        if code == INTERRUPTED and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends what is still being closed
         if flags.get("debug"):
             traceback.print_exc()

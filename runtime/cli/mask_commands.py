@@ -141,6 +141,7 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     most 1280 pixels wide or high."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work, within
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
     from scail2_rt.runtime.masks.files import check_new
     from scail2_rt.runtime.masks.preview import clip_of, reference_stills, write_preview
 
@@ -153,6 +154,7 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         if clip is not None:
             check_new(folder / "masks.mp4", ".mp4", options["overwrite"])
         stills = reference_stills(files, case, options["extra_refs"], result)
+        stop_tidily()
         sheet, video = write_preview(folder, stills, clip, options["count"], within(work, _CHECKING, 1))
     written = [str(path) for path in (sheet, video) if path]
     text = f"wrote {' and '.join(written)}"
@@ -295,12 +297,14 @@ def _write(
     """Write the mask that `frames` makes from a source."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work, within
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
     from scail2_rt.runtime.masks.files import check_output, open_source, write_mask
 
     with stdout_for(as_json), patient_progress() as listener:
         work = Work("masks", listener)
         source = open_source(file, options["fps"], within(work, 0, _PROBING))
         check_output(options["output"], source, options["overwrite"])
+        stop_tidily()
         written = write_mask(options["output"], source, frames(source, within(work, _PROBING, 1)))
     show(written, written.text, as_json)
 

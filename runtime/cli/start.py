@@ -1,16 +1,17 @@
 """The console script `scail2-rt`. Ctrl-C while modules are imported ends the process with one line.
 
-An import that is interrupted leaves half a module behind: PyTorch's aborts the process, others print a traceback. At
-any other time Ctrl-C is a `KeyboardInterrupt`, which `main` turns into the same line. Nothing of the program is
-imported before the handler is in place; only Python's own start comes earlier.
+At any other time Ctrl-C is a `KeyboardInterrupt`, which `main` turns into the same line. Commands that write change the
+handler before they do (`jobs.stopping`). Only that module is imported before the handler is in place; only Python's
+own start comes earlier.
 """
 
 import os
 import signal
 from types import FrameType
 
+from scail2_rt.runtime.jobs.stopping import importing
+
 INTERRUPTED = 130
-IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of an import
 
 
 def main() -> None:
@@ -24,9 +25,7 @@ def main() -> None:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """The handler of SIGINT."""
-    while frame is not None:
-        if frame.f_code.co_filename == IMPORTING:
-            os.write(2, b"error: interrupted\n")
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
+    if importing(frame):
+        os.write(2, b"error: interrupted\n")
+        os._exit(INTERRUPTED)
     raise KeyboardInterrupt

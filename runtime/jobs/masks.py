@@ -15,9 +15,9 @@ from typing import Any
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files, refuse_url
-from scail2_rt.runtime.core.progress import Listener, Work
+from scail2_rt.runtime.core.progress import Listener, Progress, Work
 from scail2_rt.runtime.jobs.options import GenerateOptions
-from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
+from scail2_rt.runtime.jobs.stopping import stop_tidily
 from scail2_rt.runtime.masks.check import check_case
 from scail2_rt.runtime.masks.make.make import MaskPlan, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
@@ -83,11 +83,20 @@ def masks_of(options: GenerateOptions) -> MaskPlan | None:
     return plan_masks(options.image, options.driving, folder, _asked_of(options))
 
 
+def _tidily(listener: Listener) -> Listener:
+    """The listener of work that writes: from its first event on, before which it writes nothing, `stop_tidily`."""
+
+    def told(event: Progress) -> None:
+        stop_tidily()
+        listener(event)
+
+    return told
+
+
 def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
     """The options with masks that are made, or were made before, beside the output."""
     assert options.image is not None
     assert options.driving is not None
-    stop_on_sigterm()
     masks = make_masks(
         options.image,
         options.driving,
@@ -95,7 +104,7 @@ def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
         _asked_of(options),
         device=options.segmenter_device,
         vram_limit=options.vram_limit,
-        on_progress=listener,
+        on_progress=_tidily(listener),
     )
     print(masks.text, file=sys.stderr)
     for note in masks.notes:
@@ -120,7 +129,6 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
     there = official_files(folder)
     if there and not options["overwrite"]:
         raise InputError(f"{folder} holds a case already ({there[0].name}): choose another -o, or give --overwrite.")
-    stop_on_sigterm()
     masks = make_masks(
         image,
         driving,
@@ -128,7 +136,7 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
         asked,
         device=options["segmenter_device"],
         vram_limit=options["vram_limit"],
-        on_progress=listener,
+        on_progress=_tidily(listener),
     )
     try:
         for source, name in zip((image, driving), names, strict=True):

@@ -77,7 +77,7 @@ def make_masks(
         return asked.there
     work = Work(load_image(image), driving, asked.video, options, on_progress, cancel)
     if asked.segmenter is not None:
-        import_networks()
+        import_networks(asked.segmenter)
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -184,12 +184,18 @@ def _distinct(
     return kept
 
 
-def import_networks() -> None:
-    """Takes seconds, and an interrupt in the middle of it can end the process at once: before anything is written.
-    InputError where `transformers` is missing."""
+def import_networks(folder: SegmenterFolder) -> None:
+    """Import what `open_segmenter` uses. This takes seconds, and an interrupt ends the process meanwhile, so it is done
+    before anything is written. Raises InputError if `transformers` is missing."""
     try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
+
+        if folder.name == "sam2":
+            from transformers import Sam2VideoModel  # noqa: F401
+        else:
+            from transformers import Sam3VideoModel  # noqa: F401
+        if folder.detector is not None:
+            from transformers import GroundingDinoForObjectDetection  # noqa: F401
     except ImportError as error:
         raise InputError(
             'Making masks needs the package transformers: pip install "scail2-rt[masks]", or give the masks.'

@@ -1,9 +1,11 @@
-"""Ctrl-C while the command is still being imported: one line, exit code 130."""
+"""Ctrl-C while modules are imported: one line, exit code 130, nothing unfinished."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.command import Run, sabotage
 
@@ -45,3 +47,29 @@ def test_an_interrupted_command_says_the_same(installed: Run, tmp_path: Path) ->
     assert result.stderr.splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in result.stderr
     assert '"exit_code": 130' in result.stdout
+
+
+_SIGNAL_AT_FRAME = """
+import os, signal, time
+from scail2_rt.runtime.masks import files
+frames_of = files.frames_of
+def signalled(*given):
+    yield from frames_of(*given)
+    {end}
+    time.sleep(60)  # until the signal comes again
+files.frames_of = signalled
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("end", ["import ends", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_an_ended_command_that_writes_leaves_nothing(installed: Run, tmp_path: Path, end: str) -> None:
+    """Ctrl-C while a library imports one of its modules, and SIGTERM, when the mask is written."""
+    modules, matte = tmp_path / "modules", tmp_path / "matte.png"
+    modules.mkdir()
+    (modules / "ends.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(matte)
+    words = ("masks", "from-grey", matte, "--mode", "animate", "-o", tmp_path / "mask.png")
+    result = installed(*words, measured=False, **sabotage(modules, _SIGNAL_AT_FRAME.format(end=end)))
+    assert (result.returncode, result.stderr.split()) == (130, ["error:", "interrupted"])
+    assert {path.name for path in tmp_path.iterdir()} == {"modules", "matte.png"}
