@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from scail2_rt.runtime.cli.sections import PATH, SectionOption, path_words
 
@@ -51,20 +52,22 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
     if path is None or ctx.resilient_parsing:  # which completion is
         return
     file = Path(os.path.abspath(path.expanduser()))
-    document = {_dashed(name): value for name, value in _load(file).items()}
+    document = _named_once(file, _load(file, ctx.get_parameter_source(parameter.name or "")))
     here, tables = _command_name(ctx), _tables(ctx)
     _refuse_unknown(file, document, tables)
     top = {name: value for name, value in document.items() if name not in _groups(tables)}
     known = _parameters(ctx.command)
     chosen = {name: value for name, value in top.items() if name in known}
-    chosen |= {_dashed(name): value for name, value in _table(document, here).items()}
+    chosen |= _named_once(file, _table(document, here))
     ctx.default_map = {
         str(known[name].name): _value(ctx, known[name], name, value, file) for name, value in chosen.items()
     }
     ctx.meta[ENVIRONMENT] = file
+    if isinstance(ctx.obj, dict):
+        ctx.obj["config"] = file  # for the error handler
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path, source: ParameterSource | None) -> dict[str, Any]:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -73,9 +76,20 @@ def _load(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             return tomllib.load(opened)
     except OSError as error:
-        raise click.UsageError(f"The configuration file {file} cannot be read ({error.strerror}).") from error
+        named = f", which {ENVIRONMENT} names," if source is ParameterSource.ENVIRONMENT else ""
+        raise click.UsageError(f"The configuration file {file}{named} cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise click.UsageError(f"{file} is not a TOML file: {error}.") from error
+
+
+def _named_once(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by names with dashes. Raises UsageError for a name that is there with a dash and with an underscore."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if _dashed(name) in found:
+            raise click.UsageError(f"{file} gives {_dashed(name)} twice, also as {_dashed(name).replace('-', '_')}.")
+        found[_dashed(name)] = value
+    return found
 
 
 def _dashed(name: str) -> str:
@@ -145,7 +159,7 @@ def _refuse_unknown(file: Path, document: Mapping[str, Any], tables: Mapping[str
             raise click.UsageError(f"{file}: {name} is a table: write [{name}] and its options below.")
     for word, inner in document.get("masks", {}).items():
         if word != "make" or not isinstance(inner, dict):
-            raise click.UsageError(f"{file}: the options of `masks make` belong into [masks.make], not {word!r}.")
+            raise click.UsageError(f"{file}: the options of `masks make` belong in [masks.make], not {word!r}.")
     for command, names in tables.items():
         for name in _table(document, command):
             if _dashed(name) not in names:
@@ -153,7 +167,7 @@ def _refuse_unknown(file: Path, document: Mapping[str, Any], tables: Mapping[str
 
 
 def _refuse(file: Path, name: str, known: Iterable[str], what: str) -> None:
-    close = difflib.get_close_matches(_dashed(name), list(known), 1, 0.5)
+    close = difflib.get_close_matches(_dashed(name), list(known), 1, 0.6)
     hint = f"did you mean {close[0]}?" if close else "see --help for the names."
     raise click.UsageError(f"{file}: {name} is no {what}; {hint}")
 
@@ -163,20 +177,34 @@ def _value(ctx: click.Context, parameter: click.Parameter, name: str, value: Any
     wants = "a list of texts or numbers" if parameter.multiple else "a text or a number"
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise click.UsageError(f"{file}: {name} must be true or false, not {value!r}.")
+            raise click.UsageError(f"{file}: {name} must be true or false, not {_toml(value)}.")
         return value
     if parameter.multiple and not isinstance(value, list):
         value = [value]
     if parameter.multiple and parameter.nargs > 1 and value and not isinstance(value[0], list):
         value = [value]
     given = _texts(parameter, value, file.parent)
-    if given is None or isinstance(given, str) == (parameter.multiple or parameter.nargs > 1):
-        raise click.UsageError(f"{file}: {name} must be {wants}, not {value!r}.")
+    if not _is_nested(given, parameter.multiple + (parameter.nargs > 1)):
+        raise click.UsageError(f"{file}: {name} must be {wants}, not {_toml(value)}.")
     try:
         parameter.type_cast_value(ctx, given)
     except click.BadParameter as error:
         raise click.UsageError(f"{file}: {name}: {error.message}") from error
     return given
+
+
+def _is_nested(given: Any, depth: int) -> bool:
+    """Whether this is a text (depth 0), a list of texts (1) or a list of such lists (2)."""
+    if not depth:
+        return isinstance(given, str)
+    return isinstance(given, list) and all(_is_nested(item, depth - 1) for item in given)
+
+
+def _toml(value: Any) -> str:
+    """A value as the file writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str | int | float | list | dict) else str(value)
 
 
 def _texts(parameter: click.Parameter, value: Any, folder: Path) -> Any:

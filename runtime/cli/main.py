@@ -348,7 +348,7 @@ def lora_lines(loras: Sequence[Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and turn what goes wrong into one line and an exit code. (The console script is `start.main`.)"""
-    flags: dict[str, bool] = {}
+    flags: dict[str, Any] = {}
     try:
         try:
             code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
@@ -359,6 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message, code = explain(error)
         if code == INTERRUPTED and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends what is still being closed
+        file = flags.get("config")
+        if code == 2 and file is not None and str(file) not in message:
+            message += f" (Options were also read from {file}.)"
         if flags.get("debug"):
             traceback.print_exc()
         click.echo(f"error: {message}", err=True)
