@@ -104,7 +104,8 @@ masks.add_command(make)
 def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Say what the masks of a case, or the mask FILES, show and what is wrong with them, with frame numbers.
 
-    It finds wrong colours, soft edges, fragments, holes, areas that jump, and what does not fit the mode or the frame.
+    It finds wrong colours, soft edges, fragments, holes, specks, a character exchanged with the background, areas that
+    jump, and what does not fit the mode or the frame.
     Exit code 0 when they can be used, warnings or not; 2 when an error was found, which generate refuses."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work
