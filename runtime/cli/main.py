@@ -244,7 +244,9 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
 
+    stop_tidily()
     alone = options["layout"] == "monolithic"  # needs the transformer only
     parts = parts_apart(options)
     with stdout_for(as_json):
