@@ -73,3 +73,23 @@ def test_an_ended_command_that_writes_leaves_nothing(installed: Run, tmp_path: P
     result = installed(*words, measured=False, **sabotage(modules, _SIGNAL_AT_FRAME.format(end=end)))
     assert (result.returncode, result.stderr.split()) == (130, ["error:", "interrupted"])
     assert {path.name for path in tmp_path.iterdir()} == {"modules", "matte.png"}
+
+
+_SIGNAL_AT_START = """
+import os, signal
+from scail2_rt.runtime.serve.pool import Pool
+start = Pool.start
+async def signalled(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    await start(self)
+Pool.start = signalled
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_service_that_starts_does_not_open_its_engines_first(installed: Run, engines: Path, tmp_path: Path) -> None:
+    words = ("serve", engines, "--data", tmp_path / "data", "--port", "0")
+    result = installed(*words, measured=False, **sabotage(tmp_path, _SIGNAL_AT_START))
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in result.stderr
