@@ -201,7 +201,7 @@ def test_mask_files_by_themselves(scail2: Run, tmp_path: Path) -> None:
         (("text.mp4",), "cannot be opened as a video"),
         (("text.png",), "not an image"),
         (("empty.png",), "empty"),
-        ((".",), "is a folder"),
+        ((".",), "empty.png is empty"),  # a folder is read as the frames of a clip
         (("--case", "case", "--image", "a.png"), "--case and --image were both given"),
         (("--case", "case", "good.png"), "beside a case"),
         (("--image", "a.png", "--driving", "b.mp4"), "--mask-image, --mask-video are missing"),
