@@ -190,7 +190,7 @@ def test_every_command_in_the_source_exists() -> None:
                 for found in re.findall(rf"{BEFORE}scail2-rt ([a-z][^`\n;]*)", text):
                     words = re.findall(r"[\w-]+", found)
                     command, left, _ = command_of(words)
-                    known = {name for parameter in command.params for name in parameter.opts}
+                    known = {"--help", *(name for parameter in command.params for name in parameter.opts)}
                     assert [word for word in left if word.startswith("--") and word not in known] == [], found
                     seen += 1
     assert seen > 20
