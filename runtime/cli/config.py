@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from scail2_rt.runtime.cli.sections import PATH, SectionOption, path_words
 from scail2_rt.runtime.cli.types import SeedList
@@ -52,13 +53,13 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
     if path is None or ctx.resilient_parsing:  # set during shell completion
         return
     file = Path(os.path.abspath(path.expanduser()))
-    document = {dashed(name): value for name, value in _load(file).items()}
+    document = _named_once(file, _load(file, ctx.get_parameter_source(parameter.name or "")))
     here, tables = _command_name(ctx), _tables(ctx)
     _refuse_unknown(file, document, tables)
     top = {name: value for name, value in document.items() if name not in _groups(tables)}
     known = parameters(ctx.command)
     chosen = {name: value for name, value in top.items() if name in known}
-    chosen |= {dashed(name): value for name, value in _table(document, here).items()}
+    chosen |= _named_once(file, _table(document, here))
     values = {}
     try:
         for name, value in chosen.items():
@@ -67,9 +68,11 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
         raise click.UsageError(f"{file}: {error.message}") from error
     ctx.default_map = values
     ctx.meta[ENVIRONMENT] = file
+    if isinstance(ctx.obj, dict):
+        ctx.obj["config"] = file  # for the error handler
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path, source: ParameterSource | None) -> dict[str, Any]:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -78,11 +81,24 @@ def _load(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             return tomllib.load(opened)
     except OSError as error:
+        named = f", which {ENVIRONMENT} names," if source is ParameterSource.ENVIRONMENT else ""
         raise click.UsageError(
-            f"The configuration file {file} cannot be read ({error.strerror}). Give a file that exists."
+            f"The configuration file {file}{named} cannot be read ({error.strerror}). Give a file that exists."
         ) from error
     except ValueError as error:
         raise click.UsageError(f"{file} is not a valid TOML file: {error}. Correct it.") from error
+
+
+def _named_once(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by names with dashes. Raises UsageError for a name given both with a dash and an underscore."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if dashed(name) in found:
+            raise click.UsageError(
+                f"{file} gives {dashed(name)} twice, also as {dashed(name).replace('-', '_')}. Leave out one of them."
+            )
+        found[dashed(name)] = value
+    return found
 
 
 def dashed(name: str) -> str:
@@ -163,7 +179,7 @@ def _refuse_unknown(file: Path, document: Mapping[str, Any], tables: Mapping[str
 
 
 def _refuse(file: Path, name: str, known: Iterable[str], what: str) -> None:
-    close = difflib.get_close_matches(dashed(name), list(known), 1, 0.5)
+    close = difflib.get_close_matches(dashed(name), list(known), 1, 0.6)
     hint = f"Use {close[0]}." if close else "See --help for the names."
     raise click.UsageError(f"{file}: {name} is not {'an' if what[0] == 'o' else 'a'} {what}. {hint}")
 
@@ -173,7 +189,7 @@ def value_of(ctx: click.Context, parameter: click.Parameter, name: str, value: A
     Raises UsageError, which begins with `name`, for an invalid value."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise click.UsageError(f"{name} is {value!r}. Give true or false.")
+            raise click.UsageError(f"{name} is {_toml(value)}. Give true or false.")
         return value
     if isinstance(parameter.type, SeedList) and isinstance(value, list):
         value = ",".join(map(str, value))
@@ -182,14 +198,28 @@ def value_of(ctx: click.Context, parameter: click.Parameter, name: str, value: A
     if parameter.multiple and parameter.nargs > 1 and value and not isinstance(value[0], list):
         value = [value]
     given = _texts(parameter, value, folder)
-    if given is None or isinstance(given, str) == (parameter.multiple or parameter.nargs > 1):
+    if not _is_nested(given, parameter.multiple + (parameter.nargs > 1)):
         wanted = "a list of texts or numbers" if parameter.multiple else "a text or a number"
-        raise click.UsageError(f"{name} is {value!r}. Give {wanted}.")
+        raise click.UsageError(f"{name} is {_toml(value)}. Give {wanted}.")
     try:
         parameter.type_cast_value(ctx, given)
     except click.BadParameter as error:
         raise click.UsageError(f"{name}: {error.message}") from error
     return given
+
+
+def _is_nested(given: Any, depth: int) -> bool:
+    """Whether this is a text (depth 0), a list of texts (1) or a list of such lists (2)."""
+    if not depth:
+        return isinstance(given, str)
+    return isinstance(given, list) and all(_is_nested(item, depth - 1) for item in given)
+
+
+def _toml(value: Any) -> str:
+    """A value as the file writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str | int | float | list | dict) else str(value)
 
 
 def _texts(parameter: click.Parameter, value: Any, folder: Path) -> Any:

@@ -42,7 +42,8 @@ from scail2_rt.runtime.cli.output import separate_parts, show, stdout_for
 from scail2_rt.runtime.cli.repeating import repeated
 from scail2_rt.runtime.cli.sections import PATH, SectionCommand, debug_option, reporting
 from scail2_rt.runtime.cli.serve_command import serve
-from scail2_rt.runtime.cli.start import INTERRUPTED, interrupt
+from scail2_rt.runtime.cli.start import INTERRUPTED
+from scail2_rt.runtime.jobs.stopping import forget_postponed
 
 if TYPE_CHECKING:
     from scail2_rt.engines.build.build import BuildReport
@@ -217,7 +218,9 @@ def make_checkpoint(directory: Path, preset: str, seed: int, as_json: bool) -> N
 
     Its videos are coloured noise. Use it to try the program and for tests."""
     from scail2_rt.export.checkpoint.random_checkpoint import make_checkpoint as make
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
 
+    stop_tidily()
     with stdout_for(as_json):
         make(directory, preset=preset, seed=seed)
     files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
@@ -240,7 +243,9 @@ def export_onnx(checkpoint: Path, as_json: bool, **options: Any) -> None:
     from scail2_rt.export.checkpoint.lora import parse_lora
     from scail2_rt.export.checkpoint.open import COMPONENTS, open_checkpoint
     from scail2_rt.runtime.cli.progress import BuildLines
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
 
+    stop_tidily()
     alone = options["layout"] == "monolithic"  # needs the transformer only
     parts = separate_parts(options)
     with stdout_for(as_json):
@@ -343,14 +348,20 @@ def lora_lines(loras: Sequence[Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. Errors become one line on stderr and an exit code. (The console script is `start.main`.)"""
-    flags: dict[str, bool] = {}
+    flags: dict[str, Any] = {}
     try:
-        code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
+        try:
+            code = cli.main(arguments, prog_name="scail2-rt", standalone_mode=False, obj=flags)
+        finally:
+            forget_postponed()
         sys.exit(code if isinstance(code, int) else 0)
     except (Exception, KeyboardInterrupt) as error:
         message, code = explain(error)
-        if code == INTERRUPTED and signal.getsignal(signal.SIGINT) in (interrupt, signal.default_int_handler):
+        if code == INTERRUPTED and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process during cleanup
+        file = flags.get("config")
+        if code == 2 and file is not None and str(file) not in message:
+            message += f" (Options were also read from {file}.)"
         if flags.get("debug"):
             traceback.print_exc()
         click.echo(f"error: {message}", err=True)

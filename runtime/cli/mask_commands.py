@@ -108,8 +108,9 @@ masks.add_command(make)
 def check(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Check the masks of a case, or the mask FILES. Prints their contents and findings, with frame numbers.
 
-    Finds wrong colours, soft edges, fragments, holes, sudden changes of area, and masks that do not fit the mode or the
-    frame. The exit code is 2 if there are errors, which generate refuses, and 0 otherwise, also with warnings."""
+    Finds wrong colours, soft edges, fragments, holes, specks, a character exchanged with the background, sudden changes
+    of area, and masks that do not fit the mode or the frame. The exit code is 2 if there are errors, which generate
+    refuses, and 0 otherwise, also with warnings."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work
 
@@ -145,6 +146,7 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     each image is in the output frame. At most one of FILES may be a video."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work, within
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
     from scail2_rt.runtime.masks.files import check_new
     from scail2_rt.runtime.masks.preview import clip_of, reference_stills, write_preview
 
@@ -157,6 +159,7 @@ def preview(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         if clip is not None:
             check_new(folder / "masks.mp4", ".mp4", options["overwrite"])
         stills = reference_stills(files, case, options["extra_refs"], result)
+        stop_tidily()
         sheet, video = write_preview(folder, stills, clip, options["count"], within(work, _CHECKING, 1))
     written = [str(path) for path in (sheet, video) if path]
     text = f"wrote {' and '.join(written)}"
@@ -304,12 +307,14 @@ def _write(
     """Write the mask that `frames` yields for a source, uint8 RGB [H, W, 3] per frame."""
     from scail2_rt.runtime.cli.progress import patient_progress
     from scail2_rt.runtime.core.progress import Work, within
+    from scail2_rt.runtime.jobs.stopping import stop_tidily
     from scail2_rt.runtime.masks.files import check_output, open_source, write_mask
 
     with stdout_for(as_json), patient_progress() as listener:
         work = Work("masks", listener)
         source = open_source(file, options["fps"], within(work, 0, _PROBING))
         check_output(options["output"], source, options["overwrite"])
+        stop_tidily()
         written = write_mask(options["output"], source, frames(source, within(work, _PROBING, 1)))
     show(written, written.text, as_json)
 

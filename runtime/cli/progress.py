@@ -1,5 +1,6 @@
 """Progress of commands on stderr: a bar on a terminal, plain lines in a log."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -72,8 +73,8 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def open_progress() -> Iterator[Listener]:
-    """Show the bar if stderr is a terminal, else plain lines."""
-    if sys.stderr.isatty():
+    """Show the bar if stderr is a terminal that can draw one, else plain lines."""
+    if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         with progress_bar() as show:
             yield show
     else:

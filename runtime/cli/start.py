@@ -1,16 +1,16 @@
 """The console script `scail2-rt`. Ctrl-C during an import ends the process with one line.
 
-An interrupted import leaves a module half initialised: PyTorch aborts the process, other modules print a traceback. At
-any other time Ctrl-C raises `KeyboardInterrupt`, which `main` turns into the same line. The handler is installed before
-any other module of the program is imported.
+At any other time Ctrl-C raises `KeyboardInterrupt`, which `main` turns into the same line. Commands that write files
+change the handler before they do (`jobs.stopping`). Only that module is imported before the handler is installed.
 """
 
 import os
 import signal
 from types import FrameType
 
+from scail2_rt.runtime.jobs.stopping import importing
+
 INTERRUPTED = 130
-IMPORTING = "<frozen importlib._bootstrap>"  # file name of a stack frame of an import
 
 
 def main() -> None:
@@ -24,9 +24,7 @@ def main() -> None:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Handle SIGINT: exit if an import is running, else raise KeyboardInterrupt."""
-    while frame is not None:
-        if frame.f_code.co_filename == IMPORTING:
-            os.write(2, b"error: interrupted\n")
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
+    if importing(frame):
+        os.write(2, b"error: interrupted\n")
+        os._exit(INTERRUPTED)
     raise KeyboardInterrupt

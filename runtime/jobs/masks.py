@@ -15,9 +15,9 @@ from typing import Any
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.as_json import plain
 from scail2_rt.runtime.core.case_folder import IMAGES, VIDEO_ENDINGS, CaseFiles, official_files, refuse_url
-from scail2_rt.runtime.core.progress import Listener, Work
+from scail2_rt.runtime.core.progress import Listener, Progress, Work
 from scail2_rt.runtime.jobs.options import GenerateOptions
-from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
+from scail2_rt.runtime.jobs.stopping import stop_tidily
 from scail2_rt.runtime.masks.check import check_case
 from scail2_rt.runtime.masks.make.make import MaskPlan, make_masks, plan_masks
 from scail2_rt.runtime.masks.make.options import MaskOptions
@@ -86,11 +86,20 @@ def masks_of(options: GenerateOptions) -> MaskPlan | None:
     return plan_masks(options.image, options.driving, folder, _options_of(options))
 
 
+def _tidily(listener: Listener) -> Listener:
+    """Return a listener for work that writes files. It calls `stop_tidily` at the first event, before any file."""
+
+    def on_event(event: Progress) -> None:
+        stop_tidily()
+        listener(event)
+
+    return on_event
+
+
 def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
     """Return the options with the masks beside the output, which are made or reused."""
     assert options.image is not None
     assert options.driving is not None
-    stop_on_sigterm()
     masks = make_masks(
         options.image,
         options.driving,
@@ -98,7 +107,7 @@ def with_masks(options: GenerateOptions, listener: Listener) -> GenerateOptions:
         _options_of(options),
         device=options.segmenter_device,
         vram_limit=options.vram_limit,
-        on_progress=listener,
+        on_progress=_tidily(listener),
     )
     print(masks.text, file=sys.stderr)
     for note in masks.notes:
@@ -128,7 +137,6 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
             f"{folder} already holds a case ({existing[0].name}). Choose another folder with -o, or use --overwrite to "
             "replace it."
         )
-    stop_on_sigterm()
     masks = make_masks(
         image,
         driving,
@@ -136,7 +144,7 @@ def make_case(options: Mapping[str, Any], listener: Listener) -> MadeCase:
         wanted,
         device=options["segmenter_device"],
         vram_limit=options["vram_limit"],
-        on_progress=listener,
+        on_progress=_tidily(listener),
     )
     try:
         for source, name in zip((image, driving), names, strict=True):

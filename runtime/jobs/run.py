@@ -20,7 +20,7 @@ from scail2_rt.runtime.core.progress import Listener
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.jobs.masks import masks_folder, masks_of, with_masks
 from scail2_rt.runtime.jobs.options import GenerateOptions
-from scail2_rt.runtime.jobs.stopping import stop_on_sigterm
+from scail2_rt.runtime.jobs.stopping import stop_tidily
 from scail2_rt.runtime.session.check import check_output, check_request, check_room, fit_output
 from scail2_rt.runtime.session.output_lock import refuse_second
 from scail2_rt.runtime.session.settings import made_with, read_settings
@@ -98,7 +98,9 @@ def check_job(job: Job, listener: Listener | None = None) -> Plan:
 @contextmanager
 def open_session(options: GenerateOptions) -> "Iterator[Session]":
     """Open a session with the engines of the options. SIGTERM ends a run as Ctrl-C does. Raises as `Session.open`."""
-    stop_on_sigterm()
+    from scail2_rt.runtime.session.session import Session  # noqa: F401, which takes seconds
+
+    stop_tidily()
     with open_engines(options) as session:
         yield session
 

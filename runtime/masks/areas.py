@@ -25,7 +25,9 @@ class Shape:
     holes          number of background areas that it alone encloses
     hole_area      their total area
     largest_hole   area of the largest hole
-    beside         whether it touches another character"""
+    beside         whether it touches another character
+    specks         number of pieces and enclosed areas that are too small to count among these
+    speck_area     their total area"""
 
     area: int
     main: int
@@ -35,6 +37,13 @@ class Shape:
     hole_area: int
     largest_hole: int
     beside: bool
+    specks: int
+    speck_area: int
+
+    @property
+    def noisy(self) -> float:
+        """Area of the specks over that of the character."""
+        return self.speck_area / self.area
 
     @property
     def scattered(self) -> float:
@@ -47,24 +56,30 @@ class Shape:
         return self.hole_area / (self.area + self.hole_area)
 
 
+def least_area(points: int) -> float:
+    """Points that a piece or a hole has at least, in a picture of so many."""
+    return max(_LEAST, points * _LEAST_SHARE)
+
+
 def shapes(labels: np.ndarray) -> dict[int, Shape]:
     """Map the label of each character in `labels` (uint8 [H, W], 0 to 7 as in `palette.MODEL_LABEL`) to its shape."""
     ids = connected(labels)
     sizes = np.bincount(ids.ravel())
-    least = max(_LEAST, labels.size * _LEAST_SHARE)
+    least = least_area(labels.size)
     kind = np.empty(len(sizes), np.uint8)
     kind[ids] = labels
     around = _around(ids, labels, len(sizes))
     at_border = np.zeros(len(sizes), bool)
     for edge in (ids[0], ids[-1], ids[:, 0], ids[:, -1]):
         at_border[edge] = True
-    enclosed = ~at_border & ((kind == 0) | (kind == BLACK)) & (sizes >= least)
+    enclosed = ~at_border & ((kind == 0) | (kind == BLACK))
     found = {}
     for label in range(1, BLACK):
         own = np.sort(sizes[kind == label])
         if not len(own):
             continue
-        holes = sizes[enclosed & (around == 1 << label)]
+        gaps = sizes[enclosed & (around == 1 << label)]
+        holes, small = gaps[gaps >= least], np.concatenate([own[own < least], gaps[gaps < least]])
         found[label] = Shape(
             area=int(own.sum()),
             main=int(own[-1]),
@@ -74,6 +89,8 @@ def shapes(labels: np.ndarray) -> dict[int, Shape]:
             hole_area=int(holes.sum()),
             largest_hole=int(holes.max(initial=0)),
             beside=bool((around[kind == label] & (_CHARACTERS ^ (1 << label))).any()),
+            specks=len(small),
+            speck_area=int(small.sum()),
         )
     return found
 

@@ -24,7 +24,7 @@ from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.core.window import Size
 from scail2_rt.runtime.masks.cleaning import snapped
 from scail2_rt.runtime.masks.framing import heights
-from scail2_rt.runtime.masks.palette import CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
+from scail2_rt.runtime.masks.palette import BLACK, CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
 from scail2_rt.runtime.masks.stats import MaskStats, image_stats, video_stats
 from scail2_rt.runtime.masks.useless import jump_findings, shape_findings
 from scail2_rt.runtime.masks.windows import Pictures, cropped_findings, frame_picture, remedy_for
@@ -196,6 +196,8 @@ def video_findings(
     found = [*_strangers(stats, name, start), *_edges(stats, name, start)]
     if not stats.characters:
         says = f"{name} shows no character in any of its {counted(stats.frames, 'frame')}."
+        if largest := stats.labels[:, 1:BLACK].max():
+            says = f"{says[:-1]}: a colour covers at most {100 * largest:.3f} % of one, less than {100 * SPECK} %."
         remedy = "Paint each character in the colour that it has in the reference mask"
         if stats.shares[:, 0].max() >= SPECK or any(stranger.is_grey for stranger in stats.strangers):
             remedy += ", or make a mask from a white or grey matte with `scail2-rt masks from-grey`"

@@ -8,9 +8,7 @@ import contextlib
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from scail2_rt.runtime.core.progress import Listener, Progress
 from scail2_rt.runtime.jobs.batch import batch_jobs, gathered
 from scail2_rt.runtime.jobs.options import GenerateOptions
 from scail2_rt.runtime.jobs.run import Job, Outcome, say_notes, single_job, summary
+from scail2_rt.runtime.jobs.stopping import stop_tidily
 from scail2_rt.runtime.serve import made_masks
 from scail2_rt.runtime.serve.fields import MASKING, REFERENCES
 from scail2_rt.runtime.serve.wire import Wire
@@ -74,8 +73,7 @@ def run_remote(options: GenerateOptions, server: str, listener: Listener) -> Out
     that cannot be sent and for refused inputs, Scail2Error for faults of the service."""
     _refuse_local(options)
     wire = Wire(server, os.environ.get(KEY))
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_tidily()
     if options.batch is None and not options.seeds:
         job = single_job(options)
         say_notes(job)

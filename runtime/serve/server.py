@@ -1,12 +1,13 @@
 """`scail2-rt serve`: locks the data folder, starts the processes and runs uvicorn."""
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,15 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
     service = Service(settings, store)
-    failure: list[InputError] = []
+    failure: list[InputError | KeyboardInterrupt] = []
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         try:
             async with told(settings.data, settings.engines):
-                await service.start()
+                await _unless_ended(service.start(), server)
             yield
-        except InputError as error:
+        except (InputError, KeyboardInterrupt) as error:
             failure.append(error)
             raise
         finally:
@@ -106,10 +107,24 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
         server_header=False,
         proxy_headers=False,
     )
+    server = Server(config, lambda: _greet(settings, service, listener))
     with contextlib.suppress(SystemExit):  # uvicorn raises it if the start fails
-        Server(config, lambda: _greet(settings, service, listener)).run([listener])
+        server.run([listener])
     if failure:
         raise failure[0]
+
+
+async def _unless_ended(start: Coroutine[Any, Any, None], server: uvicorn.Server) -> None:
+    """Wait for the start of the service, which takes minutes with a large model. Raises KeyboardInterrupt if Ctrl-C or
+    SIGTERM comes meanwhile."""
+    starting = asyncio.create_task(start)
+    while not starting.done() and not server.should_exit:
+        await asyncio.wait([starting], timeout=0.1)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait([starting])
+        raise KeyboardInterrupt
+    await starting
 
 
 class Server(uvicorn.Server):

@@ -90,7 +90,7 @@ def make_masks(
         return plan.there
     work = Work(load_image(image), driving, plan.video, options, on_progress, cancel)
     if plan.segmenter is not None:
-        import_networks()
+        import_networks(plan.segmenter)
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

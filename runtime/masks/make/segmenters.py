@@ -189,12 +189,18 @@ def _distinct(
     return kept
 
 
-def import_networks() -> None:
-    """Import the libraries, before anything is written, because this takes seconds and an interrupt during an import
-    can end the process. Raises InputError if `transformers` is missing."""
+def import_networks(folder: SegmenterFolder) -> None:
+    """Import the classes that `open_segmenter` uses, before anything is written, because this takes seconds and an
+    interrupt during an import can end the process. Raises InputError if `transformers` is missing."""
     try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
+
+        if folder.name == "sam2":
+            from transformers import Sam2VideoModel  # noqa: F401
+        else:
+            from transformers import Sam3VideoModel  # noqa: F401
+        if folder.detector is not None:
+            from transformers import GroundingDinoForObjectDetection  # noqa: F401
     except ImportError as error:
         raise InputError(
             'Making masks needs the package transformers: pip install "scail2-rt[masks]", or give the masks.'

@@ -52,7 +52,11 @@ def test_a_server_on_the_command_line_wins_over_the_engines_of_a_file(scail2: Ru
         ("[build-engines]\nengines = 'e'", "engines is not an option of `build-engines`"),
         ("[generate]\nlora = 'l'", "lora is not an option of `generate`"),
         ("steps = 'many'", "steps: 'many' is not a valid integer"),
-        ("steps = true", "steps is True. Give a text or a number"),
+        ("steps = true", "steps is true. Give a text or a number"),
+        ("seed_s = 1\nseed-s = 2", "gives seed-s twice, also as seed_s"),
+        ("[generate]\nvram_limit = '9GiB'\nvram-limit = '8GiB'", "gives vram-limit twice"),
+        ("[generate]\npoint = [['5,5']]", "point is [['5,5']]. Give a list of texts or numbers"),
+        ("[generate]\njson = true", "json is not an option of `generate`. See --help"),
         ("overwrite = 'yes'", "overwrite is 'yes'. Give true or false"),
         ("size = [64, 96]", "size is [64, 96]. Give a text or a number"),
         ("seeds = [1, 1]", "seeds: '1,1' is not a list of different seeds"),
@@ -70,7 +74,19 @@ def test_a_file_that_cannot_be_used(scail2: Run, tmp_path: Path, text: str, says
     assert says in message
 
 
+def test_an_error_says_that_a_file_was_read(scail2: Run, tmp_path: Path) -> None:
+    """Options of the file and of the command line that exclude each other."""
+    config = tmp_path / "my.toml"
+    config.write_text("seed = 1\ncase = 'c'\n[generate]\noutput = 'a.mp4'\n")
+    files = ("--image", tmp_path / "a.png", "--driving", tmp_path / "a.mp4")
+    message = error_of(scail2("generate", tmp_path, *files, "--config", config))
+    assert message.startswith("--case and --image, --driving were both given")
+    assert message.endswith(f" (Options were also read from {config}.)")
+
+
 def test_a_file_that_is_not_there(scail2: Run, tmp_path: Path) -> None:
+    message = error_of(scail2("serve", "e", SCAIL2_RT_CONFIG=str(tmp_path / "no.toml")))
+    assert "no.toml, which SCAIL2_RT_CONFIG names, cannot be read" in message
     assert "no.toml cannot be read" in error_of(scail2("serve", "e", "--config", tmp_path / "no.toml"))
 
 

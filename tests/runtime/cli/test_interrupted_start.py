@@ -1,9 +1,11 @@
-"""Ctrl-C during the imports of the command: one line, exit code 130."""
+"""Ctrl-C during imports: one line, exit code 130, and no unfinished files."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.command import Run, sabotage
 
@@ -45,3 +47,49 @@ def test_an_interrupted_command_says_the_same(installed: Run, tmp_path: Path) ->
     assert result.stderr.splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in result.stderr
     assert '"exit_code": 130' in result.stdout
+
+
+_SIGNAL_AT_FRAME = """
+import os, signal, time
+from scail2_rt.runtime.masks import files
+frames_of = files.frames_of
+def signalled(*given):
+    yield from frames_of(*given)
+    {end}
+    time.sleep(60)  # until the signal comes again
+files.frames_of = signalled
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("end", ["import ends", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_an_ended_command_that_writes_leaves_nothing(installed: Run, tmp_path: Path, end: str) -> None:
+    """Ctrl-C while a library imports one of its modules, and SIGTERM, when the mask is written."""
+    modules, matte = tmp_path / "modules", tmp_path / "matte.png"
+    modules.mkdir()
+    (modules / "ends.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(matte)
+    words = ("masks", "from-grey", matte, "--mode", "animate", "-o", tmp_path / "mask.png")
+    result = installed(*words, measured=False, **sabotage(modules, _SIGNAL_AT_FRAME.format(end=end)))
+    assert (result.returncode, result.stderr.split()) == (130, ["error:", "interrupted"])
+    assert {path.name for path in tmp_path.iterdir()} == {"modules", "matte.png"}
+
+
+_SIGNAL_AT_START = """
+import os, signal
+from scail2_rt.runtime.serve.pool import Pool
+start = Pool.start
+async def signalled(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    await start(self)
+Pool.start = signalled
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_service_that_starts_does_not_open_its_engines_first(installed: Run, engines: Path, tmp_path: Path) -> None:
+    words = ("serve", engines, "--data", tmp_path / "data", "--port", "0")
+    result = installed(*words, measured=False, **sabotage(tmp_path, _SIGNAL_AT_START))
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in result.stderr

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from scail2_rt.runtime.cli.progress import ProgressLines, progress_bar
+from scail2_rt.runtime.cli.progress import ProgressLines, open_progress, progress_bar
 from scail2_rt.runtime.core.progress import RunProgress
 
 
@@ -41,3 +41,11 @@ def test_the_bar_shows_segment_step_phase_and_time_left(monkeypatch: pytest.Monk
     assert shown[-1]["description"] == "segment 2/2, step 2/4, denoise"
     assert shown[-1]["completed"] == 7 / 10
     assert shown[-1]["left"].startswith("0:00:")
+
+
+@pytest.mark.parametrize(("term", "lines"), [("xterm", False), ("dumb", True)])
+def test_a_terminal_that_draws_no_bar_gets_lines(monkeypatch: pytest.MonkeyPatch, term: str, lines: bool) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", term)
+    with open_progress() as listener:
+        assert isinstance(listener, ProgressLines) == lines

@@ -139,9 +139,9 @@ def test_dry_run_after_a_run_uses_its_speed(scail2: Run, engines: Path, case: Pa
 
 
 _WRONG = (  # options of a line, and what is said of them
-    ({"config": "my.toml"}, "'config' holds for all lines"),
-    ({"from-video": "a.mp4"}, "'from-video' repeats one run and cannot be a line"),
-    ({"no-metadata": True}, """'no-metadata' is no option of generate: write "metadata": false."""),
+    ({"config": "my.toml"}, "'config' applies to all lines"),
+    ({"from-video": "a.mp4"}, "'from-video' repeats one run and cannot be used in a batch"),
+    ({"no-metadata": True}, """'no-metadata' is not an option of generate. Write "metadata": false."""),
     ({"prompt": "\0"}, "'prompt' holds a zero byte"),
     ({"output": ""}, "The output . must end in"),
     ({"output": "https://example.org/a.mp4"}, "The output https://example.org/a.mp4 is a URL"),

@@ -13,7 +13,17 @@ import pytest
 from scail2_rt.runtime.cli import segmenter_options
 from scail2_rt.runtime.jobs.download_segmenter import REPOSITORIES
 from scail2_rt.runtime.masks.make import options as making
-from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, error_of, one_json, read_video, unmeasured
+from tests.support.command import (
+    SCAIL2_RT,
+    SMALL,
+    Run,
+    command_environment,
+    error_of,
+    one_json,
+    read_video,
+    sabotage,
+    unmeasured,
+)
 from tests.support.hub import COMMIT, FakeHub, serve
 from tests.support.tiny_segmenters import write_grounding_dino, write_sam2, write_sam3
 
@@ -263,16 +273,28 @@ def test_a_segmenters_file_that_arrives_damaged(scail2: Run, hub: FakeHub, tmp_p
     assert scail2("download", tmp_path / "s", "--segmenter", "sam2", **env).returncode == 0
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_an_ended_making_leaves_nothing(
-    given: tuple[object, ...], tmp_path: Path, cache: Path, end: signal.Signals
-) -> None:
-    words = [SCAIL2_RT, "masks", "make", *given, *BOXES, "-o", tmp_path / "made"]
-    env = command_environment(cache)
-    run = subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert run.stderr is not None
-    for line in run.stderr:
-        if "%  masks" in line:
-            run.send_signal(end)
-    assert run.wait(60) == 130
-    assert not list(tmp_path.iterdir())
+_SIGNAL_AT_FRAME = """
+import os, signal, time
+from scail2_rt.runtime.masks.make import work
+tell = work.Work.tell
+def signalled(self, done):
+    if done == 1:
+        {end}
+        time.sleep(60)  # until the signal comes again
+    tell(self, done)
+work.Work.tell = signalled
+"""
+_ENDS = ("import ends", "os.kill(os.getpid(), signal.SIGTERM)")
+
+
+@pytest.mark.parametrize("end", _ENDS)
+def test_an_ended_making_leaves_nothing(scail2: Run, given: tuple[object, ...], tmp_path: Path, end: str) -> None:
+    """Ctrl-C while a library imports one of its modules, and SIGTERM. The process signals itself after the first frame,
+    so that it is the same moment on a machine of any speed."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "ends.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = sabotage(modules, _SIGNAL_AT_FRAME.format(end=end))
+    result = scail2("masks", "make", *given, *BOXES, "-o", tmp_path / "made", **environment)
+    assert error_of(result, 130) == "interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["modules"]

@@ -155,6 +155,7 @@ def test_generate_warns_and_fits(scail2: Run, engines: Path, giant: Path, tmp_pa
     says = "the reference is scaled to 56 %"
     assert says in result.stderr
     assert says in scail2(*words[:-1], "-o", tmp_path / "c.mp4", "--fit-reference", "--dry-run").stdout
+    assert not any("times as tall" in warning for warning in fitted["warnings"])
     assert [finding["rule"] for finding in fitted["mask_findings"]] == ["area jump"]
     assert fitted["options"]["fit_reference"] is True
     report = json.loads((tmp_path / "b.json").read_text())

@@ -39,8 +39,19 @@ def perforated(frame: np.ndarray) -> np.ndarray:
     return spoiled
 
 
-@pytest.mark.parametrize(("rule", "spoil"), [("fragments", islands), ("holes", perforated)])
-def test_the_remedy_repairs_fragments_and_holes(scail2: Run, tmp_path: Path, rule: str, spoil: object) -> None:
+def peppered(frame: np.ndarray) -> np.ndarray:
+    """With single pixels in and beside the square, every fourth of every second row."""
+    spoiled = frame.copy()
+    spoiled[1::2, 1::4] = np.where(frame[1::2, 1::4].any(-1, keepdims=True), 0, PALETTE["red"])
+    return spoiled
+
+
+def exchanged(frame: np.ndarray) -> np.ndarray:
+    return np.where(frame.any(-1, keepdims=True), 0, PALETTE["red"]).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("rule", "spoil"), [("fragments", islands), ("holes", perforated), ("noise", peppered)])
+def test_the_remedy_repairs_fragments_holes_and_noise(scail2: Run, tmp_path: Path, rule: str, spoil: object) -> None:
     frames = [spoil(square()) if i in (4, 5, 9) else square() for i in range(FRAMES)]  # type: ignore[operator]
     clip = video(tmp_path / "clip.mp4", *frames)
     found = findings(scail2, clip)
@@ -53,6 +64,21 @@ def test_the_remedy_repairs_fragments_and_holes(scail2: Run, tmp_path: Path, rul
     assert words[:3] == ["scail2-rt", "masks", "clean"]
     assert scail2(*words[1:]).returncode == 0
     assert findings(scail2, tmp_path / "clip_clean.mp4") == {}
+
+
+def test_a_character_that_is_the_background(scail2: Run, tmp_path: Path) -> None:
+    dot = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    dot[9, 9] = PALETTE["red"]
+    found = findings(scail2, video(tmp_path / "clip.mp4", *[exchanged(square())] * FRAMES))
+    assert "covers three sides of the picture or more in frames 0-" in found["exchanged"]["says"]
+    words = found["exchanged"]["remedy"].split("`")[1].split()
+    assert scail2(*words[1:]).returncode == 0
+    assert findings(scail2, tmp_path / "clip_clean.mp4") == {}
+    found = findings(scail2, video(tmp_path / "dot.mp4", dot), code=2)
+    assert "covers at most 0.016 % of one" in found["no character"]["says"]
+    close = square()
+    close[10:, :] = PALETTE["red"]  # down to the border below, and at both sides of the lower part
+    assert findings(scail2, video(tmp_path / "close.mp4", *[close] * FRAMES)) == {}
 
 
 def test_a_noisy_reference_must_be_made_again(scail2: Run, tmp_path: Path) -> None:
