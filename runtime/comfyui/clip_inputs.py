@@ -32,8 +32,8 @@ def driving_clip(given: Any, frame_rate: float, audio: Mapping[str, Any] | None 
         if (path := file_of(given)) is not None:
             return Driving(path, audio)
         parts = given.get_components()
-        frames = TensorFrames(parts.images, "driving video")
-        return Driving(Clip(frames, parts.frame_rate, "driving video"), audio or parts.audio)
+        frames = TensorFrames(parts.images, "driving clip")
+        return Driving(Clip(frames, parts.frame_rate, "driving clip"), audio or parts.audio)
     if not hasattr(given, "ndim"):
         raise InputError(f"driving is a {type(given).__name__}. Connect a VIDEO or images.")
     return Driving(Clip(TensorFrames(given, "driving images"), Fraction(frame_rate), "driving images"), audio)

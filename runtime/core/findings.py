@@ -77,7 +77,7 @@ class Framed:
 
     @property
     def text(self) -> str:
-        """`driving video: whole, with margins left and right (the middle crop keeps 35 % of red)`."""
+        """`driving clip: whole, with margins left and right (the middle crop keeps 35 % of red)`."""
         losses = ", ".join(f"{percent(share)} of {name}" for name, share in self.official.items() if share < 0.995)
         window = self.window
         (top, bottom, left, right), (height, width) = window.part, window.source

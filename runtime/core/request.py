@@ -144,7 +144,7 @@ class Request:
         found = {
             "reference image": self.image,
             "reference mask": self.mask_image,
-            "driving video": self.driving,
+            "driving clip": self.driving,
             "driving mask video": self.mask_video,
         }
         for number, (image, mask) in enumerate(self.extra_refs, 1):

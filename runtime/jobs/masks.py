@@ -55,7 +55,7 @@ def _options_of(options: GenerateOptions) -> MaskOptions:
 
 
 def _check_exist(image: Path, driving: Path) -> None:
-    for label, path in (("reference image", image), ("driving video", driving)):
+    for label, path in (("reference image", image), ("driving clip", driving)):
         refuse_url(label, path)
         if not path.exists():
             raise InputError(f"The {label} {path} does not exist. Give a file that exists.")

@@ -122,5 +122,5 @@ def _candidates(video: Path, label: str, name: str) -> Iterator[Path]:
 
 def _name(label: str) -> str:
     """Return the name of an input for messages."""
-    names = {"image": "reference image", "image_mask": "reference mask", "driving": "driving video"}
+    names = {"image": "reference image", "image_mask": "reference mask", "driving": "driving clip"}
     return {**names, "mask_video": "driving mask video"}.get(label, label.replace("_", " "))

@@ -137,7 +137,7 @@ def _framed(
     """The framing of the inputs, and findings about characters that it cuts. files: of the driving mask and the
     reference masks, for messages."""
     frame, fit = pictures.frame(mode), pictures.fit
-    names = ["driving video", "reference", *(f"extra reference {i}" for i in range(1, len(references)))]
+    names = ["driving clip", "reference", *(f"extra reference {i}" for i in range(1, len(references)))]
     stats = [driving, *references]
     shapes = [pictures.driving, *pictures.references]
     inputs = tuple(frame_picture(*about, frame, fit) for about in zip(names, stats, shapes, strict=True))

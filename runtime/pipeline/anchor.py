@@ -5,7 +5,7 @@ complete frame. Background is every pixel that the driving mask assigns to no ch
 characters. The target depends on the mode. `animate` shows the reference's background, which does not move: the anchor
 segment leaves first and second moments of every pixel, and a later frame is compared with the moments of the same
 pixels that it shows, so a character that moves across the frame does not count as a change of colour. `replace` shows
-the driving video's scene, which may change: a frame's statistics are compared with those of its driving frame, and
+the driving clip's scene, which may change: a frame's statistics are compared with those of its driving frame, and
 later segments keep the relation between the two that the anchor segment had.
 
 The map is computed per group of decoded frames, with a linear transition from one group to the next, not per segment:
@@ -82,7 +82,7 @@ class Plate:
 
 
 class Scene:
-    """A background that the driving video shows: its difference from a segment, summed over `count` frames. shift [3]
+    """A background that the driving clip shows: its difference from a segment, summed over `count` frames. shift [3]
     is the difference of the means, ratio [3] the difference of the logarithms of the deviations."""
 
     def __init__(self, count: Tensor, shift: Tensor, ratio: Tensor) -> None:

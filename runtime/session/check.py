@@ -145,7 +145,7 @@ def _prepared(request: Request) -> Request:
 
     return replace(
         request,
-        driving=rereadable(request.driving, "driving video"),
+        driving=rereadable(request.driving, "driving clip"),
         mask_video=rereadable(request.mask_video, "driving mask video"),
         prompt=clean_prompt(request.prompt),
         negative_prompt=clean_prompt(request.negative_prompt),

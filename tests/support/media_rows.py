@@ -37,7 +37,7 @@ Make = Callable[[Path], object]
 class Row:
     """A driving clip in a case folder, and the expected result.
 
-    make      writes the driving video (and may change the folder)
+    make      writes the driving clip (and may change the folder)
     shape     height and width of its upright frames; the mask has them too
     size      --size; rate None: the times of its frames are kept
     numbers   the frames' numbers in `scene`
@@ -62,7 +62,7 @@ class Row:
 
 
 def clip(ending: str, frames: int = 9, rate: Fraction = RATE, shape: tuple[int, int] = (64, 96), **more: Any) -> Make:
-    """Writes `scene` as the folder's driving video."""
+    """Writes `scene` as the folder's driving clip."""
     return lambda folder: write_clip(folder / f"driving.{ending}", scene(frames, *shape), rate, **more)
 
 
@@ -138,7 +138,7 @@ def with_mask(make: Make, mask: Make) -> Make:
 
 
 def reference(save: Callable[[Image.Image, Path], object]) -> Make:
-    """Another reference image, saved by `save`; the driving video is an ordinary one."""
+    """Another reference image, saved by `save`; the driving clip is an ordinary one."""
 
     def make(folder: Path) -> None:
         clip("mp4", 5)(folder)

@@ -84,7 +84,7 @@ def make_masks(
     Raises InputError for unusable inputs or options, and Scail2Error if the files cannot be written. No files remain
     after an error."""
     began, options, folder = time.perf_counter(), options or MaskOptions(), Path(directory)
-    image, driving = as_path(image), rereadable(as_path(driving), "driving video")
+    image, driving = as_path(image), rereadable(as_path(driving), "driving clip")
     plan = plan_masks(image, driving, folder, options)
     if plan.there is not None:
         return plan.there

@@ -69,7 +69,7 @@ SEVEN = (RED, GREEN, (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), O
 
 BAD = [
     Bad("no reference image", ("ref.jpg", "lacks the reference image"), remove("ref.png")),
-    Bad("no driving video", ("lacks the driving clip",), remove("rendered_v2.mp4")),
+    Bad("no driving clip", ("lacks the driving clip",), remove("rendered_v2.mp4")),
     Bad("no mask video", ("lacks the mask video",), remove("rendered_mask_v2.mp4")),
     Bad("empty image", ("ref.png", "empty"), cut("ref.png", 0)),
     Bad("empty video", ("rendered_v2.mp4", "empty"), cut("rendered_v2.mp4", 0)),
@@ -137,7 +137,7 @@ def test_missing_files_are_named(scail2: Run, engines: Path, case: Path, tmp_pat
     assert "--image, --mask-image, --driving, --mask-video" in error_of(scail2(*words))
     files = ("--image", case / "ref.png", "--mask-image", case / "ref_mask.png", "--driving", tmp_path / "none.mp4")
     message = error_of(scail2(*words, *files, "--mask-video", case / "rendered_mask_v2.mp4"))
-    assert "driving video" in message
+    assert "driving clip" in message
     assert "none.mp4 does not exist" in message
     assert "does not exist" in error_of(scail2(*words, "--case", tmp_path / "nowhere"))
 
@@ -182,7 +182,7 @@ def test_the_output_may_not_be_an_input(scail2: Run, engines: Path, case: Path, 
     video = tmp_path / "case" / "rendered_v2.mp4"
     before = video.read_bytes()
     result = scail2("generate", engines, "--case", video.parent, "-o", video, "--overwrite", *SMALL)
-    assert "is the driving video" in error_of(result)
+    assert "is the driving clip" in error_of(result)
     assert video.read_bytes() == before
 
 

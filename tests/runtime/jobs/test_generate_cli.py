@@ -145,7 +145,7 @@ _WRONG = (  # options of a line, and what is said of them
     ({"prompt": "\0"}, "'prompt' holds a zero byte"),
     ({"output": ""}, "The output . must end in"),
     ({"output": "https://example.org/a.mp4"}, "The output https://example.org/a.mp4 is a URL"),
-    ({"seeds": [1, "01"]}, "Invalid value for '--seeds': '1,01' is not a list of different seeds"),
+    ({"seeds": [1, "01"]}, "seeds: '1,01' is not a list of different seeds"),
 )
 
 

@@ -163,7 +163,7 @@ def test_masks_make_writes_a_case_that_runs(
         (("--max-characters", "9"), "--max-characters must be 1 to 6"),
         (("--segmenter", "sam3"), "holds sam2, not sam3"),
         ((*BOXES, "--start", "40"), "--start 40 is beyond the end of the driving clip"),
-        (("--driving", "nowhere.mp4"), "The driving video nowhere.mp4 does not exist"),
+        (("--driving", "nowhere.mp4"), "The driving clip nowhere.mp4 does not exist"),
         ((*BOXES, "--segmenter-device", "cuda"), "There is no GPU for --segmenter-device cuda"),
     ],
 )

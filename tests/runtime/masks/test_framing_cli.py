@@ -68,7 +68,7 @@ def edge(tmp_path: Path) -> Path:
 def test_a_phone_clip_with_a_landscape_reference(scail2: Run, engines: Path, tall: Path, tmp_path: Path) -> None:
     """Check, dry run, run and report give the same result."""
     case = ("--case", tall, "--size", "64x96")
-    line = "framing (auto): driving video: whole, with black margins left and right (the middle crop keeps 4"
+    line = "framing (auto): driving clip: whole, with black margins left and right (the middle crop keeps 4"
     checked = scail2("masks", "check", *case)
     assert (checked.returncode, line in checked.stdout) == (0, True), checked.stdout
     words = ("generate", engines, *case, *QUICK, "-o", tmp_path / "a.mp4")
@@ -80,7 +80,7 @@ def test_a_phone_clip_with_a_landscape_reference(scail2: Run, engines: Path, tal
     assert reply["options"]["fit"] == "auto"
     driving, reference = report["framing"]["inputs"]
     assert report["framing"]["line"].startswith(line)
-    assert (driving["name"], driving["way"], driving["kept"]) == ("driving video", "pad", {"red": 1})
+    assert (driving["name"], driving["way"], driving["kept"]) == ("driving clip", "pad", {"red": 1})
     assert driving["official_keeps"]["red"] == pytest.approx(0.45, abs=0.03)
     assert (reference["name"], reference["way"]) == ("reference", "official")
     assert driving["shown"] == [0, 224, 0, 126]
@@ -129,7 +129,7 @@ def test_replacing_a_character_at_the_edge_keeps_the_scene(
     assert "The 896x512 frame shows 0 % of the red character" in message
     assert "--fit crop" in message
     small = scail2("generate", engines, "--case", edge, "--size", "96x64", *QUICK, "-o", tmp_path / "b.mp4", "--json")
-    assert "driving video: cropped to columns 0 to 84 of 224 (the middle crop keeps 0 % of red)" in small.stderr
+    assert "driving clip: cropped to columns 0 to 84 of 224 (the middle crop keeps 0 % of red)" in small.stderr
     assert one_json(small)["framing"]["inputs"][0]["kept"] == {"red": 1}
 
 

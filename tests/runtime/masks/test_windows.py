@@ -227,7 +227,7 @@ def test_every_input_has_a_window() -> None:
     assert [window.way for window in plan.reference_windows] == ["crop", "pad", "crop"]
     assert plan.framing is not None
     assert [framed.name for framed in plan.framing.inputs] == [
-        "driving video", "reference", "extra reference 1", "extra reference 2",
+        "driving clip", "reference", "extra reference 1", "extra reference 2",
     ]  # fmt: skip
     for (image, mask), window in zip(plan.request.references, plan.reference_windows, strict=True):
         shown, shown_mask = load_reference(image, mask, window)

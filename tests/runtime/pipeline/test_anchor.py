@@ -55,7 +55,7 @@ def scene(seed: int = 0) -> Tensor:
 
 
 def clip(walk: int = 0, frames: Tensor | None = None, white: bool = False) -> DrivingClip:
-    """A character that walks from `walk` on; frames [T, 3, H, W] are the driving video's."""
+    """A character that walks from `walk` on; frames [T, 3, H, W] are the driving clip's."""
     mask = torch.full((FRAMES, 3, HEIGHT, WIDTH), 255 if white else 0, dtype=torch.uint8)
     for t in range(FRAMES):
         x = walk + 2 * t

@@ -175,7 +175,7 @@ def test_what_the_command_line_gives_wins_and_inputs_are_found_by_hash(
     draw_case(tmp_path / "other", frames=13)
     result = scail2(*words, "--from-video", video, "--case", tmp_path / "other", "--steps", "1")
     assert one_json(result)["frames"] == 13
-    assert "is not the driving video of" in result.stderr
+    assert "is not the driving clip of" in result.stderr
     image = tmp_path / "other" / "rendered_v2.mp4"
     message = error_of_json(scail2(*words, "--from-video", video, "--driving", image))
     assert "--mask-video is missing" in message  # the mask of the other clip would not fit

@@ -174,14 +174,14 @@ def test_a_generator_is_kept_in_a_file_that_goes_with_the_plan(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"driving": Clip(np.zeros((9, 64, 96, 3), np.float32), 16)}, "driving video is float32"),
-        ({"driving": Clip(np.zeros((9, 64, 96), np.uint8), 16)}, "driving video has the shape [9, 64, 96]"),
-        ({"driving": Clip([], 16)}, "driving video holds no frame"),
-        ({"driving": Clip(iter([]), 16)}, "driving video holds no frame"),
-        ({"driving": Clip(7, 16)}, "driving video holds int, not frames"),  # type: ignore[arg-type]
+        ({"driving": Clip(np.zeros((9, 64, 96, 3), np.float32), 16)}, "driving clip is float32"),
+        ({"driving": Clip(np.zeros((9, 64, 96), np.uint8), 16)}, "driving clip has the shape [9, 64, 96]"),
+        ({"driving": Clip([], 16)}, "driving clip holds no frame"),
+        ({"driving": Clip(iter([]), 16)}, "driving clip holds no frame"),
+        ({"driving": Clip(7, 16)}, "driving clip holds int, not frames"),  # type: ignore[arg-type]
         (
             {"driving": Clip([np.zeros((s, 96, 3), np.uint8) for s in (64, 32)], 16)},
-            "Frame 1 of the driving video is 32",
+            "Frame 1 of the driving clip is 32",
         ),
         ({"image": np.zeros((64, 96), np.uint8)}, "An image in memory is uint8 of shape [64, 96]"),
         ({"start": 30}, "--start 30 is beyond the end"),
@@ -408,7 +408,7 @@ def test_numbers_and_pictures_of_numpy_are_taken(
         ({"size": (64.0, 64)}, "--size must be a whole number, not 64.0"),
         ({"prompt": None}, "The prompt must be text, not a NoneType"),
         ({"image": [1]}, "The reference image must be a path, a PIL image or an array, not a list"),
-        ({"driving": np.zeros((1, 2, 2, 3), np.uint8)}, r"The driving video must be a path or a Clip\(frames, rate\)"),
+        ({"driving": np.zeros((1, 2, 2, 3), np.uint8)}, r"The driving clip must be a path or a Clip\(frames, rate\)"),
         ({"extra_refs": ("a.png", "b.png")}, "Extra references must be pairs"),
     ],
 )

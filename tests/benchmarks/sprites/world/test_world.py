@@ -129,7 +129,7 @@ def test_joints_lie_on_their_characters(drawn: dict[str, list[SpriteCase]], task
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_answer_is_the_right_scene_around_the_characters(drawn: dict[str, list[SpriteCase]], task: str) -> None:
-    """The reference's in animate mode, the driving video's in replace mode."""
+    """The reference's in animate mode, the driving clip's in replace mode."""
     for case in drawn[task]:
         figure = (case.driving_mask != case.scene.driving.colours[0]).any(-1)
         resting = (case.reference_mask != case.scene.reference.colours[0]).any(-1)[None]
@@ -280,7 +280,7 @@ def test_mask_channels_of_a_batch_are_those_of_the_runtime() -> None:
 
 
 def test_recoloured_samples_are_those_of_repainted_masks() -> None:
-    """Of the reference and of the driving video alike; extra references may be none."""
+    """Of the reference and of the driving clip alike; extra references may be none."""
     colours = [*COLOURS.values()]
     labels = torch.randint(8, (2, 5, 32, 32), generator=torch.Generator().manual_seed(0))
     order = torch.tensor([[1, 2, 0, 3, 5, 4], [5, 4, 3, 2, 1, 0]])
