@@ -189,7 +189,7 @@ def test_resuming_with_another_fit_is_refused(scail2: Run, engines: Path, tall: 
     words = ("generate", engines, "--case", tall, "--size", "64x96", *QUICK, "-o", tmp_path / "a.mp4", "--resume")
     assert scail2(*words).returncode == 0
     assert "nothing to resume" in scail2(*words).stderr
-    assert '--fit was "auto" and is "pad" now' in error_of(scail2(*words, "--fit", "pad"))
+    assert '--fit was "auto" and is now "pad"' in error_of(scail2(*words, "--fit", "pad"))
 
 
 def test_a_batch_frames_every_case(scail2: Run, engines: Path, tall: Path, edge: Path, tmp_path: Path) -> None:
