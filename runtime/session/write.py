@@ -198,7 +198,7 @@ def _complete_already(output: Path, about: Mapping[str, Any], unfinished: bool) 
     complete = before.get("status") == "complete" and before.get("output_sha256") == report.file_hash(output)
     if unfinished and not (complete and first_difference(identity(before), identity(about)) is None):
         raise InputError(
-            f"The output {output} exists, and the interrupted run was replacing it. Use --overwrite with --resume."
+            f"The output {output} exists, and an interrupted run writes to it. Use --overwrite with --resume."
         )
     if not complete:
         raise InputError(

@@ -219,7 +219,7 @@ def test_killed_between_video_and_cleaning(
     assert killed.returncode == -signal.SIGKILL
     assert resumable(output) == 1
     if not reported:
-        assert "give --overwrite with --resume" in error_of(scail2(*words))
+        assert "Use --overwrite with --resume" in error_of(scail2(*words))
         words = (*words, "--overwrite")
     result = scail2(*words, "--json")
     assert one_json(result)["resumed_after_segments"] == (0 if reported else 1)
