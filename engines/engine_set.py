@@ -109,7 +109,7 @@ class EngineSet:
     @property
     def choice(self) -> str:
         """One printable line: backend, device, precision, attention, and the reasons."""
-        attention = f"; attention {self.attention}, because {self.attention_reason}"
+        attention = f"; attention {self.attention} ({self.attention_reason})"
         return f"{self.backend} on {self.device} in {self.manifest.precision}, because {self.reason}{attention}"
 
     @property

@@ -116,7 +116,7 @@ def choose_attention(
         problem = obstacle(named, precision, capability, head_dim)
         if problem:
             raise InputError(f"attention {requested!r} cannot run: {problem}; choose another or auto")
-        return named, f"{_description(named, device, head_dim, precision)}, as asked"
+        return named, f"{_description(named, device, head_dim, precision)}, as requested"
     if capability is None:
         return SDPA, f"{SDPA.description}: the device is {device.type}"
     name, instead = f"sm{capability[0]}{capability[1]}", ""
