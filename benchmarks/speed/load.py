@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,10 @@ from scail2_rt.engines.folder.store import StoreReader
 from scail2_rt.engines.torch_backend.engine import stage_tensors
 from scail2_rt.engines.torch_backend.loading import Loading, WeightLoader
 from scail2_rt.kernels.errors import Scail2Error
-from scail2_rt.runtime.core.progress import Progress
+from scail2_rt.runtime.core.plan import Plan
+from scail2_rt.runtime.core.progress import Cancelled, Progress
+from scail2_rt.runtime.core.request import Output
+from scail2_rt.runtime.session.session import Session
 
 LIMIT_S = 600
 AHEAD = 16  # stages loading concurrently, so that the readers never wait
@@ -94,21 +98,13 @@ def cold_kernels(bench: Bench) -> None:
     bench.add("load/cold-kernels", Timing.of([to_first_step(times)]), note=note, breakdown=phases, **details(times))
 
 
-class FirstStep(BaseException):
-    """Ends a run when its first step is done; a BaseException, so that nothing on the way takes it for a fault."""
-
-
 def warm_request(bench: Bench) -> None:
-    """From `check` to the first step, with a reference image that differs from the one before in a single pixel."""
+    """Measure the time from `check` to the first step, with a reference image that differs from the previous one in a
+    single pixel. Each run is cancelled after that step, which leaves the session usable."""
     workload = workload_of(bench)
     request = workload.request()
     with Image.open(cast(Path, request.image)) as file:
         image = np.array(file.convert("RGB"))
-
-    def stop(event: Progress) -> None:
-        if event.step:
-            raise FirstStep
-
     seconds = []
     with workload.open(engine_folder(bench)) as session:
         session.generate(session.check(workload.request(steps=2)), workload.output)
@@ -116,10 +112,22 @@ def warm_request(bench: Bench) -> None:
             image[0, 0] = number
             started = time.perf_counter()
             plan = session.check(replace(request, image=image.copy()))
-            with contextlib.suppress(FirstStep):
-                session.generate(plan, workload.output, stop)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(_to_first_step(session, plan, workload.output) - started)
     bench.add("load/warm-request", Timing.of(seconds), note="warm session, cached prompt, new reference image")
+
+
+def _to_first_step(session: Session, plan: Plan, output: Output) -> float:
+    """Run a plan up to its first step. Returns when that was done, on the clock of `time.perf_counter`."""
+    cancel, done_s = threading.Event(), list[float]()
+
+    def on_progress(event: Progress) -> None:
+        if event.step and not cancel.is_set():
+            done_s.append(time.perf_counter())
+            cancel.set()
+
+    with contextlib.suppress(Cancelled):
+        session.generate(plan, output, on_progress, cancel)
+    return done_s[0]
 
 
 def weights(bench: Bench) -> None:

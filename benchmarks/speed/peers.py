@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from scail2_rt.kernels.attention.ops import PreparedQKV
-from scail2_rt.kernels.rows.ops import E4M3
-
-E4M3_MAX = 448.0
+from scail2_rt.kernels.rows.ops import E4M3, E4M3_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,6 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 
     if options["from_video"] is not None:
         options = repeated(options, remote=server is not None)
-        options["seed"] = 0 if options["seeds"] else options["seed"]
     if options["batch"] is not None:
         options["lines"] = typed_lines(click.get_current_context(), options["batch"])
     given = GenerateOptions(engines=engines or Path(), config=config_file(), **options)

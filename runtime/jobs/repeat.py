@@ -28,6 +28,7 @@ DESCRIBED = frozenset(  # options that describe what a run makes; a video stores
 _REPLACED_BY = {  # option on the command line → stored options that it replaces
     "preset": tuple(field.name for field in fields(Preset)),
     "prompt_file": ("prompt",),
+    "seeds": ("seed",),
     "case": ("mode",),
 }
 

@@ -54,6 +54,7 @@ def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
 
 @contextmanager
 def _read_ahead(clips: Iterator[DrivingClip]) -> Iterator[Iterator[DrivingClip]]:
+    """Give the same clips, each read in a thread while the preceding one is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as thread:
 
         def read() -> DrivingClip | None:

@@ -19,7 +19,7 @@ from scail2_rt.runtime.serve.api import make_app
 from scail2_rt.runtime.serve.doors import Doors, PatientProtocol
 from scail2_rt.runtime.serve.service import Service
 from scail2_rt.runtime.serve.settings import Settings, address_of
-from scail2_rt.runtime.serve.starting import told
+from scail2_rt.runtime.serve.starting import progress_lines
 from scail2_rt.runtime.serve.store import Store
 
 CONNECTIONS = 1000
@@ -83,7 +83,7 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         try:
-            async with told(settings.data, settings.engines):
+            async with progress_lines(settings.data, settings.engines):
                 await _unless_ended(service.start(), server)
             yield
         except (InputError, KeyboardInterrupt) as error:

@@ -1,5 +1,5 @@
-"""While a service starts, which takes minutes with a large model: a line now and then, with what is left as far as the
-last start of the same engines tells."""
+"""Progress lines while a service starts, which takes minutes with a large model. The estimate of the time left is the
+duration of the last start with the same engines."""
 
 import asyncio
 import contextlib
@@ -14,8 +14,8 @@ FIRST_S, EVERY_S = 2.0, 10.0
 
 
 @contextlib.asynccontextmanager
-async def told(data: Path, engines: Path) -> AsyncIterator[None]:
-    """Print lines on stderr while the body runs, and remember how long it took when it ends well."""
+async def progress_lines(data: Path, engines: Path) -> AsyncIterator[None]:
+    """Print progress lines on stderr while the body runs. If it ends without an error, store its duration."""
     began, before = time.monotonic(), _read(data)
     teller = asyncio.create_task(_tell(began, before.get(str(engines))))
     try:

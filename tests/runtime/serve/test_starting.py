@@ -43,7 +43,7 @@ def test_a_long_start_says_how_long_it_takes(
     engines = tmp_path / "e"
 
     async def start() -> str:
-        async with starting.told(tmp_path, engines):
+        async with starting.progress_lines(tmp_path, engines):
             said = ""
             while "starting: " not in said:
                 await asyncio.sleep(0.01)
