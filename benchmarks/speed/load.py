@@ -49,7 +49,8 @@ DETAILS = ("import_s", "checked_s", "opened_s", "first_step_done_s", "warm_step_
 
 
 def run(bench: Bench) -> None:
-    first_step(bench)
+    if bench.wants("load/first-step"):
+        first_step(bench)
     if bench.wants("load/weights"):
         with bench.attempt("load/weights"):
             weights(bench)

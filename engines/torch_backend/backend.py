@@ -22,6 +22,7 @@ from scail2_rt.engines.torch_backend.vae_streams import DecodeStream, EncodeStre
 from scail2_rt.engines.vae_stream import Part, VAEStream
 from scail2_rt.export.models.precision import Numerics, Precision
 from scail2_rt.export.stages.spec import StageDefinition
+from scail2_rt.kernels import ahead
 
 Rings = EncodeStream | DecodeStream
 VAE_HALVES: dict[str, type[Rings]] = {"vae.encode": EncodeStream, "vae.decode": DecodeStream}
@@ -45,6 +46,7 @@ class TorchExecutor(Executor):
         self.cuda_graphs = self.places_weights = self.splits_pictures = self._on_gpu
         if self._on_gpu:
             use_kernel_cache(folder.directory / KERNELS)
+            ahead.start(torch.cuda.get_device_capability(device))
             if folder.manifest.config.vae is not None:
                 choose_implementation(device, self.numerics("vae.decode_step").compute)  # raises now, not at a frame
         self._loader = WeightLoader(folder.store, device) if isinstance(folder.store, StoreReader) else None

@@ -348,12 +348,15 @@ def channel_mixing(channels: int, numerics: Numerics) -> CausalConv3d:
 
 
 def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return LATENT_MEAN and LATENT_STD, [1, 16, 1, 1, 1]."""
+    """Return LATENT_MEAN and LATENT_STD, [1, 16, 1, 1, 1]. On a GPU they are filled, not copied from the CPU, since a
+    CUDA graph cannot record such a copy."""
     mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1, 1)
+        torch.stack([torch.full((), value, device=device) for value in values])
+        if device.type == "cuda"
+        else torch.tensor(values, dtype=torch.float32, device=device)
         for values in (LATENT_MEAN, LATENT_STD)
     )
-    return mean, std
+    return mean.reshape(1, -1, 1, 1, 1), std.reshape(1, -1, 1, 1, 1)
 
 
 def encode_chunk(

@@ -10,6 +10,26 @@ in the L2 cache."""
 import triton
 import triton.language as tl
 
+# Arguments that depend on the size of the video or on places in the rings. One compiled kernel serves all their values:
+# addresses are multiples of a channel count, which is specialised.
+PLACES = [
+    "frames",
+    "pixels",
+    "height",
+    "width",
+    "pitch",
+    "frame_rows",
+    "src_pitch",
+    "src_rows",
+    "dst_pitch",
+    "dst_rows",
+]
+PLACES += ["top", "left"]
+PLACES += [
+    f"{buffer}_{place}" for buffer in ("src", "dst", "residual", "raw", "normed") for place in ("ring", "counter")
+]
+PLACES += [f"{buffer}_offset" for buffer in ("src", "dst", "residual", "raw", "normed")]
+
 
 @triton.jit
 def _saturated(y, dtype: tl.constexpr):
@@ -62,7 +82,7 @@ def _store_planar(planar, columns, y, valid, frame, frames, pixel, plane, PLANAR
     tl.store(planar + at, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACES)
 def conv_kernel(
     src,  # descriptor of [rows, kx·C] with row stride C, or pointer to [ring, H+2, W+2, C]
     weights0,  # descriptor of [phases·c_out, K] with boxes of COLUMNS0, or pointer
@@ -224,7 +244,7 @@ def conv_kernel(
             _store_planar(planar, columns1, y1, valid, frame, frames, y * width + x, height * width, PLANAR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACES)
 def norm_kernel(
     src,  # [ring, H+2, W+2, channels]
     dst,  # the same with its own ring

@@ -38,6 +38,7 @@ from scail2_rt.runtime.masks.palette import (
     codes,
 )
 from scail2_rt.runtime.media.clips import open_video
+from scail2_rt.runtime.media.kept_results import KeptResults
 
 REGION = 0.002  # share of a frame from which a flat colour outside the palette counts
 SAME_COLOUR = 40  # largest difference in any channel at which two flat colours count as equal
@@ -348,11 +349,18 @@ def image_stats(mask: np.ndarray) -> MaskStats:
     return stats
 
 
+_FOUND = KeptResults[tuple[MaskStats, Mode]](count=4)
+
+
 def video_stats(
     source: ClipSource, start: int = 0, frames: int | None = None, tell: Tell = untold
 ) -> tuple[MaskStats, Mode]:
     """Statistics of a mask video from frame `start` on, and the mode that its first frames suggest. frames: their
     number, None: to the end. Raises InputError if it cannot be read or has no frame there."""
+    return _FOUND.get(source, (start, frames), lambda: _video_stats(source, start, frames, tell))
+
+
+def _video_stats(source: ClipSource, start: int, frames: int | None, tell: Tell) -> tuple[MaskStats, Mode]:
     stats, mode = MaskStats(), None
     with open_video(source, start, tell=tell) as reader:
         while frames is None or stats.frames < frames:

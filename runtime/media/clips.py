@@ -28,6 +28,7 @@ from scail2_rt.runtime.core.case_folder import official_files
 from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import Clip, ClipSource
 from scail2_rt.runtime.media.images import as_pixels, images_in, load_image
+from scail2_rt.runtime.media.kept_results import KeptResults
 from scail2_rt.runtime.media.lossless import write_video
 from scail2_rt.runtime.media.video_reader import VideoInfo, VideoReader, probe_video
 
@@ -72,13 +73,19 @@ def open_video(
     return ClipReader(source, start) if isinstance(source, Clip) else VideoReader(Path(source), start, tell)
 
 
+_PROBED = KeptResults[VideoInfo](count=16)
+
+
 def probe(source: ClipSource, folder_rate: Fraction | None = None, tell: Tell = untold) -> VideoInfo:
     """Read a video to its end and return its properties. Raises InputError if it is not a usable video.
 
     folder_rate   frames per second of a folder of images; None: `FOLDER_RATE`
     tell          called with the share of a file that has been read"""
     source = _folder_as_clip(source, folder_rate or FOLDER_RATE)
-    return probe_clip(source) if isinstance(source, Clip) else probe_video(Path(source), tell)
+    if isinstance(source, Clip):
+        return probe_clip(source)
+    path = Path(source)
+    return _PROBED.get(path, None, lambda: probe_video(path, tell))
 
 
 def is_folder(source: ClipSource) -> bool:

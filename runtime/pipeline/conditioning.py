@@ -47,6 +47,7 @@ def encode_conditions(
     prompts = [request.prompt, request.negative_prompt][: request.passes]
     with progress.phase("text"):
         contexts = encode_prompts(engines, prompts, cache)
+    engines.prefetch(["clip"])
     with progress.phase("reference"):
         fits = (plan.fit, *(None for _ in request.extra_refs))  # additional views and close-ups keep their framing
         pictures = [

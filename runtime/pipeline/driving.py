@@ -1,15 +1,16 @@
 """The driving clip and its mask, read one segment at a time.
 
-Only the frames of the current segment are in memory and, if the sources are files, those of the next one, which a
-thread reads meanwhile. The overlap with the previous segment is kept, so that every frame is decoded once. The last
-segment is padded by repeating its last frame.
+Only the frames of the current segment are in memory and, if the sources are files, those of the next one, which
+threads read meanwhile, one per source. The overlap with the previous segment is kept, so that every frame is decoded
+once. The last segment is padded by repeating its last frame.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,17 +39,24 @@ class DrivingClip:
     mask: Tensor
 
 
+Sources = Callable[[Callable[[FrameReader], Tensor], tuple[FrameReader, FrameReader]], Iterable[Tensor]]
+
+
 @contextmanager
 def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
-    """Give the segments of `read_clips`. If both sources are files, a thread starts to read the first segment at once
-    and each further one while the preceding one is used. Frames passed by the caller are read in the caller's thread.
-    """
-    files = all(isinstance(source, Path) for source in (plan.request.driving, plan.request.mask_video))
-    with closing(read_clips(plan, first)) as clips:
-        if not files:
+    """Give the segments of `read_clips`. If both sources are files, threads start to read the first segment at once and
+    each further one while the preceding one is used. Frames passed by the caller are read in the caller's thread."""
+    if not all(isinstance(source, Path) for source in (plan.request.driving, plan.request.mask_video)):
+        with closing(read_clips(plan, first)) as clips:
             yield clips
-            return
-        with _read_ahead(clips) as ahead:
+        return
+    with ThreadPoolExecutor(2, thread_name_prefix="decode") as threads:
+
+        def together(read: Callable[[FrameReader], Tensor], readers: Iterable[FrameReader]) -> list[Tensor]:
+            coming = [threads.submit(copy_context().run, read, reader) for reader in readers]
+            return [part.result() for part in coming]
+
+        with closing(read_clips(plan, first, together)) as clips, _read_ahead(clips) as ahead:
             yield ahead
 
 
@@ -74,9 +82,10 @@ def _read_ahead(clips: Iterator[DrivingClip]) -> Iterator[Iterator[DrivingClip]]
             coming.cancel()
 
 
-def read_clips(plan: Plan, first: int = 0) -> Generator[DrivingClip, None, None]:
+def read_clips(plan: Plan, first: int = 0, each: Sources = map) -> Generator[DrivingClip, None, None]:
     """Yield the plan's segments from number `first` on, in order; none if `first` is past the last.
 
+    each: applies a function to the driving clip and its mask, by default one after the other.
     Raises Scail2Error if a video ends early."""
     segments = plan.segments[first:]
     if not segments:
@@ -88,8 +97,8 @@ def read_clips(plan: Plan, first: int = 0) -> Generator[DrivingClip, None, None]
         read_to = segments[0].start
         for segment in segments:
             parts = []
-            for i, reader in enumerate((driving, masks)):
-                fresh = _read(reader, segment.valid_end - read_to, plan.driving_window)
+            read = partial(_read, count=segment.valid_end - read_to, window=plan.driving_window)
+            for i, fresh in enumerate(each(read, (driving, masks))):
                 tail = tails[i]
                 valid = fresh if tail is None else torch.cat([tail[-segment.overlap :], fresh])
                 tails[i] = valid
@@ -115,15 +124,22 @@ def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
 
 
 def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tensor]:
-    """Encode a clip → half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
+    """Encode a clip → half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2].
+
+    The device prepares and encodes the frames; a thread prepares the mask meanwhile."""
 
     def half(frames: Tensor) -> Tensor:
         return half_resolution(normalise_video(frames))
 
-    groups = (half(clip.frames[group]).transpose(0, 1) for group in frame_groups(len(clip.frames)))
-    latent = encode(engines, groups)
-    mask = torch.cat([half(frames) for frames in clip.mask.split(FRAMES_AT_ONCE)])
-    channels = mask_latents(mask).to(latent.device)
+    def masks() -> Tensor:
+        return mask_latents(torch.cat([half(frames) for frames in clip.mask.split(FRAMES_AT_ONCE)]))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mask") as thread:
+        coming = thread.submit(copy_context().run, masks)
+        frames = clip.frames.to(engines.device)
+        groups = (half(frames[group]).transpose(0, 1) for group in frame_groups(len(frames)))
+        latent = encode(engines, groups)
+        channels = coming.result().to(latent.device)
     observe("driving", latent)
     observe("driving_mask", channels)
     return latent, channels

@@ -38,7 +38,8 @@ class MemoryModel:
     context_block  context weights of one block
     vae_encode, vae_decode
                    weights and buffers at full size
-    vae_driving    weights and buffers for a segment's driving clip (half size) and, if segments overlap, the history
+    vae_driving    weights and buffers for a segment's driving clip (half size), its frames, and the history if segments
+                   overlap
     context        cross-attention keys and values of all blocks
     tokens         token buffers that a layout keeps
     work           activations of a forward pass, which a recorded step keeps
@@ -72,7 +73,7 @@ class MemoryModel:
         return {
             "text": self.text,
             "clip": self.clip,
-            "reference": self.vae_encode + self.margin,
+            "reference": self.vae_encode + self.clip + self.margin,
             "driving": weights + kept + graphs + self.vae_driving + self.margin,
             "context": before_context + self.context_weights,
             "denoise": weights + slots + kept + self.work + self.margin,
@@ -95,6 +96,7 @@ def memory_model(plan: Plan, engines: EngineSet, gpus: int = 1) -> MemoryModel:
     passes, sharing = plan.request.passes // halves, gpus // halves
     pixels = vae.dim * plan.height * plan.width * engines.compute_dtype("vae.decode_step").itemsize
     encode = ENCODE_BUFFERS * pixels
+    frames = 3 * plan.height * plan.width * max(segment.padded_frames for segment in plan.segments)
 
     def weights(prefix: str, suffix: str = "") -> list[int]:
         return [size for name, size in sizes.items() if name.startswith(prefix) and name.endswith(suffix)]
@@ -112,7 +114,7 @@ def memory_model(plan: Plan, engines: EngineSet, gpus: int = 1) -> MemoryModel:
         context_block=max(kv),
         vae_encode=encoder + encode,
         vae_decode=max(weights("vae.decode"), default=0) + DECODE_BUFFERS * pixels,
-        vae_driving=encoder + (encode if later else encode // 4),
+        vae_driving=encoder + (encode if later else encode // 4) + frames,
         context=context_bytes(dit, passes, element),
         tokens=4 * dit.dim * (plan.layout.reference_tokens + plan.layout.driving_tokens),
         work=shared_bytes(dit, plan.layout, passes, element, engines.attention, sharing) + hidden,

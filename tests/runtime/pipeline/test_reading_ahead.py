@@ -1,7 +1,7 @@
-"""Segments of files are read in a thread, one ahead; frames of the caller are asked for in the caller's thread."""
+"""Segments of files are read in threads, one ahead; frames of the caller are asked for in the caller's thread."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,12 +33,12 @@ class Source:
         self.threads: set[int] = set()
         self.closed = False
 
-    def __call__(self, plan: Any, first: int) -> Iterator[int]:
+    def __call__(self, plan: Any, first: int, each: Callable[..., Iterable[int]] = map) -> Iterator[int]:
         try:
             for number in range(first, self.count):
                 if number == self.fails_at:
                     raise Scail2Error("the clip ended early")
-                self.threads.add(threading.get_ident())
+                self.threads |= {threading.get_ident(), *each(lambda _: threading.get_ident(), ("clip", "mask"))}
                 self.read[number].set()
                 yield number
         finally:

@@ -70,7 +70,7 @@ def test_phases_hold_what_they_run() -> None:
     assert model.phases(way) == {
         "text": 20,
         "clip": 30,
-        "reference": 50,
+        "reference": 50 + 30,  # CLIP's weights are on their way
         "driving": resident + 80 + 7,
         "context": resident + 80 + 4,
         "denoise": resident + 80,
