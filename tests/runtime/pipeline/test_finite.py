@@ -42,7 +42,7 @@ def test_on_a_gpu_a_step_is_reported_while_the_next_one_runs() -> None:
     def step_of(step: int) -> Tensor:
         torch.cuda._sleep(200_000_000)
         x = torch.full((1 << 20,), float(step), device="cuda")
-        x[12_345] = NAN if step == 3 else step
+        x[12_345].fill_(NAN if step == 3 else step)  # an assignment would wait for the device
         return value_range(x)
 
     marks.passed(0, step_of(0))  # loads every kernel, which would wait for the device

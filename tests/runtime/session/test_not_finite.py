@@ -24,6 +24,8 @@ from tests.support.command import SMALL, Run, error_of, one_json, read_video
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 QUICK = {"steps": 2, "guidance": 1.0, "segment_length": 13, "frames": 17}  # segments 0..13, 8..17
+# On a GPU one set of weights decodes the first frame and all others; on a CPU the first frame has a stage of its own.
+FIRST_DECODED = "frame 0" if torch.cuda.is_available() else "frames 1 to 4"
 VALUES = [float("nan"), float("inf"), float("-inf")]
 
 
@@ -186,14 +188,15 @@ def lora(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_an_absurd_lora_strength(scail2: Run, tiny_checkpoint: Path, lora: Path, case: Path, tmp_path: Path) -> None:
-    """A NaN in a dtype that can store it ends the run at the first step; for a dtype that cannot, the build refuses
-    it."""
+    """A NaN in a dtype that can store it ends the run at the first step; for a dtype that cannot, the build refuses it.
+    On the CPU, also where there is a GPU: its kernels turn these numbers into zeros, not into NaN."""
     words = ("build-engines", tiny_checkpoint, "-o", tmp_path / "e", "--backend", "torch", "--precision", "bf16")
     refused = error_of(scail2(*words, "--lora", f"{lora}:1e39"))
     assert "tensor blocks.0.ffn.0.weight has NaN or infinite values once the LoRA is fused into it" in refused
     assert f"{lora} at strength 1e+39. Use a smaller strength" in refused
     assert scail2(*words, "--lora", f"{lora}:1e30", "--rebuild").returncode == 0
-    result = scail2("generate", tmp_path / "e", "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
+    words = ("generate", tmp_path / "e", "--case", case, "-o", tmp_path / "a.mp4", *SMALL)
+    result = scail2(*words, CUDA_VISIBLE_DEVICES="")
     message = error_of(result, code=1)
     assert message.startswith("The latent has NaN or infinite values after step 1 of 2 of segment 1 of 2")
     assert "these engines hold light.safetensors at strength 1e+30: build them with a smaller strength" in message
@@ -207,7 +210,7 @@ def test_an_absurd_lora_strength(scail2: Run, tiny_checkpoint: Path, lora: Path,
     [
         ("dit.blocks.1.mid.norm3.weight", "The latent has NaN or infinite values after step 1 of 2 of segment 1 of 2"),
         ("umt5.final.norm.weight", "The latent has NaN or infinite values after step 1 of 2 of segment 1 of 2"),
-        ("vae.decode_step", "The decoded picture has NaN or infinite values in frames 1 to 4 of segment 1 of 2"),
+        ("vae.decode_step", f"The decoded picture has NaN or infinite values in {FIRST_DECODED} of segment 1 of 2"),
     ],
 )
 def test_one_nan_in_the_store(
