@@ -1,6 +1,6 @@
 """Connected areas of a mask: `masks.cleaning` repairs frames with them, and `masks.useless` detects useless mattes.
 
-Areas are found from runs of equal pixels by union-find in NumPy: 30 lines instead of SciPy for one function.
+Areas are found from runs of equal pixels by union-find in NumPy: 50 lines instead of SciPy for one function.
 """
 
 from __future__ import annotations
@@ -63,15 +63,19 @@ def least_area(points: int) -> float:
 
 def shapes(labels: np.ndarray) -> dict[int, Shape]:
     """Map the label of each character in `labels` (uint8 [H, W], 0 to 7 as in `palette.MODEL_LABEL`) to its shape."""
-    ids = connected(labels)
-    sizes = np.bincount(ids.ravel())
+    height, width = labels.shape
+    runs = _Runs.of(labels)
+    ids = runs.areas()
+    lengths = np.diff(runs.first, append=labels.size)
+    sizes = np.bincount(ids, lengths).astype(int)
     least = least_area(labels.size)
     kind = np.empty(len(sizes), np.uint8)
-    kind[ids] = labels
-    around = _around(ids, labels, len(sizes))
+    kind[ids] = runs.labels
+    around = runs.around(ids, len(sizes))
+    row, column = np.divmod(runs.first, width)
+    edge = (row == 0) | (row == height - 1) | (column == 0) | (column + lengths == width)
     at_border = np.zeros(len(sizes), bool)
-    for edge in (ids[0], ids[-1], ids[:, 0], ids[:, -1]):
-        at_border[edge] = True
+    at_border[ids[edge]] = True
     enclosed = ~at_border & ((kind == 0) | (kind == BLACK))
     found = {}
     for label in range(1, BLACK):
@@ -95,39 +99,67 @@ def shapes(labels: np.ndarray) -> dict[int, Shape]:
     return found
 
 
-def _around(ids: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """For each of `count` areas, one bit per label that touches it above, below, left or right; int [count]."""
-    bits = np.zeros((count, BLACK + 1), bool)
-    for axis in (0, 1):
-        before, after = (slice(None, -1), slice(1, None))
-        low, high = ((part, slice(None)) if axis == 0 else (slice(None), part) for part in (before, after))
-        edge = ids[low] != ids[high]
-        bits[ids[low][edge], labels[high][edge]] = True
-        bits[ids[high][edge], labels[low][edge]] = True
-    return bits @ (1 << np.arange(BLACK + 1))
-
-
 def connected(labels: np.ndarray) -> np.ndarray:
     """The number (from 0) of the area of equal labels that each pixel belongs to, int [H, W]. Diagonal neighbours are
     connected."""
-    starts = np.ones(labels.shape, bool)
-    starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    runs = starts.ravel().cumsum().reshape(labels.shape) - 1
-    joined = []
-    width = labels.shape[1]
-    for shift in (-1, 0, 1):
-        above, below = slice(max(-shift, 0), width - max(shift, 0)), slice(max(shift, 0), width - max(-shift, 0))
-        equal = labels[:-1, above] == labels[1:, below]
-        upper, lower = runs[:-1, above][equal], runs[1:, below][equal]
-        new = np.r_[True, (upper[1:] != upper[:-1]) | (lower[1:] != lower[:-1])][: len(upper)]
-        joined.append((upper[new], lower[new]))
-    parent = np.arange(runs[-1, -1] + 1)
-    a, b = (np.concatenate(ends) for ends in zip(*joined, strict=True))
-    while True:
-        low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
-        if (low == high).all():
-            break
-        np.minimum.at(parent, high, low)
-        while (parent[parent] != parent).any():
-            parent = parent[parent]
-    return np.unique(parent, return_inverse=True)[1][runs]
+    runs = _Runs.of(labels)
+    return np.repeat(runs.areas(), np.diff(runs.first, append=labels.size)).reshape(labels.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """The runs of equal labels in the rows of a picture: far fewer than its pixels.
+
+    first    index of the first pixel of each run in the flat picture
+    labels   its label
+    beside   runs that the next run continues in the same row
+    above    runs that touch a run of the next row: arrays of upper and lower run, one pair of them for each of the
+             three directions (below left, below, below right)"""
+
+    first: np.ndarray
+    labels: np.ndarray
+    beside: np.ndarray
+    above: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    @classmethod
+    def of(cls, labels: np.ndarray) -> _Runs:
+        width = labels.shape[1]
+        starts = np.ones(labels.shape, bool)
+        starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
+        first = np.flatnonzero(starts)
+        pairs = []
+        for shift in (-1, 0, 1):
+            left, right = max(-shift, 0), max(shift, 0)
+            # two runs meet for the first time where one of them starts
+            meets = starts[:-1, left : width - right] | starts[1:, right : width - left]
+            row, column = np.divmod(np.flatnonzero(meets), width - left - right)
+            upper, lower = row * width + column + left, (row + 1) * width + column + right
+            pairs.append(tuple(np.searchsorted(first, pixels, side="right") - 1 for pixels in (upper, lower)))
+        beside = np.flatnonzero(first[1:] % width)
+        return cls(first, labels.ravel()[first], beside, tuple(pairs))
+
+    def areas(self) -> np.ndarray:
+        """The number (from 0) of the connected area that each run belongs to, by union-find."""
+        parent = np.arange(len(self.first))
+        a, b = (np.concatenate(ends) for ends in zip(*self.above, strict=True))
+        same = self.labels[a] == self.labels[b]
+        a, b = a[same], b[same]
+        while True:
+            low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
+            if (low == high).all():
+                break
+            np.minimum.at(parent, high, low)
+            while (parent[parent] != parent).any():
+                parent = parent[parent]
+        return np.unique(parent, return_inverse=True)[1]
+
+    def around(self, ids: np.ndarray, count: int) -> np.ndarray:
+        """For each of `count` areas, one bit per label that touches it above, below, left or right; int [count].
+
+        ids: the area of each run."""
+        bits = np.zeros((count, BLACK + 1), bool)
+        for a, b in ((self.beside, self.beside + 1), self.above[1]):
+            edge = ids[a] != ids[b]
+            bits[ids[a][edge], self.labels[b][edge]] = True
+            bits[ids[b][edge], self.labels[a][edge]] = True
+        return bits @ (1 << np.arange(BLACK + 1))

@@ -7,6 +7,8 @@ of a clip whose frames can be read only once.
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,8 +44,11 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
     images, masks, findings = _load_references(request)
     request = _prepared(request)
     work = Work("mask check", on_progress)
-    driving = probe(request.driving, request.fps, within(work, 0, 0.4))
-    mask_video = probe(request.mask_video, tell=within(work, 0.4, 0.65))
+    with ThreadPoolExecutor(1, thread_name_prefix="probe") as thread:
+        files = isinstance(request.mask_video, Path)  # frames of the caller are read in the caller's thread
+        coming = thread.submit(copy_context().run, probe, request.mask_video) if files else None
+        driving = probe(request.driving, request.fps, within(work, 0, 0.4))
+        mask_video = coming.result() if coming else probe(request.mask_video, tell=within(work, 0.4, 0.65))
     if is_folder(request.driving) or is_folder(request.mask_video):  # images have no rate that could differ
         mask_video = replace(mask_video, frame_rate=driving.frame_rate)
     findings += video_pair(driving, mask_video)
