@@ -1,19 +1,28 @@
-"""The server's side of `check_process`: one process, restarted when it ends."""
+"""The server's side of `check_process`: one process, restarted when it ends.
+
+What was found for stored files is kept: the next job with the same files and options, but another prompt or seed, is
+not checked again.
+"""
 
 import asyncio
 import contextlib
 import itertools
 import json
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.serve.errors import Refusal
+from scail2_rt.runtime.serve.fields import request_of
 from scail2_rt.runtime.serve.settings import Limits
 
 AT_ONCE = 2  # checks that run concurrently
 LINE_BYTES = 4 << 20
+KEPT = 64  # results
+UNCHECKED = ("prompt", "negative_prompt", "seed")  # options that the check only compares with their valid values
 
 
 class Checker:
@@ -26,6 +35,7 @@ class Checker:
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
         self._slots, self._starting = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
+        self._kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     async def start(self) -> None:
         """Start the process, unless it runs."""
@@ -56,6 +66,10 @@ class Checker:
         """Check the inputs of a job's folder and return what `check_process.look` returns. Raises Refusal with the
         sentence of the command line; 503 if the process does not answer."""
         limits = {name: getattr(self._limits, name) for name in ("frames", "pixels", "decode_s", "decode_bytes")}
+        key = _key(folder, options)
+        if key in self._kept and _valid(folder, options):
+            self._kept.move_to_end(key)
+            return dict(self._kept[key])
         async with self._slots:
             await self.start()
             number = str(next(self._numbers))
@@ -76,6 +90,10 @@ class Checker:
         if "error" in found:
             code = "invalid_input" if found["status"] == 400 else "limit_exceeded"
             raise Refusal(int(found["status"]), str(found["error"]), code)
+        if options.get("masking") is None:
+            self._kept[key] = found["facts"]
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         return dict(found["facts"])
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
@@ -90,3 +108,22 @@ class Checker:
             if not waiting.done():
                 lost = {"error": "The check of the inputs was interrupted. Send the request again.", "status": 503}
                 waiting.set_result(lost)
+
+
+def _key(folder: Path, options: Mapping[str, Any]) -> str:
+    """The checked options, and what identifies the content of each input: stored files are hard links and never
+    change."""
+    states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    files = [(name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
+    checked = {name: value for name, value in options.items() if name not in UNCHECKED}
+    return json.dumps([files, checked], sort_keys=True)
+
+
+def _valid(folder: Path, options: Mapping[str, Any]) -> bool:
+    """Whether the options make a request; if not, the check says why."""
+    others = {name: value for name, value in options.items() if name not in ("seconds", "extra_refs", "masking")}
+    try:
+        request_of(others, folder, options.get("extra_refs", 0))
+    except Scail2Error:
+        return False
+    return True
