@@ -5,13 +5,14 @@ threads read meanwhile, one per source. The overlap with the previous segment is
 once. The last segment is padded by repeating its last frame.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +33,25 @@ FRAMES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class DrivingClip:
-    """Frames and masks of one segment: uint8 [T, 3, H, W] each, T = segment.padded_frames, at the output size."""
+    """Frames and masks of one segment: uint8 [T, 3, H, W] each, T = segment.padded_frames, at the output size.
+    mask_channels fp32 [28, F, H/16, W/16]: the masks as the transformer reads them."""
 
     segment: Segment
     frames: Tensor
     mask: Tensor
+    mask_channels: Tensor
+
+    @classmethod
+    def of(cls, segment: Segment, frames: Tensor, mask: Tensor) -> "DrivingClip":
+        """Make a clip from frames and masks that are in memory."""
+        return cls(segment, frames, mask, mask_channels(mask))
 
 
-Sources = Callable[[Callable[[FrameReader], Tensor], tuple[FrameReader, FrameReader]], Iterable[Tensor]]
+Calls = Sequence[Callable[[], Any]]
+
+
+def _in_turn(calls: Calls) -> list[Any]:
+    return [call() for call in calls]
 
 
 @contextmanager
@@ -52,8 +64,8 @@ def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
         return
     with ThreadPoolExecutor(2, thread_name_prefix="decode") as threads:
 
-        def together(read: Callable[[FrameReader], Tensor], readers: Iterable[FrameReader]) -> list[Tensor]:
-            coming = [threads.submit(copy_context().run, read, reader) for reader in readers]
+        def together(calls: Calls) -> list[Any]:
+            coming = [threads.submit(copy_context().run, call) for call in calls]
             return [part.result() for part in coming]
 
         with closing(read_clips(plan, first, together)) as clips, _read_ahead(clips) as ahead:
@@ -82,30 +94,54 @@ def _read_ahead(clips: Iterator[DrivingClip]) -> Iterator[Iterator[DrivingClip]]
             coming.cancel()
 
 
-def read_clips(plan: Plan, first: int = 0, each: Sources = map) -> Generator[DrivingClip, None, None]:
+def read_clips(
+    plan: Plan, first: int = 0, run: Callable[[Calls], list[Any]] = _in_turn
+) -> Generator[DrivingClip, None, None]:
     """Yield the plan's segments from number `first` on, in order; none if `first` is past the last.
 
-    each: applies a function to the driving clip and its mask, by default one after the other.
-    Raises Scail2Error if a video ends early."""
+    run: calls two functions, which read the clip and its mask, and returns their results; by default one after the
+    other. Raises Scail2Error if a video ends early."""
     segments = plan.segments[first:]
     if not segments:
         return
     start = segments[0].start + (plan.request.start if plan.chosen is None else 0)
     sources = plan.request.driving, plan.request.mask_video
     with open_video(sources[0], start, plan.chosen) as driving, open_video(sources[1], start, plan.chosen) as masks:
-        tails: list[Tensor | None] = [None, None]
-        read_to = segments[0].start
+        clip, mask = (_Source(reader, plan.driving_window, segments[0].start) for reader in (driving, masks))
         for segment in segments:
-            parts = []
-            read = partial(_read, count=segment.valid_end - read_to, window=plan.driving_window)
-            for i, fresh in enumerate(each(read, (driving, masks))):
-                tail = tails[i]
-                valid = fresh if tail is None else torch.cat([tail[-segment.overlap :], fresh])
-                tails[i] = valid
-                padding = valid[-1:].expand(segment.padded_frames - len(valid), -1, -1, -1)
-                parts.append(torch.cat([valid, padding]))
-            read_to = segment.valid_end
-            yield DrivingClip(segment, *parts)
+            frames, (shown, channels) = run([partial(clip.part, segment), partial(_masks, mask, segment)])
+            yield DrivingClip(segment, frames, shown, channels)
+
+
+@dataclass(slots=True)
+class _Source:
+    """One of the two videos. read_to: number of frames read; tail: the frames of the previous segment."""
+
+    reader: FrameReader
+    window: Window
+    read_to: int
+    tail: Tensor | None = None
+
+    def part(self, segment: Segment) -> Tensor:
+        """Read the frames of the next segment, those that overlap the previous one included, and pad them."""
+        fresh = _read(self.reader, segment.valid_end - self.read_to, self.window)
+        valid = fresh if self.tail is None else torch.cat([self.tail[-segment.overlap :], fresh])
+        self.read_to, self.tail = segment.valid_end, valid
+        return torch.cat([valid, valid[-1:].expand(segment.padded_frames - len(valid), -1, -1, -1)])
+
+
+def _masks(source: _Source, segment: Segment) -> tuple[Tensor, Tensor]:
+    masks = source.part(segment)
+    return masks, mask_channels(masks)
+
+
+def mask_channels(masks: Tensor) -> Tensor:
+    """Return uint8 masks [T, 3, H, W] at half resolution, as the transformer reads them: fp32 [28, F, H/16, W/16]."""
+    return mask_latents(torch.cat([_half(frames) for frames in masks.split(FRAMES_AT_ONCE)]))
+
+
+def _half(frames: Tensor) -> Tensor:
+    return half_resolution(normalise_video(frames))
 
 
 def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
@@ -124,22 +160,10 @@ def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
 
 
 def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tensor]:
-    """Encode a clip → half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2].
-
-    The device prepares and encodes the frames; a thread prepares the mask meanwhile."""
-
-    def half(frames: Tensor) -> Tensor:
-        return half_resolution(normalise_video(frames))
-
-    def masks() -> Tensor:
-        return mask_latents(torch.cat([half(frames) for frames in clip.mask.split(FRAMES_AT_ONCE)]))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="mask") as thread:
-        coming = thread.submit(copy_context().run, masks)
-        frames = clip.frames.to(engines.device)
-        groups = (half(frames[group]).transpose(0, 1) for group in frame_groups(len(frames)))
-        latent = encode(engines, groups)
-        channels = coming.result().to(latent.device)
+    """Encode a clip → half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
+    frames = clip.frames.to(engines.device)
+    latent = encode(engines, (_half(frames[group]).transpose(0, 1) for group in frame_groups(len(frames))))
+    channels = clip.mask_channels.to(latent.device)
     observe("driving", latent)
     observe("driving_mask", channels)
     return latent, channels

@@ -14,7 +14,7 @@ from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.runtime.core.request import Clip
 from scail2_rt.runtime.pipeline import driving
 from scail2_rt.runtime.pipeline.constants import Constants
-from scail2_rt.runtime.pipeline.driving import open_clips
+from scail2_rt.runtime.pipeline.driving import _in_turn, open_clips
 from scail2_rt.runtime.pipeline.placement import Placement
 
 FILES = SimpleNamespace(driving=Path("a.mp4"), mask_video=Path("m.mp4"))
@@ -33,12 +33,12 @@ class Source:
         self.threads: set[int] = set()
         self.closed = False
 
-    def __call__(self, plan: Any, first: int, each: Callable[..., Iterable[int]] = map) -> Iterator[int]:
+    def __call__(self, plan: Any, first: int, run: Callable[..., Iterable[int]] = _in_turn) -> Iterator[int]:
         try:
             for number in range(first, self.count):
                 if number == self.fails_at:
                     raise Scail2Error("the clip ended early")
-                self.threads |= {threading.get_ident(), *each(lambda _: threading.get_ident(), ("clip", "mask"))}
+                self.threads |= {threading.get_ident(), *run([threading.get_ident] * 2)}
                 self.read[number].set()
                 yield number
         finally:
