@@ -3,12 +3,14 @@
 `python -m scail2_rt.benchmarks.speed.ray_cluster figures ENGINES --case DIR` starts a cluster on this machine, with a
 head node and two nodes of one CPU each, and stops it at the end. It measures the overhead of a job beyond its
 generation, on one machine and in the cluster; the time from the kill of a node to the next step of its job; and a queue
-of 2,000 jobs. `… throughput URL --case DIR --videos N` measures a running service: videos per hour with N jobs queued.
+of 2,000 jobs. `… throughput URL --data DATA --case DIR --videos N --replicas R` measures a running service: videos per
+hour with N jobs queued (a multiple of R), after R replicas have started and each has made videos of this case.
 `… ledger DATA_URL` measures only the ledger, without a cluster, on a folder or s3://. The last line is JSON.
 """
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import json
 import logging
@@ -32,6 +34,8 @@ from scail2_rt.runtime.session.report import file_hash
 COMMAND = (sys.executable, "-m", "scail2_rt.runtime.cli.main")
 HOST = "127.0.0.2"  # a loopback address that Ray does not replace by that of a network card
 QUEUED = 2000
+WARM_VIDEOS = 2  # that each replica makes before the throughput is measured: the first loads weights
+WARM_ROUNDS = 20
 NAMES = ("input_reference", "mask_reference", "video_reference", "video_mask_reference")
 SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 
@@ -194,16 +198,40 @@ def figures(engines: Path, case: Path, options: Mapping[str, str], videos: int, 
     return found
 
 
-def throughput(url: str, case: Path, options: Mapping[str, str], videos: int) -> dict[str, Any]:
-    """Videos per hour of a service with `videos` jobs queued at once."""
-    wire = Wire(url, os.environ.get("SCAIL2_RT_API_KEY"))
-    body = body_of(wire, case, options)
-    done(wire, wire.ask("POST", "/v1/videos", dict(body))["id"])
-    began = time.perf_counter()
+def made_by(wire: Wire, objects: Objects, body: Mapping[str, Any], videos: int) -> collections.Counter[str]:
+    """Queue `videos` jobs, wait for them, and return how many each replica made, from the service's records."""
     made = [wire.ask("POST", "/v1/videos", {**body, "seed": str(number)})["id"] for number in range(videos)]
     for video_id in made:
         done(wire, video_id)
-    return {"videos": videos, "videos_per_hour": 3600 * videos / (time.perf_counter() - began)}
+    records = [json.loads(objects.get(f"records/{video_id}.json") or b"{}") for video_id in made]
+    return collections.Counter(json.loads(record["result"])["replica"] for record in records)
+
+
+def throughput(
+    url: str, data: str, case: Path, options: Mapping[str, str], videos: int, replicas: int
+) -> dict[str, Any]:
+    """Videos per hour of a service with `videos` jobs queued. Before, queues jobs until `replicas` replicas have made
+    `WARM_VIDEOS` videos each, because Ray Serve starts replicas only while jobs wait. data: the service's --data."""
+    wire, objects = Wire(url, os.environ.get("SCAIL2_RT_API_KEY")), Objects(data)
+    body = body_of(wire, case, options)
+    began = time.perf_counter()
+    warm: collections.Counter[str] = collections.Counter()
+    for _ in range(WARM_ROUNDS):
+        warm += made_by(wire, objects, body, WARM_VIDEOS * replicas)
+        ready = sum(made >= WARM_VIDEOS for made in warm.values())
+        if ready >= replicas:
+            break
+    else:
+        raise RuntimeError(f"{ready} of {replicas} replicas are ready after {warm.total()} videos: see `serve status`")
+    warm_s, began = time.perf_counter() - began, time.perf_counter()
+    made = made_by(wire, objects, body, videos)
+    per_hour = 3600 * videos / (time.perf_counter() - began)
+    return {
+        "videos": videos,
+        "videos_per_hour": per_hour,
+        "by_replica": made,
+        "warm_up": {"seconds": warm_s, "by_replica": warm},
+    }
 
 
 def ledger_alone(data: str, jobs: int = 300) -> dict[str, float]:
@@ -253,6 +281,8 @@ def main() -> None:
     parser.add_argument("where", help="ENGINES, URL or DATA_URL")
     parser.add_argument("--case", type=Path)
     parser.add_argument("--videos", type=int, default=10)
+    parser.add_argument("--data", help="of throughput: the folder or URL given to `serve --data`")
+    parser.add_argument("--replicas", type=int, default=1, help="of throughput: replicas that must make videos")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field of the request")
     given = parser.parse_args()
@@ -260,7 +290,9 @@ def main() -> None:
     if given.what == "figures":
         found = figures(Path(given.where), given.case, options, given.videos, given.kills)
     elif given.what == "throughput":
-        found = throughput(given.where, given.case, options, given.videos)
+        if given.data is None or given.videos % given.replicas:
+            parser.error("throughput needs --data, and a number of --videos that is a multiple of --replicas")
+        found = throughput(given.where, given.data, given.case, options, given.videos, given.replicas)
     else:
         found = ledger_alone(given.where)
     print(json.dumps(found))

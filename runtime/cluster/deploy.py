@@ -1,9 +1,12 @@
 """`scail2-rt serve ENGINES --ray ADDRESS`, and the application builders that `config` uses.
 
 The service has one application for the front end and one per engine folder, named by the digest of its manifest. New
-engines become a new application; `Ledger` removes the old one when the jobs accepted for it have ended.
+engines become a new application; `Ledger` removes the old one when the jobs accepted for it have ended. The same
+command with another number of GPUs keeps the running replicas.
 """
 
+import hashlib
+import importlib.metadata
 import socket
 import sys
 import time
@@ -23,6 +26,7 @@ from scail2_rt.runtime.serve.settings import Settings, address_of, is_loopback
 FRONT = "scail2-rt"  # name of the front end's application
 DRAIN_S = 600.0  # time for a replica that is shut down to finish its job
 OPEN_S = 1800.0  # time for an application to start
+FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
 def settings_of(engines: str, options: Mapping[str, Any]) -> Settings:
@@ -43,9 +47,19 @@ def settings_of(engines: str, options: Mapping[str, Any]) -> Settings:
     )
 
 
-def engines_app(settings: Settings, data: str, engines: str, digest: str, share: Mapping[str, Any], most: int) -> Any:
+def engines_app(
+    settings: Settings,
+    data: str,
+    engines: str,
+    digest: str,
+    share: Mapping[str, Any],
+    most: int,
+    *,
+    restart: bool = True,
+) -> Any:
     """The application of one engine folder. Each replica runs one job; their number follows the number of waiting jobs,
-    up to `most`. share: resources per replica; digest: of the engines' manifest."""
+    up to `most`. share: resources per replica; digest: of the engines' manifest; restart: replace running replicas even
+    if only `most` differs from theirs."""
     from ray import serve
 
     from scail2_rt.runtime.cluster.replica import ENCODINGS, Replica
@@ -55,7 +69,7 @@ def engines_app(settings: Settings, data: str, engines: str, digest: str, share:
         async def encodings(self, prompt: str) -> str:
             return prompt
 
-    return serve.deployment(
+    made = serve.deployment(
         name="Engines",
         ray_actor_options=dict(share),
         max_ongoing_requests=1,
@@ -70,7 +84,11 @@ def engines_app(settings: Settings, data: str, engines: str, digest: str, share:
             "downscale_delay_s": 600,
             "metrics_interval_s": 1,
         },
-    )(Engines).bind(settings, data, engines, digest)
+    )(Engines)
+    if not restart:  # Ray Serve replaces replicas of another version, and by default draws a version per deployment
+        parts = (importlib.metadata.version("scail2-rt"), settings, data, engines, digest)
+        made = made.options(version=hashlib.sha256(repr(parts).encode()).hexdigest()[:24], _internal=True)
+    return made.bind(settings, data, engines, digest)
 
 
 def front_app(settings: Settings, data: str, digest: str, copies: int = 1) -> Any:
@@ -106,18 +124,20 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
         wanted = room if options["gpus"] == "all" else max(1, int(options["gpus"]) // settings.gpus_per_video)
         settings = replace(settings, on_gpu="num_gpus" in share, port=settings.port or _free_port(settings.host))
         try:
-            there = ray.get(open_ledger(data).begin.remote())
+            served = ray.get(open_ledger(data).begin.remote())
         except ray.exceptions.RayActorError as error:
             said = str(error).strip().splitlines()[-1]
             raise InputError(f"The cluster cannot use --data {data} ({said}). Give another folder or URL.") from error
-        if there != data:
+        if served != data:
             raise InputError(
-                f"This cluster runs a service with --data {there}. Give this --data, or end it with `serve shutdown`."
+                f"This cluster runs a service with --data {served}. Give this --data, or end it with `serve shutdown`."
             )
         serve.start(http_options={"host": settings.host, "port": settings.port, "location": "HeadOnly"})
         name = f"{APPS}{digest[:12]}"
-        application = engines_app(settings, data, engines, digest, share, wanted)
-        old = [app for app in serve.status().applications if app.startswith(APPS) and app != name]
+        there = serve.status().applications
+        failed = name in there and there[name].status in FAILED
+        application = engines_app(settings, data, engines, digest, share, wanted, restart=failed)
+        old = [app for app in there if app.startswith(APPS) and app != name]
         _run({name: (application, None)}, wait=not old)
         _run({FRONT: (front_app(settings, data, digest), "/")}, wait=True)
         Objects(data).put("current", digest.encode())  # the ledger may now retire older engines
@@ -140,7 +160,7 @@ def _run(apps: Mapping[str, tuple[Any, str | None]], wait: bool) -> None:
         found = serve.status().applications
         states = {name: found[name].status for name in apps if name in found}
         for name, state in states.items():
-            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+            if state in FAILED:
                 said = " ".join(d.message for d in found[name].deployments.values()) or found[name].message
                 serve.delete(name)
                 raise Scail2Error(f"The application {name} does not start: {said.strip()[-600:]}")

@@ -1,4 +1,5 @@
-"""One cluster and one service per test file: a head node without CPUs, and two nodes of one CPU."""
+"""One cluster and one service per test file: a head node without CPUs, and two nodes of one CPU. The service has
+at most one replica at first."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,4 +29,4 @@ def deployed(cluster: "Cluster", engines: Path, cache: Path, tmp_path_factory: p
     from tests.support.ray_cluster import Deployed
 
     data = str(tmp_path_factory.mktemp("store"))
-    return Deployed(data, cache, cluster.address).deploy(engines)
+    return Deployed(data, cache, cluster.address).deploy(engines, "--gpus", "1")

@@ -13,6 +13,7 @@ import pytest
 
 from scail2_rt.runtime.media.unfinished import resumable
 from tests.support.command import SCAIL2_RT, SMALL, Run, command_environment, one_json
+from tests.support.served import SMALL as SMALL_FIELDS
 from tests.support.served import alive, wait_for
 
 if TYPE_CHECKING:
@@ -167,6 +168,32 @@ def test_nothing_is_lost_when_front_end_and_ledger_are_killed(
         deployed.done(made)
         assert deployed.content(made) == alone[steps]
         assert deployed.record(made)["attempt"] == 1  # its replica was not disturbed
+
+
+def test_more_gpus_keep_the_running_replica(
+    deployed: "Deployed", body: dict[str, Any], engines: Path, case: Path
+) -> None:
+    from scail2_rt.benchmarks.speed.ray_cluster import throughput
+    from tests.support.ray_cluster import working_on
+
+    def started() -> tuple[str, int]:
+        video_id = deployed.post({**body, "steps": "1000", "guidance": "3"})["id"]
+        wait_for(lambda: working_on(video_id) is not None, 60)
+        return video_id, working_on(video_id) or 0
+
+    first, kept = started()
+    deployed.deploy(engines, "--gpus", "2")
+    second, added = started()  # a waiting job starts the second replica
+    assert added != kept
+    assert deployed.record(first)["attempt"] == 1
+    assert deployed.ask("DELETE", f"/v1/videos/{first}").status == 200
+    third, place = started()
+    assert place == kept  # its session is still warm
+    for video_id in (second, third):
+        assert deployed.ask("DELETE", f"/v1/videos/{video_id}").status == 200
+    measured = throughput(deployed.url, deployed.store, case, SMALL_FIELDS, videos=4, replicas=2)
+    assert sorted(int(replica.split("/")[1]) for replica in measured["warm_up"]["by_replica"]) == sorted((kept, added))
+    assert measured["by_replica"].total() == 4
 
 
 def test_new_engines_come_while_jobs_of_the_old_ones_end(
