@@ -42,8 +42,13 @@ def start(capability: Capability) -> subprocess.Popen[bytes] | None:
         marker.parent.mkdir(parents=True, exist_ok=True)
         with (marker.parent / "ahead.log").open("wb") as log:
             words = [sys.executable, "-m", "scail2_rt.kernels.ahead", *map(str, capability)]
-            return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            _started.append(process)
+            return process
     return None
+
+
+_started: list[subprocess.Popen[bytes]] = []  # kept, because Python warns when it drops a process that still runs
 
 
 def list_of(capability: Capability) -> Path:
