@@ -16,7 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +60,18 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
         options["frames"] = _frames_of(folder / "video_reference", Fraction(seconds), options.get("start", 0), rate)
     if masking is not None:
         return _limited(made_masks.look(folder, options, masking), limits) | {"asked_frames": options.get("frames")}
-    plan = check_request(request_of(options, folder, extra))
+    plan = _placeless(check_request(request_of(options, folder, extra)), folder)
     packed = base64.b64encode(pack(plan)).decode()
     return _limited(facts_of(plan), limits) | {"asked_frames": options.get("frames"), "plan": packed}
+
+
+def _placeless(plan: "Plan", folder: Path) -> "Plan":
+    """The plan with field names instead of paths in its sentences, since later jobs with the same files use it too."""
+    masks = []
+    for finding in plan.masks:
+        texts = {name: plain_names(getattr(finding, name), folder) for name in ("file", "says", "remedy")}
+        masks.append(replace(finding, **texts))
+    return replace(plan, warnings=tuple(plain_names(said, folder) for said in plan.warnings), masks=tuple(masks))
 
 
 def facts_of(plan: "Plan") -> dict[str, Any]:
