@@ -67,11 +67,12 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
 
 def _placeless(plan: "Plan", folder: Path) -> "Plan":
     """The plan with field names instead of paths in its sentences, since later jobs with the same files use it too."""
-    masks = []
-    for finding in plan.masks:
-        texts = {name: plain_names(getattr(finding, name), folder) for name in ("file", "says", "remedy")}
-        masks.append(replace(finding, **texts))
-    return replace(plan, warnings=tuple(plain_names(said, folder) for said in plan.warnings), masks=tuple(masks))
+
+    def plain(said: str) -> str:
+        return plain_names(said, folder)
+
+    masks = tuple(replace(f, file=plain(f.file), says=plain(f.says), remedy=plain(f.remedy)) for f in plan.masks)
+    return replace(plan, warnings=tuple(map(plain, plan.warnings)), masks=masks)
 
 
 def facts_of(plan: "Plan") -> dict[str, Any]:
