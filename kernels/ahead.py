@@ -8,16 +8,21 @@ the next time. `Recorder` makes the lists (`python -m scail2_rt.benchmarks.speed
 """
 
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +117,8 @@ def compile_line(line: str, capability: Capability) -> None:
 
 
 def cuda_kernels(capability: Capability) -> list[Kernel]:
-    """Return the CUDA C++ kernels for this compute capability, in the order of first use."""
-    if capability != HOPPER:
+    """Return the CUDA C++ kernels for this compute capability, in the order of first use; none without cuda-python."""
+    if capability != HOPPER or find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return []
     from scail2_rt.kernels.attention import hopper_attention, hopper_attention_16bit
     from scail2_rt.kernels.conv.hopper_conv import NARROW, WIDE, WIDE_SMALL
@@ -127,8 +132,19 @@ def compile_all(capability: Capability, lines: Sequence[str], processes: int) ->
     work: list[Kernel | str] = [*cuda_kernels(capability), *lines]
     for line in lines:  # imports every kernel's module before the processes are forked
         importlib.import_module(json.loads(line)["kernel"].partition(":")[0])
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return [problem for problem in pool.imap_unordered(partial(_compiled, capability), work) if problem]
+    problems = []
+    try:  # unlike `multiprocessing.Pool`, it does not wait for ever for a process that was killed
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _end_with_parent) as pool:
+            problems += [problem for problem in pool.map(partial(_compiled, capability), work) if problem]
+    except BrokenProcessPool:
+        problems.append("A process was killed, perhaps because memory ran out. The next start compiles the rest.")
+    return problems
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _compiled(capability: Capability, item: Kernel | str) -> str:

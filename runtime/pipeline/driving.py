@@ -6,7 +6,7 @@ once. The last segment is padded by repeating its last frame.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -66,6 +66,7 @@ def open_clips(plan: Plan, first: int = 0) -> Iterator[Iterator[DrivingClip]]:
 
         def together(calls: Calls) -> list[Any]:
             coming = [threads.submit(copy_context().run, call) for call in calls]
+            wait(coming)  # if one fails, the files must not be closed while the other is read
             return [part.result() for part in coming]
 
         with closing(read_clips(plan, first, together)) as clips, _read_ahead(clips) as ahead:

@@ -16,7 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +60,19 @@ def look(folder: Path, options: dict[str, Any], limits: dict[str, Any]) -> dict[
         options["frames"] = _frames_of(folder / "video_reference", Fraction(seconds), options.get("start", 0), rate)
     if masking is not None:
         return _limited(made_masks.look(folder, options, masking), limits) | {"asked_frames": options.get("frames")}
-    plan = check_request(request_of(options, folder, extra))
+    plan = _placeless(check_request(request_of(options, folder, extra)), folder)
     packed = base64.b64encode(pack(plan)).decode()
     return _limited(facts_of(plan), limits) | {"asked_frames": options.get("frames"), "plan": packed}
+
+
+def _placeless(plan: "Plan", folder: Path) -> "Plan":
+    """The plan with field names instead of paths in its sentences, since later jobs with the same files use it too."""
+
+    def plain(said: str) -> str:
+        return plain_names(said, folder)
+
+    masks = tuple(replace(f, file=plain(f.file), says=plain(f.says), remedy=plain(f.remedy)) for f in plan.masks)
+    return replace(plan, warnings=tuple(map(plain, plan.warnings)), masks=masks)
 
 
 def facts_of(plan: "Plan") -> dict[str, Any]:

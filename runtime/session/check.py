@@ -6,10 +6,12 @@ of a clip whose frames can be read only once.
 """
 
 import json
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from scail2_rt.runtime.core.containers import container_of
 from scail2_rt.runtime.core.findings import Finding, ReferenceFit
 from scail2_rt.runtime.core.geometry import Layout, plan_segments
 from scail2_rt.runtime.core.plan import Plan
-from scail2_rt.runtime.core.progress import Listener, Work, within
+from scail2_rt.runtime.core.progress import Cancelled, Listener, Work, within
 from scail2_rt.runtime.core.request import Output, Request
 from scail2_rt.runtime.media.unfinished import is_there, part_ends, partial_path, resumable, sidecar_path
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from scail2_rt.runtime.masks.lint import MaskReport
+    from scail2_rt.runtime.media.video_reader import VideoInfo
 
 OUTPUT_MARGIN = 16 << 20  # bytes, for short clips and the report
 
@@ -38,17 +41,13 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
     cannot be used."""
     from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
     from scail2_rt.runtime.masks.windows import Pictures
-    from scail2_rt.runtime.media.clips import is_folder, nearest_frames, probe
+    from scail2_rt.runtime.media.clips import is_folder, nearest_frames
 
     check_files(request.inputs)
     images, masks, findings = _load_references(request)
     request = _prepared(request)
     work = Work("mask check", on_progress)
-    with ThreadPoolExecutor(1, thread_name_prefix="probe") as thread:
-        files = isinstance(request.mask_video, Path)  # frames of the caller are read in the caller's thread
-        coming = thread.submit(copy_context().run, probe, request.mask_video) if files else None
-        driving = probe(request.driving, request.fps, within(work, 0, 0.4))
-        mask_video = coming.result() if coming else probe(request.mask_video, tell=within(work, 0.4, 0.65))
+    driving, mask_video = _probed(request, work)
     if is_folder(request.driving) or is_folder(request.mask_video):  # images have no rate that could differ
         mask_video = replace(mask_video, frame_rate=driving.frame_rate)
     findings += video_pair(driving, mask_video)
@@ -103,6 +102,29 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
         fit=fit,
         chosen=chosen,
     )
+
+
+def _probed(request: Request, work: Work) -> tuple["VideoInfo", "VideoInfo"]:
+    """Probe the driving clip and the mask video, a mask file in a thread. The thread stops at once if the driving clip
+    cannot be used or the check is interrupted."""
+    from scail2_rt.runtime.media.clips import probe
+
+    stop = threading.Event()
+
+    def unless_stopped(_share: float) -> None:
+        if stop.is_set():
+            raise Cancelled("The check was stopped.")
+
+    with ThreadPoolExecutor(1, thread_name_prefix="probe") as thread:
+        mask = request.mask_video  # frames of the caller are read in the caller's thread, and so are images of a folder
+        alone = isinstance(mask, Path) and mask.is_file()
+        try:
+            coming = thread.submit(copy_context().run, partial(probe, mask, tell=unless_stopped)) if alone else None
+            driving = probe(request.driving, request.fps, within(work, 0, 0.4))
+            return driving, coming.result() if coming else probe(mask, tell=within(work, 0.4, 0.65))
+        except BaseException:
+            stop.set()
+            raise
 
 
 def check_files(inputs: Mapping[str, object]) -> None:

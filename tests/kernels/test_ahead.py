@@ -86,6 +86,21 @@ def test_a_kernel_that_does_not_compile_leaves_the_others(tmp_path: Path) -> Non
     assert not [file for file in (tmp_path / "cache").glob("ahead-*") if not file.suffix]
 
 
+def test_a_killed_process_ends_the_attempt(tmp_path: Path) -> None:
+    code = """
+import os, signal
+ahead.compile_line = lambda line, capability: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = run(f"{code}print(ahead.compile_all((8, 9), sys.argv[-1:], 1))", tmp_path, CHEAP)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("['A process was killed")
+
+
+def test_without_cuda_python_the_list_can_be_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "find_spec", lambda name: None)
+    assert ahead.cuda_kernels((9, 0)) == []
+
+
 def test_nothing_starts_without_a_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SCAIL2_RT_KERNELS", str(tmp_path))
     monkeypatch.setattr(ahead, "LISTS", tmp_path / "none")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from scail2_rt.kernels.errors import Scail2Error
+from scail2_rt.runtime.core.geometry import Segment
 from scail2_rt.runtime.core.request import Clip
 from scail2_rt.runtime.pipeline import driving
 from scail2_rt.runtime.pipeline.constants import Constants
@@ -81,6 +82,40 @@ def test_what_fails_ahead_is_raised_where_it_is_needed(source: Source) -> None:
         with pytest.raises(Scail2Error, match="ended early"):
             next(clips)
     assert source.closed
+
+
+class Reader:
+    """Stands for a video: its frame comes late (the mask), or it fails meanwhile (the clip)."""
+
+    def __init__(self, name: str, began: threading.Event) -> None:
+        self.name, self.began, self.position = name, began, 0
+        self.closed, self.cut_off = threading.Event(), False
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+
+    def read(self, count: int) -> Any:
+        if self.name == str(FILES.driving):
+            assert self.began.wait(WAIT_S)
+            raise Scail2Error("the clip ended early")
+        self.began.set()
+        self.cut_off = self.closed.wait(0.5)
+        raise Scail2Error("not reported")
+
+
+def test_no_file_is_closed_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = threading.Event()
+    readers = {path: Reader(str(path), began) for path in (FILES.driving, FILES.mask_video)}
+    monkeypatch.setattr(driving, "open_video", lambda source, *_: readers[source])
+    request = SimpleNamespace(**vars(FILES), start=0)
+    plan: Any = SimpleNamespace(request=request, segments=[Segment(0, 5, 5, 0)], chosen=None, driving_window=None)
+    with open_clips(plan) as clips, pytest.raises(Scail2Error, match="ended early"):
+        next(clips)
+    assert all(reader.closed.is_set() for reader in readers.values())
+    assert not readers[FILES.mask_video].cut_off
 
 
 def test_frames_of_the_caller_are_asked_for_in_its_thread(source: Source) -> None:

@@ -1,5 +1,7 @@
 """From a request to its generation plan, without weights: reading, derived values and errors."""
 
+import threading
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 from PIL import Image
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import Output, Request
+from scail2_rt.runtime.media import clips
 from scail2_rt.runtime.session.check import check_output, check_request, check_room
 from tests.support.clips import write_clip
 
@@ -94,3 +98,25 @@ def test_a_request_checks_its_numbers(
 def test_all_wrong_numbers_are_told_at_once(request_of: Callable[..., Request]) -> None:
     with pytest.raises(InputError, match=r"--steps .*; --seed .*--overlap-blend"):
         request_of(steps=-1, seed=-1, overlap_blend=9)
+
+
+@pytest.mark.parametrize("reason", [InputError("unreadable"), KeyboardInterrupt()])
+def test_a_check_that_ends_early_does_not_read_the_mask_video_to_its_end(
+    request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, reason: BaseException
+) -> None:
+    request, began, ended = request_of(), threading.Event(), threading.Event()
+
+    def probe(source: object, rate: object = None, tell: Tell = untold) -> None:
+        if source == request.driving:
+            assert began.wait(30)
+            raise reason
+        began.set()
+        for _ in range(200):
+            time.sleep(0.05)
+            tell(0.5)
+        ended.set()
+
+    monkeypatch.setattr(clips, "probe", probe)
+    with pytest.raises(type(reason)):
+        check_request(request)
+    assert not ended.is_set()
