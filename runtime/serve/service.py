@@ -258,8 +258,9 @@ class Service:
 
     async def _progress(self, row: JobRow, live: Live, event: dict[str, Any]) -> None:
         if not live.started and (event["phase"] == "denoise" or event["step"]):
-            self.metrics.first_step.observe(time.time() - row.created_at)
+            seconds = time.time() - row.created_at
             await self.pool.noted(self.store.started, row.id, row.attempt)
+            self.metrics.first_step.observe(seconds)
             live.started = True  # with the progress below and the stored time, so that a client sees all of them
         live.progress = event
         live.tell("progress", event)
