@@ -33,6 +33,7 @@ Capability = tuple[int, int]
 WARP = 32
 LISTS = Path(__file__).with_name("recorded")
 PROCESSES = 16  # at most
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def start(capability: Capability) -> subprocess.Popen[bytes] | None:
@@ -144,7 +145,7 @@ def compile_all(capability: Capability, lines: Sequence[str], processes: int) ->
 def _end_with_parent() -> None:
     """Have Linux kill this process when its parent ends, however it ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _compiled(capability: Capability, item: Kernel | str) -> str:

@@ -113,13 +113,13 @@ class _Runs:
     first    index of the first pixel of each run in the flat picture
     labels   its label
     beside   runs that the next run continues in the same row
-    above    runs that touch a run of the next row: arrays of upper and lower run, one pair of them for each of the
-             three directions (below left, below, below right)"""
+    touching runs of two neighbouring rows that touch: an array of upper and one of lower runs, for each of the three
+             directions (below left, below, below right)"""
 
     first: np.ndarray
     labels: np.ndarray
     beside: np.ndarray
-    above: tuple[tuple[np.ndarray, np.ndarray], ...]
+    touching: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     @classmethod
     def of(cls, labels: np.ndarray) -> _Runs:
@@ -127,21 +127,21 @@ class _Runs:
         starts = np.ones(labels.shape, bool)
         starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
         first = np.flatnonzero(starts)
-        pairs = []
+        touching = []
         for shift in (-1, 0, 1):
             left, right = max(-shift, 0), max(shift, 0)
-            # two runs meet for the first time where one of them starts
+            # the first pixels in which two runs touch are the first ones of one of them
             meets = starts[:-1, left : width - right] | starts[1:, right : width - left]
             row, column = np.divmod(np.flatnonzero(meets), width - left - right)
             upper, lower = row * width + column + left, (row + 1) * width + column + right
-            pairs.append(tuple(np.searchsorted(first, pixels, side="right") - 1 for pixels in (upper, lower)))
+            touching.append(tuple(np.searchsorted(first, pixels, side="right") - 1 for pixels in (upper, lower)))
         beside = np.flatnonzero(first[1:] % width)
-        return cls(first, labels.ravel()[first], beside, tuple(pairs))
+        return cls(first, labels.ravel()[first], beside, tuple(touching))
 
     def areas(self) -> np.ndarray:
         """The number (from 0) of the connected area that each run belongs to, by union-find."""
         parent = np.arange(len(self.first))
-        a, b = (np.concatenate(ends) for ends in zip(*self.above, strict=True))
+        a, b = (np.concatenate(ends) for ends in zip(*self.touching, strict=True))
         same = self.labels[a] == self.labels[b]
         a, b = a[same], b[same]
         while True:
@@ -158,7 +158,7 @@ class _Runs:
 
         ids: the area of each run."""
         bits = np.zeros((count, BLACK + 1), bool)
-        for a, b in ((self.beside, self.beside + 1), self.above[1]):
+        for a, b in ((self.beside, self.beside + 1), self.touching[1]):
             edge = ids[a] != ids[b]
             bits[ids[a][edge], self.labels[b][edge]] = True
             bits[ids[b][edge], self.labels[a][edge]] = True

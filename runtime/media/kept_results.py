@@ -1,6 +1,8 @@
 """Results that depend only on a file, kept until the file changes: the next request with the same driving clip and mask
 is checked without reading them again."""
 
+import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -43,11 +45,10 @@ def _state(source: object) -> Hashable:
     """What identifies the content of a file: path, device, inode, size, times. None if it is no regular file."""
     if not isinstance(source, (str, Path)):
         return None
-    path = Path(source)
     try:
-        found = path.stat()
+        found = os.stat(source)
     except OSError:
         return None
-    if not path.is_file():
+    if not stat.S_ISREG(found.st_mode):
         return None
     return str(source), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

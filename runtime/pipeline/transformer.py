@@ -111,11 +111,13 @@ def context_kv(
     return result
 
 
-def release_contexts(engines: EngineSet) -> None:
-    """Drop weights of cross-attention keys and values that were prefetched and not used."""
+def release_prefetched(engines: EngineSet) -> None:
+    """Drop weights for references and contexts (CLIP, cross-attention keys and values) that were prefetched and not
+    used."""
     assert engines.config.dit is not None
     for i in range(engines.config.dit.layers):
         engines.release(f"dit.blocks.{i}.context_kv")
+    engines.release("clip")
 
 
 def _keep(kv: BlockKV, i: int, text: Tensor, image: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The server's side of `check_process`: one process, restarted when it ends.
 
-What was found for stored files is kept: the next job with the same files and options, but another prompt or seed, is
-not checked again.
+Results for stored files are kept: the next job with the same files and options, but another prompt or seed, is not
+checked again.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from scail2_rt.runtime.serve.settings import Limits
 AT_ONCE = 2  # checks that run concurrently
 LINE_BYTES = 4 << 20
 KEPT = 64  # results
-UNCHECKED = ("prompt", "negative_prompt", "seed")  # options that the check only compares with their valid values
+ANY_VALUE = ("prompt", "negative_prompt", "seed")  # options that do not change the result, as long as they are valid
 
 
 class Checker:
@@ -115,12 +115,12 @@ def _key(folder: Path, options: Mapping[str, Any]) -> str:
     change."""
     states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     files = [(name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
-    checked = {name: value for name, value in options.items() if name not in UNCHECKED}
+    checked = {name: value for name, value in options.items() if name not in ANY_VALUE}
     return json.dumps([files, checked], sort_keys=True)
 
 
 def _valid(folder: Path, options: Mapping[str, Any]) -> bool:
-    """Whether the options make a request; if not, the check says why."""
+    """Whether the options make a request. If not, the complete check names the reason."""
     others = {name: value for name, value in options.items() if name not in ("seconds", "extra_refs", "masking")}
     try:
         request_of(others, folder, options.get("extra_refs", 0))

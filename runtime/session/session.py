@@ -34,7 +34,7 @@ from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.pipeline import Frames, Machine, animate_plan
 from scail2_rt.runtime.pipeline.placement import Placement, apply, lift_limit
 from scail2_rt.runtime.pipeline.text import MAX_TOKENS, PromptCache, Tokenizer
-from scail2_rt.runtime.pipeline.transformer import release_contexts
+from scail2_rt.runtime.pipeline.transformer import release_prefetched
 from scail2_rt.runtime.session.check import check_request
 from scail2_rt.runtime.session.estimate import Rates, estimate
 from scail2_rt.runtime.session.memory import place
@@ -213,7 +213,7 @@ class Session:
         finally:
             if placement is not None:
                 with self._on_device():
-                    release_contexts(self.engines)  # if the run ended before it used them
+                    release_prefetched(self.engines)  # if the run ended before it used them
                     lift_limit(self.engines)
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import platform
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ import torch
 from scail2_rt.kernels import ahead
 
 ADA = (8, 9)
-PTXAS = find_spec("triton") is not None and os.uname().machine == "x86_64"
+PTXAS = find_spec("triton") is not None and platform.machine() == "x86_64"
 needs_compiler = pytest.mark.skipif(not PTXAS, reason="needs Triton with its assembler for x86-64")
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or not ahead.list_of(torch.cuda.get_device_capability()).exists(),

@@ -17,6 +17,7 @@ from scail2_rt.runtime.pipeline import driving
 from scail2_rt.runtime.pipeline.constants import Constants
 from scail2_rt.runtime.pipeline.driving import _in_turn, open_clips
 from scail2_rt.runtime.pipeline.placement import Placement
+from scail2_rt.runtime.pipeline.transformer import release_prefetched
 
 FILES = SimpleNamespace(driving=Path("a.mp4"), mask_video=Path("m.mp4"))
 WAIT_S = 30
@@ -134,3 +135,10 @@ def test_context_weights_are_prefetched_as_far_as_there_is_room() -> None:
     assert asked == [f"dit.blocks.{i}.context_kv" for i in range(3)]
     Constants(engines).expect_contexts(None)
     assert len(asked) == 3
+
+
+def test_weights_that_were_prefetched_and_not_used_are_dropped() -> None:
+    dropped: list[str] = []
+    engines: Any = SimpleNamespace(release=dropped.append, config=SimpleNamespace(dit=SimpleNamespace(layers=2)))
+    release_prefetched(engines)
+    assert dropped == ["dit.blocks.0.context_kv", "dit.blocks.1.context_kv", "clip"]
