@@ -2,12 +2,14 @@
 
 Each cell is a generation from files to mp4 through one warm session. A schedule with more steps than `--measure` is run
 with that many, and its seconds are computed: the measured ones plus the missing steps at the measured seconds per
-step. Memory does not depend on the number of steps. Computed cells are marked in the table and in their rows' notes.
+step. Memory does not depend on the number of steps. Computed cells are marked in the table and in their rows' notes;
+those that differ only in the number of missing steps share one run.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from scail2_rt.benchmarks.report.record import Row, Timing
 from scail2_rt.benchmarks.speed.bench import Bench
@@ -69,32 +71,50 @@ def run(bench: Bench) -> None:
                 execution = Execution(attention=options.attention, vram_limit=None if limit is None else limit << 30)
                 with workload.open(folder, execution, options.gpus) as session:
                     session.generate(session.check(workload.request()), workload.output)  # loads and compiles
+                    runs: dict[Schedule, Run] = {}
                     for schedule in schedules:
                         with bench.attempt(f"{label}/{schedule}"):
-                            _cell(bench, f"{label}/{schedule}", session, workload, schedule)
+                            steps = max(2, min(schedule.steps, options.measure))  # a step's time needs two
+                            short = Schedule(steps, schedule.guidance)
+                            if short not in runs:
+                                runs[short] = _run(bench, session, workload, short)
+                            _add_cell(bench, f"{label}/{schedule}", runs[short], schedule.steps - steps)
 
 
-def _cell(bench: Bench, name: str, session: Session, workload: Workload, schedule: Schedule) -> None:
-    steps = max(2, min(schedule.steps, bench.options.measure))  # a step's time is measured between two
-    request = replace(workload.request(steps), guidance=schedule.guidance)
-    plan = session.check(request)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A measured generation: its frames and schedule, seconds in total and per step, and its GPU memory in GiB."""
+
+    frames: int
+    schedule: Schedule
+    seconds: float
+    step_s: float
+    memory: Mapping[str, Any]
+
+
+def _run(bench: Bench, session: Session, workload: Workload, schedule: Schedule) -> Run:
+    plan = session.check(replace(workload.request(schedule.steps), guidance=schedule.guidance))
     with bench.peaks() as peaks:
         clock, started = StepClock(), time.perf_counter()
         session.generate(plan, workload.output, clock)
         seconds = time.perf_counter() - started
     assert plan.estimate is not None
     assert clock.step_s is not None
-    missing = schedule.steps - steps
-    seconds += missing * clock.step_s
+    memory = {"estimated_peak_gib": plan.estimate.peak / 2**30, **peaks}
+    return Run(workload.frames, schedule, seconds, clock.step_s, memory)
+
+
+def _add_cell(bench: Bench, name: str, run: Run, missing: int) -> None:
+    """Add a row for the run's schedule with `missing` steps more."""
+    seconds = run.seconds + missing * run.step_s
     bench.add(
         name,
         Timing.of([seconds]),
-        note=f"computed from {steps} steps" if missing else "",
-        fps=workload.frames / seconds,
-        step_s=clock.step_s,
-        guidance=schedule.guidance,
-        estimated_peak_gib=plan.estimate.peak / 2**30,
-        **peaks,
+        note=f"computed from {run.schedule.steps} steps" if missing else "",
+        fps=run.frames / seconds,
+        step_s=run.step_s,
+        guidance=run.schedule.guidance,
+        **run.memory,
     )
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 
 from scail2_rt.benchmarks.report.record import Timing
@@ -111,10 +112,15 @@ def warm_request(bench: Bench) -> None:
         session.generate(session.check(workload.request(steps=2)), workload.output)
         for number in range(bench.options.runs if bench.on_gpu else 1):
             image[0, 0] = number
+            if bench.on_gpu:
+                torch.cuda.synchronize()  # the step that was queued when the previous run was cancelled
             started = time.perf_counter()
             plan = session.check(replace(request, image=image.copy()))
+            checked = time.perf_counter()
             seconds.append(_to_first_step(session, plan, workload.output) - started)
-    bench.add("load/warm-request", Timing.of(seconds), note="warm session, cached prompt, new reference image")
+        phases = {"check": checked - started, **session.timings}
+    note = "warm session, cached prompt, new reference image"
+    bench.add("load/warm-request", Timing.of(seconds), note=note, breakdown=phases)
 
 
 def _to_first_step(session: Session, plan: Plan, output: Output) -> float:

@@ -31,6 +31,7 @@ from scail2_rt.engines.folder.manifest import (
 from scail2_rt.engines.folder.store import STORE_NAME, StoreWriter, SummingWriter
 from scail2_rt.engines.folder.sums import Sums, sum_of, sum_of_file
 from scail2_rt.export.checkpoint.random_checkpoint import write_tokenizer
+from scail2_rt.export.models.config import ModelConfig
 from scail2_rt.export.models.precision import Precision
 from scail2_rt.export.stages.definitions import stage_definitions
 from scail2_rt.kernels.errors import InputError
@@ -40,11 +41,11 @@ IN_FLIGHT = 32  # maximum number of tensors that wait for a writer
 UNHASHED = "random weights, not hashed"
 
 
-def write_random_folder(directory: Path, config_name: str, precision: Precision) -> Path:
-    """Make the folder, unless one of this model and precision exists. Returns `directory`. Raises InputError for a
-    folder with other files."""
-    config = model(config_name)
-    if fits(directory, config_name, precision):
+def write_random_folder(directory: Path, config_name: str, precision: Precision, layers: int | None = None) -> Path:
+    """Make the folder, unless one of this model and precision exists. Returns `directory`. layers: at most this number
+    of transformer blocks. Raises InputError for a folder with other files."""
+    config = model(config_name, layers)
+    if fits(directory, config, precision):
         return directory
     if directory.exists() and not (directory / STAGES).is_dir() and any(directory.iterdir()):
         raise InputError(f"{directory} contains other files. Give another folder with --work.")
@@ -66,7 +67,7 @@ def write_random_folder(directory: Path, config_name: str, precision: Precision)
     return directory
 
 
-def fits(directory: Path, config_name: str, precision: Precision) -> bool:
+def fits(directory: Path, config: ModelConfig, precision: Precision) -> bool:
     """Whether `directory` is a complete folder of this model and precision."""
     if not (directory / MANIFEST).is_file():
         return False
@@ -75,8 +76,7 @@ def fits(directory: Path, config_name: str, precision: Precision) -> bool:
         check_folder(directory, manifest, stage_definitions(manifest.config))
     except InputError:
         return False
-    asked_for = manifest.config == model(config_name) and manifest.precision == precision
-    return asked_for and manifest.sums is not None
+    return (manifest.config, manifest.precision) == (config, precision) and manifest.sums is not None
 
 
 def _write_store(path: Path, store: RandomStore) -> dict[str, str]:

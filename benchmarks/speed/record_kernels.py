@@ -2,8 +2,8 @@
 
 `python -m scail2_rt.benchmarks.speed.record_kernels [--work DIR] [--config 14b]` runs one step of a usual and of a
 small segment with every precision, with and without guidance, on random weights. It writes the list of this GPU's
-compute capability into the package. No kernel is compiled for one size, so two sizes are enough. Needs a GPU; takes a
-minute per precision.
+compute capability into the package. No kernel is compiled for one size, so two sizes are enough, and the blocks of the
+transformer are alike, so two blocks are. Needs a GPU.
 """
 
 import argparse
@@ -22,13 +22,15 @@ from scail2_rt.kernels.ahead import Recorder, list_of
 
 SIZES = (Work(512, 896, 81), Work(256, 448, 13))
 PRECISIONS = ("fp8", "bf16")
+LAYERS = 2
 
 
 def record(config: str, work: Path, precisions: tuple[str, ...] = PRECISIONS) -> list[str]:
     """Run the generations. Returns the lines of the list, in the order of first use."""
     with Recorder() as recorder:
         for precision in precisions:
-            folder = write_random_folder(work / f"engines-{config}-{precision}", config, cast(Precision, precision))
+            directory = work / f"engines-{config}-{LAYERS}-blocks-{precision}"
+            folder = write_random_folder(directory, config, cast(Precision, precision), LAYERS)
             with Workload(SIZES[0], 1, work).open(folder) as session:
                 for size, guidance in itertools.product(SIZES, (1.0, 2.0)):
                     workload = Workload(size, 1, work)

@@ -42,19 +42,25 @@ def run(bench: Bench) -> None:
         return
     folder, workload = engine_folder(bench), workload_of(bench)
     own: float | None = None
-    with bench.attempt("serve/own-session"):
-        own = own_session(bench, folder, workload)
+    videos_wanted = bench.wants("serve/first-step") or bench.wants("serve/video")
+    if videos_wanted:
+        with bench.attempt("serve/own-session"):
+            own = own_session(bench, folder, workload)
     with running(bench, folder, workload) as (wire, server):
         body = body_of(wire, workload.request())
         finish(wire, wire.ask("POST", "/v1/videos", body)["id"])
-        with bench.attempt("serve/first-step"):
-            videos(bench, wire, body, own, workload)
-        with bench.attempt("serve/command-first-step"):
-            command(bench, wire, workload)
-        with bench.attempt("serve/status"):
-            status(bench, wire, body)
-        with bench.attempt("serve/queue"):
-            queue(bench, wire, server, body)
+        if videos_wanted:
+            with bench.attempt("serve/first-step"):
+                videos(bench, wire, body, own, workload)
+        others: dict[str, Callable[[], None]] = {
+            "serve/command-first-step": lambda: command(bench, wire, workload),
+            "serve/status": lambda: status(bench, wire, body),
+            "serve/queue": lambda: queue(bench, wire, server, body),
+        }
+        for name, measure in others.items():
+            if bench.wants(name):
+                with bench.attempt(name):
+                    measure()
 
 
 def own_session(bench: Bench, folder: Path, workload: Workload) -> float:

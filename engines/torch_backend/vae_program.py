@@ -24,6 +24,7 @@ from scail2_rt.kernels.conv.ops import (
     Implementation,
     Norm,
     conv,
+    fuses_norm,
     pad_channels,
     padded,
     prepare_conv,
@@ -171,8 +172,10 @@ class Program:
         window1, new1 = buffers.ring(f"{name}.residual.2", self.later, self.size, norm1.channels)
         window2, new2 = buffers.ring(f"{name}.residual.6", self.later, self.size, norm2.channels)
         self.normed(x, norm1, new1)
-        scratch = buffers.plain("scratch", self.later, self.size, norm2.channels)
-        self.ops.append(ConvCall(window1, conv1, self.frames, raw=scratch, normed=new2, norm=norm2, keep_raw=False))
+        first = ConvCall(window1, conv1, self.frames, normed=new2, norm=norm2, keep_raw=False)
+        if not fuses_norm(first):
+            first = replace(first, raw=buffers.plain("scratch", self.later, self.size, norm2.channels))
+        self.ops.append(first)
         out = self.stream(norm2.channels)
         if layers.has(f"{name}.shortcut"):
             self.ops.append(ConvCall(x, layers.conv(f"{name}.shortcut"), self.frames, raw=out))

@@ -80,6 +80,8 @@ class _Stream(ABC):
         if not self._first:
             raise InputError(f"The video changes its size to {height}×{width} latent cells. Reset the stream first.")
         self._programs, self._buffers = {}, None  # frees the old buffers first
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the allocator's cached blocks are too small for these buffers
         self._buffers = Buffers(self.dtype, self.device)
         self._programs = {first: self._build(self._buffers, first, Size(height, width)) for first in (False, True)}
         self._layers.forget_source()  # all weights have been converted

@@ -42,12 +42,15 @@ def choose_conv(device: torch.device, c_in: int, c_out: int, stride: int) -> Con
 def _choose(capability: tuple[int, int], c_in: int, c_out: int, stride: int) -> ConvConfig:
     if capability[0] < 9:
         return _ampere(c_in, c_out)
-    if capability[0] > 9 or c_in < 32 or c_out < 64 or stride != 1:
+    if capability[0] > 9 or c_in < 32 or 16 < c_out < 64 or stride != 1:
         return _hopper_other(c_in, c_out, capability, stride)
+    if c_out <= 16:
+        return ConvConfig(256, 16, 0, 32, 8, 4, True)
     if c_out == 96:
-        return ConvConfig(128, 64, 32, 32 if c_in == 96 else 64, 4, 4, True)
+        return ConvConfig(128, 64, 32, 32 if c_in == 96 else 64, 4, 4, True, merged=c_in == 96)
     if c_out == 192:
-        return ConvConfig(128, 128, 64, 32 if c_in == 96 else 64, 8, 4, True)
+        warps = 4 if c_in == 384 else 8
+        return ConvConfig(128, 128, 64, 64 if c_in == 192 else 32, warps, 4, True)
     return ConvConfig(128, 128, 0, 64, 8, 3, True)
 
 

@@ -177,7 +177,9 @@ __device__ __forceinline__ float2 unpack_f16(u32 pair) {
     return out;
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + exp2_fast(-1.4426950408889634f * x)); }
+__device__ __forceinline__ float silu(float x) {
+    return __fdividef(x, 1.0f + exp2_fast(-1.4426950408889634f * x));  // exact division costs 6 % of a decoding
+}
 
 // Lane b of a quad holds element i of its row in v.i; afterwards it holds element b of lane i's row. Self-inverse.
 __device__ __forceinline__ uint4 transpose(uint4 v, int b) {

@@ -181,9 +181,9 @@ class ConvCall:
     """One convolution between buffers: y = conv(src) + bias + residual for `frames` output frames (before "time" phases
     double them).
 
-    Stores y in `raw` and norm(y) in `normed`. With `norm`, `raw` must be given: it is scratch memory if the
-    configuration cannot fuse the norm, and is written in any case if `keep_raw`. `residual` may be `raw`. All frames
-    have the padded channels of the weights. Raises ValueError unless `normed` is given with `norm`, unscaled."""
+    Stores y in `raw` and norm(y) in `normed`. With `norm`, `raw` is scratch memory if the norm cannot be fused
+    (`fuses_norm`), and is written in any case if `keep_raw`. `residual` may be `raw`. All frames have the padded
+    channels of the weights. Raises ValueError unless `normed` is given with `norm`, unscaled."""
 
     src: Frames
     weights: ConvWeights
@@ -218,18 +218,31 @@ def conv(call: ConvCall, clock: Tensor, planar: Tensor | None = None, config: Co
     from scail2_rt.kernels.conv import hopper_conv
     from scail2_rt.kernels.conv.launch import launch_conv, launch_norm
 
-    on_hopper = config is None and hopper_conv.takes(call, planar)
-    config = config or choose_conv(call.src.data.device, weights.c_in, weights.c_out, weights.stride)
-    columns = hopper_conv.FUSED_CHANNELS if on_hopper else config.columns
-    fused = norm is not None and columns >= weights.c_out
-    if on_hopper:
+    fused = norm is not None and fuses_norm(call, config)
+    if config is None and hopper_conv.takes(call, planar):
         hopper_conv.launch_conv(call, clock, fused)
     else:
-        launch_conv(call, clock, config, fused, planar)
+        launch_conv(call, clock, config or _configuration(call), fused, planar)
     if norm is not None and not fused:
         if call.raw is None or call.normed is None:
             raise ValueError("a norm that cannot be fused needs both `raw` and `normed`")
         launch_norm(call.raw, call.normed, norm, clock, call.frames * (2 if weights.phases == "time" else 1))
+
+
+def fuses_norm(call: ConvCall, config: ConvConfig | None = None) -> bool:
+    """Return whether one launch computes convolution and norm of such a call, so that only `keep_raw` needs `raw`."""
+    if call.weights.implementation == "library":
+        return True
+    from scail2_rt.kernels.conv import hopper_conv
+
+    if config is None and hopper_conv.takes(call, None):
+        return call.weights.c_out <= hopper_conv.FUSED_CHANNELS
+    return (config or _configuration(call)).columns >= call.weights.c_out
+
+
+def _configuration(call: ConvCall) -> ConvConfig:
+    weights = call.weights
+    return choose_conv(call.src.data.device, weights.c_in, weights.c_out, weights.stride)
 
 
 def rms_norm_frames(
