@@ -1,5 +1,6 @@
-"""Cache folder: traced graphs, prompt encodings and other data that can be computed again."""
+"""Cache folders: traced graphs, prompt encodings, compiled kernels and other data that can be computed again."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -17,3 +18,17 @@ def cache_directory() -> Path:
         return Path.home() / ".cache" / "scail2-rt"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / "scail2-rt"
+
+
+def kernel_directory() -> Path:
+    """Return the folder of kernels compiled by NVRTC: $SCAIL2_RT_KERNELS, or `kernels` in the cache folder."""
+    own = os.environ.get("SCAIL2_RT_KERNELS")
+    return Path(own) if own else cache_directory() / "kernels"
+
+
+def use_kernel_cache(directory: Path) -> None:
+    """Let Triton and NVRTC cache kernels in `directory`, unless the user has set a folder or it is not writable."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(exist_ok=True)
+        for variable in ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS"):
+            os.environ.setdefault(variable, str(directory))

@@ -17,6 +17,9 @@ STEPS = 3
 
 def main(folder: Path, work: Path, size: str, start: float, checked: bool) -> dict[str, float]:
     """Run three steps. Returns the times in seconds since `start`, and the duration of each phase."""
+    from scail2_rt.kernels.ahead import start_early
+
+    start_early(folder, "auto")  # as the command does
     from scail2_rt.benchmarks.speed.models import parse_sizes
     from scail2_rt.benchmarks.speed.workload import Workload
     from scail2_rt.engines.folder.store import StoreReader

@@ -1,4 +1,4 @@
-"""Record which Triton kernels a generation uses on this GPU: the lists of `kernels.ahead`.
+"""Record which kernels a generation uses on this GPU: the lists of `kernels.ahead`.
 
 `python -m scail2_rt.benchmarks.speed.record_kernels [--work DIR] [--config 14b]` runs one step of a usual and of a
 small segment with every precision, with and without guidance, on random weights. It writes the list of this GPU's
@@ -18,7 +18,8 @@ from scail2_rt.benchmarks.speed.models import Work
 from scail2_rt.benchmarks.speed.random_folder import write_random_folder
 from scail2_rt.benchmarks.speed.workload import Workload
 from scail2_rt.export.models.precision import Precision
-from scail2_rt.kernels.ahead import Recorder, list_of
+from scail2_rt.kernels.ahead import Recorder, cuda_lines, list_of
+from scail2_rt.kernels.cuda.nvrtc import HOPPER
 
 SIZES = (Work(512, 896, 81), Work(256, 448, 13))
 PRECISIONS = ("fp8", "bf16")
@@ -45,8 +46,12 @@ def main() -> None:
     parser.add_argument("--config", default="14b")
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     given = parser.parse_args()
-    file = list_of(torch.cuda.get_device_capability())
+    capability = torch.cuda.get_device_capability()
+    file = list_of(capability)
     lines = record(given.config, given.work, tuple(given.precision or PRECISIONS))
+    if capability == HOPPER:
+        first, last = cuda_lines()
+        lines = [*first, *lines, *last]
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in lines))
     print(f"{file}: {len(lines)} kernels")

@@ -4,11 +4,8 @@ On a GPU it controls where weights lie: stages are read in the background, a fam
 the VAE keeps its causal past in ring buffers. On a CPU, weights are views of the mapped store.
 """
 
-import contextlib
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,17 +20,10 @@ from scail2_rt.engines.vae_stream import Part, VAEStream
 from scail2_rt.export.models.precision import Numerics, Precision
 from scail2_rt.export.stages.spec import StageDefinition
 from scail2_rt.kernels import ahead
+from scail2_rt.kernels.cache_folder import use_kernel_cache
 
 Rings = EncodeStream | DecodeStream
 VAE_HALVES: dict[str, type[Rings]] = {"vae.encode": EncodeStream, "vae.decode": DecodeStream}
-
-
-def use_kernel_cache(directory: Path) -> None:
-    """Let Triton and NVRTC cache kernels in `directory`, unless the user has set a folder or it is not writable."""
-    with contextlib.suppress(OSError):
-        directory.mkdir(exist_ok=True)
-        for variable in ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS"):
-            os.environ.setdefault(variable, str(directory))
 
 
 class TorchExecutor(Executor):

@@ -13,30 +13,12 @@ row sum, which divides the complete row. A NaN scale of V enters with the last m
 """
 
 # mypy: ignore-errors
-import math
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from scail2_rt.kernels.attention.eight_bit import Prepared8
 
 P_SHIFT = tl.constexpr(8.0)  # log2 of the factor that p carries before e4m3
 MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: float(MAGIC bits + n) = MAGIC + n for |n| < 2²²
 MAGIC_BITS = tl.constexpr(0x4B400000)
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """Launch parameters: query rows and keys per tile, warps, pipeline stages."""
-
-    rows: int = 64
-    keys: int = 128
-    warps: int = 4
-    stages: int = 2
 
 
 @triton.jit
@@ -162,105 +144,3 @@ def _cross_attention(
     both += _attend(query, image, image, column, second, image_stride, image_stride, images, scale,
                     D, M, N_IMAGE, TMA)  # fmt: skip
     tl.store(out + rows[:, None] * channels + lanes, both.to(out.dtype.element_ty), mask=inside)
-
-
-def _matrix(x: Tensor, rows: int, columns: int, tma: bool) -> Tensor | TensorDescriptor:
-    """Return x [n, ·] with contiguous rows as the kernel expects it: a TMA descriptor of tiles, or x unchanged."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]) if tma else x
-
-
-def _major(device: torch.device) -> int:
-    """Return the GPU's major compute capability. The interpreter (a CPU) runs the same kernels as sm90."""
-    return 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
-
-
-def has_tma(device: torch.device) -> bool:
-    """Return whether the device has TMA (sm90 and later). Older GPUs load tiles with ordinary loads."""
-    return _major(device) >= 9
-
-
-def default_config_8bit(device: torch.device, fp8_pv: bool) -> Config:
-    """Return the launch parameters for 8-bit QK, as `default_config` does for 16-bit attention."""
-    return Config() if _major(device) == 9 else Config(rows=64, keys=64, warps=4, stages=2 if fp8_pv else 3)
-
-
-def default_config(device: torch.device, cross: bool = False) -> Config:
-    """Return fixed launch parameters by compute capability.
-
-    They fit the registers and the shared memory (99 KiB per block on sm86, sm89 and sm120)."""
-    major = _major(device)
-    if major == 9:
-        return Config(rows=64, keys=64, warps=4, stages=3)
-    if major == 10:
-        return Config(rows=128, keys=128, warps=8, stages=2)
-    return Config(rows=32, keys=64, warps=4, stages=2) if cross else Config(rows=128, keys=64, warps=8, stages=2)
-
-
-def attention_8bit(prepared: Prepared8, out: Tensor, config: Config | None = None, tma: bool | None = None) -> Tensor:
-    """Run 8-bit attention in either variant. `out` [L, C] bf16 or fp16, contiguous, is written and returned."""
-    heads, padded, dim = prepared.q.shape
-    fp8 = prepared.v_scale is not None
-    device = prepared.q.device
-    config = config or default_config_8bit(device, fp8)
-    tma = has_tma(device) if tma is None else tma
-    m, n = config.rows, config.keys
-    q, k = prepared.q.view(-1, dim), prepared.k.view(-1, dim)
-    v = prepared.v.view(-1, padded) if fp8 else flat_heads(prepared.v)
-    value_tile = (dim, n) if fp8 else (n, dim)
-    # Hopper's fp8 product starts from zero; elsewhere an explicit precision keeps Triton from folding `acc` into it
-    imprecise = None if _major(device) == 9 else n
-    _attention_8bit[(triton.cdiv(prepared.tokens, m), heads)](
-        _matrix(q, m, dim, tma), _matrix(k, n, dim, tma), _matrix(v, *value_tile, tma),
-        prepared.q_scale, prepared.k_scale, prepared.v_scale, prepared.v_shift, out,
-        prepared.tokens, padded, v.stride(0), heads * dim,
-        D=dim, M=m, N=n, FP8=fp8, TMA=tma, IMPRECISE=imprecise,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return out
-
-
-def flat_heads(x: Tensor) -> Tensor:
-    """Return the [L, C] matrix of which x is a [H, L, D] view."""
-    return x.transpose(0, 1).flatten(1)
-
-
-def attention_16bit(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: Config | None = None, tma: bool | None = None
-) -> Tensor:
-    """Run 16-bit attention. q, k, v: [H, L, D] views of [L, C] matrices; `out` [L, C], contiguous, is returned.
-
-    Raises ValueError if q and k have different row strides."""
-    heads, length, dim = q.shape
-    tma = has_tma(q.device) if tma is None else tma
-    config = config or default_config(q.device)
-    m, n = config.rows, config.keys
-    q, k, v = flat_heads(q), flat_heads(k), flat_heads(v)
-    if q.stride(0) != k.stride(0):
-        raise ValueError(f"q and k have row strides {q.stride(0)} and {k.stride(0)}; make them equal")
-    _attention_16bit[(triton.cdiv(length, m), heads)](
-        _matrix(q, m, dim, tma), _matrix(k, n, dim, tma), _matrix(v, n, dim, tma), out,
-        length, k.stride(0), v.stride(0), heads * dim, math.log2(math.e) / math.sqrt(dim),
-        D=dim, M=m, N=n, TMA=tma, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return out
-
-
-def cross_attention(
-    q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int, out: Tensor, config: Config | None = None,
-    tma: bool | None = None,
-) -> Tensor:  # fmt: skip
-    """Run two-softmax cross-attention. q [L, C], text_kv and image_kv [n, 2·C] as k | v; `out` [L, C] is returned.
-
-    All are 16-bit with contiguous rows; `out` is contiguous."""
-    length, channels = q.shape
-    tma = has_tma(q.device) if tma is None else tma
-    config = config or default_config(q.device, cross=True)
-    m, n = config.rows, config.keys
-    n_image = min(n, 64)  # of 257 image keys, a last tile of 64 wastes less
-    _cross_attention[(triton.cdiv(length, m), channels // head_dim)](
-        q, _matrix(text_kv, n, head_dim, tma), _matrix(image_kv, n_image, head_dim, tma), out,
-        length, text_kv.shape[0], image_kv.shape[0], q.stride(0), text_kv.stride(0), image_kv.stride(0), channels,
-        math.log2(math.e) / math.sqrt(head_dim),
-        D=head_dim, M=m, N=n, N_IMAGE=n_image, TMA=tma, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return out

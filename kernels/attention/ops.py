@@ -70,10 +70,10 @@ def prepare_qkv(
     heads = q_weight.shape[0] // rope.head_dim
     v = qkv.chunk(3, dim=-1)[2].unflatten(-1, (heads, -1)).transpose(0, 1)
     if qkv.is_cuda:
-        from scail2_rt.kernels.attention import prepare_triton
+        from scail2_rt.kernels.attention import launch
 
         q, k = (qkv.new_empty(qkv.shape[0], q_weight.shape[0]) for _ in range(2))
-        prepare_triton.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, q, k)
+        launch.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, q, k)
         q, k = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k))
         return PreparedQKV(q, k, v, variant)
     q, k, _ = qkv.chunk(3, dim=-1)
@@ -87,12 +87,12 @@ def _prepare_8bit(
 ) -> Prepared8:
     if not qkv.is_cuda:
         return eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, fp8_pv, share)
-    from scail2_rt.kernels.attention import prepare_triton
+    from scail2_rt.kernels.attention import launch
 
     heads = q_weight.shape[0] // rope.head_dim
     v = None if fp8_pv else eight_bit.sixteen_bit_v(qkv, rope.head_dim)
     made = eight_bit.empty_prepared8(heads, qkv.shape[0], rope.head_dim, v, qkv.device)
-    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made, share)
+    launch.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made, share)
     return made
 
 
@@ -116,12 +116,12 @@ def self_attention(prepared: Prepared, out: Tensor | None = None) -> Tensor:
         return _eight_bit_attention(prepared, out)
     q, k, v = prepared.q, prepared.k, prepared.v
     if prepared.variant == SIXTEEN_BIT:
-        from scail2_rt.kernels.attention import attention_triton, hopper_attention_16bit
+        from scail2_rt.kernels.attention import hopper_attention_16bit, launch
 
         out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2]) if out is None else out
         if hopper_obstacle(q.device, q.shape[2], q.dtype) is None:
             return hopper_attention_16bit.hopper_attention_16bit(q, k, v, out)
-        return attention_triton.attention_16bit(q, k, v, out)
+        return launch.attention_16bit(q, k, v, out)
     if prepared.variant in (FLASH, SAGE):
         return _library_attention(prepared)
     if prepared.variant == CUDNN:
@@ -144,9 +144,9 @@ def _eight_bit_attention(prepared: Prepared8, out: Tensor | None) -> Tensor:
         from scail2_rt.kernels.attention.hopper_attention import hopper_attention
 
         return hopper_attention(prepared, out)
-    from scail2_rt.kernels.attention import attention_triton
+    from scail2_rt.kernels.attention import launch
 
-    return attention_triton.attention_8bit(prepared, out)
+    return launch.attention_8bit(prepared, out)
 
 
 def _library_attention(prepared: PreparedQKV) -> Tensor:
@@ -167,9 +167,9 @@ def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, head_dim: int)
     q [L, C] (RMS-normed), text_kv [T, 2·C] and image_kv [I, 2·C] as k | v → [L, C] in q's type. For 16-bit tensors on a
     GPU, one Triton launch reads all three in place. fp32 tensors use the twin (tensor cores round fp32)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from scail2_rt.kernels.attention import attention_triton
+        from scail2_rt.kernels.attention import launch
 
-        return attention_triton.cross_attention(q, text_kv, image_kv, head_dim, torch.empty_like(q))
+        return launch.cross_attention(q, text_kv, image_kv, head_dim, torch.empty_like(q))
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, head_dim)).transpose(0, 1)[None]

@@ -12,28 +12,11 @@ NaN in a range: a token of q or k that holds NaN gives its row (q) or tile (k) a
 and shift. Infinity becomes NaN on the way (its reciprocal RMS is 0, its distance from the mean undefined). The
 attention multiplies by each of these scales anyway.
 `do_not_specialize` keeps Triton from compiling a separate kernel for a count of 1: one token runs the same code.
-Only `kernels.attention.ops` calls the launchers.
 """
 
 # mypy: ignore-errors
-import math
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from scail2_rt.kernels.attention.eight_bit import TILE, Prepared8, sample_step
-from scail2_rt.kernels.rope import Rope
-
-if TYPE_CHECKING:
-    from scail2_rt.kernels.attention.shared_rows import RowShare
-
-# sizes of the 8-bit preparation
-Q_TOKENS = 64  # tokens per program that quantises q; programs for k and v take a TILE
-HEADS_TOGETHER = 8  # maximum heads per program that quantises q or k
-SUM_TOKENS = 512  # tokens per program that sums V
 
 
 @triton.jit
@@ -283,107 +266,3 @@ def _v_shift(mean, residual, shift, blocks, length, channels, P: tl.constexpr, D
         at = rows[:, None].to(tl.int64) * channels + columns[None]
         total += tl.load(residual + at, mask=(rows < blocks)[:, None], other=0.0)
     tl.store(shift + columns, tl.load(mean + columns) + tl.sum(total, 0) / length)
-
-
-def prepare_16bit(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float, q: Tensor, k: Tensor
-) -> None:
-    """Write normed, rotated q and k, each contiguous [L, C] in qkv's type. qkv [L, 3·C] with last stride 1."""
-    rows = 4  # per program
-    length, channels = q.shape
-    block = min(1024, triton.next_power_of_2(channels))
-    _norm_rope[(triton.cdiv(length, rows), 2)](
-        qkv, qkv.stride(0), q_weight, k_weight, rope.cos, rope.sin, q, k, length, channels, eps,
-        D=rope.head_dim, ROWS=rows, BLOCK=block, num_warps=4,
-    )  # fmt: skip
-
-
-def _floats(device: torch.device, *shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.float32, device=device)
-
-
-def _statistics(
-    qkv: Tensor, k_weight: Tensor, rope: Rope, eps: float, v_scale: Tensor | None, share: "RowShare | None"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Read qkv the first time: returns 1/rms [2, L] of q and k, mean key [C], mean [C] of V; writes `v_scale` [H, D].
-
-    share: means and ranges are taken over the rows of all ranks."""
-    fp8_pv = v_scale is not None
-    length, channels, device = qkv.shape[0], qkv.shape[1] // 3, qkv.device
-    heads, dim, stride = channels // rope.head_dim, rope.head_dim, qkv.stride(0)
-    tokens = length if share is None else share.tokens
-    rms = _floats(device, 2, length)
-    k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
-    block = min(1024, triton.next_power_of_2(channels))
-    _row_rms[(triton.cdiv(length, 4), 2)](qkv, stride, rms, length, channels, eps, ROWS=4, BLOCK=block)
-    step = sample_step(tokens)
-    first = 0 if share is None else -share.first % step
-    samples = triton.cdiv(max(length - first, 0), step)
-    k_chunks, v_chunks = max(triton.cdiv(samples, 32), 1), max(triton.cdiv(length, SUM_TOKENS), 1) if fp8_pv else 1
-    k_partial, v_partial = _floats(device, k_chunks, channels), _floats(device, 3, v_chunks, channels)
-    _key_sample[(k_chunks, heads)](
-        k[first:], stride, k_weight, rms[1, first:], rope.cos[first:], rope.sin[first:], k_partial, samples, step,
-        channels, T=32, D=dim,
-    )  # fmt: skip
-    if fp8_pv:
-        _v_statistics[(v_chunks, heads)](
-            v, stride, v_partial, length, channels, CHUNK=SUM_TOKENS, T=32, D=dim, STAGES=3, num_warps=4
-        )
-    if share is not None:
-        k_partial, v_partial = _of_all(k_partial, v_partial, share)
-        k_chunks = v_chunks = share.peers.size
-        samples = triton.cdiv(tokens, step)
-    k_mean, v_mean = _floats(device, channels), _floats(device, channels)
-    _finish_statistics[(heads,)](
-        v_partial, k_partial, v_mean, v_scale, k_mean, v_chunks, k_chunks, tokens, samples, channels,
-        P=32, D=dim, HAS_V=fp8_pv,
-    )  # fmt: skip
-    return rms, k_mean, v_mean
-
-
-def _of_all(k_partial: Tensor, v_partial: Tensor, share: "RowShare") -> tuple[Tensor, Tensor]:
-    """Reduce this rank's partials [chunks, C] and [3, chunks, C], gather one per rank → [N, C] and [3, N, C]."""
-    sums, low, high = v_partial
-    own = torch.stack([k_partial.sum(0), sums.sum(0), low.amin(0), high.amax(0)])
-    gathered = share.peers.gather(own).transpose(0, 1).contiguous()  # [4, N, C]
-    return gathered[0], gathered[1:]
-
-
-def prepare_8bit(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    rope: Rope,
-    eps: float,
-    out: Prepared8,
-    share: "RowShare | None" = None,
-) -> None:
-    """Fill `out`'s buffers (including v, if it is e4m3) from qkv [L, 3·C] with last stride 1.
-
-    share: qkv holds R rows of a longer sequence, and so does `out`; its v_shift is this rank's part of the sum."""
-    channels, dim = qkv.shape[1] // 3, rope.head_dim
-    fp8_pv, stride, padded = out.v_scale is not None, qkv.stride(0), out.q.shape[1]
-    qkv = qkv if share is None else qkv[: share.valid]
-    length, tokens = qkv.shape[0], qkv.shape[0] if share is None else share.tokens
-    rms, k_mean, v_mean = _statistics(qkv, k_weight, rope, eps, out.v_scale, share)
-    heads, blocks = channels // dim, padded // TILE
-    group = next(n for n in range(HEADS_TOGETHER, 0, -1) if heads % n == 0)
-    k, v = qkv[:, channels : 2 * channels], qkv[:, 2 * channels :]
-    # each rotation by the ±1 matrix leaves a factor √D; q's factor also includes the softmax's log2(e)/√D
-    q_factor, k_factor = math.log2(math.e) / dim, 1 / math.sqrt(dim)
-    for source, weight, row_rms, data, scale, factor, key, size in (
-        (qkv, q_weight, rms[0], out.q, out.q_scale, q_factor, False, Q_TOKENS),
-        (k, k_weight, rms[1], out.k, out.k_scale, k_factor, True, TILE),
-    ):
-        warps = size // 16  # the same number of values per thread for q and k
-        _quantise_qk[(padded // size, heads // group)](
-            source, stride, weight, row_rms, rope.cos, rope.sin, k_mean, data, scale, length, padded, factor,
-            D=dim, T=size, HEADS=group, KEY=key, STAGES=3, num_warps=warps,
-        )  # fmt: skip
-    if fp8_pv:
-        residual = _floats(qkv.device, blocks, channels)
-        _quantise_v[(blocks, heads)](
-            v, stride, v_mean, out.v_scale, out.v, residual, length, padded, channels, T=TILE, D=dim, num_warps=8
-        )
-        mean = v_mean if share is None else v_mean / share.peers.size
-        _v_shift[(heads,)](mean, residual, out.v_shift, blocks, tokens, channels, P=32, D=dim)

@@ -3,6 +3,7 @@
 Only cuda-python is needed, not a CUDA toolkit. The cubin's file name holds a hash of everything it depends on (source,
 options, NVRTC's version), so a stale cubin is never used. Kernels run on PyTorch's current stream. Tensor maps are
 passed by value, so a captured CUDA graph replays with them; the tensors they describe must then keep their addresses.
+PyTorch is imported for launches only: `kernels.ahead` compiles without it.
 """
 
 import ctypes
@@ -15,21 +16,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from scail2_rt.kernels.cache_folder import cache_directory
+from scail2_rt.kernels.cache_folder import kernel_directory
 from scail2_rt.kernels.errors import Scail2Error
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 HOPPER = (9, 0)
 _SHARED_PTX = Path(__file__).with_name("hopper_ptx.cu")
 _ELEMENTS = {  # type names of tensor maps; 8-bit types are bytes
-    torch.int8: "UINT8",
-    torch.float8_e4m3fn: "UINT8",
-    torch.float16: "FLOAT16",
-    torch.bfloat16: "BFLOAT16",
+    "torch.int8": "UINT8",
+    "torch.float8_e4m3fn": "UINT8",
+    "torch.float16": "FLOAT16",
+    "torch.bfloat16": "BFLOAT16",
 }
 
 
@@ -56,6 +58,8 @@ class Kernel:
 
 def unavailable(kernel: Kernel, device: int) -> str | None:
     """Return None if this GPU can run the kernel, else the reason. Compiles it if necessary."""
+    import torch
+
     found = torch.cuda.get_device_capability(device)
     if found != HOPPER:
         return f"compute capability {found[0]}.{found[1]}; the kernel is for 9.0"
@@ -82,16 +86,12 @@ def compile_cubin(kernel: Kernel) -> bytes:
     return cubin
 
 
-def kernel_directory() -> Path:
-    """Return $SCAIL2_RT_KERNELS, or `kernels` in the cache folder."""
-    own = os.environ.get("SCAIL2_RT_KERNELS")
-    return Path(own) if own else cache_directory() / "kernels"
-
-
-def launch(kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Any], device: torch.device) -> None:
+def launch(kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Any], device: "torch.device") -> None:
     """Run the kernel on the current stream. `arguments`: ctypes values and structures in the kernel's order.
 
     Raises Scail2Error if the driver reports an error."""
+    import torch
+
     index = device.index if device.index is not None else torch.cuda.current_device()
     function = _load(kernel, index)
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
@@ -105,13 +105,13 @@ def launch(kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Any], devi
         )
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
+def pointer(tensor: "Tensor") -> ctypes.c_void_p:
     """Return the tensor's address as a kernel argument."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def tensor_map(
-    tensor: Tensor, sizes: Sequence[int], box: Sequence[int], swizzle: int, strides: Sequence[int] | None = None
+    tensor: "Tensor", sizes: Sequence[int], box: Sequence[int], swizzle: int, strides: Sequence[int] | None = None
 ) -> Any:
     """Encode a TMA descriptor of `tensor`'s storage from its first element on; returns an array of 128 bytes.
 
@@ -124,7 +124,7 @@ def tensor_map(
     descriptor = (ctypes.c_ubyte * 128).from_buffer(storage, -ctypes.addressof(storage) % 64)  # keeps `storage` alive
     rank = len(sizes)
     pitches = [tensor.element_size() * s for s in strides or itertools.accumulate(sizes[:-1], operator.mul)]
-    element = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_ELEMENTS[tensor.dtype]}")
+    element = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_ELEMENTS[str(tensor.dtype)]}")
     pattern = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle}B")
     code = _encoder()(
         ctypes.byref(descriptor),
@@ -166,6 +166,8 @@ def _bindings(name: str) -> Any:
 @functools.cache
 def _load(kernel: Kernel, device: int) -> Any:
     """Load the function and raise its shared memory limit. Loading synchronises: do it before capturing a graph."""
+    import torch
+
     driver = _bindings("driver")
     cubin = compile_cubin(kernel)
     with torch.cuda.device(device):

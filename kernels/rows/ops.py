@@ -1,5 +1,5 @@
 """Row operations: fused operations on single tokens. On a CPU the PyTorch twins run, from which the ONNX graphs are
-also traced; on a GPU each is one Triton launch (`rows_triton`), and the GEMM is `torch._scaled_mm`.
+also traced; on a GPU each is one Triton launch (`launch`), and the GEMM is `torch._scaled_mm`.
 
 A `RowForm` describes the operand of the next GEMM. Each operation that feeds a GEMM returns its rows in that form:
 cast, or e4m3 with one scale per row. The project's fp8 rule has two halves: `quantise_rows` divides each row by its
@@ -66,11 +66,11 @@ def rms_norm_rows(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = No
     """Compute `rms_norm`, returned in x's type. x [L, C], weight fp32 [C]; out [L, C] may be x."""
     if not x.is_cuda:
         return _into(rms_norm(x, weight, eps).to(x.dtype), out)
-    from scail2_rt.kernels.rows import rows_triton
+    from scail2_rt.kernels.rows import launch
 
     x = x.contiguous()
     out = _like(x, x.dtype, out)
-    rows_triton.rms_rows(x, weight, eps, out)
+    launch.rms_rows(x, weight, eps, out)
     return out
 
 
@@ -108,11 +108,11 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None, out: Tensor 
     """Compute x + gate·y in fp32. x fp32 [L, C], y [L, C], gate fp32 [C] or None for 1 → fp32 [L, C]; out may be x."""
     if not x.is_cuda:
         return _into(x + (y.float() if gate is None else gate * y.float()), out)
-    from scail2_rt.kernels.rows import rows_triton
+    from scail2_rt.kernels.rows import launch
 
     x = x.contiguous()
     out = _like(x, torch.float32, out)
-    rows_triton.residual_rows(x, y.contiguous(), gate, out)
+    launch.residual_rows(x, y.contiguous(), gate, out)
     return out
 
 
@@ -208,21 +208,21 @@ def _norm_on_gpu(
     gate: Tensor | None = None,
     x_out: Tensor | None = None,
 ) -> Rows:
-    from scail2_rt.kernels.rows import rows_triton
+    from scail2_rt.kernels.rows import launch
 
     data, scales = _operand(x, form)
     offset = 1.0 if affine.modulates else 0.0
     y = None if y is None else y.contiguous()
-    rows_triton.norm_rows(x.float().contiguous(), affine.weight, affine.bias, offset, eps, data, scales, y, gate, x_out)
+    launch.norm_rows(x.float().contiguous(), affine.weight, affine.bias, offset, eps, data, scales, y, gate, x_out)
     return data if scales is None else (data, scales)
 
 
 def _activation_on_gpu(h: Tensor, form: RowForm, gelu: bool, reuse: bool = False) -> Rows:
-    from scail2_rt.kernels.rows import rows_triton
+    from scail2_rt.kernels.rows import launch
 
     h = h.contiguous()
     data, scales = (h, None) if reuse and form == RowForm(h.dtype) else _operand(h, form)
-    rows_triton.activation_rows(h, data, scales, gelu)
+    launch.activation_rows(h, data, scales, gelu)
     return data if scales is None else (data, scales)
 
 

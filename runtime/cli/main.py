@@ -173,6 +173,10 @@ def generate(engines: Path | None, server: str | None, ray_address: str | None, 
 
     If a segmenter is installed (`scail2-rt download --segmenter sam2`), an image and a driving clip are enough: their
     masks are made first and kept beside the output. A run report, <output>.json, is written beside the video."""
+    if engines is not None and ray_address is None and not options["dry_run"]:
+        from scail2_rt.kernels.ahead import start_early
+
+        start_early(engines, options["backend"])
     from scail2_rt.runtime.cli.batch_lines import typed_lines
     from scail2_rt.runtime.cli.progress import open_progress
     from scail2_rt.runtime.distributed.torchrun import lead_or_follow

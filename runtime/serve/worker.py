@@ -21,6 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from scail2_rt.kernels.ahead import start_early
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.progress import Cancelled, Progress
 from scail2_rt.runtime.core.request import Output
@@ -194,6 +195,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     messages = Messages(answers)
     opened = stamp(settings)
+    start_early(Path(settings["engines"]), settings["backend"])
     try:
         import torch
 

@@ -112,27 +112,27 @@ def by_triton(fp8_pv: bool) -> Attention:
     """The Triton kernels of 8 bit, on a CPU in Triton's interpreter."""
 
     def attend(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> Tensor:
-        from scail2_rt.kernels.attention import attention_triton, prepare_triton
+        from scail2_rt.kernels.attention import launch
 
         tokens, channels, width = qkv.shape[0], q_weight.shape[0], rope.head_dim
         v = None if fp8_pv else eight_bit.sixteen_bit_v(qkv, width)
         prepared = eight_bit.empty_prepared8(channels // width, tokens, width, v, qkv.device)
-        prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, prepared)
+        launch.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, prepared)
         out = torch.empty(tokens, channels, dtype=torch.bfloat16 if fp8_pv else qkv.dtype, device=qkv.device)
-        return attention_triton.attention_8bit(prepared, out)
+        return launch.attention_8bit(prepared, out)
 
     return attend
 
 
 def by_triton_16bit(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> Tensor:
-    from scail2_rt.kernels.attention import attention_triton, prepare_triton
+    from scail2_rt.kernels.attention import launch
 
     tokens, channels = qkv.shape[0], q_weight.shape[0]
     q, k = (qkv.new_empty(tokens, channels) for _ in range(2))
-    prepare_triton.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, q, k)
+    launch.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, q, k)
     q, k, v = (x.unflatten(-1, (-1, rope.head_dim)).transpose(0, 1) for x in (q, k, qkv[:, 2 * channels :]))
     made = PreparedQKV(q, k, v)
-    return attention_triton.attention_16bit(made.q, made.k, made.v, qkv.new_empty(tokens, channels))
+    return launch.attention_16bit(made.q, made.k, made.v, qkv.new_empty(tokens, channels))
 
 
 def attentions() -> dict[str, Attention]:

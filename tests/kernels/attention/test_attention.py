@@ -82,11 +82,11 @@ def unwritten(tokens: int, channels: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(7, 3, 64), (33, 5, 128)])
 def test_prepare_16bit(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
-    from scail2_rt.kernels.attention import prepare_triton
+    from scail2_rt.kernels.attention import launch
 
     qkv, q_weight, k_weight, rope = case(tokens, heads, dim, dtype)
     outputs = [unwritten(tokens, heads * dim, dtype) for _ in range(2)]
-    prepare_triton.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, *outputs)
+    launch.prepare_16bit(qkv, q_weight, k_weight, rope, EPS, *outputs)
     tolerance = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3 if CUDA else 6e-3}[
         dtype
     ]  # interpreter: truncates
@@ -98,12 +98,12 @@ def test_prepare_16bit(tokens: int, heads: int, dim: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES)
 def test_prepare_8bit_agrees_with_its_twin(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
-    from scail2_rt.kernels.attention import prepare_triton
+    from scail2_rt.kernels.attention import launch
 
     qkv, q_weight, k_weight, rope = case(tokens, heads, dim, dtype)
     twin = eight_bit.prepare_8bit(qkv, q_weight, k_weight, rope, EPS)
     made = poisoned(eight_bit.empty_prepared8(heads, tokens, dim, None, DEVICE))
-    prepare_triton.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made)
+    launch.prepare_8bit(qkv, q_weight, k_weight, rope, EPS, made)
     for name in ("q", "k"):
         difference = (getattr(made, name).int() - getattr(twin, name).int()).abs()
         assert difference.max() <= 1
@@ -139,13 +139,13 @@ def test_prepared_8bit_means_what_it_says(tokens: int, heads: int, dim: int) -> 
 @tma_paths
 @pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES)
 def test_8bit_attention(tokens: int, heads: int, dim: int, tma: bool) -> None:
-    from scail2_rt.kernels.attention import attention_triton
+    from scail2_rt.kernels.attention import launch
 
     inputs = case(tokens, heads, dim, torch.float16)
     prepared = eight_bit.prepare_8bit(*inputs, EPS)
     out = unwritten(tokens, heads * dim, torch.bfloat16)
-    config = attention_triton.Config(stages=2)
-    attention_triton.attention_8bit(prepared, out, config, tma)
+    config = launch.Config(stages=2)
+    launch.attention_8bit(prepared, out, config, tma)
     assert error(out, eight_bit.attention_8bit(prepared)) < 0.02  # P in e4m3
     assert error(out, exact(*normed(*inputs))) < 0.04
 
@@ -164,14 +164,14 @@ def test_8bit_attention_adds_up_a_common_component() -> None:
 @pytest.mark.parametrize("dtype", DOT_TYPES)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES)
 def test_8bit_attention_with_16bit_values(tokens: int, heads: int, dim: int, dtype: torch.dtype, tma: bool) -> None:
-    from scail2_rt.kernels.attention import attention_triton, prepare_triton
+    from scail2_rt.kernels.attention import launch
 
     inputs = case(tokens, heads, dim, dtype)
     v = eight_bit.sixteen_bit_v(inputs[0], dim)
     prepared = poisoned(eight_bit.empty_prepared8(heads, tokens, dim, v, DEVICE))
-    prepare_triton.prepare_8bit(*inputs, EPS, prepared)
+    launch.prepare_8bit(*inputs, EPS, prepared)
     out = unwritten(tokens, heads * dim, dtype)
-    attention_triton.attention_8bit(prepared, out, attention_triton.Config(stages=2), tma)
+    launch.attention_8bit(prepared, out, launch.Config(stages=2), tma)
     assert error(out, eight_bit.attention_8bit(prepared)) < (1e-3 if dtype == torch.float16 else 5e-3)
     assert error(out, exact(*normed(*inputs))) < 0.02
 
@@ -180,13 +180,13 @@ def test_8bit_attention_with_16bit_values(tokens: int, heads: int, dim: int, dty
 @pytest.mark.parametrize("dtype", DOT_TYPES)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES)
 def test_16bit_attention(tokens: int, heads: int, dim: int, dtype: torch.dtype, tma: bool) -> None:
-    from scail2_rt.kernels.attention import attention_triton
+    from scail2_rt.kernels.attention import launch
 
     q, k, v = (t.to(dtype) for t in normed(*case(tokens, heads, dim, dtype)))
     q, k = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k))
     wide = torch.cat((torch.zeros_like(q), v), 0).transpose(0, 1).contiguous().transpose(0, 1)
     out = unwritten(tokens, heads * dim, dtype)
-    attention_triton.attention_16bit(q, k, wide[heads:], out, None, tma)
+    launch.attention_16bit(q, k, wide[heads:], out, None, tma)
     assert error(out, exact(q, k, v)) < (1e-3 if dtype == torch.float16 else 8e-3)
 
 
@@ -194,7 +194,7 @@ def test_16bit_attention(tokens: int, heads: int, dim: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", DOT_TYPES)
 @pytest.mark.parametrize(("texts", "images"), [(128, 33), (70, 257), (5, 64)])
 def test_cross_attention(texts: int, images: int, dtype: torch.dtype, tma: bool) -> None:
-    from scail2_rt.kernels.attention import attention_triton
+    from scail2_rt.kernels.attention import launch
 
     gen, dim, channels = torch.Generator().manual_seed(0), 64, 192
     q, text, image = (
@@ -203,7 +203,7 @@ def test_cross_attention(texts: int, images: int, dtype: torch.dtype, tma: bool)
     )
     want = cross_attention(q.float(), text.float(), image.float(), dim)
     out = unwritten(67, channels, dtype)
-    attention_triton.cross_attention(q, text, image, dim, out, attention_triton.Config(keys=64, stages=2), tma)
+    launch.cross_attention(q, text, image, dim, out, launch.Config(keys=64, stages=2), tma)
     assert error(out, want) < (1e-3 if dtype == torch.float16 else 8e-3)
 
 
@@ -270,7 +270,7 @@ def test_auto_takes_cudnn_for_heads_that_the_sm90_kernel_does_not_have(monkeypat
 
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])
 def test_16bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
-    from scail2_rt.kernels.attention import attention_triton, hopper_attention_16bit
+    from scail2_rt.kernels.attention import hopper_attention_16bit, launch
 
     called = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -279,7 +279,7 @@ def test_16bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         hopper_attention_16bit, "hopper_attention_16bit", lambda *args: called.append("sm90") or args[-1]
     )
-    monkeypatch.setattr(attention_triton, "attention_16bit", lambda *args: called.append("triton") or args[-1])
+    monkeypatch.setattr(launch, "attention_16bit", lambda *args: called.append("triton") or args[-1])
     reason = choose_attention("bf16", "bf16", "cuda", 128)[1]
     assert "the sm90 CUDA kernel" in reason
     assert ("Triton" in reason) == (problem is not None)
@@ -291,7 +291,7 @@ def test_16bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("problem", [None, "no cuda-python"])
 def test_8bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
     """Stand-ins for both kernels and for a GPU, to test which kernel is called for a variant, and the reason text."""
-    from scail2_rt.kernels.attention import attention_triton, hopper_attention
+    from scail2_rt.kernels.attention import hopper_attention, launch
 
     class OnGpu(torch.Tensor):
         is_cuda = True  # type: ignore[assignment]
@@ -301,7 +301,7 @@ def test_8bit_takes_the_sm90_kernel_where_that_runs(monkeypatch: pytest.MonkeyPa
     for module in (ops, variants):
         monkeypatch.setattr(module, "hopper_obstacle", lambda *_: problem)
     monkeypatch.setattr(hopper_attention, "hopper_attention", lambda p, out: called.append("sm90") or out)
-    monkeypatch.setattr(attention_triton, "attention_8bit", lambda p, out: called.append("triton") or out)
+    monkeypatch.setattr(launch, "attention_8bit", lambda p, out: called.append("triton") or out)
     reason = choose_attention("8bit", "fp8", "cuda", 128)[1]
     assert "the sm90 CUDA kernel" in reason
     assert ("Triton" in reason) == (problem is not None)

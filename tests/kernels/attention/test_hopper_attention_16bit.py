@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scail2_rt.engines.torch_backend.backend import use_kernel_cache
 from scail2_rt.kernels.attention import hopper_attention_16bit as hopper
 from scail2_rt.kernels.attention.variants import choose_attention
+from scail2_rt.kernels.cache_folder import use_kernel_cache
 from scail2_rt.kernels.cuda import nvrtc
 from scail2_rt.kernels.cuda.nvrtc import compile_cubin
 from scail2_rt.kernels.errors import Scail2Error

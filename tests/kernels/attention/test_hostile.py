@@ -56,11 +56,11 @@ def test_one_token_alone_is_its_own_value(family: str, name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 130])
 def test_one_token_is_prepared_as_numbers(tokens: int) -> None:
     """Each operand separately, so that a failure identifies it. Triton would compile other kernels for a count of 1."""
-    from scail2_rt.kernels.attention import prepare_triton
+    from scail2_rt.kernels.attention import launch
 
     inputs = operands(*make("sinks", tokens, HEADS, WIDTH), torch.bfloat16)
     made = eight_bit.empty_prepared8(HEADS, tokens, WIDTH, None, DEVICE)
-    prepare_triton.prepare_8bit(*inputs, 1e-6, made)
+    launch.prepare_8bit(*inputs, 1e-6, made)
     twin = eight_bit.prepare_8bit(*inputs, 1e-6)
     for field in ("q_scale", "k_scale", "v", "v_scale", "v_shift"):
         found, want = getattr(made, field).float(), getattr(twin, field).float()

@@ -113,7 +113,7 @@ def test_eight_bit_rows_keep_the_tiles_of_one_process() -> None:
 @pytest.mark.parametrize("tokens", [200, 130])
 def test_triton_prepares_shared_rows_as_the_twin_does(tokens: int, exact_e4m3: None) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from scail2_rt.kernels.attention import prepare_triton
+    from scail2_rt.kernels.attention import launch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     qkv, q_weight, k_weight, rope = (t.to(device) for t in inputs(tokens, 2))
@@ -124,7 +124,7 @@ def test_triton_prepares_shared_rows_as_the_twin_does(tokens: int, exact_e4m3: N
         mine = padded[share.first : share.first + share.rows].contiguous()
         turns = share.rope(rope)
         made = empty_prepared8(2, share.rows, HEAD_DIM, None, mine.device)
-        prepare_triton.prepare_8bit(mine, q_weight, k_weight, turns, 1e-6, made, share)
+        launch.prepare_8bit(mine, q_weight, k_weight, turns, 1e-6, made, share)
         twin = prepare_qkv(mine.cpu(), q_weight.cpu(), k_weight.cpu(), turns.to("cpu"), VARIANTS["8bit"], share)
         assert twin.v_scale is not None
         assert twin.v_shift is not None

@@ -15,7 +15,7 @@ from scail2_rt.kernels.errors import Scail2Error
 from scail2_rt.kernels.rows import ops
 
 pytest.importorskip("triton")
-from scail2_rt.kernels.rows import rows_triton
+from scail2_rt.kernels.rows import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-2  # large, so that a test sees it
@@ -23,7 +23,7 @@ SHAPES = [(1, 8), (5, 72), (3, 320), (2, 5120)]  # rows, columns: short of, equa
 # relative; the interpreter truncates to bf16, which doubles the error
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.2e-3 if DEVICE == "cuda" else 4.5e-3, torch.float16: 5e-4}
 STEP = 2.0**-4  # half an e4m3 step, of the value
-CONFIGS = [rows_triton.Config(1, 4), rows_triton.Config(2, 8), rows_triton.Config(4, 4, programs=1, stages=2)]
+CONFIGS = [launch.Config(1, 4), launch.Config(2, 8), launch.Config(4, 4, programs=1, stages=2)]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -68,7 +68,7 @@ def layer_norm64(x: Tensor, weight: Tensor, bias: Tensor, offset: float) -> Tens
 def test_norm(count: int, c: int, offset: float, dtype: torch.dtype | None) -> None:
     x, weight, bias = random(count, c) * 3 + 2, random(c, seed=1), random(c, seed=2)
     data, scales = operand(count, c, dtype)
-    rows_triton.norm_rows(x, weight, bias, offset, EPS, data, scales)
+    launch.norm_rows(x, weight, bias, offset, EPS, data, scales)
     check_operand(data, scales, layer_norm64(x, weight, bias, offset))
 
 
@@ -76,7 +76,7 @@ def test_norm(count: int, c: int, offset: float, dtype: torch.dtype | None) -> N
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(("count", "c"), SHAPES[1:3])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_residual_and_norm(count: int, c: int, in_place: bool, gated: bool, config: rows_triton.Config) -> None:
+def test_residual_and_norm(count: int, c: int, in_place: bool, gated: bool, config: launch.Config) -> None:
     """On a slice of rows; the neighbouring rows must not change."""
     whole, y = random(count + 2, c), random(count, c, seed=1, dtype=torch.bfloat16)
     before, x = whole.clone(), whole[1:-1]
@@ -85,7 +85,7 @@ def test_residual_and_norm(count: int, c: int, in_place: bool, gated: bool, conf
     want = x.double() + (y.double() if gate is None else gate.double() * y.double())
     x_out = x if in_place else poisoned(count, c)
     data, scales = operand(count, c, None)
-    rows_triton.norm_rows(x, weight, bias, 1.0, EPS, data, scales, y, gate, x_out, config)
+    launch.norm_rows(x, weight, bias, 1.0, EPS, data, scales, y, gate, x_out, config)
     assert relative_error(x_out, want) < TOLERANCE[torch.float32]
     check_operand(data, scales, layer_norm64(want, weight, bias, 1.0))
     assert torch.equal(whole[[0, -1]], before[[0, -1]])
@@ -95,10 +95,10 @@ def test_residual_and_norm(count: int, c: int, in_place: bool, gated: bool, conf
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_gate_residual_in_place(gated: bool, dtype: torch.dtype, config: rows_triton.Config) -> None:
+def test_gate_residual_in_place(gated: bool, dtype: torch.dtype, config: launch.Config) -> None:
     x, y, gate = random(5, 72), random(5, 72, seed=1, dtype=dtype), random(72, seed=2) if gated else None
     want = x.double() + (y.double() if gate is None else gate.double() * y.double())
-    rows_triton.residual_rows(x, y, gate, x, config)
+    launch.residual_rows(x, y, gate, x, config)
     assert relative_error(x, want) < TOLERANCE[torch.float32]
 
 
@@ -112,10 +112,10 @@ def test_activation(gelu: bool, dtype: torch.dtype, to: torch.dtype | None) -> N
     d = h.double()
     want = 0.5 * d * (1 + torch.tanh(math.sqrt(2 / math.pi) * (d + 0.044715 * d**3))) if gelu else d
     data, scales = operand(5, 320, to)
-    rows_triton.activation_rows(h, data, scales, gelu)
+    launch.activation_rows(h, data, scales, gelu)
     check_operand(data, scales, want)
     if to == dtype:
-        rows_triton.activation_rows(h, h, None, gelu, CONFIGS[-1])
+        launch.activation_rows(h, h, None, gelu, CONFIGS[-1])
         assert torch.equal(h, data)
 
 
@@ -124,7 +124,7 @@ def test_activation(gelu: bool, dtype: torch.dtype, to: torch.dtype | None) -> N
 def test_rms_norm(count: int, c: int, dtype: torch.dtype) -> None:
     x, weight = random(count, c, dtype=dtype) * 3, random(c, seed=1)
     want = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-    rows_triton.rms_rows(x, weight, EPS, x)
+    launch.rms_rows(x, weight, EPS, x)
     assert relative_error(x, want) < TOLERANCE[dtype]
 
 
@@ -136,7 +136,7 @@ def test_every_e4m3_rounding() -> None:
     values = torch.cat([codes, middles, middles * (1 + 2**-20), middles * (1 - 2**-20), codes[-1:]])
     x = torch.cat([values, -values])[None].to(DEVICE)
     data, scales = operand(1, x.shape[1], None)
-    rows_triton.activation_rows(x, data, scales, gelu=False)
+    launch.activation_rows(x, data, scales, gelu=False)
     assert scales is not None
     assert scales.item() == 1
     assert torch.equal(data.cpu().view(torch.uint8), x.cpu().to(ops.E4M3).view(torch.uint8))
@@ -145,11 +145,11 @@ def test_every_e4m3_rounding() -> None:
 def test_zero_rows_and_not_a_number() -> None:
     x = torch.zeros(2, 16, device=DEVICE)
     data, scales = operand(2, 16, None)
-    rows_triton.activation_rows(x, data, scales, gelu=False)
+    launch.activation_rows(x, data, scales, gelu=False)
     assert scales is not None
     assert torch.equal(data.float() * scales, x)
     x[1, 3] = math.nan
-    rows_triton.activation_rows(x, data, scales, gelu=False)
+    launch.activation_rows(x, data, scales, gelu=False)
     restored = data.float() * scales
     assert torch.equal(restored[0], x[0])
     assert restored[1].isnan().all()  # by the scale, whatever became of the data
@@ -177,10 +177,10 @@ def test_what_is_not_a_number_stays_in_its_row(operation: str, value: float, twi
     else:
         data, scales = operand(4, 320, None)
         if operation in ("quantise", "gelu"):
-            rows_triton.activation_rows(x, data, scales, gelu=operation == "gelu")
+            launch.activation_rows(x, data, scales, gelu=operation == "gelu")
         else:
             added = (y, None, torch.empty_like(x)) if operation == "residual" else ()
-            rows_triton.norm_rows(x, weight, bias, 0.0, EPS, data, scales, *added)
+            launch.norm_rows(x, weight, bias, 0.0, EPS, data, scales, *added)
     assert scales is not None
     lost = torch.tensor([False, False, True, False])
     restored = (data.float() * scales).cpu()
@@ -196,7 +196,7 @@ def test_fused_quantisation_is_as_accurate_as_the_twin() -> None:
     """The kernel rounds once, the twin twice (through bf16): few codes differ, and the kernel's error is not larger."""
     x, shift, scale = random(9, 512) * 2 + 1, random(512, seed=1), random(512, seed=2) * 0.3
     data, scales = operand(9, 512, None)
-    rows_triton.norm_rows(x, scale, shift, 1.0, EPS, data, scales)
+    launch.norm_rows(x, scale, shift, 1.0, EPS, data, scales)
     assert scales is not None
     twin_data, twin_scales = ops.norm_modulate_quant(x.cpu(), shift.cpu(), scale.cpu(), EPS, torch.bfloat16)
     want = layer_norm64(x, scale, shift, 1.0).cpu()
