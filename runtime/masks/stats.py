@@ -180,8 +180,11 @@ class MaskStats:
             self.shape = frame.shape[:2]
             for colour, share in flat_strangers(frame):
                 self._add_stranger(colour, share)
-            step, self.shape_step = (max(1, min(self.shape) // rows) for rows in (256, 512))
-            seen = codes(frame[::step, ::step])
+            # finer for shapes, so that a gap of two pixels between arm and body connects the background there
+            self.shape_step = max(1, min(self.shape) // 512)
+            every = max(1, min(self.shape) // (256 * self.shape_step))
+            fine = codes(frame[:: self.shape_step, :: self.shape_step])
+            seen, step = fine[::every, ::every], every * self.shape_step
             labels = CLEAR_LABEL[seen]
             moved = np.diag(np.bincount(labels.ravel(), minlength=9))
             if self._last is not None and self._last.shape == labels.shape:
@@ -190,8 +193,7 @@ class MaskStats:
             self._last = labels
             gained = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
             self._net.append(gained / labels.size)
-            # The grid is finer here, so that a gap of two pixels between arm and body connects the background there.
-            self._shapes.append(shapes(MODEL_LABEL[codes(frame[:: self.shape_step, :: self.shape_step])]))
+            self._shapes.append(shapes(MODEL_LABEL[fine]))
             sides = zip(labels.shape, self.shape, strict=True)
             rows, columns = (np.minimum(np.arange(count + 1) * step / side, 1) for count, side in sides)
             self._edges = rows, columns
