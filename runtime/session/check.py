@@ -217,7 +217,8 @@ def check_output(output: Output, request: Request) -> None:
 
     Raises InputError for a path that cannot be written, and if files would be lost: an input, another result, the
     segments of an interrupted run, a JSON file that is not a run report."""
-    from scail2_rt.runtime.media.video_writer import check_codec, check_writable
+    from scail2_rt.runtime.media.output_path import check_writable
+    from scail2_rt.runtime.media.video_format import check_codec
     from scail2_rt.runtime.session.report import is_report, report_path
 
     report_file = report_path(output.path)
@@ -271,7 +272,7 @@ def check_room(output: Output, plan: Plan) -> None:
     H.264 takes about 0.1 bytes per pixel at crf 18. Lossless H.264, PNG and GIF take about 1.5. Both are doubled or
     more, because the partial video and the result exist at the same time. Two saved states hold the overlap in fp32,
     once as decoded and once as the model sees it."""
-    from scail2_rt.runtime.media.video_writer import check_writable
+    from scail2_rt.runtime.media.output_path import check_writable
 
     pixels = plan.height * plan.width
     states = 2 * 2 * 12 * plan.request.segment_overlap * pixels
