@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.cluster.engines_folder import digest_at
 from scail2_rt.runtime.cluster.joining import joined, share_of_node
 from scail2_rt.runtime.cluster.ledger import APPS, open_ledger
@@ -144,10 +145,9 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
         _run({name: (application, None)}, wait=not old)
         _run({FRONT: (front_app(served), "/")}, wait=True)
         Objects(data).put("current", digest.encode())  # the ledger may now retire older engines
-    print(
-        f"engines: {digest[:12]}, at most {wanted} replicas; `serve status` shows the state, `serve shutdown` stops it",
-        file=sys.stderr,
-    )
+    most = counted(wanted, "replica")
+    hint = "`serve status` shows the state, `serve shutdown` stops it"
+    print(f"engines: {digest[:12]}, at most {most}; {hint}", file=sys.stderr)
     return f"http://{address_of(settings.host, settings.port)}"
 
 
