@@ -61,8 +61,8 @@ def _with_sums(plan: Plan, manifest: Manifest, observer: BuildObserver) -> Manif
     wrong = [a.path for a in manifest.artefacts if _sealed(plan, a, observer) != a]
     if wrong:
         raise InputError(
-            f"{plan.directory} is damaged: {', '.join(wrong)} has another hash than in the manifest, and the folder "
-            "has no checksums that would locate the stage. Rebuild it with: "
+            f"{plan.directory} is damaged: the manifest has another hash for {', '.join(wrong)}, and the folder has no "
+            "checksums that would locate the stage. Rebuild it with: "
             f"{describe_command(manifest, plan.directory)}"
         )
     files = [artefact.path for artefact in manifest.artefacts if artefact.path != STORE]

@@ -12,7 +12,8 @@ from PIL import Image
 from scail2_rt.benchmarks.sprites.world.case_files import FRAME_RATE, write_case
 from scail2_rt.benchmarks.sprites.world.cases import make_scene, render_case
 from scail2_rt.runtime.media.lossless import write_image
-from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+from scail2_rt.runtime.media.video_format import VideoFormat
+from scail2_rt.runtime.media.video_writer import VideoWriter
 
 SIZE = (256, 256)  # height, width; twice the size that the workflows generate
 SEED = 0

@@ -11,11 +11,12 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scail2_rt.kernels.errors import InputError, Scail2Error
+from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.cluster.engines_folder import digest_at
 from scail2_rt.runtime.cluster.joining import joined, share_of_node
 from scail2_rt.runtime.cluster.ledger import APPS, open_ledger
@@ -47,19 +48,21 @@ def settings_of(engines: str, options: Mapping[str, Any]) -> Settings:
     )
 
 
-def engines_app(
-    settings: Settings,
-    data: str,
-    engines: str,
-    digest: str,
-    share: Mapping[str, Any],
-    most: int,
-    *,
-    restart: bool = True,
-) -> Any:
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """What a cluster serves. `settings` without their folders; data and engines: folder or URL; digest: of the engines'
+    manifest."""
+
+    settings: Settings
+    data: str
+    engines: str
+    digest: str
+
+
+def engines_app(served: ClusterSettings, share: Mapping[str, Any], most: int, restart: bool = True) -> Any:
     """The application of one engine folder. Each replica runs one job; their number follows the number of waiting jobs,
-    up to `most`. share: resources per replica; digest: of the engines' manifest; restart: replace running replicas even
-    if only `most` differs from theirs."""
+    up to `most`. share: resources per replica; restart: replace running replicas even if only `most` differs from
+    theirs."""
     from ray import serve
 
     from scail2_rt.runtime.cluster.replica import ENCODINGS, Replica
@@ -86,13 +89,13 @@ def engines_app(
         },
     )(Engines)
     if not restart:  # Ray Serve replaces replicas of another version, and by default draws a version per deployment
-        parts = (importlib.metadata.version("scail2-rt"), settings, data, engines, digest)
+        parts = (importlib.metadata.version("scail2-rt"), served)
         made = made.options(version=hashlib.sha256(repr(parts).encode()).hexdigest()[:24], _internal=True)
-    return made.bind(settings, data, engines, digest)
+    return made.bind(served.settings, served.data, served.engines, served.digest)
 
 
-def front_app(settings: Settings, data: str, digest: str, copies: int = 1) -> Any:
-    """The application that answers HTTP, with `copies` replicas. digest: engines for new jobs."""
+def front_app(served: ClusterSettings, copies: int = 1) -> Any:
+    """The application that answers HTTP, with `copies` replicas. New jobs use these engines."""
     from ray import serve
 
     from scail2_rt.runtime.cluster.front import FrontEnd
@@ -104,7 +107,7 @@ def front_app(settings: Settings, data: str, digest: str, copies: int = 1) -> An
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=5,
     )
-    return made(serve.ingress()(FrontEnd)).bind(settings, data, digest)
+    return made(serve.ingress()(FrontEnd)).bind(served.settings, served.data, served.digest)
 
 
 def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
@@ -124,27 +127,27 @@ def deploy(engines: str, options: Mapping[str, Any], address: str) -> str:
         wanted = room if options["gpus"] == "all" else max(1, int(options["gpus"]) // settings.gpus_per_video)
         settings = replace(settings, on_gpu="num_gpus" in share, port=settings.port or _free_port(settings.host))
         try:
-            served = ray.get(open_ledger(data).begin.remote())
+            used = ray.get(open_ledger(data).begin.remote())
         except ray.exceptions.RayActorError as error:
             said = str(error).strip().splitlines()[-1]
             raise InputError(f"The cluster cannot use --data {data} ({said}). Give another folder or URL.") from error
-        if served != data:
+        if used != data:
             raise InputError(
-                f"This cluster runs a service with --data {served}. Give this --data, or end it with `serve shutdown`."
+                f"This cluster runs a service with --data {used}. Give this --data, or end it with `serve shutdown`."
             )
         serve.start(http_options={"host": settings.host, "port": settings.port, "location": "HeadOnly"})
         name = f"{APPS}{digest[:12]}"
         there = serve.status().applications
         failed = name in there and there[name].status in FAILED
-        application = engines_app(settings, data, engines, digest, share, wanted, restart=failed)
+        served = ClusterSettings(settings, data, engines, digest)
+        application = engines_app(served, share, wanted, restart=failed)
         old = [app for app in there if app.startswith(APPS) and app != name]
         _run({name: (application, None)}, wait=not old)
-        _run({FRONT: (front_app(settings, data, digest), "/")}, wait=True)
+        _run({FRONT: (front_app(served), "/")}, wait=True)
         Objects(data).put("current", digest.encode())  # the ledger may now retire older engines
-    print(
-        f"engines: {digest[:12]}, at most {wanted} replicas; `serve status` shows the state, `serve shutdown` stops it",
-        file=sys.stderr,
-    )
+    most = counted(wanted, "replica")
+    hint = "`serve status` shows the state, `serve shutdown` stops it"
+    print(f"engines: {digest[:12]}, at most {most}; {hint}", file=sys.stderr)
     return f"http://{address_of(settings.host, settings.port)}"
 
 

@@ -13,6 +13,7 @@ from scail2_rt.runtime.masks.check import CheckResult
 from scail2_rt.runtime.masks.lint import check_masks, image_pair, video_pair
 from scail2_rt.runtime.masks.palette import Mode
 from scail2_rt.runtime.masks.preview import Still, chosen_frames, contact_sheet
+from scail2_rt.runtime.masks.stats import image_stats, video_stats
 from scail2_rt.runtime.masks.windows import CROPPED, Pictures
 from scail2_rt.runtime.media.clips import open_video, probe
 
@@ -32,8 +33,8 @@ def examined(given: Given, mode: Mode | str, size: Size | None = None, fit: Fit 
     ]
     findings += video_pair(driving, probe(clip))
     pictures = Pictures([images.size] * len(images), (driving.height, driving.width), fit, size)
-    stills = [masks[i] for i in range(len(masks))]
-    report = check_masks(stills, clip, mode, names=names, pictures=pictures, driving_clip=given.driving)  # type: ignore[arg-type]
+    stats = [image_stats(masks[i], name) for i, name in enumerate(names)]
+    report = check_masks(stats, video_stats(clip), mode, pictures, given.driving)  # type: ignore[arg-type]
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 
 

@@ -274,6 +274,19 @@ class Output:
     metadata: bool = True
     config: Path | None = None
 
+    if TYPE_CHECKING:  # the signature of the generated constructor, except that the path may be text
+
+        def __init__(
+            self,
+            path: Path | str,
+            codec: str | None = None,
+            crf: int | None = None,
+            overwrite: bool = False,
+            resume: bool = False,
+            metadata: bool = True,
+            config: Path | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         if url := url_of(self.path):
             raise InputError(f"The output {url} is a URL: give a path on this machine.")
@@ -288,4 +301,4 @@ class Output:
     @classmethod
     def of(cls, output: "Output | Path | str") -> "Output":
         """Convert a path to an output with the defaults; return an output unchanged."""
-        return output if isinstance(output, Output) else cls(Path(output))
+        return output if isinstance(output, Output) else cls(output)

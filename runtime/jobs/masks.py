@@ -71,9 +71,10 @@ def masks_of(options: GenerateOptions) -> MaskPlan | None:
         used = [name for name in MAKING if getattr(options, name) != getattr(defaults, _MADE.get(name, name))]
         if used:
             flags = ", ".join("--" + {"boxes": "box", "points": "point"}.get(n, n.replace("_", "-")) for n in used)
+            applies, them = ("applies", "it") if len(used) == 1 else ("apply", "them")
             raise InputError(
-                f"{flags} applies only if generate makes the masks. Give --image and --driving without masks, or leave "
-                f"{'it' if len(used) == 1 else 'them'} out."
+                f"{flags} {applies} only if generate makes the masks. Give --image and --driving without masks, or "
+                f"leave {them} out."
             )
         return None
     assert options.image is not None

@@ -124,28 +124,19 @@ def check_case(
     driving = probe(case.driving, tell=within(tell, 0, 0.4))
     findings += video_pair(driving, probe(case.mask_video, tell=within(tell, 0.4, 0.65)))
     pictures = Pictures(images, (driving.height, driving.width), fit, size)
-    names = [str(mask) for _, mask in pairs]
-    report = check_masks(
-        masks,
-        case.mask_video,
-        mode,
-        names=names,
-        start=start,
-        frames=frames,
-        pictures=pictures,
-        driving_clip=case.driving,
-        tell=within(tell, 0.65, 1),
-    )
+    references = [image_stats(pixels, str(mask)) for (_, mask), pixels in zip(pairs, masks, strict=True)]
+    driving_mask = video_stats(case.mask_video, start, frames, within(tell, 0.65, 1))
+    report = check_masks(references, driving_mask, mode, pictures, case.driving)
     return CheckResult(report.facts, (*findings, *report.findings), report.mode, report.framing)
 
 
 def check_file(path: Path, tell: Tell = untold) -> CheckResult:
     """Check one mask file, an image or a video, without its case. Raises InputError if it cannot be read."""
     if is_image(path):
-        stats = image_stats(load_mask_image(path))
-        return CheckResult((MaskFacts.of(stats, str(path)),), tuple(image_findings(stats, str(path))))
-    stats, _ = video_stats(path, tell=tell)
-    return CheckResult((MaskFacts.of(stats, str(path)),), tuple(video_findings(stats, str(path))))
+        stats = image_stats(load_mask_image(path), str(path))
+        return CheckResult((MaskFacts.of(stats),), tuple(image_findings(stats)))
+    stats = video_stats(path, tell=tell)
+    return CheckResult((MaskFacts.of(stats),), tuple(video_findings(stats)))
 
 
 def check_files(paths: Sequence[Path], tell: Tell = untold) -> CheckResult:

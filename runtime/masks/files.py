@@ -23,8 +23,8 @@ from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.masks.palette import CLEAR_LABEL, PALETTE, codes
 from scail2_rt.runtime.media.images import images_in, is_image
 from scail2_rt.runtime.media.lossless import write_image, write_video
+from scail2_rt.runtime.media.output_path import check_place, check_writable
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
-from scail2_rt.runtime.media.video_writer import check_place, check_writable
 
 _FRAMES_AT_ONCE = 8
 _SAMPLED = 256  # rows or columns of a mask that are sampled for the shares of its colours

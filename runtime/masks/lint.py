@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,13 +19,12 @@ import numpy as np
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.kernels.wording import counted
 from scail2_rt.runtime.core.findings import TOLERANCE, Finding, Framing, Ranges, ranges, ranges_text
-from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.core.window import Size
 from scail2_rt.runtime.masks.cleaning import snapped
 from scail2_rt.runtime.masks.framing import heights
 from scail2_rt.runtime.masks.palette import BLACK, CHARACTERS, COLOURS, PALETTE, PALETTE_TEXT, SPECK, UNCLEAR, Mode
-from scail2_rt.runtime.masks.stats import MaskStats, image_stats, video_stats
+from scail2_rt.runtime.masks.stats import MaskStats
 from scail2_rt.runtime.masks.useless import jump_findings, shape_findings
 from scail2_rt.runtime.masks.windows import Pictures, cropped_findings, frame_picture, remedy_for
 from scail2_rt.runtime.media.images import is_image
@@ -54,16 +53,16 @@ class MaskFacts:
     presence: Mapping[str, Ranges]
 
     @classmethod
-    def of(cls, stats: MaskStats, file: str, start: int = 0) -> MaskFacts:
+    def of(cls, stats: MaskStats) -> MaskFacts:
         labels = stats.labels
         means = dict(zip(PALETTE, labels.mean(0).tolist(), strict=False))
         presence = {
-            name: ranges(np.flatnonzero(labels[:, list(PALETTE).index(name)] >= SPECK), start)
+            name: ranges(np.flatnonzero(labels[:, list(PALETTE).index(name)] >= SPECK), stats.start or 0)
             for name in stats.characters
         }
         shares = {name: share for name, share in means.items() if share > 0}
         unclear, inexact = float(labels[:, UNCLEAR].mean()), float(stats.inexact.mean())
-        return cls(file, stats.frames, *stats.shape, shares, unclear, inexact, presence)
+        return cls(stats.name, stats.frames, *stats.shape, shares, unclear, inexact, presence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,40 +77,27 @@ class MaskReport:
 
 
 def check_masks(
-    reference_masks: Sequence[np.ndarray],
-    driving_mask: ClipSource,
-    mode: Mode | Literal["auto"] = "auto",
-    *,
-    names: Sequence[str] = (),
-    start: int = 0,
-    frames: int | None = None,
-    pictures: Pictures | None = None,
+    references: Sequence[MaskStats],
+    driving: MaskStats,
+    mode: Mode | Literal["auto"],
+    pictures: Pictures,
     driving_clip: ClipSource | None = None,
-    tell: Tell = untold,
 ) -> MaskReport:
-    """Check the masks of a case. The driving mask is read once. Raises InputError if it cannot be read; errors in the
-    masks are findings, for which `refuse` raises.
+    """Check the masks of a case. Errors in the masks are findings, for which `refuse` raises.
 
-    reference_masks   uint8 [H, W, 3], the primary reference first
-    names             of the reference masks in messages
-    start, frames     part of the driving mask; None: to its end
-    pictures          sizes of the images and the clip; None: those of their masks
-    driving_clip      read for scene cuts if the area of a character jumps
-    tell              called with the finished share, 0 to 1"""
-    names = tuple(names) or tuple(f"reference mask {i + 1}" for i in range(len(reference_masks)))
-    references = [image_stats(mask) for mask in reference_masks]
-    driving, guessed = video_stats(driving_mask, start, frames, tell)
-    mode = guessed if mode == "auto" else mode
-    pictures = pictures or Pictures([stats.shape for stats in references], driving.shape)
-    known = dict(zip(names, references, strict=True))
-    framing, cropped = _framed(driving, references, pictures, mode, (str(driving_mask), *names), start)
+    references     of the reference masks, the primary reference first
+    mode           auto: the one that the driving mask suggests
+    driving_clip   read for scene cuts if the area of a character jumps; raises InputError if it cannot be read"""
+    mode = driving.mode if mode == "auto" else mode
+    named = {stats.name: stats for stats in references}.values()  # the same mask may be given for several references
+    framing, cropped = _framed(driving, references, pictures, mode)
     findings = [
-        *itertools.chain(*(image_findings(stats, name) for name, stats in known.items())),
-        *video_findings(driving, str(driving_mask), start, driving_clip),
-        *_identities(driving, str(driving_mask), known, start),
-        *_conventions(driving, str(driving_mask), known, mode),
+        *itertools.chain(*(image_findings(stats) for stats in named)),
+        *video_findings(driving, driving_clip),
+        *_identities(driving, named),
+        *_conventions(driving, named, mode),
         *cropped,
-        *_framing(framing, names[0], mode),
+        *_framing(framing, references[0].name, mode),
     ]
     order = ("error", "warning", "note")
     return MaskReport(
@@ -119,32 +105,22 @@ def check_masks(
         size=framing.inputs[0].window.frame,
         findings=tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
         framing=framing,
-        facts=(
-            *(MaskFacts.of(stats, name) for name, stats in known.items()),
-            MaskFacts.of(driving, str(driving_mask), start),
-        ),
+        facts=tuple(MaskFacts.of(stats) for stats in (*named, driving)),
     )
 
 
 def _framed(
-    driving: MaskStats,
-    references: Sequence[MaskStats],
-    pictures: Pictures,
-    mode: Mode,
-    files: Sequence[str],
-    start: int,
+    driving: MaskStats, references: Sequence[MaskStats], pictures: Pictures, mode: Mode
 ) -> tuple[Framing, list[Finding]]:
-    """The framing of the inputs, and findings about characters that it cuts. files: of the driving mask and the
-    reference masks, for messages."""
+    """The framing of the inputs, and findings about characters that it cuts."""
     frame, fit = pictures.frame(mode), pictures.fit
     names = ["driving clip", "reference", *(f"extra reference {i}" for i in range(1, len(references)))]
     stats = [driving, *references]
     shapes = [pictures.driving, *pictures.references]
     inputs = tuple(frame_picture(*about, frame, fit) for about in zip(names, stats, shapes, strict=True))
     findings: list[Finding] = []
-    for number, (framed, mask) in enumerate(zip(inputs, stats, strict=True)):
-        remedy = remedy_for(framed, mask)
-        findings += cropped_findings(framed, files[number], remedy, None if number else start)
+    for framed, mask in zip(inputs, stats, strict=True):
+        findings += cropped_findings(framed, mask.name, remedy_for(framed, mask), mask.start)
     tall = [heights(mask, framed.window) for mask, framed in zip(stats[:2], inputs[:2], strict=True)]
     padded = mode == "replace" and bool(inputs[0].window.margins)
     return Framing(tall[1], tall[0], fit, inputs, padded), findings
@@ -173,27 +149,21 @@ def clean_command(name: str, options: str = "") -> str:
     return f"`{' '.join(words)}{options and ' ' + options}`"
 
 
-def image_findings(stats: MaskStats, name: str) -> list[Finding]:
+def image_findings(stats: MaskStats) -> list[Finding]:
     """Findings about one mask image."""
-    found = [
-        *_strangers(stats, name, None),
-        *_edges(stats, name, None),
-        *shape_findings(stats, name, None, clean_command),
-    ]
+    found = [*_strangers(stats), *_edges(stats), *shape_findings(stats, clean_command)]
     if not stats.first_frames:
         remedy = "Paint the character in its colour and the background white or black"
         if any(stranger.is_grey for stranger in stats.strangers):
             remedy += ", or make a mask from a grey matte with `scail2-rt masks from-grey`"
-        says = f"{name} has none of the mask colours, so the model sees no character."
-        found.append(Finding("error", "no colour", name, says, f"{remedy}. The colours are {PALETTE_TEXT}."))
+        says = f"{stats.name} has none of the mask colours, so the model sees no character."
+        found.append(Finding("error", "no colour", stats.name, says, f"{remedy}. The colours are {PALETTE_TEXT}."))
     return found
 
 
-def video_findings(
-    stats: MaskStats, name: str, start: int = 0, driving: ClipSource | None = None, tell: Tell = untold
-) -> list[Finding]:
+def video_findings(stats: MaskStats, driving: ClipSource | None = None) -> list[Finding]:
     """Findings about one mask video. With its driving clip, a jump in area at a scene cut is not reported."""
-    found = [*_strangers(stats, name, start), *_edges(stats, name, start)]
+    name, found = stats.name, [*_strangers(stats), *_edges(stats)]
     if not stats.characters:
         says = f"{name} shows no character in any of its {counted(stats.frames, 'frame')}."
         if largest := stats.labels[:, 1:BLACK].max():
@@ -204,21 +174,18 @@ def video_findings(
         found.append(Finding("error", "no character", name, says, f"{remedy}. The colours are {PALETTE_TEXT}."))
         return found
     for colour in stats.characters:
-        if gaps := ranges(stats.short_gaps(colour), start):
+        if gaps := stats.where(stats.short_gaps(colour)):
             says = f"The {colour} character of {name} vanishes for short times ({ranges_text(gaps)})."
             remedy = "Repair or paint these frames, because the character flickers without its mask."
             found.append(Finding("warning", "flicker", name, says, remedy, gaps))
-    found += [
-        *shape_findings(stats, name, start, clean_command),
-        *jump_findings(stats, name, start, driving, tell),
-    ]
+    found += [*shape_findings(stats, clean_command), *jump_findings(stats, driving)]
     if changes := stats.changes:
-        where = ranges((change.frame for change in changes), start)
+        where = stats.where(change.frame for change in changes)
         kinds = sorted({f"{change.before} to {change.after}" for change in changes})
         says = f"A character of {name} changes colour ({', '.join(kinds)}) at {ranges_text(where)}."
         remedy = "Give it one colour throughout: each colour is bound to one character of the reference."
         found.append(Finding("warning", "colour change", name, says, remedy, where))
-    if absent := ranges(np.flatnonzero((stats.shares[:, 1:] < SPECK).all(1)), start):
+    if absent := stats.where(np.flatnonzero((stats.shares[:, 1:] < SPECK).all(1))):
         count = sum(last - first + 1 for first, last in absent)
         says = f"{name} shows no character in {count} of {counted(stats.frames, 'frame')} ({ranges_text(absent)})."
         remedy = "If the driving clip shows it there, add its mask."
@@ -226,12 +193,12 @@ def video_findings(
     return found
 
 
-def _strangers(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
-    found = []
+def _strangers(stats: MaskStats) -> list[Finding]:
+    name, found = stats.name, []
     wrong = [stranger for stranger in stats.strangers if not stranger.is_grey]
     too_many = len(stats.characters) + len(wrong) > len(CHARACTERS)
     for stranger in stats.strangers:
-        where = () if start is None else ranges(stranger.frames, start)
+        where = stats.where(stranger.frames)
         at = f" in {ranges_text(where)}" if where else ""
         r, g, b = stranger.colour
         covers = f"{100 * stranger.share:.1f} %"
@@ -254,15 +221,15 @@ def _strangers(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
     return found
 
 
-def _edges(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
+def _edges(stats: MaskStats) -> list[Finding]:
     """Soft edges and coding noise, unless there are flat colours outside the palette, which `_strangers` reports."""
     if stats.strangers:
         return []
     unclear, inexact = stats.labels[:, UNCLEAR], stats.inexact
-    found = []
+    name, found = stats.name, []
     soft = np.flatnonzero(unclear > SOFT)
     if len(soft):
-        where = () if start is None else ranges(soft, start)
+        where = stats.where(soft)
         at = f" in {ranges_text(where)}" if where else ""
         says = f"{100 * unclear.max():.1f} % of {name}{at} is neither on nor off: soft edges, or JPEG or video coding."
         remedy = f"They belong to no character or the wrong one: use {clean_command(name)} to give each a mask colour."
@@ -277,17 +244,17 @@ def _edges(stats: MaskStats, name: str, start: int | None) -> list[Finding]:
     return found
 
 
-def _identities(driving: MaskStats, name: str, references: Mapping[str, MaskStats], start: int) -> list[Finding]:
-    found = []
-    known = {colour for stats in references.values() for colour in stats.characters}
+def _identities(driving: MaskStats, references: Collection[MaskStats]) -> list[Finding]:
+    name, found = driving.name, []
+    known = {colour for stats in references for colour in stats.characters}
     have = ", ".join(sorted(known, key=CHARACTERS.index)) or "no character"
     for colour in driving.characters:
         if colour in known:
             continue
-        present = ranges(np.flatnonzero(driving.shares[:, list(COLOURS).index(colour)] >= SPECK), start)
+        present = driving.where(np.flatnonzero(driving.shares[:, list(COLOURS).index(colour)] >= SPECK))
         says = (
             f"{name} shows a {colour} character in {ranges_text(present)}, but no reference mask has {colour} "
-            f"({', '.join(references)}: {have})."
+            f"({', '.join(stats.name for stats in references)}: {have})."
         )
         remedy = "Paint the character in the reference mask in the same colour, or add a reference with --extra-ref."
         if not known:
@@ -296,25 +263,18 @@ def _identities(driving: MaskStats, name: str, references: Mapping[str, MaskStat
             r, g, b = PALETTE[colour]
             remedy += f" Or recolour the driving mask: {clean_command(name, f'--map {r},{g},{b}={have}')}."
         found.append(Finding("error", "no reference", name, says, remedy, present))
-    for file, stats in references.items():
+    for stats in references:
         for colour in stats.characters:
             if colour not in driving.characters:
-                says = f"{file} has a {colour} character that never appears in the driving mask."
-                found.append(
-                    Finding(
-                        "warning",
-                        "never driven",
-                        file,
-                        says,
-                        "It will be still or missing; remove it, or add it to the driving mask.",
-                    )
-                )
+                says = f"{stats.name} has a {colour} character that never appears in the driving mask."
+                remedy = "It will be still or missing; remove it, or add it to the driving mask."
+                found.append(Finding("warning", "never driven", stats.name, says, remedy))
     return found
 
 
-def _conventions(driving: MaskStats, name: str, references: Mapping[str, MaskStats], mode: Mode) -> list[Finding]:
+def _conventions(driving: MaskStats, references: Iterable[MaskStats], mode: Mode) -> list[Finding]:
     """Backgrounds that contradict the mode."""
-    found = []
+    name, found = driving.name, []
     white = driving.shares[:, 0].mean()
     if mode == "replace" and white < SPECK:
         says = f"{name} has no white background, but in replace mode the scene shows only where it is white."
@@ -325,8 +285,8 @@ def _conventions(driving: MaskStats, name: str, references: Mapping[str, MaskSta
             "the background of the driving mask is black."
         )
         found.append(_background(name, says, "black"))
-    for file, stats in references.items():
-        white = stats.shares[0, 0]
+    for stats in references:
+        file, white = stats.name, stats.shares[0, 0]
         if stats.characters and mode == "animate" and white < SPECK:
             says = f"{file} has no white background, so the reference's background will not be kept."
             found.append(_background(file, says, "white"))

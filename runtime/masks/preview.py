@@ -39,8 +39,9 @@ from scail2_rt.runtime.masks.palette import (
 )
 from scail2_rt.runtime.media.images import is_image, load_image, load_mask_image
 from scail2_rt.runtime.media.lossless import write_image
+from scail2_rt.runtime.media.video_format import VideoFormat
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
-from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+from scail2_rt.runtime.media.video_writer import VideoWriter
 
 if TYPE_CHECKING:
     from PIL.Image import Image

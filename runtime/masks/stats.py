@@ -11,11 +11,13 @@ Shares, boxes and colour changes are computed on a grid of about 256 rows or col
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from scail2_rt.kernels.errors import InputError
+from scail2_rt.runtime.core.findings import Ranges, ranges
 from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.core.window import Part
@@ -160,9 +162,14 @@ def _covered(edges: np.ndarray, begin: float, end: float) -> np.ndarray:
 
 
 class MaskStats:
-    """Statistics of the frames given to `add`; frames count from 0. All properties can be read at any time."""
+    """Statistics of the frames given to `add`; frames count from 0. All properties can be read at any time.
 
-    def __init__(self) -> None:
+    name    of the mask, in messages
+    start   number of the first frame in its file, None for an image"""
+
+    def __init__(self, name: str = "mask", start: int | None = None) -> None:
+        self.name, self.start = name, start
+        self.mode: Mode = "animate"  # of a video: the one that its first frames suggest
         self._histograms: list[np.ndarray] = []
         self._profiles: list[dict[int, tuple[np.ndarray, np.ndarray]]] = []  # label → pixels by row, by column
         self._shapes: list[dict[int, Shape]] = []  # by label
@@ -180,8 +187,11 @@ class MaskStats:
             self.shape = frame.shape[:2]
             for colour, share in flat_strangers(frame):
                 self._add_stranger(colour, share)
-            step, self.shape_step = (max(1, min(self.shape) // rows) for rows in (256, 512))
-            seen = codes(frame[::step, ::step])
+            # finer for shapes, so that a gap of two pixels between arm and body connects the background there
+            self.shape_step = max(1, min(self.shape) // 512)
+            every = max(1, min(self.shape) // (256 * self.shape_step))
+            fine = codes(frame[:: self.shape_step, :: self.shape_step])
+            seen, step = fine[::every, ::every], every * self.shape_step
             labels = CLEAR_LABEL[seen]
             moved = np.diag(np.bincount(labels.ravel(), minlength=9))
             if self._last is not None and self._last.shape == labels.shape:
@@ -190,8 +200,7 @@ class MaskStats:
             self._last = labels
             gained = moved[_BACKGROUND, 1:BLACK].sum(0) - moved[1:BLACK, _BACKGROUND].sum(1)
             self._net.append(gained / labels.size)
-            # The grid is finer here, so that a gap of two pixels between arm and body connects the background there.
-            self._shapes.append(shapes(MODEL_LABEL[codes(frame[:: self.shape_step, :: self.shape_step])]))
+            self._shapes.append(shapes(MODEL_LABEL[fine]))
             sides = zip(labels.shape, self.shape, strict=True)
             rows, columns = (np.minimum(np.arange(count + 1) * step / side, 1) for count, side in sides)
             self._edges = rows, columns
@@ -210,6 +219,10 @@ class MaskStats:
     @property
     def frames(self) -> int:
         return len(self._histograms)
+
+    def where(self, frames: Iterable[int]) -> Ranges:
+        """These frames as ranges of numbers in the file, () for an image."""
+        return () if self.start is None else ranges(frames, self.start)
 
     def _per_frame(self, table: np.ndarray, kinds: int) -> np.ndarray:
         """Share of the pixels of each kind in each frame, [T, kinds]. table: code → kind."""
@@ -342,35 +355,34 @@ def guess_mode(frames: np.ndarray) -> Mode:
     return "replace" if white > max(black, SPECK) else "animate"
 
 
-def image_stats(mask: np.ndarray) -> MaskStats:
+def image_stats(mask: np.ndarray, name: str = "mask") -> MaskStats:
     """Statistics of one mask image, uint8 [H, W, 3]."""
-    stats = MaskStats()
+    stats = MaskStats(name)
     stats.add(mask[None])
     return stats
 
 
-_FOUND = KeptResults[tuple[MaskStats, Mode]](count=4)
+_FOUND = KeptResults[MaskStats](count=4)
 
 
-def video_stats(
-    source: ClipSource, start: int = 0, frames: int | None = None, tell: Tell = untold
-) -> tuple[MaskStats, Mode]:
-    """Statistics of a mask video from frame `start` on, and the mode that its first frames suggest. frames: their
-    number, None: to the end. Raises InputError if it cannot be read or has no frame there."""
+def video_stats(source: ClipSource, start: int = 0, frames: int | None = None, tell: Tell = untold) -> MaskStats:
+    """Statistics of a mask video from frame `start` on. frames: their number, None: to the end. Raises InputError if it
+    cannot be read or has no frame there."""
     return _FOUND.get(source, (start, frames), lambda: _video_stats(source, start, frames, tell))
 
 
-def _video_stats(source: ClipSource, start: int, frames: int | None, tell: Tell) -> tuple[MaskStats, Mode]:
-    stats, mode = MaskStats(), None
+def _video_stats(source: ClipSource, start: int, frames: int | None, tell: Tell) -> MaskStats:
+    stats = MaskStats(str(source), start)
     with open_video(source, start, tell=tell) as reader:
         while frames is None or stats.frames < frames:
             chunk = reader.read(_FRAMES_AT_ONCE if frames is None else min(_FRAMES_AT_ONCE, frames - stats.frames))
             if not len(chunk):
                 break
-            mode = mode or guess_mode(chunk)
+            if not stats.frames:
+                stats.mode = guess_mode(chunk)
             stats.add(chunk)
-    if mode is None:
+    if not stats.frames:
         raise InputError(
             f"{source} has no frame from number {start} on: start earlier, or give the complete mask video."
         )
-    return stats, mode
+    return stats

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from scail2_rt.kernels.wording import counted
-from scail2_rt.runtime.core.findings import Finding, percent, ranges, ranges_text
+from scail2_rt.runtime.core.findings import Finding, percent, ranges_text
 from scail2_rt.runtime.core.progress import Tell, untold
 from scail2_rt.runtime.core.request import ClipSource
 from scail2_rt.runtime.masks.areas import Shape, least_area
@@ -37,46 +37,44 @@ _MAKE = "`scail2-rt masks make`"
 CleanCommand = Callable[[str, str], str]  # a mask's name, options → the command
 
 
-def shape_findings(stats: MaskStats, name: str, start: int | None, clean: CleanCommand) -> list[Finding]:
-    """Findings about characters in fragments, with holes, noisy or exchanged with the background. start: number of the
-    first frame; None for an image."""
+def shape_findings(stats: MaskStats, clean: CleanCommand) -> list[Finding]:
+    """Findings about characters in fragments, with holes, noisy or exchanged with the background."""
+    up_to = "" if stats.start is None else "up to "
     shown = {colour: stats.shapes(colour) for colour in stats.characters}
     keep = min((shape.main for each in shown.values() for shape in each.values()), default=0)
     found = []
     for colour, shapes in shown.items():
         if broken := {t: s for t, s in shapes.items() if s.pieces >= PIECES and s.scattered >= SCATTERED}:
             worst = max(broken.values(), key=lambda shape: shape.scattered)
-            up_to = "" if start is None else "up to "
             count = max(s.pieces for s in broken.values())
-            says = f"is in fragments{_where(broken, start)}: it has {up_to}{count} pieces, with {up_to}"
+            says = f"is in fragments{_where(stats, broken)}: it has {up_to}{count} pieces, with {up_to}"
             says += f"{percent(worst.scattered)} of its area outside the largest one."
             area = max(s.second for s in broken.values()) if worst.scattered < _REPAIRABLE else keep
-            remedy = _remedy(stats, name, area, keep, clean)
-            found.append(_finding("fragments", colour, name, says, remedy, broken, start))
+            remedy = _remedy(stats, area, keep, clean)
+            found.append(_finding("fragments", colour, stats, says, remedy, broken))
         if hollow := {t: s for t, s in shapes.items() if _is_hollow(s)}:
             worst = max(hollow.values(), key=lambda shape: shape.hollow)
-            count, up_to = max(s.holes for s in hollow.values()), "" if start is None else "up to "
-            says = f"has {up_to}{counted(count, 'hole')}{_where(hollow, start)}, which cover {up_to}"
+            count = max(s.holes for s in hollow.values())
+            says = f"has {up_to}{counted(count, 'hole')}{_where(stats, hollow)}, which cover {up_to}"
             says += f"{percent(worst.hollow)} of its filled outline."
             area = max(s.largest_hole for s in hollow.values()) if worst.hollow < _REPAIRABLE else keep
-            remedy = _remedy(stats, name, area, keep, clean)
-            found.append(_finding("holes", colour, name, says, remedy, hollow, start))
+            remedy = _remedy(stats, area, keep, clean)
+            found.append(_finding("holes", colour, stats, says, remedy, hollow))
         if noisy := {t: s for t, s in shapes.items() if s.specks >= SPECKS and s.noisy >= NOISY}:
-            up_to = "" if start is None else "up to "
             count = max(s.specks for s in noisy.values())
-            says = f"is noisy{_where(noisy, start)}: {up_to}{count} specks and pinholes, with {up_to}"
+            says = f"is noisy{_where(stats, noisy)}: {up_to}{count} specks and pinholes, with {up_to}"
             says += f"{percent(max(s.noisy for s in noisy.values()))} of its area."
             area = round(least_area(stats.shape[0] * stats.shape[1] // stats.shape_step**2))
-            remedy = _remedy(stats, name, area, keep, clean)
-            found.append(_finding("noise", colour, name, says, remedy, noisy, start))
+            remedy = _remedy(stats, area, keep, clean)
+            found.append(_finding("noise", colour, stats, says, remedy, noisy))
         if exchanged := _exchanged(stats, colour):
             background = "white" if stats.shares[:, 0].mean() >= stats.labels[:, BLACK].mean() else "black"
             pairs = ((colour, background), (background, colour))
             maps = " ".join(f"--map {','.join(map(str, PALETTE[old]))}={new}" for old, new in pairs)
-            says = f"covers three sides of the picture or more{_where(exchanged, start)}, as the background does."
-            remedy = f"If the two are exchanged, {clean(name, maps)} exchanges them back; for a grey matte use "
+            says = f"covers three sides of the picture or more{_where(stats, exchanged)}, as the background does."
+            remedy = f"If the two are exchanged, {clean(stats.name, maps)} exchanges them back; for a grey matte use "
             remedy += "`scail2-rt masks from-grey --invert`."
-            found.append(_finding("exchanged", colour, name, says, remedy, exchanged, start))
+            found.append(_finding("exchanged", colour, stats, says, remedy, exchanged))
     return found
 
 
@@ -96,35 +94,32 @@ def _is_hollow(shape: Shape) -> bool:
     return (shape.holes >= HOLES and shape.hollow >= HOLLOW) or shape.hollow >= HOLLOW_ALONE
 
 
-def _where(frames: Iterable[int], start: int | None) -> str:
-    return "" if start is None else f" in {ranges_text(ranges(frames, start))}"
+def _where(stats: MaskStats, frames: Iterable[int]) -> str:
+    return "" if stats.start is None else f" in {ranges_text(stats.where(frames))}"
 
 
-def _remedy(stats: MaskStats, name: str, area: int, keep: int, clean: CleanCommand) -> str:
+def _remedy(stats: MaskStats, area: int, keep: int, clean: CleanCommand) -> str:
     """The remedy that removes areas of up to `area` grid points and keeps pieces of `keep` or more."""
     if area * _MARGIN < keep / 2:
         speck = round(area * _MARGIN * stats.shape_step**2) + 1
-        command = clean(name, f"--speck {speck}")
+        command = clean(stats.name, f"--speck {speck}")
         return (
             f"Use {command} to fill areas below {speck} pixels with the colour around them, or make it again ({_MAKE})."
         )
     return f"It is useless for animation: make it again ({_MAKE}), or repaint it."
 
 
-def _finding(
-    rule: str, colour: str, name: str, says: str, remedy: str, frames: Iterable[int], start: int | None
-) -> Finding:
-    where = () if start is None else ranges(frames, start)
-    return Finding("warning", rule, name, f"The {colour} character of {name} {says}", remedy, where)
+def _finding(rule: str, colour: str, stats: MaskStats, says: str, remedy: str, frames: Iterable[int]) -> Finding:
+    says = f"The {colour} character of {stats.name} {says}"
+    return Finding("warning", rule, stats.name, says, remedy, stats.where(frames))
 
 
-def jump_findings(
-    stats: MaskStats, name: str, start: int, driving: ClipSource | None = None, tell: Tell = untold
-) -> list[Finding]:
+def jump_findings(stats: MaskStats, driving: ClipSource | None = None, tell: Tell = untold) -> list[Finding]:
     """Findings about characters whose area jumps between frames, except at scene cuts of the driving clip.
 
     Without a driving clip, cuts are unknown, so only jumps that are reversed within `SHORT_GAP` frames are reported.
     Raises InputError if the driving clip cannot be read."""
+    start = stats.start or 0
     jumps = {colour: stats.jumps(colour) for colour in stats.characters}
     cuts: set[int] = set()
     if driving is not None and any(jumps.values()):
@@ -136,12 +131,12 @@ def jump_findings(
         if not frames:
             continue
         worst = max((jump for jump in kept if jump.frame in frames), key=lambda jump: abs(jump.after - jump.before))
-        says = f"jumps in area at {ranges_text(ranges(frames, start))}, from {_area(worst.before)} to"
+        says = f"jumps in area at {ranges_text(stats.where(frames))}, from {_area(worst.before)} to"
         says += f" {_area(worst.after)} of the picture"
         says += f" at frame {worst.frame + start}" if len(frames) > 1 else ""
         says += ", where the driving clip has no cut." if driving is not None else "."
         remedy = f"Look at these frames with `scail2-rt masks preview`. Repaint them, or make the mask again ({_MAKE})."
-        found.append(_finding("area jump", colour, name, says, remedy, frames, start))
+        found.append(_finding("area jump", colour, stats, says, remedy, frames))
     return found
 
 

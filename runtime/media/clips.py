@@ -17,8 +17,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,33 +29,10 @@ from scail2_rt.runtime.core.request import Clip, ClipSource
 from scail2_rt.runtime.media.images import as_pixels, images_in, load_image
 from scail2_rt.runtime.media.kept_results import KeptResults
 from scail2_rt.runtime.media.lossless import write_video
-from scail2_rt.runtime.media.video_reader import VideoInfo, VideoReader, probe_video
+from scail2_rt.runtime.media.video_reader import FrameReader, VideoInfo, VideoReader, probe_video
 
 _CHUNK = 8  # frames read at once
 FOLDER_RATE = Fraction(16)  # frames per second of a folder of images if none is given: the rate of the model
-
-
-class FrameReader(Protocol):
-    """Reads the frames of a video in order. position: number of the next frame; name: of the video, in messages."""
-
-    name: str
-    position: int
-
-    def read(self, count: int) -> np.ndarray:
-        """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
-        ...
-
-    def skip(self, count: int) -> None:
-        """Skip frames, at most to the end."""
-        ...
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> "FrameReader": ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None: ...
 
 
 def open_video(
@@ -160,7 +136,7 @@ def check_start(start: int, total: int, rate: Fraction | None) -> None:
         )
 
 
-class _ChosenFrames:
+class _ChosenFrames(FrameReader):
     """Frames of another reader by their numbers; some may be skipped and others repeated."""
 
     def __init__(self, reader: FrameReader, chosen: Sequence[int]) -> None:
@@ -169,7 +145,6 @@ class _ChosenFrames:
         self._frame = np.empty((0, 0, 0, 3), np.uint8)  # the last frame read, [1, H, W, 3]
 
     def read(self, count: int) -> np.ndarray:
-        """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
         frames = list[np.ndarray]()
         for number in itertools.islice(self._chosen, count):
             if number >= self._reader.position:
@@ -182,20 +157,13 @@ class _ChosenFrames:
         return np.concatenate(frames) if frames else self._frame[:0]
 
     def skip(self, count: int) -> None:
-        """Skip frames, at most to the end."""
         self.position += sum(1 for _ in itertools.islice(self._chosen, count))
 
     def close(self) -> None:
         self._reader.close()
 
-    def __enter__(self) -> "_ChosenFrames":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class ClipReader:
+class ClipReader(FrameReader):
     """Frames of a clip in memory. Only the slices that are read are computed. Raises InputError if the clip ends before
     `start`."""
 
@@ -212,14 +180,12 @@ class ClipReader:
             )
 
     def skip(self, count: int) -> None:
-        """Skip frames, at most to the end."""
         if self._slices is None:
             self.position += sum(1 for _ in itertools.islice(self._frames, count))
         else:
             self.position = min(self.position + count, len(self._slices))
 
     def read(self, count: int) -> np.ndarray:
-        """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
         if self._slices is None:
             frames = list(itertools.islice(self._frames, count))
         else:
@@ -230,12 +196,6 @@ class ClipReader:
 
     def close(self) -> None:
         self._frames.close()
-
-    def __enter__(self) -> "ClipReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def sliceable(frames: Any) -> bool:

@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import av
 import numpy as np
@@ -158,11 +157,40 @@ def _declared_s(stream: Any) -> Fraction | None:
     return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3]) - start_s
 
 
+R = TypeVar("R", bound="FrameReader")
+
+
+class FrameReader(Protocol):
+    """Reads the frames of a video in order. As a context manager it closes itself.
+
+    name       of the video, in messages
+    position   number of the next frame"""
+
+    name: str
+    position: int
+
+    def read(self, count: int) -> np.ndarray:
+        """The next `count` frames, RGB uint8 [n, H, W, 3]; n < count only at the end, where it may be 0."""
+        ...
+
+    def skip(self, count: int) -> None:
+        """Skip frames, at most to the end."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self: R) -> R:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class NoAlphaError(InputError):
     """Raised if the alpha channel of a video without one is read."""
 
 
-class VideoReader:
+class VideoReader(FrameReader):
     """Reads the frames of a video file in order. The first `start` frames are decoded and discarded, so that the
     position is exact."""
 
@@ -249,14 +277,6 @@ class VideoReader:
     def close(self) -> None:
         self._frames.close()
         self._opened.__exit__(None, None, None)
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def has_transparency(path: Path) -> bool:

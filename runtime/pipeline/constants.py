@@ -8,6 +8,7 @@ layout captures no graph.
 
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -25,18 +26,17 @@ SCHEDULES = 8
 
 
 class Constants:
-    """The constants of one set of engines. `graphs_recorded` and `schedules_made` count cache misses.
+    """The constants of one set of engines. `graphs_recorded` counts cache misses.
 
     ranks: the ranks that share the work, None for a single process."""
 
     def __init__(self, engines: EngineSet, ranks: Ranks | None = None) -> None:
         self.engines, self.ranks = engines, ranks
         self._sharing: Sharing | None = None
-        self.schedules_made = 0
         self._graphs_recorded = 0
         self._pool = GraphPool()
         self._transformers: OrderedDict[Layout, Transformer] = OrderedDict()
-        self._schedules: OrderedDict[tuple[float, ...], Schedule] = OrderedDict()
+        self._schedule = lru_cache(SCHEDULES)(partial(Schedule.of, engines))
         self._contexts: list[BlockKV] | None = None
 
     @property
@@ -71,15 +71,7 @@ class Constants:
 
     def schedule(self, timesteps: Sequence[float]) -> Schedule:
         """Return the time embeddings of these timesteps, from the cache if possible."""
-        key = tuple(float(t) for t in timesteps)
-        if key in self._schedules:
-            self._schedules.move_to_end(key)
-            return self._schedules[key]
-        self.schedules_made += 1
-        self._schedules[key] = Schedule.of(self.engines, timesteps)
-        while len(self._schedules) > SCHEDULES:
-            self._schedules.popitem(last=False)
-        return self._schedules[key]
+        return self._schedule(tuple(float(t) for t in timesteps))
 
     def expect_contexts(self, placement: Placement | None) -> None:
         """Weights that `contexts` will need are on their way while the driving clip is encoded, as many as the
@@ -113,5 +105,5 @@ class Constants:
     def drop(self) -> None:
         """Free everything."""
         self.drop_transformers()
-        self._schedules.clear()
+        self._schedule.cache_clear()
         self._contexts = None

@@ -23,7 +23,8 @@ from scail2_rt.runtime.core.geometry import Segment
 from scail2_rt.runtime.core.plan import Plan
 from scail2_rt.runtime.core.window import Window
 from scail2_rt.runtime.masks.palette import mask_latents
-from scail2_rt.runtime.media.clips import FrameReader, open_video
+from scail2_rt.runtime.media.clips import open_video
+from scail2_rt.runtime.media.video_reader import FrameReader
 from scail2_rt.runtime.pipeline.observe import observe
 from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_video, through_window
 from scail2_rt.runtime.pipeline.vae import encode, frame_groups

@@ -40,6 +40,7 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
     Raises InputError for the first problem found: a missing or unreadable file, media that do not match, masks that
     cannot be used."""
     from scail2_rt.runtime.masks.lint import check_masks, refuse, video_pair, warnings_of
+    from scail2_rt.runtime.masks.stats import image_stats, video_stats
     from scail2_rt.runtime.masks.windows import Pictures
     from scail2_rt.runtime.media.clips import is_folder, nearest_frames
 
@@ -62,19 +63,11 @@ def check_request(request: Request, on_progress: Listener | None = None) -> Plan
         chosen = chosen[request.start : request.start + frames]
         checked = range(chosen[0], chosen[-1] + 1)
     segments = plan_segments(frames, request.segment_length, request.segment_overlap)
-    report = check_masks(
-        masks,
-        request.mask_video,
-        request.mode,
-        names=[mask for _, mask in _names(request)],
-        start=checked.start,
-        frames=len(checked),
-        pictures=Pictures(
-            [image.shape[:2] for image in images], (driving.height, driving.width), request.fit, request.size
-        ),
-        driving_clip=request.driving,
-        tell=within(work, 0.65, 1),
-    )
+    references = [image_stats(mask, name) for mask, (_, name) in zip(masks, _names(request), strict=True)]
+    driving_mask = video_stats(request.mask_video, checked.start, len(checked), within(work, 0.65, 1))
+    sizes = [image.shape[:2] for image in images]
+    pictures = Pictures(sizes, (driving.height, driving.width), request.fit, request.size)
+    report = check_masks(references, driving_mask, request.mode, pictures, request.driving)
     fit = None
     if request.fit_reference:
         report, fit = _fitted(images[0], masks[0], report, request)
@@ -224,7 +217,8 @@ def check_output(output: Output, request: Request) -> None:
 
     Raises InputError for a path that cannot be written, and if files would be lost: an input, another result, the
     segments of an interrupted run, a JSON file that is not a run report."""
-    from scail2_rt.runtime.media.video_writer import check_codec, check_writable
+    from scail2_rt.runtime.media.output_path import check_writable
+    from scail2_rt.runtime.media.video_format import check_codec
     from scail2_rt.runtime.session.report import is_report, report_path
 
     report_file = report_path(output.path)
@@ -278,7 +272,7 @@ def check_room(output: Output, plan: Plan) -> None:
     H.264 takes about 0.1 bytes per pixel at crf 18. Lossless H.264, PNG and GIF take about 1.5. Both are doubled or
     more, because the partial video and the result exist at the same time. Two saved states hold the overlap in fp32,
     once as decoded and once as the model sees it."""
-    from scail2_rt.runtime.media.video_writer import check_writable
+    from scail2_rt.runtime.media.output_path import check_writable
 
     pixels = plan.height * plan.width
     states = 2 * 2 * 12 * plan.request.segment_overlap * pixels

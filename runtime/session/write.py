@@ -19,7 +19,8 @@ from scail2_rt.runtime.core.progress import RunProgress
 from scail2_rt.runtime.core.request import Output
 from scail2_rt.runtime.core.warnings import collecting
 from scail2_rt.runtime.media.unfinished import clear_sidecars, is_there, partial_path, resumable
-from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+from scail2_rt.runtime.media.video_format import VideoFormat
+from scail2_rt.runtime.media.video_writer import VideoWriter
 from scail2_rt.runtime.pipeline.history import Carry
 from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.session import report

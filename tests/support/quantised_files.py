@@ -16,9 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.repackaged import LARGEST, Tensors
-
-LINEARS = r"(.*\.)?blocks\.\d+\.(self_attn|cross_attn|ffn)\.(q|k|v|o|k_img|v_img|0|2)\.weight"
+from tests.support.repackaged import LARGEST, LINEARS, Tensors
 
 
 @dataclass(frozen=True, slots=True)

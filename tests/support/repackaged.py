@@ -5,17 +5,21 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from scail2_rt.export.checkpoint.hf_names import CLIP_TO_WAN, UMT5_TO_WAN
 from scail2_rt.export.checkpoint.open import open_checkpoint
 from scail2_rt.export.checkpoint.tensors import TensorSource
+from scail2_rt.kernels.errors import InputError
 
 Tensors = dict[str, Tensor]
 LARGEST = 448.0  # of e4m3
 PREFIX = "model.diffusion_model."
+LINEARS = r"(.*\.)?blocks\.\d+\.(self_attn|cross_attn|ffn)\.(q|k|v|o|k_img|v_img|0|2)\.weight"
 
 
 def tensors_of(source: TensorSource) -> Tensors:
@@ -28,12 +32,22 @@ def opened_dit(path: Path) -> TensorSource:
 
 
 def assert_same(source: TensorSource, tensors: Tensors) -> None:
-    """Names, types, shapes and values."""
+    """Names, types, shapes and values, also of a few rows."""
     assert set(source.keys()) == set(tensors)
     for name, tensor in tensors.items():
         found = source.get(name)
         assert (source.dtype(name), source.shape(name)) == (found.dtype, tuple(found.shape)), name
+        assert found.dtype == tensor.dtype, name
         assert torch.equal(found, tensor), name
+        if found.dim() > 1 and len(found) > 7:
+            assert torch.equal(source.rows(name, 3, 7), found[3:7]), name
+
+
+def refused(path: Path, **arguments: Any) -> str:
+    """The sentence that `open_checkpoint` refuses a path with."""
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(path, **arguments)
+    return str(caught.value)
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:

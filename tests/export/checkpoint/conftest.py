@@ -8,7 +8,7 @@ from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
 from tests.support.repackaged import Tensors, tensors_of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def opened(tiny_checkpoint: Path) -> Checkpoint:
     return open_checkpoint(tiny_checkpoint)
 

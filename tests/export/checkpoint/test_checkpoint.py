@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from scail2_rt.export.checkpoint.derive import dit_shapes, vae_shapes
 from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
@@ -28,10 +27,9 @@ from scail2_rt.export.checkpoint.random_checkpoint import (
     VAE_FILE,
     random_tensor,
 )
-from scail2_rt.export.checkpoint.tensors import MappingSource, MergedSource, TensorSource, open_safetensors, open_torch
+from scail2_rt.export.checkpoint.tensors import MappingSource, MergedSource, open_safetensors, open_torch
 from scail2_rt.kernels.errors import InputError
-
-Tensors = dict[str, Tensor]
+from tests.support.repackaged import Tensors, assert_same, refused, tensors_of
 
 
 class Payload:
@@ -45,17 +43,9 @@ class Payload:
 
 
 @pytest.fixture(scope="session")
-def opened(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(tiny_checkpoint)
-
-
-@pytest.fixture(scope="session")
 def wan(opened: Checkpoint) -> Mapping[str, Tensors]:
     """The tiny checkpoint's tensors in memory, by component, under Wan names."""
-    return {
-        component: {name: source.get(name).clone() for name in source.keys()}  # noqa: SIM118
-        for component, source in opened.sources.items()
-    }
+    return {component: tensors_of(source) for component, source in opened.sources.items()}
 
 
 @pytest.fixture
@@ -70,21 +60,6 @@ def beside(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "beside"))
     shutil.rmtree(folder / "model")
     return folder
-
-
-def assert_same(source: TensorSource, tensors: Tensors, dtype: torch.dtype | None = None) -> None:
-    assert set(source.keys()) == set(tensors)
-    for name, tensor in tensors.items():
-        want = tensor if dtype is None else tensor.to(dtype)
-        assert source.dtype(name) == want.dtype
-        assert source.shape(name) == tuple(want.shape)
-        assert torch.equal(source.get(name), want), name
-
-
-def refused(path: Path, **arguments: object) -> str:
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(path, **arguments)  # type: ignore[arg-type]
-    return str(caught.value)
 
 
 class TestOfficialFolder:
@@ -172,9 +147,10 @@ class TestWanKeys:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_prefixes_and_types(self, beside, wan, prefix, dtype):
         file = beside / "scail2.safetensors"
-        save_file({prefix + name: tensor.to(dtype) for name, tensor in wan["dit"].items()}, file)
+        stored = {name: tensor.to(dtype) for name, tensor in wan["dit"].items()}
+        save_file({prefix + name: tensor for name, tensor in stored.items()}, file)
         for path in (file, beside):
-            assert_same(open_checkpoint(path).sources["dit"], wan["dit"], dtype)
+            assert_same(open_checkpoint(path).sources["dit"], stored)
 
     @pytest.mark.parametrize("index", [True, False])
     def test_shards(self, beside, wan, index):

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from scail2_rt.export.checkpoint.find import open_group
 from scail2_rt.export.checkpoint.hf_names import UMT5_TO_WAN
 from scail2_rt.export.checkpoint.open import Checkpoint
-from scail2_rt.export.checkpoint.tensors import TensorSource
 from scail2_rt.kernels.errors import InputError
 from tests.support.command import Run, error_of, one_json
 from tests.support.quantised_files import (
@@ -27,28 +26,17 @@ from tests.support.quantised_files import (
     quanto_int8,
     write_gguf,
 )
-from tests.support.repackaged import PREFIX, Tensors, hugging_face_umt5, opened_dit, tensors_of
+from tests.support.repackaged import PREFIX, Tensors, assert_same, hugging_face_umt5, opened_dit, refused, tensors_of
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
 Q = "blocks.0.self_attn.q"
 
 
-def assert_same(source: TensorSource, meant: Tensors) -> None:
-    assert set(source.keys()) == set(meant)
-    for name, tensor in meant.items():
-        found = source.get(name)
-        assert (source.dtype(name), source.shape(name)) == (found.dtype, tuple(found.shape)), name
-        assert torch.equal(found.float(), tensor.float()), name
-        if found.dim() > 1 and len(found) > 7:
-            assert torch.equal(source.rows(name, 3, 7), found[3:7]), name
-
-
-def refused(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> str:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-    with pytest.raises(InputError) as caught:
-        opened_dit(path)
-    return str(caught.value)
+def refused_tensors(tensors: Tensors, path: Path) -> str:
+    """The sentence that a file with these tensors is refused with."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return refused(path, components=("dit",))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,7 +125,7 @@ class TestComfy:
             ({name: t for name, t in packed.items() if name != f"{Q}.weight_scale_2"}, "has no weight_scale_2"),
         ]
         for tensors, said in cases:
-            assert said in refused(tensors, tmp_path / "dit.safetensors")
+            assert said in refused_tensors(tensors, tmp_path / "dit.safetensors")
 
 
 class TestOthers:
@@ -169,7 +157,7 @@ class TestOthers:
             ({**bare, f"{Q}.SCB": torch.ones(256)}, "quantised by bitsandbytes"),
         ]
         for tensors, said in cases:
-            message = refused(tensors, tmp_path / "dit.safetensors")
+            message = refused_tensors(tensors, tmp_path / "dit.safetensors")
             assert said in message
             assert "fp16" in message
 

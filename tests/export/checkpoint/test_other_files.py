@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from scail2_rt.export.checkpoint.open import Checkpoint, open_checkpoint
 from scail2_rt.export.checkpoint.random_checkpoint import CLIP_FILE, SAT_FILE, VAE_FILE, sat_module
-from scail2_rt.kernels.errors import InputError
 from tests.support.command import Run, error_of
 from tests.support.repackaged import (
     PREFIX,
@@ -23,6 +22,7 @@ from tests.support.repackaged import (
     diffusers_dit,
     diffusers_vae,
     hugging_face_umt5,
+    refused,
     tensors_of,
 )
 
@@ -32,12 +32,6 @@ POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 32800\n"
 )
 AGAIN = re.compile(r"(download|get|copy)[^.;]* again")
-
-
-def refused(path: Path, **arguments: object) -> str:
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(path, **arguments)  # type: ignore[arg-type]
-    return str(caught.value)
 
 
 class TestNoWeights:

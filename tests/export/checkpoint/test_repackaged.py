@@ -15,6 +15,7 @@ from scail2_rt.export.checkpoint.random_checkpoint import CLIP_FILE, TOKENIZER_F
 from scail2_rt.kernels.errors import InputError
 from tests.support.command import Run, error_of, one_json
 from tests.support.repackaged import (
+    LINEARS,
     PREFIX,
     Tensors,
     assert_same,
@@ -22,20 +23,14 @@ from tests.support.repackaged import (
     hugging_face_clip,
     hugging_face_umt5,
     opened_dit,
+    refused,
     tensors_of,
 )
 
 pytest_plugins = ["tests.support.runtime_fixtures"]
 
-LINEARS = r".*blocks\.\d+\.(self_attn|cross_attn|ffn)\.(q|k|v|o|k_img|v_img|0|2)\.weight"
 UMT5_LINEARS = r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.\w+)\.weight"
 FORMS = ("scale_weight", "comfy_quant", "metadata", "uint8")
-
-
-def refused(file: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(file, components=("dit",))
-    return str(caught.value)
 
 
 class TestHuggingFaceNames:
@@ -122,7 +117,7 @@ class TestScaled:
         stored, metadata, _ = fp8_scaled(dit, LINEARS, "comfy_quant")
         stored["blocks.1.ffn.0.comfy_quant"] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
         save_file(stored, tmp_path / "dit.safetensors", metadata=metadata)
-        message = refused(tmp_path / "dit.safetensors")
+        message = refused(tmp_path / "dit.safetensors", components=("dit",))
         assert named in message
         assert "fp8_scaled" in message
 
@@ -137,10 +132,10 @@ class TestScaled:
         ]
         for changed, said in cases:
             save_file({**stored, **changed}, tmp_path / "dit.safetensors")
-            assert said in refused(tmp_path / "dit.safetensors")
+            assert said in refused(tmp_path / "dit.safetensors", components=("dit",))
         for gone, said in ((scale, "blocks.0.ffn.0 has no weight_scale"), (weight, f"but no {weight}")):
             save_file({n: t for n, t in stored.items() if n != gone}, tmp_path / "dit.safetensors")
-            assert said in refused(tmp_path / "dit.safetensors")
+            assert said in refused(tmp_path / "dit.safetensors", components=("dit",))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from scail2_rt.runtime.cli.main import SECTIONS, cli, explain
 from scail2_rt.runtime.core.request import ANCHORS, SCHEDULERS
 from scail2_rt.runtime.core.window import FITS
 from scail2_rt.runtime.jobs.options import PRESETS
-from scail2_rt.runtime.media.video_writer import CODECS
+from scail2_rt.runtime.media.video_format import CODECS
 from tests.support.command import SCAIL2_RT, SMALL, Run, error_of, one_json, unmeasured
 
 pytest_plugins = ["tests.support.runtime_fixtures"]

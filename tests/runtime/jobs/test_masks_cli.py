@@ -191,7 +191,7 @@ def test_masks_that_are_given_need_no_options_for_making(
     scail2: Run, engines: Path, case: Path, tmp_path: Path
 ) -> None:
     words = ("generate", engines, "--case", case, "-o", tmp_path / "a.mp4", "--point", "5,5", "--sort", "area")
-    assert "--sort, --point applies only if generate makes the masks" in error_of(scail2(*words))
+    assert "--sort, --point apply only if generate makes the masks" in error_of(scail2(*words))
 
 
 def test_a_character_that_the_frame_crops_away(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:

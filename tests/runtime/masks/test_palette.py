@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from scail2_rt.kernels.errors import InputError
 from scail2_rt.runtime.masks.lint import MaskReport, check_masks, refuse, warnings_of
 from scail2_rt.runtime.masks.palette import CHARACTERS, COLOURS, class_shares, mask_latents
-from scail2_rt.runtime.masks.stats import MaskStats, flat_strangers, guess_mode
+from scail2_rt.runtime.masks.stats import MaskStats, flat_strangers, guess_mode, image_stats, video_stats
+from scail2_rt.runtime.masks.windows import Pictures
 from scail2_rt.runtime.pipeline.preprocess import half_resolution, normalise_image, normalise_video
 from tests.support.clips import write_clip
 
@@ -127,9 +128,11 @@ class TestGuess:
         assert guess_mode(frame[None]) == "replace"
 
 
-def accepted(*arguments: Any, **options: Any) -> MaskReport:
+def accepted(masks: list[np.ndarray], path: Path, mode: Any = "auto", names: Any = None, **part: int) -> MaskReport:
     """The report of the mask check; raises InputError if it has an error."""
-    report = check_masks(*arguments, **options)
+    names = names or [f"reference mask {number}" for number in range(1, len(masks) + 1)]
+    references, driving = list(map(image_stats, masks, names)), video_stats(path, **part)
+    report = check_masks(references, driving, mode, Pictures([stats.shape for stats in references], driving.shape))
     refuse(report.findings)
     return report
 

@@ -20,10 +20,12 @@ from PIL import Image
 from scail2_rt.kernels.errors import InputError, Scail2Error
 from scail2_rt.runtime.core.containers import MP4_ENDINGS
 from scail2_rt.runtime.core.warnings import collecting
-from scail2_rt.runtime.media import video_writer
+from scail2_rt.runtime.media.fragment_encoder import FragmentEncoder
+from scail2_rt.runtime.media.output_path import check_writable
 from scail2_rt.runtime.media.unfinished import part_ends
+from scail2_rt.runtime.media.video_format import VideoFormat, check_codec
 from scail2_rt.runtime.media.video_reader import VideoReader, probe_video
-from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter, check_codec, check_writable
+from scail2_rt.runtime.media.video_writer import VideoWriter
 from scail2_rt.runtime.session.report import file_hash
 from tests.support.clips import clicks_s, flat, number_of, ramp, write_clip
 from tests.support.command import unmeasured
@@ -401,7 +403,7 @@ class TestEndings:
         def broken(*_: object) -> None:
             raise av.error.ExternalError(-542398533, "Generic error in an external library")
 
-        monkeypatch.setattr(video_writer._Encoder, "_encode", broken)
+        monkeypatch.setattr(FragmentEncoder, "_encode", broken)
         writer = VideoWriter(tmp_path / "out.mp4", SMALL)
         with pytest.raises(Scail2Error, match=r"Encoding .* failed .*external library"):
             writer.write(ramp(30).repeat(10, 0))  # more frames than the queue holds
@@ -425,7 +427,8 @@ class TestEndings:
 import sys, numpy as np
 from fractions import Fraction
 from pathlib import Path
-from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+from scail2_rt.runtime.media.video_format import VideoFormat
+from scail2_rt.runtime.media.video_writer import VideoWriter
 writer = VideoWriter(Path(sys.argv[1]), VideoFormat(64, 48, Fraction(30000, 1001)))
 for k in range(3):
     writer.write(np.stack([np.full((48, 64, 3), 8 * (i + 1), np.uint8) for i in range(6 * k, 6 * k + 6)]))
@@ -479,14 +482,14 @@ sys.stdin.read()
         assert seen == [1, 2, 3, 3, 3, 3]
 
     def test_the_caller_does_not_wait_for_the_encoder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        encode, returned, encoded = video_writer._Encoder._encode, threading.Event(), list[int]()
+        encode, returned, encoded = FragmentEncoder._encode, threading.Event(), list[int]()
 
-        def held_up(self: video_writer._Encoder, number: int, frame: np.ndarray) -> None:
+        def held_up(self: FragmentEncoder, number: int, frame: np.ndarray) -> None:
             assert returned.wait(60), "the caller waits for the encoder"
             encode(self, number, frame)
             encoded.append(number)
 
-        monkeypatch.setattr(video_writer._Encoder, "_encode", held_up)
+        monkeypatch.setattr(FragmentEncoder, "_encode", held_up)
         with VideoWriter(tmp_path / "out.mp4", SMALL) as writer:
             writer.write(ramp(20))
             writer.segment_done()

@@ -36,7 +36,8 @@ import json, os, random, signal, sys, time
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
-from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+from scail2_rt.runtime.media.video_format import VideoFormat
+from scail2_rt.runtime.media.video_writer import VideoWriter
 from scail2_rt.runtime.media.unfinished import sidecar_path
 folder, trials, parts, count = Path(sys.argv[1]), *map(int, sys.argv[2:])
 frames = np.stack([np.full((48, 64, 3), 8 * (i + 1), np.uint8) for i in range(parts * count)])
@@ -121,7 +122,8 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np
 from scail2_rt.kernels.errors import Scail2Error
-from scail2_rt.runtime.media.video_writer import VideoFormat, VideoWriter
+from scail2_rt.runtime.media.video_format import VideoFormat
+from scail2_rt.runtime.media.video_writer import VideoWriter
 output, limited, room = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 noise = np.random.default_rng(0)
 writer = VideoWriter(output, VideoFormat(64, 48, Fraction(25)))

@@ -360,7 +360,7 @@ def test_a_refused_run_touches_no_file(session: Session, quick: Callable[..., Re
     next(running)
     for name in ("whole.mp4", "part.mp4", "new.mp4"):
         with pytest.raises(Scail2Error, match="already generating"):
-            session.generate(plan, Output(str(tmp_path / name), overwrite=True))  # type: ignore[arg-type]
+            session.generate(plan, Output(str(tmp_path / name), overwrite=True))
     running.close()  # type: ignore[attr-defined]
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
