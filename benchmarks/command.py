@@ -59,7 +59,8 @@ RUN_OPTIONS = in_section(
         "--only",
         multiple=True,
         metavar="PATTERN",
-        help="Sections forward, vae, load, serve: measure only rows that match, as in 'forward/fp8/*'. Repeatable.",
+        help="Sections forward, vae, load, generate, serve: measure only rows that match, as in 'forward/fp8/*'. "
+        "Repeatable.",
     ),
     option(
         "--segments",

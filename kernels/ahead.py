@@ -145,7 +145,25 @@ def compile_line(line: str, capability: Capability) -> None:
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):  # its cache keys list constants here too
         attributes = dict(sorted(({path: [] for path in constants} | attributes).items()))
     source = ASTSource(getattr(importlib.import_module(module), name), entry["signature"], constants, attributes)
-    compile(source, target=GPUTarget("cuda", 10 * capability[0] + capability[1], WARP), options=entry["options"])
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], WARP)
+    _compile_launcher(source, compile(source, target=target, options=entry["options"]).metadata)
+
+
+def _compile_launcher(source: Any, metadata: Any) -> None:
+    """Compile the launcher in C that Triton has for every signature up to version 3.6. Needs NVIDIA's driver."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        with contextlib.suppress(AssertionError):  # Triton's sign that there is no driver
+            driver.CudaLauncher(source, metadata)
+
+
+def _compile_utilities() -> None:
+    """Compile the C functions with which Triton loads kernels. Needs NVIDIA's driver."""
+    from triton.backends.nvidia import driver
+
+    with contextlib.suppress(AssertionError, RuntimeError):  # without a C compiler the command itself says so
+        driver.CudaUtils()
 
 
 def compile_all(capability: Capability, lines: Sequence[str], processes: int) -> list[str]:
@@ -156,7 +174,10 @@ def compile_all(capability: Capability, lines: Sequence[str], processes: int) ->
         if name:
             importlib.import_module(module)
     with _forked(processes) as pool:
-        return [problem for problem in pool.map(partial(_compiled, capability), lines) if problem]
+        utilities = pool.submit(_compile_utilities)
+        problems = [problem for problem in pool.map(partial(_compiled, capability), lines) if problem]
+        utilities.result()
+    return problems
 
 
 def _forked(processes: int) -> Any:

@@ -24,12 +24,14 @@ def run(bench: Bench) -> None:
     gpus = f"-{bench.options.gpus}gpus" if bench.options.gpus > 1 else ""
     resident = f"generate/resident{gpus}/{workload.name}"
     limited = f"generate/limit-{LIMIT_GIB}GiB/{workload.name}"
-    with bench.attempt(resident):
-        folder = engine_folder(bench)
-        _measure(bench, resident, folder, workload, None, bench.options.runs if bench.on_gpu else 1)
-        if not bench.on_gpu:
-            bench.skip(limited)
-    if not bench.on_gpu or bench.options.gpus > 1:
+    if bench.wants(resident):
+        with bench.attempt(resident):
+            folder = engine_folder(bench)
+            _measure(bench, resident, folder, workload, None, bench.options.runs if bench.on_gpu else 1)
+    if not bench.wants(limited) or bench.options.gpus > 1:
+        return
+    if not bench.on_gpu:
+        bench.skip(limited)
         return
     with bench.attempt(limited):
         _measure(bench, limited, engine_folder(bench), workload, LIMIT_GIB << 30, 1)

@@ -73,18 +73,22 @@ def first_step(bench: Bench) -> None:
         fresh_process(folder, workload)  # page cache, prompt cache, compiled kernels
         found, unchecked = [], []
         for _ in range(max(3, bench.options.runs) if bench.on_gpu else 1):
-            unchecked.append(fresh_process(folder, workload, checked=False))
+            if bench.wants("load/first-step-unchecked"):
+                unchecked.append(fresh_process(folder, workload, checked=False))
             found.append(fresh_process(folder, workload))
         middle = sorted(found, key=to_first_step)[len(found) // 2]
         phases = {name.removeprefix("phase_"): value for name, value in middle.items() if name.startswith("phase_")}
-        timing, without = Timing.of(map(to_first_step, found)), Timing.of(map(to_first_step, unchecked))
-        bench.add("load/first-step-unchecked", without, "baseline", note="checksums not verified")
+        timing, share = Timing.of(map(to_first_step, found)), None
+        if unchecked:
+            without = Timing.of(map(to_first_step, unchecked))
+            bench.add("load/first-step-unchecked", without, "baseline", note="checksums not verified")
+            share = 100 * (timing.median_s / without.median_s - 1)
         bench.add(
             "load/first-step",
             timing,
             note=f"fresh process, {folder_gib(folder):.1f} GiB, files in page cache",
             breakdown=phases,
-            check_percent=100 * (timing.median_s / without.median_s - 1),
+            check_percent=share,
             **details(middle),
         )
 

@@ -53,8 +53,9 @@ class TorchExecutor(Executor):
         """Prefetch on a GPU only: on a CPU, views of the mapped store need no loading."""
         if not self._on_gpu or self._loader is None:
             return
+        there = self._engines, self._loading, self._streamed, {f"{ring}_step" for ring in self._rings}
         for name in names:
-            if name not in self._engines and name not in self._loading and name not in self._streamed:
+            if not any(name in names for names in there):
                 self._loading[name] = self._loader.start(name, self._tensors(name))
 
     def stream(self, names: Sequence[str]) -> None:

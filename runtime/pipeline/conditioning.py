@@ -40,14 +40,19 @@ class Conditions:
 
 
 def encode_conditions(
-    plan: Plan, engines: EngineSet, progress: RunProgress, cache: PromptCache | None = None
+    plan: Plan,
+    engines: EngineSet,
+    progress: RunProgress,
+    cache: PromptCache | None = None,
+    then: Sequence[str] = (),
 ) -> Conditions:
-    """Encode prompts, CLIP features and references of a request."""
+    """Encode prompts, CLIP features and references of a request. then: stages that run next; their weights are loaded
+    while the references are encoded."""
     request = plan.request
     prompts = [request.prompt, request.negative_prompt][: request.passes]
     with progress.phase("text"):
         contexts = encode_prompts(engines, prompts, cache)
-    engines.prefetch(["clip"])
+    engines.prefetch(["vae.encode_step", "clip", *then])
     with progress.phase("reference"):
         fits = (plan.fit, *(None for _ in request.extra_refs))  # additional views and close-ups keep their framing
         pictures = [

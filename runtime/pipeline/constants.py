@@ -73,11 +73,12 @@ class Constants:
         """Return the time embeddings of these timesteps, from the cache if possible."""
         return self._schedule(tuple(float(t) for t in timesteps))
 
-    def expect_contexts(self, placement: Placement | None) -> None:
-        """Weights that `contexts` will need are on their way while the driving clip is encoded, as many as the
-        placement has room for."""
-        if placement is not None and self.ranks is None:
-            self.engines.prefetch(f"dit.blocks.{i}.context_kv" for i in range(placement.contexts_ahead))
+    def stages_of_contexts(self, placement: Placement | None) -> list[str]:
+        """Return the stages of `contexts` whose weights may be loaded while references are encoded, as many as the
+        placement has room for; none without a placement or with several ranks."""
+        if placement is None or self.ranks is not None:
+            return []
+        return [f"dit.blocks.{i}.context_kv" for i in range(placement.contexts_ahead(torch.cuda.memory_reserved()))]
 
     def begin_segment(self, placement: Placement | None) -> None:
         """Prefetch the resident weights while the driving clip is encoded."""

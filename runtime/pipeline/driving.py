@@ -34,18 +34,11 @@ FRAMES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class DrivingClip:
-    """Frames and masks of one segment: uint8 [T, 3, H, W] each, T = segment.padded_frames, at the output size.
-    mask_channels fp32 [28, F, H/16, W/16]: the masks as the transformer reads them."""
+    """Frames and masks of one segment: uint8 [T, 3, H, W] each, T = segment.padded_frames, at the output size."""
 
     segment: Segment
     frames: Tensor
     mask: Tensor
-    mask_channels: Tensor
-
-    @classmethod
-    def of(cls, segment: Segment, frames: Tensor, mask: Tensor) -> "DrivingClip":
-        """Make a clip from frames and masks that are in memory."""
-        return cls(segment, frames, mask, mask_channels(mask))
 
 
 Calls = Sequence[Callable[[], Any]]
@@ -111,8 +104,7 @@ def read_clips(
     with open_video(sources[0], start, plan.chosen) as driving, open_video(sources[1], start, plan.chosen) as masks:
         clip, mask = (_Source(reader, plan.driving_window, segments[0].start) for reader in (driving, masks))
         for segment in segments:
-            frames, (shown, channels) = run([partial(clip.part, segment), partial(_masks, mask, segment)])
-            yield DrivingClip(segment, frames, shown, channels)
+            yield DrivingClip(segment, *run([partial(source.part, segment) for source in (clip, mask)]))
 
 
 @dataclass(slots=True)
@@ -130,16 +122,6 @@ class _Source:
         valid = fresh if self.tail is None else torch.cat([self.tail[-segment.overlap :], fresh])
         self.read_to, self.tail = segment.valid_end, valid
         return torch.cat([valid, valid[-1:].expand(segment.padded_frames - len(valid), -1, -1, -1)])
-
-
-def _masks(source: _Source, segment: Segment) -> tuple[Tensor, Tensor]:
-    masks = source.part(segment)
-    return masks, mask_channels(masks)
-
-
-def mask_channels(masks: Tensor) -> Tensor:
-    """Return uint8 masks [T, 3, H, W] at half resolution, as the transformer reads them: fp32 [28, F, H/16, W/16]."""
-    return mask_latents(torch.cat([_half(frames) for frames in masks.split(FRAMES_AT_ONCE)]))
 
 
 def _half(frames: Tensor) -> Tensor:
@@ -163,9 +145,10 @@ def _read(reader: FrameReader, count: int, window: Window) -> Tensor:
 
 def encode_driving(engines: EngineSet, clip: DrivingClip) -> tuple[Tensor, Tensor]:
     """Encode a clip → half-resolution latent [16, F, h/2, w/2] and its mask latent [28, F, h/2, w/2]."""
-    frames = clip.frames.to(engines.device)
+    frames, masks = clip.frames.to(engines.device), clip.mask.to(engines.device)
+    channels = mask_latents(torch.cat([_half(part) for part in masks.split(FRAMES_AT_ONCE)]))
+    del masks
     latent = encode(engines, (_half(frames[group]).transpose(0, 1) for group in frame_groups(len(frames))))
-    channels = clip.mask_channels.to(latent.device)
     observe("driving", latent)
     observe("driving_mask", channels)
     return latent, channels

@@ -28,7 +28,7 @@ from scail2_rt.runtime.pipeline.placement import Placement
 from scail2_rt.runtime.pipeline.preprocess import quantise_frames
 from scail2_rt.runtime.pipeline.schedulers import make_scheduler
 from scail2_rt.runtime.pipeline.text import PromptCache
-from scail2_rt.runtime.pipeline.transformer import BlockKV, Transformer
+from scail2_rt.runtime.pipeline.transformer import Transformer
 
 DrawNoise = Callable[[Layout], Tensor]
 
@@ -104,7 +104,8 @@ def animate_plan(
         return torch.randn(shape, generator=noise, device=plan.request.noise_device).to(machine.engines.device)
 
     with open_clips(plan, carry.finished) as clips:
-        conditions = encode_conditions(plan, machine.engines, machine.progress, cache)
+        then = machine.constants.stages_of_contexts(machine.placement)
+        conditions = encode_conditions(plan, machine.engines, machine.progress, cache, then)
         machine.progress.begin(len(plan.segments), steps, carry.finished, rest)
         yield from animate(machine, conditions, clips, Sampling.of(plan), draw_noise, carry)
 
@@ -122,11 +123,10 @@ def animate(
     `carry`: the state after the segment before the first clip, if the first clip is not the start of the video."""
     engines, progress, carry = machine.engines, machine.progress, carry or Carry()
     passes = 2 if sampling.guidance > 1 else 1
-    contexts: list[BlockKV] | None = None
+    with progress.phase("context"):  # while the first clip is being read
+        contexts = machine.constants.contexts(conditions.contexts[:passes], conditions.clip)
     for index, clip in enumerate(timed(clips, progress), carry.finished):
         progress.segment(index)
-        if contexts is None:
-            machine.constants.expect_contexts(machine.placement)
         machine.constants.begin_segment(machine.placement)
         with progress.phase("driving"):
             driving = encode_driving(engines, clip)
@@ -135,9 +135,6 @@ def animate(
                 pixels, clean = encode_history(engines, carry.history)
                 observe("history", pixels)
                 observe("history_latent", clean)
-        if contexts is None:
-            with progress.phase("context"):
-                contexts = machine.constants.contexts(conditions.contexts[:passes], conditions.clip)
         layout = layout_of(clip, conditions, sampling)
         with progress.phase("denoise"):
             transformer = machine.constants.transformer(layout, contexts)

@@ -19,8 +19,8 @@ class Placement:
     resident_blocks     number of blocks (of `blocks`) whose weights stay loaded during denoising
     keeps_graphs        captured steps are kept between segments; otherwise their memory is freed for the VAE
     needed, budget      bytes of PyTorch's allocator: the run's peak, and its limit
-    contexts_ahead      number of blocks whose context weights may be loaded while the driving clip is encoded, without
-                        a higher peak"""
+    references          bytes that encoding the references takes besides the weights that are loaded
+    context_block       bytes of one block's weights for the cross-attention's keys and values"""
 
     kind: Kind
     resident_blocks: int
@@ -28,7 +28,8 @@ class Placement:
     keeps_graphs: bool
     needed: int
     budget: int
-    contexts_ahead: int = 0
+    references: int = 0
+    context_block: int = 1
 
     @property
     def line(self) -> str:
@@ -40,6 +41,11 @@ class Placement:
             "engine folder, all dropped for decoding",
         }[self.kind]
         return f"{self.kind}: {what}; {self.needed / 2**30:.1f} of {self.budget / 2**30:.1f} GiB planned"
+
+    def contexts_ahead(self, reserved: int) -> int:
+        """Return the number of blocks whose context weights may be loaded while the references are encoded, without a
+        higher peak. reserved: bytes that PyTorch's allocator holds before."""
+        return min(max(self.needed - self.references - reserved, 0) // self.context_block, self.blocks)
 
     @property
     def drops_blocks(self) -> bool:

@@ -67,7 +67,7 @@ class MemoryModel:
         weights = sum(self.blocks[:count]) + self.constant
         kept = self.context + self.tokens
         graphs = self.work if placement is not None and placement.keeps_graphs else 0
-        # placed weights are already loading while the context is computed; others are loaded at their first use
+        # in an open session placed weights are loaded before the context is computed; others at their first use
         before_context = self.context if placement is None else weights + kept + graphs + self.margin
         while_decoding = weights if placement is None or not placement.drops_blocks else self.constant
         return {
@@ -167,10 +167,9 @@ def choose_placement(model: MemoryModel, budget: int, graphs: bool = True) -> Pl
     blocks = len(model.blocks)
 
     def placed(kind: Kind, resident: int, keeps_graphs: bool = False) -> Placement:
-        way = Placement(kind, resident, blocks, keeps_graphs, 0, budget)
-        phases = model.phases(way)
-        spare = max(phases.values()) - phases["driving"]
-        return replace(way, needed=max(phases.values()), contexts_ahead=min(spare // model.context_block, blocks))
+        phases = model.phases(way := Placement(kind, resident, blocks, keeps_graphs, 0, budget))
+        needed, references = max(phases.values()), phases["reference"]
+        return replace(way, needed=needed, references=references, context_block=model.context_block)
 
     ways = [placed("resident", blocks, True)] if graphs else []
     ways += [placed("resident", blocks), placed("phased", blocks)]

@@ -7,7 +7,7 @@ result is kept, an interrupted run is resumed, and otherwise the run starts.
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,10 +115,16 @@ def _write(
             writer.write(frames.pixels.numpy())
             written += len(frames.pixels)
             if frames.carry is not None:
-                now = Saved(written, frames.carry.to("cpu"), noise.get_state())
+                now = Saved(written, _needed_later(frames.carry, plan).to("cpu"), noise.get_state())
                 writer.segment_done(save=partial(sidecar.write, saved=now))
         with run.progress.phase("finish"):
             writer.finish(keep_partial=True)
+
+
+def _needed_later(carry: Carry, plan: Plan) -> Carry:
+    """Return the carry without the history if nothing follows that starts from it or fades into it."""
+    last = carry.finished == len(plan.segments) and not plan.request.overlap_blend
+    return replace(carry, history=None) if last else carry
 
 
 class _Run:

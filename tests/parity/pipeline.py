@@ -95,7 +95,7 @@ def _run(
     def clips() -> Iterator[DrivingClip]:
         for segment in segments:
             index = torch.arange(segment.start, segment.start + segment.padded_frames).clamp_max(segment.valid_end - 1)
-            yield DrivingClip.of(segment, fixture["in.driving_u8"][index], fixture["in.driving_mask_u8"][index])
+            yield DrivingClip(segment, fixture["in.driving_u8"][index], fixture["in.driving_mask_u8"][index])
 
     def draw_noise(layout: Layout) -> Tensor:
         return next(noises).to(engines.device)

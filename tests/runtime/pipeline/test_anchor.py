@@ -61,7 +61,7 @@ def clip(walk: int = 0, frames: Tensor | None = None, white: bool = False) -> Dr
         x = walk + 2 * t
         mask[t, :, 10:60, x : x + 20] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
     frames = torch.zeros(FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8) if frames is None else frames
-    return DrivingClip.of(Segment(0, FRAMES, FRAMES, 0), frames, mask)
+    return DrivingClip(Segment(0, FRAMES, FRAMES, 0), frames, mask)
 
 
 def still(driving: DrivingClip, picture: Tensor, character: float = 0.9) -> Tensor:
@@ -146,7 +146,7 @@ def test_without_background_nothing_is_corrected() -> None:
     driving = clip()
     anchor = ColourAnchor("first", False, driving, {}, CPU)
     shade(anchor, still(driving, scene()))
-    full = DrivingClip.of(driving.segment, driving.frames, torch.zeros_like(driving.mask))
+    full = DrivingClip(driving.segment, driving.frames, torch.zeros_like(driving.mask))
     full.mask[:, 0] = 255
     video = drift(still(driving, scene()))
     assert torch.equal(shade(ColourAnchor("first", False, full, anchor.state(), CPU), video), video)

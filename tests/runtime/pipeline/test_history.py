@@ -84,7 +84,7 @@ class Run:
         segments = plan_segments(frames, LENGTH, OVERLAP)
         first = carry.finished if carry else 0
         clips = [
-            DrivingClip.of(s, driving[s.start : s.start + s.padded_frames], mask[s.start : s.start + s.padded_frames])
+            DrivingClip(s, driving[s.start : s.start + s.padded_frames], mask[s.start : s.start + s.padded_frames])
             for s in segments[first:]
         ]
         noises = iter([noise(16, s.latent_frames, h, w, seed=10 + i) for i, s in enumerate(segments)][first:])

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,13 +128,12 @@ def test_frames_of_the_caller_are_asked_for_in_its_thread(source: Source) -> Non
 
 
 def test_context_weights_are_prefetched_as_far_as_there_is_room() -> None:
-    asked: list[str] = []
-    engines: Any = SimpleNamespace(prefetch=asked.extend)
-    way = Placement("resident", 40, 40, True, 0, 0, contexts_ahead=3)
-    Constants(engines).expect_contexts(way)
-    assert asked == [f"dit.blocks.{i}.context_kv" for i in range(3)]
-    Constants(engines).expect_contexts(None)
-    assert len(asked) == 3
+    engines: Any = None
+    way = Placement("resident", 40, 40, True, needed=100, budget=200, references=20, context_block=25)
+    assert Constants(engines).stages_of_contexts(way) == [f"dit.blocks.{i}.context_kv" for i in range(3)]
+    assert [way.contexts_ahead(reserved) for reserved in (0, 30, 56, 90)] == [3, 2, 0, 0]
+    assert replace(way, context_block=1).contexts_ahead(0) == 40  # at most every block
+    assert Constants(engines).stages_of_contexts(None) == []
 
 
 def test_weights_that_were_prefetched_and_not_used_are_dropped() -> None:
