@@ -54,6 +54,8 @@ class Constants:
             self._contexts = None
         self._sharing = sharing
         self._contexts = context_kv(self.engines, mine, clip, self._contexts, peers)
+        if self.engines.device.type == "cuda":
+            torch.cuda.empty_cache()  # block weights would fill the freed blocks only in part
         return self._contexts
 
     def transformer(self, layout: Layout, contexts: list[BlockKV]) -> Transformer:
