@@ -13,9 +13,9 @@ GUIDE = Path(__file__).parents[3] / "docs" / "gpus.md"
 @pytest.mark.parametrize(
     ("passes", "limit", "placed", "shown"),
     [
-        (1, None, "resident  40 of 40   25.3", "| fp8 | 512×896 | 1 | 25.3 | 20.9 | 16.0 (32) | 11.8 (17) |"),
+        (1, None, "resident  40 of 40   25.0", "| fp8 | 512×896 | 1 | 25.0 | 20.6 | 16.0 (32) | 11.8 (17) |"),
         (1, 12, "streamed  17 of 40   11.8", "12 GB (RTX 4070) | `--precision fp8` | 17 of 40 blocks stay | 11.8 GiB"),
-        (2, 16, "streamed  24 of 40   15.7", "| fp8 | 512×896 | 2 | 27.3 | 21.5 | 15.7 (24) | 11.8 (10) |"),
+        (2, 16, "streamed  24 of 40   15.7", "| fp8 | 512×896 | 2 | 27.0 | 21.2 | 15.7 (24) | 11.8 (10) |"),
         (1, 8, "needs at least", "| 8 GB |"),
     ],
 )
