@@ -41,9 +41,9 @@ def start_early(engines: Path, backend: str) -> None:
     """Call `start` for the GPUs of this machine, with the cache folders that a session with this engine folder uses.
 
     Does nothing if the backend is not torch, if `engines` is not an engine folder, or without NVIDIA's driver."""
-    if backend not in ("auto", "torch") or not (engines / "manifest.json").is_file():
-        return
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # of the driver, and of a folder that may not be read
+        if backend not in ("auto", "torch") or not (engines / "manifest.json").is_file():
+            return
         ctypes.CDLL(DRIVER)
         use_kernel_cache(engines.absolute() / "kernels")
         start()
@@ -162,7 +162,7 @@ def _compile_utilities() -> None:
     """Compile the C functions with which Triton loads kernels. Needs NVIDIA's driver."""
     from triton.backends.nvidia import driver
 
-    with contextlib.suppress(AssertionError, RuntimeError):  # without a C compiler the command itself says so
+    with contextlib.suppress(Exception):  # no driver, C compiler or Python.h: the command itself says so
         driver.CudaUtils()
 
 

@@ -30,5 +30,6 @@ def use_kernel_cache(directory: Path) -> None:
     """Let Triton and NVRTC cache kernels in `directory`, unless the user has set a folder or it is not writable."""
     with contextlib.suppress(OSError):
         directory.mkdir(exist_ok=True)
-        for variable in ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS"):
-            os.environ.setdefault(variable, str(directory))
+        if os.access(directory, os.W_OK):
+            for variable in ("TRITON_CACHE_DIR", "SCAIL2_RT_KERNELS"):
+                os.environ.setdefault(variable, str(directory))

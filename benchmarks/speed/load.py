@@ -50,16 +50,17 @@ DETAILS = ("import_s", "checked_s", "opened_s", "first_step_done_s", "warm_step_
 
 
 def run(bench: Bench) -> None:
-    if bench.wants("load/first-step"):
+    if bench.wants("load/first-step") or bench.wants("load/first-step-unchecked"):
         first_step(bench)
     if bench.wants("load/weights"):
         with bench.attempt("load/weights"):
             weights(bench)
-    if not bench.on_gpu:
-        bench.skip("load/cold-kernels")
-    elif bench.wants("load/cold-kernels"):
-        with bench.attempt("load/cold-kernels"):
-            cold_kernels(bench)
+    if bench.wants("load/cold-kernels"):
+        if bench.on_gpu:
+            with bench.attempt("load/cold-kernels"):
+                cold_kernels(bench)
+        else:
+            bench.skip("load/cold-kernels")
     if bench.wants("load/warm-request"):
         with bench.attempt("load/warm-request"):
             warm_request(bench)

@@ -216,7 +216,7 @@ def generate(plan: Plan, output: Output, session: "Session", listener: Listener)
     if plan.estimate is not None and plan.estimate.placement:
         print(f"memory: {plan.estimate.placement}", file=sys.stderr)
     if output.resume and not is_there(output.path):
-        parts = resumable(output.path)
+        parts = min(resumable(output.path), len(plan.segments))  # held-back frames of --overlap-blend are a part, too
         done = f"resuming after {parts} of {counted(len(plan.segments), 'segment')}"
         print(done if parts else "there is no interrupted run to resume: starting a new one", file=sys.stderr)
     began = False

@@ -17,6 +17,7 @@ import torch
 
 from scail2_rt.engines.folder.manifest import KERNELS, MANIFEST
 from scail2_rt.kernels import ahead
+from scail2_rt.kernels.cache_folder import cache_directory
 
 ADA = (8, 9)
 PTXAS = find_spec("triton") is not None and platform.machine() == "x86_64"
@@ -244,10 +245,35 @@ def test_an_engine_folder_starts_it_early(early: tuple[Path, list[Path]], backen
     assert started == [folder / KERNELS] == [Path(os.environ["TRITON_CACHE_DIR"])]
 
 
+def test_kernels_are_cached_elsewhere_if_their_folder_is_read_only(
+    early: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, started = early
+    (folder / KERNELS).mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / KERNELS)
+    ahead.start_early(folder, "torch")
+    assert started == [cache_directory() / "kernels"]
+    assert "TRITON_CACHE_DIR" not in os.environ
+
+
+@needs_compiler
+def test_functions_that_do_not_compile_leave_a_marker(tmp_path: Path) -> None:
+    code = """
+from triton.backends.nvidia import driver
+def utilities():
+    raise ImportError("undefined symbol")
+driver.CudaUtils = utilities
+"""
+    result = compiled(tmp_path, CHEAP, code=code)
+    assert result.returncode == 0, (tmp_path / "cache" / "ahead.log").read_text()
+    assert markers(tmp_path / "cache")
+
+
 def test_other_backends_and_folders_start_nothing(early: tuple[Path, list[Path]]) -> None:
     folder, started = early
     ahead.start_early(folder, "tensorrt")
     ahead.start_early(folder / "other", "torch")
+    ahead.start_early(folder / ("x" * 300), "torch")  # a name that is too long; the command says so
     assert not started
     assert not (folder / KERNELS).exists()
 

@@ -182,6 +182,14 @@ def test_only_measures_what_it_names(tmp_path: Path, scail2: Run) -> None:
     assert {name for name in rows if name.startswith("forward/")} == {"forward/compile/144"}
 
 
+def test_a_baseline_can_be_chosen_and_other_rows_are_not_shown(tmp_path: Path, scail2: Run) -> None:
+    words = ("--config", "tiny", "--work", tmp_path, "--only", "load/first-step-unchecked")
+    result = scail2("bench", "load", *words, "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(json.loads((tmp_path / "r.json").read_text()))
+    assert {name for name in rows if name.startswith("load/")} == {"load/first-step", "load/first-step-unchecked"}
+
+
 def test_mistakes_are_one_line(tmp_path: Path, scail2: Run) -> None:
     assert "no standard size" in error_of(scail2("bench", "stages", "--config", "tiny", "--sizes", "777"))
     assert "divisible by 32" in error_of(scail2("bench", "stages", "--config", "tiny", "--sizes", "50x64x13"))

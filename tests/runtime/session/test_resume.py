@@ -65,6 +65,32 @@ def test_killed_again_and_again_and_the_video_is_the_same(
     assert one_json(result)["resumed_after_segments"] == segment
 
 
+def test_killed_after_the_last_segment(scail2: Run, engines: Path, case: Path, tmp_path: Path) -> None:
+    """With faded overlaps, the partial video has one part more than segments: the frames held back at the end."""
+    words = ("--case", case, *SMALL, *SEGMENTS, *ALL_JOINS)
+    folder, output = tmp_path / "o", tmp_path / "o" / "a.mp4"
+    whole = one_json(scail2("generate", engines, *words, "-o", folder / "whole.mp4", "--json"))
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from scail2_rt.runtime.media import video_writer
+from scail2_rt.runtime.media.unfinished import resumable
+def finish(self, **_):
+    while resumable(Path({str(output)!r})) < 5:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+video_writer.VideoWriter.finish = finish
+"""
+    command = ("generate", engines, *words, "-o", output, "--resume")
+    (tmp_path / "sabotage").mkdir()
+    killed = scail2(*command, measured=False, **sabotage(tmp_path / "sabotage", code))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    result = scail2(*command, "--json")
+    assert result.returncode == 0, result.stderr
+    assert "resuming after 4 of 4 segments" in result.stderr
+    check_same_as_whole(one_json(result), whole, output)
+
+
 def check_same_as_whole(reply: dict[str, Any], whole: dict[str, Any], output: Path) -> None:
     """Check that the resumed video is bit-identical to that of the uninterrupted run, and that no other file is
     left."""
