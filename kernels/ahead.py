@@ -29,6 +29,7 @@ from scail2_rt.kernels.cuda.nvrtc import Kernel, compile_cubin
 
 Capability = tuple[int, int]
 WARP = 32
+LAUNCHING = ("auto", "torch")  # values of --backend with which a session may launch kernels; the registry imports PyTorch
 HERE = Path(__file__).parent
 LISTS = HERE / "recorded"
 PROCESSES = 16  # at most
@@ -42,7 +43,7 @@ def start_early(engines: Path, backend: str) -> None:
 
     Does nothing if the backend is not torch, if `engines` is not an engine folder, or without NVIDIA's driver."""
     with contextlib.suppress(OSError):  # of the driver, and of a folder that may not be read
-        if backend not in ("auto", "torch") or not (engines / "manifest.json").is_file():
+        if backend not in LAUNCHING or not (engines / "manifest.json").is_file():
             return
         ctypes.CDLL(DRIVER)
         use_kernel_cache(engines.absolute() / "kernels")
