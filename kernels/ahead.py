@@ -29,7 +29,8 @@ from scail2_rt.kernels.cuda.nvrtc import Kernel, compile_cubin
 
 Capability = tuple[int, int]
 WARP = 32
-LAUNCHING = ("auto", "torch")  # values of --backend with which a session may launch kernels; the registry imports PyTorch
+# Values of --backend with which a session may launch these kernels. The registry is not asked: it imports PyTorch.
+LAUNCHING = ("auto", "torch")
 HERE = Path(__file__).parent
 LISTS = HERE / "recorded"
 PROCESSES = 16  # at most
