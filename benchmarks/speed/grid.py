@@ -93,6 +93,7 @@ class Run:
 
 
 def _run(bench: Bench, session: Session, workload: Workload, schedule: Schedule) -> Run:
+    """Generate once with this schedule and measure it."""
     plan = session.check(replace(workload.request(schedule.steps), guidance=schedule.guidance))
     with bench.peaks() as peaks:
         clock, started = StepClock(), time.perf_counter()

@@ -79,17 +79,17 @@ def first_step(bench: Bench) -> None:
             found.append(fresh_process(folder, workload))
         middle = sorted(found, key=to_first_step)[len(found) // 2]
         phases = {name.removeprefix("phase_"): value for name, value in middle.items() if name.startswith("phase_")}
-        timing, share = Timing.of(map(to_first_step, found)), None
+        timing, check_percent = Timing.of(map(to_first_step, found)), None
         if unchecked:
             without = Timing.of(map(to_first_step, unchecked))
             bench.add("load/first-step-unchecked", without, "baseline", note="checksums not verified")
-            share = 100 * (timing.median_s / without.median_s - 1)
+            check_percent = 100 * (timing.median_s / without.median_s - 1)
         bench.add(
             "load/first-step",
             timing,
             note=f"fresh process, {folder_gib(folder):.1f} GiB, files in page cache",
             breakdown=phases,
-            check_percent=share,
+            check_percent=check_percent,
             **details(middle),
         )
 

@@ -230,7 +230,8 @@ def conv(call: ConvCall, clock: Tensor, planar: Tensor | None = None, config: Co
 
 
 def fuses_norm(call: ConvCall, config: ConvConfig | None = None) -> bool:
-    """Return whether one launch computes convolution and norm of such a call, so that only `keep_raw` needs `raw`."""
+    """Return whether one launch computes convolution and norm of such a call without planar output, so that `raw` is
+    needed for `keep_raw` only."""
     if call.weights.implementation == "library":
         return True
     from scail2_rt.kernels.conv import hopper_conv
